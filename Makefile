@@ -1,0 +1,54 @@
+# make setup | demo | test | lint | bench | soak: each sets up what it needs. ARGS="..." is handed on,
+# as in  make demo ARGS="--fresh"  or  make test ARGS="-k shards".
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := demo
+.PHONY: setup demo test lint bench soak
+
+# The first interpreter that pyproject.toml admits and that can make a virtual environment.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+	2>/dev/null && echo $$python && break; done)
+VENV := .venv
+ARGS ?=
+
+# The stamp bears the digest of what was installed, so that a new lock or dependency sets up again.
+STAMP := $(VENV)/.setup-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c 1-16)
+
+# More threads than cores slow small models down, and every Ray worker would start as many.
+export OMP_NUM_THREADS ?= 2
+export RAY_USAGE_STATS_ENABLED := 0
+export NO_ALBUMENTATIONS_UPDATE := 1
+
+setup: $(STAMP)
+
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "error: found no Python 3.11 or 3.12 with venv," \
+		"expected one on PATH; install python3.11 and python3.11-venv, or name one: make PYTHON=..." >&2; exit 2; }
+	@echo "setting up $(VENV): about three minutes and 6 GB, once"
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --no-deps --no-compile --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/pip install --no-deps --no-build-isolation --quiet --disable-pip-version-check -e .
+	$(VENV)/bin/pip check
+	@rm -f $(VENV)/.setup-* && touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/python cluster/demo.py $(ARGS)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -m "not slow and not soak" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "slow and not soak" $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports --no-logo
+
+bench: $(STAMP)
+	@shopt -s nullglob; scripts=(benchmarks/*.py); \
+	(( $${#scripts[@]} )) || { echo "error: benchmarks/ holds no script" >&2; exit 2; }; \
+	for script in "$${scripts[@]}"; do echo "== $$script"; $(VENV)/bin/python "$$script" $(ARGS); done
+
+soak: $(STAMP)
+	$(VENV)/bin/python -m pytest -m soak $(ARGS)

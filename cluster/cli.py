@@ -1,0 +1,187 @@
+"""How every script reads its command line: frozen dataclasses through tyro, YAML differences,
+one-line errors."""
+
+import dataclasses
+import difflib
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+Config = TypeVar("Config")
+DONE, INCOMPLETE, WRONG_REQUEST = 0, 1, 2
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and exit with its code; a user's mistake is one line on stderr and exit code 2."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    try:
+        code = main()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("MINIDALLE2_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = WRONG_REQUEST
+    except KeyboardInterrupt:
+        print("interrupted; rerun the same command to continue", file=sys.stderr)
+        code = INCOMPLETE
+    sys.exit(code or DONE)
+
+
+def parse(
+    config_class: type[Config], *, presets: Path | None = None, argv: Sequence[str] | None = None
+) -> Config:
+    """Read a configuration: the class's defaults, then --preset or --config, then flags.
+
+    presets: path prefix of the shipped YAML files, so that `--preset NAME` is
+    `<presets>_NAME.yaml`;
+    None: the script has none. Raises ValueError for an unknown flag, key or preset, naming the
+    nearest.
+    """
+    import tyro
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    default = config_class()
+    for path in _take_files(arguments, presets):
+        default = merged(default, read_yaml(path), str(path))
+    usage = (
+        None
+        if presets is None
+        else "Also: --preset NAME or --config FILE.yaml (differences from the defaults)."
+    )
+    known = list(_flags(config_class))
+    for argument in arguments:
+        flag = argument.split("=")[0].replace("_", "-")
+        plain = flag.replace("--no-", "--", 1).rpartition(".")
+        if not flag.startswith("--") or flag in ("--help", "--"):
+            continue
+        positive = flag if flag in known else f"{plain[0]}{plain[1]}{plain[2].removeprefix('no-')}"
+        if positive not in known:
+            raise ValueError(
+                f"unknown flag {flag}{_nearest(flag, [*known, '--config', '--preset'])}"
+            )
+    return tyro.cli(
+        config_class,
+        default=default,
+        args=arguments,
+        description=_description(usage),
+    )
+
+
+def _description(usage: str | None) -> str | None:
+    main = sys.modules.get("__main__")
+    lines = [text.strip() for text in (getattr(main, "__doc__", None), usage) if text]
+    return "\n\n".join(lines) or None
+
+
+def _take_files(arguments: list[str], presets: Path | None) -> list[Path]:
+    """Remove --config and --preset with their values from `arguments` and return the files they
+    name."""
+    found: list[Path] = []
+    while True:
+        at = next(
+            (i for i, a in enumerate(arguments) if a.split("=")[0] in ("--config", "--preset")),
+            None,
+        )
+        if at is None:
+            return found
+        flag, equals, value = arguments.pop(at).partition("=")
+        if not equals:
+            if at >= len(arguments):
+                raise ValueError(f"{flag}: found nothing after it, expected a value")
+            value = arguments.pop(at)
+        found.append(Path(value) if flag == "--config" else _preset_path(value, presets))
+
+
+def _preset_path(name: str, presets: Path | None) -> Path:
+    names = (
+        []
+        if presets is None
+        else [p.stem for p in sorted(presets.parent.glob(f"{presets.name}_*.yaml"))]
+    )
+    names = [stem.removeprefix(f"{presets.name}_") for stem in names] if presets else []
+    if presets is None or name not in names:
+        raise ValueError(
+            f"preset: found {name!r}, expected one of {', '.join(names) or 'none: there are none'}"
+        )
+    return presets.parent / f"{presets.name}_{name}.yaml"
+
+
+def read_yaml(path: Path) -> dict:
+    """Read a YAML mapping; ValueError if it is absent or something else."""
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"{path}: found no such file, expected a YAML configuration")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: found {error}, expected YAML") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: found a {type(content).__name__}, expected a mapping of fields")
+    return content
+
+
+def merged(config: Config, differences: dict, where: str) -> Config:
+    """Return `config` with the nested `differences` applied; ValueError names an unknown key's
+    nearest field."""
+    fields = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(typing.cast(Any, config))
+    }
+    changes = {}
+    for key, value in differences.items():
+        if key not in fields:
+            raise ValueError(f"{where}: unknown key {key!r}{_nearest(str(key), list(fields))}")
+        old = fields[key]
+        if dataclasses.is_dataclass(old):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {key}: found {value!r}, expected a mapping of fields")
+            value = merged(old, value, f"{where}: {key}")
+        elif isinstance(old, tuple):
+            value = tuple(value)
+        elif (
+            isinstance(old, float) and isinstance(value, (int, str)) and not isinstance(value, bool)
+        ):
+            value = float(value)  # YAML 1.1 reads 1e-3 as a string
+        elif old is not None and type(value) is not type(old):
+            raise ValueError(f"{where}: {key}: found {value!r}, expected a {type(old).__name__}")
+        changes[key] = value
+    return dataclasses.replace(typing.cast(Any, config), **changes)
+
+
+def to_yaml(config: Any) -> str:
+    """Return `config` as YAML that `merged` reads back."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def _nearest(found: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def _flags(config_class: type, prefix: str = "") -> list[str]:
+    """List the flags of a nested dataclass as tyro spells them: --train.num-steps."""
+    found: list[str] = []
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = hints[field.name]
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            kind = next((k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)), kind)
+        name = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(kind):
+            found += _flags(typing.cast(type, kind), f"{name}.")
+        else:
+            found.append(f"--{name}")
+    return found

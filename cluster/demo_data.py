@@ -1,0 +1,174 @@
+"""The demo's source: pairs of caption and image, and the loopback web server that stands for the
+internet."""
+
+import http.server
+import io
+import re
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TEST_ONE_IN = 10
+SKIN_TONE = re.compile(
+    r"[:,]?\s*\b(?:medium-light|medium-dark|light|medium|dark) skin tone\b", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Pairs as a Parquet file with columns image (encoded bytes) and caption, in a fixed order."""
+
+    path: Path
+
+    def read(self) -> list[dict[str, Any]]:
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.path, columns=["image", "caption"]).to_pylist()
+
+
+def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Pairs:
+    """Write pairs whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    pq.write_table(pa.Table.from_pylist(rows), part)
+    part.replace(path)
+    return Pairs(path=path)
+
+
+def drawn_pairs(folder: Path, num_train: int, num_test: int, seed: int) -> dict[str, Pairs]:
+    """Draw the shapes: a training set, and a test set of `num_test` of each of the three
+    held-back kinds."""
+    from ingest.shapes import make_pairs
+
+    sizes = {
+        "train": (("train", num_train),),
+        "test": tuple((s, num_test) for s in ("single", "seen", "held_out")),
+    }
+    found = {}
+    for name, parts in sizes.items():
+        path = folder / f"{name}.parquet"
+        if not path.is_file():
+            pairs = [pair for split, count in parts for pair in make_pairs(count, seed, split)]
+            write_pairs(path, [{"image": p.image_bytes, "caption": p.caption} for p in pairs])
+        found[name] = Pairs(path=path)
+    return found
+
+
+def given_pairs(folder: Path, source: Path, limit: int) -> dict[str, Pairs]:
+    """Split a user's Parquet file by base name, so that no variant of a test picture is trained on.
+
+    Raises ValueError for a missing file or column, naming the columns found.
+    """
+    import pyarrow.parquet as pq
+
+    if not source.is_file():
+        raise ValueError(
+            f"{source}: found no such file, expected a Parquet file with columns image and caption"
+        )
+    columns = pq.ParquetFile(source).schema_arrow.names
+    for column in ("image", "caption"):
+        if column not in columns:
+            raise ValueError(
+                f"{source}: column {column}: found only {', '.join(columns)}, expected image and "
+                f"caption"
+            )
+    named = "name" if "name" in columns else "caption"
+    rows = pq.read_table(source, columns=["image", "caption", *({named} - {"caption"})]).to_pylist()
+    # a stable shuffle by base name: variants stay together, and a limit takes whole names
+    rows.sort(
+        key=lambda row: (
+            zlib.crc32(base_name(row[named]).encode()),
+            base_name(row[named]),
+            row["caption"],
+        )
+    )
+    rows = rows[: limit or None]
+    split: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    for row in rows:
+        held_out = zlib.crc32(f"test {base_name(row[named])}".encode()) % TEST_ONE_IN == 0
+        split["test" if held_out else "train"].append(
+            {"image": row["image"], "caption": row["caption"]}
+        )
+    for name, part in split.items():
+        if len(part) < 2:
+            raise ValueError(
+                f"{source}: found {len(part)} pairs for {name}, expected more; raise --limit"
+            )
+    return {name: write_pairs(folder / f"{name}.parquet", part) for name, part in split.items()}
+
+
+def base_name(name: str) -> str:
+    """Return `name` without its skin tone, in lower case."""
+    return SKIN_TONE.sub("", name).strip().lower()
+
+
+def write_url_list(path: Path, pairs: list[dict[str, Any]], port: int, name: str) -> None:
+    """Write a URL list with LAION's columns that points at the loopback server."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    sizes = [Image.open(io.BytesIO(pair["image"])).size for pair in pairs]
+    table = pa.table(
+        {
+            "URL": [f"http://127.0.0.1:{port}/{name}/{i}" for i in range(len(pairs))],
+            "TEXT": [pair["caption"] for pair in pairs],
+            "WIDTH": pa.array([size[0] for size in sizes], pa.int32()),
+            "HEIGHT": pa.array([size[1] for size in sizes], pa.int32()),
+        }
+    )
+    part = path.with_suffix(".part")
+    pq.write_table(table, part)
+    part.replace(path)
+
+
+@contextmanager
+def serve_pairs(sets: dict[str, list[dict[str, Any]]], port: int) -> Iterator[int]:
+    """Serve /<set>/<row> on the loopback; port 0 takes any free one. Yields the port.
+
+    Raises ValueError if the port is taken: a URL list that was written for it cannot move.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            _, name, row = (*self.path.split("/"), "", "")[:3]
+            known = name in sets and row.isdigit() and int(row) < len(sets[name])
+            body = sets[name][int(row)]["image"] if known else b"not found"
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Type", _media_type(body) if known else "text/plain")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing: a line for each of thousands of images would bury the demo's own."""
+
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as error:
+        raise ValueError(
+            f"port {port}: found it taken ({error.strerror}), expected the port that the URL "
+            f"list names; "
+            "free it or start over with --fresh"
+        ) from error
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _media_type(body: bytes) -> str:
+    heads = {b"\x89PNG": "image/png", b"RIFF": "image/webp", b"GIF8": "image/gif"}
+    return heads.get(body[:4], "image/jpeg")

@@ -1,0 +1,231 @@
+"""Every metric of the project, defined once, and the façade through which the code counts.
+
+    counter("minidalle2_ingest_rows_total").inc(12, outcome="stored")
+    gauge("minidalle2_train_loss").set(0.31, model="prior")
+    histogram("minidalle2_checkpoint_seconds").observe(1.8, model="prior")
+
+A process that calls `serve` answers Prometheus over HTTP; inside a Ray worker every value also
+goes to Ray's exporter of that node. Labels come from closed sets: no URL, key or host can become
+a series.
+"""
+
+import difflib
+import functools
+import itertools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+OUTCOMES = ("stored", "filtered", "failed")
+MODELS = ("clip", "prior", "decoder", "upsampler")
+STAGES = ("download", "clip", "judge", "embed", "prior", "base", "up", "sample", "evaluate")
+SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+SHAPE_SETS = ("single", "seen", "held_out")
+SHAPE_SCORES = ("all", "attribute", "relation", "real")
+SCORES = (  # spelled as their paths in eval.json
+    "clip.retrieval_at_1",
+    "prior.cos",
+    "prior.cos_shuffled",
+    "prior.retrieval_at_1",
+    "images.fd_clip",
+    "images.fd_clip_real_halves",
+    "images.clip_score",
+    "images.clip_score_shuffled",
+    *(f"shapes.{drawn}.{score}" for drawn, score in itertools.product(SHAPE_SETS, SHAPE_SCORES)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric: its Prometheus name, what it counts, the closed set of each label's values."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def check(self, labels: dict[str, str]) -> None:
+        """Raise ValueError unless `labels` gives each label of this metric a value of its set."""
+        if labels.keys() != self.labels.keys():
+            found, expected = sorted(labels) or "none", sorted(self.labels) or "none"
+            raise ValueError(f"{self.name}: found labels {found}, expected {expected}")
+        for label, value in labels.items():
+            if value not in self.labels[label]:
+                allowed = ", ".join(self.labels[label])
+                raise ValueError(f"{self.name}: found {label}={value!r}, expected one of {allowed}")
+
+    def combinations(self) -> list[dict[str, str]]:
+        """List every combination of label values; one empty combination where there is no label."""
+        values = itertools.product(*self.labels.values())
+        return [dict(zip(self.labels, combination, strict=True)) for combination in values]
+
+
+_MODEL = {"model": MODELS}
+_TABLE: tuple[tuple[str, Kind, Mapping[str, tuple[str, ...]], str], ...] = (
+    ("ingest_rows_total", "counter", {"outcome": OUTCOMES}, "Rows of the URL list attempted."),
+    ("ingest_bytes_total", "counter", {}, "Bytes of images stored in shards."),
+    ("embed_images_total", "counter", {}, "Images embedded."),
+    ("embed_shards_total", "counter", {}, "Embedding shards committed."),
+    ("train_loss", "gauge", _MODEL, "Mean loss since the last report."),
+    ("train_step", "gauge", _MODEL, "Optimizer steps taken."),
+    ("train_samples_total", "counter", _MODEL, "Samples trained on by this process."),
+    ("train_samples_per_second", "gauge", _MODEL, "Samples a second, over all workers."),
+    ("train_data_wait_ratio", "gauge", _MODEL, "Share of the time spent waiting for data."),
+    ("train_grad_norm", "gauge", _MODEL, "Norm of the gradient before clipping."),
+    ("train_learning_rate_ratio", "gauge", _MODEL, "Learning rate as a share of its peak."),
+    ("train_nonfinite_steps_total", "counter", _MODEL, "Steps skipped: loss not finite."),
+    ("checkpoint_seconds", "histogram", _MODEL, "Time the training loop gives a checkpoint."),
+    ("checkpoints_total", "counter", _MODEL, "Checkpoints written."),
+    ("samples_generated_total", "counter", {}, "Images generated from captions."),
+    ("eval_score", "gauge", {"metric": SCORES}, "Scores of the last evaluation."),
+    ("stage_seconds", "gauge", {"stage": STAGES}, "Time a finished stage took."),
+)
+METRICS: dict[str, Metric] = {
+    f"minidalle2_{name}": Metric(name=f"minidalle2_{name}", kind=kind, help=text, labels=labels)
+    for name, kind, labels, text in _TABLE
+}
+
+
+@dataclass(frozen=True)
+class _Handle:
+    metric: Metric
+
+    def _record(self, method: str, value: float, labels: dict[str, str]) -> None:
+        self.metric.check(labels)
+        series = _exported(self.metric.name)
+        getattr(series.labels(**labels) if labels else series, method)(value)
+        if _in_ray_worker() and (method != "inc" or value > 0):  # Ray's counters refuse a zero
+            getattr(_mirrored(self.metric.name), method)(value, tags=labels)
+
+
+class Counter(_Handle):
+    """A count that only grows, from 0 when the process starts."""
+
+    def inc(self, amount: float = 1, **labels: str) -> None:
+        """Add `amount`; ValueError if it is negative or a label is unknown."""
+        self._record("inc", amount, labels)
+
+
+class Gauge(_Handle):
+    """A value that goes up and down; absent until first set."""
+
+    def set(self, value: float, **labels: str) -> None:
+        """Set the value; ValueError if a label is unknown."""
+        self._record("set", value, labels)
+
+
+class Histogram(_Handle):
+    """A distribution over fixed buckets, from 10 milliseconds to 5 minutes."""
+
+    def observe(self, value: float, **labels: str) -> None:
+        """Add one observation, in seconds; ValueError if a label is unknown."""
+        self._record("observe", value, labels)
+
+
+def counter(name: str) -> Counter:
+    """Return the counter of that name; ValueError, with the nearest, if there is none."""
+    return Counter(_find(name, "counter"))
+
+
+def gauge(name: str) -> Gauge:
+    """Return the gauge of that name; ValueError, with the nearest, if there is none."""
+    return Gauge(_find(name, "gauge"))
+
+
+def histogram(name: str) -> Histogram:
+    """Return the histogram of that name; ValueError, with the nearest, if there is none."""
+    return Histogram(_find(name, "histogram"))
+
+
+def serve(port: int | None) -> int | None:
+    """Serve every metric at http://127.0.0.1:port/metrics for the rest of the process.
+
+    port: 0 takes any free port; None serves nothing. Returns the port served. A second call for
+    that
+    port, or for any, is answered by the server there is, so that stages of one process share it.
+    Raises ValueError if the port cannot be had.
+    """
+    if port is None:
+        return None
+    if port not in _servers and (port or not _servers):
+        for name in METRICS:
+            _exported(name)
+        server = _start_server(port)
+        _servers[server.server_port] = server
+        return server.server_port
+    return port or next(iter(_servers))
+
+
+_servers: dict[int, Any] = {}
+
+
+def _start_server(port: int) -> Any:
+    from prometheus_client import start_http_server
+
+    try:
+        server, _ = start_http_server(port, addr="127.0.0.1", registry=_registry())
+    except (OSError, OverflowError) as error:
+        found = getattr(error, "strerror", None) or error
+        remedy = "expected a free one; 0 takes any"
+        raise ValueError(f"metrics port {port}: found {found}, {remedy}") from error
+    return server
+
+
+def _find(name: str, kind: Kind) -> Metric:
+    metric = METRICS.get(name)
+    if metric is None:
+        close = difflib.get_close_matches(name, METRICS, n=1)
+        near = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"unknown metric {name!r}{near}")
+    if metric.kind != kind:
+        raise ValueError(f"{name}: found use as a {kind}, expected as a {metric.kind}")
+    return metric
+
+
+@functools.cache
+def _registry() -> Any:
+    from prometheus_client import CollectorRegistry
+
+    return CollectorRegistry()
+
+
+@functools.cache
+def _exported(name: str) -> Any:
+    """Make the prometheus_client metric; counters and histograms begin with every series at 0."""
+    import prometheus_client
+
+    metric = METRICS[name]
+    kinds = {"counter": "Counter", "gauge": "Gauge", "histogram": "Histogram"}
+    extra = {"buckets": SECONDS_BUCKETS} if metric.kind == "histogram" else {}
+    make = getattr(prometheus_client, kinds[metric.kind])
+    series = make(name, metric.help, tuple(metric.labels), registry=_registry(), **extra)
+    if (
+        metric.kind != "gauge" and metric.labels
+    ):  # rate() misses the first increment of a new series
+        for labels in metric.combinations():
+            series.labels(**labels)
+    return series
+
+
+def _in_ray_worker() -> bool:
+    """Whether this process runs a task of Ray; never imports Ray to find out."""
+    ray = sys.modules.get("ray")
+    if ray is None or not hasattr(ray, "is_initialized") or not ray.is_initialized():
+        return False
+    return ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+
+
+@functools.cache
+def _mirrored(name: str) -> Any:
+    """Make the Ray metric of that name; its exporter prefixes the name with `ray_`."""
+    import ray.util.metrics
+
+    metric = METRICS[name]
+    if metric.kind == "histogram":
+        buckets = list(SECONDS_BUCKETS)
+        return ray.util.metrics.Histogram(name, metric.help, buckets, tuple(metric.labels))
+    kinds = {"counter": ray.util.metrics.Counter, "gauge": ray.util.metrics.Gauge}
+    return kinds[metric.kind](name, metric.help, tuple(metric.labels))

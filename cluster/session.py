@@ -1,0 +1,21 @@
+"""One Ray for all stages: the cluster that RAY_ADDRESS names, else a private local one."""
+
+import os
+
+
+def ensure_ray() -> None:
+    """Connect to Ray once a process.
+
+    A bare `ray.init()` would join any cluster that it finds on the machine; "local" never does.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    local = (
+        {"include_dashboard": False, "object_store_memory": 512 << 20} if address == "local" else {}
+    )
+    ray.init(address=address, logging_level="warning", log_to_driver=True, **local)

@@ -1,0 +1,167 @@
+"""The evaluation job: how far generated images are from real ones, and how well they fit their
+captions.
+
+    python eval/fid.py --real data/test/images --fake samples --clip runs/clip
+    python eval/fid.py --real photos/ --fake samples --features inception --weights-dir weights/
+    python eval/fid.py --real data/test/images --fake samples --embeds data/test/embeds --prior
+    runs/prior \\
+        --decoder runs/base --upsampler runs/up256
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import UseAppendAction
+
+from cluster.cli import parse, run_script
+
+SMALL = 2049  # below this many images a 2048-dimensional covariance is singular
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidConfig:
+    """Every score is written with its features and its number of images."""
+
+    real: str = "data/images"
+    """real images: committed shards, or a folder"""
+    fake: str = "samples"
+    """generated images: a folder of eval/sample.py, or any folder of images"""
+    features: Literal["clip", "inception"] = "clip"
+    """space of the Frechet distance; FID proper is inception's"""
+    weights_dir: str = ""
+    """folder of the Inception weights; nothing is ever downloaded"""
+    clip: str = "runs/clip"
+    """encoder of CLIP features and of the CLIP score"""
+    embeds: str = ""
+    """embeddings of the real images: adds the scores of CLIP and, with --prior, of the chain"""
+    prior: str = ""
+    """finished prior, for its own scores and the ablation"""
+    decoder: str = ""
+    """finished base decoder, for the ablation"""
+    upsampler: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """finished upsampler; repeatable"""
+    out: str = "eval.json"
+    """file of the scores"""
+    num_threads: int = 2
+    """threads on the CPU"""
+    metrics_port: int | None = None
+    """serve Prometheus metrics on this loopback port; 0 = any free one"""
+
+
+def main(config: FidConfig) -> int:
+    """Score, print and write what was asked for."""
+    import torch
+
+    from cluster.metrics import serve
+    from eval.samples import open_images
+    from eval.scorecard import caption_scores, image_scores, is_drawn, shapes_with_real
+    from models.clip import load_clip
+
+    serve(config.metrics_port)
+    torch.set_num_threads(config.num_threads)
+    real, fake = open_images(config.real), open_images(config.fake)
+    encoder = load_clip(config.clip) if config.clip else None
+    extractor = _extractor(config, encoder)
+    if len(fake) < SMALL and config.features == "inception":
+        print(
+            f"warning: {len(fake)} images are too few to quote an FID; at least {SMALL} are needed"
+        )
+    found = image_scores(real, fake, extractor)
+    images = {**found, "judge": extractor.name}
+    if config.features == "clip":
+        images["fd_clip"], images["fd_clip_real_halves"] = (
+            images.pop("fd"),
+            images.pop("fd_real_halves"),
+        )
+    scores: dict[str, Any] = {"images": images}
+    if encoder is not None and fake.captions:
+        images.update(caption_scores(fake, fake.captions, encoder))
+    if is_drawn(fake.captions) and is_drawn(real.captions):
+        scores["shapes"] = shapes_with_real(fake, real)
+    if config.embeds:
+        scores.update(_chain_scores(config))
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_suffix(".part")
+    part.write_text(json.dumps(scores, indent=1))
+    part.replace(out)
+    _show(scores)
+    return 0
+
+
+def _extractor(config: FidConfig, encoder: Any) -> Any:
+    from eval.features import ClipFeatures, InceptionFeatures
+
+    if config.features == "inception":
+        return InceptionFeatures(Path(config.weights_dir))
+    if encoder is None:
+        raise ValueError("clip: found nothing, expected the encoder of --features clip")
+    return ClipFeatures(encoder)
+
+
+def _chain_scores(config: FidConfig) -> dict[str, Any]:
+    """Score the CLIP on the embeddings, and the prior and the ablation where they are given."""
+    from PIL import Image
+
+    from eval.chain import load_chain
+    from eval.scorecard import (
+        ablation,
+        caption_scores,
+        clip_scores,
+        is_drawn,
+        prior_scores,
+        read_embeds,
+        shape_scores,
+    )
+    from models.clip import load_clip
+
+    captions, image, text = read_embeds(config.embeds)
+    scores: dict[str, Any] = {"clip": clip_scores(captions, image, text)}
+    if not (config.prior and config.decoder):
+        return scores
+    chain = load_chain("", config.prior, config.decoder, config.upsampler)
+    scores["prior"] = prior_scores(chain, captions, image)
+    drawn, judge_clip = is_drawn(captions), load_clip(config.clip)
+
+    def judge(images: Any) -> dict[str, Any]:
+        if drawn:
+            return shape_scores(captions, images)
+        return caption_scores(map(Image.fromarray, images), captions, judge_clip)
+
+    scores["ablation"], images = ablation(chain, captions, image, text, judge)
+    _ablation_grid(Path(config.out).parent / "samples", captions, images)
+    return scores
+
+
+def _ablation_grid(folder: Path, captions: list[str], images: dict[str, Any]) -> None:
+    from eval.generate import grid, save_png
+
+    step = max(1, len(captions) // 8)
+    chosen = range(0, len(captions), step)[:8]
+    rows = [[images[name][i] for i in chosen] for name in images]
+    save_png(folder / "ablation.png", grid(rows, list(images), []))
+    (folder / "ablation.json").write_text(json.dumps([captions[i] for i in chosen]))
+
+
+def _show(scores: dict[str, Any]) -> None:
+    """Print the scores as a table and hand them to the metrics."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from cluster.metrics import SCORES, gauge
+    from eval.report import flatten
+
+    table = Table("score", "value")
+    for name, value in flatten(scores).items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    for part, values in scores.items():
+        for name, value in values.items():
+            if f"{part}.{name}" in SCORES:
+                gauge("minidalle2_eval_score").set(value, metric=f"{part}.{name}")
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(FidConfig)))

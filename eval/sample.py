@@ -1,0 +1,195 @@
+"""Draw images for captions: caption -> prior -> decoder -> upsamplers.
+
+python eval/sample.py --prior runs/prior --decoder runs/base --upsampler runs/up256 --prompts "a
+red cube"
+python eval/sample.py --prior runs/prior --decoder runs/base --captions data/test/images --limit 300
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import UseAppendAction
+
+from cluster.cli import parse, run_script
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Defaults are the demo's: quick, and mildly guided."""
+
+    prior: str = "runs/prior"
+    """finished run of training/prior.py"""
+    decoder: str = "runs/base"
+    """finished run of training/decoder.py --stage base"""
+    upsampler: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """finished run of an upsampler, in order of the cascade; repeatable"""
+    clip: str = ""
+    """encoder; empty = the one the prior was trained on"""
+    prompts: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """caption to draw; repeatable"""
+    captions: str = ""
+    """instead of --prompts: a text file, a caption a line, or a folder of committed image shards"""
+    limit: int = 0
+    """draw only the first captions; 0 = all"""
+    out: str = "samples"
+    """folder of the images"""
+    seed: int = 0
+    """of all noise: the same seed and caption give the same image in any batch"""
+    sampler: str = "dpmpp_2m"
+    """sampler of decoder and upsamplers: ddim, ddpm, dpmpp_2m"""
+    prior_steps: int = 16
+    """sampling steps of the prior"""
+    decoder_steps: int = 16
+    """sampling steps of the decoder"""
+    upsampler_steps: int = 8
+    """sampling steps of an upsampler"""
+    cfg_scale: float = 1.5
+    """guidance of the decoder; 1 = off"""
+    best_of: int = 2
+    """draws of the prior, of which the one nearest to the caption is kept"""
+    batch_size: int = 50
+    """captions at once"""
+    num_threads: int = 2
+    """threads on the CPU"""
+    metrics_port: int | None = None
+    """serve Prometheus metrics on this loopback port; 0 = any free one"""
+    fresh: bool = False
+    """delete earlier samples in --out instead of continuing them"""
+
+
+def main(config: SampleConfig) -> int:
+    """Draw what is missing in `config.out`, then write samples.jsonl and grid.png."""
+    import torch
+
+    from cluster.metrics import serve
+    from eval.chain import load_chain
+
+    started = time.perf_counter()
+    serve(config.metrics_port)
+    torch.set_num_threads(config.num_threads)
+    captions = _captions(config)
+    out = Path(config.out)
+    chain = load_chain(config.clip, config.prior, config.decoder, config.upsampler)
+    _open(out, config, captions)
+    made = _draw(out, config, captions, chain)
+    lines = [{"file": _name(i), "caption": c, "seed": config.seed} for i, c in enumerate(captions)]
+    part = out / "samples.part"
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    part.replace(out / "samples.jsonl")
+    _grid(out, captions)
+    seconds = time.perf_counter() - started
+    print(
+        f"sample: {made} images drawn, {len(captions) - made} were there, {seconds:.1f} s -> {out}"
+    )
+    return 0
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}.png"
+
+
+def _captions(config: SampleConfig) -> list[str]:
+    if bool(config.prompts) == bool(config.captions):
+        raise ValueError("found both or none of --prompts and --captions, expected one of them")
+    found = list(config.prompts)
+    if config.captions:
+        path = Path(config.captions)
+        if path.is_file():
+            found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        else:
+            from eval.samples import open_images
+
+            found = open_images(config.captions).captions
+    if not found:
+        raise ValueError(f"{config.captions}: found no captions, expected at least one")
+    return found[: config.limit or None]
+
+
+def _open(out: Path, config: SampleConfig, captions: list[str]) -> None:
+    """Create the folder, or reopen it if it holds samples of these very settings."""
+    import shutil
+
+    settings: dict[str, Any] = dataclasses.asdict(config)
+    for name in ("out", "batch_size", "num_threads", "metrics_port", "fresh", "limit", "prompts"):
+        del settings[name]
+    settings = json.loads(json.dumps({**settings, "captions": captions}))
+    path = out / "settings.json"
+    if config.fresh and path.is_file():
+        shutil.rmtree(out)
+    if path.is_file():
+        found = json.loads(path.read_text())
+        for name, value in settings.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"{out}: found samples of another {name}; name another --out, or --fresh"
+                )
+        return
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(
+            f"{out}: found a folder without settings.json, expected samples or nothing"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / "settings.part"
+    part.write_text(json.dumps(settings, indent=1))
+    part.replace(path)
+
+
+def _draw(out: Path, config: SampleConfig, captions: list[str], chain: Any) -> int:
+    """Draw the batches that are not whole yet; returns the number of images drawn."""
+    from cluster.metrics import counter
+    from eval.generate import default_sampling, render_all
+    from ingest.progress import progress
+
+    sampling = default_sampling(
+        sampler=config.sampler,
+        prior_steps=config.prior_steps,
+        decoder_steps=config.decoder_steps,
+        upsampler_steps=config.upsampler_steps,
+        cfg_scale=config.cfg_scale,
+        best_of=config.best_of,
+    )
+    made = 0
+    with progress("sample", len(captions), unit="images") as advance:
+        for start in range(0, len(captions), config.batch_size):
+            batch = captions[start : start + config.batch_size]
+            paths = [out / _name(start + i) for i in range(len(batch))]
+            if not all(path.is_file() for path in paths):
+                images = render_all(chain, batch, None, sampling, seed=config.seed, offset=start)
+                _save(paths, images)
+                made += len(batch)
+                counter("minidalle2_samples_generated_total").inc(len(batch))
+            advance(len(batch))
+    return made
+
+
+def _save(paths: list[Path], images: Any) -> None:
+    """Write each image whole or not at all: a file that exists is not drawn again."""
+    from PIL import Image
+
+    for path, image in zip(paths, images, strict=True):
+        part = path.with_suffix(".part")
+        Image.fromarray(image).save(part, format="png")
+        part.replace(path)
+
+
+def _grid(out: Path, captions: list[str], most: int = 24, columns: int = 6) -> None:
+    """Write grid.png of images spread over the captions, and grid.json with theirs."""
+    import numpy as np
+    from PIL import Image
+
+    from eval.generate import grid, save_png
+
+    step = max(1, len(captions) // most)
+    chosen = list(range(0, len(captions), step))[:most]
+    images = [np.asarray(Image.open(out / _name(i)).convert("RGB")) for i in chosen]
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    save_png(out / "grid.png", grid(rows, [], []))
+    (out / "grid.json").write_text(json.dumps([captions[i] for i in chosen]))
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(SampleConfig)))

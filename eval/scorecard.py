@@ -1,0 +1,154 @@
+"""The scores of a chain on held-out captions: of the prior alone, of its images, and with parts
+exchanged."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from eval.features import ClipFeatures, Extractor, extract
+from eval.frechet import Moments, frechet_distance
+from eval.generate import caption_keys, default_sampling, render_all
+from eval.samples import ImageSet
+from eval.shapes import score, summarise
+from ingest.shapes import is_held_out, parse
+from ingest.shards import EmbedShard, load_snapshot
+from models.clip import FrozenClip
+from models.scores import mean_cosine, retrieval_at_1, shuffled_cosine
+from models.unclip import UnClip
+
+
+def read_embeds(root: str) -> tuple[list[str], Tensor, Tensor]:
+    """Return captions, image_embed [N, E] and text_embed [N, E] of the latest snapshot of
+    `root`."""
+    snapshot = load_snapshot(root)
+    shards = [EmbedShard(root, entry.name, digest=entry.digest) for entry in snapshot.shards]
+    captions = [caption for shard in shards for caption in shard.captions]
+    arrays = [
+        np.concatenate([np.asarray(getattr(s, part)) for s in shards])
+        for part in ("image_embed", "text_embed")
+    ]
+    image, text = (torch.from_numpy(array.astype(np.float32)) for array in arrays)
+    return captions, image, text
+
+
+def is_drawn(captions: list[str]) -> bool:
+    """Say whether every caption is one of the drawn set's."""
+    try:
+        return all(parse(caption) for caption in captions) and bool(captions)
+    except ValueError:
+        return False
+
+
+def meaning(caption: str) -> str:
+    """Name what a drawn caption says, so that its phrasings count as one; other captions are
+    themselves."""
+    try:
+        scene = parse(caption)
+    except ValueError:
+        return caption
+    return f"{scene.things} {scene.relation}"
+
+
+def shape_set(caption: str) -> str:
+    """Return "single", "seen" or "held_out" of a drawn caption."""
+    scene = parse(caption)
+    if len(scene.things) == 1:
+        return "single"
+    return "held_out" if is_held_out(scene) else "seen"
+
+
+def clip_scores(captions: list[str], image: Tensor, text: Tensor) -> dict[str, Any]:
+    """Score an encoder by retrieval: the share of captions whose nearest image is theirs."""
+    meanings = [meaning(caption) for caption in captions]
+    return {"retrieval_at_1": retrieval_at_1(text, image, meanings), "n": len(captions)}
+
+
+def prior_scores(chain: UnClip, captions: list[str], image: Tensor) -> dict[str, Any]:
+    """Compare the prior's draws with the true image embeddings [N, E] of `captions`."""
+    drawn = chain.imagine(caption_keys(captions, 0), captions, default_sampling())
+    meanings = [meaning(caption) for caption in captions]
+    return {
+        "cos": mean_cosine(drawn, image),
+        "cos_shuffled": shuffled_cosine(drawn, image),
+        "retrieval_at_1": retrieval_at_1(drawn, image, meanings),
+        "n": len(captions),
+    }
+
+
+def image_scores(real: ImageSet, fake: ImageSet, extractor: Extractor) -> dict[str, Any]:
+    """Return the Frechet distance of `fake` to `real`, and its floor: between two halves of `real`.
+
+    Both distances rise as sets get smaller; the halves are half as large, and n says so.
+    """
+    real_features, fake_features = extract(extractor, real), extract(extractor, fake)
+    order = np.random.default_rng(0).permutation(len(real_features))
+    halves = [Moments.of(real_features[part]) for part in np.array_split(order, 2)]
+    return {
+        "n": len(fake_features),
+        "n_real": len(real_features),
+        "features": extractor.name,
+        "fd": frechet_distance(Moments.of(fake_features), Moments.of(real_features)),
+        "fd_real_halves": frechet_distance(*halves),
+        "n_real_halves": len(real_features) // 2,
+    }
+
+
+def shape_scores(captions: list[str], images: Iterable[np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Score drawings against their captions: {set: {all, attribute, relation, n}}."""
+    found: dict[str, list] = {}
+    for caption, image in zip(captions, images, strict=True):
+        found.setdefault(shape_set(caption), []).append(score(image, caption))
+    summaries = {name: dict(summarise(scores)) for name, scores in found.items()}
+    if "single" in summaries:
+        summaries["single"].pop("relation", None)
+    return summaries
+
+
+def arrays(images: Iterable[Image.Image]) -> Iterable[np.ndarray]:
+    return (np.asarray(image) for image in images)
+
+
+def shapes_with_real(fake: ImageSet, real: ImageSet) -> dict[str, dict[str, Any]]:
+    """Return `shape_scores` of `fake`, with the `all` that true drawings get beside it as
+    `real`."""
+    scores = shape_scores(fake.captions, arrays(fake))
+    truth = shape_scores(real.captions, arrays(real))
+    return {name: {**values, "real": truth[name]["all"]} for name, values in scores.items()}
+
+
+def caption_scores(
+    images: Iterable[Image.Image], captions: list[str], encoder: FrozenClip
+) -> dict[str, float]:
+    """Return CLIP score, the mean cosine of image and caption, and the same over all wrong
+    pairs."""
+    image = torch.from_numpy(extract(ClipFeatures(encoder), images))
+    text, _ = encoder.encode_text(torch.from_numpy(encoder.tokenize(captions)))
+    return {
+        "clip_score": mean_cosine(image, text),
+        "clip_score_shuffled": shuffled_cosine(image, text),
+    }
+
+
+def ablation(
+    chain: UnClip,
+    captions: list[str],
+    image: Tensor,
+    text: Tensor,
+    judge: Callable[[np.ndarray], dict],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Decode the true image embedding and the text embedding in place of the prior's (Ramesh et
+    al., 5.1).
+
+    judge: maps images uint8 [N, H, W, 3] to scores. Returns the scores and the images of each
+    variant.
+    """
+    scores, images = {}, {}
+    given = {"true_image_embed": image, "prior": None, "text_embed": text}
+    for name, embed in given.items():
+        images[name] = render_all(chain, captions, embed, default_sampling())
+        scores[name] = judge(images[name])
+    return scores, images

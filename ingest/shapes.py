@@ -1,0 +1,401 @@
+"""Draw and caption scenes of coloured shapes: an image-text set of known truth, no download.
+
+A scene is one thing, or two in a relation, on a plain background that captions leave unsaid:
+
+    "a small red circle"    "a large blue square to the left of a small green triangle"
+
+Chosen so that a right drawing can be told by arithmetic (eval/shapes.py), even after 32 px:
+- colours are at least 120 apart in RGB, from each other and from every background;
+- two things always differ in colour, so that a colour names a thing;
+- "inside" is a small thing inside an extra large circle, square or triangle (a cross has no room).
+
+Held out of training: about 10 % of the things (colour, shape, size), which occur neither alone nor
+in a pair, and about 10 % of the pairs of (colour, shape), in both orders, because "A left of B"
+draws the same as "B right of A".
+"""
+
+import io
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+
+import numpy as np
+from PIL import Image
+
+PALETTE = {
+    "red": (225, 45, 45),
+    "green": (45, 165, 70),
+    "blue": (45, 80, 215),
+    "yellow": (245, 215, 50),
+    "purple": (165, 60, 200),
+    "cyan": (50, 205, 215),
+}
+BACKGROUNDS = {"white": (250, 250, 250), "grey": (190, 190, 190), "black": (15, 15, 15)}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = ("small", "large")
+RELATIONS = ("left of", "right of", "above", "below", "inside")
+SPLITS = ("train", "single", "seen", "held_out")
+BLOCK = 4  # training rows that belong together: a scene and three hard negatives
+
+# In px of a 64 px image. Two large things, a gap and both margins fit: 28 + 3 + 28 + 2 * 2 = 63.
+CANVAS = 64
+DIAMETERS = {"small": (16.0, 18.5), "large": (25.5, 28.0)}
+CONTAINER_DIAMETERS = (45.0, 49.0)
+CONTAINERS = ("circle", "square", "triangle")
+MARGIN, GAP = 2.0, 3.0
+
+# Unit shapes, in units of half the diameter, y downwards; all about as large to the eye.
+SQUARE_HALF = 0.9
+TRIANGLE_HALF_HEIGHT = 0.9  # base of half width 1: 1.8 high, nearly equilateral (1.73)
+CROSS_HALF_ARM = 0.36  # 3 px of arm left when a small cross is reduced to 32 px
+UNIT_AREA = {
+    "circle": np.pi,
+    "square": 4 * SQUARE_HALF**2,
+    "triangle": 2 * TRIANGLE_HALF_HEIGHT,
+    "cross": 8 * CROSS_HALF_ARM - 4 * CROSS_HALF_ARM**2,
+}
+UNIT_CENTROID_Y = dict.fromkeys(SHAPES, 0.0) | {"triangle": TRIANGLE_HALF_HEIGHT / 3}
+SUPERSAMPLING = 4
+
+HEADS = ("a", "there is a", "a picture of a", "a drawing of a")
+SHORT_HEADS = 2  # only these take the long relation words: 16 CLIP tokens with start and end
+RELATION_WORDS = {  # (short, long)
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "above"),
+    "below": ("below", "below"),
+    "inside": ("inside", "inside of"),
+}
+# Salts picked so that no colour, shape or size is held out more than its share.
+THING_SALT, PAIR_SALT = "thing 0", "pair 0"
+HELD_OUT_ONE_IN = 10
+
+Spot = tuple[float, tuple[float, float]]  # diameter, centre (x, y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thing:
+    """One coloured shape: words of `PALETTE`, `SHAPES`, `SIZES`; any other is a ValueError."""
+
+    colour: str
+    shape: str
+    size: str
+
+    def __post_init__(self):
+        for name, known in (("colour", PALETTE), ("shape", SHAPES), ("size", SIZES)):
+            _require_known(name, getattr(self, name), known)
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.colour} {self.shape}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One thing (relation None), or two, the first in `relation` to the second.
+
+    background None means any. Raises ValueError for a scene that cannot be drawn (see above).
+    """
+
+    things: tuple[Thing, ...]
+    relation: str | None = None
+    background: str | None = None
+
+    def __post_init__(self):
+        if self.relation is not None:
+            _require_known("relation", self.relation, RELATIONS)
+        if self.background is not None:
+            _require_known("background", self.background, BACKGROUNDS)
+        fault = _fault(self.things, self.relation)
+        if fault:
+            raise ValueError(f"scene of {', '.join(map(str, self.things))}: {fault}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A row of the set: the caption, its drawing as JPEG, and the truth behind both."""
+
+    caption: str
+    image_bytes: bytes
+    scene: Scene
+    split: str
+
+
+def shape_mask(shape: str, diameter: float, centre: tuple[float, float], size: int) -> np.ndarray:
+    """Cover a canvas with a shape: the fraction of each pixel inside it.
+
+    diameter, centre (x, y): px, pixel i spanning [i, i + 1); 4 x 4 points are tried per pixel.
+    Returns float32 [size, size] in [0, 1]. Raises ValueError for an unknown shape.
+    """
+    _require_known("shape", shape, SHAPES)
+    half = diameter / 2
+    mask = np.zeros((size, size), np.float32)
+    # Only the shape's bounding box is computed: a scorer calls this thousands of times.
+    x0, y0 = (max(0, int(np.floor(c - half))) for c in centre)
+    x1, y1 = (min(size, int(np.ceil(c + half))) for c in centre)
+    if x0 >= x1 or y0 >= y1:
+        return mask
+    x, y = (
+        (np.arange(a * SUPERSAMPLING, b * SUPERSAMPLING) + 0.5) / SUPERSAMPLING - c
+        for a, b, c in ((x0, x1, centre[0]), (y0, y1, centre[1]))
+    )
+    inside = _inside_unit(shape, (x / half)[None, :], (y / half)[:, None])
+    cells = inside.reshape(y1 - y0, SUPERSAMPLING, x1 - x0, SUPERSAMPLING)
+    mask[y0:y1, x0:x1] = cells.mean(axis=(1, 3), dtype=np.float32)
+    return mask
+
+
+def _inside_unit(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    if shape == "circle":
+        return u**2 + v**2 <= 1
+    if shape == "square":
+        return (abs(u) <= SQUARE_HALF) & (abs(v) <= SQUARE_HALF)
+    if shape == "triangle":
+        top = TRIANGLE_HALF_HEIGHT
+        return (v <= top) & (abs(u) <= (v + top) / (2 * top))
+    bars = (abs(u) <= CROSS_HALF_ARM) | (abs(v) <= CROSS_HALF_ARM)
+    return bars & (abs(u) <= 1) & (abs(v) <= 1)
+
+
+def draw(scene: Scene, rng: np.random.Generator, size: int = CANVAS) -> np.ndarray:
+    """Draw a scene at jittered places and diameters, on a random background if it names none.
+
+    Returns uint8 [size, size, 3]. Everything scales with `size`: the figures above are for 64.
+    """
+    background = scene.background or str(rng.choice(list(BACKGROUNDS)))
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = BACKGROUNDS[background]
+    scale = size / CANVAS
+    placed = list(zip(scene.things, _place(scene, rng), strict=True))
+    for thing, (diameter, (x, y)) in reversed(placed):  # what is inside is named first
+        mask = shape_mask(thing.shape, diameter * scale, (x * scale, y * scale), size)
+        image += mask[..., None] * (np.array(PALETTE[thing.colour], np.float32) - image)
+    return np.rint(image).astype(np.uint8)
+
+
+def _place(scene: Scene, rng: np.random.Generator) -> list[Spot]:
+    """Choose (diameter, (x, y)) of each thing, in px of a 64 px canvas."""
+    diameters = [rng.uniform(*DIAMETERS[thing.size]) for thing in scene.things]
+    if scene.relation is None:
+        return [(diameters[0], (_jitter(rng, diameters[0]), _jitter(rng, diameters[0])))]
+    if scene.relation == "inside":
+        return _place_inside(scene.things[1].shape, rng)
+    # Left to right, or top to bottom: share the spare room between the start, the gap and the end.
+    reverse = scene.relation in ("right of", "below")
+    first, second = reversed(diameters) if reverse else diameters
+    spare = CANVAS - 2 * MARGIN - GAP - first - second
+    start, end = np.sort(rng.uniform(0, spare, 2))
+    along = (MARGIN + start + first / 2, CANVAS - MARGIN - (spare - end) - second / 2)
+    # Across, the second strays at most .4 of the distance, so that the relation stays plain.
+    stray = 0.4 * (along[1] - along[0])
+    level = _jitter(rng, first)
+    across = (level, _jitter(rng, second, level - stray, level + stray))
+    centres = list(zip(along, across, strict=True))
+    if scene.relation in ("above", "below"):
+        centres = [(x, y) for y, x in centres]
+    spots = list(zip((first, second), centres, strict=True))
+    return spots[::-1] if reverse else spots
+
+
+def _place_inside(container: str, rng: np.random.Generator) -> list[Spot]:
+    outer = rng.uniform(*CONTAINER_DIAMETERS)
+    inner = rng.uniform(DIAMETERS["small"][0], DIAMETERS["small"][0] + 1.5)
+    x, y = _jitter(rng, outer), _jitter(rng, outer)
+    # The widest room in the triangle is below its middle: .4 leaves 2.4 px around a small square.
+    down, sway = (0.4 * outer / 2, 0.8) if container == "triangle" else (0.0, 3.0)
+    dx, dy = rng.uniform(-sway, sway, 2)
+    return [(inner, (x + dx, y + down + dy)), (outer, (x, y))]
+
+
+def _jitter(rng: np.random.Generator, diameter: float, low=0.0, high=float(CANVAS)) -> float:
+    """Choose a centre coordinate in [low, high] that keeps the margin."""
+    reach = MARGIN + diameter / 2
+    return float(rng.uniform(max(low, reach), min(high, CANVAS - reach)))
+
+
+def describe(scene: Scene, rng: np.random.Generator) -> str:
+    """Caption a scene in a phrasing of at most 16 CLIP tokens, which `parse` inverts."""
+    head = int(rng.integers(len(HEADS)))
+    if scene.relation is None:
+        return f"{HEADS[head]} {scene.things[0]}"
+    words = RELATION_WORDS[scene.relation]
+    words = words[rng.integers(len(words))] if head < SHORT_HEADS else words[0]
+    return f"{HEADS[head]} {scene.things[0]} {words} a {scene.things[1]}"
+
+
+def parse(caption: str) -> Scene:
+    """Read a caption back: the scene's things and relation, background None.
+
+    Raises ValueError naming the caption if no phrasing fits, or if the scene cannot be drawn.
+    """
+    found = _grammar().fullmatch(caption.strip().rstrip(".").lower())
+    if not found:
+        raise ValueError(
+            f"caption {caption!r}: expected 'a SIZE COLOUR SHAPE', or two joined by a RELATION:"
+            f" {'; '.join(', '.join(words) for words in (SIZES, PALETTE, SHAPES, RELATIONS))}"
+        )
+    first, words, second = found.group("first", "relation", "second")
+    relation = next((name for name, forms in RELATION_WORDS.items() if words in forms), None)
+    try:
+        triples = (thing.split() for thing in (first, second) if thing)
+        things = tuple(Thing(size=a, colour=b, shape=c) for a, b, c in triples)
+        return Scene(things=things, relation=relation)
+    except ValueError as error:
+        raise ValueError(f"caption {caption!r}: {error}") from None
+
+
+@cache
+def _grammar() -> re.Pattern[str]:
+    thing = f"(?:{'|'.join(SIZES)}) (?:{'|'.join(PALETTE)}) (?:{'|'.join(SHAPES)})"
+    relation = "|".join(word for forms in RELATION_WORDS.values() for word in forms)
+    return re.compile(
+        f"(?:{'|'.join(HEADS)}) (?P<first>{thing})"
+        f"(?: (?P<relation>{relation}) a (?P<second>{thing}))?"
+    )
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Tell whether a scene is kept out of training: for one of its things, or for its pair."""
+    return any(map(_is_thing_held_out, scene.things)) or _is_pair_held_out(scene.things)
+
+
+@cache
+def _is_thing_held_out(thing: Thing) -> bool:
+    return zlib.crc32(f"{THING_SALT}: {thing}".encode()) % HELD_OUT_ONE_IN == 0
+
+
+@cache
+def _is_pair_held_out(things: tuple[Thing, ...]) -> bool:
+    if len(things) < 2:
+        return False
+    names = " and ".join(sorted(f"{thing.colour} {thing.shape}" for thing in things))
+    return zlib.crc32(f"{PAIR_SALT}: {names}".encode()) % HELD_OUT_ONE_IN == 0
+
+
+def sample_scene(rng: np.random.Generator, held_out: bool, num_things: int) -> Scene:
+    """Draw a scene at random: of training (held_out False), or held out.
+
+    A held-out scene of two is a held-out pair of things that each occur in training: only their
+    combination is new. Raises ValueError if num_things is neither 1 nor 2.
+    """
+    if num_things not in (1, 2):
+        raise ValueError(f"sample_scene: num_things is {num_things}; expected 1 or 2")
+    while True:
+        relation = str(rng.choice(RELATIONS)) if num_things == 2 else None
+        things = tuple(_sample_thing(rng) for _ in range(num_things))
+        if relation == "inside":
+            things = (replace(things[0], size="small"), replace(things[1], size="large"))
+        if _fault(things, relation):
+            continue
+        unseen_thing = any(map(_is_thing_held_out, things))
+        if num_things == 1:
+            wanted = unseen_thing == held_out
+        else:
+            wanted = _is_pair_held_out(things) == held_out and not unseen_thing
+        if wanted:
+            background = str(rng.choice(list(BACKGROUNDS)))
+            return Scene(things=things, relation=relation, background=background)
+
+
+def _sample_thing(rng: np.random.Generator) -> Thing:
+    colour, shape, size = (str(rng.choice(list(words))) for words in (PALETTE, SHAPES, SIZES))
+    return Thing(colour=colour, shape=shape, size=size)
+
+
+def make_pairs(num_samples: int, seed: int, split: str) -> Iterator[Pair]:
+    """Make the first `num_samples` rows of a split; row i depends on (seed, split, i) alone.
+
+    train: blocks of four rows, the last three unlike the first in one attribute (colour, shape,
+    size, relation or order): hard negatives for a contrastive loss. One block in three shows one
+    thing. Nothing is held out.
+    single: one held-out thing. seen: two things as in training. held_out: two, the pair held out.
+    Raises ValueError for an unknown split or a negative number.
+    """
+    _require_known("split", split, SPLITS)
+    for name, value in (("num_samples", num_samples), ("seed", seed)):
+        if value < 0:
+            raise ValueError(f"make_pairs: {name} is {value}; expected at least 0")
+    return _rows(num_samples, seed, split)
+
+
+def _rows(num_samples: int, seed: int, split: str) -> Iterator[Pair]:
+    stream = (seed, zlib.crc32(split.encode()))
+    for start in range(0, num_samples, BLOCK):
+        scenes = _block(np.random.default_rng((*stream, start)), split)
+        for row in range(min(BLOCK, num_samples - start)):
+            rng = np.random.default_rng((*stream, start, row + 1))
+            caption, image = describe(scenes[row], rng), encode_jpeg(draw(scenes[row], rng))
+            yield Pair(caption=caption, image_bytes=image, scene=scenes[row], split=split)
+
+
+def _block(rng: np.random.Generator, split: str) -> list[Scene]:
+    if split != "train":
+        num_things = 1 if split == "single" else 2
+        return [sample_scene(rng, split != "seen", num_things) for _ in range(BLOCK)]
+    scene = sample_scene(rng, False, 1 if rng.integers(3) == 0 else 2)
+    return [scene, *_hard_negatives(scene, rng)]
+
+
+def _hard_negatives(scene: Scene, rng: np.random.Generator) -> list[Scene]:
+    """Choose three training scenes of different meanings, each unlike `scene` in one attribute."""
+    kinds = [kind for kind in _variants(scene) if kind]
+    chosen: dict[tuple, Scene] = {}
+    while len(chosen) < BLOCK - 1:  # each of another attribute, as long as there are others
+        for kind in rng.permutation(len(kinds)):
+            other = kinds[kind][rng.integers(len(kinds[kind]))]
+            chosen.setdefault(_meaning(other), other)
+    return list(chosen.values())[: BLOCK - 1]
+
+
+def _variants(scene: Scene) -> list[list[Scene]]:
+    """List the training scenes one colour, shape, size, or relation or order from `scene`."""
+    things, relation = scene.things, scene.relation
+    kinds = []
+    for name, words in (("colour", PALETTE), ("shape", SHAPES), ("size", SIZES)):
+        spots = product(range(len(things)), words)
+        changes = [(i, replace(things[i], **{name: word})) for i, word in spots]
+        kinds.append([((*things[:i], new, *things[i + 1 :]), relation) for i, new in changes])
+    if relation is not None:
+        kinds.append([(things, word) for word in RELATIONS] + [(things[::-1], relation)])
+    return [_training_scenes(kind, scene) for kind in kinds]
+
+
+def _training_scenes(options: list, scene: Scene) -> list[Scene]:
+    fitting = [option for option in options if not _fault(*option)]
+    scenes = [replace(scene, things=things, relation=relation) for things, relation in fitting]
+    return [other for other in scenes if other != scene and not is_held_out(other)]
+
+
+def _meaning(scene: Scene) -> tuple:
+    """Name what a scene shows: "A right of B" and "B left of A" mean the same."""
+    mirrored = {"right of": "left of", "below": "above"}.get(scene.relation or "")
+    return (scene.things[::-1], mirrored) if mirrored else (scene.things, scene.relation)
+
+
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """Encode uint8 [H, W, 3] as JPEG of quality 95, colour at full resolution lest it bleeds."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def _fault(things: tuple[Thing, ...], relation: str | None) -> str | None:
+    """Say why these things in this relation cannot be a scene; None if they can."""
+    if len(things) != (1 if relation is None else 2):
+        return f"{len(things)} things, relation {relation}; expected one without, or two with one"
+    if relation is None:
+        return None
+    first, second = things
+    if first.colour == second.colour:
+        return f"both things are {first.colour}; expected two colours"
+    fits = (first.size, second.size) == SIZES and second.shape in CONTAINERS
+    if relation == "inside" and not fits:
+        return f"does not fit; expected a small thing inside a large {' or '.join(CONTAINERS)}"
+    return None
+
+
+def _require_known(name: str, value: str, known) -> None:
+    if value not in known:
+        raise ValueError(f"shapes: {name} is {value!r}; expected one of {', '.join(known)}")

@@ -1,0 +1,212 @@
+"""CLIP through open_clip: built small from scratch, loaded from a run, or by architecture and tag.
+
+Frozen CLIP stays outside the training engine: `FrozenClip` encodes, it is never trained.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import text_global_pool
+from PIL import Image
+from torch import Tensor, nn
+
+from models.configs import ClipConfig
+from models.weights import digest, exported, load_config, load_weights
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, kept by open_clip's models
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+VOCAB_SIZE = 49408  # of CLIP's BPE: words, then start and end of text
+MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
+
+
+def build_clip(config: ClipConfig) -> open_clip.CLIP:
+    """Build an untrained open_clip model; ValueError for an unknown architecture."""
+    if config.architecture:
+        if config.architecture not in open_clip.list_models():
+            raise ValueError(
+                f"clip architecture: found {config.architecture!r}, expected a name of "
+                f"open_clip.list_models()"
+            )
+        clip = open_clip.create_model(config.architecture, pretrained=None, load_weights=False)
+        assert isinstance(clip, open_clip.CLIP)
+        clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
+        return clip
+    vision = {
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "width": config.vision_width,
+        "layers": config.vision_depth,
+        "head_width": config.head_channels,
+    }
+    text = {
+        "context_length": config.context_length,
+        "vocab_size": config.vocab_size,
+        "width": config.text_width,
+        "layers": config.text_depth,
+        "heads": config.text_width // config.head_channels,
+    }
+    return open_clip.CLIP(
+        config.embed_dim,
+        vision,
+        text,
+        init_logit_scale=-math.log(config.temperature),
+        nonscalar_logit_scale=True,  # DeepSpeed cannot broadcast a parameter without dimensions
+    )
+
+
+def normalise_pixels(image: Tensor) -> Tensor:
+    """Map uint8 [B, 3, S, S] to CLIP's standardised float32."""
+    mean = torch.tensor(PIXEL_MEAN, device=image.device)[:, None, None]
+    std = torch.tensor(PIXEL_STD, device=image.device)[:, None, None]
+    return (image.float() / 255 - mean) / std
+
+
+def preprocess(image: Image.Image, size: int) -> np.ndarray:
+    """Resize the short side to `size` (bicubic, antialiased) and crop the centre: uint8 [3,
+    size, size]."""
+    image = image.convert("RGB")
+    scale = size / min(image.size)
+    if scale != 1:
+        sides = [max(size, round(side * scale)) for side in image.size]
+        image = image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1).copy()
+
+
+def model_sizes(clip: open_clip.CLIP) -> tuple[int, int]:
+    """Return the side of the input in px and the length of a caption in tokens."""
+    size = clip.visual.image_size
+    return int(size[0] if isinstance(size, tuple) else size), int(clip.context_length)
+
+
+def tokenizer(
+    context_length: int, vocab_size: int = VOCAB_SIZE
+) -> Callable[[list[str]], np.ndarray]:
+    """Return a function from captions to int32 [B, context_length]: BPE tokens, zero-padded, cut
+    at the end.
+
+    A smaller `vocab_size` folds words onto each other; 0 stays padding, and the last two stay
+    start and end.
+    """
+    tokenize = open_clip.SimpleTokenizer(context_length=context_length)
+
+    def fold(tokens: np.ndarray) -> np.ndarray:
+        words = 1 + (tokens - 1) % (vocab_size - 3)
+        special = tokens - VOCAB_SIZE + vocab_size
+        return np.where(tokens == 0, 0, np.where(tokens >= VOCAB_SIZE - 2, special, words))
+
+    def encode(captions: list[str]) -> np.ndarray:
+        tokens = tokenize(captions).numpy().astype(np.int32)
+        return tokens if vocab_size == VOCAB_SIZE else fold(tokens)
+
+    return encode
+
+
+class FrozenClip(nn.Module):
+    """A CLIP that only encodes.
+
+    encoder_id: architecture and weights digest; encoded tensors carry it, and mixing two is an
+    error.
+    """
+
+    def __init__(self, clip: open_clip.CLIP, name: str) -> None:
+        super().__init__()
+        self.clip = clip.eval().requires_grad_(False)
+        self.image_size, self.context_length = model_sizes(clip)
+        self.text_width = int(clip.ln_final.weight.shape[0])
+        projection = clip.text_projection
+        self.embed_dim = int(
+            projection.shape[1] if isinstance(projection, Tensor) else projection.out_features
+        )
+        weights = digest(dict(clip.state_dict()))[:16]
+        self.encoder_id = f"{name}@{weights}/bicubic-centre-{self.image_size}"
+        self.tokenize = tokenizer(self.context_length, int(clip.vocab_size))
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """Return `image` as this encoder's input, uint8 [3, S, S]."""
+        return preprocess(image, self.image_size)
+
+    @torch.no_grad()
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Encode uint8 [B, 3, S, S] to float32 [B, E], unit norm."""
+        return F.normalize(self.clip.encode_image(normalise_pixels(image)).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode int [B, L] to text_embed float32 [B, E], unit norm, and text_states float32 [B,
+        L, W]."""
+        clip, tokens = self.clip, tokens.long()
+        x = clip.token_embedding(tokens) + clip.positional_embedding
+        states = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask))
+        pooled = text_global_pool(
+            states, tokens, clip.text_pool_type, eos_token_id=clip.text_eos_id
+        )
+        projection = clip.text_projection
+        embed = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+        return F.normalize(embed.float(), dim=-1), states.float()
+
+
+def token_mask(tokens: Tensor) -> Tensor:
+    """Return bool [B, L], True where `tokens` are real; 0 pads, and no caption has a real token
+    0."""
+    return tokens != 0
+
+
+def load_clip(spec: str) -> FrozenClip:
+    """Load the encoder that `spec` names.
+
+    A run folder of training/clip.py; or ARCHITECTURE:TAG (open_clip's own pretrained weights,
+    fetched by
+    open_clip if not in its cache), ARCHITECTURE:random (seeded, for tests),
+    ARCHITECTURE:FILE.safetensors.
+    Raises ValueError when it names none of these.
+    """
+    folder = Path(spec)
+    if folder.is_dir():
+        return _load_run(folder)
+    if ":" not in spec:
+        raise ValueError(
+            f"clip {spec}: found no such folder, expected a finished run of training/clip.py or "
+            f"ARCHITECTURE:TAG; "
+            "train one with: python training/clip.py"
+        )
+    architecture, weights = spec.split(":", 1)
+    if weights == "random" or weights.endswith(".safetensors"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            clip = build_clip(clip_config_named(architecture))
+        if weights != "random":
+            clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(()))  # as open_clip saves it
+            load_weights(clip, Path(weights))
+        return FrozenClip(clip, architecture)
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if weights not in tags:
+        raise ValueError(
+            f"clip {spec}: found tag {weights!r}, expected one of {', '.join(tags) or 'none known'}"
+        )
+    return FrozenClip(open_clip.create_model(architecture, pretrained=weights), architecture)
+
+
+def clip_config_named(architecture: str) -> ClipConfig:
+    """Return the configuration of an open_clip architecture, or of our own `tiny` (tests,
+    debugging)."""
+    if architecture == "tiny":
+        return ClipConfig(
+            embed_dim=32, vision_width=32, vision_depth=1, text_width=32, text_depth=1
+        )
+    return ClipConfig(architecture=architecture)
+
+
+def _load_run(folder: Path) -> FrozenClip:
+    step = exported(folder)
+    config = load_config(step)
+    if config["kind"] != "clip":
+        raise ValueError(f"{folder}: found a run of kind {config['kind']}, expected clip")
+    clip = build_clip(ClipConfig(**config["model"]))
+    load_weights(clip, step / "ema.safetensors")
+    return FrozenClip(clip, f"clip-{clip.visual.output_dim}")

@@ -1,0 +1,140 @@
+"""Every model's sizes and choices, without torch: a script can print its help before anything
+heavy is imported."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+ScheduleName = Literal["cosine", "linear", "scaled_linear"]
+Prediction = Literal["x0", "eps", "v"]
+Weighting = Literal["simple", "min_snr", "early"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """Sizes of a CLIP; `architecture` takes an open_clip name instead of the other fields."""
+
+    architecture: str = ""
+    """name of an open_clip architecture; empty builds one from the sizes below"""
+    embed_dim: int = 128
+    """dimension of the joint embedding"""
+    image_size: int = 32
+    """side of the encoder's input in px"""
+    patch_size: int = 4
+    """side of a vision patch in px"""
+    vision_width: int = 128
+    """channels of the vision tower"""
+    vision_depth: int = 4
+    """blocks of the vision tower"""
+    text_width: int = 128
+    """channels of the text tower"""
+    text_depth: int = 3
+    """blocks of the text tower"""
+    head_channels: int = 32
+    """channels of an attention head in both towers"""
+    context_length: int = 24
+    """tokens of a caption, start and end included"""
+    temperature: float = 0.07
+    """initial temperature of the contrastive loss; it is learned, but short runs hardly move it"""
+    vocab_size: int = 49408
+    """rows of the token table; fewer than CLIP's 49408 fold the vocabulary, which small data
+    sets do not miss"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionPriorConfig:
+    """Sizes of a diffusion prior."""
+
+    width: int = 512
+    """channels of the transformer"""
+    depth: int = 6
+    """transformer blocks"""
+    num_heads: int = 8
+    """attention heads"""
+    dropout: float = 0.0
+    """dropout probability in every block"""
+    qk_norm: bool = True
+    """normalise queries and keys: stable in bf16 at high learning rates"""
+    schedule: ScheduleName = "cosine"
+    """noise schedule"""
+    num_timesteps: int = 1000
+    """timesteps of the schedule"""
+    weighting: Weighting = "simple"
+    """weight of the loss over timesteps"""
+    text_drop: float = 0.1
+    """probability of dropping the caption and z_t together"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """Sizes of a U-Net."""
+
+    channels: int = 128
+    """channels at the first resolution"""
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    """multiplier of the channels, one a resolution"""
+    num_res_blocks: int = 2
+    """residual blocks a resolution"""
+    attn_resolutions: tuple[int, ...] = (16, 8)
+    """sides in cells, counted after patching, that get attention"""
+    head_channels: int = 64
+    """channels of an attention head"""
+    dropout: float = 0.0
+    """dropout probability in residual blocks"""
+    patch_size: int = 1
+    """pixels a side folded into channels before the first layer; 4 turns 32 px into 8 x 8 cells"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Sizes and objective of the base decoder."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    """the network"""
+    num_embed_tokens: int = 4
+    """tokens z_i is projected into (the paper's 4)"""
+    embed_grid: bool = False
+    """also map z_i linearly onto the first layer's cells: tells a small network where things are"""
+    use_text: bool = True
+    """let attention read the caption's CLIP text states"""
+    context_width: int = 256
+    """width of the tokens that attention reads"""
+    schedule: ScheduleName = "cosine"
+    """noise schedule"""
+    num_timesteps: int = 1000
+    """timesteps of the schedule"""
+    prediction: Prediction = "v"
+    """what the network predicts"""
+    weighting: Weighting = "min_snr"
+    """weight of the loss over timesteps"""
+    noise_bias: float = 0.0
+    """0 draws timesteps uniformly; larger draws them toward high noise"""
+    image_embed_drop: float = 0.1
+    """probability of dropping z_i"""
+    text_drop: float = 0.5
+    """probability of dropping the caption, independent of z_i"""
+    embed_noise: float = 0.0
+    """largest standard deviation, in units of z_i's norm, of noise added to z_i in training"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerConfig:
+    """Sizes and objective of an upsampler."""
+
+    unet: UNetConfig = field(
+        default_factory=lambda: UNetConfig(
+            channels=64, attn_resolutions=(), channel_mult=(1, 2, 3, 4)
+        )
+    )
+    """the network; the paper's has no attention, and so runs at any size"""
+    schedule: ScheduleName = "cosine"
+    """noise schedule"""
+    num_timesteps: int = 1000
+    """timesteps of the schedule"""
+    prediction: Prediction = "v"
+    """what the network predicts"""
+    weighting: Weighting = "min_snr"
+    """weight of the loss over timesteps"""
+    noise_bias: float = 0.0
+    """0 draws timesteps uniformly; larger draws them toward high noise"""
+    low_res_noise: float = 0.0
+    """largest standard deviation of noise added to the low resolution in training"""

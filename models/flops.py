@@ -1,0 +1,23 @@
+"""What a model costs, counted: parameters and the bytes of its training state."""
+
+from torch import nn
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Count trained parameters; works on the meta device."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def state_bytes(model: nn.Module, zero_stage: int = 0, world_size: int = 1) -> int:
+    """Return bytes a worker keeps in fp32 weights, gradients, moments and EMA (activations
+    excluded).
+
+    Stage 1 shares out moments, master weights and EMA, stage 2 the gradients as well
+    (Rajbhandari et al. 2020).
+    """
+    count = num_parameters(model)
+    if zero_stage == 0:
+        return count * (4 + 4 + 8) + count * 4 // world_size
+    shared = 4 + 8 + 4 + (4 if zero_stage >= 2 else 0)
+    kept = 4 + (0 if zero_stage >= 2 else 4)
+    return count * kept + count * shared // world_size

@@ -1,0 +1,71 @@
+"""Random numbers that belong to a sample, not to a process.
+
+Every draw is a pure function of (key of the sample, purpose, position). A batch split over 1, 2
+or 64
+workers, in any order, therefore sees the same timesteps, noise and conditioning drops, and a
+resumed run
+continues the very sequence it would have had. The generator is counter-based: the splitmix64
+finaliser
+(Steele, Lea and Flood 2014) over key and counter; two rounds, so that neighbouring keys and
+counters part.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 2^64 / golden ratio, odd, as a signed 64-bit integer
+_MIX_1 = -4658895280553007687  # the two multipliers of splitmix64
+_MIX_2 = -7723592293110705685
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift int64 `x` right without copying the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _stream(purpose: str) -> int:
+    """Hash a purpose ("eps", "t", "text_drop") to a signed 64-bit stream number (FNV-1a)."""
+    value = 0xCBF29CE484222325
+    for byte in purpose.encode():
+        value = ((value ^ byte) * 0x100000001B3) % (1 << 64)
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def bits(keys: Tensor, purpose: str, count: int) -> Tensor:
+    """Return int64 [B, count] of uniform 64-bit words for int64 `keys` [B]."""
+    keyed = _mix(keys * _GOLDEN + _stream(purpose))
+    counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
+    return _mix(keyed[:, None] + counter[None, :])
+
+
+def uniform(keys: Tensor, purpose: str, shape: Sequence[int] = ()) -> Tensor:
+    """Draw float32 [B, *shape] uniform in [0, 1) for int64 `keys` [B]."""
+    words = _shift_right(bits(keys, purpose, math.prod(shape)), 40)  # 24 bits: exact in float32
+    return (words.to(torch.float32) * 2.0**-24).reshape(len(keys), *shape)
+
+
+def normal(keys: Tensor, purpose: str, shape: Sequence[int]) -> Tensor:
+    """Draw float32 [B, *shape] standard normal for int64 `keys` [B] (Box and Muller 1958)."""
+    count = math.prod(shape)
+    words = bits(keys, purpose, (count + 1) // 2)
+    radius = (
+        _shift_right(words, 32).to(torch.float32) + 1.0
+    ) * 2.0**-32  # (0, 1]: the log is finite
+    radius = torch.sqrt(-2.0 * torch.log(radius.clamp(max=1.0)))
+    angle = (words & 0xFFFFFFFF).to(torch.float32) * (2.0 * math.pi * 2.0**-32)
+    pair = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
+    return pair[:, :count].reshape(len(keys), *shape)
+
+
+def sample_keys(seed: int, epoch: Tensor, sample: Tensor) -> Tensor:
+    """Return the int64 key [B] of each (epoch, sample) pair under `seed`; both int64 [B]."""
+    return _mix(_mix(epoch * _GOLDEN + seed) + sample * _MIX_1)

@@ -1,0 +1,84 @@
+"""Per-sample training losses: each returns [B], so that the loop can weight padded samples to
+nothing."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import keyed_random
+from models.configs import Prediction, Weighting
+from models.schedule import NoiseSchedule
+
+MIN_SNR_GAMMA = 5.0
+EARLY_FLOOR = 0.25
+
+
+def _simple(snr: Tensor, time: Tensor) -> Tensor:
+    return torch.ones_like(snr)
+
+
+def _min_snr(snr: Tensor, time: Tensor) -> Tensor:
+    """min(SNR, gamma) in x0 units (Hang et al. 2023, eq. 5)."""
+    return snr.clamp(max=MIN_SNR_GAMMA)
+
+
+def _early(snr: Tensor, time: Tensor) -> Tensor:
+    """1 / max(time, .25), time in [0, 1]: raises the clean end, where small networks lose their
+    edges."""
+    return 1 / time.clamp(min=EARLY_FLOOR)
+
+
+_X0_WEIGHTS: dict[Weighting, Callable[[Tensor, Tensor], Tensor]] = {
+    "simple": _simple,
+    "min_snr": _min_snr,
+    "early": _early,
+}
+
+
+def timestep_weight(
+    schedule: NoiseSchedule, weighting: Weighting, prediction: Prediction, t: Tensor
+) -> Tensor:
+    """Return the weight [B] of the squared error in the network's own units.
+
+    `simple` is 1 in whatever the network predicts. The others are stated for the x0 error and
+    divided
+    by the factor that turns an x0 error into one of eps (SNR) or of v (SNR + 1).
+    """
+    snr = schedule.snr(t)
+    weight = _X0_WEIGHTS[weighting](snr, (t.float() + 1) / schedule.num_timesteps)
+    if weighting == "simple" or prediction == "x0":
+        return weight
+    return weight / (snr if prediction == "eps" else snr + 1)
+
+
+def draw_timesteps(schedule: NoiseSchedule, keys: Tensor, noise_bias: float = 0.0) -> Tensor:
+    """Draw t int64 [B] for sample `keys` [B], uniform, or toward high noise as `noise_bias` grows.
+
+    t / T = u^(1 / (1 + noise_bias)), u uniform: density (1 + b) (t/T)^b.
+    """
+    time = keyed_random.uniform(keys, "t") ** (1 / (1 + noise_bias))
+    return (time * schedule.num_timesteps).long().clamp(max=schedule.num_timesteps - 1)
+
+
+def contrastive(
+    image_embed: Tensor, text_embed: Tensor, logit_scale: Tensor, keep: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return CLIP's symmetric cross-entropy [B] and top-1 accuracy [B] (Radford et al. 2021,
+    figure 3).
+
+    image_embed, text_embed: [B, E] unit norm, row i of both one pair; logit_scale: scalar, 1 /
+    temperature;
+    keep: bool [B], False for padding, which is nobody's negative.
+    """
+    with torch.autocast(
+        image_embed.device.type, enabled=False
+    ):  # bf16 cannot tell logits near 100 apart
+        logits = logit_scale * image_embed.float() @ text_embed.float().T
+    itself = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    logits = logits.masked_fill(~(keep[:, None] & keep[None, :] | itself), float("-inf"))
+    labels = torch.arange(len(logits), device=logits.device)
+    to_text = F.cross_entropy(logits, labels, reduction="none")
+    to_image = F.cross_entropy(logits.T, labels, reduction="none")
+    return (to_text + to_image) / 2, (logits.argmax(1) == labels).float()

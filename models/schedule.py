@@ -1,0 +1,116 @@
+"""Noise schedules and the algebra between x0, eps and v.
+
+x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps              (Ho et al. 2020, eq. 4)
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.configs import Prediction, ScheduleName
+
+
+def _cosine(num_timesteps: int) -> Tensor:
+    """beta_t = 1 - f(t+1)/f(t), f(t) = cos^2((t/T + .008)/1.008 pi/2)  (Nichol & Dhariwal 2021,
+    eq. 17)."""
+    t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+def _linear(num_timesteps: int) -> Tensor:
+    """Space beta from 1e-4 to 0.02 for 1000 steps, scaled for others (Ho et al. 2020, section
+    4)."""
+    scale = 1000 / num_timesteps
+    return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
+
+
+def _scaled_linear(num_timesteps: int) -> Tensor:
+    """Space sqrt(beta) linearly from .00085 to .012 (Rombach et al. 2022)."""
+    scale = 1000 / num_timesteps
+    ends = (scale * 0.00085) ** 0.5, (scale * 0.012) ** 0.5
+    return torch.linspace(*ends, num_timesteps, dtype=torch.float64) ** 2
+
+
+_BETAS: dict[ScheduleName, Callable[[int], Tensor]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "scaled_linear": _scaled_linear,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """The variances of a discrete diffusion; rebuilt from its configuration, never stored.
+
+    alpha_bar: [T] float64, decreasing in (0, 1].
+    """
+
+    alpha_bar: Tensor
+
+    @classmethod
+    def build(cls, name: ScheduleName, num_timesteps: int = 1000) -> "NoiseSchedule":
+        """Build the named schedule; ValueError for fewer than 2 or, `linear`, too few timesteps."""
+        beta = _BETAS[name](num_timesteps)
+        if num_timesteps < 2 or beta.max() >= 1:
+            raise ValueError(
+                f"schedule {name}: {num_timesteps} timesteps are too few; use at least 100"
+            )
+        return cls(alpha_bar=torch.cumprod(1 - beta, dim=0))
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.alpha_bar)
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)), each [B, 1, ...] to broadcast over
+        `like`.
+
+        t = -1 stands for the clean end, alpha_bar = 1, which samplers step to.
+        """
+        table = torch.cat([self.alpha_bar, torch.ones(1, dtype=torch.float64)]).to(t.device)
+        alpha_bar = table[t].reshape(-1, *[1] * (like.ndim - 1))
+        return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
+
+    def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Diffuse `x0` to timestep `t` in one step.
+
+        x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps      (Ho et al. 2020, eq. 4)
+
+        x0, eps: [B, ...] in the data scale; t: [B] int64 in [0, num_timesteps). Returns x_t,
+        shaped as x0.
+        """
+        signal, noise = self.coefficients(t, x0)
+        return signal * x0 + noise * eps
+
+    def target(self, prediction: Prediction, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Return what a network of this `prediction` should say; v is Salimans & Ho 2022,
+        appendix D."""
+        if prediction == "x0":
+            return x0
+        if prediction == "eps":
+            return eps
+        signal, noise = self.coefficients(t, x0)
+        return signal * eps - noise * x0
+
+    def to_x0(self, prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Convert a network's `output` at (x_t, t) to its estimate of x0; inverse of `target`."""
+        if prediction == "x0":
+            return output
+        signal, noise = self.coefficients(t, x_t)
+        if prediction == "eps":
+            return (x_t - noise * output) / signal
+        return signal * x_t - noise * output
+
+    def to_eps(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the noise that joins `x0` to `x_t`; finite because alpha_bar_t < 1 for t >= 0."""
+        signal, noise = self.coefficients(t, x_t)
+        return (x_t - signal * x0) / noise
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar) of `t` as float32 [B]."""
+        alpha_bar = self.alpha_bar.to(t.device)[t]
+        return (alpha_bar / (1 - alpha_bar)).float()

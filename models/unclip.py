@@ -1,0 +1,119 @@
+"""unCLIP as a whole: caption -> image embedding -> small image -> large image (Ramesh et al.
+2022, figure 2)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.clip import FrozenClip, token_mask
+from models.configs import DecoderConfig, DiffusionPriorConfig, UNetConfig, UpsamplerConfig
+from models.decoder import Condition, Decoder, ImageSampling
+from models.diffusion_prior import DiffusionPrior, PriorSampling
+from models.upsampler import Upsampler
+from models.weights import exported, load_config, load_weights
+
+
+def _with_unet(model: dict) -> dict:
+    unet = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in model["unet"].items()
+    }
+    return {**model, "unet": UNetConfig(**unet)}
+
+
+def _prior(config: dict) -> DiffusionPrior:
+    sizes = {key: config[key] for key in ("embed_dim", "text_width", "context_length")}
+    return DiffusionPrior(DiffusionPriorConfig(**config["model"]), **sizes)
+
+
+def _decoder(config: dict) -> Decoder:
+    sizes = {key: config[key] for key in ("image_size", "embed_dim", "text_width")}
+    return Decoder(DecoderConfig(**_with_unet(config["model"])), **sizes)
+
+
+def _upsampler(config: dict) -> Upsampler:
+    model = UpsamplerConfig(**_with_unet(config["model"]))
+    return Upsampler(model, factor=config["factor"], crop_size=config["crop_size"])
+
+
+_BUILDERS = {"diffusion_prior": _prior, "decoder": _decoder, "upsampler": _upsampler}
+
+
+def load_model(run: Path | str, kind: str) -> tuple[nn.Module, dict]:
+    """Load the averaged weights of a finished run, and its config.json.
+
+    Raises ValueError for an unfinished run or one of another kind.
+    """
+    step = exported(Path(run))
+    config = load_config(step)
+    if config["kind"] != kind:
+        raise ValueError(f"{run}: found a run of kind {config['kind']}, expected {kind}")
+    return load_weights(_BUILDERS[kind](config), step / "ema.safetensors"), config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sample each part of the chain."""
+
+    prior: PriorSampling
+    decoder: ImageSampling
+    upsampler: ImageSampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnClip:
+    """The parts of a chain, made for one encoder; any mixture of encoders is refused."""
+
+    clip: FrozenClip
+    prior: DiffusionPrior
+    decoder: Decoder
+    upsamplers: tuple[Upsampler, ...] = ()
+
+    @classmethod
+    def load(
+        cls, clip: FrozenClip, prior: str, decoder: str, upsamplers: tuple[str, ...] = ()
+    ) -> "UnClip":
+        """Load finished runs; ValueError names the part that was trained on another encoder."""
+        parts: dict[str, Any] = {}
+        for name, run, kind in (
+            ("prior", prior, "diffusion_prior"),
+            ("decoder", decoder, "decoder"),
+        ):
+            parts[name], config = load_model(run, kind)
+            if config["encoder_id"] != clip.encoder_id:
+                raise ValueError(
+                    f"{run}: found a {name} trained on encoder {config['encoder_id']}, expected "
+                    f"{clip.encoder_id}; "
+                    "join only parts that were trained on one encoder"
+                )
+        raised = tuple(load_model(run, "upsampler")[0] for run in upsamplers)
+        return cls(clip=clip, **parts, upsamplers=raised)  # type: ignore[arg-type]
+
+    def describe(self, captions: list[str]) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
+        """Return tokens, text_embed [B, E], text_states [B, L, W] and token_mask [B, L] of
+        captions."""
+        tokens = self.clip.tokenize(captions)
+        words = torch.from_numpy(tokens)
+        embed, states = self.clip.encode_text(words)
+        return tokens, embed, states, token_mask(words)
+
+    def imagine(self, keys: Tensor, captions: list[str], sampling: Sampling) -> Tensor:
+        """Draw an image embedding [B, E] for each caption from the prior."""
+        _, embed, states, mask = self.describe(captions)
+        return self.prior.sample(keys, embed, states, mask, sampling.prior)
+
+    def render(
+        self, keys: Tensor, captions: list[str], image_embed: Tensor, sampling: Sampling
+    ) -> Tensor:
+        """Draw images [B, 3, H, W] in [-1, 1] of given embeddings, through every stage of the
+        cascade."""
+        _, _, states, mask = self.describe(captions)
+        condition = Condition(image_embed=image_embed, text_states=states, token_mask=mask)
+        image = self.decoder.sample(keys, condition, sampling.decoder)
+        for upsampler in self.upsamplers:
+            image = upsampler.sample(keys, image, sampling.upsampler)
+        return image

@@ -1,0 +1,82 @@
+"""Inference weights on disk: safetensors beside a config.json. The one module of `models/` that
+touches files."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+CONFIG_NAME = "config.json"
+FINAL_NAME = "final.json"  # written last by a run that reached its last step
+
+
+def save_weights(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write `tensors` to `path` as safetensors."""
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(path)
+    )
+
+
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """Load `path` into `model` and return it in evaluation mode.
+
+    Raises ValueError naming the first tensor that is missing, left over or of another shape.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: found no weights file; expected safetensors written by training")
+    found = load_file(str(path))
+    expected = model.state_dict()
+    for name in sorted(found.keys() | expected.keys()):
+        shapes = [
+            list(side[name].shape) if name in side else "nothing" for side in (found, expected)
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{path}: tensor {name}: found {shapes[0]}, expected {shapes[1]}; "
+                "these weights belong to another configuration"
+            )
+    model.load_state_dict(found)
+    return model.eval()
+
+
+def save_config(folder: Path, config: dict) -> None:
+    """Write `config.json`: what is needed to build the model again."""
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1, sort_keys=True))
+
+
+def load_config(folder: Path) -> dict:
+    """Read `config.json` of `folder`; ValueError if there is none."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{path}: found no file, expected the configuration of a trained model")
+    return json.loads(path.read_text())
+
+
+def exported(run: Path) -> Path:
+    """Return the step folder whose weights a finished run recommends; ValueError if it is
+    unfinished."""
+    marker = run / FINAL_NAME
+    if not run.is_dir():
+        raise ValueError(
+            f"{run}: found no such folder, expected a training run; see --help for how to train one"
+        )
+    if not marker.is_file():
+        raise ValueError(
+            f"{run}: found an unfinished run, expected {FINAL_NAME}; rerun its training to "
+            f"finish it"
+        )
+    return run / json.loads(marker.read_text())["step"]
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Return a sha256 over names, shapes and bytes of `tensors`, in name order: the identity of
+    an encoder."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {list(tensor.shape)} {tensor.dtype};".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,283 @@
+"""Laws of the download: every row accounted for, equal bytes from equal answers, resumable."""
+
+import io
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ingest import shard_task
+from ingest.download import DownloadConfig, main
+from ingest.shards import ImageShard, committed, damage, load_snapshot, recover
+from ingest.url_list import open_url_list
+
+NUM_IMAGES = 7
+
+
+@pytest.fixture
+def config(site, canary, tmp_path) -> DownloadConfig:
+    """A list of 12 rows: seven images, and one of each kind of trouble; shards of 5, 5 and 2."""
+    urls = [site.put(f"/{i}.png", site.picture(60 + i, 40, 30 * i)) for i in range(NUM_IMAGES)]
+    troubles = [
+        site.url("/gone"),
+        site.put("/page", b"<html>", kind="text/html"),
+        canary.url("/"),
+        site.put("/inside", status=302, headers={"Location": canary.url("/")}),
+        site.put("/tiny", site.picture(8, 8)),
+    ]
+    urls = [*urls[:3], *troubles[:2], *urls[3:], *troubles[2:]]
+    table = {
+        "URL": urls,
+        "TEXT": [f"caption é {i}" if i else None for i in range(12)],
+        "similarity": [i / 10 for i in range(12)],
+    }
+    pq.write_table(pa.table(table), tmp_path / "laion.parquet")
+    return DownloadConfig(
+        urls=str(tmp_path / "laion.parquet"),
+        out=str(tmp_path / "images"),
+        keep_columns=("similarity",),
+        image_size=32,
+        min_image_side=16,
+        samples_per_shard=5,
+        num_processes=0,
+        num_threads=4,
+        timeout=10.0,
+        retries=0,
+        allow_address=(site.address,),
+    )
+
+
+def rows_of(out: str) -> list[dict]:
+    files = sorted(Path(out).glob("*.parquet"))
+    return [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
+
+
+def data_of(out: str) -> dict[str, bytes]:
+    names = [name for commit in committed(out).values() for name in commit.files]
+    return {name: (Path(out) / name).read_bytes() for name in names}
+
+
+def test_every_row_is_accounted_for(config, capsys):
+    assert main(config) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(
+        "12 rows = 7 stored + 1 filtered (too_small 1) + 4 failed "
+        "(address_refused 2, not_an_image 1, not_found 1); snapshot "
+    )
+    rows = rows_of(config.out)
+    assert [row["url"] for row in rows] == pq.read_table(config.urls)["URL"].to_pylist()
+    assert len({row["key"] for row in rows}) == 12
+    assert all(re.fullmatch(r"\d{9}", row["key"]) for row in rows)
+    assert [row["key"] for row in rows[4:6]] == ["000000004", "000001000"]
+    assert [row["similarity"] for row in rows] == [i / 10 for i in range(12)]
+    assert load_snapshot(config.out).num_samples == NUM_IMAGES
+
+
+def test_samples_are_the_images_of_their_rows(config, site):
+    main(config)
+    by_key = {row["key"]: row for row in rows_of(config.out)}
+    for entry in load_snapshot(config.out).shards:
+        shard = ImageShard(config.out, entry.name, digest=entry.digest)
+        for i, key in enumerate(shard.keys):
+            row, served = by_key[key], int(re.sub(r"\D", "", by_key[key]["url"][-6:]))
+            image = Image.open(io.BytesIO(shard.image_bytes(i)))
+            red = image.getpixel((16, 16))[0]  # type: ignore[index]
+            assert image.size == (32, 32) and abs(red - 30 * served) < 8
+            assert shard.caption(i) == row["caption"]
+            assert (row["original_width"], row["width"]) == (60 + served, 32)
+
+
+def test_two_runs_give_equal_bytes_whatever_the_order_of_arrival(config, tmp_path):
+    assert main(config) == 0
+    again = replace(config, out=str(tmp_path / "again"), num_threads=1)
+    assert main(again) == 0
+    assert data_of(config.out) == data_of(again.out)
+    assert load_snapshot(config.out).digest == load_snapshot(again.out).digest
+
+
+def test_a_finished_download_fetches_nothing_again(config, site, capsys):
+    main(config)
+    before, hits = data_of(config.out), len(site.hits)
+    assert main(config) == 0
+    assert data_of(config.out) == before and len(site.hits) == hits
+    assert "3 of them done already" in capsys.readouterr().out
+
+
+def test_a_killed_run_continues_with_what_is_missing(config, tmp_path, monkeypatch, site):
+    real, made = shard_task.make_shard, []
+
+    def dying(job, number, rows):
+        if number == 1:
+            raise KeyboardInterrupt
+        made.append(number)
+        return real(job, number, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_task, "make_shard", dying)
+        with pytest.raises(KeyboardInterrupt):
+            main(config)
+    assert list(committed(config.out)) == ["000000"]
+    hits = len(site.hits)
+    assert main(config) == 0
+    assert not {"/0.png", "/1.png", "/2.png"} & set(site.hits[hits:])
+    whole = replace(config, out=str(tmp_path / "whole"))
+    main(whole)
+    assert data_of(config.out) == data_of(whole.out)
+
+
+def test_a_shard_that_fails_is_told_and_made_by_the_next_run(config, monkeypatch, capsys):
+    real = shard_task.make_shard
+
+    def full(job, number, rows):
+        if number == 1:
+            raise OSError("no space left on device")
+        return real(job, number, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_task, "make_shard", full)
+        assert main(config) == 1
+    out = capsys.readouterr().out
+    assert "shard 000001 failed: no space left" in out and "5 in 1 missing shards" in out
+    assert main(config) == 0
+    assert load_snapshot(config.out).num_samples == NUM_IMAGES
+
+
+def test_rows_that_img2dataset_drops_fail_the_shard(config, monkeypatch, capsys):
+    def losing(self, image, key, caption, meta):
+        raise MemoryError("img2dataset prints this and goes on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_task._Collector, "write", losing)
+        assert main(config) == 1
+    assert "img2dataset lost 5 of 5 rows" in capsys.readouterr().out
+    assert committed(config.out) == {} and os.listdir(Path(config.out) / "_attempts") == []
+
+
+def test_a_truncated_shard_is_fetched_again(config, capsys):
+    main(config)
+    digest = load_snapshot(config.out).digest
+    os.truncate(Path(config.out) / "000001.tar", 100)
+    assert main(config) == 0
+    assert "shard 000001 is damaged (000001.tar has 100 bytes" in capsys.readouterr().out
+    assert load_snapshot(config.out).digest == digest
+    assert not any(damage(config.out, c, deep=True) for c in committed(config.out).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"image_size": 64}, "image_size"),
+        ({"samples_per_shard": 4}, "samples_per_shard"),
+        ({"resize_mode": "border"}, "resize_mode"),
+        ({"min_image_side": 0}, "min_image_side"),
+        ({"keep_columns": ()}, "keep_columns"),
+        ({"urls": "other"}, "num_rows"),
+    ],
+)
+def test_resuming_with_anything_else_is_refused_naming_it(config, tmp_path, change, field):
+    main(config)
+    if "urls" in change:
+        change = {"urls": str(tmp_path / "other.parquet")}
+        pq.write_table(pq.read_table(config.urls).slice(1), change["urls"])
+    before = data_of(config.out)
+    with pytest.raises(ValueError, match=f"{field} = ") as error:
+        main(replace(config, **change))
+    assert "--fresh" in str(error.value) and data_of(config.out) == before
+
+
+def test_fresh_starts_over_with_other_settings(config):
+    main(config)
+    assert main(replace(config, fresh=True, image_size=24)) == 0
+    shard = ImageShard(config.out, "000000")
+    assert Image.open(io.BytesIO(shard.image_bytes(0))).size == (24, 24)
+
+
+def test_fresh_spares_a_folder_that_is_not_ours(config, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("dear")
+    with pytest.raises(ValueError, match="_manifest.json"):
+        main(replace(config, out=str(home), fresh=True))
+    assert (home / "thesis.tex").exists()
+
+
+def test_another_list_of_equal_length_is_refused(config, tmp_path):
+    main(config)
+    table = pq.read_table(config.urls)
+    other = tmp_path / "other.parquet"
+    pq.write_table(table.set_column(1, "TEXT", pa.array(["x"] * 12)), other)
+    with pytest.raises(ValueError, match="url_list_sha256"):
+        main(replace(config, urls=str(other)))
+
+
+@pytest.mark.slow
+def test_ray_tasks_make_the_same_bytes(config, tmp_path):
+    import ray
+
+    main(config)
+    spread = replace(config, out=str(tmp_path / "spread"), num_processes=2)
+    began = ray.is_initialized()
+    try:
+        assert main(spread) == 0
+    finally:
+        if not began:
+            ray.shutdown()
+    assert data_of(spread.out) == data_of(config.out)
+    recover(spread.out)
+    assert os.listdir(Path(spread.out) / "_attempts") == []
+
+
+# -- the list ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (("URL", "TEXT"), ("URL", "TEXT")),
+        (("url", "text"), ("url", "text")),
+        (("caption", "url", "key"), ("url", "caption")),
+    ],
+)
+def test_columns_of_the_laion_family_are_found(tmp_path, names, chosen):
+    pq.write_table(pa.table({name: ["a"] for name in names}), tmp_path / "l.parquet")
+    listed = open_url_list(tmp_path / "l.parquet")
+    assert (listed.url_column, listed.caption_column) == chosen
+
+
+def test_a_missing_column_is_named_with_those_found(tmp_path):
+    pq.write_table(pa.table({"link": ["a"], "TEXT": ["b"]}), tmp_path / "l.parquet")
+    with pytest.raises(ValueError, match=r"no url column .*found link, TEXT.*--url-column"):
+        open_url_list(tmp_path / "l.parquet")
+    assert open_url_list(tmp_path / "l.parquet", url_column="link").url_column == "link"
+    with pytest.raises(ValueError, match="not found"):
+        open_url_list(tmp_path / "absent.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR0")
+    with pytest.raises(ValueError, match="not a Parquet file"):
+        open_url_list(tmp_path / "broken.parquet")
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 100])
+def test_shards_cut_the_list_in_order_across_files_and_row_groups(tmp_path, size):
+    for number, count in enumerate((10, 3, 8)):
+        urls = [f"{number}-{i}" for i in range(count)]
+        table = pa.table({"url": urls, "text": urls})
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=3)
+    listed = open_url_list(tmp_path)
+    shards = [table["url"].to_pylist() for table in listed.shards(size)]
+    whole = [f"{n}-{i}" for n, count in enumerate((10, 3, 8)) for i in range(count)]
+    assert sum(shards, []) == whole and listed.num_rows == 21
+    assert all(len(shard) == size for shard in shards[:-1])
+
+
+def test_columns_that_cannot_be_stored_are_refused(tmp_path):
+    columns = {"url": ["a"], "text": ["b"], "status": ["c"], "boxes": [[1, 2]]}
+    pq.write_table(pa.table(columns), tmp_path / "l.parquet")
+    with pytest.raises(ValueError, match="shards use this name"):
+        open_url_list(tmp_path / "l.parquet", keep_columns=["status"])
+    with pytest.raises(ValueError, match="expected text, number or bool"):
+        open_url_list(tmp_path / "l.parquet", keep_columns=["boxes"])

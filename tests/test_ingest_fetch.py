@@ -1,0 +1,298 @@
+"""Laws of the fetcher: public addresses only, one lookup, one deadline, one byte limit."""
+
+import socket
+import ssl
+import struct
+import time
+import zlib
+
+import pytest
+
+from ingest.fetch import Fetcher, FetchPolicy, connect, is_public, parse_allow_address
+from ingest.filters import FAILED, FILTERED, header_problem, may_be_image, opted_out, outcome
+
+
+def fetcher(site, sleep=lambda _: None, **policy) -> Fetcher:
+    allowed = (parse_allow_address(site.address),)
+    defaults = {"timeout_seconds": 5.0, "retries": 0, "allow_addresses": allowed}
+    return Fetcher(FetchPolicy(**(defaults | policy)), sleep=sleep)
+
+
+def test_an_image_comes_back_as_it_was_served(site):
+    got = fetcher(site).fetch(site.put("/a", site.picture()))
+    assert got.body == site.picture() and got.reason is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", None, "file:///etc/passwd", "data:image/png;base64,AA", "ftp://a.b/c", "http://", "//x/y",
+     "http://user:secret@example.com/", "http://[::1", "http://a b.com/"],
+)  # fmt: skip
+def test_what_is_not_a_plain_web_url_is_refused_unresolved(site, url):
+    def resolve(host: str, port: int) -> list[str]:
+        raise AssertionError(f"looked up {host}")
+
+    policy = FetchPolicy(retries=0)
+    assert Fetcher(policy, resolve=resolve).fetch(url).reason == "invalid_url"
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["127.0.0.1", "localhost", "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "0.0.0.0",
+     "[::ffff:127.0.0.1]", "127.0.0.1."],
+)  # fmt: skip
+def test_the_private_canary_is_not_reached_in_any_spelling(site, canary, spelling):
+    got = fetcher(site).fetch(f"http://{spelling}:{canary.port}/")
+    assert got.reason in ("address_refused", "unresolved")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
+     "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1", "::ffff:10.0.0.1",
+     "2002:7f00:1::", "64:ff9b::7f00:1", "ff02::1"],
+)  # fmt: skip
+def test_addresses_that_are_not_public(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+def test_addresses_that_are_public(address):
+    assert is_public(address)
+
+
+def test_one_private_address_among_public_ones_refuses_the_name():
+    policy = FetchPolicy(retries=0)
+    mixed = Fetcher(policy, resolve=lambda *_: ["8.8.8.8", "127.0.0.1"], connect=_no_connection)
+    assert mixed.fetch("http://rebinding.example/").reason == "address_refused"
+
+
+def _no_connection(address: str, port: int) -> socket.socket:
+    raise AssertionError(f"connected to {address}:{port}")
+
+
+def test_the_connection_goes_to_the_address_that_was_judged(site):
+    """A name is looked up once: a second answer, private this time, is never asked for."""
+    answers, dialled = iter([["93.184.215.14"], ["127.0.0.1"]]), []
+
+    def dial(address: str, port: int) -> socket.socket:
+        dialled.append(address)
+        return connect("127.0.0.1", site.port)
+
+    site.put("/a", site.picture())
+    twice = Fetcher(FetchPolicy(retries=0), resolve=lambda *_: next(answers), connect=dial)
+    assert twice.fetch("http://rebinding.example/a").body == site.picture()
+    assert dialled == ["93.184.215.14"]
+
+
+def test_allowing_an_address_allows_that_port_only(site, canary):
+    site.put("/a", site.picture())
+    policy = FetchPolicy(retries=0, allow_addresses=(("127.0.0.1", site.port),))
+    assert Fetcher(policy).fetch(site.url("/a")).body
+    assert Fetcher(policy).fetch(canary.url("/")).reason == "address_refused"
+
+
+def test_redirects_are_followed_and_judged_anew(site, canary):
+    site.put("/a", site.picture())
+    site.put("/to-a", status=302, headers={"Location": "/a"})
+    site.put("/to-canary", status=302, headers={"Location": canary.url("/")})
+    site.put("/to-file", status=302, headers={"Location": "file:///etc/passwd"})
+    site.put("/loop", status=302, headers={"Location": "/loop"})
+    found = fetcher(site)
+    assert found.fetch(site.url("/to-a")).body == site.picture()
+    assert found.fetch(site.url("/to-canary")).reason == "address_refused"
+    assert found.fetch(site.url("/to-file")).reason == "invalid_url"
+    assert found.fetch(site.url("/loop")).reason == "too_many_redirects"
+    assert site.hits.count("/loop") == 6
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "tries"),
+    [(404, "not_found", 1), (410, "not_found", 1), (403, "forbidden", 1), (418, "client_error", 1),
+     (429, "rate_limited", 3), (500, "server_error", 3), (503, "server_error", 3)],
+)  # fmt: skip
+def test_only_what_may_pass_is_tried_again(site, status, reason, tries):
+    url = site.put("/a", status=status, kind="text/html")
+    pauses: list[float] = []
+    assert fetcher(site, pauses.append, retries=2).fetch(url).reason == reason
+    assert len(site.hits) == tries and len(pauses) == tries - 1
+
+
+def test_a_server_that_says_when_is_waited_for(site):
+    pauses: list[float] = []
+    url = site.put("/a", status=429, headers={"Retry-After": "7"})
+    fetcher(site, pauses.append, retries=1).fetch(url)
+    assert pauses == [7.0]
+
+
+def test_a_failure_that_passes_is_a_success(site):
+    site.put("/a", status=500)
+    pauses: list[float] = []
+
+    def mend(seconds: float) -> None:
+        pauses.append(seconds)
+        site.put("/a", site.picture())
+
+    assert fetcher(site, mend, retries=1).fetch(site.url("/a")).body == site.picture()
+    assert len(pauses) == 1
+
+
+def test_bodies_are_judged_by_type_and_by_content(site):
+    found = fetcher(site)
+    html = site.put("/html", b"<html>", kind="text/html; charset=utf-8")
+    liar = site.put("/liar", b"<html>not a picture</html>")
+    shy = site.put("/shy", site.picture(), kind="application/octet-stream")
+    tagged = site.put("/tagged", site.picture(), headers={"X-Robots-Tag": "noai, noimageai"})
+    assert found.fetch(html).reason == "not_an_image"
+    assert found.fetch(liar).reason == "not_an_image"
+    assert found.fetch(shy).body == site.picture()
+    assert found.fetch(tagged).reason == "opted_out"
+
+
+def test_the_byte_limit_holds_whether_announced_or_not(site):
+    served: list[int] = []
+
+    def endless(handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "image/png")
+        handler.end_headers()
+        handler.close_connection = True
+        try:
+            while len(served) < 4000:
+                handler.wfile.write(b"\0" * 65536)
+                served.append(65536)
+        except OSError:
+            return
+
+    site.answers["/endless"] = endless
+    big = site.put("/big", b"\0" * 200_000)
+    small = fetcher(site, max_bytes=100_000)
+    assert small.fetch(big).reason == "too_large"
+    assert small.fetch(site.url("/endless")).reason == "too_large"
+    assert len(served) < 4000
+
+
+def test_a_shortened_body_is_truncated(site):
+    url = site.put("/a", site.picture()[:-9], headers={"Content-Length": str(len(site.picture()))})
+    inner = site.answers["/a"]
+
+    def cut(handler) -> None:
+        inner(handler)
+        handler.close_connection = True
+
+    site.answers["/a"] = cut
+    assert fetcher(site).fetch(url).reason == "truncated"
+
+
+@pytest.mark.parametrize("where", ["headers", "body"])
+def test_one_byte_at_a_time_does_not_outlive_the_deadline(site, where):
+    def drip(handler) -> None:
+        handler.close_connection = True
+        if where == "body":
+            handler.send_response(200)
+            handler.send_header("Content-Type", "image/png")
+            handler.send_header("Content-Length", "100000")
+            handler.end_headers()
+        try:
+            for byte in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"a" * 100:
+                handler.wfile.write(bytes([byte]))
+                time.sleep(0.05)
+        except OSError:
+            return
+
+    site.answers["/drip"] = drip
+    started = time.monotonic()
+    assert fetcher(site, timeout_seconds=0.5).fetch(site.url("/drip")).reason == "timeout"
+    assert time.monotonic() - started < 2.0
+
+
+def test_a_closed_port_is_unreachable(site):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        policy = FetchPolicy(retries=0, allow_addresses=(("127.0.0.1", port),))
+        assert Fetcher(policy).fetch(f"http://127.0.0.1:{port}/").reason == "unreachable"
+
+
+def test_plain_http_behind_https_fails_in_tls(site):
+    assert fetcher(site).fetch(f"https://{site.address}/").reason == "tls_failed"
+
+
+def test_certificates_are_verified_for_the_name_not_the_address(monkeypatch):
+    seen = {}
+
+    def wrap(self, sock, server_hostname=None, **_):
+        seen.update(name=server_hostname, mode=self.verify_mode, check=self.check_hostname)
+        raise ssl.SSLError("enough")
+
+    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", wrap)
+    near, far = socket.socketpair()
+    found = Fetcher(
+        FetchPolicy(retries=0), resolve=lambda *_: ["8.8.8.8"], connect=lambda *_: near
+    ).fetch("https://pictures.example/a")
+    far.close()
+    assert found.reason == "tls_failed" and seen["name"] == "pictures.example"
+    assert seen["mode"] is ssl.CERT_REQUIRED
+
+
+def test_connections_are_kept_between_fetches(site):
+    dialled: list[int] = []
+
+    def dial(address: str, port: int) -> socket.socket:
+        dialled.append(port)
+        return connect(address, port)
+
+    policy = FetchPolicy(retries=0, allow_addresses=(parse_allow_address(site.address),))
+    kept = Fetcher(policy, connect=dial)
+    for path in ("/a", "/b", "/c"):
+        assert kept.fetch(site.put(path, site.picture())).body
+    assert len(dialled) == 1
+
+
+def test_proxies_of_the_environment_are_not_used(site, canary, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, canary.url(""))
+    assert fetcher(site).fetch(site.put("/a", site.picture())).body == site.picture()
+
+
+def test_spaces_and_letters_beyond_ascii_are_encoded(site):
+    site.put("/b%C3%A4r%20eins", site.picture())
+    assert fetcher(site).fetch(site.url("/bär eins")).body == site.picture()
+
+
+def bomb(width: int, height: int, color_type: int) -> bytes:
+    """Return the start of a PNG that claims to be huge."""
+    head = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
+    chunk = b"IHDR" + head
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(
+        ">I", zlib.crc32(chunk)
+    ) + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))  # fmt: skip
+
+
+def test_a_decompression_bomb_is_stopped_at_its_header():
+    assert header_problem(bomb(60_000, 60_000, 2), max_pixels=50_000_000) == "too_many_pixels"
+    assert header_problem(bomb(9_000, 9_000, 2), max_pixels=50_000_000) == "too_many_pixels"
+    assert header_problem(bomb(6_000, 6_000, 2), max_pixels=50_000_000) is None
+    assert header_problem(bomb(6_000, 6_000, 6), max_pixels=50_000_000) == "too_many_pixels"
+    assert header_problem(b"", max_pixels=50_000_000) == "not_an_image"
+
+
+def test_every_error_has_one_outcome():
+    assert outcome(None) == ("success", None)
+    assert outcome("image too small") == ("filtered", "too_small")
+    assert outcome("OpenCV(4.14) :-1: error") == ("failed", "undecodable")
+    assert {outcome(r) for r in FAILED} == {("failed", r) for r in FAILED}
+    assert {outcome(r) for r in FILTERED} == {("filtered", r) for r in FILTERED}
+
+
+def test_headers_are_read_as_servers_write_them():
+    assert opted_out(["NoAI"]) and opted_out(["all", "x, noindex"])
+    assert not opted_out([]) and not opted_out(["otherbot: noai"]) and not opted_out(["all"])
+    assert may_be_image("IMAGE/JPEG; q=1") and may_be_image(None)
+    assert not may_be_image("text/html") and not may_be_image("image/svg+xml")
+
+
+@pytest.mark.parametrize("text", ["localhost", "localhost:", ":80", "http://localhost:80", "a:b"])
+def test_allow_address_wants_host_and_port(text):
+    with pytest.raises(ValueError, match="expected HOST:PORT"):
+        parse_allow_address(text)

@@ -1,0 +1,221 @@
+"""Laws of the whole tree: sizes, who imports what, what ships, and that help answers at once."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("ingest", "models", "training", "eval", "cluster")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+EVERY_FILE = sorted([*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")])
+SCRIPTS = [path for path in SOURCES if "\nif __name__ ==" in path.read_text(encoding="utf-8")]
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 8
+MAX_NESTING = 3
+
+MODELS_MAY_IMPORT = {"torch", "torchvision", "numpy", "safetensors", "open_clip", "PIL", "models"}
+HEAVY = ("torch", "ray", "deepspeed", "open_clip", "img2dataset", "pandas", "pyarrow", "numpy")
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+NESTING = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def functions(path: Path) -> Iterator[Function]:
+    return (node for node in ast.walk(tree(path)) if isinstance(node, Function))
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that `path` imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def nesting(node: ast.AST, depth: int = 0) -> int:
+    """The deepest block inside `node`; an elif is as deep as its if, a function begins again."""
+    deepest = depth
+    for name, children in ast.iter_fields(node):
+        for child in children if isinstance(children, list) else [children]:
+            if not isinstance(child, ast.AST) or isinstance(
+                child, (*Function.__args__, ast.Lambda)
+            ):
+                continue
+            elif_branch = (
+                name == "orelse" and isinstance(node, ast.If) and isinstance(child, ast.If)
+            )
+            deeper = isinstance(child, NESTING) and not (elif_branch and len(children) == 1)
+            deepest = max(deepest, nesting(child, depth + deeper))
+    return deepest
+
+
+def too_big(path: Path) -> list[str]:
+    """What in `path` outgrows its room, one line each."""
+    found = []
+    lines = path.read_text(encoding="utf-8").count("\n")
+    if lines > MAX_FILE_LINES:
+        found.append(f"{name_of(path)}: {lines} lines, room for {MAX_FILE_LINES}")
+    for function in functions(path):
+        arguments = function.args
+        named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        sizes = (
+            ("lines", (function.end_lineno or 0) - function.lineno + 1, MAX_FUNCTION_LINES),
+            ("parameters", sum(a.arg not in ("self", "cls") for a in named), MAX_PARAMETERS),
+            ("levels of nesting", nesting(function), MAX_NESTING),
+        )
+        where = f"{name_of(path)}:{function.lineno} {function.name}"
+        found += [
+            f"{where}: {size} {what}, room for {room}" for what, size, room in sizes if size > room
+        ]
+    return found
+
+
+def test_every_room_is_habitable():
+    found = [line for path in EVERY_FILE for line in too_big(path)]
+    assert not found, "\n".join(found)
+
+
+def test_the_size_law_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "big.py"
+    deep = "def f(a, b, c, d, e, f, g, h, i):\n if a:\n  pass\n elif b:\n  for c in d:\n"
+    path.write_text(deep + "   with e:\n    while f:\n     pass\n" + "\n" * 400)
+    assert [line.split(": ")[1] for line in too_big(path)] == [
+        "408 lines, room for 400",
+        "9 parameters, room for 8",
+        "4 levels of nesting, room for 3",
+    ]
+
+
+def test_models_imports_torch_and_its_friends_only():
+    for path in (ROOT / "models").glob("*.py"):
+        modules = imported(path)
+        roots = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
+        assert roots <= MODELS_MAY_IMPORT, name_of(path)
+        assert not {m for m in modules if m.startswith("torch.distributed")}, name_of(path)
+
+
+def test_models_names_no_device():
+    for path in (ROOT / "models").glob("*.py"):
+        texts = [n.value for n in ast.walk(tree(path)) if isinstance(n, ast.Constant)]
+        devices = [
+            t for t in texts if isinstance(t, str) and re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", t)
+        ]
+        assert devices == [], name_of(path)
+
+
+def test_nothing_but_the_demo_imports_a_script():
+    scripts = {name_of(path).removesuffix(".py").replace("/", ".") for path in SCRIPTS}
+    for path in SOURCES:
+        if name_of(path) != "cluster/demo.py":
+            assert imported(path).isdisjoint(scripts), name_of(path)
+
+
+def test_no_file_beside_a_script_shadows_a_library():
+    """Python puts a script's folder first on the path: a queue.py there breaks `import queue`."""
+    locked = {re.split("==", line)[0].replace("-", "_") for line in lock_lines()}
+    for path in SOURCES:
+        taken = path.stem in sys.stdlib_module_names or path.stem in locked
+        assert not taken or path.stem == "__init__", name_of(path)
+
+
+def test_no_file_touches_the_import_path_or_a_pickle():
+    banned = re.compile(
+        r"sys\.path\.|weights_only\s*=\s*False|allow_pickle\s*=\s*True|pickle\.loads?\(|yaml\.load\("
+    )
+    for path in SOURCES:
+        assert banned.findall(path.read_text(encoding="utf-8")) == [], name_of(path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_help_answers_before_anything_heavy_is_imported(script: Path, tmp_path: Path):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(script)!r}, '--help']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as error:\n    assert not error.code, error.code\n"
+        f"print('heavy:', [m for m in {HEAVY!r} if m in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+    assert "usage:" in done.stdout and "--" in done.stdout
+
+
+def lock_lines() -> list[str]:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_lock_satisfies_every_dependency():
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    locked = dict(line.split("==") for line in lock_lines())
+    assert list(locked) == sorted(locked)
+    asked = [*project()["dependencies"], *sum(project()["optional-dependencies"].values(), [])]
+    for requirement in map(Requirement, asked):
+        name = canonicalize_name(requirement.name)
+        if name != project()["name"]:
+            assert requirement.specifier.contains(locked[name]), f"{requirement}: {locked[name]}"
+
+
+def test_what_is_imported_is_declared_and_explained():
+    """Each dependency is imported somewhere, and CONTRIBUTING.md says why it is there."""
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    declared = {re.split(r"[\[<>=]", name)[0] for name in project()["dependencies"]}
+    assert [name for name in sorted(declared) if f"`{name}`" not in contributing] == []
+    modules = {"open-clip-torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
+    known = {modules.get(name, name.replace("-", "_")) for name in declared}
+    used = {module.partition(".")[0] for path in SOURCES for module in imported(path)}
+    assert used - sys.stdlib_module_names - set(FOLDERS) <= known
+
+
+def test_the_wheel_holds_the_folders_their_presets_and_templates():
+    from hatchling.builders.wheel import WheelBuilder
+
+    files = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
+    shipped = {path for path in files if path.startswith(FOLDERS)}
+    assert shipped >= {name_of(path) for path in SOURCES}
+    assert shipped >= {name_of(path) for path in ROOT.glob("training/presets/*.yaml")}
+    assert "eval/templates/report.html.j2" in shipped
+    assert not {path for path in files if path.startswith(("tests/", "benchmarks/", "docs/"))}
+
+
+def test_the_packages_are_importable_from_any_directory(tmp_path: Path):
+    code = f"import {', '.join(FOLDERS)}, os; print(os.path.dirname(eval.__file__))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(ROOT / "eval"), done.stderr
+
+
+def test_tests_are_named_after_what_they_test():
+    for path in (ROOT / "tests").glob("test_*.py"):
+        folder = path.stem.split("_")[1]
+        assert folder in (*FOLDERS, "package", "end"), path.name
+    assert not (ROOT / "tests" / "__init__.py").exists()

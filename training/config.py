@@ -1,0 +1,167 @@
+"""The configuration of the training scripts; no torch here, so that --help is quick."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from models.configs import ClipConfig, DecoderConfig, DiffusionPriorConfig, UpsamplerConfig
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How any model is trained; sizes are in samples, never per worker."""
+
+    num_steps: int = 1000
+    """optimizer steps"""
+    global_batch_size: int = 64
+    """samples a step over all workers"""
+    micro_batch_size: int = 0
+    """samples a forward pass and worker; 0 = the worker's whole share"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the updates of matrices and leaves the rest to AdamW; it needs
+    zero_stage 0"""
+    learning_rate: float = 1e-3
+    """peak learning rate of AdamW"""
+    matrix_learning_rate: float = 0.02
+    """peak learning rate of Muon"""
+    beta2: float = 0.99
+    """decay of AdamW's second moment"""
+    weight_decay: float = 0.0
+    """decoupled weight decay of matrices"""
+    warmup: float = 0.04
+    """share of the steps in which the learning rate rises linearly"""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """learning rate after the warm-up"""
+    grad_clip: float = 1.0
+    """largest global gradient norm; 0 = no clipping"""
+    ema_decay: float = 0.999
+    """decay of the averaged weights; the first steps use (1 + step) / (10 + step)"""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: fp32 weights under autocast; fp32: no autocast"""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed's partitioning: 0 none, 1 optimizer state, 2 gradients as well"""
+    num_workers: int = 1
+    """training processes under Ray; 0 = this very process, without Ray and DeepSpeed"""
+    num_threads: int = 2
+    """threads a worker on the CPU"""
+    max_failures: int = 3
+    """restarts of the worker group before giving up"""
+    seed: int = 0
+    """of weights, sample order and every sample's noise"""
+    checkpoint_every: int = 200
+    """steps between checkpoints"""
+    keep_checkpoints: int = 2
+    """newest checkpoints kept"""
+    report_every: int = 10
+    """steps between lines of metrics.jsonl"""
+
+    def __post_init__(self) -> None:
+        workers = max(1, self.num_workers)
+        if self.global_batch_size % workers:
+            raise ValueError(
+                f"train.global_batch_size: found {self.global_batch_size}, expected a multiple "
+                f"of {workers} workers"
+            )
+        share = self.global_batch_size // workers
+        if self.micro_batch_size and share % self.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size: found {self.micro_batch_size}, "
+                f"expected a divisor of a worker's {share} samples"
+            )
+        if self.optimizer == "muon" and self.zero_stage:
+            raise ValueError(
+                f"train.optimizer: found muon with zero_stage {self.zero_stage}, expected adamw: "
+                "ZeRO flattens the matrices that Muon needs whole"
+            )
+        for name in (
+            "num_steps",
+            "global_batch_size",
+            "checkpoint_every",
+            "report_every",
+            "num_threads",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}: found {getattr(self, name)}, expected at least 1")
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Micro-batches a step: what makes the global batch from a worker's micro-batches."""
+        share = self.global_batch_size // max(1, self.num_workers)
+        return share // (self.micro_batch_size or share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every training script takes beside its data and model."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """how it is trained"""
+    metrics_port: int | None = None
+    """serve Prometheus metrics on this loopback port; 0 = any free one"""
+    fresh: bool = False
+    """delete the run and start over instead of continuing it"""
+    dry_run: bool = False
+    """print the configuration, the parameters and a memory estimate, and stop"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipRunConfig(RunConfig):
+    """Train a CLIP on image shards."""
+
+    images: str = "data/shapes/images"
+    """folder of committed image shards; the demo's are drawn if it is absent"""
+    run: str = "runs/clip"
+    """folder of the run"""
+    block_size: int = 1
+    """neighbouring samples kept in one batch: the drawn set's hard negatives come in blocks of 4"""
+    part: str = "1/1"
+    """train on the k-th of n equal parts of the shards, "k/n"; a judge takes the part that CLIP
+    did not"""
+    model: ClipConfig = field(default_factory=ClipConfig)
+    """sizes"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorRunConfig(RunConfig):
+    """Train a prior on embeddings."""
+
+    embeds: str = "data/shapes/embeds"
+    """folder of committed embeddings; the demo's are made if it is absent"""
+    clip: str = ""
+    """encoder of the caption's token states; empty = the one the embeddings name"""
+    run: str = "runs/prior"
+    """folder of the run"""
+    prior: Literal["diffusion"] = "diffusion"
+    """kind of prior"""
+    whiten: bool = True
+    """standardise each dimension by the data instead of scaling all by 0.5375 sqrt(E)"""
+    model: DiffusionPriorConfig = field(default_factory=DiffusionPriorConfig)
+    """sizes"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderRunConfig(RunConfig):
+    """Train one stage of the decoder cascade."""
+
+    images: str = "data/shapes/images"
+    """folder of committed image shards"""
+    embeds: str = "data/shapes/embeds"
+    """folder of the embeddings of those shards"""
+    clip: str = ""
+    """encoder of the caption's token states; empty = the one the embeddings name"""
+    run: str = "runs/base"
+    """folder of the run"""
+    stage: Literal["base", "up256", "up1024"] = "base"
+    """stage of the cascade"""
+    image_size: int = 64
+    """side of this stage's images in px"""
+    low_res_size: int = 0
+    """side of the previous stage's images in px; 0 = a quarter; upsamplers only"""
+    crop_size: int = 0
+    """side of training crops in px; 0 = a quarter of the image, at least 16; upsamplers only"""
+    base: DecoderConfig = field(default_factory=DecoderConfig)
+    """sizes of the base decoder"""
+    up: UpsamplerConfig = field(default_factory=UpsamplerConfig)
+    """sizes of an upsampler"""

@@ -1,0 +1,28 @@
+"""Train one stage of the cascade: the base decoder, or an upsampler.
+
+python training/decoder.py --images data/images --embeds data/embeds --stage base --run runs/base
+python training/decoder.py --preset debug          # seconds on a CPU, makes its own data
+"""
+
+from cluster.cli import parse, run_script
+from training.config import PRESETS, DecoderRunConfig
+
+
+def main(config: DecoderRunConfig) -> int:
+    """Train, or continue, the run that `config` describes."""
+    from cluster.metrics import serve
+    from training.jobs import build_decoder, decoder_model, prepare_data
+    from training.sizing import dry_run
+    from training.worker import launch
+
+    if config.dry_run:
+        return dry_run(config, decoder_model)
+    serve(config.metrics_port)
+    config = prepare_data(config)
+    return launch(
+        config, config.run, build_decoder, "decoder" if config.stage == "base" else "upsampler"
+    )
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(DecoderRunConfig, presets=PRESETS / "decoder")))

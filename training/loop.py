@@ -1,0 +1,159 @@
+"""The training loop. It knows an objective, an engine and a feed; not which model it trains, nor
+who else does."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training import checkpoint
+from training.batches import Batch, Feed, Plan, Reader
+from training.checkpoint import Progress
+from training.config import TrainConfig
+from training.ema import Ema
+from training.optimizer import learning_rate_ratio
+from training.reporting import Reporter
+from training.zero import Engine
+
+MAX_NONFINITE_IN_A_ROW = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained: made anew in every worker.
+
+    objective(model, batch) -> {"loss": [B], other scores: [B]}; export: what config.json tells
+    of the model.
+    """
+
+    model: nn.Module
+    objective: Callable[[Any, Batch], dict[str, Tensor]]
+    reader: Reader
+    export: dict
+    block_size: int = 1
+
+
+def train(job: Job, config: TrainConfig, engine: Engine, run: Path, reporter: Reporter) -> Progress:
+    """Train to `config.num_steps`, from the newest valid checkpoint of `run` on."""
+    feed = _feed(job, config, engine)
+    ema = Ema(engine.fragments(), config.ema_decay)
+    progress = _resume(run, engine, ema)
+    reporter.started(progress)
+    batches = feed.iterate(progress.step, config.num_steps)
+    in_a_row = 0
+    engine.model.train()
+    for step in range(progress.step, config.num_steps):
+        # Fetch
+        fetch_started = time.perf_counter()
+        micro_batches = next(batches)
+        reporter.waited(time.perf_counter() - fetch_started)
+
+        # Forward, Backward and step
+        _seed_dropout(config.seed, step, engine.rank)
+        scores = _forward_backward(engine, micro_batches)
+        finite = _everywhere_finite(engine, scores)
+        ratio = learning_rate_ratio(config, step)
+        if finite:
+            scores["grad_norm"] = torch.tensor(engine.step(ratio))
+        else:
+            engine.discard()
+
+        # EMA
+        if finite:
+            ema.update(step)
+
+        # Report
+        in_a_row = 0 if finite else in_a_row + 1
+        progress = Progress(
+            step=step + 1,
+            samples_seen=progress.samples_seen + micro_batches[0].num_real,
+            nonfinite_steps=progress.nonfinite_steps + (not finite),
+        )
+        reporter.step(progress, scores, ratio)
+
+        # Checkpoint
+        if progress.step % config.checkpoint_every == 0 or progress.step == config.num_steps:
+            with reporter.checkpointing():
+                _checkpoint(run, engine, ema, progress, job, config)
+
+        # Stop?
+        if in_a_row >= MAX_NONFINITE_IN_A_ROW:
+            raise RuntimeError(
+                f"{run}: the loss was not finite {in_a_row} steps in a row; lower the learning rate"
+            )
+    return progress
+
+
+def _feed(job: Job, config: TrainConfig, engine: Engine) -> Feed:
+    plan = Plan(
+        shard_sizes=job.reader.shard_sizes,
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        block_size=job.block_size,
+    )
+    return Feed(
+        plan=plan,
+        reader=job.reader,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        grad_accum_steps=config.grad_accum_steps,
+    )
+
+
+def _resume(run: Path, engine: Engine, ema: Ema) -> Progress:
+    found = checkpoint.newest_valid(run)
+    if found is None:
+        return Progress()
+    folder, progress = found
+    checkpoint.restore(folder, engine, ema)
+    return progress
+
+
+def _seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed dropout by position, so that a resumed run drops what an undisturbed one would have
+    dropped."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + rank)
+
+
+def _forward_backward(engine: Engine, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """Accumulate the gradient of the mean loss over the real samples of the global batch; return
+    mean scores."""
+    sums: dict[str, Tensor] = {}
+    for batch in micro_batches:
+        batch = batch.to(engine.device)
+        scores = engine.losses(batch)
+        # engines average over ranks and micro-batches; this makes that average the mean over real
+        # samples
+        share = engine.world_size * len(micro_batches) / batch.num_real
+        means = {name: (value * batch.weight).sum() * share for name, value in scores.items()}
+        engine.backward(means["loss"])
+        for name, value in means.items():
+            sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu() / len(micro_batches)
+    return sums
+
+
+def _everywhere_finite(engine: Engine, scores: dict[str, Tensor]) -> bool:
+    """Say whether every rank's loss is finite, and turn `scores` into means over ranks."""
+    if engine.world_size > 1:
+        packed = torch.stack([value.to(engine.device) for value in scores.values()])
+        dist.all_reduce(packed)
+        for name, value in zip(scores, packed / engine.world_size, strict=True):
+            scores[name] = value.cpu()
+    return math.isfinite(scores["loss"].item())
+
+
+def _checkpoint(
+    run: Path, engine: Engine, ema: Ema, progress: Progress, job: Job, config: TrainConfig
+) -> None:
+    done = progress.step == config.num_steps
+    folder = checkpoint.save(run, engine, ema, replace(progress), job.export)
+    if engine.rank == 0:
+        checkpoint.prune(run, config.keep_checkpoints)
+        if done:
+            checkpoint.finish(run, folder)

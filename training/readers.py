@@ -1,0 +1,138 @@
+"""Readers of one pinned snapshot: samples by their index, whichever shard they lie in."""
+
+import io
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ingest.shards import EmbedShard, ImageShard, ShardEntry, Snapshot
+from training.batches import Cached
+
+MAX_OPEN_SHARDS = 64
+
+
+class ImageReader:
+    """Reads `image`, uint8 [n, 3, S, S]: the short side resized to S, the centre cropped.
+
+    Decoded images are kept in memory while they fit a gigabyte: decoding then costs one epoch only.
+    """
+
+    def __init__(self, snapshot: Snapshot, size: int) -> None:
+        self.shard_sizes = tuple(entry.num_samples for entry in snapshot.shards)
+        self._snapshot, self._size = snapshot, size
+        self._places = _Places(self.shard_sizes)
+        self._open = lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
+        self._cached = Cached(self._decode)
+
+    def _open_shard(self, number: int) -> ImageShard:
+        entry = self._snapshot.shards[number]
+        return ImageShard(self._snapshot.root, entry.name, digest=entry.digest)
+
+    def _decode(self, index: int) -> np.ndarray:
+        from PIL import Image
+
+        from models.clip import preprocess
+
+        shard, row = self._places.of(index)
+        with Image.open(io.BytesIO(self._open(shard).image_bytes(row))) as image:
+            return preprocess(image, self._size)
+
+    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        return {"image": self._cached.read(index)}
+
+
+class CaptionReader:
+    """Reads `image` and `tokens` int32 [n, L] of image shards: what CLIP trains on, before any
+    embedding."""
+
+    def __init__(self, snapshot: Snapshot, size: int, tokenize: Any) -> None:
+        self._images = ImageReader(snapshot, size)
+        self.shard_sizes = self._images.shard_sizes
+        self._tokens = Cached(lambda i: tokenize([self._caption(i)])[0], limit_bytes=1 << 28)
+
+    def _caption(self, index: int) -> str:
+        shard, row = self._images._places.of(index)
+        return self._images._open(shard).caption(row)
+
+    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        return {**self._images.read(index), "tokens": self._tokens.read(index)}
+
+
+class EmbedReader:
+    """Reads `image_embed`, `text_embed` float32 [n, E] and `tokens` int32 [n, L]."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.shard_sizes = tuple(entry.num_samples for entry in snapshot.shards)
+        self._snapshot = snapshot
+        self._places = _Places(self.shard_sizes)
+        self._open = lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
+
+    def _open_shard(self, number: int) -> EmbedShard:
+        entry = self._snapshot.shards[number]
+        return EmbedShard(self._snapshot.root, entry.name, digest=entry.digest)
+
+    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        shards, rows = self._places.of_many(index)
+        columns: dict[str, np.ndarray] = {}
+        for number in np.unique(shards):
+            shard, mine = self._open(int(number)), shards == number
+            for name in ("image_embed", "text_embed", "tokens"):
+                values = getattr(shard, name)[rows[mine]]
+                whole = columns.setdefault(
+                    name, np.empty((len(index), *values.shape[1:]), values.dtype)
+                )
+                whole[mine] = values
+        return {
+            name: v.astype(np.float32) if v.dtype == np.float16 else v
+            for name, v in columns.items()
+        }
+
+
+class JoinedReader:
+    """Reads an image and its embeddings: row i of an embedding shard belongs to row i of the
+    image shard."""
+
+    def __init__(self, images: Snapshot, embeds: Snapshot, size: int) -> None:
+        by_name = {entry.name: entry for entry in images.shards}
+        paired: list[ShardEntry] = []
+        for entry in embeds.shards:
+            image = by_name.get(entry.name)
+            if image is None or image.num_samples != entry.num_samples:
+                found = "no such shard" if image is None else f"{image.num_samples} samples"
+                raise ValueError(
+                    f"{images.root}: shard {entry.name}: found {found}, expected "
+                    f"{entry.num_samples} samples as in "
+                    f"{embeds.root}; embed these images with: python ingest/embed.py"
+                )
+            paired.append(image)
+        matched = Snapshot(root=images.root, digest=images.digest, shards=tuple(paired))
+        self._images, self._embeds = ImageReader(matched, size), EmbedReader(embeds)
+        self.shard_sizes = self._embeds.shard_sizes
+        self._check_keys(matched)
+
+    def _check_keys(self, matched: Snapshot) -> None:
+        for number, entry in enumerate(matched.shards):
+            if self._images._open(number).keys != self._embeds._open(number).keys:
+                raise ValueError(
+                    f"{matched.root}: shard {entry.name}: its keys differ from those of its "
+                    f"embeddings"
+                )
+
+    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        return {**self._images.read(index), **self._embeds.read(index)}
+
+
+class _Places:
+    """Maps an index in the snapshot to (shard, row)."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self._starts = np.cumsum([0, *sizes])
+
+    def of(self, index: int) -> tuple[int, int]:
+        shards, rows = self.of_many(np.array([index]))
+        return int(shards[0]), int(rows[0])
+
+    def of_many(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        shards = np.searchsorted(self._starts, index, side="right") - 1
+        return shards, index - self._starts[shards]

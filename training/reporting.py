@@ -1,0 +1,174 @@
+"""What a run says of itself: metrics.jsonl beside its checkpoints, and the driver that follows it.
+
+Rank 0 writes one JSON line a report. The driver, wherever it runs, reads those lines for its
+progress bar and
+its Prometheus metrics: one source, which survives the worker.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training.checkpoint import Progress
+from training.config import TrainConfig
+
+METRICS_NAME = "metrics.jsonl"
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Reporter:
+    """Collects a rank's timings and scores; the first rank writes them."""
+
+    def __init__(self, run: Path, config: TrainConfig, rank: int) -> None:
+        self._path = run / METRICS_NAME if rank == 0 else None
+        self._config = config
+        self._started = self._reported = time.perf_counter()
+        self._reported_samples = 0
+        self._waited = self._checkpoint_seconds = 0.0
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def started(self, progress: Progress) -> None:
+        """Forget the lines past the checkpoint that the run continues from."""
+        self._reported = time.perf_counter()
+        self._reported_samples = progress.samples_seen
+        if self._path is not None:
+            lines = [line for line in read_lines(self._path) if line["step"] <= progress.step]
+            self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._checkpoint_seconds += time.perf_counter() - started
+
+    def step(
+        self, progress: Progress, scores: dict[str, Tensor], learning_rate_ratio: float
+    ) -> None:
+        """Add a step's mean scores; every `report_every` steps write their means since the last
+        line."""
+        for name, value in scores.items():
+            self._sums[name] = self._sums.get(name, torch.zeros(())) + value
+        self._count += 1
+        last = progress.step == self._config.num_steps
+        if progress.step % self._config.report_every and not last:
+            return
+        now = time.perf_counter()
+        seconds = now - self._reported
+        line = {
+            "step": progress.step,
+            "samples_seen": progress.samples_seen,
+            "reported_samples": progress.samples_seen - self._reported_samples,
+            **{name: value.item() / self._count for name, value in self._sums.items()},
+            "learning_rate_ratio": learning_rate_ratio,
+            "samples_per_second": (progress.samples_seen - self._reported_samples) / seconds,
+            "data_wait_ratio": self._waited / seconds,
+            "checkpoint_seconds": self._checkpoint_seconds,
+            "nonfinite_steps": progress.nonfinite_steps,
+            "num_steps": self._config.num_steps,
+            "seconds": now - self._started,
+        }
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self._reported, self._reported_samples = now, progress.samples_seen
+        self._waited = self._checkpoint_seconds = 0.0
+        self._sums, self._count = {}, 0
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Read the whole lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+class Follower:
+    """Shows a run's progress on the driver: a bar on a terminal, plain lines elsewhere,
+    Prometheus always."""
+
+    def __init__(self, run: Path, model: str) -> None:
+        self._path = run / METRICS_NAME
+        self._model = model
+        self._seen = len(read_lines(self._path))
+        self._said = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="follow", daemon=True)
+
+    def __enter__(self) -> "Follower":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console()
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        hidden = not console.is_terminal
+        with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as bar:
+            task = bar.add_task(self._model, total=None, note="starting")
+            stopped = False
+            while not stopped:
+                stopped = self._stop.wait(1.0)
+                line = self._catch_up()
+                if line is not None:
+                    done, total = line["step"], line["num_steps"]
+                    bar.update(task, total=total, completed=done, note=describe(line))
+                    self._say(line, at_once=stopped, silent=not hidden)
+
+    def _catch_up(self) -> dict | None:
+        """Publish the lines that are new; returns the last of them."""
+        lines = read_lines(self._path)
+        # a run that went back to a checkpoint dropped what came after it
+        new = lines[self._seen :] if len(lines) >= self._seen else []
+        self._seen = len(lines)
+        for line in new:
+            self._publish(line)
+        return new[-1] if new else None
+
+    def _say(self, line: dict, *, at_once: bool, silent: bool) -> None:
+        if silent or not (at_once or time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
+            return
+        self._said = time.monotonic()
+        print(f"{self._model}: {describe(line)}", flush=True)
+
+    def _publish(self, line: dict) -> None:
+        from cluster.metrics import counter, gauge
+
+        for name in (
+            "loss",
+            "step",
+            "samples_per_second",
+            "data_wait_ratio",
+            "grad_norm",
+            "learning_rate_ratio",
+        ):
+            if name in line:
+                gauge(f"minidalle2_train_{name}").set(line[name], model=self._model)
+        counter("minidalle2_train_samples_total").inc(line["reported_samples"], model=self._model)
+        if line["checkpoint_seconds"]:
+            counter("minidalle2_checkpoints_total").inc(1, model=self._model)
+
+
+def describe(line: dict) -> str:
+    """Say a report in a few words."""
+    return (
+        f"step {line['step']}/{line['num_steps']}, loss {line['loss']:.4f}, "
+        f"{line['samples_per_second']:.0f} samples/s, waiting for data "
+        f"{line['data_wait_ratio']:.1%}"
+    )

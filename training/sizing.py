@@ -1,0 +1,48 @@
+"""--dry-run: what would be trained, without data, without allocating it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.cli import to_yaml
+from ingest.shards import read_manifest
+from models.configs import ClipConfig
+from models.flops import num_parameters, state_bytes
+from training.config import RunConfig
+
+
+def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
+    """Print the merged configuration, the parameter count and the memory of weights and
+    optimizer."""
+    with torch.device("meta"):
+        model = build_model(config)
+    train = config.train
+    print(to_yaml(config), end="")
+    print(f"parameters: {num_parameters(model):,}")
+    workers = max(1, train.num_workers)
+    gigabytes = state_bytes(model, train.zero_stage, workers) / 1e9
+    print(
+        f"state a worker: {gigabytes:.3f} GB in weights, gradients, moments and average; "
+        f"activations come on top"
+    )
+    print(
+        f"batch: {train.global_batch_size} = {workers} workers x {train.grad_accum_steps} "
+        f"micro-batches"
+    )
+    return 0
+
+
+def encoder_sizes(embeds: str) -> dict[str, int]:
+    """Return embed_dim, text_width and context_length of the encoder that made `embeds`.
+
+    Where there are no embeddings yet, a default CLIP's, and says so: a dry run needs no data.
+    """
+    if (Path(embeds) / "_manifest.json").is_file():
+        manifest = read_manifest(embeds)
+        return {key: manifest[key] for key in ("embed_dim", "text_width", "context_length")}
+    default = ClipConfig()
+    print(f"# {embeds}: absent; sizes of a default CLIP are assumed")
+    return {key: getattr(default, key) for key in ("embed_dim", "text_width", "context_length")}

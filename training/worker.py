@@ -1,0 +1,198 @@
+"""Where a run happens: in this process, or in workers that Ray Train places and restarts."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TypeVar
+
+from cluster.cli import merged, read_yaml, to_yaml
+from models.weights import FINAL_NAME
+from training.config import RunConfig, TrainConfig
+
+LOCK_SECONDS = 60
+CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folder is ours
+MAY_CHANGE = {
+    "train.num_workers", "train.num_threads", "train.max_failures", "train.keep_checkpoints",
+    "train.checkpoint_every", "train.report_every", "train.micro_batch_size", "train.zero_stage",
+    "metrics_port", "fresh", "dry_run", "run",
+}  # fmt: skip
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def launch(config: Config, run_folder: str, build: Callable, model_name: str) -> int:
+    """Train what `build(config) -> Job` describes, or continue it; returns the exit code.
+
+    A finished run is left as it is. Raises ValueError when the folder holds another configuration.
+    """
+    run = prepare_run(config, run_folder)
+    if (run / FINAL_NAME).is_file():
+        print(f"{run}: finished already; --fresh starts over")
+        return 0
+    from training.reporting import Follower
+
+    with Follower(run, model_name):
+        if config.train.num_workers == 0:
+            train_here(config, run, build)
+        else:
+            _train_under_ray(config, run, build)
+    return 0
+
+
+def prepare_run(config: RunConfig, run_folder: str) -> Path:
+    """Create or reopen the folder of a run and write its configuration."""
+    run = Path(run_folder)
+    if os.environ.get("RAY_JOB_ID") and not run.is_absolute():
+        raise ValueError(
+            f"run: found the relative path {run}, expected an absolute one: a Ray job's folder "
+            f"is a copy that goes away"
+        )
+    run = run.absolute()
+    ours = (run / CONFIG_NAME).is_file()
+    if run.is_dir() and any(run.iterdir()) and not ours:
+        raise ValueError(
+            f"{run}: found a folder without {CONFIG_NAME}, expected a run or nothing; name "
+            f"another --run"
+        )
+    if config.fresh and ours:
+        shutil.rmtree(run)
+        ours = False
+    if ours:
+        _require_same(run, config)
+    run.mkdir(parents=True, exist_ok=True)
+    part = run / f"{CONFIG_NAME}.part"
+    part.write_text(to_yaml(config))
+    part.replace(run / CONFIG_NAME)
+    return run
+
+
+def _require_same(run: Path, config: RunConfig) -> None:
+    before, now = _flat(read_yaml(run / CONFIG_NAME)), _flat(read_yaml_text(to_yaml(config)))
+    for key in sorted(before.keys() | now.keys()):
+        if key not in MAY_CHANGE and before.get(key) != now.get(key):
+            raise ValueError(
+                f"{run}: {key}: found {before.get(key)!r} in the run, expected {now.get(key)!r}; "
+                "rerun with the run's own configuration (--config config.yaml) or start over "
+                "with --fresh"
+            )
+
+
+def read_yaml_text(text: str) -> dict:
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+def _flat(nested: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in nested.items():
+        flat.update(
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+@contextmanager
+def _locked(run: Path, rank: int):
+    """Hold the run: a worker that outlives its killed driver by a moment must not write beside
+    its successor."""
+    if rank:
+        yield
+        return
+    with (run / ".lock").open("w") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _try_lock(file):
+            if time.monotonic() > deadline:
+                raise ValueError(f"{run}: another process trains here; wait for it or end it")
+            time.sleep(0.5)
+        yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def train_here(config: RunConfig, run: Path, build: Callable) -> None:
+    """Train in this very process with the plain engine."""
+    from training.zero import PlainEngine
+
+    _train(config, run, build, PlainEngine, rank=0)
+
+
+def _train(config: RunConfig, run: Path, build: Callable, engine_class: type, rank: int) -> None:
+    import torch
+
+    from training.loop import train
+    from training.reporting import Reporter
+
+    settings: TrainConfig = config.train
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    if device.type == "cpu":
+        torch.set_num_threads(settings.num_threads)
+    with _locked(run, rank):
+        torch.manual_seed(settings.seed)  # every rank draws the same initial weights
+        job = build(config)
+        engine = engine_class(job.model, job.objective, settings, device)
+        train(job, settings, engine, run, Reporter(run, settings, rank))
+
+
+def _train_under_ray(config: RunConfig, run: Path, build: Callable) -> None:
+    from cluster.session import ensure_ray
+
+    ensure_ray()
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    settings = config.train
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= settings.num_workers
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config, "run": str(run), "build": build},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=120),
+        scaling_config=ray.train.ScalingConfig(num_workers=settings.num_workers, use_gpu=use_gpu),
+        run_config=ray.train.RunConfig(
+            # Ray's own state of the run; ours is what counts, and a rerun continues from ours alone
+            name=f"attempt_{int(time.time())}",
+            storage_path=str(run / "_ray"),
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+        ),
+    )
+    trainer.fit()
+
+
+def _worker(arguments: dict) -> None:
+    """Train as one rank; Ray Train has set up torch.distributed."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
+    import torch.distributed as dist
+
+    from training.zero import ZeroEngine
+
+    _train(
+        arguments["config"], Path(arguments["run"]), arguments["build"], ZeroEngine, dist.get_rank()
+    )
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def stored_config(run: Path, config_class: type[Config]) -> Config:
+    """Return the configuration that a run was made with."""
+    return merged(config_class(), read_yaml(run / CONFIG_NAME), str(run / CONFIG_NAME))
