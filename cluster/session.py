@@ -1,5 +1,6 @@
 """One Ray for all stages: the cluster that RAY_ADDRESS names, else a private local one."""
 
+import logging
 import os
 
 
@@ -18,4 +19,4 @@ def ensure_ray() -> None:
     local = (
         {"include_dashboard": False, "object_store_memory": 512 << 20} if address == "local" else {}
     )
-    ray.init(address=address, logging_level="warning", log_to_driver=True, **local)
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, **local)

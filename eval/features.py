@@ -25,7 +25,8 @@ INCEPTION_SOURCE = (
 class Extractor(Protocol):
     """Maps uint8 images [B, 3, H, W] of any size to float features [B, D]."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, images: list[Image.Image]) -> np.ndarray: ...
 
@@ -49,7 +50,9 @@ class InceptionFeatures:
     """Pool-3 features [B, 2048] of the 2015-12-05 Inception, TF1 bilinear resize, by
     torch-fidelity."""
 
-    name = "inception-2015-12-05 pool3, TF1 bilinear (torch-fidelity)"
+    @property
+    def name(self) -> str:
+        return "inception-2015-12-05 pool3, TF1 bilinear (torch-fidelity)"
 
     def __init__(self, weights_dir: Path) -> None:
         path = verified_inception(weights_dir)

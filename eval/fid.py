@@ -157,10 +157,9 @@ def _show(scores: dict[str, Any]) -> None:
     for name, value in flatten(scores).items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     Console().print(table)
-    for part, values in scores.items():
-        for name, value in values.items():
-            if f"{part}.{name}" in SCORES:
-                gauge("minidalle2_eval_score").set(value, metric=f"{part}.{name}")
+    for name, value in flatten(scores).items():
+        if name in SCORES and value is not None:
+            gauge("minidalle2_eval_score").set(value, metric=name)
 
 
 if __name__ == "__main__":

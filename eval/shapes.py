@@ -71,7 +71,7 @@ def score(image: np.ndarray, caption: str) -> ShapeScore:
 
 
 def summarise(scores: Iterable[ShapeScore]) -> dict[str, float | int | None]:
-    """Return the means of `scores` as {all, attribute, relation, n}; relation None if none has one."""
+    """Return the means {all, attribute, relation, n}; relation None if no caption has one."""
     found = list(scores)
     relations = [s.relation for s in found if s.relation is not None]
     return {
@@ -118,7 +118,7 @@ def _fit(colour: str, masks: dict[str, np.ndarray]) -> Fit | None:
 
 
 def _between(mask: np.ndarray) -> np.ndarray:
-    """Return the pixels that `mask` surrounds, by rows and by columns: holes belong to the thing."""
+    """Return the pixels that `mask` surrounds by rows and by columns: its holes."""
     after = [np.logical_or.accumulate(mask, axis=axis) for axis in (0, 1)]
     before = [np.flip(np.logical_or.accumulate(np.flip(mask, a), axis=a), a) for a in (0, 1)]
     return after[0] & before[0] & after[1] & before[1]

@@ -6,6 +6,7 @@ Frozen CLIP stays outside the training engine: `FrozenClip` encodes, it is never
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -33,23 +34,25 @@ def build_clip(config: ClipConfig) -> open_clip.CLIP:
                 f"open_clip.list_models()"
             )
         clip = open_clip.create_model(config.architecture, pretrained=None, load_weights=False)
-        assert isinstance(clip, open_clip.CLIP)
+        if not isinstance(clip, open_clip.CLIP):
+            found = f"{config.architecture}, a {type(clip).__name__}"
+            raise ValueError(f"clip architecture: found {found}, expected a CLIP")
         clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
         return clip
-    vision = {
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "width": config.vision_width,
-        "layers": config.vision_depth,
-        "head_width": config.head_channels,
-    }
-    text = {
-        "context_length": config.context_length,
-        "vocab_size": config.vocab_size,
-        "width": config.text_width,
-        "layers": config.text_depth,
-        "heads": config.text_width // config.head_channels,
-    }
+    vision = open_clip.CLIPVisionCfg(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        width=config.vision_width,
+        layers=config.vision_depth,
+        head_width=config.head_channels,
+    )
+    text = open_clip.CLIPTextCfg(
+        context_length=config.context_length,
+        vocab_size=config.vocab_size,
+        width=config.text_width,
+        layers=config.text_depth,
+        heads=config.text_width // config.head_channels,
+    )
     return open_clip.CLIP(
         config.embed_dim,
         vision,
@@ -116,16 +119,17 @@ class FrozenClip(nn.Module):
 
     def __init__(self, clip: open_clip.CLIP, name: str) -> None:
         super().__init__()
-        self.clip = clip.eval().requires_grad_(False)
         self.image_size, self.context_length = model_sizes(clip)
-        self.text_width = int(clip.ln_final.weight.shape[0])
-        projection = clip.text_projection
+        # open_clip types its parts as Tensor | Module, which says nothing of what they can do
+        self.clip: Any = clip.eval().requires_grad_(False)
+        self.text_width = int(self.clip.ln_final.weight.shape[0])
+        projection = self.clip.text_projection
         self.embed_dim = int(
             projection.shape[1] if isinstance(projection, Tensor) else projection.out_features
         )
         weights = digest(dict(clip.state_dict()))[:16]
         self.encoder_id = f"{name}@{weights}/bicubic-centre-{self.image_size}"
-        self.tokenize = tokenizer(self.context_length, int(clip.vocab_size))
+        self.tokenize = tokenizer(self.context_length, int(self.clip.vocab_size))
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """Return `image` as this encoder's input, uint8 [3, S, S]."""
@@ -160,11 +164,9 @@ def token_mask(tokens: Tensor) -> Tensor:
 def load_clip(spec: str) -> FrozenClip:
     """Load the encoder that `spec` names.
 
-    A run folder of training/clip.py; or ARCHITECTURE:TAG (open_clip's own pretrained weights,
-    fetched by
-    open_clip if not in its cache), ARCHITECTURE:random (seeded, for tests),
-    ARCHITECTURE:FILE.safetensors.
-    Raises ValueError when it names none of these.
+    A run folder of training/clip.py; ARCHITECTURE:TAG, open_clip's own pretrained weights, which
+    it fetches if they are not in its cache; ARCHITECTURE:random, seeded, for tests; or
+    ARCHITECTURE:FILE.safetensors. Raises ValueError when it names none of these.
     """
     folder = Path(spec)
     if folder.is_dir():
@@ -181,7 +183,8 @@ def load_clip(spec: str) -> FrozenClip:
             torch.manual_seed(0)
             clip = build_clip(clip_config_named(architecture))
         if weights != "random":
-            clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(()))  # as open_clip saves it
+            # open_clip saves a scalar; see build_clip for why ours is not one
+            clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(()))
             load_weights(clip, Path(weights))
         return FrozenClip(clip, architecture)
     tags = open_clip.list_pretrained_tags_by_model(architecture)
@@ -189,7 +192,9 @@ def load_clip(spec: str) -> FrozenClip:
         raise ValueError(
             f"clip {spec}: found tag {weights!r}, expected one of {', '.join(tags) or 'none known'}"
         )
-    return FrozenClip(open_clip.create_model(architecture, pretrained=weights), architecture)
+    clip = open_clip.create_model(architecture, pretrained=weights)
+    assert isinstance(clip, open_clip.CLIP)  # as every tagged architecture of this kind is
+    return FrozenClip(clip, architecture)
 
 
 def clip_config_named(architecture: str) -> ClipConfig:

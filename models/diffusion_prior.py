@@ -26,6 +26,9 @@ class DiffusionPrior(nn.Module):
     Inside, embeddings are standardised: x = (z - mean) / std, buffers of the checkpoint.
     """
 
+    embed_mean: Tensor
+    embed_std: Tensor
+
     def __init__(
         self, config: DiffusionPriorConfig, *, embed_dim: int, text_width: int, context_length: int
     ) -> None:

@@ -17,11 +17,11 @@ from models.upsampler import Upsampler
 from models.weights import exported, load_config, load_weights
 
 
-def _with_unet(model: dict) -> dict:
-    unet = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in model["unet"].items()
-    }
+def _with_unet(model: dict[str, Any]) -> dict[str, Any]:
+    """Rebuild the nested sizes; JSON knows lists only."""
+    unet: dict[str, Any] = dict(model["unet"])
+    for name in ("channel_mult", "attn_resolutions"):
+        unet[name] = tuple(unet[name])
     return {**model, "unet": UNetConfig(**unet)}
 
 

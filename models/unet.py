@@ -91,6 +91,7 @@ class _Level(nn.Module):
         super().__init__()
         self.block = block
         self.attention = attention
+        self.takes_skip = block.resample is None  # on the way up
 
     def forward(
         self, x: Tensor, cond: Tensor, tokens: Tensor | None, token_mask: Tensor | None
@@ -202,7 +203,7 @@ class UNet(nn.Module):
         for level in self.middle:
             h = level(h, cond, tokens, token_mask)
         for level in self.up:
-            if level.block.resample is None:
+            if level.takes_skip:
                 h = torch.cat([h, skips.pop()], dim=1)
             h = level(h, cond, tokens, token_mask)
         h = self.conv_out(F.silu(self.norm_out(h)))

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ class Plan:
     num_streams: int = 1
     window: int = 16
     block_size: int = 1
-    _offsets: np.ndarray = field(init=False, repr=False, compare=False)
+    _offsets: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if sum(self.shard_sizes) == 0:

@@ -22,4 +22,5 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.shadows, self._masters, 1 - decay)
+        for shadow, master in zip(self.shadows, self._masters, strict=True):
+            shadow.lerp_(master, 1 - decay)

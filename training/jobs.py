@@ -6,7 +6,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from open_clip import CLIP
+from torch import Tensor
 
 from ingest.shards import EmbedStatistics, Snapshot, load_snapshot, read_manifest
 from models.clip import (
@@ -93,7 +94,7 @@ def part_of(snapshot: Snapshot, part: str) -> Snapshot:
 # ---------------------------------------------------------------------------------------------
 
 
-def clip_model(config: ClipRunConfig) -> nn.Module:
+def clip_model(config: ClipRunConfig) -> CLIP:
     """Build the CLIP."""
     return build_clip(config.model)
 
@@ -103,7 +104,7 @@ def build_clip_job(config: ClipRunConfig) -> Job:
     model = clip_model(config)
     image_size, context_length = model_sizes(model)
     snapshot = part_of(pin_snapshot(config.run, "images", config.images), config.part)
-    reader = CaptionReader(snapshot, image_size, tokenizer(context_length, model.vocab_size))
+    reader = CaptionReader(snapshot, image_size, tokenizer(context_length, config.model.vocab_size))
     export = {"kind": "clip", "model": dataclasses.asdict(config.model)}
     if config.train.grad_accum_steps > 1:
         raise ValueError(

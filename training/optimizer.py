@@ -102,6 +102,7 @@ class Optimizer(torch.optim.Optimizer):
         for shape, members in by_shape.items():
             updates = []
             for p in members:
+                assert p.grad is not None
                 momentum = self._state_of(p, group)["exp_avg"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 updates.append(p.grad.lerp(momentum, group["momentum"]).view(shape))

@@ -102,6 +102,7 @@ class Follower:
         self._model = model
         self._seen = len(read_lines(self._path))
         self._said = 0.0
+        self._nonfinite = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="follow", daemon=True)
 
@@ -148,7 +149,7 @@ class Follower:
         print(f"{self._model}: {describe(line)}", flush=True)
 
     def _publish(self, line: dict) -> None:
-        from cluster.metrics import counter, gauge
+        from cluster.metrics import counter, gauge, histogram
 
         for name in (
             "loss",
@@ -161,8 +162,14 @@ class Follower:
             if name in line:
                 gauge(f"minidalle2_train_{name}").set(line[name], model=self._model)
         counter("minidalle2_train_samples_total").inc(line["reported_samples"], model=self._model)
+        skipped = line["nonfinite_steps"] - self._nonfinite
+        if skipped > 0:
+            counter("minidalle2_train_nonfinite_steps_total").inc(skipped, model=self._model)
+        self._nonfinite = line["nonfinite_steps"]
         if line["checkpoint_seconds"]:
             counter("minidalle2_checkpoints_total").inc(1, model=self._model)
+            seconds = histogram("minidalle2_checkpoint_seconds")
+            seconds.observe(line["checkpoint_seconds"], model=self._model)
 
 
 def describe(line: dict) -> str:

@@ -6,23 +6,23 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
-from cluster.cli import merged, read_yaml, to_yaml
+from cluster.cli import read_yaml, to_yaml
 from models.weights import FINAL_NAME
 from training.config import RunConfig, TrainConfig
 
 LOCK_SECONDS = 60
+ERROR_NAME = "error.txt"  # why the workers refused the request
 CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folder is ours
 MAY_CHANGE = {
     "train.num_workers", "train.num_threads", "train.max_failures", "train.keep_checkpoints",
     "train.checkpoint_every", "train.report_every", "train.micro_batch_size", "train.zero_stage",
     "metrics_port", "fresh", "dry_run", "run",
 }  # fmt: skip
-Config = TypeVar("Config", bound=RunConfig)
 
 
-def launch(config: Config, run_folder: str, build: Callable, model_name: str) -> int:
+def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str) -> int:
     """Train what `build(config) -> Job` describes, or continue it; returns the exit code.
 
     A finished run is left as it is. Raises ValueError when the folder holds another configuration.
@@ -172,27 +172,31 @@ def _train_under_ray(config: RunConfig, run: Path, build: Callable) -> None:
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
         ),
     )
+    (run / ERROR_NAME).unlink(missing_ok=True)
     trainer.fit()
+    if (run / ERROR_NAME).is_file():
+        raise ValueError((run / ERROR_NAME).read_text())
 
 
 def _worker(arguments: dict) -> None:
-    """Train as one rank; Ray Train has set up torch.distributed."""
+    """Train as one rank; Ray Train has set up torch.distributed.
+
+    A wrong request is wrong on every rank and in every attempt: it is left for the driver to tell,
+    and the worker returns, since Ray would restart one that raises.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
     import torch.distributed as dist
 
     from training.zero import ZeroEngine
 
-    _train(
-        arguments["config"], Path(arguments["run"]), arguments["build"], ZeroEngine, dist.get_rank()
-    )
+    run, config, build = Path(arguments["run"]), arguments["config"], arguments["build"]
+    try:
+        _train(config, run, build, ZeroEngine, dist.get_rank())
+    except ValueError as error:
+        (run / ERROR_NAME).write_text(str(error))
 
 
 def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def stored_config(run: Path, config_class: type[Config]) -> Config:
-    """Return the configuration that a run was made with."""
-    return merged(config_class(), read_yaml(run / CONFIG_NAME), str(run / CONFIG_NAME))
