@@ -93,7 +93,7 @@ class DecoderConfig:
     num_embed_tokens: int = 4
     """tokens z_i is projected into (the paper's 4)"""
     embed_grid: bool = False
-    """also map z_i linearly onto the first layer's cells: tells a small network where things are"""
+    """also map z_i onto the first layer's cells: tells a small network where things are"""
     use_text: bool = True
     """let attention read the caption's CLIP text states"""
     context_width: int = 256

@@ -46,7 +46,10 @@ class Decoder(nn.Module):
         self.embed_to_cond = nn.Linear(embed_dim, self.unet.cond_width)
         self.embed_to_tokens = nn.Linear(embed_dim, config.num_embed_tokens * context)
         cells = config.unet.channels * self.unet.grid**2
-        self.embed_to_grid = nn.Linear(embed_dim, cells) if config.embed_grid else None
+        # what is where is a product of attributes and places: one linear map cannot tell
+        hidden = 2 * embed_dim
+        to_cells = nn.Linear(embed_dim, hidden), nn.SiLU(), nn.Linear(hidden, cells)
+        self.embed_to_grid = nn.Sequential(*to_cells) if config.embed_grid else None
         self.text_in = nn.Linear(text_width, context) if config.use_text else None
         self.token_norm = nn.LayerNorm(context)
 

@@ -3,39 +3,38 @@
 x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps              (Ho et al. 2020, eq. 4)
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models.configs import Prediction, ScheduleName
 
 
-def _cosine(num_timesteps: int) -> Tensor:
+def _cosine(num_timesteps: int) -> np.ndarray:
     """beta_t = 1 - f(t+1)/f(t), f(t) = cos^2((t/T + .008)/1.008 pi/2)  (Nichol & Dhariwal 2021,
     eq. 17)."""
-    t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    t = np.arange(num_timesteps + 1) / num_timesteps
+    f = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - f[1:] / f[:-1], 0.999)
 
 
-def _linear(num_timesteps: int) -> Tensor:
+def _linear(num_timesteps: int) -> np.ndarray:
     """Space beta from 1e-4 to 0.02 for 1000 steps, scaled for others (Ho et al. 2020, section
     4)."""
     scale = 1000 / num_timesteps
-    return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
+    return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps)
 
 
-def _scaled_linear(num_timesteps: int) -> Tensor:
+def _scaled_linear(num_timesteps: int) -> np.ndarray:
     """Space sqrt(beta) linearly from .00085 to .012 (Rombach et al. 2022)."""
     scale = 1000 / num_timesteps
-    ends = (scale * 0.00085) ** 0.5, (scale * 0.012) ** 0.5
-    return torch.linspace(*ends, num_timesteps, dtype=torch.float64) ** 2
+    return np.linspace((scale * 0.00085) ** 0.5, (scale * 0.012) ** 0.5, num_timesteps) ** 2
 
 
-_BETAS: dict[ScheduleName, Callable[[int], Tensor]] = {
+_BETAS: dict[ScheduleName, Callable[[int], np.ndarray]] = {
     "cosine": _cosine,
     "linear": _linear,
     "scaled_linear": _scaled_linear,
@@ -54,12 +53,13 @@ class NoiseSchedule:
     @classmethod
     def build(cls, name: ScheduleName, num_timesteps: int = 1000) -> "NoiseSchedule":
         """Build the named schedule; ValueError for fewer than 2 or, `linear`, too few timesteps."""
-        beta = _BETAS[name](num_timesteps)
-        if num_timesteps < 2 or beta.max() >= 1:
+        # numpy, so that a model built on the meta device still has a schedule of numbers
+        beta = _BETAS[name](num_timesteps) if num_timesteps > 1 else np.ones(1)
+        if beta.max() >= 1:
             raise ValueError(
                 f"schedule {name}: {num_timesteps} timesteps are too few; use at least 100"
             )
-        return cls(alpha_bar=torch.cumprod(1 - beta, dim=0))
+        return cls(alpha_bar=torch.from_numpy(np.cumprod(1 - beta)))
 
     @property
     def num_timesteps(self) -> int:

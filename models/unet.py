@@ -6,6 +6,8 @@ and values
 (Nichol et al. 2021, GLIDE), not attended to by a layer of their own.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ def _zeroed(layer: nn.Module) -> nn.Module:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels)
+    return nn.GroupNorm(min(math.gcd(32, channels), max(1, channels // 4)), channels)
 
 
 class ResBlock(nn.Module):

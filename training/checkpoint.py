@@ -101,7 +101,10 @@ def records(folder: Path) -> list[Record] | None:
             f"{folder}: found the records of {len(found)} ranks, incomplete; skipped", stacklevel=2
         )
         return None
-    return found if all(r.progress == found[0].progress for r in found) else None
+    if any(r.progress != found[0].progress for r in found):
+        warnings.warn(f"{folder}: its ranks disagree about their progress; skipped", stacklevel=2)
+        return None
+    return found
 
 
 def newest_valid(run: Path) -> tuple[Path, Progress] | None:
@@ -130,10 +133,21 @@ def save(run: Path, engine: Engine, ema: Ema, progress: Progress, config: dict) 
     same bits.
     """
     folder = step_folder(run, progress.step)
-    fragments = folder / "fragments"
-    if engine.rank == 0 and folder.is_dir() and not records(folder):
+    kept = folder.is_dir() and records(folder) is not None  # every rank's view: none writes yet
+    if engine.rank == 0 and folder.is_dir() and not kept:
         shutil.rmtree(folder)
     _barrier(engine)
+    if not kept:
+        _write_fragments(folder / "fragments", engine, ema, progress)
+    _barrier(engine)
+    if engine.rank == 0:
+        _export(folder, engine, config)
+        _write_text(folder / "state.json", json.dumps(asdict(progress)))
+    return folder
+
+
+def _write_fragments(fragments: Path, engine: Engine, ema: Ema, progress: Progress) -> None:
+    """Write what this rank owns, then the record that makes it count."""
     fragments.mkdir(parents=True, exist_ok=True)
     stem = fragments / f"rank_{engine.rank:04d}"
     part = stem.with_suffix(".part")
@@ -148,11 +162,6 @@ def save(run: Path, engine: Engine, ema: Ema, progress: Progress, config: dict) 
     )
     part.replace(stem.with_suffix(".safetensors"))
     _write_text(stem.with_suffix(".json"), json.dumps(asdict(record)))
-    _barrier(engine)
-    if engine.rank == 0:
-        _export(folder, engine, config)
-        _write_text(folder / "state.json", json.dumps(asdict(progress)))
-    return folder
 
 
 def _tensors(engine: Engine, ema: Ema) -> Iterator[tuple[str, Tensor]]:
@@ -247,7 +256,13 @@ def finish(run: Path, folder: Path) -> None:
     _write_text(run / FINAL_NAME, json.dumps({"step": folder.name}))
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for folder in sorted(run.glob("step_*"))[:-keep]:
-        shutil.rmtree(folder)
+def prune(run: Path, keep: int, newest: Path) -> None:
+    """Delete all checkpoints but `newest` and the `keep` - 1 before it.
+
+    One after it is broken: the run would have continued from it otherwise.
+    """
+    folders = sorted(run.glob("step_*"))
+    kept = [folder for folder in folders if folder.name <= newest.name][-keep:]
+    for folder in folders:
+        if folder not in kept:
+            shutil.rmtree(folder)

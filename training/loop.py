@@ -45,6 +45,8 @@ def train(job: Job, config: TrainConfig, engine: Engine, run: Path, reporter: Re
     ema = Ema(engine.fragments(), config.ema_decay)
     progress = _resume(run, engine, ema)
     reporter.started(progress)
+    if progress.step == config.num_steps:  # killed between its last checkpoint and its end
+        _checkpoint(run, engine, ema, progress, job, config)
     batches = feed.iterate(progress.step, config.num_steps)
     in_a_row = 0
     engine.model.train()
@@ -60,7 +62,9 @@ def train(job: Job, config: TrainConfig, engine: Engine, run: Path, reporter: Re
         finite = _everywhere_finite(engine, scores)
         ratio = learning_rate_ratio(config, step)
         if finite:
-            scores["grad_norm"] = torch.tensor(engine.step(ratio))
+            norm = engine.step(ratio)
+            scores["grad_norm"] = torch.tensor(norm)
+            finite = math.isfinite(norm)
         else:
             engine.discard()
 
@@ -154,6 +158,6 @@ def _checkpoint(
     done = progress.step == config.num_steps
     folder = checkpoint.save(run, engine, ema, replace(progress), job.export)
     if engine.rank == 0:
-        checkpoint.prune(run, config.keep_checkpoints)
+        checkpoint.prune(run, config.keep_checkpoints, folder)
         if done:
             checkpoint.finish(run, folder)

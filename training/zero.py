@@ -45,7 +45,9 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def step(self, learning_rate_ratio: float) -> float: ...
+    def step(self, learning_rate_ratio: float) -> float:
+        """Return the gradient's global norm; where that is not finite, nothing has moved."""
+        ...
 
     def discard(self) -> None: ...
 
@@ -82,6 +84,12 @@ def _whole_parameters(
             yield Fragment(name=name, offset=0, master=parameter.data.view(-1), state=moments)
 
 
+def _clip(model: nn.Module, config: TrainConfig) -> float:
+    """Clip the gradients to a global norm of `grad_clip`; returns the norm they had."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    return nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf")).item()
+
+
 class PlainEngine:
     """PyTorch alone, one process: unit tests, debuggers, one GPU without Ray and DeepSpeed."""
 
@@ -105,8 +113,7 @@ class PlainEngine:
         (loss / self._config.grad_accum_steps).backward()
 
     def step(self, learning_rate_ratio: float) -> float:
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self._config.grad_clip or float("inf")).item()
+        norm = _clip(self.model, self._config)
         if math.isfinite(norm):
             set_learning_rate(self.optimizer.param_groups, learning_rate_ratio)
             self.optimizer.step()
@@ -131,7 +138,11 @@ class ZeroEngine:
         self, model: nn.Module, objective, config: TrainConfig, device: torch.device
     ) -> None:
         import deepspeed
+        import deepspeed.ops
 
+        # On the CPU DeepSpeed would compile a shared-memory collective, minutes of two cores on a
+        # fresh machine; gloo, which is there, does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model, self.device, self._config = model.to(device), device, config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.optimizer = build_optimizer(model, config)
@@ -150,7 +161,8 @@ class ZeroEngine:
             "train_batch_size": config.global_batch_size,
             "train_micro_batch_size_per_gpu": share // config.grad_accum_steps,
             "gradient_accumulation_steps": config.grad_accum_steps,
-            "gradient_clipping": config.grad_clip,
+            # without ZeRO, DeepSpeed tells no norm and steps along a gradient that is not finite
+            "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
             "zero_optimization": {"stage": config.zero_stage},
             # client optimizers pass DeepSpeed's tests for AdamW by type; ours is AdamW by
             # arithmetic
@@ -171,13 +183,24 @@ class ZeroEngine:
 
     def step(self, learning_rate_ratio: float) -> float:
         set_learning_rate(self._engine.optimizer.param_groups, learning_rate_ratio)
+        if self._config.zero_stage:
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm())
+        norm = _clip(self.model, self._config)
+        if not math.isfinite(norm):
+            self._engine.zero_grad()
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return norm
 
     def discard(self) -> None:
+        """Drop the gradient the way DeepSpeed drops one that is not finite, so that its counts of
+        micro-batches and its buffers stay in order."""
+        if self._config.zero_stage:
+            for gradients in self._engine.optimizer.averaged_gradients.values():
+                for gradient in gradients or ():
+                    gradient.fill_(float("nan"))
         self._engine.zero_grad()
-        self._engine.optimizer.zero_grad()
+        self._engine.step()
 
     def fragments(self) -> list[Fragment]:
         if self._config.zero_stage == 0:

@@ -1,0 +1,214 @@
+"""The command line: names that do not exist, differences in YAML, and what a script exits with."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from cluster.cli import merged, parse, read_yaml, run_script, to_yaml
+from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = {"clip": ClipRunConfig, "prior": PriorRunConfig, "decoder": DecoderRunConfig}
+SHIPPED = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """Sizes."""
+
+    width: int = 8
+    """channels"""
+    mult: tuple[int, ...] = (1, 2)
+    """multipliers"""
+    kind: Literal["a", "b"] = "a"
+    """kind"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """A script's configuration."""
+
+    inner: Inner = field(default_factory=Inner)
+    """sizes"""
+    rate: float = 0.1
+    """learning rate"""
+    whiten: bool = True
+    """whiten"""
+    port: int | None = None
+    """port"""
+    num_steps: int = 10
+    """steps"""
+
+
+def read(*argv: str) -> Outer:
+    return parse(Outer, argv=argv)
+
+
+# -- flags -----------------------------------------------------------------------------------------
+
+
+def test_flags_override_defaults():
+    found = read("--inner.width", "16", "--rate=0.5", "--no-whiten", "--port", "0", "--num-steps=3")
+    expected = Outer(inner=Inner(width=16), rate=0.5, whiten=False, port=0, num_steps=3)
+    assert found == expected
+    assert read("--inner.mult", "1", "2", "4").inner.mult == (1, 2, 4)
+    assert read("--num_steps", "3").num_steps == 3 and read() == Outer()
+
+
+@pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [
+        ("--num-step", "--num-steps"), ("--inner.widht", "--inner.width"), ("--raet", "--rate"),
+        ("--inner.kin=a", "--inner.kind"), ("--no-whitn", "--whiten"), ("--confg", "--config"),
+        ("--presets", "--preset"),
+    ],
+)  # fmt: skip
+def test_an_unknown_flag_names_the_nearest(flag: str, nearest: str):
+    with pytest.raises(ValueError, match=f"unknown flag {flag.split('=')[0]}") as caught:
+        read(flag, "3")
+    assert str(caught.value).endswith(f"did you mean {nearest}?")
+
+
+def test_a_flag_like_nothing_lists_them_all():
+    with pytest.raises(ValueError, match="unknown flag --zzz; known: --inner.width, .*--num-steps"):
+        read("--zzz")
+
+
+# -- YAML ------------------------------------------------------------------------------------------
+
+
+def test_yaml_holds_differences_and_flags_override_it(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text("inner:\n  width: 16\n  mult: [1, 4]\nrate: 1e-3\nport: 9000\n")
+    found = read("--config", str(path), "--inner.width", "32")
+    assert found == Outer(inner=Inner(width=32, mult=(1, 4)), rate=1e-3, port=9000)
+    (tmp_path / "d.yaml").write_text("rate: 2\n")
+    assert read(f"--config={path}", "--config", str(tmp_path / "d.yaml")).rate == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("num_step: 3", "unknown key 'num_step'; did you mean num_steps?"),
+        ("inner:\n  widht: 3", "inner: unknown key 'widht'; did you mean width?"),
+        ("inner: 3", "inner: found 3, expected a mapping of fields"),
+        ("num_steps: many", "num_steps: found 'many', expected a int"),
+        ("num_steps: true", "num_steps: found True, expected a int"),
+        ("whiten: 1", "whiten: found 1, expected a bool"),
+        ("- 1\n- 2", "found a list, expected a mapping of fields"),
+        ("a: [", "expected YAML"),
+    ],
+)
+def test_a_wrong_file_names_its_place_and_the_nearest_key(text: str, problem: str, tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        read("--config", str(path))
+    assert str(path) in str(caught.value) and problem in str(caught.value)
+
+
+def test_missing_files_and_values_are_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="none.yaml: found no such file"):
+        read("--config", str(tmp_path / "none.yaml"))
+    with pytest.raises(ValueError, match="--config: found nothing after it"):
+        read("--config")
+    with pytest.raises(ValueError, match="preset: found 'mini', expected one of none"):
+        read("--preset", "mini")
+    with pytest.raises(ValueError, match="preset: found 'dbug', expected one of debug, demo"):
+        parse(PriorRunConfig, presets=PRESETS / "prior", argv=["--preset", "dbug"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_written_configuration_reads_back_as_it_was(name: str, tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    presets = [stem.partition("_")[2] for stem in SHIPPED if stem.startswith(f"{name}_")]
+    assert presets
+    for preset in presets:
+        config = parse(CONFIGS[name], presets=PRESETS / name, argv=["--preset", preset])
+        path.write_text(to_yaml(config))
+        assert merged(CONFIGS[name](), read_yaml(path), str(path)) == config
+        assert parse(CONFIGS[name], argv=["--config", str(path)]) == config
+
+
+# -- exit codes ------------------------------------------------------------------------------------
+
+
+def script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "training" / "prior.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--model.widht", "3"), "unknown flag --model.widht; did you mean --model.width?"),
+        (("--train.zero-stage", "7"), "--train.zero-stage"),
+        (("--train.num-steps", "0"), "train.num_steps: found 0, expected at least 1"),
+        (("--embeds", "nowhere"), "nowhere"),
+    ],
+)
+def test_a_wrong_request_is_told_on_stderr_and_exits_2(
+    arguments: tuple[str, ...], problem: str, tmp_path: Path
+):
+    done = script(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert problem in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_tells_its_parameters_and_leaves_nothing(tmp_path: Path):
+    done = script("--preset", "debug", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\nparameters: " in done.stdout and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stem", SHIPPED)
+def test_every_shipped_preset_can_be_run_dry(
+    stem: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The count told is the model's own, and nothing is allocated to count it."""
+    from models.flops import num_parameters
+    from training.jobs import clip_model, decoder_model, prior_model
+    from training.sizing import dry_run
+
+    monkeypatch.chdir(tmp_path)
+    kind, _, preset = stem.partition("_")
+    config = parse(CONFIGS[kind], presets=PRESETS / kind, argv=["--preset", preset, "--dry-run"])
+    build = {"clip": clip_model, "prior": prior_model, "decoder": decoder_model}[kind]
+    assert dry_run(config, build) == 0
+    told = capsys.readouterr().out
+    assert f"\nparameters: {num_parameters(build(config)):,}\n" in told
+    described = told.split("parameters: ")[0]
+    assert merged(CONFIGS[kind](), yaml.safe_load(described), "told") == config
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "told"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 0, 0, ""),
+        (lambda: 1, 1, ""),
+        (lambda: (_ for _ in ()).throw(ValueError("two\n  lines")), 2, "error: two lines\n"),
+        (lambda: (_ for _ in ()).throw(FileNotFoundError(2, "No such file", "x")), 2,
+         "error: [Errno 2] No such file: 'x'\n"),
+        (lambda: (_ for _ in ()).throw(KeyboardInterrupt), 1,
+         "interrupted; rerun the same command to continue\n"),
+    ],
+)  # fmt: skip
+def test_a_script_ends_with_a_code_and_at_most_one_line(
+    outcome, code: int, told: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("MINIDALLE2_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: next(outcome()) if hasattr(outcome(), "send") else outcome())
+    assert caught.value.code == code and capsys.readouterr().err == told
+
+
+def test_a_bug_is_not_taken_for_a_wrong_request():
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_script(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))

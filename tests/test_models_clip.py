@@ -1,0 +1,181 @@
+"""FrozenClip against open_clip's own encoders, its preprocessing and its folded vocabulary."""
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+from models.clip import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    VOCAB_SIZE,
+    FrozenClip,
+    build_clip,
+    load_clip,
+    normalise_pixels,
+    preprocess,
+    token_mask,
+    tokenizer,
+)
+from models.configs import ClipConfig
+
+CAPTIONS = ["a red cube", "two blue spheres beside a green cone", ""]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> FrozenClip:
+    return load_clip("tiny:random")
+
+
+def pixels(count: int, size: int) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, size, size), generator=rng, dtype=torch.uint8)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    ramp = np.indices((height, width)).sum(0)[..., None] * [1, 2, 3] % 256
+    return Image.fromarray(ramp.astype(np.uint8))
+
+
+def test_text_is_encoded_as_open_clip_encodes_it(tiny: FrozenClip):
+    tokens = torch.from_numpy(tiny.tokenize(CAPTIONS))
+    embed, states = tiny.encode_text(tokens)
+    expected = tiny.clip.encode_text(tokens.long(), normalize=True)
+    torch.testing.assert_close(embed, expected, atol=1e-5, rtol=0)
+    assert states.shape == (3, tiny.context_length, tiny.text_width)
+    end = tokens.argmax(1)  # the end of text has the largest id, and is where CLIP pools
+    pooled = states[torch.arange(3), end] @ tiny.clip.text_projection
+    torch.testing.assert_close(F.normalize(pooled, dim=1), embed, atol=1e-5, rtol=0)
+
+
+def test_images_are_encoded_as_open_clip_encodes_them(tiny: FrozenClip):
+    image = pixels(3, tiny.image_size)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
+    expected = tiny.clip.encode_image((image.float() / 255 - mean) / std, normalize=True)
+    torch.testing.assert_close(tiny.encode_image(image), expected, atol=1e-5, rtol=0)
+    assert (PIXEL_MEAN, PIXEL_STD) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+
+
+def test_an_embedding_does_not_depend_on_its_batch(tiny: FrozenClip):
+    image, tokens = pixels(4, tiny.image_size), torch.from_numpy(tiny.tokenize(CAPTIONS))
+    torch.testing.assert_close(tiny.encode_image(image)[:1], tiny.encode_image(image[:1]))
+    torch.testing.assert_close(tiny.encode_text(tokens)[0][:1], tiny.encode_text(tokens[:1])[0])
+
+
+def test_a_frozen_clip_trains_nothing(tiny: FrozenClip):
+    assert not any(p.requires_grad for p in tiny.parameters()) and not tiny.clip.training
+    assert not tiny.encode_image(pixels(1, tiny.image_size)).requires_grad
+
+
+def test_one_spec_is_one_encoder_and_leaves_the_generator_alone(tiny: FrozenClip):
+    before = torch.get_rng_state()
+    assert load_clip("tiny:random").encoder_id == tiny.encoder_id
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_other_weights_are_another_encoder(tiny: FrozenClip):
+    torch.manual_seed(1)
+    other = build_clip(ClipConfig(embed_dim=32, vision_width=32, vision_depth=1, text_width=32,
+                                  text_depth=1))  # fmt: skip
+    assert FrozenClip(other, "tiny").encoder_id != tiny.encoder_id
+
+
+def test_weights_of_a_file_come_back(tiny: FrozenClip, tmp_path: Path):
+    state = {name: tensor.clone() for name, tensor in tiny.clip.state_dict().items()}
+    state["logit_scale"] = state["logit_scale"].reshape(())
+    save_file({**state, "positional_embedding": state["positional_embedding"] + 1},
+              str(tmp_path / "c.safetensors"))  # fmt: skip
+    found = load_clip(f"tiny:{tmp_path / 'c.safetensors'}")
+    assert torch.equal(
+        found.clip.positional_embedding, tiny.clip.positional_embedding + 1
+    ) and torch.equal(found.clip.token_embedding.weight, tiny.clip.token_embedding.weight)
+    assert found.encoder_id != tiny.encoder_id
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        ("runs/none", "found no such folder, expected a finished run"),
+        ("NoSuchNet:random", "found 'NoSuchNet', expected a name of open_clip.list_models"),
+        ("ViT-B-32:no_such_tag", "found tag 'no_such_tag', expected one of .*laion2b"),
+        ("NoSuchNet:tag", "found tag 'tag', expected one of none known"),
+        ("tiny:/no/such/file.safetensors", "found no weights file"),
+    ],
+)
+def test_a_spec_that_names_nothing_is_refused(spec: str, problem: str):
+    with pytest.raises(ValueError, match=problem) as caught:
+        load_clip(spec)
+    assert "\n" not in str(caught.value)
+
+
+# -- pixels ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (96, 64), (64, 200), (20, 30), (33, 32)])
+def test_preprocessing_is_resize_then_centre_crop(width: int, height: int):
+    """Bit for bit what torchvision's Resize and CenterCrop give, where both sides stay whole."""
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    size, image = 32, picture(width, height)
+    found = preprocess(image, size)
+    assert found.shape == (3, size, size) and found.dtype == np.uint8
+    oracle = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size)])(image)
+    assert np.array_equal(found.transpose(1, 2, 0), np.asarray(oracle))
+
+
+def test_an_image_of_the_right_size_is_left_as_it_is():
+    image = picture(32, 32)
+    assert np.array_equal(preprocess(image, 32).transpose(1, 2, 0), np.asarray(image))
+    grey = preprocess(image.convert("L"), 32)
+    assert np.array_equal(grey[0], grey[2])
+
+
+def test_pixels_are_standardised_by_clips_own_figures():
+    white = normalise_pixels(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    expected = [(1 - m) / s for m, s in zip(PIXEL_MEAN, PIXEL_STD, strict=True)]
+    torch.testing.assert_close(white[0, :, 0, 0], torch.tensor(expected))
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+def test_the_full_vocabulary_is_open_clips():
+    found = tokenizer(24)(CAPTIONS)
+    assert np.array_equal(found, open_clip.tokenize(CAPTIONS, 24).numpy())
+    assert found.dtype == np.int32
+
+
+@pytest.mark.parametrize("vocab_size", [512, 4096])
+def test_a_folded_vocabulary_keeps_padding_start_and_end(vocab_size: int):
+    full, folded = tokenizer(24)(CAPTIONS), tokenizer(24, vocab_size)(CAPTIONS)
+    assert np.array_equal(folded == 0, full == 0)
+    assert np.array_equal(folded == vocab_size - 2, full == VOCAB_SIZE - 2)
+    assert np.array_equal(folded == vocab_size - 1, full == VOCAB_SIZE - 1)
+    assert folded.min() >= 0 and folded.max() < vocab_size
+    assert np.array_equal(folded.argmax(1), full.argmax(1))  # where CLIP pools
+
+
+def test_a_folded_clip_pools_at_the_end_of_text():
+    clip = FrozenClip(
+        build_clip(ClipConfig(embed_dim=32, vision_width=32, vision_depth=1, text_width=32,
+                              text_depth=1, vocab_size=512)), "folded",
+    )  # fmt: skip
+    tokens = torch.from_numpy(clip.tokenize(CAPTIONS))
+    expected = clip.clip.encode_text(tokens.long(), normalize=True)
+    torch.testing.assert_close(clip.encode_text(tokens)[0], expected, atol=1e-5, rtol=0)
+
+
+def test_a_long_caption_is_cut_and_still_ends():
+    tokens = tokenizer(8)(["one two three four five six seven eight nine ten"])
+    assert tokens.shape == (1, 8) and tokens[0, -1] == VOCAB_SIZE - 1
+    assert (tokens != 0).all()
+
+
+def test_the_mask_keeps_what_is_not_padding():
+    tokens = torch.from_numpy(tokenizer(8)(["a cube", ""]))
+    assert token_mask(tokens).sum(1).tolist() == [4, 2]

@@ -1,0 +1,181 @@
+"""Laws of the diffusion prior: who sees what, how the condition is dropped, and that it learns."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import keyed_random
+from models.configs import DiffusionPriorConfig
+from models.diffusion_prior import EMBED_RMS, DiffusionPrior, PriorSampling
+from models.samplers import SAMPLERS
+
+EMBED, TEXT, LENGTH = 16, 12, 5
+SIZES = {"embed_dim": EMBED, "text_width": TEXT, "context_length": LENGTH}
+
+
+def tiny(seed: int = 0, **changes) -> DiffusionPrior:
+    torch.manual_seed(seed)
+    config = DiffusionPriorConfig(**{"width": 32, "depth": 2, "num_heads": 2, **changes})
+    return DiffusionPrior(config, **SIZES)
+
+
+def inputs(count: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random arguments of `forward`; captions of 3 tokens of 5."""
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
+    mask = (torch.arange(LENGTH) < 3).expand(count, -1)
+    return {
+        "x_t": draw(count, EMBED),
+        "t": torch.randint(0, 1000, (count,), generator=rng),
+        "text_embed": draw(count, EMBED),
+        "text_states": draw(count, LENGTH, TEXT),
+        "token_mask": mask.clone(),
+        "drop": torch.zeros(count, dtype=torch.bool),
+    }
+
+
+def test_attention_is_causal():
+    """What follows a token does not change it: hidden states before a changed input stay."""
+    prior, given = tiny(), inputs()
+    given["token_mask"][:] = True
+    seen: list[Any] = []
+    prior.blocks[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+    prior(**given)
+    given["text_states"][:, 2] += 1.0
+    prior(**given)
+    given["x_t"] += 1.0
+    prior(**given)
+    first, words, noised = seen
+    torch.testing.assert_close(words[:, :2], first[:, :2])
+    assert all((words[:, i] != first[:, i]).any() for i in range(2, prior.length))
+    torch.testing.assert_close(noised[:, : LENGTH + 2], words[:, : LENGTH + 2])
+    assert (noised[:, LENGTH + 2 :] != words[:, LENGTH + 2 :]).any()
+
+
+def test_padding_is_not_read():
+    prior, given = tiny(), inputs()
+    before = prior(**given)
+    given["text_states"][~given["token_mask"]] = 1e3
+    torch.testing.assert_close(prior(**given), before)
+    given["text_states"][given["token_mask"]] *= 2
+    assert not torch.allclose(prior(**given), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("changed", ["text_states", "text_embed", "token_mask"])
+def test_a_dropped_condition_is_not_read_and_a_kept_one_is(changed: str):
+    prior, given = tiny(), inputs()
+    given["drop"] = torch.tensor([True, True, False, False])
+    before = prior(**given)
+    given[changed] = ~given[changed] if changed == "token_mask" else given[changed] + 1
+    after = prior(**given)
+    torch.testing.assert_close(after[:2], before[:2])
+    assert ((after[2:] - before[2:]).abs().amax(1) > 1e-3).all()
+
+
+def test_a_tenth_of_the_captions_is_dropped():
+    prior, seen = tiny(depth=1), []
+    prior.register_forward_hook(lambda module, args, output: seen.append(args[5]))
+    keys, given = torch.arange(4000), inputs(4000)
+    x = F.normalize(given["x_t"], dim=1)
+    with torch.no_grad():
+        prior.losses(keys, x, x, given["text_states"], given["token_mask"])
+    assert seen[0].float().mean().item() == pytest.approx(0.1, abs=4 * 0.3 / 4000**0.5)
+
+
+def test_the_default_scale_is_the_papers():
+    """17.2 for 1024 dimensions: a unit vector divided by the buffer has the paper's norm."""
+    prior = DiffusionPrior(
+        DiffusionPriorConfig(width=32, depth=1, num_heads=2),
+        embed_dim=1024, text_width=TEXT, context_length=LENGTH,
+    )  # fmt: skip
+    z = F.normalize(torch.randn(3, 1024), dim=1)
+    torch.testing.assert_close(
+        prior.standardise(z).norm(dim=1), torch.full((3,), 17.2), atol=0.05, rtol=0
+    )
+    assert abs(EMBED_RMS * 1024**0.5 - 17.2) < 0.05
+
+
+def test_standardising_whitens_and_restoring_undoes_it():
+    prior = tiny()
+    data = F.normalize(torch.randn(500, EMBED) * torch.linspace(0.2, 2, EMBED) + 0.3, dim=1)
+    prior.set_statistics(data.mean(0), data.std(0))
+    x = prior.standardise(data)
+    torch.testing.assert_close(x.mean(0), torch.zeros(EMBED), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std(0), torch.ones(EMBED), atol=1e-5, rtol=0)
+    torch.testing.assert_close(prior.restore(x), data, atol=1e-5, rtol=0)
+    prior.set_statistics(data.mean(0), torch.zeros(EMBED))  # a constant dimension stays finite
+    assert prior.standardise(data).isfinite().all()
+
+
+def options(**changes) -> PriorSampling:
+    return PriorSampling(**{"sampler": SAMPLERS["dpmpp_2m"], "sample_steps": 4, **changes})
+
+
+def drawn(prior: DiffusionPrior, keys: torch.Tensor, how: PriorSampling) -> torch.Tensor:
+    given = inputs(8)
+    text_embed = F.normalize(given["text_embed"], dim=1)[keys]
+    return prior.sample(
+        keys, text_embed, given["text_states"][keys], given["token_mask"][keys], how
+    )
+
+
+def test_best_of_takes_the_larger_dot_product():
+    prior, keys = tiny().eval(), torch.arange(8)
+    text_embed = F.normalize(inputs(8)["text_embed"], dim=1)
+    one, three = (drawn(prior, keys, options(best_of=n)) for n in (1, 3))
+    better = (three * text_embed).sum(1) - (one * text_embed).sum(1)
+    assert (better >= 0).all() and (better > 0).any()
+    torch.testing.assert_close(three.norm(dim=1), torch.ones(8))
+    kept = better == 0  # the first draw is one of the three, unchanged
+    torch.testing.assert_close(three[kept], one[kept])
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_a_sample_depends_on_its_own_key_and_caption_alone(sampler: str):
+    prior, how = tiny().eval(), options(sampler=SAMPLERS[sampler], cfg_scale=2.0)
+    whole = drawn(prior, torch.arange(8), how)
+    alone = torch.cat([drawn(prior, torch.tensor([i]), how) for i in (5, 2)])
+    torch.testing.assert_close(alone, whole[[5, 2]], atol=1e-5, rtol=0)
+
+
+def test_guidance_of_one_is_the_conditional_model():
+    """Without guidance the unconditional half is not even asked."""
+    prior, keys = tiny().eval(), torch.arange(8)
+    before = drawn(prior, keys, options(cfg_scale=1.0))
+    guided = drawn(prior, keys, options(cfg_scale=3.0))
+    with torch.no_grad():
+        prior.null_text.add_(1.0)
+    torch.testing.assert_close(drawn(prior, keys, options(cfg_scale=1.0)), before)
+    assert not torch.allclose(guided, before, atol=1e-3)
+
+
+def test_the_loss_depends_on_keys_and_not_on_the_batch():
+    prior, given = tiny().eval(), inputs(6)
+    z = F.normalize(given["x_t"], dim=1)
+    keys = torch.arange(6) * 31
+    arguments = (keys, z, z, given["text_states"], given["token_mask"])
+    whole = prior.losses(*arguments)["loss"]
+    part = prior.losses(*(a[2:4] for a in arguments))["loss"]
+    torch.testing.assert_close(part, whole[2:4], atol=1e-5, rtol=1e-5)
+
+
+def test_it_learns_eight_samples_by_heart():
+    prior = tiny(text_drop=0.0)
+    given, z = inputs(8), F.normalize(inputs(8, seed=9)["x_t"], dim=1)
+    text_embed = F.normalize(given["text_embed"], dim=1)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3, betas=(0.9, 0.99))
+    for step in range(250):
+        keys = keyed_random.sample_keys(0, torch.full((8,), step), torch.arange(8))
+        loss = prior.losses(keys, z, text_embed, given["text_states"], given["token_mask"])
+        optimizer.zero_grad()
+        loss["loss"].mean().backward()
+        optimizer.step()
+    prior.eval()
+    found = prior.sample(
+        torch.arange(8), text_embed, given["text_states"], given["token_mask"], options(best_of=1)
+    )
+    cosine = found @ z.T
+    assert cosine.diagonal().min() > 0.9
+    assert torch.equal(cosine.argmax(1), torch.arange(8))

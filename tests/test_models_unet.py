@@ -1,0 +1,228 @@
+"""Laws of the U-Net, of the decoder's two conditions and of the upsampler."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
+from models.decoder import Condition, Decoder, ImageSampling
+from models.samplers import SAMPLERS
+from models.unet import UNet
+from models.upsampler import Upsampler
+
+EMBED, TEXT, LENGTH, SIZE = 8, 12, 5, 8
+UNET = UNetConfig(
+    channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), head_channels=8
+)
+
+
+def awake(model: Any) -> Any:
+    """Give the layers that start at zero values, as training would."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def decoder(**changes) -> Decoder:
+    torch.manual_seed(0)
+    config = DecoderConfig(**{"unet": UNET, "context_width": 8, **changes})
+    return Decoder(config, image_size=SIZE, embed_dim=EMBED, text_width=TEXT)
+
+
+def condition(count: int) -> Condition:
+    rng = torch.Generator().manual_seed(0)
+    mask = (torch.arange(LENGTH) < 3).expand(count, -1).clone()
+    return Condition(
+        image_embed=F.normalize(torch.randn(count, EMBED, generator=rng), dim=1),
+        text_states=torch.randn(count, LENGTH, TEXT, generator=rng),
+        token_mask=mask,
+    )
+
+
+def images(count: int, size: int = SIZE) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def drops(*, image: bool, text: bool, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((count,), image), torch.full((count,), text)
+
+
+# -- the U-Net -----------------------------------------------------------------------------------
+
+
+def test_the_output_starts_at_zero():
+    model = decoder()
+    t = torch.tensor([0, 999])
+    assert not model(images(2), t, condition(2), *drops(image=False, text=False)).any()
+    up = Upsampler(UpsamplerConfig(unet=UNetConfig(channels=8, attn_resolutions=())), factor=2,
+                   crop_size=8)  # fmt: skip
+    assert not up(images(2), t, images(2, 4)).any()
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("channel_mult", [(1,), (1, 2), (1, 1, 2)])
+def test_an_image_goes_in_and_an_image_comes_out(patch_size: int, channel_mult: tuple[int, ...]):
+    config = UNetConfig(
+        channels=8, channel_mult=channel_mult, num_res_blocks=2, attn_resolutions=(4,),
+        head_channels=8, patch_size=patch_size,
+    )  # fmt: skip
+    unet = awake(UNet(config, image_size=16, in_channels=3, out_channels=5))
+    out = unet(images(2, 16), torch.tensor([1, 500]))
+    assert out.shape == (2, 5, 16, 16) and out.dtype == torch.float32
+    assert (out[0] != out[1]).any()
+
+
+@pytest.mark.parametrize("size", [6, 9])
+def test_a_size_that_does_not_halve_is_refused(size: int):
+    with pytest.raises(ValueError, match=f"image size: found {size}, expected a multiple"):
+        UNet(UNetConfig(channels=8, channel_mult=(1, 2, 2)), image_size=size, in_channels=3,
+             out_channels=3)  # fmt: skip
+
+
+def test_every_parameter_gets_a_gradient():
+    model = awake(decoder(embed_grid=True))
+    model.losses(torch.arange(32), images(32), condition(32))["loss"].sum().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+# -- the decoder -----------------------------------------------------------------------------------
+
+
+def changed(name: str) -> Condition:
+    old = condition(2)
+    parts = {
+        "image_embed": old.image_embed,
+        "text_states": old.text_states,
+        "token_mask": old.token_mask,
+    }
+    parts[name] = ~parts[name] if name == "token_mask" else parts[name].flip(1)
+    return Condition(**parts)
+
+
+@pytest.mark.parametrize("embed_grid", [False, True])
+@pytest.mark.parametrize("name", ["image_embed", "text_states", "token_mask"])
+def test_a_dropped_condition_is_not_read_and_a_kept_one_is(name: str, embed_grid: bool):
+    model, t, x = awake(decoder(embed_grid=embed_grid)), torch.tensor([10, 900]), images(2)
+    part = "image" if name == "image_embed" else "text"
+    for dropped in (True, False):
+        mine = drops(**{"image": False, "text": False, part: dropped})
+        before, after = (model(x, t, c, *mine) for c in (condition(2), changed(name)))
+        assert torch.allclose(before, after, atol=1e-5) == dropped
+
+
+def test_padding_is_not_read():
+    model, t, x, given = awake(decoder()), torch.tensor([10, 900]), images(2), condition(2)
+    before = model(x, t, given, *drops(image=False, text=False))
+    assert given.text_states is not None and given.token_mask is not None
+    given.text_states[~given.token_mask] = 1e3
+    torch.testing.assert_close(model(x, t, given, *drops(image=False, text=False)), before)
+
+
+def test_the_conditions_drop_at_the_papers_rates_and_independently():
+    """z_i one time in ten, the caption every other time, so both one time in twenty."""
+    count, seen = 4000, []
+    model = decoder(unet=UNetConfig(channels=4, channel_mult=(1,), num_res_blocks=1,
+                                    attn_resolutions=()))  # fmt: skip
+    model.register_forward_hook(lambda module, args, output: seen.append(args[3:]))
+    with torch.no_grad():
+        model.losses(torch.arange(count), images(count), condition(count))
+    image, text = (drop.double() for drop in seen[0])
+    for rate, expected in ((image, 0.1), (text, 0.5), (image * text, 0.05)):
+        error = (expected * (1 - expected) / count) ** 0.5
+        assert rate.mean().item() == pytest.approx(expected, abs=4 * error)
+
+
+def test_captions_are_asked_for_where_they_were_trained_with():
+    model, t = decoder(), torch.tensor([1, 2])
+    bare = Condition(image_embed=condition(2).image_embed)
+    with pytest.raises(ValueError, match="trained with captions, found none"):
+        model(images(2), t, bare, *drops(image=False, text=False))
+    free = awake(decoder(use_text=False))
+    both = [free(images(2), t, c, *drops(image=False, text=False)) for c in (bare, condition(2))]
+    assert torch.equal(*both)
+
+
+def test_noise_on_the_embedding_keeps_it_on_the_sphere():
+    given = condition(2000)
+    found = decoder(embed_noise=0.5)._noised(torch.arange(2000), given).image_embed
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(2000))
+    cosine = (found * given.image_embed).sum(1)
+    assert cosine.min() < 0.95 and cosine.mean() > 0.85  # up to a half of the signal's length
+    assert decoder()._noised(torch.arange(2000), given) is given
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
+def test_the_loss_of_a_silent_network_is_the_targets_energy(prediction: str):
+    """A network that starts at zero pays the mean square of what it should have said."""
+    from models import keyed_random
+    from models.losses import draw_timesteps
+
+    model = decoder(prediction=prediction, weighting="simple")
+    keys, x0 = torch.arange(16), images(16)
+    t, eps = draw_timesteps(model.schedule, keys), keyed_random.normal(keys, "eps", (3, 8, 8))
+    target = model.schedule.target(model.config.prediction, x0, t, eps)
+    loss = model.losses(keys, x0, condition(16))["loss"]
+    torch.testing.assert_close(loss, target.square().mean((1, 2, 3)))
+
+
+# -- sampling --------------------------------------------------------------------------------------
+
+
+def sample_decoder(keys: torch.Tensor, how: ImageSampling) -> torch.Tensor:
+    model, all_of = awake(decoder()), condition(4)
+    assert all_of.text_states is not None and all_of.token_mask is not None
+    mine = Condition(
+        image_embed=all_of.image_embed[keys], text_states=all_of.text_states[keys],
+        token_mask=all_of.token_mask[keys],
+    )  # fmt: skip
+    return model.sample(keys, mine, how)
+
+
+def sample_upsampler(keys: torch.Tensor, how: ImageSampling) -> torch.Tensor:
+    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
+    torch.manual_seed(0)
+    model = awake(Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=8))
+    return model.sample(keys, images(4, 4)[keys], how)
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.parametrize("sample", [sample_decoder, sample_upsampler])
+def test_the_same_key_gives_the_same_image_in_any_batch(sampler: str, sample: Callable):
+    how = ImageSampling(sampler=SAMPLERS[sampler], sample_steps=3, cfg_scale=2.0)
+    whole = sample(torch.arange(4), how)
+    alone = torch.cat([sample(torch.tensor([i]), how) for i in (3, 1)])
+    torch.testing.assert_close(alone, whole[[3, 1]], atol=1e-4, rtol=0)
+    assert whole.shape == (4, 3, SIZE, SIZE) and whole.abs().max() <= 1
+    assert (whole[0] != whole[1]).any()
+
+
+# -- the upsampler ---------------------------------------------------------------------------------
+
+
+def test_an_upsampler_runs_at_sizes_it_was_not_trained_at():
+    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
+    model = awake(Upsampler(UpsamplerConfig(unet=unet), factor=4, crop_size=16))
+    how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
+    for height, width in ((4, 4), (8, 8), (6, 10)):
+        low_res = torch.zeros(1, 3, height, width)
+        found = model.sample(torch.tensor([0]), low_res, how)
+        assert found.shape == (1, 3, 4 * height, 4 * width)
+
+
+def test_an_upsampler_reads_its_low_resolution():
+    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
+    model = awake(Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=8))
+    x, t = images(2), torch.tensor([10, 900])
+    assert (model(x, t, images(2, 4)) != model(x, t, -images(2, 4))).any()
+
+
+def test_an_upsampler_takes_no_attention():
+    with pytest.raises(ValueError, match="attn_resolutions: found .*upsamplers take none"):
+        Upsampler(UpsamplerConfig(unet=UNET), factor=2, crop_size=8)

@@ -1,0 +1,142 @@
+"""Weights on disk, and what joins finished runs into a chain."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models.clip import FrozenClip, load_clip
+from models.configs import DecoderConfig, DiffusionPriorConfig, UNetConfig, UpsamplerConfig
+from models.decoder import Decoder, ImageSampling
+from models.diffusion_prior import DiffusionPrior, PriorSampling
+from models.samplers import SAMPLERS
+from models.unclip import Sampling, UnClip, load_model
+from models.upsampler import Upsampler
+from models.weights import (
+    FINAL_NAME,
+    digest,
+    exported,
+    load_config,
+    load_weights,
+    save_config,
+    save_weights,
+)
+
+UNET = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=())
+
+
+@pytest.fixture(scope="module")
+def clip() -> FrozenClip:
+    return load_clip("tiny:random")
+
+
+def test_weights_come_back_as_they_were(tmp_path: Path):
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    save_weights(tmp_path / "w.safetensors", first.state_dict())
+    assert load_weights(second, tmp_path / "w.safetensors") is second and not second.training
+    assert torch.equal(first.weight, second.weight) and torch.equal(first.bias, second.bias)
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        (nn.Linear(3, 4), r"tensor bias: found \[2\], expected \[4\]"),
+        (nn.Linear(3, 2, bias=False), r"tensor bias: found \[2\], expected nothing"),
+        (nn.Sequential(nn.Linear(3, 2)), r"tensor 0.bias: found nothing, expected \[2\]"),
+    ],
+)
+def test_weights_of_another_model_are_refused_by_name(
+    model: nn.Module, problem: str, tmp_path: Path
+):
+    save_weights(tmp_path / "w.safetensors", nn.Linear(3, 2).state_dict())
+    with pytest.raises(ValueError, match=problem):
+        load_weights(model, tmp_path / "w.safetensors")
+
+
+def test_missing_files_are_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="w.safetensors: found no weights file"):
+        load_weights(nn.Linear(1, 1), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="config.json: found no file"):
+        load_config(tmp_path)
+    with pytest.raises(ValueError, match="none: found no such folder"):
+        exported(tmp_path / "none")
+    with pytest.raises(ValueError, match="found an unfinished run, expected final.json"):
+        exported(tmp_path)
+
+
+def test_the_digest_knows_names_shapes_types_and_bits():
+    tensor = torch.arange(6.0)
+    others = [
+        {"b": tensor}, {"a": tensor.reshape(2, 3)}, {"a": tensor.double()}, {"a": tensor + 1},
+        {"a": tensor, "b": tensor},
+    ]  # fmt: skip
+    digests = {digest(tensors) for tensors in [{"a": tensor}, *others]}
+    assert len(digests) == 6
+    assert digest({"a": tensor, "b": others[3]["a"]}) == digest(
+        {"b": others[3]["a"], "a": tensor.clone()}
+    )
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def finished(run: Path, model: nn.Module, config: dict) -> Path:
+    """Write what the last checkpoint of a run leaves for inference."""
+    step = run / "step_00000004"
+    step.mkdir(parents=True)
+    save_weights(step / "ema.safetensors", model.state_dict())
+    save_config(step, config)
+    (run / FINAL_NAME).write_text(json.dumps({"step": step.name}))
+    return run
+
+
+def chain(root: Path, clip: FrozenClip) -> dict[str, Path]:
+    """Write a finished prior, decoder and upsampler of `clip`'s embeddings."""
+    torch.manual_seed(0)
+    sizes = {"embed_dim": clip.embed_dim, "text_width": clip.text_width}
+    prior_sizes = {**sizes, "context_length": clip.context_length}
+    prior = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
+    base = DecoderConfig(unet=UNET, context_width=8)
+    up = UpsamplerConfig(unet=UNET)
+    models = {
+        "prior": (DiffusionPrior(prior, **prior_sizes), prior, "diffusion_prior", prior_sizes),
+        "decoder": (Decoder(base, image_size=8, **sizes), base, "decoder",
+                    {**sizes, "image_size": 8}),
+        "upsampler": (Upsampler(up, factor=2, crop_size=8), up, "upsampler",
+                      {"factor": 2, "crop_size": 8}),
+    }  # fmt: skip
+    runs = {}
+    for name, (model, config, kind, more) in models.items():
+        told = {"kind": kind, "model": dataclasses.asdict(config), "encoder_id": clip.encoder_id}
+        runs[name] = finished(root / name, model, {**told, **more})
+    return runs
+
+
+def test_finished_runs_join_into_a_chain_from_caption_to_image(tmp_path: Path, clip: FrozenClip):
+    runs = {name: str(path) for name, path in chain(tmp_path, clip).items()}
+    whole = UnClip.load(clip, runs["prior"], runs["decoder"], (runs["upsampler"],))
+    image = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
+    prior = PriorSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
+    how = Sampling(prior=prior, decoder=image, upsampler=image)
+    keys, captions = torch.arange(2), ["a red cube", "a blue cone"]
+    embed = whole.imagine(keys, captions, how)
+    assert embed.shape == (2, clip.embed_dim)
+    assert whole.render(keys, captions, embed, how).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("part", ["prior", "decoder"])
+def test_a_part_of_another_encoder_is_refused_by_name(part: str, tmp_path: Path, clip: FrozenClip):
+    runs = chain(tmp_path, clip)
+    path = runs[part] / "step_00000004" / "config.json"
+    path.write_text(path.read_text().replace(clip.encoder_id, "another"))
+    with pytest.raises(ValueError, match=f"{part}: found a {part} trained on encoder another"):
+        UnClip.load(clip, str(runs["prior"]), str(runs["decoder"]))
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path: Path, clip: FrozenClip):
+    runs = chain(tmp_path, clip)
+    with pytest.raises(ValueError, match="found a run of kind decoder, expected diffusion_prior"):
+        load_model(runs["decoder"], "diffusion_prior")

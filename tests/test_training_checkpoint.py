@@ -1,0 +1,315 @@
+"""Checkpoints: what was killed continues bit for bit, and what is broken is never read."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.configs import (
+    ClipConfig,
+    DecoderConfig,
+    DiffusionPriorConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
+from models.weights import FINAL_NAME
+from training import checkpoint, demo_data, jobs
+from training.checkpoint import Fragments, Progress, Record, newest_valid, records, step_folder
+from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig, TrainConfig
+from training.worker import prepare_run, train_here
+
+HALF, WHOLE = 3, 6
+TRAIN = TrainConfig(
+    num_steps=WHOLE, checkpoint_every=HALF, global_batch_size=8, micro_batch_size=4,
+    num_workers=0, num_threads=1, report_every=1, ema_decay=0.9, warmup=0.2,
+)  # fmt: skip
+UNET = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=(),
+                  patch_size=8, dropout=0.1)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small shards of drawn images, and their embeddings."""
+    root = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_data, "SAMPLES_PER_SHARD", 10)
+        demo_data.draw_images(root / "images", num_shards=2)
+    demo_data.embed_here(str(root / "images"), root / "embeds", "tiny:random")
+    return root
+
+
+def clip_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
+    model = ClipConfig(embed_dim=16, vision_width=32, vision_depth=1, text_width=32, text_depth=1,
+                       patch_size=16, vocab_size=512)  # fmt: skip
+    train = dataclasses.replace(TRAIN, micro_batch_size=0)
+    config = ClipRunConfig(images=str(data / "images"), run=str(run), model=model, train=train)
+    return config, jobs.build_clip_job
+
+
+def prior_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
+    model = DiffusionPriorConfig(width=16, depth=1, num_heads=2, dropout=0.1)
+    config = PriorRunConfig(embeds=str(data / "embeds"), run=str(run), model=model, train=TRAIN)
+    return config, jobs.build_prior
+
+
+def decoder_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
+    config = DecoderRunConfig(
+        images=str(data / "images"), embeds=str(data / "embeds"), run=str(run), image_size=16,
+        base=DecoderConfig(unet=UNET, context_width=8),
+        train=dataclasses.replace(TRAIN, optimizer="muon"),
+    )  # fmt: skip
+    return config, jobs.build_decoder
+
+
+def upsampler_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
+    config = DecoderRunConfig(
+        images=str(data / "images"), run=str(run), stage="up256", image_size=32, low_res_size=16,
+        crop_size=16, up=UpsamplerConfig(unet=UNET), train=TRAIN,
+    )  # fmt: skip
+    return config, jobs.build_decoder
+
+
+def train(make: Callable, data: Path, run: Path) -> Path:
+    config, build = make(data, run)
+    train_here(config, prepare_run(config, str(run)), build)
+    return run
+
+
+def contents(run: Path, step: int = WHOLE) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights, moments, averages, buffers, and both exports."""
+    folder = step_folder(run, step)
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        tensors = load_file(str(path))  # a map of the file, which a test may damage: hence clone
+        found.update({f"{path.relative_to(folder)}: {k}": v.clone() for k, v in tensors.items()})
+    return found
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def lines(run: Path) -> list[tuple[int, float]]:
+    text = (run / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"]) for line in map(json.loads, text)]
+
+
+def forget_the_end(run: Path) -> None:
+    """Leave what a run killed in its second half leaves."""
+    (run / FINAL_NAME).unlink()
+    for path in sorted(step_folder(run, WHOLE).rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    step_folder(run, WHOLE).rmdir()
+
+
+@pytest.mark.parametrize("make", [clip_run, prior_run, decoder_run, upsampler_run])
+def test_2n_steps_are_n_steps_resumed_for_n_more(make: Callable, data: Path, tmp_path: Path):
+    run = train(make, data, tmp_path / "run")
+    expected, curve = contents(run), lines(run)
+    sections = {name.split(": ")[1].split("/")[0] for name in expected if "rank_0000" in name}
+    assert {"master", "ema", "exp_avg", "exp_avg_sq"} <= sections
+    assert_differs(contents(run, HALF), expected)
+    forget_the_end(run)
+    train(make, data, run)
+    assert_same(contents(run), expected)
+    assert lines(run) == curve and [step for step, _ in curve] == list(range(1, WHOLE + 1))
+
+
+def assert_differs(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
+    """The second half moved every kind of tensor, so that equality afterwards says something."""
+    for section in ("master", "ema", "exp_avg", "exp_avg_sq"):
+        names = [name for name in after if f": {section}/" in name]
+        assert any(not torch.equal(before[name], after[name]) for name in names), section
+
+
+def test_a_finished_export_is_the_checkpoints_weights_and_averages(data: Path, tmp_path: Path):
+    found = contents(train(prior_run, data, tmp_path / "run"))
+    for name, tensor in found.items():
+        file, _, key = name.partition(": ")
+        section = {"model.safetensors": "master", "ema.safetensors": "ema"}.get(file)
+        if section and not key.startswith("embed_"):
+            flat = found[f"fragments/rank_0000.safetensors: {section}/{key}/0"]
+            assert torch.equal(tensor.flatten(), flat)
+
+
+EARLY = ("save_file", "_digest", "_write_text")  # before the record that makes a checkpoint count
+
+
+@pytest.mark.filterwarnings("ignore:.*incomplete; skipped")
+@pytest.mark.parametrize("where", [*EARLY, "_export", "prune", "finish"])
+def test_a_run_killed_inside_its_last_checkpoint_ends_the_same(
+    where: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    expected = contents(train(prior_run, data, tmp_path / "whole"))
+    real = getattr(checkpoint, where)
+
+    def killed(*args, **kwargs):
+        late = (run / step_folder(run, WHOLE).name).is_dir()
+        if late:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(checkpoint, where, killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(prior_run, data, run)
+    monkeypatch.undo()
+    assert not (run / FINAL_NAME).is_file()
+    found = newest_valid(run)
+    assert found is not None and found[1].step == (HALF if where in EARLY else WHOLE)
+    train(prior_run, data, run)
+    assert_same(contents(run), expected)
+    assert json.loads((run / FINAL_NAME).read_text()) == {"step": step_folder(run, WHOLE).name}
+
+
+# -- broken checkpoints ----------------------------------------------------------------------------
+
+
+def flip(folder: Path) -> None:
+    path = folder / "fragments" / "rank_0000.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "fragments" / "rank_0000.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def lose_tensors(folder: Path) -> None:
+    (folder / "fragments" / "rank_0000.safetensors").unlink()
+
+
+def lose_record(folder: Path) -> None:
+    (folder / "fragments" / "rank_0000.json").unlink()
+
+
+def cut_record(folder: Path) -> None:
+    (folder / "fragments" / "rank_0000.json").write_text('{"format": 1, "ra')
+
+
+def expect_a_second_rank(folder: Path) -> None:
+    edit(folder, world_size=2)
+
+
+def come_from_the_future(folder: Path) -> None:
+    edit(folder, format=99)
+
+
+def edit(folder: Path, **changes) -> None:
+    path = folder / "fragments" / "rank_0000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "warning"),
+    [
+        (flip, "digest differs"), (truncate, "digest differs"), (lose_tensors, "unreadable"),
+        (lose_record, "found the records of 0 ranks"), (cut_record, "unreadable"),
+        (expect_a_second_rank, "found the records of 1 ranks, incomplete"),
+        (come_from_the_future, "found format 99, expected 1"),
+    ],
+)  # fmt: skip
+def test_a_broken_checkpoint_is_skipped_with_a_warning_and_made_again(
+    damage: Callable, warning: str, data: Path, tmp_path: Path
+):
+    run = train(prior_run, data, tmp_path / "run")
+    expected = contents(run)
+    (run / FINAL_NAME).unlink()
+    damage(step_folder(run, WHOLE))
+    with pytest.warns(UserWarning, match=warning):
+        found = newest_valid(run)
+    assert found is not None and found[1] == Progress(step=HALF, samples_seen=HALF * 8 - 4)
+    with pytest.warns(UserWarning, match=warning):
+        train(prior_run, data, run)
+    assert_same(contents(run), expected)
+
+
+def test_a_run_whose_checkpoints_are_all_broken_starts_over(data: Path, tmp_path: Path):
+    run = train(prior_run, data, tmp_path / "run")
+    expected = contents(run)
+    (run / FINAL_NAME).unlink()
+    for step in (HALF, WHOLE):
+        truncate(step_folder(run, step))
+    with pytest.warns(UserWarning):
+        assert newest_valid(run) is None
+        train(prior_run, data, run)
+    assert_same(contents(run), expected)
+
+
+def test_pruning_keeps_the_newest_and_nothing_later(tmp_path: Path):
+    for step in (1, 2, 3, 7):
+        step_folder(tmp_path, step).mkdir()
+    checkpoint.prune(tmp_path, 2, step_folder(tmp_path, 3))  # 7 was broken, so the run went on at 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+
+
+# -- other world sizes -----------------------------------------------------------------------------
+
+
+def write_by_three_ranks(folder: Path, whole: torch.Tensor) -> list[Record]:
+    """Three ranks own [0, 2), [2, 7) and [7, 10) of parameter `w`, and share out the rest."""
+    fragments = folder / "fragments"
+    fragments.mkdir(parents=True)
+    for rank, (start, stop) in enumerate([(0, 2), (2, 7), (7, 10)]):
+        path = fragments / f"rank_{rank:04d}.safetensors"
+        mine = {
+            f"master/w/{start}": whole[start:stop].clone(),
+            f"ema/w/{start}": -whole[start:stop],
+            f"master/only_{rank}/0": torch.full((4,), float(rank)),
+        }
+        save_file(mine, str(path))
+        record = Record(
+            format=checkpoint.FORMAT, rank=rank, world_size=3, optimizer_step=5,
+            sha256=checkpoint._digest(path), progress=dataclasses.asdict(Progress(step=5)),
+        )  # fmt: skip
+        path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(record)))
+    found = records(folder)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 10])
+def test_any_number_of_ranks_reads_what_three_wrote(world_size: int, tmp_path: Path):
+    whole = torch.arange(10.0)
+    stored = Fragments(tmp_path, write_by_three_ranks(tmp_path, whole))
+    cuts = [10 * rank // world_size for rank in range(world_size + 1)]
+    for section, expected in (("master", whole), ("ema", -whole)):
+        parts = [torch.full((b - a,), torch.nan) for a, b in zip(cuts, cuts[1:], strict=False)]
+        for start, part in zip(cuts, parts, strict=False):
+            stored.read(f"{section}/w", start, part)
+        assert torch.equal(torch.cat(parts), expected)
+    for rank in range(3):
+        target = torch.empty(4)
+        stored.read(f"master/only_{rank}", 0, target)
+        assert (target == rank).all()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_missing_rank_makes_a_checkpoint_invalid(rank: int, tmp_path: Path):
+    write_by_three_ranks(tmp_path, torch.arange(10.0))
+    (tmp_path / "fragments" / f"rank_{rank:04d}.json").unlink()
+    with pytest.warns(UserWarning, match="found the records of 2 ranks, incomplete"):
+        assert records(tmp_path) is None
+
+
+def test_ranks_that_disagree_make_a_checkpoint_invalid(tmp_path: Path):
+    write_by_three_ranks(tmp_path, torch.arange(10.0))
+    path = tmp_path / "fragments" / "rank_0001.json"
+    other = {**json.loads(path.read_text()), "progress": dataclasses.asdict(Progress(step=4))}
+    path.write_text(json.dumps(other))
+    with pytest.warns(UserWarning, match="disagree about their progress"):
+        assert records(tmp_path) is None
+
+
+@pytest.mark.parametrize(("name", "found"), [("master/w", 10), ("master/v", 0)])
+def test_tensors_of_another_model_are_refused(name: str, found: int, tmp_path: Path):
+    stored = Fragments(tmp_path, write_by_three_ranks(tmp_path, torch.arange(10.0)))
+    with pytest.raises(ValueError, match=f"{name}: found {found} of 11 elements from 0"):
+        stored.read(name, 0, torch.empty(11))

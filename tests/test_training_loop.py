@@ -1,0 +1,223 @@
+"""Laws of the loop, on a model small enough to know every answer: y = w x + b."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training.batches import Batch
+from training.checkpoint import Progress
+from training.config import TrainConfig
+from training.ema import Ema
+from training.loop import MAX_NONFINITE_IN_A_ROW, Job, train
+from training.optimizer import learning_rate_ratio
+from training.reporting import Reporter, read_lines
+from training.zero import Fragment, PlainEngine
+
+NUM_SAMPLES = 10  # of batches of 4: the last one of an epoch has 2
+CONFIG = TrainConfig(
+    num_steps=7, global_batch_size=4, num_workers=0, precision="fp32", learning_rate=0.1,
+    report_every=1, checkpoint_every=100, ema_decay=0.8, warmup=0.3, beta2=0.9,
+)  # fmt: skip
+Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
+
+
+class Line:
+    """Points of y = 2 x + 1."""
+
+    shard_sizes: tuple[int, ...] = (NUM_SAMPLES,)
+
+    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        x = index[:, None].astype(np.float32) / NUM_SAMPLES
+        return {"x": x, "y": 2 * x + 1}
+
+
+def squared_error(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    return {"loss": (model(batch["x"]) - batch["y"]).square()[:, 0]}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(1, 1)
+
+
+def run(
+    path: Path, config: TrainConfig = CONFIG, objective: Objective = squared_error
+) -> tuple[nn.Module, Progress]:
+    path.mkdir(exist_ok=True)
+    job = Job(model=network(), objective=objective, reader=Line(), export={"kind": "line"})
+    engine = PlainEngine(job.model, job.objective, config, torch.device("cpu"))
+    return job.model, train(job, config, engine, path, Reporter(path, config, 0))
+
+
+def by_hand(config: TrainConfig) -> tuple[nn.Module, list[float], list[Tensor]]:
+    """The same run without loop, engine or feed: returns model, losses and every step's weight."""
+    from training.batches import Plan
+
+    model, losses, weights = network(), [], []
+    plan = Plan(
+        shard_sizes=(NUM_SAMPLES,), global_batch_size=config.global_batch_size, seed=config.seed
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, config.beta2), weight_decay=0.0, lr=1.0
+    )
+    for step in range(config.num_steps):
+        part = plan.slice(step)
+        points = Line().read(part.index[part.weight > 0])
+        x, y = (torch.from_numpy(points[name]) for name in ("x", "y"))
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * learning_rate_ratio(config, step)
+        optimizer.step()
+        losses.append(loss.item())
+        weights.append(torch.cat([p.detach().flatten().clone() for p in model.parameters()]))
+    return model, losses, weights
+
+
+def test_the_loop_is_gradient_descent_on_the_mean_over_real_samples(tmp_path: Path):
+    """Padding of the ragged last batch changes neither the loss nor the step."""
+    model, progress = run(tmp_path)
+    expected, losses, _ = by_hand(CONFIG)
+    for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+    found = [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert found == pytest.approx(losses, rel=1e-4)
+    assert progress == Progress(step=7, samples_seen=4 + 4 + 2 + 4 + 4 + 2 + 4)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_micro_batches_change_nothing(micro_batch_size: int, tmp_path: Path):
+    whole, _ = run(tmp_path / "whole")
+    parts, _ = run(
+        tmp_path / "parts", dataclasses.replace(CONFIG, micro_batch_size=micro_batch_size)
+    )
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_the_average_is_the_one_computed_directly(tmp_path: Path):
+    from safetensors.torch import load_file
+
+    run(tmp_path)
+    start = torch.cat([p.detach().flatten() for p in network().parameters()])
+    expected = start.clone()
+    for step, weights in enumerate(by_hand(CONFIG)[2]):
+        decay = min(CONFIG.ema_decay, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weights
+    ema = load_file(str(tmp_path / "step_00000007" / "ema.safetensors"))
+    found = torch.cat([ema[name].flatten() for name in ("weight", "bias")])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_an_average_of_constant_weights_is_those_weights():
+    fragment = Fragment(name="w", offset=0, master=torch.arange(3.0), state={})
+    ema = Ema([fragment], decay=0.999)
+    for step in range(20):
+        ema.update(step)
+    torch.testing.assert_close(ema.shadows[0], torch.arange(3.0))
+    assert ema.shadows[0].data_ptr() != fragment.master.data_ptr()
+
+
+def test_a_run_starts_from_its_seed_and_repeats_itself(tmp_path: Path):
+    first, _ = run(tmp_path / "first")
+    again, _ = run(tmp_path / "again")
+    other, _ = run(tmp_path / "other", dataclasses.replace(CONFIG, seed=1))
+    assert torch.equal(first.get_parameter("weight"), again.get_parameter("weight"))
+    assert not torch.equal(first.get_parameter("weight"), other.get_parameter("weight"))
+
+
+# -- losses and gradients that are not finite ------------------------------------------------------
+
+
+def spoilt(kind: str, *steps: int) -> Objective:
+    """An objective whose loss, or whose gradient alone, is not finite at `steps`."""
+    calls = iter(range(1000))
+
+    def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        scores = squared_error(model, batch)
+        if next(calls) not in steps:
+            return scores
+        if kind == "loss":
+            return {"loss": scores["loss"] * torch.inf}
+        weight = model.get_parameter("weight")
+        return {"loss": scores["loss"] + (weight - weight.detach()).abs().sqrt().sum()}
+
+    return objective
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_moves_nothing_and_is_counted(kind: str, tmp_path: Path):
+    """Spoiling the last step leaves the weights and averages of the steps before it."""
+    from safetensors.torch import load_file
+
+    two = dataclasses.replace(CONFIG, num_steps=3, decay="constant", warmup=0.0)
+    one = dataclasses.replace(two, num_steps=2)
+    _, expected = run(tmp_path / "one", one)
+    _, found = run(tmp_path / "two", two, spoilt(kind, 2))
+    assert (found.nonfinite_steps, expected.nonfinite_steps) == (1, 0)
+    for name in ("model.safetensors", "ema.safetensors"):
+        a = load_file(str(tmp_path / "one" / "step_00000002" / name))
+        b = load_file(str(tmp_path / "two" / "step_00000003" / name))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_training_goes_on_after_a_step_that_is_not_finite(kind: str, tmp_path: Path):
+    model, progress = run(tmp_path, CONFIG, spoilt(kind, 2, 4))
+    assert progress.nonfinite_steps == 2 and progress.step == 7
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["nonfinite_steps"] == 2
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(kind: str, tmp_path: Path):
+    config = dataclasses.replace(CONFIG, num_steps=40)
+    in_a_row = range(5, 5 + MAX_NONFINITE_IN_A_ROW)
+    with pytest.raises(RuntimeError, match="not finite 10 steps in a row; lower the learning rate"):
+        run(tmp_path / "ten", config, spoilt(kind, *in_a_row))
+    _, progress = run(tmp_path / "nine", config, spoilt(kind, *in_a_row[1:]))
+    assert progress.nonfinite_steps == MAX_NONFINITE_IN_A_ROW - 1
+    assert not (tmp_path / "ten" / "final.json").exists()
+
+
+# -- reports and ends ------------------------------------------------------------------------------
+
+
+def test_a_report_is_the_mean_since_the_last_one(tmp_path: Path):
+    _, losses, _ = by_hand(CONFIG)
+    run(tmp_path, dataclasses.replace(CONFIG, report_every=3))
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    means = [np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]]
+    assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-4)
+    assert sum(line["reported_samples"] for line in lines) == lines[-1]["samples_seen"]
+    expected = [learning_rate_ratio(CONFIG, step) for step in (2, 5, 6)]
+    assert [line["learning_rate_ratio"] for line in lines] == expected
+
+
+def test_every_line_has_the_gradients_norm_and_shares_between_0_and_1(tmp_path: Path):
+    run(tmp_path)
+    for line in read_lines(tmp_path / "metrics.jsonl"):
+        assert line["grad_norm"] > 0 and 0 <= line["data_wait_ratio"] <= 1
+        assert line["samples_per_second"] > 0 and line["num_steps"] == 7
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]
+    assert read_lines(tmp_path / "none.jsonl") == []
+
+
+def test_the_last_step_leaves_a_checkpoint_and_the_mark_of_the_end(tmp_path: Path):
+    run(tmp_path, dataclasses.replace(CONFIG, checkpoint_every=2, keep_checkpoints=2))
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000006", "step_00000007"]
+    assert json.loads((tmp_path / "final.json").read_text()) == {"step": "step_00000007"}
+    assert json.loads((tmp_path / "step_00000007" / "config.json").read_text()) == {"kind": "line"}

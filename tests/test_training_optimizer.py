@@ -1,0 +1,140 @@
+"""The optimizer against torch's AdamW and linear algebra, and the learning rate's shape."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from training.config import TrainConfig
+from training.optimizer import (
+    build_optimizer,
+    learning_rate_ratio,
+    orthogonalise,
+    set_learning_rate,
+)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+
+
+def gradients(model: nn.Module, step: int) -> None:
+    rng = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=rng)
+
+
+def trained(config: TrainConfig, steps: int = 5) -> nn.Module:
+    model = network()
+    optimizer = build_optimizer(model, config)
+    optimizer.prepare()
+    for step in range(steps):
+        gradients(model, step)
+        set_learning_rate(optimizer.param_groups, 1.0)
+        optimizer.step()
+    return model
+
+
+def test_adamw_is_torchs_adamw():
+    config = TrainConfig(learning_rate=3e-3, beta2=0.95, weight_decay=0.1)
+    found, expected = trained(config), network()
+    matrices = [p for p in expected.parameters() if p.ndim == 2]
+    vectors = [p for p in expected.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    oracle = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
+    for step in range(5):
+        gradients(expected, step)
+        oracle.step()
+    for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (32, 8), (8, 32), (3, 12, 20)])
+def test_orthogonalising_leaves_singular_values_near_one(shape: tuple[int, ...]):
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 100
+    found = orthogonalise(update)
+    values = torch.linalg.svdvals(found.float())
+    assert found.shape == update.shape and values.min() > 0.5 and values.max() < 1.3
+    u, _, vh = torch.linalg.svd(update, full_matrices=False)
+    cosine = (
+        (found * (u @ vh)).sum((-2, -1)) / found.norm(dim=(-2, -1)) / (u @ vh).norm(dim=(-2, -1))
+    )
+    assert cosine.min() > 0.95  # the same directions
+
+
+def test_muon_moves_matrices_by_its_own_rate_and_vectors_by_adamws():
+    config = TrainConfig(optimizer="muon", matrix_learning_rate=0.01, learning_rate=3e-3)
+    start, found, adamw = network(), trained(config, 1), trained(TrainConfig(learning_rate=3e-3), 1)
+    for (name, before), after, other in zip(
+        start.named_parameters(), found.parameters(), adamw.parameters(), strict=True
+    ):
+        if before.ndim == 1:
+            torch.testing.assert_close(after, other)
+            continue
+        tall = max(1, before.shape[0] / before.shape[1]) ** 0.5
+        values = torch.linalg.svdvals((before - after) / (0.01 * tall))
+        assert values.min() > 0.5 and values.max() < 1.3, name
+
+
+def test_a_parameter_without_gradient_stays():
+    model = network()
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.5))
+    optimizer.prepare()
+    set_learning_rate(optimizer.param_groups, 1.0)
+    before = [p.clone() for p in model.parameters()]
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_state_is_there_before_the_first_step_and_moves_nothing():
+    """A checkpoint is read into it, so it must be what the first step would have made."""
+    for optimizer_name in ("adamw", "muon"):
+        config = TrainConfig(optimizer=optimizer_name)
+        prepared, lazy = (build_optimizer(network(), config) for _ in range(2))
+        prepared.prepare()
+        for optimizer in (prepared, lazy):
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad = torch.ones_like(parameter)
+            set_learning_rate(optimizer.param_groups, 1.0)
+            optimizer.step()
+        pairs = zip(prepared.param_groups[0]["params"], lazy.param_groups[0]["params"], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
+    config = TrainConfig(num_steps=100, warmup=0.1)
+    ratio = [learning_rate_ratio(config, step) for step in range(101)]
+    assert ratio[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert ratio[10] == 1 and ratio[100] == pytest.approx(0)
+    for step in (20, 55, 80):
+        assert ratio[step] == pytest.approx((1 + math.cos(math.pi * (step - 10) / 90)) / 2)
+    flat = TrainConfig(num_steps=100, warmup=0.1, decay="constant")
+    assert {learning_rate_ratio(flat, step) for step in range(10, 200)} == {1.0}
+
+
+def test_a_run_without_warm_up_starts_at_its_peak():
+    assert learning_rate_ratio(TrainConfig(num_steps=10, warmup=0.0), 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"global_batch_size": 10, "num_workers": 4}, "expected a multiple of 4 workers"),
+        ({"global_batch_size": 12, "num_workers": 2, "micro_batch_size": 4},
+         "train.micro_batch_size: found 4, expected a divisor of a worker's 6 samples"),
+        ({"optimizer": "muon", "zero_stage": 1}, "found muon with zero_stage 1, expected adamw"),
+        ({"num_steps": 0}, "train.num_steps: found 0, expected at least 1"),
+        ({"report_every": 0}, "train.report_every: found 0"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(changes: dict, problem: str):
+    with pytest.raises(ValueError, match=problem):
+        TrainConfig(**changes)
+
+
+def test_micro_batches_make_up_the_global_batch():
+    for num_workers in (0, 1, 2, 3):
+        config = TrainConfig(global_batch_size=24, micro_batch_size=4, num_workers=num_workers)
+        assert config.grad_accum_steps * 4 * max(1, num_workers) == 24

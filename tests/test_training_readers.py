@@ -1,0 +1,167 @@
+"""Readers give what the shards hold, in whatever order it is asked for."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ingest.shards import EmbedShard, ImageShard, Snapshot, load_snapshot
+from models.clip import preprocess, tokenizer
+from training import demo_data, jobs
+from training.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader
+
+SIZE, PER_SHARD = 32, 8
+INDEX = np.array([17, 0, 7, 8, 0, 23])  # three shards, one row twice
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small shards of drawn images, and their embeddings."""
+    root = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_data, "SAMPLES_PER_SHARD", PER_SHARD)
+        demo_data.draw_images(root / "images", num_shards=3)
+    demo_data.embed_here(str(root / "images"), root / "embeds", "tiny:random")
+    return root
+
+
+def snapshots(data: Path) -> tuple[Snapshot, Snapshot]:
+    return load_snapshot(data / "images"), load_snapshot(data / "embeds")
+
+
+def test_embeddings_come_in_the_order_asked_for(data: Path):
+    found = EmbedReader(load_snapshot(data / "embeds")).read(INDEX)
+    shards = [EmbedShard(data / "embeds", f"{n:06d}") for n in range(3)]
+    for name, dtype in (("image_embed", np.float32), ("text_embed", np.float32),
+                        ("tokens", np.int32)):  # fmt: skip
+        stored = np.concatenate([np.asarray(getattr(shard, name)) for shard in shards])
+        assert found[name].dtype == dtype
+        assert np.array_equal(found[name], stored[INDEX].astype(dtype))
+
+
+def test_images_are_decoded_and_cropped_as_clip_sees_them(data: Path):
+    reader = ImageReader(load_snapshot(data / "images"), SIZE)
+    for _ in range(2):  # decoded, then kept
+        found = reader.read(INDEX)["image"]
+        assert found.shape == (len(INDEX), 3, SIZE, SIZE) and found.dtype == np.uint8
+        for i, image in zip(INDEX, found, strict=True):
+            shard = ImageShard(data / "images", f"{i // PER_SHARD:06d}")
+            with Image.open(io.BytesIO(shard.image_bytes(i % PER_SHARD))) as expected:
+                assert np.array_equal(image, preprocess(expected, SIZE))
+
+
+def test_captions_are_tokenised_beside_their_images(data: Path):
+    tokenize = tokenizer(16, 512)
+    reader = CaptionReader(load_snapshot(data / "images"), SIZE, tokenize)
+    shards = [ImageShard(data / "images", f"{n:06d}") for n in range(3)]
+    captions = [shards[i // PER_SHARD].caption(i % PER_SHARD) for i in INDEX]
+    found = reader.read(INDEX)
+    assert np.array_equal(found["tokens"], tokenize(captions))
+    assert np.array_equal(found["image"], ImageReader(load_snapshot(data / "images"), SIZE).read(
+        INDEX)["image"])  # fmt: skip
+
+
+def test_a_joined_row_is_one_sample(data: Path):
+    """Encoding the joined image again gives the joined embedding."""
+    import torch
+
+    from models.clip import load_clip
+
+    clip = load_clip("tiny:random")
+    found = JoinedReader(*snapshots(data), clip.image_size).read(INDEX)
+    again = clip.encode_image(torch.from_numpy(found["image"])).numpy()
+    np.testing.assert_allclose(found["image_embed"], again, atol=2e-3)
+    text = clip.encode_text(torch.from_numpy(found["tokens"]))[0].numpy()
+    np.testing.assert_allclose(found["text_embed"], text, atol=2e-3)
+
+
+def test_embeddings_of_fewer_shards_read_those_alone(data: Path):
+    images, embeds = snapshots(data)
+    part = dataclasses.replace(embeds, shards=embeds.shards[1:])
+    found = JoinedReader(images, part, SIZE).read(np.array([0]))
+    expected = ImageReader(images, SIZE).read(np.array([PER_SHARD]))
+    assert np.array_equal(found["image"], expected["image"])
+
+
+def test_embeddings_without_their_images_are_refused(data: Path):
+    images, embeds = snapshots(data)
+    fewer = dataclasses.replace(images, shards=images.shards[:2])
+    with pytest.raises(ValueError, match="shard 000002: found no such shard, expected 8 samples"):
+        JoinedReader(fewer, embeds, SIZE)
+    short = dataclasses.replace(images.shards[2], num_samples=7)
+    shorter = dataclasses.replace(images, shards=(*images.shards[:2], short))
+    with pytest.raises(ValueError, match="shard 000002: found 7 samples, expected 8"):
+        JoinedReader(shorter, embeds, SIZE)
+
+
+def test_shards_of_other_keys_are_refused(data: Path):
+    images, embeds = snapshots(data)
+    swapped = tuple(
+        dataclasses.replace(entry, name=other.name)
+        for entry, other in zip(embeds.shards, reversed(embeds.shards), strict=True)
+    )
+    # entries whose digests belong to another name are refused on opening
+    with pytest.raises(ValueError, match="the snapshot says|keys differ"):
+        JoinedReader(images, dataclasses.replace(embeds, shards=swapped), SIZE)
+
+
+# -- which snapshot, which part of it --------------------------------------------------------------
+
+
+def test_a_run_pins_its_snapshot(data: Path, tmp_path: Path):
+    run, root = tmp_path / "run", tmp_path / "images"
+    run.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_data, "SAMPLES_PER_SHARD", PER_SHARD)
+        demo_data.draw_images(root, num_shards=2)
+    pinned = jobs.pin_snapshot(str(run), "images", str(root))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.demo_data.write_manifest", lambda *args: None)
+        patch.setattr(demo_data, "SAMPLES_PER_SHARD", PER_SHARD)
+        demo_data.draw_images(root, num_shards=3)
+    assert load_snapshot(root).digest != pinned.digest
+    assert jobs.pin_snapshot(str(run), "images", str(root)) == pinned
+
+
+def test_parts_share_out_the_shards(data: Path):
+    whole = load_snapshot(data / "images")
+    for n in (1, 2, 3):
+        parts = [jobs.part_of(whole, f"{k}/{n}").shards for k in range(1, n + 1)]
+        assert sum(parts, ()) == whole.shards and all(parts)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1/4", "1", "a/b", "1/2/3"])
+def test_a_part_that_is_none_is_refused(data: Path, part: str):
+    with pytest.raises(ValueError, match=f"part: found '{part}'"):
+        jobs.part_of(load_snapshot(data / "images"), part)
+
+
+def test_the_statistics_of_the_prior_are_those_of_its_embeddings(data: Path, tmp_path: Path):
+    from models.configs import DiffusionPriorConfig
+    from training.config import PriorRunConfig
+
+    model = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
+    job = jobs.build_prior(
+        PriorRunConfig(embeds=str(data / "embeds"), run=str(tmp_path), model=model)
+    )
+    stored = job.reader.read(np.arange(24))["image_embed"]
+    buffers = {name: buffer.numpy() for name, buffer in job.model.named_buffers()}
+    np.testing.assert_allclose(buffers["embed_mean"], stored.mean(0), atol=1e-4)
+    np.testing.assert_allclose(buffers["embed_std"], stored.std(0), atol=1e-3)
+
+
+def test_another_encoder_than_that_of_the_embeddings_is_refused(data: Path, tmp_path: Path):
+    import torch
+    from safetensors.torch import save_file
+
+    from models.clip import load_clip
+
+    state = {name: t.clone() for name, t in load_clip("tiny:random").clip.state_dict().items()}
+    state["logit_scale"] = state["logit_scale"].reshape(())
+    state["ln_final.bias"] = torch.ones_like(state["ln_final.bias"])
+    save_file(state, str(tmp_path / "other.safetensors"))
+    with pytest.raises(ValueError, match="found embeddings of encoder tiny@.*, expected tiny@"):
+        jobs.encoder_of(data / "embeds", f"tiny:{tmp_path / 'other.safetensors'}")

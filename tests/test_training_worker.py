@@ -1,0 +1,99 @@
+"""The folder of a run: whose it is, what may change in it, and who may write to it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import merged, read_yaml
+from models.configs import DiffusionPriorConfig
+from training.config import PriorRunConfig, TrainConfig
+from training.worker import _locked, _try_lock, launch, prepare_run
+
+CONFIG = PriorRunConfig(embeds="/data/embeds", model=DiffusionPriorConfig(width=32))
+
+
+def test_a_run_explains_itself(tmp_path: Path):
+    run = prepare_run(CONFIG, str(tmp_path / "a" / "run"))
+    stored = merged(PriorRunConfig(), read_yaml(run / "config.yaml"), "config.yaml")
+    assert stored == CONFIG and run.is_absolute()
+
+
+def test_a_run_is_reopened_by_its_own_configuration(tmp_path: Path):
+    run = prepare_run(CONFIG, str(tmp_path))
+    (run / "metrics.jsonl").write_text("{}\n")
+    moved = TrainConfig(num_workers=2, zero_stage=1, keep_checkpoints=5, checkpoint_every=7)
+    assert prepare_run(dataclasses.replace(CONFIG, train=moved), str(tmp_path)) == run
+    assert (run / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"embeds": "/data/other"}, "embeds: found '/data/embeds' in the run, expected "
+         "'/data/other'"),
+        ({"model": DiffusionPriorConfig(width=64)}, "model.width: found 32 in the run, expected "
+         "64"),
+        ({"train": TrainConfig(learning_rate=0.5)}, "train.learning_rate: found 0.001"),
+        ({"train": TrainConfig(global_batch_size=128)}, "train.global_batch_size: found 64"),
+        ({"train": TrainConfig(seed=1)}, "train.seed: found 0 in the run, expected 1"),
+    ],
+)  # fmt: skip
+def test_another_configuration_is_refused_by_the_name_of_its_field(
+    changes: dict, field: str, tmp_path: Path
+):
+    prepare_run(CONFIG, str(tmp_path))
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=field) as caught:
+        prepare_run(dataclasses.replace(CONFIG, **changes), str(tmp_path))
+    assert "--fresh" in str(caught.value) and "\n" not in str(caught.value)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_starting_over_deletes_a_run_of_ours(tmp_path: Path):
+    run = prepare_run(CONFIG, str(tmp_path / "run"))
+    (run / "step_00000001").mkdir()
+    other = dataclasses.replace(CONFIG, embeds="/data/other", fresh=True)
+    prepare_run(other, str(run))
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_that_is_not_ours_is_left_alone(fresh: bool, tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="found a folder without config.yaml"):
+        prepare_run(dataclasses.replace(CONFIG, fresh=fresh), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_inside_a_ray_job_a_relative_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_ID", "01000000")
+    with pytest.raises(ValueError, match="found the relative path runs/prior, expected an absolut"):
+        prepare_run(CONFIG, "runs/prior")
+    assert prepare_run(CONFIG, str(tmp_path / "run")) == tmp_path / "run"
+    monkeypatch.delenv("RAY_JOB_ID")
+    assert prepare_run(CONFIG, "runs/prior") == tmp_path / "runs" / "prior"
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (prepare_run(CONFIG, str(tmp_path)) / "final.json").write_text('{"step": "step_00000001"}')
+
+    def build(config: PriorRunConfig):
+        raise AssertionError("a finished run was built again")
+
+    assert launch(CONFIG, str(tmp_path), build, "prior") == 0
+    assert "finished already; --fresh starts over" in capsys.readouterr().out
+
+
+def test_two_processes_do_not_train_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("training.worker.LOCK_SECONDS", 0)
+    with _locked(tmp_path, rank=0):
+        with pytest.raises(ValueError, match="another process trains here"), _locked(tmp_path, 0):
+            raise AssertionError("both hold the lock")
+        with _locked(tmp_path, rank=1):  # the other ranks of the same run
+            pass
+    with (tmp_path / ".lock").open("w") as file:
+        assert _try_lock(file)
