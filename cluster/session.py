@@ -16,7 +16,14 @@ def ensure_ray() -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
-    local = (
-        {"include_dashboard": False, "object_store_memory": 512 << 20} if address == "local" else {}
-    )
-    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, **local)
+    if address == "local":
+        # the scripts tell their own progress; what workers print is in Ray's session folder
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=512 << 20,
+            log_to_driver=bool(os.environ.get("MINIDALLE2_TRACEBACK")),
+            logging_level=logging.WARNING,
+        )
+        return
+    ray.init(address=address, logging_level=logging.WARNING)

@@ -66,8 +66,9 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         head = width // num_heads
-        self.q_norm = nn.RMSNorm(head) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head) if qk_norm else nn.Identity()
+        # without gains: fp32 gains on bf16 queries leave the fused kernel
+        self.q_norm = nn.RMSNorm(head, elementwise_affine=False) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head, elementwise_affine=False) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # [B, N, width] each
