@@ -122,12 +122,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.grid = image_size // config.patch_size
-        if image_size % (config.patch_size * 2 ** (len(config.channel_mult) - 1)):
-            raise ValueError(
-                f"image size: found {image_size}, expected a multiple of patch_size = "
-                f"{config.patch_size} "
-                f"times 2^{len(config.channel_mult) - 1} (one halving a resolution)"
-            )
+        self._require_halving(image_size)
         area = config.patch_size**2
         width = config.channels
         self.cond_width = 4 * width
@@ -137,6 +132,15 @@ class UNet(nn.Module):
         self._build_levels(width)
         self.norm_out = _norm(width)
         self.conv_out = _zeroed(nn.Conv2d(width, out_channels * area, 3, padding=1))
+
+    def _require_halving(self, *sides: int) -> None:
+        """Refuse sides in px that some resolution could not halve, before torch does, obscurely."""
+        patch, halvings = self.config.patch_size, len(self.config.channel_mult) - 1
+        if any(side % (patch * 2**halvings) for side in sides):
+            raise ValueError(
+                f"image size: found {' x '.join(map(str, sides))}, expected a multiple of "
+                f"patch_size = {patch} times 2^{halvings} (one halving a resolution)"
+            )
 
     def _level(self, channels: int, out: int, side: int, resample: str | None = None) -> _Level:
         config = self.config
@@ -193,10 +197,17 @@ class UNet(nn.Module):
         cond: [B, 4 channels], added to the timestep embedding; grid: [B, channels, H/p, W/p],
         added to the
         first layer's output; tokens [B, N, context] with token_mask [B, N]: read by every
-        attention layer.
+        attention layer. Raises ValueError for sides that do not halve or do not fit `grid`.
         """
+        self._require_halving(*x.shape[2:])
         cond = self.time_in(t) if cond is None else self.time_in(t) + cond
         h = self.conv_in(F.pixel_unshuffle(x, self.config.patch_size))
+        if grid is not None and grid.shape[2:] != h.shape[2:]:
+            found, expected = (
+                " x ".join(str(self.config.patch_size * side) for side in cells.shape[2:])
+                for cells in (h, grid)
+            )
+            raise ValueError(f"image size: found {found}, expected {expected} as in training")
         h = h if grid is None else h + grid
         skips = [h]
         for level in self.down:

@@ -32,6 +32,11 @@ def through_32(image: np.ndarray) -> np.ndarray:
     return np.asarray(small.resize((64, 64), bicubic))
 
 
+def through_box(image: np.ndarray) -> np.ndarray:
+    small = Image.fromarray(image).resize((32, 32), Image.Resampling.BOX)
+    return np.asarray(small.resize((64, 64), Image.Resampling.BICUBIC))
+
+
 def with_noise(image: np.ndarray, sigma: float, seed: int) -> np.ndarray:
     noise = np.random.default_rng(seed).normal(0, sigma, image.shape)
     return np.clip(image + noise, 0, 255).astype(np.uint8)
@@ -56,10 +61,11 @@ def rows() -> list:
     [
         (lambda image: image, 0.99),
         (through_32, 0.95),
+        (through_box, 0.95),
         (lambda image: with_noise(image, 15, 0), 0.95),
         (lambda image: with_noise(through_32(image), 10, 0), 0.95),
     ],
-    ids=["jpeg", "through 32 px", "noise", "noise after 32 px"],
+    ids=["jpeg", "through 32 px", "box to 32 px", "noise", "noise after 32 px"],
 )
 def test_true_drawings_are_accepted(rows, spoil, least):
     scores = [score(spoil(decode(pair.image_bytes)), pair.caption) for pair in rows]

@@ -160,6 +160,19 @@ def test_a_folded_vocabulary_keeps_padding_start_and_end(vocab_size: int):
     assert np.array_equal(folded.argmax(1), full.argmax(1))  # where CLIP pools
 
 
+def test_no_word_folds_onto_padding_start_or_end():
+    """At the edges: sizes that fold the very words of the caption first or last."""
+    full = tokenizer(24)(["red cube"])
+    words = full[(full > 0) & (full < VOCAB_SIZE - 2)]
+    assert len(words) == 2
+    for word in words.tolist():
+        for vocab_size, expected in ((word + 2, 1), (word + 3, word)):
+            folded = tokenizer(24, vocab_size)(["red cube"])
+            assert (folded[full == word] == expected).all()
+            assert np.array_equal(folded == 0, full == 0)
+            assert (folded >= vocab_size - 2).sum() == 2
+
+
 def test_a_folded_clip_pools_at_the_end_of_text():
     clip = FrozenClip(
         build_clip(ClipConfig(embed_dim=32, vision_width=32, vision_depth=1, text_width=32,

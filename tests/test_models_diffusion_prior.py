@@ -161,10 +161,19 @@ def test_the_loss_depends_on_keys_and_not_on_the_batch():
     torch.testing.assert_close(part, whole[2:4], atol=1e-5, rtol=1e-5)
 
 
+def loss_of(prior: DiffusionPrior, z: torch.Tensor, text_embed: torch.Tensor, given: dict) -> float:
+    """The mean loss under 128 keys that training does not draw."""
+    rows = torch.arange(128) % 8
+    parts = z, text_embed, given["text_states"], given["token_mask"]
+    with torch.no_grad():
+        return prior.losses(torch.arange(128), *(p[rows] for p in parts))["loss"].mean().item()
+
+
 def test_it_learns_eight_samples_by_heart():
     prior = tiny(text_drop=0.0)
     given, z = inputs(8), F.normalize(inputs(8, seed=9)["x_t"], dim=1)
     text_embed = F.normalize(given["text_embed"], dim=1)
+    before = loss_of(prior, z, text_embed, given)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3, betas=(0.9, 0.99))
     for step in range(250):
         keys = keyed_random.sample_keys(0, torch.full((8,), step), torch.arange(8))
@@ -173,6 +182,7 @@ def test_it_learns_eight_samples_by_heart():
         loss["loss"].mean().backward()
         optimizer.step()
     prior.eval()
+    assert loss_of(prior, z, text_embed, given) < before / 100
     found = prior.sample(
         torch.arange(8), text_embed, given["text_states"], given["token_mask"], options(best_of=1)
     )

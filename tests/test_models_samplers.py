@@ -98,6 +98,27 @@ def test_eta_moves_the_noise_and_not_the_law():
     assert not torch.allclose(other, plain, atol=0.1)
 
 
+def test_ddpm_draws_from_the_posterior():
+    """One transition of q(x_s | x_t, x0): its mean and variance (Ho et al. 2020, eq. 7)."""
+    t, s, count = 999, 499, 50_000
+    x0 = torch.tensor([[0.3]], dtype=torch.float64).expand(count, 1)
+    x_t = torch.tensor([[1.1]], dtype=torch.float64).expand(count, 1)
+    seen: list[Tensor] = []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x)
+        return x0
+
+    draw = keyed_random.normal(torch.arange(count), "fresh", (1,)).double()
+    SAMPLERS["ddpm"](denoise, x_t, SCHEDULE, 2, lambda step: draw)
+    alpha_bar, before = SCHEDULE.alpha_bar[t], SCHEDULE.alpha_bar[s]
+    alpha = alpha_bar / before  # of the whole transition
+    variance = (1 - before) / (1 - alpha_bar) * (1 - alpha)
+    mean = (before.sqrt() * (1 - alpha) * 0.3 + alpha.sqrt() * (1 - before) * 1.1) / (1 - alpha_bar)
+    assert seen[1].mean().item() == pytest.approx(mean.item(), abs=0.02)
+    assert seen[1].var().item() == pytest.approx(variance.item(), rel=0.03)
+
+
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_one_step_is_the_denoiser_itself(name: str):
     x = start(4)

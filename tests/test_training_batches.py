@@ -96,6 +96,12 @@ def test_seeds_and_epochs_have_their_own_order_and_one_seed_repeats_itself():
     assert epoch(plan(seed=2), 1) == orders[7]
 
 
+def test_shards_come_in_another_order_every_epoch():
+    of = plan((4,) * 12, window=1, global_batch_size=4)
+    orders = {tuple(i // 4 for i in epoch(of, number)[::4]) for number in range(4)}
+    assert len(orders) == 4
+
+
 def test_an_order_is_not_the_listed_one():
     order = np.array(epoch(plan((100,)), 0))
     assert abs(np.corrcoef(order, np.arange(100))[0, 1]) < 0.4

@@ -308,6 +308,14 @@ def test_ranks_that_disagree_make_a_checkpoint_invalid(tmp_path: Path):
         assert records(tmp_path) is None
 
 
+def test_a_stored_parameter_that_the_model_lacks_is_refused(tmp_path: Path):
+    stored = Fragments(tmp_path, write_by_three_ranks(tmp_path, torch.arange(10.0)))
+    own = {"w", "only_0", "only_1", "only_2"}
+    stored.require_parameters(own)
+    with pytest.raises(ValueError, match="parameter only_1: found it stored.*--fresh"):
+        stored.require_parameters(own - {"only_1"})
+
+
 @pytest.mark.parametrize(("name", "found"), [("master/w", 10), ("master/v", 0)])
 def test_tensors_of_another_model_are_refused(name: str, found: int, tmp_path: Path):
     stored = Fragments(tmp_path, write_by_three_ranks(tmp_path, torch.arange(10.0)))

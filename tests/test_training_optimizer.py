@@ -17,7 +17,7 @@ from training.optimizer import (
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    return nn.Sequential(nn.Linear(6, 24), nn.LayerNorm(24), nn.Linear(24, 4))
 
 
 def gradients(model: nn.Module, step: int) -> None:

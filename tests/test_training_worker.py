@@ -8,7 +8,7 @@ import pytest
 from cluster.cli import merged, read_yaml
 from models.configs import DiffusionPriorConfig
 from training.config import PriorRunConfig, TrainConfig
-from training.worker import _locked, _try_lock, launch, prepare_run
+from training.worker import JOB_VARIABLE, _locked, _try_lock, launch, prepare_run
 
 CONFIG = PriorRunConfig(embeds="/data/embeds", model=DiffusionPriorConfig(width=32))
 
@@ -70,11 +70,11 @@ def test_inside_a_ray_job_a_relative_run_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RAY_JOB_ID", "01000000")
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
     with pytest.raises(ValueError, match="found the relative path runs/prior, expected an absolut"):
         prepare_run(CONFIG, "runs/prior")
     assert prepare_run(CONFIG, str(tmp_path / "run")) == tmp_path / "run"
-    monkeypatch.delenv("RAY_JOB_ID")
+    monkeypatch.delenv(JOB_VARIABLE)
     assert prepare_run(CONFIG, "runs/prior") == tmp_path / "runs" / "prior"
 
 

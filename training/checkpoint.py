@@ -191,6 +191,15 @@ class Fragments:
                 self._parts.setdefault(name, []).append((int(offset), number, key))
         self.folder = folder
 
+    def require_parameters(self, expected: set[str]) -> None:
+        """Raise ValueError where a parameter is stored that the model does not have."""
+        stored = {name.partition("/")[2] for name in self._parts if name.startswith(f"{MASTER}/")}
+        for name in sorted(stored - expected):
+            raise ValueError(
+                f"{self.folder}: parameter {name}: found it stored, expected no such parameter; "
+                "the checkpoint belongs to another model, start over with --fresh"
+            )
+
     def read(self, name: str, offset: int, target: Tensor) -> None:
         """Fill flat `target` with elements [offset, offset + len) of "section/parameter"."""
         filled = 0
@@ -213,6 +222,7 @@ def restore(folder: Path, engine: Engine, ema: Ema) -> None:
     found = records(folder)
     assert found, f"{folder} was valid a moment ago"
     stored = Fragments(folder, found)
+    stored.require_parameters({n for n, p in engine.model.named_parameters() if p.requires_grad})
     with torch.no_grad():
         for fragment, shadow in zip(engine.fragments(), ema.shadows, strict=True):
             _restore_fragment(stored, fragment, shadow)

@@ -1,5 +1,6 @@
 """Where a run happens: in this process, or in workers that Ray Train places and restarts."""
 
+import dataclasses
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ from models.weights import FINAL_NAME
 from training.config import RunConfig, TrainConfig
 
 LOCK_SECONDS = 60
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a job
 ERROR_NAME = "error.txt"  # why the workers refused the request
 CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folder is ours
 MAY_CHANGE = {
@@ -28,6 +30,7 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
     A finished run is left as it is. Raises ValueError when the folder holds another configuration.
     """
     run = prepare_run(config, run_folder)
+    config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
     if (run / FINAL_NAME).is_file():
         print(f"{run}: finished already; --fresh starts over")
         return 0
@@ -44,7 +47,7 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
 def prepare_run(config: RunConfig, run_folder: str) -> Path:
     """Create or reopen the folder of a run and write its configuration."""
     run = Path(run_folder)
-    if os.environ.get("RAY_JOB_ID") and not run.is_absolute():
+    if os.environ.get(JOB_VARIABLE) and not run.is_absolute():
         raise ValueError(
             f"run: found the relative path {run}, expected an absolute one: a Ray job's folder "
             f"is a copy that goes away"
