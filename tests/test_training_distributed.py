@@ -170,26 +170,6 @@ def test_clip_contrasts_the_samples_of_all_workers(data: Path, tmp_path: Path):
     assert_close(found, expected, but="attn.in_proj_bias")
 
 
-def build_with_a_damaged_shard(config: PriorRunConfig) -> Job:
-    """Rank 1 alone cannot read what it should; rank 0 waits for it in the middle of a step."""
-    from training.jobs import build_prior
-
-    job = build_prior(config)
-
-    def objective(model, batch):
-        if os.environ["RANK"] == "1":
-            raise ValueError("shard 000001 is damaged")
-        return job.objective(model, batch)
-
-    return dataclasses.replace(job, objective=objective)
-
-
-def test_what_one_rank_cannot_read_is_told_in_one_line(data: Path, tmp_path: Path):
-    config = prior(data, tmp_path, **two(0))
-    with pytest.raises(ValueError, match="^shard 000001 is damaged$"):
-        launch(config, config.run, build_with_a_damaged_shard, "prior")
-
-
 # -- one checkpoint --------------------------------------------------------------------------------
 
 
