@@ -53,7 +53,8 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
             f"is a copy that goes away"
         )
     run = run.absolute()
-    ours = (run / CONFIG_NAME).is_file()
+    # config.yaml is a common name: only one with our section marks a folder that --fresh may delete
+    ours = (run / CONFIG_NAME).is_file() and "train" in read_yaml(run / CONFIG_NAME)
     if run.is_dir() and any(run.iterdir()) and not ours:
         raise ValueError(
             f"{run}: found a folder without {CONFIG_NAME}, expected a run or nothing; name "
