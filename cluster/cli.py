@@ -16,7 +16,10 @@ DONE, INCOMPLETE, WRONG_REQUEST = 0, 1, 2
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit with its code; a user's mistake is one line on stderr and exit code 2."""
+    """Run `main` and exit with its code.
+
+    A user's mistake is one line on stderr and exit code 2, a training that diverged one and 1.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     try:
@@ -26,6 +29,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = WRONG_REQUEST
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = INCOMPLETE
     except KeyboardInterrupt:
         print("interrupted; rerun the same command to continue", file=sys.stderr)
         code = INCOMPLETE

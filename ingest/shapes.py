@@ -43,14 +43,14 @@ BLOCK = 4  # training rows that belong together: a scene and three hard negative
 
 # In px of a 64 px image. Two large things, a gap and both margins fit: 28 + 3 + 28 + 2 * 2 = 63.
 CANVAS = 64
-DIAMETERS = {"small": (17.0, 19.0), "large": (26.0, 28.0)}
-CONTAINER_DIAMETERS = (45.0, 49.0)
+DIAMETERS = {"small": (19.0, 20.0), "large": (27.0, 28.0)}
+CONTAINER_DIAMETERS, CONTAINED_DIAMETERS = (46.0, 48.0), (17.0, 18.0)
 CONTAINERS = ("circle", "triangle")
-MARGIN, GAP, JITTER = 2.0, 3.0, 4.0
+MARGIN, GAP, JITTER = 2.0, 3.0, 2.0
 
 # Unit shapes, in units of half the diameter, y downwards; all about as large to the eye.
 TRIANGLE_HALF_HEIGHT = 0.9  # base of half width 1: 1.8 high, nearly equilateral (1.73)
-CROSS_HALF_ARM = 0.36  # 3 px of arm left when a small cross is reduced to 32 px
+CROSS_HALF_ARM = 0.32  # 3 px of arm left when a small cross is reduced to 32 px
 UNIT_AREA = {
     "circle": np.pi,
     "triangle": 2 * TRIANGLE_HALF_HEIGHT,
@@ -59,8 +59,8 @@ UNIT_AREA = {
 UNIT_CENTROID_Y = dict.fromkeys(SHAPES, 0.0) | {"triangle": TRIANGLE_HALF_HEIGHT / 3}
 SUPERSAMPLING = 4
 
-HEADS = ("a", "there is a", "a picture of a", "a drawing of a")
-SHORT_HEADS = 2  # only these take the long relation words: 17 CLIP tokens with start and end
+HEADS = ("a", "a picture of a")
+SHORT_HEADS = 1  # only these take the long relation words: 17 CLIP tokens with start and end
 RELATION_WORDS = {  # (short, long)
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
@@ -193,7 +193,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[Spot]:
     reverse = scene.relation in ("right of", "below")
     first, second = reversed(diameters) if reverse else diameters
     spare = CANVAS - 2 * MARGIN - GAP - first - second
-    start, end = rng.uniform(0.2, 0.4, 2) * spare
+    start, end = rng.uniform(0.25, 0.35, 2) * spare
     along = (MARGIN + start + first / 2, CANVAS - MARGIN - end - second / 2)
     across = middle + rng.uniform(-JITTER, JITTER, 2)
     centres = list(zip(along, across, strict=True))
@@ -205,10 +205,10 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[Spot]:
 
 def _place_inside(container: str, rng: np.random.Generator) -> list[Spot]:
     outer = rng.uniform(*CONTAINER_DIAMETERS)
-    inner = rng.uniform(DIAMETERS["small"][0], DIAMETERS["small"][0] + 1.5)
+    inner = rng.uniform(*CONTAINED_DIAMETERS)
     x, y = CANVAS / 2 + rng.uniform(-JITTER, JITTER, 2)
     # The widest room in the triangle is below its middle: .4 leaves room around a small circle.
-    down, sway = (0.4 * outer / 2, 0.8) if container == "triangle" else (0.0, 3.0)
+    down, sway = (0.4 * outer / 2, 0.8) if container == "triangle" else (0.0, 2.0)
     dx, dy = rng.uniform(-sway, sway, 2)
     return [(inner, (x + dx, y + down + dy)), (outer, (x, y))]
 
@@ -306,7 +306,7 @@ def make_pairs(num_samples: int, seed: int, split: str) -> Iterator[Pair]:
     """Make the first `num_samples` rows of a split; row i depends on (seed, split, i) alone.
 
     train: blocks of four rows, the last three unlike the first in one attribute (colour, shape,
-    size, relation or order): hard negatives for a contrastive loss. One block in three shows one
+    size, relation or order): hard negatives for a contrastive loss. One block in four shows one
     thing. Nothing is held out.
     single: one held-out thing. seen: two things as in training. held_out: two, the pair held out.
     Raises ValueError for an unknown split or a negative number.
@@ -332,7 +332,7 @@ def _block(rng: np.random.Generator, split: str) -> list[Scene]:
     if split != "train":
         num_things = 1 if split == "single" else 2
         return [sample_scene(rng, split != "seen", num_things) for _ in range(BLOCK)]
-    scene = sample_scene(rng, False, 1 if rng.integers(3) == 0 else 2)
+    scene = sample_scene(rng, False, 1 if rng.integers(4) == 0 else 2)
     return [scene, *_hard_negatives(scene, rng)]
 
 

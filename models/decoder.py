@@ -13,6 +13,8 @@ from models.samplers import Sampler, clipped, guided
 from models.schedule import NoiseSchedule
 from models.unet import UNet
 
+GRID_FEATURES = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
@@ -22,6 +24,24 @@ class Condition:
     image_embed: Tensor
     text_states: Tensor | None = None
     token_mask: Tensor | None = None
+
+
+class _EmbedToGrid(nn.Sequential):
+    """Lay z_i out in space: [B, E] -> [B, channels, side, side].
+
+    What is where is a product of attributes and places, which one linear map cannot tell; a few
+    features a cell, widened to `channels`, keep the second map small.
+    """
+
+    def __init__(self, embed_dim: int, *, channels: int, side: int) -> None:
+        hidden, features = 2 * embed_dim, min(channels, GRID_FEATURES)
+        super().__init__(
+            nn.Linear(embed_dim, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, features * side**2),
+            nn.Unflatten(1, (features, side, side)),
+            nn.Conv2d(features, channels, 1),
+        )
 
 
 class Decoder(nn.Module):
@@ -45,11 +65,11 @@ class Decoder(nn.Module):
         self.null_image_embed = nn.Parameter(torch.randn(embed_dim) * 0.02)
         self.embed_to_cond = nn.Linear(embed_dim, self.unet.cond_width)
         self.embed_to_tokens = nn.Linear(embed_dim, config.num_embed_tokens * context)
-        cells = config.unet.channels * self.unet.grid**2
-        # what is where is a product of attributes and places: one linear map cannot tell
-        hidden = 2 * embed_dim
-        to_cells = nn.Linear(embed_dim, hidden), nn.SiLU(), nn.Linear(hidden, cells)
-        self.embed_to_grid = nn.Sequential(*to_cells) if config.embed_grid else None
+        self.embed_to_grid = (
+            _EmbedToGrid(embed_dim, channels=config.unet.channels, side=self.unet.grid)
+            if config.embed_grid
+            else None
+        )
         self.text_in = nn.Linear(text_width, context) if config.use_text else None
         self.token_norm = nn.LayerNorm(context)
 
@@ -74,10 +94,7 @@ class Decoder(nn.Module):
             )
             # a dropped caption is hidden, not replaced: attention then sees z_i's tokens alone
             mask = torch.cat([mask, condition.token_mask & ~text_drop[:, None]], dim=1)
-        grid = None
-        if self.embed_to_grid is not None:
-            side = self.unet.grid
-            grid = self.embed_to_grid(z).unflatten(1, (-1, side, side))  # [B, channels, H/p, W/p]
+        grid = None if self.embed_to_grid is None else self.embed_to_grid(z)
         cond = self.embed_to_cond(z)
         return self.unet(
             x_t, t, cond=cond, grid=grid, tokens=self.token_norm(tokens), token_mask=mask

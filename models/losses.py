@@ -63,21 +63,21 @@ def draw_timesteps(schedule: NoiseSchedule, keys: Tensor, noise_bias: float = 0.
 
 
 def contrastive(
-    image_embed: Tensor, text_embed: Tensor, logit_scale: Tensor, keep: Tensor
+    image_embed: Tensor, text_embed: Tensor, logit_scale: Tensor, negative: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return CLIP's symmetric cross-entropy [B] and top-1 accuracy [B] (Radford et al. 2021,
     figure 3).
 
     image_embed, text_embed: [B, E] unit norm, row i of both one pair; logit_scale: scalar, 1 /
-    temperature;
-    keep: bool [B], False for padding, which is nobody's negative.
+    temperature; negative: bool [B, B], True where image i and text j are to be told apart; its
+    diagonal is not read.
     """
     with torch.autocast(
         image_embed.device.type, enabled=False
     ):  # bf16 cannot tell logits near 100 apart
         logits = logit_scale * image_embed.float() @ text_embed.float().T
     itself = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    logits = logits.masked_fill(~(keep[:, None] & keep[None, :] | itself), float("-inf"))
+    logits = logits.masked_fill(~(negative | itself), float("-inf"))
     labels = torch.arange(len(logits), device=logits.device)
     to_text = F.cross_entropy(logits, labels, reduction="none")
     to_image = F.cross_entropy(logits.T, labels, reduction="none")

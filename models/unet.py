@@ -83,7 +83,8 @@ class AttentionBlock(nn.Module):
             ]  # [B, 1, 1, N + HW]
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
         h = self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
-        return x + h.transpose(1, 2).reshape(batch, -1, height, width)
+        # .contiguous(): cells last, GroupNorm on the CPU takes ten times as long
+        return x + h.transpose(1, 2).contiguous().view(batch, -1, height, width)
 
 
 class _Level(nn.Module):

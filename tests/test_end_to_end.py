@@ -41,9 +41,7 @@ def kill_during(run: Path, stage: str, after_seconds: float) -> bool:
     """Start the demo and kill -9 its driver once `stage` has begun; False if it ended before."""
     log = run.parent / "killed.log"
     with log.open("w") as file:
-        demo = subprocess.Popen(
-            command(run), stdout=file, stderr=subprocess.STDOUT, cwd=run.parent
-        )
+        demo = subprocess.Popen(command(run), stdout=file, stderr=subprocess.STDOUT, cwd=run.parent)
         deadline = time.monotonic() + SECONDS_A_RUN
         while f"$ python {stage}" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()[-3000:]

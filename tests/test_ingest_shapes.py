@@ -75,7 +75,7 @@ def test_parse_inverts_every_phrasing():
 def test_captions_have_several_phrasings_and_parse_reads_loosely():
     rng = np.random.default_rng(1)
     scene = Scene(things=(RED, BLUE), relation="left of")
-    assert len({describe(scene, rng) for _ in range(200)}) == 6
+    assert len({describe(scene, rng) for _ in range(200)}) == 3
     assert parse("  A small red circle to the left of a large blue triangle. ") == scene
 
 

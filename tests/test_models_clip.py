@@ -23,6 +23,9 @@ from models.clip import (
     tokenizer,
 )
 from models.configs import ClipConfig
+from models.losses import contrastive
+from training.batches import Batch
+from training.jobs import clip_objective
 
 CAPTIONS = ["a red cube", "two blue spheres beside a green cone", ""]
 
@@ -192,3 +195,52 @@ def test_a_long_caption_is_cut_and_still_ends():
 def test_the_mask_keeps_what_is_not_padding():
     tokens = torch.from_numpy(tokenizer(8)(["a cube", ""]))
     assert token_mask(tokens).sum(1).tolist() == [4, 2]
+
+
+# -- the contrastive loss --------------------------------------------------------------------------
+
+
+def unit_rows(seed: int) -> torch.Tensor:
+    rows = torch.randn(6, 16, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def test_the_contrastive_loss_is_open_clips():
+    image, text, scale = unit_rows(0), unit_rows(1), torch.tensor(20.0)
+    loss, accuracy = contrastive(image, text, scale, torch.ones(6, 6, dtype=torch.bool))
+    assert torch.allclose(loss.mean(), open_clip.ClipLoss()(image, text, scale))
+    assert torch.equal(accuracy, ((image @ text.T).argmax(1) == torch.arange(6)).float())
+
+
+def test_what_is_no_negative_leaves_the_loss_of_the_others():
+    """Rows 4 and 5 are nobody's negatives: the first four have the loss of a batch of four."""
+    image, text, scale = unit_rows(0), unit_rows(1), torch.tensor(20.0)
+    negative = torch.ones(6, 6, dtype=torch.bool)
+    negative[4:], negative[:, 4:] = False, False
+    four, _ = contrastive(image[:4], text[:4], scale, torch.ones(4, 4, dtype=torch.bool))
+    six, accuracy = contrastive(image, text, scale, negative)
+    assert torch.allclose(six[:4], four) and not six[4:].any() and accuracy[4:].all()
+
+
+def test_one_caption_of_two_images_is_a_negative_of_neither():
+    """Each of the two pairs has the loss that it has without the other."""
+    torch.manual_seed(0)
+    clip = build_clip(ClipConfig(embed_dim=16, vision_width=32, text_width=32, vision_depth=1,
+                                 text_depth=1, vocab_size=512))  # fmt: skip
+    captions = ["a red circle", "a blue cross", "a red circle", "a green star"]
+    tokens = torch.from_numpy(tokenizer(clip.context_length, 512)(captions))
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+
+    def losses(rows: list[int]) -> torch.Tensor:
+        batch = Batch(
+            keys=torch.arange(len(rows)),
+            weight=torch.ones(len(rows)),
+            num_real=len(rows),
+            columns={"image": images[rows], "tokens": tokens[rows]},
+        )
+        return clip_objective(clip, batch)["loss"]
+
+    twice, first, second = losses([0, 1, 2, 3]), losses([0, 1, 3]), losses([1, 2, 3])
+    assert torch.allclose(twice[0], first[0], atol=1e-5)
+    assert torch.allclose(twice[2], second[1], atol=1e-5)
+    assert (twice[[1, 3]] > torch.stack([first[[1, 2]], second[[0, 2]]]).amax(0) - 1e-5).all()

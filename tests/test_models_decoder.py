@@ -50,9 +50,7 @@ def condition(rows: slice = slice(6)) -> Condition:
     image_embed = F.normalize(torch.randn(6, EMBED, generator=rng), dim=1)
     mask = (torch.arange(LENGTH) < 3).expand(6, -1)
     states = torch.randn(6, LENGTH, TEXT, generator=rng)
-    return Condition(
-        image_embed=image_embed[rows], text_states=states[rows], token_mask=mask[rows]
-    )
+    return Condition(image_embed=image_embed[rows], text_states=states[rows], token_mask=mask[rows])
 
 
 def images(count: int, size: int = SIZE) -> torch.Tensor:

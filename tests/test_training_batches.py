@@ -56,6 +56,8 @@ def test_every_sample_comes_exactly_once_an_epoch(
     of = plan(shard_sizes, num_streams=num_streams, block_size=block_size, window=window)
     for number in range(3):
         assert sorted(epoch(of, number)) == list(range(sum(shard_sizes)))
+    first = [feed(of).step_batches(step)[0] for step in range(of.steps_per_epoch)]
+    assert sum(batch.num_real for batch in first) == sum(shard_sizes)
 
 
 @pytest.mark.parametrize("num_streams", [1, 2, 4])

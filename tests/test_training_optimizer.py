@@ -126,6 +126,7 @@ def test_a_run_without_warm_up_starts_at_its_peak():
          "train.micro_batch_size: found 4, expected a divisor of a worker's 6 samples"),
         ({"optimizer": "muon", "zero_stage": 1}, "found muon with zero_stage 1, expected adamw"),
         ({"num_steps": 0}, "train.num_steps: found 0, expected at least 1"),
+        ({"keep_checkpoints": 0}, "train.keep_checkpoints: found 0, expected at least 1"),
         ({"report_every": 0}, "train.report_every: found 0"),
     ],
 )  # fmt: skip

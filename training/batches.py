@@ -118,19 +118,22 @@ class Plan:
 
     def _stream_rows(self, epoch: int, stream: int, start: int, count: int) -> np.ndarray:
         """Return rows [start, start + count) of a stream's epoch; fewer past its end."""
+        starts = self._window_starts(epoch, stream)
+        first = max(0, int(np.searchsorted(starts, start, side="right")) - 1)
+        found = [np.zeros(0, dtype=np.int64)]
+        for number in range(first, len(starts) - 1):
+            if starts[number] >= start + count:
+                break
+            rows = self._window_rows(epoch, stream, number)
+            found.append(rows[max(0, start - starts[number]) : start + count - starts[number]])
+        return np.concatenate(found)
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _window_starts(self, epoch: int, stream: int) -> np.ndarray:
+        """Return the first row of each window of a stream, and its end: found once an epoch."""
         shards = self._layout(epoch)[0][stream]
-        found: list[np.ndarray] = []
-        at = 0
-        for number in range(-(-len(shards) // self.window)):
-            size = sum(
-                self.shard_sizes[s]
-                for s in shards[number * self.window : (number + 1) * self.window]
-            )
-            lo, hi = max(start - at, 0), min(start + count - at, size)
-            if lo < hi:
-                found.append(self._window_rows(epoch, stream, number)[lo:hi])
-            at += size
-        return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+        ends = np.cumsum(np.array(self.shard_sizes)[shards])
+        return np.concatenate([[0], ends[self.window - 1 : -1 : self.window], ends[-1:]])
 
     def slice(self, step: int, rank: int = 0, world_size: int = 1) -> Slice:
         """Return what `rank` of `world_size` reads at `step`; ragged ends are padded with weight
@@ -177,7 +180,7 @@ class Feed:
         whole = Batch(
             keys=keys,
             weight=torch.from_numpy(part.weight),
-            num_real=max(1, part.num_real),
+            num_real=part.num_real,
             columns={name: torch.from_numpy(value) for name, value in columns.items()},
         )
         return _split(whole, self.grad_accum_steps)

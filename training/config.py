@@ -81,6 +81,7 @@ class TrainConfig:
             "checkpoint_every",
             "report_every",
             "num_threads",
+            "keep_checkpoints",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: found {getattr(self, name)}, expected at least 1")

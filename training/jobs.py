@@ -65,13 +65,13 @@ def pin_snapshot(run: str, kind: str, root: str) -> Snapshot:
     """Return the snapshot a run reads: the latest when the run begins, that very one when it
     continues."""
     path = Path(run) / f"snapshot_{kind}.txt"
-    if path.is_file():
-        return load_snapshot(root, path.read_text().strip())
-    snapshot = load_snapshot(root)
-    part = path.with_suffix(f".part{dist.get_rank() if dist.is_initialized() else 0}")
-    part.write_text(snapshot.digest + "\n")
-    part.replace(path)
-    return snapshot
+    if _rank() == 0 and not path.is_file():
+        part = path.with_suffix(".part")
+        part.write_text(load_snapshot(root).digest + "\n")
+        part.replace(path)
+    if dist.is_initialized():
+        dist.barrier()  # one rank chooses: a snapshot may be published between two ranks' looks
+    return load_snapshot(root, path.read_text().strip())
 
 
 def part_of(snapshot: Snapshot, part: str) -> Snapshot:
@@ -121,12 +121,15 @@ def build_clip_job(config: ClipRunConfig) -> Job:
 
 
 def clip_objective(model, batch: Batch) -> dict[str, Tensor]:
-    """Contrast every image of the global batch with every caption."""
+    """Contrast every image of the global batch with every other caption."""
     with attention_kernels(batch.keys):
         image = _gathered(model.encode_image(normalise_pixels(batch["image"]), normalize=True))
         text = _gathered(model.encode_text(batch["tokens"].long(), normalize=True))
     scale = model.logit_scale.clamp(max=float(torch.tensor(MAX_LOGIT_SCALE).log())).exp()
-    loss, accuracy = contrastive(image, text, scale, _gathered(batch.weight) > 0)
+    keep, tokens = _gathered(batch.weight) > 0, _gathered(batch["tokens"])
+    # a caption that comes twice in a batch fits both images: neither pair is wrong
+    negative = keep[:, None] & keep & (tokens[:, None] != tokens).any(2)
+    loss, accuracy = contrastive(image, text, scale, negative)
     mine = slice(_rank() * len(batch.weight), (_rank() + 1) * len(batch.weight))
     return {"loss": loss[mine], "accuracy": accuracy[mine].detach()}
 

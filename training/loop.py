@@ -79,7 +79,7 @@ def train(job: Job, config: TrainConfig, engine: Engine, run: Path, reporter: Re
             samples_seen=progress.samples_seen + micro_batches[0].num_real,
             nonfinite_steps=progress.nonfinite_steps + (not finite),
         )
-        reporter.step(progress, scores, ratio)
+        reporter.step(progress, scores if finite else {}, ratio)
 
         # Checkpoint
         if progress.step % config.checkpoint_every == 0 or progress.step == config.num_steps:
@@ -88,7 +88,7 @@ def train(job: Job, config: TrainConfig, engine: Engine, run: Path, reporter: Re
 
         # Stop?
         if in_a_row >= MAX_NONFINITE_IN_A_ROW:
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"{run}: the loss was not finite {in_a_row} steps in a row; lower the learning rate"
             )
     return progress
@@ -134,7 +134,7 @@ def _forward_backward(engine: Engine, micro_batches: list[Batch]) -> dict[str, T
         scores = engine.losses(batch)
         # engines average over ranks and micro-batches; this makes that average the mean over real
         # samples
-        share = engine.world_size * len(micro_batches) / batch.num_real
+        share = engine.world_size * len(micro_batches) / max(1, batch.num_real)
         means = {name: (value * batch.weight).sum() * share for name, value in scores.items()}
         engine.backward(means["loss"])
         for name, value in means.items():

@@ -137,6 +137,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 def _is_hidden(name: str) -> bool:
     outer = (
+        "embed_to_cond",
+        "embed_to_tokens",
         "conv_in",
         "conv_out",
         "x_in",
@@ -147,7 +149,7 @@ def _is_hidden(name: str) -> bool:
         "query",
         "position",
     )
-    ends = ("token_embedding", "positional", "conv1", "proj", "projection", "embed_to", "time_in")
+    ends = ("token_embedding", "positional", "conv1", "proj", "projection", "time_in")
     if name == "out.weight":  # a prior's own last layer
         return False
     return not any(part.startswith(outer + ends) for part in name.split("."))

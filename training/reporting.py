@@ -54,11 +54,11 @@ class Reporter:
     def step(
         self, progress: Progress, scores: dict[str, Tensor], learning_rate_ratio: float
     ) -> None:
-        """Add a step's mean scores; every `report_every` steps write their means since the last
-        line."""
+        """Add a step's mean scores, none where it was skipped; every `report_every` steps write
+        their means since the last line."""
         for name, value in scores.items():
             self._sums[name] = self._sums.get(name, torch.zeros(())) + value
-        self._count += 1
+        self._count += bool(scores)
         last = progress.step == self._config.num_steps
         if progress.step % self._config.report_every and not last:
             return

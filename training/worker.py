@@ -15,7 +15,10 @@ from training.config import RunConfig, TrainConfig
 
 LOCK_SECONDS = 60
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a job
-ERROR_NAME = "error.txt"  # why the workers refused the request
+ERROR_NAME = "error.txt"  # why the workers stopped
+# A wrong request, or a training that diverges: the same in every attempt. A subclass of ValueError
+# such as UnicodeDecodeError is told as a ValueError, by its message.
+TOLD = (ValueError, FloatingPointError)
 CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folder is ours
 MAY_CHANGE = {
     "train.num_workers", "train.num_threads", "train.max_failures", "train.keep_checkpoints",
@@ -177,16 +180,32 @@ def _train_under_ray(config: RunConfig, run: Path, build: Callable) -> None:
         ),
     )
     (run / ERROR_NAME).unlink(missing_ok=True)
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:  # where a rank told why, that is what matters, not what Ray made of the others
+        _raise_told(run)
+
+
+def _tell(run: Path, error: Exception) -> None:
+    """Leave `error`, one of `TOLD`, for the driver; the first rank to tell is heard."""
+    if not (run / ERROR_NAME).is_file():
+        part = run / f"{ERROR_NAME}.{os.getpid()}.part"
+        part.write_text(f"{type(error).__name__} {error}")
+        part.replace(run / ERROR_NAME)
+
+
+def _raise_told(run: Path) -> None:
     if (run / ERROR_NAME).is_file():
-        raise ValueError((run / ERROR_NAME).read_text())
+        name, message = (run / ERROR_NAME).read_text().split(" ", 1)
+        kind = next((kind for kind in TOLD if kind.__name__ == name), ValueError)
+        raise kind(message)
 
 
 def _worker(arguments: dict) -> None:
     """Train as one rank; Ray Train has set up torch.distributed.
 
-    A wrong request is wrong on every rank and in every attempt: it is left for the driver to tell,
-    and the worker returns, since Ray would restart one that raises.
+    What would go wrong again in every attempt is left for the driver to tell, and the worker
+    returns, since Ray would restart one that raises.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
     import torch.distributed as dist
@@ -196,8 +215,12 @@ def _worker(arguments: dict) -> None:
     run, config, build = Path(arguments["run"]), arguments["config"], arguments["build"]
     try:
         _train(config, run, build, ZeroEngine, dist.get_rank())
-    except ValueError as error:
-        (run / ERROR_NAME).write_text(str(error))
+    except TOLD as error:
+        _tell(run, error)
+        dist.destroy_process_group()  # a rank that met it alone hangs up: the others wait for it
+    except RuntimeError:  # the other end of a collective hung up
+        if not (run / ERROR_NAME).is_file():
+            raise
 
 
 def _has_cuda() -> bool:
