@@ -31,6 +31,10 @@ $(STAMP):
 	$(VENV)/bin/pip install --no-deps --no-compile --disable-pip-version-check -r requirements.lock
 	$(VENV)/bin/pip install --no-deps --no-build-isolation --quiet --disable-pip-version-check -e .
 	$(VENV)/bin/pip check
+	@# Compiled once, on all cores: every Ray worker imports torch, and from source that takes 25 s.
+	@# What does not compile (templates, files for other Pythons) is not imported either.
+	@env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/python -m compileall -q -q -j 0 \
+		$(VENV)/lib/python3*/site-packages || true
 	@rm -f $(VENV)/.setup-* && touch $@
 
 demo: $(STAMP)

@@ -59,8 +59,7 @@ UNIT_AREA = {
 UNIT_CENTROID_Y = dict.fromkeys(SHAPES, 0.0) | {"triangle": TRIANGLE_HALF_HEIGHT / 3}
 SUPERSAMPLING = 4
 
-HEADS = ("a", "a picture of a")
-SHORT_HEADS = 1  # only these take the long relation words: 17 CLIP tokens with start and end
+HEADS = ("a", "a picture of a")  # One thing has the first alone: see training.jobs.clip_objective
 RELATION_WORDS = {  # (short, long)
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
@@ -179,8 +178,8 @@ def draw(scene: Scene, rng: np.random.Generator, size: int = CANVAS) -> np.ndarr
 def _place(scene: Scene, rng: np.random.Generator) -> list[Spot]:
     """Choose (diameter, (x, y)) of each thing, in px of a 64 px canvas: near the middle, jittered.
 
-    A caption says nothing of places beyond the relation, so what they vary by is what a decoder has
-    to invent: little, for a set that is to be learned in minutes.
+    No caption tells places beyond the relation, so a decoder has to invent what they vary by:
+    little, for a set that is to be learned in minutes.
     """
     diameters = [rng.uniform(*DIAMETERS[thing.size]) for thing in scene.things]
     middle = CANVAS / 2
@@ -214,13 +213,11 @@ def _place_inside(container: str, rng: np.random.Generator) -> list[Spot]:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """Caption a scene in a phrasing of at most 17 CLIP tokens, which `parse` inverts."""
-    head = int(rng.integers(len(HEADS)))
+    """Caption a scene in a phrasing of at most 19 CLIP tokens, which `parse` inverts."""
     if scene.relation is None:
-        return f"{HEADS[head]} {scene.things[0]}"
-    words = RELATION_WORDS[scene.relation]
-    words = words[rng.integers(len(words))] if head < SHORT_HEADS else words[0]
-    return f"{HEADS[head]} {scene.things[0]} {words} a {scene.things[1]}"
+        return f"{HEADS[0]} {scene.things[0]}"
+    head, words = (str(rng.choice(list(of))) for of in (HEADS, RELATION_WORDS[scene.relation]))
+    return f"{head} {scene.things[0]} {words} a {scene.things[1]}"
 
 
 def parse(caption: str) -> Scene:
@@ -337,9 +334,13 @@ def _block(rng: np.random.Generator, split: str) -> list[Scene]:
 
 
 def _hard_negatives(scene: Scene, rng: np.random.Generator) -> list[Scene]:
-    """Choose three training scenes of different meanings, each unlike `scene` in one attribute."""
+    """Choose three training scenes of other meanings, each unlike `scene` in one attribute.
+
+    The first swaps the two things: which is where is what a CLIP learns last.
+    """
+    swapped = _training_scenes([(scene.things[::-1], scene.relation)], scene)
     kinds = [kind for kind in _variants(scene) if kind]
-    chosen: dict[tuple, Scene] = {}
+    chosen: dict[tuple, Scene] = {_meaning(other): other for other in swapped}
     while len(chosen) < BLOCK - 1:  # each of another attribute, as long as there are others
         for kind in rng.permutation(len(kinds)):
             other = kinds[kind][rng.integers(len(kinds[kind]))]
@@ -348,7 +349,7 @@ def _hard_negatives(scene: Scene, rng: np.random.Generator) -> list[Scene]:
 
 
 def _variants(scene: Scene) -> list[list[Scene]]:
-    """List the training scenes one colour, shape, size, or relation or order from `scene`."""
+    """List the training scenes one colour, shape, size or relation from `scene`."""
     things, relation = scene.things, scene.relation
     kinds = []
     for name, words in (("colour", PALETTE), ("shape", SHAPES), ("size", SIZES)):
@@ -356,13 +357,12 @@ def _variants(scene: Scene) -> list[list[Scene]]:
         changes = [(i, replace(things[i], **{name: word})) for i, word in spots]
         kinds.append([((*things[:i], new, *things[i + 1 :]), relation) for i, new in changes])
     if relation is not None:
-        kinds.append([(things, word) for word in RELATIONS] + [(things[::-1], relation)])
+        kinds.append([(things, word) for word in RELATIONS])
     return [_training_scenes(kind, scene) for kind in kinds]
 
 
 def _training_scenes(options: list, scene: Scene) -> list[Scene]:
-    fitting = [option for option in options if not _fault(*option)]
-    scenes = [replace(scene, things=things, relation=relation) for things, relation in fitting]
+    scenes = [replace(scene, things=a, relation=b) for a, b in options if not _fault(a, b)]
     return [other for other in scenes if other != scene and not is_held_out(other)]
 
 

@@ -127,7 +127,8 @@ def clip_objective(model, batch: Batch) -> dict[str, Tensor]:
         text = _gathered(model.encode_text(batch["tokens"].long(), normalize=True))
     scale = model.logit_scale.clamp(max=float(torch.tensor(MAX_LOGIT_SCALE).log())).exp()
     keep, tokens = _gathered(batch.weight) > 0, _gathered(batch["tokens"])
-    # a caption that comes twice in a batch fits both images: neither pair is wrong
+    # A caption that comes twice in a batch fits both images: neither is a negative of the other.
+    # Two captions of one meaning are known for the same by their words alone.
     negative = keep[:, None] & keep & (tokens[:, None] != tokens).any(2)
     loss, accuracy = contrastive(image, text, scale, negative)
     mine = slice(_rank() * len(batch.weight), (_rank() + 1) * len(batch.weight))
