@@ -217,10 +217,6 @@ def _worker(arguments: dict) -> None:
         _train(config, run, build, ZeroEngine, dist.get_rank())
     except TOLD as error:
         _tell(run, error)
-        dist.destroy_process_group()  # a rank that met it alone hangs up: the others wait for it
-    except RuntimeError:  # the other end of a collective hung up
-        if not (run / ERROR_NAME).is_file():
-            raise
 
 
 def _has_cuda() -> bool:
