@@ -2,6 +2,7 @@
 
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,17 +31,26 @@ def default_sampling(
     decoder_steps: int = 16,
     upsampler_steps: int = 8,
     cfg_scale: float = 1.5,
+    prior_cfg_scale: float = 1.5,
     best_of: int = 2,
+    precision: Literal["bf16", "fp32"] = "bf16",
 ) -> Sampling:
-    """Return settings for the three parts; only the decoder is guided (guiding the prior hurt,
-    section 3.2)."""
+    """Return settings for the three parts.
+
+    The paper did not guide its prior (section 3.2); on the drawn set a little guidance helps
+    (`benchmarks/results.md`).
+    """
     steps = sampler_named(sampler)
     return Sampling(
         prior=PriorSampling(
-            sampler=sampler_named("ddpm"), sample_steps=prior_steps, best_of=best_of
+            sampler=sampler_named("ddpm"),
+            sample_steps=prior_steps,
+            best_of=best_of,
+            cfg_scale=prior_cfg_scale,
         ),
         decoder=ImageSampling(sampler=steps, sample_steps=decoder_steps, cfg_scale=cfg_scale),
         upsampler=ImageSampling(sampler=steps, sample_steps=upsampler_steps),
+        precision=precision,
     )
 
 

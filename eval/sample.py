@@ -10,7 +10,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
@@ -49,8 +49,12 @@ class SampleConfig:
     """sampling steps of an upsampler"""
     cfg_scale: float = 1.5
     """guidance of the decoder; 1 = off"""
+    prior_cfg_scale: float = 1.5
+    """guidance of the prior; 1 = off"""
     best_of: int = 2
     """draws of the prior, of which the one nearest to the caption is kept"""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """of the networks; the samples themselves stay fp32"""
     batch_size: int = 50
     """captions at once"""
     num_threads: int = 2
@@ -150,6 +154,8 @@ def _draw(out: Path, config: SampleConfig, captions: list[str], chain: Any) -> i
         decoder_steps=config.decoder_steps,
         upsampler_steps=config.upsampler_steps,
         cfg_scale=config.cfg_scale,
+        prior_cfg_scale=config.prior_cfg_scale,
+        precision=config.precision,
         best_of=config.best_of,
     )
     made = 0

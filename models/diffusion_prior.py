@@ -107,8 +107,8 @@ class DiffusionPrior(nn.Module):
 
         keep = F.pad(token_mask | drop[:, None], (0, NUM_EXTRA_TOKENS), value=True)
         mask = causal_mask(self.length, keep)
-        for block in self.blocks:
-            h = block(h, mask)
+        for i, block in enumerate(self.blocks):  # of the last one only the query is read
+            h = block(h, mask, last=1 if i == len(self.blocks) - 1 else 0)
         return self.out(self.norm_out(h[:, -1])).float()  # [B, E]
 
     def losses(

@@ -70,9 +70,11 @@ class SelfAttention(nn.Module):
         self.q_norm = nn.RMSNorm(head, elementwise_affine=False) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head, elementwise_affine=False) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, last: int = 0) -> Tensor:
+        """Return [B, N, width], or of the `last` tokens alone, which read all the others."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # [B, N, width] each
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+        q, mask = q[..., -last:, :], mask[..., -last:, :]  # -0 takes all
         y = attend(self.q_norm(q), self.k_norm(k), v, mask)  # [B, H, N, d]
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -92,8 +94,9 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm_1(x), mask))
+    def forward(self, x: Tensor, mask: Tensor, last: int = 0) -> Tensor:
+        """Map [B, N, width] to the same, or to the `last` tokens alone: [B, last, width]."""
+        x = x[:, -last:] + self.dropout(self.attention(self.norm_1(x), mask, last))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,11 +57,16 @@ def load_model(run: Path | str, kind: str) -> tuple[nn.Module, dict]:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample each part of the chain."""
+    """How to sample each part of the chain; precision: of the networks, the samples stay fp32."""
 
     prior: PriorSampling
     decoder: ImageSampling
     upsampler: ImageSampling
+    precision: Literal["bf16", "fp32"] = "fp32"
+
+    def autocast(self, like: Tensor) -> torch.autocast:
+        """Return the context in which the networks run on the device of `like`."""
+        return torch.autocast(like.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +109,8 @@ class UnClip:
     def imagine(self, keys: Tensor, captions: list[str], sampling: Sampling) -> Tensor:
         """Draw an image embedding [B, E] for each caption from the prior."""
         _, embed, states, mask = self.describe(captions)
-        return self.prior.sample(keys, embed, states, mask, sampling.prior)
+        with sampling.autocast(keys):
+            return self.prior.sample(keys, embed, states, mask, sampling.prior)
 
     def render(
         self, keys: Tensor, captions: list[str], image_embed: Tensor, sampling: Sampling
@@ -113,7 +119,8 @@ class UnClip:
         cascade."""
         _, _, states, mask = self.describe(captions)
         condition = Condition(image_embed=image_embed, text_states=states, token_mask=mask)
-        image = self.decoder.sample(keys, condition, sampling.decoder)
-        for upsampler in self.upsamplers:
-            image = upsampler.sample(keys, image, sampling.upsampler)
+        with sampling.autocast(keys):
+            image = self.decoder.sample(keys, condition, sampling.decoder)
+            for upsampler in self.upsamplers:
+                image = upsampler.sample(keys, image, sampling.upsampler)
         return image

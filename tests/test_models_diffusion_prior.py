@@ -10,6 +10,7 @@ from models import keyed_random
 from models.configs import DiffusionPriorConfig
 from models.diffusion_prior import EMBED_RMS, DiffusionPrior, PriorSampling
 from models.samplers import SAMPLERS
+from models.transformer import Block, causal_mask
 
 EMBED, TEXT, LENGTH = 16, 12, 5
 SIZES = {"embed_dim": EMBED, "text_width": TEXT, "context_length": LENGTH}
@@ -41,7 +42,7 @@ def test_attention_is_causal():
     prior, given = tiny(), inputs()
     given["token_mask"][:] = True
     seen: list[Any] = []
-    prior.blocks[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+    prior.blocks[-2].register_forward_hook(lambda module, args, output: seen.append(output))
     prior(**given)
     given["text_states"][:, 2] += 1.0
     prior(**given)
@@ -52,6 +53,13 @@ def test_attention_is_causal():
     assert all((words[:, i] != first[:, i]).any() for i in range(2, prior.length))
     torch.testing.assert_close(noised[:, : LENGTH + 2], words[:, : LENGTH + 2])
     assert (noised[:, LENGTH + 2 :] != words[:, LENGTH + 2 :]).any()
+
+
+def test_the_last_tokens_alone_are_what_they_are_among_all():
+    block = Block(width=16, num_heads=2, qk_norm=True)
+    x = torch.randn(3, LENGTH, 16)
+    mask = causal_mask(LENGTH, torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [False] * 5]))
+    torch.testing.assert_close(block(x, mask, last=2), block(x, mask)[:, -2:])
 
 
 def test_padding_is_not_read():

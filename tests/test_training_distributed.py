@@ -170,6 +170,26 @@ def test_clip_contrasts_the_samples_of_all_workers(data: Path, tmp_path: Path):
     assert_close(found, expected, but="attn.in_proj_bias")
 
 
+def build_with_a_fault_of_one_rank(config: PriorRunConfig) -> Job:
+    """Rank 1 alone cannot read what it should; rank 0 waits for it in the middle of a step."""
+    from training.jobs import build_prior
+
+    job = build_prior(config)
+
+    def objective(model, batch):
+        if os.environ["RANK"] == "1":
+            raise ValueError("shard 000001 is damaged")
+        return job.objective(model, batch)
+
+    return dataclasses.replace(job, objective=objective)
+
+
+def test_what_one_rank_alone_meets_ends_the_run_and_is_told(data: Path, tmp_path: Path):
+    config = prior(data, tmp_path, **two(0))
+    with pytest.raises(ValueError, match="^shard 000001 is damaged$"):
+        launch(config, config.run, build_with_a_fault_of_one_rank, "prior")
+
+
 # -- one checkpoint --------------------------------------------------------------------------------
 
 

@@ -15,7 +15,8 @@ from training.config import RunConfig, TrainConfig
 
 LOCK_SECONDS = 60
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a job
-ERROR_NAME = "error.txt"  # why the workers stopped
+ERROR_NAMES = "error_*.txt"  # why a rank stopped, by rank
+HANG_UP_SECONDS = 5
 # A wrong request, or a training that diverges: the same in every attempt. A subclass of ValueError
 # such as UnicodeDecodeError is told as a ValueError, by its message.
 TOLD = (ValueError, FloatingPointError)
@@ -179,24 +180,17 @@ def _train_under_ray(config: RunConfig, run: Path, build: Callable) -> None:
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
         ),
     )
-    (run / ERROR_NAME).unlink(missing_ok=True)
+    for told in run.glob(ERROR_NAMES):
+        told.unlink()
     try:
         trainer.fit()
     finally:  # where a rank told why, that is what matters, not what Ray made of the others
         _raise_told(run)
 
 
-def _tell(run: Path, error: Exception) -> None:
-    """Leave `error`, one of `TOLD`, for the driver; the first rank to tell is heard."""
-    if not (run / ERROR_NAME).is_file():
-        part = run / f"{ERROR_NAME}.{os.getpid()}.part"
-        part.write_text(f"{type(error).__name__} {error}")
-        part.replace(run / ERROR_NAME)
-
-
 def _raise_told(run: Path) -> None:
-    if (run / ERROR_NAME).is_file():
-        name, message = (run / ERROR_NAME).read_text().split(" ", 1)
+    for told in sorted(run.glob(ERROR_NAMES))[:1]:
+        name, message = told.read_text().split(" ", 1)
         kind = next((kind for kind in TOLD if kind.__name__ == name), ValueError)
         raise kind(message)
 
@@ -213,10 +207,33 @@ def _worker(arguments: dict) -> None:
     from training.zero import ZeroEngine
 
     run, config, build = Path(arguments["run"]), arguments["config"], arguments["build"]
+    if any(run.glob(ERROR_NAMES)):  # Ray tries again what no attempt can do
+        return
     try:
         _train(config, run, build, ZeroEngine, dist.get_rank())
     except TOLD as error:
-        _tell(run, error)
+        _tell(run, error, dist.get_rank())
+        if not _all_told(run, dist.get_world_size()):
+            # The others may wait for this rank in a collective, for longer than anyone would watch
+            # and whatever it says: only closed connections reach them there.
+            os._exit(1)
+
+
+def _tell(run: Path, error: Exception, rank: int) -> None:
+    """Leave `error`, one of `TOLD`, for the driver."""
+    part = run / f"error_{rank:05d}.part"
+    part.write_text(f"{type(error).__name__} {error}")
+    part.replace(part.with_suffix(".txt"))
+
+
+def _all_told(run: Path, world_size: int) -> bool:
+    """Wait a moment for the other ranks; say whether all met an error, as with a wrong request."""
+    deadline = time.monotonic() + HANG_UP_SECONDS
+    while len(list(run.glob(ERROR_NAMES))) < world_size:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _has_cuda() -> bool:
