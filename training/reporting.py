@@ -100,9 +100,10 @@ class Follower:
     def __init__(self, run: Path, model: str) -> None:
         self._path = run / METRICS_NAME
         self._model = model
-        self._seen = len(read_lines(self._path))
+        before = read_lines(self._path)
+        self._seen = len(before)
+        self._nonfinite = before[-1]["nonfinite_steps"] if before else 0
         self._said = 0.0
-        self._nonfinite = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="follow", daemon=True)
 
@@ -173,9 +174,10 @@ class Follower:
 
 
 def describe(line: dict) -> str:
-    """Say a report in a few words."""
+    """Say a report in a few words; one whose steps were all skipped has no loss."""
+    loss = f"loss {line['loss']:.4f}" if "loss" in line else "no finite loss"
     return (
-        f"step {line['step']}/{line['num_steps']}, loss {line['loss']:.4f}, "
+        f"step {line['step']}/{line['num_steps']}, {loss}, "
         f"{line['samples_per_second']:.0f} samples/s, waiting for data "
         f"{line['data_wait_ratio']:.1%}"
     )

@@ -1,0 +1,91 @@
+"""What a run says while it trains: its driver tells each report once, whatever the file goes
+through."""
+
+import json
+import re
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from cluster import metrics
+from training.reporting import METRICS_NAME, Follower, read_lines
+
+
+def line(step: int, **changes) -> dict:
+    return {
+        "step": step, "num_steps": 100, "samples_seen": 8 * step, "reported_samples": 80,
+        "loss": 1 / step, "samples_per_second": 40.0, "data_wait_ratio": 0.125,
+        "checkpoint_seconds": 0.0, "nonfinite_steps": 0, "learning_rate_ratio": 1.0, **changes,
+    }  # fmt: skip
+
+
+def write(run: Path, *lines: dict, rest: str = "") -> None:
+    text = "".join(json.dumps(given) + "\n" for given in lines)
+    (run / METRICS_NAME).write_text(text + rest)
+
+
+def follow(run: Path, *lines: dict, model: str = "clip", rest: str = "") -> None:
+    """Follow a run that writes `lines` meanwhile."""
+    with Follower(run, model):
+        write(run, *lines, rest=rest)
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    found = metrics.serve(0)
+    assert found
+    return found
+
+
+def served(port: int, series: str) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        text = answer.read().decode()
+    return float(re.findall(rf"^minidalle2_{re.escape(series)} (\S+)$", text, re.MULTILINE)[0])
+
+
+def test_the_last_report_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixture):
+    follow(tmp_path, line(10), line(20))
+    assert capsys.readouterr().out == (
+        "clip: step 20/100, loss 0.0500, 40 samples/s, waiting for data 12.5%\n"
+    )
+
+
+def test_a_report_of_skipped_steps_alone_has_no_loss_to_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    skipped = line(30, nonfinite_steps=10)
+    del skipped["loss"]
+    follow(tmp_path, line(20), skipped)
+    assert "step 30/100, no finite loss, 40 samples/s" in capsys.readouterr().out
+
+
+def test_every_report_is_counted_once(tmp_path: Path, port: int):
+    """Also by a driver that continues a run, which finds the lines that its predecessor told."""
+    samples = 'train_samples_total{model="upsampler"}'
+    skipped = 'train_nonfinite_steps_total{model="upsampler"}'
+    before = served(port, samples), served(port, skipped)
+    lines = [line(10, nonfinite_steps=1), line(20, nonfinite_steps=3)]
+    follow(tmp_path, *lines, model="upsampler")
+    assert served(port, samples) - before[0] == 160
+    assert served(port, skipped) - before[1] == 3
+    follow(tmp_path, *lines, line(30, nonfinite_steps=4), model="upsampler")
+    assert served(port, samples) - before[0] == 240
+    assert served(port, skipped) - before[1] == 4
+    assert served(port, 'train_step{model="upsampler"}') == 30
+
+
+def test_a_run_that_went_back_to_a_checkpoint_is_followed_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    write(tmp_path, line(10), line(20), line(30))
+    follow(tmp_path, line(10))
+    assert capsys.readouterr().out == ""
+    follow(tmp_path, line(10), line(20))
+    assert capsys.readouterr().out.startswith("clip: step 20/100")
+
+
+def test_a_line_cut_short_is_not_read(tmp_path: Path):
+    write(tmp_path, line(10), rest='{"step": 2')
+    assert [found["step"] for found in read_lines(tmp_path / METRICS_NAME)] == [10]
+    assert read_lines(tmp_path / "none") == []
