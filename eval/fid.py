@@ -11,11 +11,14 @@ captions.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
 from cluster.cli import parse, run_script
+
+if TYPE_CHECKING:
+    from eval.samples import ImageSet
 
 SMALL = 2049  # below this many images a 2048-dimensional covariance is singular
 
@@ -81,7 +84,7 @@ def main(config: FidConfig) -> int:
     if is_drawn(fake.captions) and is_drawn(real.captions):
         scores["shapes"] = shapes_with_real(fake, real)
     if config.embeds:
-        scores.update(_chain_scores(config))
+        scores.update(_chain_scores(config, fake))
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part")
@@ -101,11 +104,13 @@ def _extractor(config: FidConfig, encoder: Any) -> Any:
     return ClipFeatures(encoder)
 
 
-def _chain_scores(config: FidConfig) -> dict[str, Any]:
-    """Score the CLIP on the embeddings, and the prior and the ablation where they are given."""
+def _chain_scores(config: FidConfig, fake: "ImageSet") -> dict[str, Any]:
+    """Score the CLIP on the embeddings, the prior where it is given, and the ablation where the
+    fake images are the chain's for these captions."""
     from PIL import Image
 
     from eval.chain import load_chain
+    from eval.generate import sampling_of
     from eval.scorecard import (
         ablation,
         caption_scores,
@@ -122,7 +127,13 @@ def _chain_scores(config: FidConfig) -> dict[str, Any]:
     if not (config.prior and config.decoder):
         return scores
     chain = load_chain("", config.prior, config.decoder, config.upsampler)
-    scores["prior"] = prior_scores(chain, captions, image)
+    scores["prior"] = prior_scores(chain, captions, image, sampling_of(fake.settings))
+    if not _drew(config, fake, captions):
+        print(
+            f"ablation: left out: {config.fake} are not the samples of --prior, --decoder and "
+            "--upsampler for all captions of --embeds"
+        )
+        return scores
     drawn, judge_clip = is_drawn(captions), load_clip(config.clip)
 
     def judge(images: Any) -> dict[str, Any]:
@@ -130,9 +141,17 @@ def _chain_scores(config: FidConfig) -> dict[str, Any]:
             return shape_scores(captions, images)
         return caption_scores(map(Image.fromarray, images), captions, judge_clip)
 
-    scores["ablation"], images = ablation(chain, captions, image, text, judge)
+    scores["ablation"], images = ablation(chain, (captions, image, text), fake, judge)
     _ablation_grid(Path(config.out).parent / "samples", captions, images)
     return scores
+
+
+def _drew(config: FidConfig, fake: "ImageSet", captions: list[str]) -> bool:
+    """Say whether the chain that is given drew `fake` for these captions."""
+    chain = {
+        "prior": config.prior, "decoder": config.decoder, "upsampler": list(config.upsampler),
+    }  # fmt: skip
+    return fake.captions == captions and chain.items() <= fake.settings.items()
 
 
 def _ablation_grid(folder: Path, captions: list[str], images: dict[str, Any]) -> None:

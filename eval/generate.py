@@ -1,8 +1,10 @@
 """Images for captions, in batches; an image depends on its seed and caption, never on its batch."""
 
+import inspect
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,6 +54,12 @@ def default_sampling(
         upsampler=ImageSampling(sampler=steps, sample_steps=upsampler_steps),
         precision=precision,
     )
+
+
+def sampling_of(settings: Mapping[str, Any]) -> Sampling:
+    """Return `default_sampling` with what `settings` says otherwise; other keys are left alone."""
+    known = inspect.signature(default_sampling).parameters
+    return default_sampling(**{name: settings[name] for name in known if name in settings})
 
 
 def to_uint8(image: Tensor) -> np.ndarray:

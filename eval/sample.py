@@ -117,11 +117,13 @@ def _open(out: Path, config: SampleConfig, captions: list[str]) -> None:
     """Create the folder, or reopen it if it holds samples of these very settings."""
     import shutil
 
+    from eval.samples import SETTINGS_NAME
+
     settings: dict[str, Any] = dataclasses.asdict(config)
     for name in ("out", "batch_size", "num_threads", "metrics_port", "fresh", "limit", "prompts"):
         del settings[name]
     settings = json.loads(json.dumps({**settings, "captions": captions}))
-    path = out / "settings.json"
+    path = out / SETTINGS_NAME
     if config.fresh and path.is_file():
         shutil.rmtree(out)
     if path.is_file():
@@ -134,7 +136,7 @@ def _open(out: Path, config: SampleConfig, captions: list[str]) -> None:
         return
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(
-            f"{out}: found a folder without settings.json, expected samples or nothing"
+            f"{out}: found a folder without {SETTINGS_NAME}, expected samples or nothing"
         )
     out.mkdir(parents=True, exist_ok=True)
     part = out / "settings.part"
@@ -145,19 +147,10 @@ def _open(out: Path, config: SampleConfig, captions: list[str]) -> None:
 def _draw(out: Path, config: SampleConfig, captions: list[str], chain: Any) -> int:
     """Draw the batches that are not whole yet; returns the number of images drawn."""
     from cluster.metrics import counter
-    from eval.generate import default_sampling, render_all
+    from eval.generate import render_all, sampling_of
     from ingest.progress import progress
 
-    sampling = default_sampling(
-        sampler=config.sampler,
-        prior_steps=config.prior_steps,
-        decoder_steps=config.decoder_steps,
-        upsampler_steps=config.upsampler_steps,
-        cfg_scale=config.cfg_scale,
-        prior_cfg_scale=config.prior_cfg_scale,
-        precision=config.precision,
-        best_of=config.best_of,
-    )
+    sampling = sampling_of(vars(config))
     made = 0
     with progress("sample", len(captions), unit="images") as advance:
         for start in range(0, len(captions), config.batch_size):

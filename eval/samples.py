@@ -3,24 +3,30 @@
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ingest.shards import ImageShard, load_snapshot
 
 SAMPLES_NAME = "samples.jsonl"
+SETTINGS_NAME = "settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Images in a fixed order, with a caption for each where there is one."""
+    """Images in a fixed order, with a caption for each where there is one.
+
+    settings: how eval/sample.py drew them; empty for images of another origin.
+    """
 
     source: str
     captions: list[str]
     paths: tuple[Path, ...] = ()
     shards: tuple[ImageShard, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths) or sum(len(shard) for shard in self.shards)
@@ -53,8 +59,10 @@ def open_images(folder: str) -> ImageSet:
     if (root / SAMPLES_NAME).is_file():
         lines = [json.loads(line) for line in (root / SAMPLES_NAME).read_text().splitlines()]
         paths = tuple(root / line["file"] for line in lines)
-        return ImageSet(source=str(root), captions=[line["caption"] for line in lines], paths=paths)
-    if (root / "settings.json").is_file():
+        captions = [line["caption"] for line in lines]
+        settings = json.loads((root / SETTINGS_NAME).read_text())
+        return ImageSet(source=str(root), captions=captions, paths=paths, settings=settings)
+    if (root / SETTINGS_NAME).is_file():
         raise ValueError(f"{root}: found unfinished samples; rerun eval/sample.py to finish them")
     paths = tuple(
         sorted(p for p in root.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from eval.features import ClipFeatures, Extractor, extract
 from eval.frechet import Moments, frechet_distance
-from eval.generate import caption_keys, default_sampling, render_all
+from eval.generate import caption_keys, render_all, sampling_of
 from eval.samples import ImageSet
 from eval.shapes import score, summarise
 from ingest.shapes import is_held_out, parse
 from ingest.shards import EmbedShard, load_snapshot
 from models.clip import FrozenClip
 from models.scores import mean_cosine, retrieval_at_1, shuffled_cosine
-from models.unclip import UnClip
+from models.unclip import Sampling, UnClip
 
 
 def read_embeds(root: str) -> tuple[list[str], Tensor, Tensor]:
@@ -67,9 +67,11 @@ def clip_scores(captions: list[str], image: Tensor, text: Tensor) -> dict[str, A
     return {"retrieval_at_1": retrieval_at_1(text, image, meanings), "n": len(captions)}
 
 
-def prior_scores(chain: UnClip, captions: list[str], image: Tensor) -> dict[str, Any]:
+def prior_scores(
+    chain: UnClip, captions: list[str], image: Tensor, sampling: Sampling
+) -> dict[str, Any]:
     """Compare the prior's draws with the true image embeddings [N, E] of `captions`."""
-    drawn = chain.imagine(caption_keys(captions, 0), captions, default_sampling())
+    drawn = chain.imagine(caption_keys(captions, 0), captions, sampling)
     meanings = [meaning(caption) for caption in captions]
     return {
         "cos": mean_cosine(drawn, image),
@@ -135,20 +137,22 @@ def caption_scores(
 
 def ablation(
     chain: UnClip,
-    captions: list[str],
-    image: Tensor,
-    text: Tensor,
+    embeds: tuple[list[str], Tensor, Tensor],
+    samples: ImageSet,
     judge: Callable[[np.ndarray], dict],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Decode the true image embedding and the text embedding in place of the prior's (Ramesh et
     al., 5.1).
 
-    judge: maps images uint8 [N, H, W, 3] to scores. Returns the scores and the images of each
-    variant.
+    embeds: as of `read_embeds`. samples: what the chain drew for these captions; the others are
+    drawn as they were. judge: maps images uint8 [N, H, W, 3] to scores. Returns the scores and the
+    images of each variant.
     """
-    scores, images = {}, {}
-    given = {"true_image_embed": image, "prior": None, "text_embed": text}
-    for name, embed in given.items():
-        images[name] = render_all(chain, captions, embed, default_sampling())
-        scores[name] = judge(images[name])
-    return scores, images
+    captions, image, text = embeds
+    sampling, seed = sampling_of(samples.settings), samples.settings["seed"]
+    images = {
+        "true_image_embed": render_all(chain, captions, image, sampling, seed=seed),
+        "prior": np.stack(list(arrays(samples))),
+        "text_embed": render_all(chain, captions, text, sampling, seed=seed),
+    }
+    return {name: judge(found) for name, found in images.items()}, images

@@ -4,6 +4,7 @@ python ingest/embed.py --images data/images --clip ViT-L-14:laion2b_s32b_b82k --
 python ingest/embed.py --images data/images --clip runs/clip --out data/embeds
 """
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ def _embed(config: EmbedConfig, images: "Snapshot", pending: "list[ShardEntry]")
 
     from cluster.metrics import counter
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it narrates each plan
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= config.num_actors else 0
     shards = ray.data.from_items(
         [{"shard": entry.name} for entry in pending], override_num_blocks=len(pending)

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = (
-    "ingest/download.py",
-    "training/clip.py",
-    "ingest/embed.py",
-    "training/prior.py",
-    "training/decoder.py",
-    "eval/sample.py",
-    "eval/fid.py",
-)
+# Each stage, and the first thing that it leaves behind: what a kill in its middle finds.
+STAGES = {
+    "ingest/download.py": "data/train/images/_commits/*",
+    "training/clip.py": "clip/step_*",
+    "ingest/embed.py": "data/train/embeds/_commits/*",
+    "training/prior.py": "prior/step_*",
+    "training/decoder.py": "base/step_*",
+    "eval/sample.py": "samples/0*.png",
+    "eval/fid.py": "samples/grid.png",
+}
 SECONDS_A_RUN = 900
 
 
@@ -37,21 +38,18 @@ def run_demo(run: Path) -> str:
     return done.stdout
 
 
-def kill_during(run: Path, stage: str, after_seconds: float) -> bool:
-    """Start the demo and kill -9 its driver once `stage` has begun; False if it ended before."""
+def kill_during(run: Path, stage: str, product: str = "", after_seconds: float = 0.0) -> None:
+    """Start the demo and kill -9 its driver once `stage` has begun and left the first `product`."""
     log = run.parent / "killed.log"
     with log.open("w") as file:
         demo = subprocess.Popen(command(run), stdout=file, stderr=subprocess.STDOUT, cwd=run.parent)
         deadline = time.monotonic() + SECONDS_A_RUN
-        while f"$ python {stage}" not in log.read_text():
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            if demo.poll() is not None:
-                return False
-            time.sleep(0.2)
+        while f"$ python {stage}" not in log.read_text() or not any(run.glob(product or "*")):
+            assert demo.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.05)
         time.sleep(after_seconds)
         os.kill(demo.pid, signal.SIGKILL)
         demo.wait()
-    return True
 
 
 def fingerprint(run: Path) -> dict[str, str]:
@@ -120,7 +118,8 @@ def test_killed_while_training_it_ends_as_if_undisturbed(
     undisturbed: tuple[Path, str], tmp_path: Path
 ):
     run = tmp_path / "run"
-    assert kill_during(run, "training/decoder.py", after_seconds=12)
+    kill_during(run, "training/decoder.py", STAGES["training/decoder.py"])
+    assert not (run / "base" / "final.json").exists(), "the kill came in the middle"
     run_demo(run)
     assert fingerprint(run) == fingerprint(undisturbed[0])
 
@@ -129,8 +128,10 @@ def test_killed_while_training_it_ends_as_if_undisturbed(
 def test_killed_at_every_stage_it_ends_as_if_undisturbed(
     undisturbed: tuple[Path, str], tmp_path: Path
 ):
+    """Every stage is killed twice: while it starts, and once it has left its first product."""
     run = tmp_path / "run"
-    for number, stage in enumerate(STAGES):
-        assert kill_during(run, stage, after_seconds=0.5 + 2.5 * (number % 4)), stage
+    for number, (stage, product) in enumerate(STAGES.items()):
+        kill_during(run, stage, after_seconds=0.5 + 2.5 * (number % 4))
+        kill_during(run, stage, product)
     run_demo(run)
     assert fingerprint(run) == fingerprint(undisturbed[0])
