@@ -1,13 +1,25 @@
-"""Fixtures shared by the tests: a small web on the loopback device."""
+"""Fixtures shared by the tests: a small web on the loopback device, a small untrained chain."""
 
+import dataclasses
 import http.server
 import io
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch import nn
+
+from models.clip import FrozenClip
+from models.configs import DecoderConfig, DiffusionPriorConfig, UNetConfig, UpsamplerConfig
+from models.decoder import Decoder
+from models.diffusion_prior import DiffusionPrior
+from models.upsampler import Upsampler
+from models.weights import FINAL_NAME, save_config, save_weights
 
 Handler = http.server.BaseHTTPRequestHandler
 
@@ -105,3 +117,44 @@ def canary() -> Iterator[Site]:
         found.put("/", Site.picture())
         yield found
         assert found.hits == []
+
+
+def _finished(run: Path, model: nn.Module, config: dict) -> Path:
+    """Write what the last checkpoint of a run leaves for inference."""
+    step = run / "step_00000004"
+    step.mkdir(parents=True)
+    save_weights(step / "ema.safetensors", model.state_dict())
+    save_config(step, config)
+    (run / FINAL_NAME).write_text(json.dumps({"step": step.name}))
+    return run
+
+
+@pytest.fixture(scope="session")
+def write_chain() -> Callable[..., dict[str, Path]]:
+    """Return a function that writes an untrained prior, decoder and upsampler for the embeddings
+    of `clip`, as finished runs: to twice `image_size` px."""
+
+    def write(root: Path, clip: FrozenClip, image_size: int = 8) -> dict[str, Path]:
+        torch.manual_seed(0)
+        sizes = {"embed_dim": clip.embed_dim, "text_width": clip.text_width}
+        prior_sizes = {**sizes, "context_length": clip.context_length}
+        prior = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
+        unet = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=())
+        base, up = DecoderConfig(unet=unet, context_width=8), UpsamplerConfig(unet=unet)
+        decoder_sizes = {**sizes, "image_size": image_size}
+        up_sizes = {"factor": 2, "crop_size": 8}
+        models = {
+            "prior": (DiffusionPrior(prior, **prior_sizes), prior, "diffusion_prior", prior_sizes),
+            "decoder": (Decoder(base, **decoder_sizes), base, "decoder", decoder_sizes),
+            "upsampler": (Upsampler(up, **up_sizes), up, "upsampler", up_sizes),
+        }
+        runs = {}
+        for name, (model, config, kind, more) in models.items():
+            for parameter in model.parameters():  # last layers start at zero, and would say nothing
+                nn.init.normal_(parameter, std=0.1)
+            told = {"kind": kind, "model": dataclasses.asdict(config), "clip": "tiny:random"}
+            told |= {"encoder_id": clip.encoder_id, **more}
+            runs[name] = _finished(root / name, model, told)
+        return runs
+
+    return write

@@ -1,7 +1,6 @@
 """Weights on disk, and what joins finished runs into a chain."""
 
-import dataclasses
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,23 +8,19 @@ import torch
 from torch import nn
 
 from models.clip import FrozenClip, load_clip
-from models.configs import DecoderConfig, DiffusionPriorConfig, UNetConfig, UpsamplerConfig
-from models.decoder import Decoder, ImageSampling
-from models.diffusion_prior import DiffusionPrior, PriorSampling
+from models.decoder import ImageSampling
+from models.diffusion_prior import PriorSampling
 from models.samplers import SAMPLERS
 from models.unclip import Sampling, UnClip, load_model
-from models.upsampler import Upsampler
 from models.weights import (
-    FINAL_NAME,
     digest,
     exported,
     load_config,
     load_weights,
-    save_config,
     save_weights,
 )
 
-UNET = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=())
+WriteChain = Callable[[Path, FrozenClip], dict[str, Path]]
 
 
 @pytest.fixture(scope="module")
@@ -83,40 +78,10 @@ def test_the_digest_knows_names_shapes_types_and_bits():
 # -- runs ------------------------------------------------------------------------------------------
 
 
-def finished(run: Path, model: nn.Module, config: dict) -> Path:
-    """Write what the last checkpoint of a run leaves for inference."""
-    step = run / "step_00000004"
-    step.mkdir(parents=True)
-    save_weights(step / "ema.safetensors", model.state_dict())
-    save_config(step, config)
-    (run / FINAL_NAME).write_text(json.dumps({"step": step.name}))
-    return run
-
-
-def chain(root: Path, clip: FrozenClip) -> dict[str, Path]:
-    """Write a finished prior, decoder and upsampler of `clip`'s embeddings."""
-    torch.manual_seed(0)
-    sizes = {"embed_dim": clip.embed_dim, "text_width": clip.text_width}
-    prior_sizes = {**sizes, "context_length": clip.context_length}
-    prior = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
-    base = DecoderConfig(unet=UNET, context_width=8)
-    up = UpsamplerConfig(unet=UNET)
-    models = {
-        "prior": (DiffusionPrior(prior, **prior_sizes), prior, "diffusion_prior", prior_sizes),
-        "decoder": (Decoder(base, image_size=8, **sizes), base, "decoder",
-                    {**sizes, "image_size": 8}),
-        "upsampler": (Upsampler(up, factor=2, crop_size=8), up, "upsampler",
-                      {"factor": 2, "crop_size": 8}),
-    }  # fmt: skip
-    runs = {}
-    for name, (model, config, kind, more) in models.items():
-        told = {"kind": kind, "model": dataclasses.asdict(config), "encoder_id": clip.encoder_id}
-        runs[name] = finished(root / name, model, {**told, **more})
-    return runs
-
-
-def test_finished_runs_join_into_a_chain_from_caption_to_image(tmp_path: Path, clip: FrozenClip):
-    runs = {name: str(path) for name, path in chain(tmp_path, clip).items()}
+def test_finished_runs_join_into_a_chain_from_caption_to_image(
+    tmp_path: Path, clip: FrozenClip, write_chain: WriteChain
+):
+    runs = {name: str(path) for name, path in write_chain(tmp_path, clip).items()}
     whole = UnClip.load(clip, runs["prior"], runs["decoder"], (runs["upsampler"],))
     image = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
     prior = PriorSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
@@ -128,15 +93,19 @@ def test_finished_runs_join_into_a_chain_from_caption_to_image(tmp_path: Path, c
 
 
 @pytest.mark.parametrize("part", ["prior", "decoder"])
-def test_a_part_of_another_encoder_is_refused_by_name(part: str, tmp_path: Path, clip: FrozenClip):
-    runs = chain(tmp_path, clip)
+def test_a_part_of_another_encoder_is_refused_by_name(
+    part: str, tmp_path: Path, clip: FrozenClip, write_chain: WriteChain
+):
+    runs = write_chain(tmp_path, clip)
     path = runs[part] / "step_00000004" / "config.json"
     path.write_text(path.read_text().replace(clip.encoder_id, "another"))
     with pytest.raises(ValueError, match=f"{part}: found a {part} trained on encoder another"):
         UnClip.load(clip, str(runs["prior"]), str(runs["decoder"]))
 
 
-def test_a_run_of_another_kind_is_refused(tmp_path: Path, clip: FrozenClip):
-    runs = chain(tmp_path, clip)
+def test_a_run_of_another_kind_is_refused(
+    tmp_path: Path, clip: FrozenClip, write_chain: WriteChain
+):
+    runs = write_chain(tmp_path, clip)
     with pytest.raises(ValueError, match="found a run of kind decoder, expected diffusion_prior"):
         load_model(runs["decoder"], "diffusion_prior")

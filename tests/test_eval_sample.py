@@ -1,0 +1,165 @@
+"""Samples, and the scores of the chain that drew them: seeded, resumable, and of one setting."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval import fid, sample
+from eval.fid import FidConfig
+from eval.generate import default_sampling, sampling_of
+from eval.sample import SampleConfig
+from eval.samples import open_images
+from models.clip import load_clip
+from training import demo_data
+
+CAPTIONS = ("a red cube", "a blue cone", "a red cube", "two dogs", "a hat")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, write_chain: Callable) -> SampleConfig:
+    runs = write_chain(tmp_path_factory.mktemp("runs"), load_clip("tiny:random"), 32)
+    return SampleConfig(
+        prior=str(runs["prior"]), decoder=str(runs["decoder"]), upsampler=(str(runs["upsampler"]),),
+        prompts=CAPTIONS, batch_size=2, prior_steps=2, decoder_steps=2, upsampler_steps=2,
+        precision="fp32",
+    )  # fmt: skip
+
+
+def drawn(config: SampleConfig, out: Path, **changes) -> list[np.ndarray]:
+    """Sample into `out`; returns uint8 [64, 64, 3] images."""
+    assert sample.main(dataclasses.replace(config, out=str(out), **changes)) == 0
+    return [np.asarray(image, np.int16) for image in open_images(str(out))]
+
+
+def test_an_image_depends_on_seed_and_caption_and_not_on_its_batch(
+    config: SampleConfig, tmp_path: Path
+):
+    pairs = drawn(config, tmp_path / "a")
+    alone = drawn(config, tmp_path / "b", batch_size=1)
+    assert all(abs(x - y).max() <= 1 for x, y in zip(pairs, alone, strict=True))
+    assert abs(pairs[0] - pairs[2]).max() > 8, "repeats of a caption differ"
+    other = drawn(config, tmp_path / "c", seed=1)
+    assert all(abs(x - y).max() > 8 for x, y in zip(pairs, other, strict=True))
+
+
+def test_bf16_is_fp32_up_to_rounding(config: SampleConfig, tmp_path: Path):
+    exact = drawn(config, tmp_path / "a")
+    rounded = drawn(config, tmp_path / "b", precision="bf16")
+    assert 0 < np.mean([abs(x - y).mean() for x, y in zip(exact, rounded, strict=True)]) < 4
+
+
+def test_a_rerun_draws_what_is_missing_as_it_was(
+    config: SampleConfig, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    before = drawn(config, tmp_path)
+    (tmp_path / "000003.png").unlink()
+    (tmp_path / "samples.jsonl").unlink()
+    with pytest.raises(ValueError, match="found unfinished samples; rerun eval/sample.py"):
+        open_images(str(tmp_path))
+    capsys.readouterr()
+    after = drawn(config, tmp_path)
+    assert "2 images drawn, 3 were there" in capsys.readouterr().out, "the batch of the lost one"
+    assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"seed": 3}, "seed"),
+        ({"cfg_scale": 9.0}, "cfg_scale"),
+        ({"precision": "bf16"}, "precision"),
+        ({"prompts": ("another",)}, "captions"),
+    ],
+)
+def test_samples_of_other_settings_are_refused_unless_fresh(
+    changes: dict, field: str, config: SampleConfig, tmp_path: Path
+):
+    drawn(config, tmp_path)
+    with pytest.raises(ValueError, match=f"found samples of another {field}"):
+        drawn(config, tmp_path, **changes)
+    assert len(drawn(config, tmp_path, fresh=True, **changes)) in (1, len(CAPTIONS))
+
+
+def test_settings_on_disk_give_the_sampling_they_were_drawn_with(
+    config: SampleConfig, tmp_path: Path
+):
+    drawn(config, tmp_path)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    found = sampling_of(settings)
+    assert (found.prior.sample_steps, found.precision) == (2, "fp32")
+    assert found.decoder.cfg_scale == config.cfg_scale
+    defaults = sampling_of({"unknown": 1})
+    assert defaults.prior.sample_steps == default_sampling().prior.sample_steps
+
+
+# -- the ablation ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_data, "SAMPLES_PER_SHARD", 6)
+        demo_data.draw_images(root / "images", num_shards=2)
+    demo_data.embed_here(str(root / "images"), root / "embeds", "tiny:random")
+    return root
+
+
+@pytest.fixture
+def fid_config(config: SampleConfig, data: Path, tmp_path: Path) -> FidConfig:
+    """The evaluation of samples of `data`'s captions."""
+    drawn(config, tmp_path / "samples", prompts=(), captions=str(data / "images"), seed=5)
+    return FidConfig(
+        real=str(data / "images"), fake=str(tmp_path / "samples"), embeds=str(data / "embeds"),
+        clip="tiny:random", prior=config.prior, decoder=config.decoder, upsampler=config.upsampler,
+        out=str(tmp_path / "scores.json"),
+    )  # fmt: skip
+
+
+def evaluated(config: FidConfig) -> dict:
+    assert fid.main(config) == 0
+    return json.loads(Path(config.out).read_text())
+
+
+def test_the_ablations_chain_is_the_samples(fid_config: FidConfig, tmp_path: Path):
+    scores = evaluated(fid_config)
+    assert set(scores["ablation"]) == {"true_image_embed", "prior", "text_embed"}
+    for name, values in scores["ablation"]["prior"].items():
+        expected = {key: value for key, value in scores["shapes"][name].items() if key != "real"}
+        assert values == expected
+    picture = Image.open(tmp_path / "samples" / "ablation.png")
+    assert picture.height > 3 * 64
+
+
+def test_the_ablation_decodes_as_the_samples_were(
+    fid_config: FidConfig, data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Given the prior's own embeddings in the text's place, it draws the samples again."""
+    from eval import scorecard
+    from eval.chain import load_chain
+
+    fake = open_images(fid_config.fake)
+    captions, image, _ = scorecard.read_embeds(fid_config.embeds)
+    chain = load_chain("", fid_config.prior, fid_config.decoder, fid_config.upsampler)
+    sampling, places = sampling_of(fake.settings), []
+    for start in range(0, len(captions), 2):
+        keys = scorecard.caption_keys(captions[start : start + 2], 5, start)
+        places.append(chain.imagine(keys, captions[start : start + 2], sampling))
+    embeds = (captions, image, torch.cat(places))
+    _, images = scorecard.ablation(chain, embeds, fake, lambda found: {})
+    again = images["text_embed"].astype(np.int16)
+    assert abs(again - images["prior"].astype(np.int16)).max() <= 2
+
+
+def test_other_samples_get_no_ablation_and_are_told_so(
+    fid_config: FidConfig, capsys: pytest.CaptureFixture
+):
+    other = dataclasses.replace(fid_config, upsampler=())
+    assert "ablation" not in evaluated(other)
+    assert "ablation: left out" in capsys.readouterr().out
