@@ -28,7 +28,8 @@ class DownloadConfig:
     """Defaults suit web photographs for training at up to 256 px."""
 
     urls: str = ""
-    """Parquet file of URLs and captions, or a folder of them."""
+    """List of URLs and captions: Parquet, CSV, TSV, JSON lines, or a text file of URLs; a file, a
+    folder or a glob pattern, local or any fsspec URL."""
     out: str = "data/images"
     """Folder for the shards."""
     url_column: str | None = None
@@ -93,7 +94,7 @@ def main(config: DownloadConfig) -> int:
 
 def _check(config: DownloadConfig) -> None:
     if not config.urls:
-        raise ValueError("--urls: not given; expected a Parquet file of URLs and captions")
+        raise ValueError("--urls: not given; expected a list of URLs and captions")
     least = {"image_size": 1, "samples_per_shard": 1, "num_threads": 1, "retries": 0}
     least |= {"min_image_side": 0}
     for name, low in least.items():

@@ -1,27 +1,35 @@
-"""Read a URL list of the LAION family, a shard's rows at a time."""
+"""Read a URL list of the LAION family, a shard's rows at a time, from any storage fsspec knows."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ingest.commits import digest_file, digest_of
+from ingest.commits import digest_of
+from ingest.list_formats import COMPRESSIONS, FORMATS, ListFormat, format_suffix, text_column
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from fsspec.core import OpenFile
 
 URL_COLUMNS = ("url", "URL", "image_url", "img_url")
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "CAPTION", "alt_text")
 OUR_COLUMNS = ("key", "url", "caption", "status", "error", "error_message", "sha256")
 OUR_COLUMNS += ("width", "height", "original_width", "original_height")
+NO_CAPTIONS = (".txt",)  # formats whose rows are URLs alone
+COUNT_ROWS = 100_000  # read at once where a file does not say how many it has
 
 
 @dataclass(frozen=True, kw_only=True)
 class UrlList:
-    """A list of image URLs with captions. digest: of the files' bytes; kept: extra columns."""
+    """A list of image URLs with captions. digest: of the files' bytes; kept: extra columns.
 
-    files: tuple[Path, ...]
+    caption_column: "" where there are none; every caption is empty then.
+    """
+
+    files: tuple["OpenFile", ...]
+    format: ListFormat
     url_column: str
     caption_column: str
     kept: tuple[str, ...]
@@ -39,32 +47,42 @@ class UrlList:
     def shards(self, samples_per_shard: int) -> Iterator["pa.Table"]:
         """Yield tables of `samples_per_shard` rows (the last: what is left) in the list's order.
 
-        Columns: url and caption (strings), then the kept ones. Holds some two shards in memory.
+        Columns: url and caption (strings), then the kept ones. Holds some two shards in memory, and
+        what its format reads at once.
         """
         import pyarrow as pa
 
         waiting: list[pa.Table] = []
         for batch in self._batches(samples_per_shard):
             waiting.append(batch)
-            while sum(table.num_rows for table in waiting) >= samples_per_shard:
-                rows = pa.concat_tables(waiting)
-                yield rows.slice(0, samples_per_shard)
-                waiting = [rows.slice(samples_per_shard)]
+            if sum(table.num_rows for table in waiting) < samples_per_shard:
+                continue
+            rows = pa.concat_tables(waiting)
+            whole = rows.num_rows - rows.num_rows % samples_per_shard
+            for start in range(0, whole, samples_per_shard):
+                yield rows.slice(start, samples_per_shard)
+            waiting = [rows.slice(whole)]
         rest = pa.concat_tables(waiting) if waiting else None
         if rest is not None and rest.num_rows:
             yield rest
 
     def _batches(self, size: int) -> Iterator["pa.Table"]:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        names = [self.url_column, self.caption_column, *self.kept]
-        fields = [("url", pa.string()), ("caption", pa.string())]
-        schema = pa.schema([*map(lambda f: pa.field(*f), fields), *self.kept_schema])
-        for path in self.files:
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=size, columns=names):
-                table = pa.table([batch.column(name) for name in names], names=schema.names)
-                yield table.cast(schema)
+        names = [name for name in (self.url_column, self.caption_column) if name]
+        columns = pa.schema([self.schema.field(name) for name in [*names, *self.kept]])
+        for file in self.files:
+            for table in self.format.batches(file, columns, size):
+                empty = pa.chunked_array([pa.array([""] * table.num_rows, pa.string())])
+                url = text_column(table.column(self.url_column))
+                caption = text_column(table.column(self.caption_column)) if names[1:] else empty
+                kept = [self._kept(table, field) for field in self.kept_schema]
+                yield pa.table([url, caption, *kept], ["url", "caption", *self.kept])
+
+    def _kept(self, table: "pa.Table", field: "pa.Field") -> "pa.ChunkedArray":
+        column = table.column(field.name)
+        text = str(field.type) in ("string", "large_string")
+        return text_column(column) if text else column.cast(field.type)
 
 
 def open_url_list(
@@ -74,18 +92,21 @@ def open_url_list(
     caption_column: str | None = None,
     keep_columns: Sequence[str] = (),
 ) -> UrlList:
-    """Open a Parquet file, or a folder of them, in name order.
+    """Open a list: a file, a folder of files or a glob pattern of them, in name order.
 
-    Columns that are None are found by the names the LAION family uses. Raises ValueError for a
-    missing list or column, naming the columns found, and for a kept column we could not store.
+    path: local or any fsspec URL; Parquet, CSV, TSV, JSON lines, or a text file of URLs, the last
+    four compressed too. Columns that are None are found by the names the LAION family uses.
+    Raises ValueError for a missing list or column, naming the columns found, and for a kept column
+    that we could not store.
     """
-    import pyarrow.parquet as pq
-
-    files = _files(Path(path))
-    schemas = [_schema(file) for file in files]
+    suffix, files = _files(os.fspath(path))
+    reader = FORMATS[suffix]
+    schemas = [reader.schema(file) for file in files]
     schema, names = schemas[0], schemas[0].names
     url = _choose(path, "url", url_column, URL_COLUMNS, names)
-    caption = _choose(path, "caption", caption_column, CAPTION_COLUMNS, names)
+    caption = ""
+    if suffix not in NO_CAPTIONS or caption_column is not None:
+        caption = _choose(path, "caption", caption_column, CAPTION_COLUMNS, names)
     for name in keep_columns:
         _choose(path, "keep", name, (), names)
         if name in OUR_COLUMNS:
@@ -94,15 +115,16 @@ def open_url_list(
             kind = schema.field(name).type
             raise ValueError(f"--keep-columns {name}: is {kind}, expected text, number or bool")
     for file, other in zip(files, schemas, strict=True):
-        for name in {url, caption, *keep_columns} - set(other.names):
-            raise ValueError(f"{file}: no column {name!r}, which {files[0].name} has")
-    digests = [digest_file(file) for file in files]
+        for name in {url, *([caption] if caption else []), *keep_columns} - set(other.names):
+            raise ValueError(f"{file.path}: no column {name!r}, which {files[0].path} has")
+    digests = [_digest(file) for file in files]
     return UrlList(
         files=files,
+        format=reader,
         url_column=url,
         caption_column=caption,
         kept=tuple(keep_columns),
-        num_rows=sum(pq.read_metadata(file).num_rows for file in files),
+        num_rows=sum(_count(reader, file, schema.field(url)) for file in files),
         digest=digests[0] if len(digests) == 1 else digest_of(digests),
         schema=schema,
     )
@@ -114,21 +136,56 @@ _PLAIN_TYPES = frozenset(
 )
 
 
-def _files(path: Path) -> tuple[Path, ...]:
-    files = tuple(sorted(path.glob("*.parquet"))) if path.is_dir() else (path,)
-    if not files or not files[0].is_file():
-        raise ValueError(f"--urls {path}: not found; expected a Parquet file or a folder of them")
-    return files
+def _files(path: str) -> tuple[str, tuple["OpenFile", ...]]:
+    """Return the suffix of the format and the files, which all have it."""
+    from fsspec.core import OpenFile, url_to_fs
+    from fsspec.utils import infer_compression
+
+    try:
+        storage, root = url_to_fs(path)
+    except (ImportError, ValueError) as error:  # an unknown scheme, or one whose driver is absent
+        raise ValueError(f"--urls {path}: {error}") from None
+    if any(sign in root for sign in "*?[") and not storage.exists(root):
+        found = [str(name) for name in storage.glob(root)]
+    elif storage.isdir(root):
+        found = [str(name) for name in storage.ls(root, detail=False) if format_suffix(str(name))]
+    else:
+        found = [root] if storage.isfile(root) else []
+    expected = ", ".join([*FORMATS, *(f"TEXT{c}" for c in COMPRESSIONS if c)])
+    if not found:
+        raise ValueError(
+            f"--urls {path}: not found; expected a list, or a folder or pattern of them"
+        )
+    suffixes = {format_suffix(name) for name in found}
+    suffix = suffixes.pop()
+    if suffix is None or suffixes:
+        names = ", ".join(sorted(os.path.basename(name) for name in found)[:5])
+        raise ValueError(
+            f"--urls {path}: found {names}, expected files of one kind out of {expected}"
+        )
+    packed = None if suffix == ".parquet" else infer_compression
+    return suffix, tuple(
+        OpenFile(storage, name, mode="rb", compression=packed(name) if packed else None)
+        for name in sorted(found)
+    )
 
 
-def _schema(file: Path) -> "pa.Schema":
+def _digest(file: "OpenFile") -> str:
+    """Return the sha256 of a file's bytes as they are stored, hex."""
+    with file.fs.open(file.path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _count(reader: ListFormat, file: "OpenFile", url: "pa.Field") -> int:
+    """Count a file's rows: Parquet says it, others are read once."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        return pq.read_schema(file)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"--urls {file}: not a Parquet file ({error})") from None
+    if file.path.lower().endswith(".parquet"):
+        with file as stream:
+            return pq.read_metadata(stream).num_rows
+    batches = reader.batches(file, pa.schema([url]), COUNT_ROWS)
+    return sum(table.num_rows for table in batches)
 
 
 def _choose(

@@ -14,7 +14,6 @@ from PIL import Image
 from ingest import shard_task
 from ingest.download import DownloadConfig, main
 from ingest.shards import ImageShard, committed, damage, load_snapshot, recover
-from ingest.url_list import open_url_list
 
 NUM_IMAGES = 7
 
@@ -230,54 +229,3 @@ def test_ray_tasks_make_the_same_bytes(config, tmp_path):
     assert data_of(spread.out) == data_of(config.out)
     recover(spread.out)
     assert os.listdir(Path(spread.out) / "_attempts") == []
-
-
-# -- the list ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("names", "chosen"),
-    [
-        (("URL", "TEXT"), ("URL", "TEXT")),
-        (("url", "text"), ("url", "text")),
-        (("caption", "url", "key"), ("url", "caption")),
-    ],
-)
-def test_columns_of_the_laion_family_are_found(tmp_path, names, chosen):
-    pq.write_table(pa.table({name: ["a"] for name in names}), tmp_path / "l.parquet")
-    listed = open_url_list(tmp_path / "l.parquet")
-    assert (listed.url_column, listed.caption_column) == chosen
-
-
-def test_a_missing_column_is_named_with_those_found(tmp_path):
-    pq.write_table(pa.table({"link": ["a"], "TEXT": ["b"]}), tmp_path / "l.parquet")
-    with pytest.raises(ValueError, match=r"no url column .*found link, TEXT.*--url-column"):
-        open_url_list(tmp_path / "l.parquet")
-    assert open_url_list(tmp_path / "l.parquet", url_column="link").url_column == "link"
-    with pytest.raises(ValueError, match="not found"):
-        open_url_list(tmp_path / "absent.parquet")
-    (tmp_path / "broken.parquet").write_bytes(b"PAR0")
-    with pytest.raises(ValueError, match="not a Parquet file"):
-        open_url_list(tmp_path / "broken.parquet")
-
-
-@pytest.mark.parametrize("size", [1, 4, 7, 100])
-def test_shards_cut_the_list_in_order_across_files_and_row_groups(tmp_path, size):
-    for number, count in enumerate((10, 3, 8)):
-        urls = [f"{number}-{i}" for i in range(count)]
-        table = pa.table({"url": urls, "text": urls})
-        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=3)
-    listed = open_url_list(tmp_path)
-    shards = [table["url"].to_pylist() for table in listed.shards(size)]
-    whole = [f"{n}-{i}" for n, count in enumerate((10, 3, 8)) for i in range(count)]
-    assert sum(shards, []) == whole and listed.num_rows == 21
-    assert all(len(shard) == size for shard in shards[:-1])
-
-
-def test_columns_that_cannot_be_stored_are_refused(tmp_path):
-    columns = {"url": ["a"], "text": ["b"], "status": ["c"], "boxes": [[1, 2]]}
-    pq.write_table(pa.table(columns), tmp_path / "l.parquet")
-    with pytest.raises(ValueError, match="shards use this name"):
-        open_url_list(tmp_path / "l.parquet", keep_columns=["status"])
-    with pytest.raises(ValueError, match="expected text, number or bool"):
-        open_url_list(tmp_path / "l.parquet", keep_columns=["boxes"])
