@@ -8,17 +8,19 @@ examples:
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
 from cluster.cli import parse, run_script
+from ingest.filters import FilterConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from ingest.commits import Commit
+    from ingest.row_filter import RowFilter
     from ingest.shard_task import ShardJob
     from ingest.url_list import UrlList
 
@@ -47,6 +49,7 @@ class DownloadConfig:
     enlarging, then the middle is kept (img2dataset's own default, border, pads with white)."""
     min_image_side: int = 0
     """Leave out images whose shorter side is below this, px."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
     samples_per_shard: int = 1000
     """Rows of the list per shard."""
     num_processes: int | None = None
@@ -71,10 +74,10 @@ def main(config: DownloadConfig) -> int:
     from ingest.shards import publish_snapshot, recover, remove_data_folder, shard_name
 
     _check(config)
-    listed = _open(config)
+    listed, row_filter = _open(config)
     if config.fresh:
         remove_data_folder(config.out, "images")
-    job = _prepare(config, listed)
+    job = _prepare(config, listed, row_filter)
     done = _finished(job.root)
     total = -(-listed.num_rows // config.samples_per_shard)
     print(f"{listed.num_rows} rows in {total} shards, {len(done)} of them done already", flush=True)
@@ -107,18 +110,22 @@ def _check(config: DownloadConfig) -> None:
         raise ValueError(f"--num-processes: found {config.num_processes}, expected 0 or more")
 
 
-def _open(config: DownloadConfig) -> "UrlList":
+def _open(config: DownloadConfig) -> "tuple[UrlList, RowFilter]":
+    from ingest.row_filter import RowFilter
     from ingest.url_list import open_url_list
 
-    return open_url_list(
+    listed = open_url_list(
         config.urls,
         url_column=config.url_column,
         caption_column=config.caption_column,
         keep_columns=config.keep_columns,
     )
+    row_filter = RowFilter.open(config.filters, listed.schema)
+    looked_at = tuple(dict.fromkeys([*listed.kept, *row_filter.columns.values()]))
+    return replace(listed, kept=looked_at), row_filter
 
 
-def _prepare(config: DownloadConfig, listed: "UrlList") -> "ShardJob":
+def _prepare(config: DownloadConfig, listed: "UrlList", row_filter: "RowFilter") -> "ShardJob":
     """Write or check the manifest, settle what a killed run left, and describe the work."""
     from ingest.commits import digest_of
     from ingest.fetch import FetchPolicy, parse_allow_address
@@ -131,7 +138,8 @@ def _prepare(config: DownloadConfig, listed: "UrlList") -> "ShardJob":
         "num_rows": listed.num_rows,
         "url_column": listed.url_column,
         "caption_column": listed.caption_column,
-        "keep_columns": listed.kept,
+        "keep_columns": config.keep_columns,
+        "filters": {**asdict(config.filters), "opt_out": row_filter.opt_out_digest},
         "samples_per_shard": config.samples_per_shard,
         "image_size": config.image_size,
         "resize_mode": config.resize_mode,
@@ -150,8 +158,14 @@ def _prepare(config: DownloadConfig, listed: "UrlList") -> "ShardJob":
         num_threads=config.num_threads,
         config_hash=config_hash,
         policy=FetchPolicy(
-            timeout_seconds=config.timeout, retries=config.retries, allow_addresses=allowed
+            timeout_seconds=config.timeout,
+            retries=config.retries,
+            allow_addresses=allowed,
+            min_pixels=config.filters.min_pixels,
+            max_aspect_ratio=config.filters.max_aspect_ratio,
         ),
+        row_filter=row_filter,
+        kept=config.keep_columns,
     )
 
 

@@ -46,6 +46,8 @@ class FetchPolicy:
     max_bytes: int = 32 << 20
     """On the wire."""
     max_pixels: int = 50_000_000
+    min_pixels: int = 0
+    max_aspect_ratio: float | None = None
     max_redirects: int = 5
     allow_addresses: tuple[tuple[str, int], ...] = ()
     """(host, port) pairs, as a URL spells them, that need not be public."""
@@ -176,7 +178,12 @@ class Fetcher:
                 pause = random.uniform(0, min(8.0, 0.5 * 2**number))
                 self._sleep(max(pause, min(error.retry_after or 0.0, 30.0)))
                 continue
-            problem = header_problem(body, max_pixels=self.policy.max_pixels)
+            problem = header_problem(
+                body,
+                max_pixels=self.policy.max_pixels,
+                min_pixels=self.policy.min_pixels,
+                max_aspect_ratio=self.policy.max_aspect_ratio,
+            )
             return Fetched(reason=problem) if problem else Fetched(body=body)
         raise AssertionError("the last try returns")
 

@@ -1,11 +1,18 @@
 """Why a row did not become a sample: the closed set of reasons, and the predicates behind them.
 
-Pure functions over bytes, headers and sizes; nothing here opens a file or a connection.
+Pure functions over rows, bytes, headers and sizes; nothing here opens a file or a connection.
 """
 
 import io
+import math
+import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from tyro.conf import UseAppendAction
 
 # The row was attempted and could not be had.
 FAILED = (
@@ -14,7 +21,11 @@ FAILED = (
     "client_error", "server_error", "not_an_image", "undecodable",
 )  # fmt: skip
 # The row could be had and is left out on purpose.
-FILTERED = ("opted_out", "too_small", "too_many_pixels")
+FILTERED = (
+    "opted_out", "too_small", "too_many_pixels", "too_few_pixels", "aspect_ratio",
+    "opt_out_list", "low_similarity", "low_aesthetic", "unsafe", "watermarked", "nsfw", "language",
+    "null_score", "short_caption", "long_caption", "few_tokens", "many_tokens",
+)  # fmt: skip
 
 OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -55,10 +66,13 @@ def may_be_image(content_type: str | None) -> bool:
     )
 
 
-def header_problem(data: bytes, *, max_pixels: int) -> str | None:
+def header_problem(
+    data: bytes, *, max_pixels: int, min_pixels: int = 0, max_aspect_ratio: float | None = None
+) -> str | None:
     """Judge an image by its header, before anything is decoded; None if it may be.
 
-    An image with transparency counts four times: blending it onto white is done in float64.
+    Against `max_pixels` an image with transparency counts four times: blending it onto white is
+    done in float64.
     """
     from PIL import Image
 
@@ -67,9 +81,178 @@ def header_problem(data: bytes, *, max_pixels: int) -> str | None:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-                pixels = image.width * image.height * (4 if transparent else 1)
+                short, long = sorted(image.size)
     except Image.DecompressionBombError:
         return "too_many_pixels"
     except (OSError, SyntaxError, ValueError):  # what Pillow raises for bytes of no such format
         return "not_an_image"
-    return "too_many_pixels" if pixels > max_pixels else None
+    if short * long * (4 if transparent else 1) > max_pixels:
+        return "too_many_pixels"
+    if short * long < min_pixels:
+        return "too_few_pixels"
+    if max_aspect_ratio is not None and long > max_aspect_ratio * short:
+        return "aspect_ratio"
+    return None
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """What is left out of a list; by default nothing is."""
+
+    min_similarity: float | None = None
+    """least cosine of image and caption, by the list's own column"""
+    min_aesthetic: float | None = None
+    """least aesthetic score"""
+    max_punsafe: float | None = None
+    """greatest probability of unsafe content, 0 to 1"""
+    max_pwatermark: float | None = None
+    """greatest probability of a watermark, 0 to 1"""
+    nsfw: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """tag of the NSFW column that passes, such as UNLIKELY; repeatable; none = all"""
+    language: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """language that passes, as the list spells it; repeatable; none = all"""
+    null_scores: bool = False
+    """let rows pass whose score, tag or language is null; otherwise they count as null_score"""
+    min_caption_chars: int = 0
+    """least length of a caption, characters"""
+    max_caption_chars: int | None = None
+    """leave out longer captions, characters; longer than 4,096 are cut in any case"""
+    min_caption_tokens: int = 0
+    """least length of a caption in tokens of CLIP's vocabulary, without start and end"""
+    max_caption_tokens: int | None = None
+    """greatest length of a caption, tokens"""
+    opt_out: str = ""
+    """text file of domains and URLs to leave out, one a line; a domain covers those below it"""
+    min_pixels: int = 0
+    """least area of the image as fetched, px"""
+    max_aspect_ratio: float | None = None
+    """greatest ratio of the image's longer side to its shorter one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """Where the LAION family keeps what a filter looks at, and the reason that the filter gives."""
+
+    names: tuple[str, ...]
+    reason: str
+
+
+SCORES = {
+    "min_similarity": Column(
+        names=("similarity", "clip_similarity_vitb32", "clip_b32_similarity_score"),
+        reason="low_similarity",
+    ),
+    "min_aesthetic": Column(
+        names=("aesthetic", "AESTHETIC_SCORE", "aesthetic_score_laion_v2"), reason="low_aesthetic"
+    ),
+    "max_punsafe": Column(names=("punsafe", "nsfw_score_opennsfw2"), reason="unsafe"),
+    "max_pwatermark": Column(names=("pwatermark", "watermark_score"), reason="watermarked"),
+}
+TAGS = {
+    "nsfw": Column(names=("NSFW", "nsfw"), reason="nsfw"),
+    "language": Column(names=("LANGUAGE", "language"), reason="language"),
+}
+MAX_CAPTION_CHARS = 4096
+
+
+def filter_columns(config: FilterConfig, found: Sequence[str]) -> dict[str, str]:
+    """Return the list's column for each filter that is set and needs one.
+
+    Raises ValueError for one that the list lacks, naming the columns `found`.
+    """
+    columns = {}
+    for name, column in {**SCORES, **TAGS}.items():
+        if getattr(config, name) in (None, ()):
+            continue
+        present = next((known for known in column.names if known in found), None)
+        if present is None:
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--filters.{flag}: no column ({', '.join(column.names)}); found {', '.join(found)}"
+            )
+        columns[name] = present
+    return columns
+
+
+def row_problem(
+    config: FilterConfig,
+    columns: Mapping[str, str],
+    row: Mapping[str, Any],
+    count_tokens: Callable[[str], int],
+) -> str | None:
+    """Return why a row is left out before it is fetched, or None.
+
+    columns: of `filter_columns`; row: the list's, with a normalised caption.
+    """
+    for name, column in columns.items():
+        value = row[column]
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            if not config.null_scores:
+                return "null_score"
+        elif not _passes(name, getattr(config, name), value):
+            return {**SCORES, **TAGS}[name].reason
+    caption = row["caption"] or ""
+    if len(caption) < config.min_caption_chars:
+        return "short_caption"
+    if config.max_caption_chars is not None and len(caption) > config.max_caption_chars:
+        return "long_caption"
+    if config.min_caption_tokens or config.max_caption_tokens is not None:
+        tokens = count_tokens(caption)
+        if tokens < config.min_caption_tokens:
+            return "few_tokens"
+        if config.max_caption_tokens is not None and tokens > config.max_caption_tokens:
+            return "many_tokens"
+    return None
+
+
+def _passes(name: str, limit: Any, value: Any) -> bool:
+    if name in TAGS:
+        return str(value).lower() in {tag.lower() for tag in limit}
+    return value >= limit if name.startswith("min") else value <= limit
+
+
+def normalise_caption(caption: str | None) -> str:
+    """Return a caption in NFC, without control characters, blanks made single, at most 4,096
+    characters long; "" for null."""
+    text = unicodedata.normalize("NFC", (caption or "")[: 4 * MAX_CAPTION_CHARS])
+    printable = (" " if unicodedata.category(c) == "Cc" else c for c in text)
+    return " ".join("".join(printable).split())[:MAX_CAPTION_CHARS].rstrip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptOuts:
+    """Domains and URLs that asked to be left out."""
+
+    domains: frozenset[str]
+    urls: frozenset[str]
+
+    @classmethod
+    def of(cls, lines: Iterable[str]) -> "OptOuts":
+        """Read lines such as example.com, *.example.com or https://example.com/a.jpg; blank lines
+        and what follows a # at a line's start are left out."""
+        entries = {line.strip() for line in lines}
+        entries = {entry for entry in entries if entry and not entry.startswith("#")}
+        urls = {entry for entry in entries if "/" in entry}
+        domains = (_ascii_host(entry.removeprefix("*.")) for entry in entries - urls)
+        return cls(domains=frozenset(domains), urls=frozenset(urls))
+
+    def forbid(self, url: str) -> bool:
+        """Say whether `url`, its host or a domain above its host asked to be left out."""
+        try:
+            host = _ascii_host(urlsplit(url.strip()).hostname or "")
+        except ValueError:  # no URL: the fetcher says so
+            return False
+        labels = host.split(".")
+        above = (".".join(labels[i:]) for i in range(len(labels)))
+        return url.strip() in self.urls or any(domain in self.domains for domain in above)
+
+
+def _ascii_host(host: str) -> str:
+    host = host.lower().rstrip(".")
+    try:
+        return host.encode("idna").decode("ascii")
+    except UnicodeError:  # too long or empty labels; no host of the web
+        return host

@@ -15,9 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ingest.fetch import Fetcher, FetchPolicy
+from ingest.fetch import Fetched, Fetcher, FetchPolicy
 from ingest.filters import outcome
-from ingest.shards import STORED, Attempt, Commit, Sample, row_schema, shard_name, write_image_shard
+from ingest.row_filter import RowFilter, normalised
+from ingest.shards import STORED, Attempt, Commit, Sample, shard_name, write_image_shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,7 +29,8 @@ JPEG_QUALITY = 95
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """What every shard of a download has in common. image_size, min_image_side: px."""
+    """What every shard of a download has in common. image_size, min_image_side: px; kept: the
+    list's columns that are stored."""
 
     root: str
     samples_per_shard: int
@@ -38,6 +40,8 @@ class ShardJob:
     num_threads: int
     config_hash: str
     policy: FetchPolicy
+    row_filter: RowFilter
+    kept: tuple[str, ...]
 
 
 @lru_cache(maxsize=1)
@@ -51,13 +55,18 @@ def make_shard(
 ) -> Commit:
     """Download the `number`-th shard and commit it; return the winner's commit.
 
-    rows: the columns url and caption, then the kept ones. fetcher: None for this process's own.
+    rows: the columns url and caption, then the kept ones and those that filters look at. fetcher:
+    None for this process's own.
     Raises OSError when the files cannot be written; a bad URL is never an error.
     """
     name = shard_name(number)
-    kept = [field for field in rows.schema if field.name not in row_schema().names]
+    rows = normalised(rows)
+    refused = job.row_filter.problems(rows)
+    rows = rows.select(["url", "caption", *job.kept])
+    kept = [rows.schema.field(field) for field in job.kept]
     with Attempt(job.root, name) as attempt:
-        found = _download(job, number, rows, attempt.path, fetcher or process_fetcher(job.policy))
+        fetch = _refusing(refused, (fetcher or process_fetcher(job.policy)).fetch)
+        found = _download(job, number, rows, attempt.path, fetch)
         ordered = [found[key] for key in sorted(found)]
         if len(ordered) != rows.num_rows:  # img2dataset prints what it could not handle and goes on
             lost = rows.num_rows - len(ordered)
@@ -91,10 +100,11 @@ def _schema(fields: "list[pa.Field]") -> "pa.Schema":
 
 
 Row = dict[str, Any]
+Fetch = Callable[[int, str | None], Fetched]  # a row's number in its shard and its URL
 
 
 def _download(
-    job: ShardJob, number: int, rows: "pa.Table", folder: Path, fetcher: Fetcher
+    job: ShardJob, number: int, rows: "pa.Table", folder: Path, fetch: Fetch
 ) -> dict[str, tuple[Row, Sample | None]]:
     """Run img2dataset over the rows; return the row and the sample, if any, of each key."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or its import asks the network
@@ -130,7 +140,7 @@ def _download(
     rows_file = folder / "rows.arrow"  # img2dataset deletes it when it is done
     with pa.ipc.new_file(str(rows_file), rows.schema) as sink:
         sink.write_table(rows)
-    with _fetching_with(fetcher):
+    with _fetching_with(fetch):
         downloader.download_shard((number, str(rows_file)))
     return collected.found
 
@@ -155,13 +165,22 @@ class _Collector:
         """Do nothing: the shard is written by `make_shard`, where an error is seen."""
 
 
+def _refusing(refused: dict[int, str], fetch: Callable[[str | None], Fetched]) -> Fetch:
+    """Answer for the rows that are left out; only the others reach the web."""
+
+    def of_row(number: int, url: str | None) -> Fetched:
+        return Fetched(reason=refused[number]) if number in refused else fetch(url)
+
+    return of_row
+
+
 @contextmanager
-def _fetching_with(fetcher: Fetcher) -> Iterator[None]:
-    """Let img2dataset's Downloader fetch with `fetcher`, whose module has no other seam for it."""
+def _fetching_with(fetch: Fetch) -> Iterator[None]:
+    """Let img2dataset's Downloader fetch with `fetch`, whose module has no other seam for it."""
     from img2dataset import downloader
 
     def download(row: tuple[int, str], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
-        got = fetcher.fetch(row[1])
+        got = fetch(*row)
         return row[0], None if got.body is None else io.BytesIO(got.body), got.reason
 
     original: Callable[..., Any] = downloader.download_image_with_retry
