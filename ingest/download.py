@@ -84,7 +84,7 @@ def main(config: DownloadConfig) -> int:
     metrics.serve(config.metrics_port)
     todo = (
         (number, rows)
-        for number, rows in enumerate(listed.shards(config.samples_per_shard))
+        for number, rows in enumerate(_shards(config, listed))
         if shard_name(number) not in done
     )
     failures = _run(config, job, todo, total - len(done)) if len(done) < total else {}
@@ -167,6 +167,24 @@ def _prepare(config: DownloadConfig, listed: "UrlList", row_filter: "RowFilter")
         row_filter=row_filter,
         kept=config.keep_columns,
     )
+
+
+def _shards(config: DownloadConfig, listed: "UrlList") -> "Iterator[pa.Table]":
+    """Yield the list's shards, with a mark at rows whose URL came before where that matters."""
+    import pyarrow as pa
+
+    from ingest.duplicates import repeated_urls
+    from ingest.row_filter import REPEATED
+
+    if not config.filters.unique_urls:
+        yield from listed.shards(config.samples_per_shard)
+        return
+    print(f"comparing {listed.num_rows} URLs", flush=True)
+    repeated, start = repeated_urls(listed.urls(), listed.num_rows), 0
+    for rows in listed.shards(config.samples_per_shard):
+        mine = pa.array(repeated[start : start + rows.num_rows])
+        yield rows.append_column(REPEATED, mine)
+        start += rows.num_rows
 
 
 def _finished(root: str) -> set[str]:

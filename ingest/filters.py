@@ -23,8 +23,8 @@ FAILED = (
 # The row could be had and is left out on purpose.
 FILTERED = (
     "opted_out", "too_small", "too_many_pixels", "too_few_pixels", "aspect_ratio",
-    "opt_out_list", "low_similarity", "low_aesthetic", "unsafe", "watermarked", "nsfw", "language",
-    "null_score", "short_caption", "long_caption", "few_tokens", "many_tokens",
+    "opt_out_list", "duplicate_url", "low_similarity", "low_aesthetic", "unsafe", "watermarked",
+    "nsfw", "language", "null_score", "short_caption", "long_caption", "few_tokens", "many_tokens",
 )  # fmt: skip
 
 OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
@@ -124,6 +124,8 @@ class FilterConfig:
     """least length of a caption in tokens of CLIP's vocabulary, without start and end"""
     max_caption_tokens: int | None = None
     """greatest length of a caption, tokens"""
+    unique_urls: bool = False
+    """leave out rows whose URL an earlier row of the list has"""
     opt_out: str = ""
     """text file of domains and URLs to leave out, one a line; a domain covers those below it"""
     min_pixels: int = 0

@@ -19,6 +19,8 @@ from ingest.filters import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
+REPEATED = "_repeated"  # column of a shard's table: bool, an earlier row of the list has this URL
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowFilter:
@@ -54,14 +56,19 @@ class RowFilter:
     def problems(self, rows: "pa.Table") -> dict[int, str]:
         """Return the reason of each row that is left out before it is fetched, by its number.
 
-        rows: url, caption (normalised) and the columns looked at.
+        rows: url, caption (normalised), the columns looked at and, if repeated rows are left out,
+        `REPEATED`.
         """
         config, count = self.config, _token_counter()
         opt_outs = _opt_outs(config.opt_out, self.opt_out_digest) if config.opt_out else None
         found = {}
         for number, row in enumerate(rows.to_pylist()):
-            listed = opt_outs is not None and opt_outs.forbid(row["url"] or "")
-            problem = "opt_out_list" if listed else row_problem(config, self.columns, row, count)
+            if opt_outs is not None and opt_outs.forbid(row["url"] or ""):
+                problem = "opt_out_list"
+            elif config.unique_urls and row[REPEATED]:
+                problem = "duplicate_url"
+            else:
+                problem = row_problem(config, self.columns, row, count)
             if problem is not None:
                 found[number] = problem
         return found

@@ -66,6 +66,15 @@ class UrlList:
         if rest is not None and rest.num_rows:
             yield rest
 
+    def urls(self) -> Iterator["pa.ChunkedArray"]:
+        """Yield the URLs in order, a batch at a time; nothing else is read."""
+        import pyarrow as pa
+
+        columns = pa.schema([self.schema.field(self.url_column)])
+        for file in self.files:
+            for table in self.format.batches(file, columns, COUNT_ROWS):
+                yield text_column(table.column(self.url_column))
+
     def _batches(self, size: int) -> Iterator["pa.Table"]:
         import pyarrow as pa
 

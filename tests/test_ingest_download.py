@@ -3,7 +3,10 @@
 import io
 import os
 import re
+import zlib
+from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,9 +16,12 @@ from PIL import Image
 
 from ingest import shard_task
 from ingest.download import DownloadConfig, main
+from ingest.fetch import Fetcher, connect
+from ingest.filters import FilterConfig, normalise_caption
 from ingest.shards import ImageShard, committed, damage, load_snapshot, recover
 
 NUM_IMAGES = 7
+REAL_LIST = Path(__file__).parents[2] / "shared" / "data" / "laion" / "real_urls_10000.parquet"
 
 
 @pytest.fixture
@@ -229,3 +235,76 @@ def test_ray_tasks_make_the_same_bytes(config, tmp_path):
     assert data_of(spread.out) == data_of(config.out)
     recover(spread.out)
     assert os.listdir(Path(spread.out) / "_attempts") == []
+
+
+# -- a real list -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_LIST.is_file(), reason=f"{REAL_LIST} is absent")
+def test_a_real_list_adds_up_and_nothing_leaves_the_machine(site, tmp_path, monkeypatch, capsys):
+    """Every host of 10,000 real rows leads to a loopback server, whatever its port; https ends at
+    the handshake, since that server has no certificate."""
+    public, dialled = "93.184.215.14", Counter()
+
+    def dial(address: str, port: int):
+        assert address == public
+        dialled[port] += 1
+        return connect("127.0.0.1", site.port)
+
+    def to_the_site(policy):
+        return Fetcher(policy, resolve=lambda *_: [public], connect=dial, sleep=lambda _: None)
+
+    kinds = [site.picture(40, 30), site.picture(30, 90), b"<html>", None]
+    monkeypatch.setattr(site, "answers", _AnyPath(site, kinds))
+    monkeypatch.setattr(shard_task, "process_fetcher", lru_cache(to_the_site))
+    config = DownloadConfig(
+        urls=str(REAL_LIST), out=str(tmp_path / "images"), image_size=32, num_processes=0,
+        samples_per_shard=2500, num_threads=8, retries=0,
+        filters=FilterConfig(min_caption_chars=20, unique_urls=True, max_aspect_ratio=2.0),
+    )  # fmt: skip
+    assert main(config) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    counts = {name: int(n) for name, n in re.findall(r"([a-z_]+) (\d+)[,)]", line)}
+    stored = int(re.findall(r"(\d+) stored", line)[0])
+    assert line.startswith("10000 rows = ") and stored + sum(counts.values()) == 10_000
+    listed = pq.read_table(REAL_LIST).to_pylist()
+    assert counts["short_caption"] == sum(
+        len(normalise_caption(row["TEXT"])) < 20 for row in listed
+    ) - sum(repeated_short(listed))
+    assert counts["duplicate_url"] == 10_000 - len({row["URL"] for row in listed})
+    assert set(dialled) >= {80, 443}
+    assert stored > 500 and counts["not_found"] > 500 and counts["tls_failed"] > 3000
+    assert [row["url"] for row in rows_of(config.out)] == [row["URL"] for row in listed]
+
+
+def repeated_short(rows: list[dict]) -> list[bool]:
+    """Say of each row whether it would be too short, were it not left out as a repetition."""
+    seen, found = set(), []
+    for row in rows:
+        found.append(row["URL"] in seen and len(normalise_caption(row["TEXT"])) < 20)
+        seen.add(row["URL"])
+    return found
+
+
+class _AnyPath(dict):
+    """Answers every path, each always alike: with one of some bodies, or 404."""
+
+    def __init__(self, site, bodies: list[bytes | None]) -> None:
+        super().__init__()
+        self._site, self._bodies = site, bodies
+
+    def get(self, path, default=None):
+        body = self._bodies[zlib.crc32(path.encode()) % len(self._bodies)]
+        if body is None:
+            return default
+        kind = "text/html" if body.startswith(b"<") else "image/png"
+
+        def answer(handler) -> None:
+            handler.send_response(200)
+            handler.send_header("Content-Type", kind)
+            handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            handler.wfile.write(body)
+
+        return answer

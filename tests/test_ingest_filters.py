@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ingest import duplicates
 from ingest.download import DownloadConfig, main
 from ingest.filters import (
     MAX_CAPTION_CHARS,
@@ -186,6 +187,41 @@ LINES = ["# a comment", "", "Example.com ", "*.b\u00fccher.example", "https://c.
 )
 def test_a_domain_covers_what_is_below_it_and_a_url_itself(url: str, expected: bool):
     assert OptOuts.of(LINES).forbid(url) is expected
+
+
+# -- repeated rows ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bucket_rows", [1, 7, 1000])
+def test_a_url_that_came_before_is_found_across_buckets_and_batches(
+    bucket_rows: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(duplicates, "BUCKET_ROWS", bucket_rows)
+    monkeypatch.setattr(duplicates, "CHUNK_ROWS", 5)
+    draw = random.Random(1)
+    urls = [draw.choice([None, "", " "] + [f"http://a/{i}" for i in range(40)]) for _ in range(90)]
+    urls[50] = f"  {urls[49]}\n" if urls[49] else "http://a/1 "
+    seen, expected = set(), []
+    for url in urls:
+        expected.append((url or "").strip() in seen)
+        seen |= {url.strip()} if (url or "").strip() else set()
+    batches = [pa.chunked_array([urls[i : i + 13]], pa.string()) for i in range(0, 90, 13)]
+    assert duplicates.repeated_urls(batches, 90).tolist() == expected
+    assert 0 < sum(expected) < 90
+
+
+def test_the_first_of_equal_urls_is_fetched(site, tmp_path: Path, capsys):
+    url = site.put("/a.png", site.picture())
+    table = pa.table({"url": [url, url, url, url], "text": ["one", "two", "three", "four"]})
+    pq.write_table(table, tmp_path / "l.parquet")
+    config = DownloadConfig(
+        urls=str(tmp_path / "l.parquet"), out=str(tmp_path / "images"), image_size=32,
+        num_processes=0, retries=0, samples_per_shard=3, allow_address=(site.address,),
+        filters=FilterConfig(unique_urls=True),
+    )  # fmt: skip
+    assert main(config) == 0
+    assert "4 rows = 1 stored + 3 filtered (duplicate_url 3)" in capsys.readouterr().out
+    assert site.hits == ["/a.png"]
 
 
 # -- the whole download ----------------------------------------------------------------------------
