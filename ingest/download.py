@@ -9,11 +9,12 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import UseAppendAction
 
 from cluster.cli import parse, run_script
+from ingest.decode import ResizeMode
 from ingest.filters import FilterConfig
 
 if TYPE_CHECKING:
@@ -42,11 +43,10 @@ class DownloadConfig:
     """Further column to store with every row; repeatable."""
     image_size: int = 256
     """Side of the stored images, px."""
-    resize_mode: Literal["center_crop", "keep_ratio", "keep_ratio_largest", "border", "no"] = (
-        "center_crop"
-    )
-    """As img2dataset's. center_crop: the shorter side becomes image_size, also where that means
-    enlarging, then the middle is kept (img2dataset's own default, border, pads with white)."""
+    resize_mode: ResizeMode = "keep_ratio"
+    """keep_ratio: the shorter side is reduced to image_size, cropping is left to the readers;
+    center_crop: then the middle is kept; keep_ratio_largest: the longer side is reduced; border:
+    then white is added; no: stored as large as it is. Nothing is enlarged."""
     min_image_side: int = 0
     """Leave out images whose shorter side is below this, px."""
     filters: FilterConfig = field(default_factory=FilterConfig)

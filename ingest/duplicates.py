@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,11 +40,11 @@ def repeated_urls(columns: "Iterable[pa.ChunkedArray]", num_rows: int) -> np.nda
 
 def _hashes(column: "pa.ChunkedArray") -> np.ndarray:
     """Return uint64 [N]; 0 for what is no URL."""
-    from pandas import Series
-    from pandas.util import hash_pandas_object
+    import pandas.util
 
     urls = [(url or "").strip() for url in column.to_pylist()]
-    hashes = hash_pandas_object(Series(urls, dtype=object), index=False).to_numpy()
+    hash_array: Any = pandas.util.hash_array  # its annotations leave arrays of objects out
+    hashes = hash_array(np.array(urls, object), categorize=False)
     blank = np.array([not url for url in urls], bool)
     return np.where(blank, 0, np.maximum(hashes, 1)).astype(np.uint64)
 

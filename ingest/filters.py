@@ -34,8 +34,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 def outcome(error: str | None) -> tuple[str, str | None]:
     """Sort an error into ("success" | "filtered" | "failed", reason).
 
-    error: None, one of the reasons above, or the free text of img2dataset's Resizer, which is
-    "image too small" or whatever the decoder said.
+    error: None, one of the reasons above, or the free text of img2dataset, which is "image too
+    small" or whatever went wrong.
     """
     if error is None:
         return "success", None

@@ -1,8 +1,8 @@
-"""One shard: its rows in, its committed files out, through img2dataset's Downloader and Resizer.
+"""One shard: its rows in, its committed files out, through img2dataset's Downloader.
 
-img2dataset downloads with threads, resizes and describes; the fetching is ours (`ingest.fetch`),
-and so is the writing: it collects what img2dataset hands over in order of arrival and stores it
-in row order, so that the same answers of the web give the same bytes.
+img2dataset downloads with threads and describes; the fetching is ours (`ingest.fetch`), so is the
+decoding (`ingest.decode`), and so is the writing: it collects what img2dataset hands over in order
+of arrival and stores it in row order, so that the same answers of the web give the same bytes.
 """
 
 import io
@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ingest.decode import ResizeMode, Resizer
 from ingest.fetch import Fetched, Fetcher, FetchPolicy
 from ingest.filters import outcome
 from ingest.row_filter import RowFilter, normalised
@@ -35,7 +36,7 @@ class ShardJob:
     root: str
     samples_per_shard: int
     image_size: int
-    resize_mode: str
+    resize_mode: ResizeMode
     min_image_side: int
     num_threads: int
     config_hash: str
@@ -110,17 +111,15 @@ def _download(
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or its import asks the network
     import pyarrow as pa
     from img2dataset.downloader import Downloader
-    from img2dataset.resizer import Resizer
 
     collected = _Collector()
     downloader = Downloader(
         sample_writer_class=lambda *_: collected,
         resizer=Resizer(
-            job.image_size,
-            job.resize_mode,
-            resize_only_if_bigger=False,
-            encode_quality=JPEG_QUALITY,
+            image_size=job.image_size,
+            resize_mode=job.resize_mode,
             min_image_size=job.min_image_side,
+            quality=JPEG_QUALITY,
         ),
         thread_count=job.num_threads,
         save_caption=True,
