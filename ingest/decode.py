@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 ResizeMode = Literal["keep_ratio", "center_crop", "keep_ratio_largest", "border", "no"]
 # Cheap reductions (a JPEG decoded at a fraction of its size, means of blocks of pixels) stop at so
-# many times the size asked for; the rest is a bicubic filter's. Against a full decode and that filter
-# alone the result is at 40 dB or better, which is less than storing it as a JPEG costs.
+# many times the size asked for; the rest is a bicubic filter's. Against a full decode and that
+# filter alone the result is at 40 dB or better, which is less than storing it as a JPEG costs.
 MIN_OVERSAMPLING = 1.5
 Decoded = tuple[bytes | None, int | None, int | None, int | None, int | None, str | None]
 UNDECODABLE: Decoded = (None, None, None, None, None, "undecodable")
