@@ -52,7 +52,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@shopt -s nullglob; scripts=(benchmarks/*.py); \
 	(( $${#scripts[@]} )) || { echo "error: benchmarks/ holds no script" >&2; exit 2; }; \
-	for script in "$${scripts[@]}"; do echo "== $$script"; $(VENV)/bin/python "$$script" $(ARGS); done
+	failed=0; for script in "$${scripts[@]}"; do echo "== $$script"; \
+	$(VENV)/bin/python "$$script" $(ARGS) || failed=1; done; exit $$failed
 
 soak: $(STAMP)
 	$(VENV)/bin/python -m pytest -m soak $(ARGS)

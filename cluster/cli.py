@@ -156,8 +156,19 @@ def merged(config: Config, differences: dict, where: str) -> Config:
             value = float(value)  # YAML 1.1 reads 1e-3 as a string
         elif old is not None and type(value) is not type(old):
             raise ValueError(f"{where}: {key}: found {value!r}, expected a {type(old).__name__}")
+        choices = _choices(type(config), key)
+        if choices and value not in choices:
+            raise ValueError(
+                f"{where}: {key}: found {value!r}, expected one of {', '.join(map(str, choices))}"
+            )
         changes[key] = value
     return dataclasses.replace(typing.cast(Any, config), **changes)
+
+
+def _choices(config_class: type, name: str) -> tuple[Any, ...]:
+    """Return what a field of a Literal type may be; nothing for other types."""
+    hint = typing.get_type_hints(config_class)[name]
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
 
 
 def to_yaml(config: Any) -> str:

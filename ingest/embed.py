@@ -82,7 +82,7 @@ def main(config: EmbedConfig) -> int:
     from cluster.metrics import serve
     from cluster.session import ensure_ray
     from ingest.encode import finish_embeds, open_embeds
-    from ingest.shards import committed, load_snapshot, remove_data_folder
+    from ingest.shards import load_snapshot, remove_data_folder
     from models.clip import load_clip
 
     started = time.perf_counter()
@@ -94,7 +94,7 @@ def main(config: EmbedConfig) -> int:
         remove_data_folder(out, "embeds")
     encoder = load_clip(clip)
     open_embeds(out, clip, encoder, images)
-    done = committed(out)
+    done = _finished(out, images)
     pending = [entry for entry in images.shards if entry.name not in done]
     print(
         f"embed: {len(images.shards)} shards, {len(images.shards) - len(pending)} done, "
@@ -105,15 +105,32 @@ def main(config: EmbedConfig) -> int:
         ensure_ray()
         absolute = EmbedConfig(**{**vars(config), "out": str(out), "clip": clip})
         failed = _embed(absolute, images, pending)
+    for line in failed:
+        print(f"embed: failed: {line}")
     snapshot = finish_embeds(out)
     seconds = time.perf_counter() - started
     print(
         f"embed: {snapshot.num_samples} samples in {len(snapshot.shards)} shards, {seconds:.1f} "
         f"s -> {out}"
     )
-    for line in failed:
-        print(f"embed: failed: {line}")
     return INCOMPLETE if failed else DONE
+
+
+def _finished(out: Path, images: "Snapshot") -> set[str]:
+    """Return the shards that need no work; what is damaged, or of other images, is withdrawn."""
+    from ingest.shards import committed, damage, withdraw
+
+    digests = {entry.name: entry.digest for entry in images.shards}
+    done = committed(out)
+    for name, commit in list(done.items()):
+        problem = damage(out, commit)
+        if problem is None and commit.config_hash != digests.get(name, commit.config_hash):
+            problem = "its images have changed"
+        if problem is not None:
+            print(f"embed: shard {name} is made again: {problem}")
+            withdraw(out, commit)
+            del done[name]
+    return set(done)
 
 
 def _embed(config: EmbedConfig, images: "Snapshot", pending: "list[ShardEntry]") -> list[str]:

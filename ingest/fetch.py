@@ -193,7 +193,7 @@ class Fetcher:
             try:
                 if response.status not in REDIRECTS:
                     return self._body(response)
-                url = urljoin(url, response.headers.get("Location", ""))
+                url = _redirected(url, response.headers.get("Location", ""))
             finally:
                 response.close()  # read to its end, its connection is back in the pool already
         raise FetchError("too_many_redirects")
@@ -266,14 +266,14 @@ class Fetcher:
         if response.status != 200:
             kind = "server_error" if response.status >= 500 else "client_error"
             wait = headers.get("Retry-After", "")
-            seconds = float(wait) if wait.isdigit() else None
+            seconds = float(wait) if wait.isascii() and wait.isdigit() else None
             raise FetchError(STATUS_REASONS.get(response.status, kind), seconds)
         if opted_out(response.headers.getlist("X-Robots-Tag")):
             raise FetchError("opted_out")
         if not may_be_image(headers.get("Content-Type")):
             raise FetchError("not_an_image")
         length = headers.get("Content-Length", "")
-        if length.isdigit() and int(length) > self.policy.max_bytes:
+        if length.isascii() and length.isdigit() and int(length) > self.policy.max_bytes:
             raise FetchError("too_large")
         body = bytearray()
         try:
@@ -294,6 +294,13 @@ def _parse(url: str) -> Url:
     if parsed.scheme not in PORTS or not parsed.host or parsed.auth:
         raise FetchError("invalid_url")
     return parsed
+
+
+def _redirected(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError:  # such as http://[bad/
+        raise FetchError("invalid_url") from None
 
 
 def _connection_reason(problem: Exception) -> str:

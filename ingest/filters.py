@@ -27,6 +27,10 @@ FILTERED = (
     "nsfw", "language", "null_score", "short_caption", "long_caption", "few_tokens", "many_tokens",
 )  # fmt: skip
 
+OUR_AGENT = "minidalle2"  # as the user agent begins
+VALUED_DIRECTIVES = frozenset(
+    {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}
+)
 OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -48,11 +52,16 @@ def outcome(error: str | None) -> tuple[str, str | None]:
 def opted_out(robots_tags: Iterable[str]) -> bool:
     """Say whether X-Robots-Tag header values forbid use, for everybody or in general.
 
-    A value is "noai, noindex" or "agent: noai"; the latter addresses another agent than ours.
+    A value is "noai, noindex" or "agent: noai"; only our own agent's is for us. Some directives
+    have a value of their own, as in "noai, max-snippet:-1".
     """
     for value in robots_tags:
-        if ":" in value:
-            continue
+        agent, colon, rest = value.partition(":")
+        agent = agent.strip().lower()
+        if colon and "," not in agent and agent not in VALUED_DIRECTIVES:
+            if agent != OUR_AGENT:
+                continue
+            value = rest
         if any(part.strip().lower() in OPT_OUT_DIRECTIVES for part in value.split(",")):
             return True
     return False

@@ -62,10 +62,14 @@ def build_clip(config: ClipConfig) -> open_clip.CLIP:
     )
 
 
-def normalise_pixels(image: Tensor) -> Tensor:
-    """Map uint8 [B, 3, S, S] to CLIP's standardised float32."""
-    mean = torch.tensor(PIXEL_MEAN, device=image.device)[:, None, None]
-    std = torch.tensor(PIXEL_STD, device=image.device)[:, None, None]
+def normalise_pixels(
+    image: Tensor,
+    pixel_mean: tuple[float, ...] = PIXEL_MEAN,
+    pixel_std: tuple[float, ...] = PIXEL_STD,
+) -> Tensor:
+    """Map uint8 [B, 3, S, S] to standardised float32; mean and deviation of pixels in [0, 1]."""
+    mean = torch.tensor(pixel_mean, device=image.device)[:, None, None]
+    std = torch.tensor(pixel_std, device=image.device)[:, None, None]
     return (image.float() / 255 - mean) / std
 
 
@@ -113,8 +117,9 @@ def tokenizer(
 class FrozenClip(nn.Module):
     """A CLIP that only encodes.
 
-    encoder_id: architecture and weights digest; encoded tensors carry it, and mixing two is an
-    error.
+    encoder_id: architecture, weights digest and preprocessing; encoded tensors carry it, and mixing
+    two is an error. Pixels are standardised as the weights' own configuration says: some of
+    open_clip's were trained with other statistics than OpenAI's.
     """
 
     def __init__(self, clip: open_clip.CLIP, name: str) -> None:
@@ -128,7 +133,12 @@ class FrozenClip(nn.Module):
             projection.shape[1] if isinstance(projection, Tensor) else projection.out_features
         )
         weights = digest(dict(clip.state_dict()))[:16]
+        self.pixel_mean = tuple(getattr(self.clip.visual, "image_mean", None) or PIXEL_MEAN)
+        self.pixel_std = tuple(getattr(self.clip.visual, "image_std", None) or PIXEL_STD)
         self.encoder_id = f"{name}@{weights}/bicubic-centre-{self.image_size}"
+        if (self.pixel_mean, self.pixel_std) != (PIXEL_MEAN, PIXEL_STD):
+            statistics = (*self.pixel_mean, *self.pixel_std)
+            self.encoder_id += "".join(f"-{value:g}" for value in statistics)
         self.tokenize = tokenizer(self.context_length, int(self.clip.vocab_size))
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
@@ -138,7 +148,8 @@ class FrozenClip(nn.Module):
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode uint8 [B, 3, S, S] to float32 [B, E], unit norm."""
-        return F.normalize(self.clip.encode_image(normalise_pixels(image)).float(), dim=-1)
+        pixels = normalise_pixels(image, self.pixel_mean, self.pixel_std)
+        return F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +204,8 @@ def load_clip(spec: str) -> FrozenClip:
             f"clip {spec}: found tag {weights!r}, expected one of {', '.join(tags) or 'none known'}"
         )
     clip = open_clip.create_model(architecture, pretrained=weights)
-    assert isinstance(clip, open_clip.CLIP)  # as every tagged architecture of this kind is
+    if not isinstance(clip, open_clip.CLIP):
+        raise ValueError(f"clip {spec}: found a {type(clip).__name__}, expected a CLIP")
     return FrozenClip(clip, architecture)
 
 

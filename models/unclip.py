@@ -95,8 +95,18 @@ class UnClip:
                     f"{clip.encoder_id}; "
                     "join only parts that were trained on one encoder"
                 )
-        raised = tuple(load_model(run, "upsampler")[0] for run in upsamplers)
-        return cls(clip=clip, **parts, upsamplers=raised)  # type: ignore[arg-type]
+        raised, size = [], parts["decoder"].image_size
+        for run in upsamplers:
+            upsampler, config = load_model(run, "upsampler")
+            if config["image_size"] != size * config["factor"]:
+                source = config["image_size"] // config["factor"]
+                raise ValueError(
+                    f"{run}: found an upsampler from {source} px, "
+                    f"expected one from the {size} px that the stage before it draws"
+                )
+            raised.append(upsampler)
+            size = config["image_size"]
+        return cls(clip=clip, **parts, upsamplers=tuple(raised))
 
     def describe(self, captions: list[str]) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
         """Return tokens, text_embed [B, E], text_states [B, L, W] and token_mask [B, L] of

@@ -143,10 +143,11 @@ def write_chain() -> Callable[..., dict[str, Path]]:
         base, up = DecoderConfig(unet=unet, context_width=8), UpsamplerConfig(unet=unet)
         decoder_sizes = {**sizes, "image_size": image_size}
         up_sizes = {"factor": 2, "crop_size": 8}
+        up_told = {**up_sizes, "image_size": 2 * image_size}
         models = {
             "prior": (DiffusionPrior(prior, **prior_sizes), prior, "diffusion_prior", prior_sizes),
             "decoder": (Decoder(base, **decoder_sizes), base, "decoder", decoder_sizes),
-            "upsampler": (Upsampler(up, **up_sizes), up, "upsampler", up_sizes),
+            "upsampler": (Upsampler(up, **up_sizes), up, "upsampler", up_told),
         }
         runs = {}
         for name, (model, config, kind, more) in models.items():

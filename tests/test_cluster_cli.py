@@ -161,6 +161,11 @@ def test_a_wrong_request_is_told_on_stderr_and_exits_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_choice_that_yaml_gets_wrong_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="precision: found 'fp16', expected one of bf16, fp32"):
+        merged(PriorRunConfig(), {"train": {"precision": "fp16"}}, "f.yaml")
+
+
 def test_a_dry_run_tells_its_parameters_and_leaves_nothing(tmp_path: Path):
     done = script("--preset", "debug", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

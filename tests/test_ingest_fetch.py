@@ -277,6 +277,28 @@ def test_a_decompression_bomb_is_stopped_at_its_header():
     assert header_problem(b"", max_pixels=50_000_000) == "not_an_image"
 
 
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        (["noai, noimageai, max-image-preview:large"], True),
+        (["max-snippet:-1, noindex"], True),
+        (["otherbot: noai"], False),
+        (["MiniDALLE2: noai"], True),
+        (["max-image-preview:large"], False),
+        (["all", "noai"], True),
+    ],
+)
+def test_opt_outs_beside_directives_with_values_and_by_name(tags: list[str], expected: bool):
+    assert opted_out(tags) is expected
+
+
+def test_an_answer_that_is_no_http_is_a_reason_and_not_an_error(site):
+    bad = site.put("/bad", status=302, headers={"Location": "http://[bad/"})
+    assert fetcher(site).fetch(bad).reason == "invalid_url"
+    late = site.put("/late", status=429, headers={"Retry-After": "\u00b2"})
+    assert fetcher(site).fetch(late).reason == "rate_limited"
+
+
 def test_every_error_has_one_outcome():
     assert outcome(None) == ("success", None)
     assert outcome("image too small") == ("filtered", "too_small")

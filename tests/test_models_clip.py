@@ -1,9 +1,11 @@
 """FrozenClip against open_clip's own encoders, its preprocessing and its folded vocabulary."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import open_clip
+import open_clip.constants
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,16 @@ def test_images_are_encoded_as_open_clip_encodes_them(tiny: FrozenClip):
     expected = tiny.clip.encode_image((image.float() / 255 - mean) / std, normalize=True)
     torch.testing.assert_close(tiny.encode_image(image), expected, atol=1e-5, rtol=0)
     assert (PIXEL_MEAN, PIXEL_STD) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+
+
+def test_weights_of_other_pixel_statistics_get_theirs_and_are_another_encoder(tiny: FrozenClip):
+    other = copy.deepcopy(tiny.clip)
+    mean, std = open_clip.constants.INCEPTION_MEAN, open_clip.constants.INCEPTION_STD
+    other.visual.image_mean, other.visual.image_std = mean, std
+    found, image = FrozenClip(other, "tiny"), pixels(2, tiny.image_size)
+    expected = tiny.clip.encode_image((image.float() / 255 - 0.5) / 0.5, normalize=True)
+    torch.testing.assert_close(found.encode_image(image), expected, atol=1e-5, rtol=0)
+    assert found.encoder_id.startswith(f"{tiny.encoder_id}-0.5")
 
 
 def test_an_embedding_does_not_depend_on_its_batch(tiny: FrozenClip):

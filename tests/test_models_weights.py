@@ -20,7 +20,7 @@ from models.weights import (
     save_weights,
 )
 
-WriteChain = Callable[[Path, FrozenClip], dict[str, Path]]
+WriteChain = Callable[..., dict[str, Path]]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,17 @@ def test_a_part_of_another_encoder_is_refused_by_name(
     path.write_text(path.read_text().replace(clip.encoder_id, "another"))
     with pytest.raises(ValueError, match=f"{part}: found a {part} trained on encoder another"):
         UnClip.load(clip, str(runs["prior"]), str(runs["decoder"]))
+
+
+def test_stages_that_do_not_fit_together_are_refused(
+    tmp_path: Path, clip: FrozenClip, write_chain: WriteChain
+):
+    small, large = write_chain(tmp_path / "a", clip, 8), write_chain(tmp_path / "b", clip, 16)
+    parts = (str(small["prior"]), str(small["decoder"]))
+    with pytest.raises(ValueError, match="from 16 px, expected one from the 8 px"):
+        UnClip.load(clip, *parts, (str(large["upsampler"]),))
+    whole = UnClip.load(clip, *parts, (str(small["upsampler"]), str(large["upsampler"])))
+    assert len(whole.upsamplers) == 2
 
 
 def test_a_run_of_another_kind_is_refused(

@@ -15,7 +15,7 @@ from training.batches import Batch
 from training.checkpoint import Progress
 from training.config import TrainConfig
 from training.ema import Ema
-from training.loop import MAX_NONFINITE_IN_A_ROW, Job, train
+from training.loop import MAX_NONFINITE_IN_A_ROW, Job, _seed_dropout, train
 from training.optimizer import learning_rate_ratio
 from training.reporting import Reporter, read_lines
 from training.zero import Fragment, PlainEngine
@@ -180,11 +180,18 @@ def test_training_goes_on_after_a_step_that_is_not_finite(kind: str, tmp_path: P
     assert len(found) >= 4 and all(map(math.isfinite, found))
 
 
+def test_a_date_is_a_seed_too():
+    _seed_dropout(20_261_123, step=100_000, rank=7)
+    first = torch.rand(4)
+    _seed_dropout(20_261_123, step=100_001, rank=7)
+    assert not torch.equal(first, torch.rand(4))
+
+
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(kind: str, tmp_path: Path):
     config = dataclasses.replace(CONFIG, num_steps=40)
     in_a_row = range(5, 5 + MAX_NONFINITE_IN_A_ROW)
-    told = "not finite 10 steps in a row; lower the learning rate"
+    told = "not finite 10 steps in a row; start over with --fresh"
     with pytest.raises(FloatingPointError, match=told):
         run(tmp_path / "ten", config, spoilt(kind, *in_a_row))
     _, progress = run(tmp_path / "nine", config, spoilt(kind, *in_a_row[1:]))

@@ -58,6 +58,15 @@ def test_starting_over_deletes_a_run_of_ours(tmp_path: Path):
     assert [path.name for path in run.iterdir()] == ["config.yaml"]
 
 
+def test_a_runs_own_configuration_continues_it_also_where_it_began_fresh(tmp_path: Path):
+    config = dataclasses.replace(CONFIG, fresh=True)
+    run = prepare_run(config, str(tmp_path / "run"))
+    (run / "step_00000001").mkdir()
+    again = merged(PriorRunConfig(), read_yaml(run / "config.yaml"), "config.yaml")
+    prepare_run(again, str(run))
+    assert (run / "step_00000001").is_dir()
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_folder_that_is_not_ours_is_left_alone(fresh: bool, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")

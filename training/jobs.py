@@ -44,6 +44,8 @@ def prepare_data(config: Config) -> Config:
         changes["images"] = ensure_images(config.images)
     if isinstance(config, (PriorRunConfig, DecoderRunConfig)):
         changes["embeds"] = ensure_embeds(config.embeds)
+        if Path(config.clip).is_dir() and config.clip:  # a worker has a folder of its own
+            changes["clip"] = str(Path(config.clip).absolute())
     return dataclasses.replace(config, **changes)
 
 

@@ -89,7 +89,8 @@ def train(job: Job, config: TrainConfig, engine: Engine, run: Path, reporter: Re
         # Stop?
         if in_a_row >= MAX_NONFINITE_IN_A_ROW:
             raise FloatingPointError(
-                f"{run}: the loss was not finite {in_a_row} steps in a row; lower the learning rate"
+                f"{run}: the loss was not finite {in_a_row} steps in a row; start over with "
+                "--fresh and a lower learning rate"
             )
     return progress
 
@@ -122,7 +123,7 @@ def _resume(run: Path, engine: Engine, ema: Ema) -> Progress:
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
     """Seed dropout by position, so that a resumed run drops what an undisturbed one would have
     dropped."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % (1 << 63))
 
 
 def _forward_backward(engine: Engine, micro_batches: list[Batch]) -> dict[str, Tensor]:

@@ -113,10 +113,12 @@ class JoinedReader:
 
     def _check_keys(self, matched: Snapshot) -> None:
         for number, entry in enumerate(matched.shards):
-            if self._images._open(number).keys != self._embeds._open(number).keys:
+            embed = self._embeds._open(number)
+            of_these = embed.commit.config_hash == entry.digest
+            if not of_these or self._images._open(number).keys != embed.keys:
                 raise ValueError(
-                    f"{matched.root}: shard {entry.name}: its keys differ from those of its "
-                    f"embeddings"
+                    f"{matched.root}: shard {entry.name}: its embeddings are of other images; "
+                    "embed these with: python ingest/embed.py"
                 )
 
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:

@@ -71,7 +71,8 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
         _require_same(run, config)
     run.mkdir(parents=True, exist_ok=True)
     part = run / f"{CONFIG_NAME}.part"
-    part.write_text(to_yaml(config))
+    # without the wish to start over: the file is itself a --config, to continue with
+    part.write_text(to_yaml(dataclasses.replace(config, fresh=False, dry_run=False)))
     part.replace(run / CONFIG_NAME)
     return run
 
@@ -167,7 +168,12 @@ def _train_under_ray(config: RunConfig, run: Path, build: Callable) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     settings = config.train
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= settings.num_workers
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if 0 < gpus < settings.num_workers:
+        raise ValueError(
+            f"train.num_workers: found {settings.num_workers} for {gpus} GPUs, expected no more"
+        )
+    use_gpu = gpus > 0
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": config, "run": str(run), "build": build},
