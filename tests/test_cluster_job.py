@@ -101,7 +101,12 @@ def test_the_readmes_job_trains(head: tuple[str, dict[str, str]], tmp_path: Path
     trained = tmp_path / "run"
     script = ("python", "training/prior.py", "--config", "training/presets/prior_debug.yaml")
     job = ("ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *script)
-    done = run(*job, "--run", str(trained), env=env, seconds=JOB_SECONDS)
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        done = run(*job, "--run", str(trained), env=env, seconds=JOB_SECONDS)
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            break  # the head answers some seconds before its agent, which starts jobs, is there
+        time.sleep(1)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (trained / "final.json").is_file()
     relative = run(*job, "--run", "runs/lost", env=env, seconds=JOB_SECONDS)
