@@ -111,6 +111,7 @@ def _command(name: str, config: Config, urls: Path, out: Path, port: int) -> lis
             "--out", str(out), "--image-size", "256", "--samples-per-shard", str(SHARD),
             "--num-processes", str(config.num_processes), "--num-threads", "32", "--retries", "0",
             "--allow-address", f"127.0.0.1:{port}",
+            "--host-rate", "0", "--host-connections", str(32 * config.num_processes),
         ]  # fmt: skip
     return [
         str(Path(sys.executable).parent / "img2dataset"), f"--url_list={urls}",
@@ -187,6 +188,8 @@ def _serve(folder: Path, latency: float) -> int:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            if not self.path.endswith(".jpg"):  # robots.txt
+                return self.send_error(404)
             time.sleep(latency)
             body = pictures[int(self.path.strip("/").removesuffix(".jpg")) % len(pictures)]
             head = io.BytesIO()

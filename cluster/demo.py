@@ -179,6 +179,7 @@ def _download(
                 "--urls", str(lists[name]), "--out", str(run / "data" / name / "images"),
                 "--image-size", "64", "--samples-per-shard", str(per_shard),
                 "--num-processes", "0", "--allow-address", f"127.0.0.1:{served}",
+                "--host-rate", "0", "--host-connections", "32",
             )  # fmt: skip
             stage = Stage(
                 name=f"download {name}",

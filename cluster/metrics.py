@@ -66,6 +66,7 @@ class Metric:
 _MODEL = {"model": MODELS}
 _TABLE: tuple[tuple[str, Kind, Mapping[str, tuple[str, ...]], str], ...] = (
     ("ingest_rows_total", "counter", {"outcome": OUTCOMES}, "Rows of the URL list attempted."),
+    ("ingest_shards_total", "counter", {}, "Image shards committed."),
     ("ingest_bytes_total", "counter", {}, "Bytes of images stored in shards."),
     ("embed_images_total", "counter", {}, "Images embedded."),
     ("embed_shards_total", "counter", {}, "Embedding shards committed."),

@@ -17,16 +17,32 @@ if TYPE_CHECKING:
 ResizeMode = Literal["keep_ratio", "center_crop", "keep_ratio_largest", "border", "no"]
 # Cheap reductions (a JPEG decoded at a fraction of its size, means of blocks of pixels) stop at so
 # many times the size asked for; the rest is a bicubic filter's. Against a full decode and that
-# filter alone the result is at 40 dB or better, which is less than storing it as a JPEG costs.
-MIN_OVERSAMPLING = 1.5
-Decoded = tuple[bytes | None, int | None, int | None, int | None, int | None, str | None]
-UNDECODABLE: Decoded = (None, None, None, None, None, "undecodable")
-TOO_SMALL: Decoded = (None, None, None, None, None, "image too small")
+# filter alone the result differs by no more than what storing it as a JPEG changes.
+MIN_OVERSAMPLING = 4 / 3
+
+
+class DecodeError(Exception):
+    """Bytes that become no sample. args: the reason, out of `ingest.filters`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """What is stored of an image. jpeg: its bytes; sizes in px, the original's when upright."""
+
+    jpeg: bytes
+    width: int
+    height: int
+    original_width: int
+    original_height: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resizer:
-    """Stands where img2dataset expects its own Resizer. image_size, min_image_size: px.
+    """image_size, min_image_side: px; quality: of the JPEG, 1 to 95.
 
     resize_mode: keep_ratio reduces the shorter side to image_size; center_crop then keeps the
     middle; keep_ratio_largest reduces the longer side; border then pads with white; no leaves the
@@ -35,27 +51,32 @@ class Resizer:
 
     image_size: int
     resize_mode: ResizeMode
-    min_image_size: int = 0
+    min_image_side: int = 0
     quality: int = 95
 
-    def __call__(self, img_stream: io.BytesIO, blurring_bbox_list: None = None) -> Decoded:
-        """Return the JPEG, its width and height, the original's, and None; or why there is none.
-
-        The original's size is that of the upright image.
-        """
+    def __call__(self, data: bytes) -> Picture:
+        """Return what is stored of an image file's bytes; DecodeError if nothing can be."""
         from PIL import Image
 
         try:
-            with Image.open(img_stream, formats=IMAGE_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 width, height = _upright_size(image)
-                if min(width, height) < self.min_image_size:
-                    return TOO_SMALL
+                if min(width, height) < self.min_image_side:
+                    raise DecodeError("too_small")
                 resized = self._resize(self._decode(image, (width, height)), (width, height))
             file = io.BytesIO()
             resized.save(file, "JPEG", quality=self.quality)
+        except DecodeError:
+            raise
         except Exception:  # noqa: BLE001 - decoders of a dozen formats raise whatever they like
-            return UNDECODABLE
-        return file.getvalue(), resized.width, resized.height, width, height, None
+            raise DecodeError("undecodable") from None
+        return Picture(
+            jpeg=file.getvalue(),
+            width=resized.width,
+            height=resized.height,
+            original_width=width,
+            original_height=height,
+        )
 
     def _target(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the size to which the whole image of `size` is scaled, before crop or border."""
@@ -77,7 +98,8 @@ class Resizer:
         sideways = image.width >= image.height  # as stored, which need not be upright
         image.draft(None, (longer, shorter) if sideways else (shorter, longer))
         image.load()
-        return _over_white(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # an upright one is not copied
+        return _over_white(image)
 
     def _resize(self, image: "Image.Image", original: tuple[int, int]) -> "Image.Image":
         from PIL import Image
@@ -113,4 +135,4 @@ def _over_white(image: "Image.Image") -> "Image.Image":
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

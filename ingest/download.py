@@ -6,10 +6,10 @@ examples:
 """
 
 import os
-from collections import Counter
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import UseAppendAction
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ingest.commits import Commit
+    from ingest.retries import Plan
     from ingest.row_filter import RowFilter
+    from ingest.shard_runner import Todo
     from ingest.shard_task import ShardJob
     from ingest.url_list import UrlList
 
@@ -60,10 +62,23 @@ class DownloadConfig:
     """Of one try at one URL, redirects included, seconds."""
     retries: int = 2
     """Further tries after a failure that may pass; a 404 or 403 is not tried again."""
+    shard_timeout: float = 1800.0
+    """Of all of a shard's rows, seconds; those left over count as failed: shard_deadline."""
+    host_connections: int = 4
+    """Connections at once per host, over all shards in work."""
+    host_rate: float = 10.0
+    """Requests per second and host, over all shards in work; 0: any number."""
+    robots: bool = True
+    """Keep to robots.txt."""
+    contact: str = ""
+    """Address or page for complaints; part of the user agent that hosts see."""
     allow_address: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """HOST:PORT that may have a private address; all others must be public; repeatable."""
+    """HOST:PORT that may have a private address or another port; all others must be public, on
+    80 or 443; repeatable."""
     metrics_port: int | None = None
     """Serve Prometheus metrics on this port of 127.0.0.1; 0: any free; None: do not."""
+    retry_failed: bool = False
+    """Fetch rows that failed for passing reasons once more, into new shards."""
     fresh: bool = False
     """Delete the shards in --out first."""
 
@@ -71,6 +86,7 @@ class DownloadConfig:
 def main(config: DownloadConfig) -> int:
     """Run the download; return 0, or 1 when shards are missing and a rerun would continue."""
     from cluster import metrics
+    from ingest.retries import Plan, read_rounds, start_round
     from ingest.shards import publish_snapshot, recover, remove_data_folder, shard_name
 
     _check(config)
@@ -78,34 +94,57 @@ def main(config: DownloadConfig) -> int:
     if config.fresh:
         remove_data_folder(config.out, "images")
     job = _prepare(config, listed, row_filter)
-    done = _finished(job.root)
-    total = -(-listed.num_rows // config.samples_per_shard)
-    print(f"{listed.num_rows} rows in {total} shards, {len(done)} of them done already", flush=True)
+    size, rounds = config.samples_per_shard, read_rounds(job.root)
+    plan = Plan(num_rows=listed.num_rows, samples_per_shard=size, rounds=rounds)
     metrics.serve(config.metrics_port)
-    todo = (
-        (number, rows)
-        for number, rows in enumerate(_shards(config, listed))
-        if shard_name(number) not in done
-    )
+    earlier, missing = _make_missing(config, job, listed, plan)
+    if config.retry_failed and not missing and not (rounds and earlier < plan.num_shards):
+        again = start_round(job.root, plan, [shard_name(n) for n in range(plan.num_shards)])
+        if again is None:
+            print("no row failed for a reason that may pass", flush=True)
+        else:
+            print(f"round {again.number}: {len(again.rows)} rows are tried again", flush=True)
+            plan = replace(plan, rounds=(*plan.rounds, again))
+            _, missing = _make_missing(config, job, listed, plan)
+    recover(job.root)  # a task that died and was tried again left its attempt behind
+    snapshot = publish_snapshot(job.root)
+    return _report(config, plan, snapshot.digest)
+
+
+def _make_missing(
+    config: DownloadConfig, job: "ShardJob", listed: "UrlList", plan: "Plan"
+) -> tuple[int, int]:
+    """Make the shards of the plan that are not there; return how many were, and how many lack."""
+    from ingest.shards import shard_name
+
+    done = _finished(job.root)
+    total = plan.num_shards
+    print(f"{listed.num_rows} rows in {total} shards, {len(done)} of them done already", flush=True)
+    todo = (item for item in _shards(config, listed, plan) if shard_name(item.number) not in done)
     failures = _run(config, job, todo, total - len(done)) if len(done) < total else {}
     for name, error in failures.items():
         print(f"shard {name} failed: {error}", flush=True)
-    recover(job.root)  # a task that died and was tried again left its attempt behind
-    snapshot = publish_snapshot(job.root)
-    return _report(config, listed.num_rows, total, snapshot.digest)
+    return len(done), len(failures)
 
 
 def _check(config: DownloadConfig) -> None:
     if not config.urls:
         raise ValueError("--urls: not given; expected a list of URLs and captions")
-    least = {"image_size": 1, "samples_per_shard": 1, "num_threads": 1, "retries": 0}
+    least = {"image_size": 1, "samples_per_shard": 1, "num_threads": 1, "retries": 0,
+             "host_connections": 1}
     least |= {"min_image_side": 0}
     for name, low in least.items():
         if getattr(config, name) < low:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: found {getattr(config, name)}, expected {low} or more")
-    if config.timeout <= 0:
-        raise ValueError(f"--timeout: found {config.timeout}, expected seconds above 0")
+    for name in ("timeout", "shard_timeout"):
+        if getattr(config, name) <= 0:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: found {getattr(config, name)}, expected seconds above 0")
+    if config.host_rate < 0:
+        raise ValueError(f"--host-rate: found {config.host_rate}, expected 0 or more a second")
+    if any(sign in config.contact for sign in "\r\n") or not config.contact.isascii():
+        raise ValueError("--contact: expected one line of ASCII, such as https://example.com/bot")
     if config.num_processes is not None and config.num_processes < 0:
         raise ValueError(f"--num-processes: found {config.num_processes}, expected 0 or more")
 
@@ -121,14 +160,16 @@ def _open(config: DownloadConfig) -> "tuple[UrlList, RowFilter]":
         keep_columns=config.keep_columns,
     )
     row_filter = RowFilter.open(config.filters, listed.schema)
-    looked_at = tuple(dict.fromkeys([*listed.kept, *row_filter.columns.values()]))
+    looked_at = tuple(dict.fromkeys([*listed.kept, *row_filter.looked_at]))
     return replace(listed, kept=looked_at), row_filter
 
 
 def _prepare(config: DownloadConfig, listed: "UrlList", row_filter: "RowFilter") -> "ShardJob":
     """Write or check the manifest, settle what a killed run left, and describe the work."""
     from ingest.commits import digest_of
+    from ingest.decode import Resizer
     from ingest.fetch import FetchPolicy, parse_allow_address
+    from ingest.harvest import HarvestConfig
     from ingest.shard_task import JPEG_QUALITY, ShardJob
     from ingest.shards import recover, write_manifest
 
@@ -149,27 +190,59 @@ def _prepare(config: DownloadConfig, listed: "UrlList", row_filter: "RowFilter")
     config_hash = digest_of(settings)
     write_manifest(config.out, "images", {**settings, "config_hash": config_hash})
     recover(config.out)
+    for host, port in allowed:
+        print(f"warning: {host}:{port} may be fetched from, whatever its address", flush=True)
     return ShardJob(
         root=os.path.abspath(config.out),  # a Ray worker has another working directory
         samples_per_shard=config.samples_per_shard,
-        image_size=config.image_size,
-        resize_mode=config.resize_mode,
-        min_image_side=config.min_image_side,
-        num_threads=config.num_threads,
+        resizer=Resizer(
+            image_size=config.image_size,
+            resize_mode=config.resize_mode,
+            min_image_side=config.min_image_side,
+            quality=JPEG_QUALITY,
+        ),
+        harvest=HarvestConfig(
+            num_threads=config.num_threads,
+            retries=config.retries,
+            deadline_seconds=config.shard_timeout,
+        ),
         config_hash=config_hash,
         policy=FetchPolicy(
             timeout_seconds=config.timeout,
-            retries=config.retries,
             allow_addresses=allowed,
             min_pixels=config.filters.min_pixels,
             max_aspect_ratio=config.filters.max_aspect_ratio,
+            robots=config.robots,
+            host_connections=config.host_connections,
+            host_rate=config.host_rate,
+            contact=config.contact,
         ),
         row_filter=row_filter,
         kept=config.keep_columns,
     )
 
 
-def _shards(config: DownloadConfig, listed: "UrlList") -> "Iterator[pa.Table]":
+def _shards(config: DownloadConfig, listed: "UrlList", plan: "Plan") -> "Iterator[Todo]":
+    """Yield all shards: the list's, then those of the rounds of retries."""
+    import pyarrow as pa
+
+    from ingest.retries import pick
+    from ingest.shard_runner import Todo
+    from ingest.shard_task import FAILED_BEFORE
+
+    number = 0
+    for rows in _tables(config, listed):
+        yield Todo(number=number, rows=rows)
+        number += 1
+    for again in plan.rounds:
+        size = config.samples_per_shard
+        for rows in pick(_tables(config, listed), again.rows, size):
+            reasons = pa.array(plan.reasons_of(number), pa.string())
+            yield Todo(number=number, rows=rows.append_column(FAILED_BEFORE, reasons))
+            number += 1
+
+
+def _tables(config: DownloadConfig, listed: "UrlList") -> "Iterator[pa.Table]":
     """Yield the list's shards, with a mark at rows whose URL came before where that matters."""
     import pyarrow as pa
 
@@ -201,107 +274,60 @@ def _finished(root: str) -> set[str]:
     return set(done)
 
 
-# -- running the shards --------------------------------------------------------------------------
-
-Todo = Iterator[tuple[int, "pa.Table"]]
-
-
-def _run(config: DownloadConfig, job: "ShardJob", todo: Todo, count: int) -> dict[str, str]:
+def _run(
+    config: DownloadConfig, job: "ShardJob", todo: "Iterator[Todo]", count: int
+) -> dict[str, str]:
     """Make the shards; return the error of each that failed, by name."""
+    from ingest.accounts import Accounts
     from ingest.progress import progress
+    from ingest.shard_runner import in_this_process, on_ray
     from ingest.shards import shard_name
 
     failures: dict[str, str] = {}
-    work = _in_this_process if config.num_processes == 0 else _on_ray
+    accounts, started = Accounts(), time.monotonic()
+    if config.num_processes == 0:
+        made = in_this_process(job, todo)
+    else:
+        made = on_ray(job, todo, config.num_processes)
     with progress("download", count, unit="shards") as advance:
-        for number, commit, error in work(config, job, todo):
-            if commit is None:
-                failures[shard_name(number)] = error or "unknown"
+        for one in made:
+            if one.commit is None:
+                failures[shard_name(one.number)] = one.error or "unknown"
             else:
-                _count(job.root, commit)
-            advance()
+                _count(one.commit)
+                accounts += Accounts.of([one.commit])
+            advance(note=accounts.rate(time.monotonic() - started))
+            if one.fatal:
+                break
     return failures
-
-
-Result = tuple[int, "Commit | None", str | None]
-
-
-def _in_this_process(_: DownloadConfig, job: "ShardJob", todo: Todo) -> Iterator[Result]:
-    from ingest.shard_task import make_shard
-
-    for number, rows in todo:
-        try:
-            yield number, make_shard(job, number, rows), None
-        except (OSError, RuntimeError) as error:
-            yield number, None, str(error)
-
-
-def _on_ray(config: DownloadConfig, job: "ShardJob", todo: Todo) -> Iterator[Result]:
-    """Make each shard in a Ray task, a bounded number at once; a task that dies is tried again."""
-    from cluster.session import ensure_ray
-
-    ensure_ray()
-    import ray
-
-    from ingest.shard_task import make_shard
-
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    at_once = config.num_processes or cpus
-    task = ray.remote(num_cpus=min(1.0, cpus / at_once), max_retries=3)(make_shard)
-    running: dict[Any, int] = {}
-    exhausted = False
-    while running or not exhausted:
-        # One more than can run waits, so that no CPU idles while a table is read.
-        while not exhausted and len(running) <= at_once:
-            item = next(todo, None)
-            exhausted = item is None
-            if item is not None:
-                running[task.remote(job, *item)] = item[0]
-        for reference in ray.wait(list(running), num_returns=1)[0] if running else []:
-            yield running.pop(reference), *_result(reference)
-
-
-def _result(reference: Any) -> tuple["Commit | None", str | None]:
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    try:
-        return ray.get(reference), None
-    except RayTaskError as error:
-        return None, str(error.cause)
-    except RayError as error:
-        return None, str(error).splitlines()[0]
 
 
 # -- telling -------------------------------------------------------------------------------------
 
 
-def _count(root: str, commit: "Commit") -> None:
+def _count(commit: "Commit") -> None:
     from cluster import metrics
+    from ingest.retries import RETRIED
 
     for name, number in commit.counts.items():
-        metrics.counter("minidalle2_ingest_rows_total").inc(number, outcome=name.partition(":")[0])
+        outcome = name.partition(":")[0]
+        if outcome != RETRIED:
+            metrics.counter("minidalle2_ingest_rows_total").inc(number, outcome=outcome)
     size = commit.files[f"{commit.shard}.tar"]["size"]
     metrics.counter("minidalle2_ingest_bytes_total").inc(size)
+    metrics.counter("minidalle2_ingest_shards_total").inc()
 
 
-def _report(config: DownloadConfig, num_rows: int, total: int, snapshot: str) -> int:
+def _report(config: DownloadConfig, plan: "Plan", snapshot: str) -> int:
     """Print where every row of the list went, out of the commits alone."""
+    from ingest.accounts import Accounts
     from ingest.shards import committed
 
     commits = committed(config.out)
-    counts: Counter[str] = Counter()
-    for commit in commits.values():
-        counts.update(commit.counts)
-    parts = [f"{counts['stored']} stored"]
-    for kind in ("filtered", "failed"):
-        of_kind = {n.partition(":")[2]: c for n, c in counts.items() if n.startswith(f"{kind}:")}
-        reasons = ", ".join(f"{name} {n}" for name, n in sorted(of_kind.items()))
-        parts.append(f"{sum(of_kind.values())} {kind}" + (f" ({reasons})" if reasons else ""))
-    missing = total - len(commits)
-    waiting = num_rows - sum(counts.values())
-    parts += [f"{waiting} in {missing} missing shards"] if missing else []
-    print(f"{num_rows} rows = {' + '.join(parts)}; snapshot {snapshot[:12]}", flush=True)
+    accounts = Accounts.of(commits.values())
+    missing, waiting = plan.num_shards - len(commits), plan.num_rows - accounts.total
+    more = f" + {waiting} in {missing} missing shards" if waiting else ""
+    print(f"{plan.num_rows} rows = {accounts}{more}; snapshot {snapshot[:12]}", flush=True)
     if not missing and waiting:
         raise ValueError(f"{config.out}: {waiting} rows unaccounted for; rerun with --fresh")
     if missing:

@@ -1,21 +1,22 @@
-"""Fetch one URL from a hostile web: only public addresses, within a deadline and a byte limit.
+"""Fetch one URL from a hostile web: only public addresses, within deadlines and a byte limit.
 
 The name is resolved once, every address it has must be public, and the connection goes to one of
 those very addresses, so that no second lookup can answer otherwise. Each redirect is a new URL
-and is judged as one. Proxies of the environment are not used. `Fetcher` takes its resolver,
-connector and sleep as arguments.
+and is judged as one, by the rules of its own host. Proxies of the environment are not used.
+`Fetcher` takes its resolver and connector as arguments.
 """
 
+import errno
 import http.client
-import ipaddress
-import random
 import socket
 import ssl
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin
 
@@ -24,16 +25,20 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, IncompleteRead, LocationParseError, SSLError
 from urllib3.util import Url, parse_url
 
-from ingest.filters import header_problem, may_be_image, opted_out
+from ingest import dial
+from ingest.filters import header_problem, may_be_image
+from ingest.hosts import HostLimits
+from ingest.opt_outs import OUR_AGENT, opted_out, reserved
+from ingest.robots import MAX_BYTES as MAX_ROBOTS_BYTES
+from ingest.robots import Origin, RobotsCache, RobotsUnavailable
 
-RETRIED = frozenset({"unreachable", "timeout", "truncated", "rate_limited", "server_error"})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 STATUS_REASONS = {401: "forbidden", 403: "forbidden", 404: "not_found", 410: "not_found"}
 STATUS_REASONS |= {408: "timeout", 429: "rate_limited", 451: "forbidden"}
 PORTS = {"http": 80, "https": 443}
 MAX_POOLS = 256  # hosts whose connections one process keeps alive
 CHUNK_BYTES = 1 << 16
-NAT64 = ipaddress.ip_network("64:ff9b::/32")
+NO_NETWORK = frozenset({errno.ENETUNREACH, errno.ENETDOWN})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,27 +47,47 @@ class FetchPolicy:
 
     timeout_seconds: float = 10.0
     """Of one try, from the lookup of the name to the last byte, redirects included."""
-    retries: int = 2
+    connect_seconds: float = 5.0
+    """For one connection; a name may have several addresses."""
+    read_seconds: float = 5.0
+    """Without a byte."""
     max_bytes: int = 32 << 20
     """On the wire."""
     max_pixels: int = 50_000_000
     min_pixels: int = 0
     max_aspect_ratio: float | None = None
     max_redirects: int = 5
+    robots: bool = True
+    """Ask for a host's robots.txt, and keep to it."""
+    host_connections: int = 4
+    """At once per host."""
+    host_rate: float = 10.0
+    """Requests per second and host; 0: any number."""
     allow_addresses: tuple[tuple[str, int], ...] = ()
     """(host, port) pairs, as a URL spells them, that need not be public."""
-    user_agent: str = "minidalle2/0.1 (image-text data set builder)"
+    contact: str = ""
+    """Where the operator of a host can complain: part of the user agent."""
+
+    @property
+    def user_agent(self) -> str:
+        """What hosts are told of us."""
+        about = "; ".join(part for part in ("image-text data set builder", self.contact) if part)
+        return f"{OUR_AGENT}/0.1 ({about})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """Either the body, or a reason out of `ingest.filters.FAILED` or `FILTERED`."""
+    """Either the body, or a reason out of `ingest.filters.FAILED` or `FILTERED`.
+
+    retry_after: seconds for which the host, or we, asked for a pause.
+    """
 
     body: bytes | None = None
     reason: str | None = None
+    retry_after: float | None = None
 
 
-class FetchError(Exception):
+class FetchError(OSError):
     """Ends a try. args: the reason, and the seconds the server asked us to wait, or None."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
@@ -78,127 +103,92 @@ def parse_allow_address(text: str) -> tuple[str, int]:
     return host.strip("[]").lower(), int(port)
 
 
-def is_public(address: str) -> bool:
-    """Say whether an IP address is a unicast address of the public internet.
-
-    IPv6 forms that smuggle an IPv4 address (6to4, Teredo, NAT64) are not: a mapped one is judged
-    as what it maps to.
-    """
-    ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            ip = ip.ipv4_mapped
-        elif ip.sixtofour or ip.teredo or ip in NAT64:
-            return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
-
-
-# -- sockets with a deadline ---------------------------------------------------------------------
-
-_try = threading.local()  # .deadline: when this thread's try must end, on the monotonic clock
-
-
-def _remaining() -> float:
-    left = _try.deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("deadline passed")
-    return left
-
-
-class _DeadlineSocket(socket.socket):
-    """Waits for the rest of the try, not anew for each byte that drips in."""
-
-    def recv_into(self, *args: Any, **options: Any) -> int:
-        self.settimeout(_remaining())
-        return super().recv_into(*args, **options)
-
-
-class _DeadlineTlsSocket(ssl.SSLSocket):
-    def recv_into(self, *args: Any, **options: Any) -> int:
-        self.settimeout(_remaining())
-        return super().recv_into(*args, **options)
-
-
-def resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of a name, in the system's order of preference."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-def connect(address: str, port: int) -> socket.socket:
-    """Open a TCP connection to an IP address within this thread's deadline."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    sock = _DeadlineSocket(family, socket.SOCK_STREAM)
+def host_of(url: str | None) -> str:
+    """Return the host that a URL's request goes to first; "" for what is no URL."""
     try:
-        sock.settimeout(_remaining())
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.connect((address, port))
-    except OSError:
-        sock.close()
-        raise
-    return sock
+        return _parse(url or "").host or ""
+    except FetchError:
+        return ""
 
 
 PoolKey = tuple[str, str, str, int]  # scheme, name, address, port
 
 
-# -- the fetcher ---------------------------------------------------------------------------------
-
-
 class Fetcher:
-    """Fetches images under one policy; shared by the threads of a process, keeps connections."""
+    """Fetches images under one policy; shared by the threads of a process, keeps connections.
+
+    limits: of requests per host. A caller of `fetch` holds a connection and a token of the URL's
+    own host already (see `ingest.hosts.RowQueue`); those of other hosts are taken here.
+    """
 
     def __init__(
         self,
         policy: FetchPolicy,
         *,
-        resolve: Callable[[str, int], list[str]] = resolve,
-        connect: Callable[[str, int], socket.socket] = connect,
-        sleep: Callable[[float], None] = time.sleep,
+        resolve: Callable[[str, int], list[str]] | None = None,
+        connect: Callable[[str, int], socket.socket] = dial.connect,
     ) -> None:
-        self.policy, self._resolve, self._sleep = policy, resolve, sleep
+        self.policy, self._resolve = policy, resolve or dial.Resolver()
+        self.limits = HostLimits(policy.host_connections, policy.host_rate)
+        self._robots = RobotsCache(self._load_robots, OUR_AGENT)
         self._lock = threading.Lock()
         self._pools: OrderedDict[PoolKey, urllib3.HTTPConnectionPool] = OrderedDict()
-        dial = {"_new_conn": lambda connection: connect(connection.host, connection.port)}
-        self._plain: Any = type("_PlainConnection", (HTTPConnection,), dial)
-        self._secure: Any = type("_SecureConnection", (HTTPSConnection,), dial)
+        dialled = {"_new_conn": lambda connection: connect(connection.host, connection.port)}
+        self._plain: Any = type("_PlainConnection", (HTTPConnection,), dialled)
+        self._secure: Any = type("_SecureConnection", (HTTPSConnection,), dialled)
         self._tls = ssl.create_default_context()
-        self._tls.sslsocket_class = _DeadlineTlsSocket
+        self._tls.sslsocket_class = dial.DeadlineTlsSocket
 
     def fetch(self, url: str | None) -> Fetched:
-        """Return the image behind `url`, or the reason why not; raises for nobody's URL."""
-        for number in range(self.policy.retries + 1):
-            _try.deadline = time.monotonic() + self.policy.timeout_seconds
-            try:
-                body = self._follow(url or "")
-            except FetchError as error:
-                if error.reason not in RETRIED or number == self.policy.retries:
-                    return Fetched(reason=error.reason)
-                # Full jitter: the rows of one broken host must not come back all at once.
-                pause = random.uniform(0, min(8.0, 0.5 * 2**number))
-                self._sleep(max(pause, min(error.retry_after or 0.0, 30.0)))
-                continue
-            problem = header_problem(
-                body,
-                max_pixels=self.policy.max_pixels,
-                min_pixels=self.policy.min_pixels,
-                max_aspect_ratio=self.policy.max_aspect_ratio,
-            )
-            return Fetched(reason=problem) if problem else Fetched(body=body)
-        raise AssertionError("the last try returns")
+        """Try once; return the image behind `url`, or the reason why not. Raises for no URL."""
+        policy = self.policy
+        dial.begin(policy.timeout_seconds, policy.connect_seconds, policy.read_seconds)
+        try:
+            body = self._follow(url or "")
+        except FetchError as error:
+            return Fetched(reason=error.reason, retry_after=error.retry_after)
+        problem = header_problem(
+            body,
+            max_pixels=policy.max_pixels,
+            min_pixels=policy.min_pixels,
+            max_aspect_ratio=policy.max_aspect_ratio,
+        )
+        return Fetched(reason=problem) if problem else Fetched(body=body)
 
     def _follow(self, url: str) -> bytes:
-        for _ in range(self.policy.max_redirects + 1):
-            response = self._request(_parse(url))
+        """Follow redirects to an answer and read it, by the rules and limits of each host."""
+        held = host_of(url)
+        for hop in range(self.policy.max_redirects + 1):
+            target = _parse(url)
+            host = target.host or ""
+            borrowed = hop > 0 and host != held
+            if hop > 0:
+                take = self.limits.acquire if borrowed else self.limits.take_token
+                if not take(host, until=dial.deadline()):
+                    raise FetchError("timeout")
             try:
-                if response.status not in REDIRECTS:
-                    return self._body(response)
-                url = _redirected(url, response.headers.get("Location", ""))
+                self._obey_robots(target)
+                answer = self._answer(target)
             finally:
-                response.close()  # read to its end, its connection is back in the pool already
+                if borrowed:
+                    self.limits.release(host)
+            if isinstance(answer, bytes):
+                return answer
+            url = _redirected(url, answer)
         raise FetchError("too_many_redirects")
 
-    def _request(self, url: Url) -> urllib3.BaseHTTPResponse:
+    def _answer(self, target: Url) -> bytes | str:
+        """Return the body, or where a redirect leads."""
+        response = self._request(target)
+        try:
+            if response.status in REDIRECTS:
+                return response.headers.get("Location", "")
+            self._judge_headers(response)
+            return self._read(response, self.policy.max_bytes)
+        finally:
+            self._finish(response)
+
+    def _request(self, url: Url, accept: str = "image/*") -> urllib3.BaseHTTPResponse:
         host, port = (url.host or "").strip("[]"), url.port or PORTS[url.scheme or ""]
         error = FetchError("unreachable")
         for address in self._addresses(host, port)[:3]:
@@ -207,7 +197,7 @@ class Fetcher:
             headers = {
                 "Host": netloc if url.port is None else f"{netloc}:{url.port}",
                 "User-Agent": self.policy.user_agent,
-                "Accept": "image/*",
+                "Accept": accept,
                 "Accept-Encoding": "identity",
             }
             try:
@@ -220,7 +210,7 @@ class Fetcher:
                     assert_same_host=False,
                     preload_content=False,
                     decode_content=False,
-                    timeout=_remaining(),
+                    timeout=dial.remaining(self.policy.connect_seconds),
                 )
             except (HTTPError, OSError, http.client.HTTPException, ValueError) as problem:
                 error = FetchError(_connection_reason(problem))
@@ -228,13 +218,19 @@ class Fetcher:
 
     def _addresses(self, host: str, port: int) -> list[str]:
         """Resolve a name once; all of its addresses must be public, or the pair be allowed."""
+        allowed = (host.lower(), port) in self.policy.allow_addresses
+        if not allowed and port not in PORTS.values():
+            raise FetchError("port_refused")
         try:
             addresses = self._resolve(host, port)
+        except TimeoutError:
+            raise FetchError("timeout") from None
+        except socket.gaierror as error:
+            passing = error.errno == socket.EAI_AGAIN
+            raise FetchError("resolver_failed" if passing else "unresolved") from None
         except (OSError, UnicodeError):
             raise FetchError("unresolved") from None
-        if (host.lower(), port) in self.policy.allow_addresses:
-            return addresses
-        if not all(is_public(address) for address in addresses):
+        if not allowed and not all(dial.is_public(address) for address in addresses):
             raise FetchError("address_refused")
         return addresses
 
@@ -246,41 +242,93 @@ class Fetcher:
                 pool = urllib3.HTTPSConnectionPool(
                     address,
                     port,
-                    maxsize=4,
+                    maxsize=self.policy.host_connections,
                     ssl_context=self._tls,
                     server_hostname=host,
                     assert_hostname=host,
                 )
                 pool.ConnectionCls = self._secure
             elif pool is None:
-                pool = urllib3.HTTPConnectionPool(address, port, maxsize=4)
+                connections = self.policy.host_connections
+                pool = urllib3.HTTPConnectionPool(address, port, maxsize=connections)
                 pool.ConnectionCls = self._plain
             self._pools[key] = pool
             while len(self._pools) > MAX_POOLS:
                 self._pools.popitem(last=False)[1].close()
         return pool
 
-    def _body(self, response: urllib3.BaseHTTPResponse) -> bytes:
-        """Read the body under the byte limit, after everything the headers already tell."""
+    # -- rules of a host ---------------------------------------------------------------------------
+
+    def _obey_robots(self, target: Url) -> None:
+        if not self.policy.robots:
+            return
+        scheme, host = target.scheme or "", target.host or ""
+        origin = (scheme, host, target.port or PORTS[scheme])
+        try:
+            allowed = self._robots.allowed(origin, target.url)
+        except RobotsUnavailable as error:
+            raise FetchError(error.reason, error.retry_after) from None
+        if not allowed:
+            raise FetchError("robots_disallowed")
+
+    def _load_robots(self, origin: Origin) -> tuple[int, bytes]:
+        """Return the status and the start of a host's robots.txt, which may be redirected."""
+        scheme, host, port = origin
+        url = f"{scheme}://{host}:{port}/robots.txt"
+        for _ in range(self.policy.max_redirects + 1):
+            response = self._request(_parse(url), "text/plain, */*;q=0.1")
+            try:
+                if response.status == 200:
+                    return 200, self._read(response, MAX_ROBOTS_BYTES, cut=True)
+                if response.status not in REDIRECTS:
+                    return response.status, b""
+                url = _redirected(url, response.headers.get("Location", ""))
+            finally:
+                self._finish(response)
+        return 404, b""  # section 2.3.1.2: so many redirects may count as none there
+
+    # -- answers -----------------------------------------------------------------------------------
+
+    def _judge_headers(self, response: urllib3.BaseHTTPResponse) -> None:
+        """End the try for all that the headers already tell."""
         headers: Mapping[str, str] = response.headers
         if response.status != 200:
             kind = "server_error" if response.status >= 500 else "client_error"
-            wait = headers.get("Retry-After", "")
-            seconds = float(wait) if wait.isascii() and wait.isdigit() else None
-            raise FetchError(STATUS_REASONS.get(response.status, kind), seconds)
-        if opted_out(response.headers.getlist("X-Robots-Tag")):
+            wait = _seconds_of(headers.get("Retry-After", ""))
+            raise FetchError(STATUS_REASONS.get(response.status, kind), wait)
+        robots_tags = response.headers.getlist("X-Robots-Tag")
+        if opted_out(robots_tags) or reserved(headers.get("TDM-Reservation")):
             raise FetchError("opted_out")
         if not may_be_image(headers.get("Content-Type")):
             raise FetchError("not_an_image")
         length = headers.get("Content-Length", "")
         if length.isascii() and length.isdigit() and int(length) > self.policy.max_bytes:
             raise FetchError("too_large")
+
+    def _finish(self, response: urllib3.BaseHTTPResponse) -> None:
+        """Close a response; read to its end, its connection is in the pool already.
+
+        The short page that comes with a 404 is read for that.
+        """
+        if 0 <= (response.length_remaining or 0) <= CHUNK_BYTES:
+            with suppress(FetchError):  # what there was to know is known
+                self._read(response, CHUNK_BYTES, cut=True)
+        response.close()
+
+    def _read(
+        self, response: urllib3.BaseHTTPResponse, max_bytes: int, cut: bool = False
+    ) -> bytes:
+        """Read the body under a byte limit; beyond it is an error, or `cut` off."""
         body = bytearray()
         try:
             while chunk := response.read1(CHUNK_BYTES):  # one receive at a time: deadline, limit
                 body += chunk
-                if len(body) > self.policy.max_bytes:
+                if len(body) > max_bytes and cut:
+                    return bytes(body[:max_bytes])
+                if len(body) > max_bytes:
                     raise FetchError("too_large")
+        except FetchError:
+            raise
         except (HTTPError, OSError, http.client.HTTPException, ValueError) as problem:
             raise FetchError(_connection_reason(problem)) from None
         return bytes(body)
@@ -303,12 +351,24 @@ def _redirected(url: str, location: str) -> str:
         raise FetchError("invalid_url") from None
 
 
+def _seconds_of(retry_after: str) -> float | None:
+    """Read a Retry-After header: seconds or a date; None for neither."""
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after)
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
 def _connection_reason(problem: Exception) -> str:
     """Name the reason behind what urllib3 wraps a failure in."""
     causes: list[BaseException | None] = [problem, problem.__cause__, problem.__context__]
-    if time.monotonic() >= _try.deadline or any(isinstance(c, TimeoutError) for c in causes):
+    if time.monotonic() >= dial.deadline() or any(isinstance(c, TimeoutError) for c in causes):
         return "timeout"
     if any(isinstance(cause, (IncompleteRead, http.client.IncompleteRead)) for cause in causes):
         return "truncated"
+    if any(isinstance(cause, OSError) and cause.errno in NO_NETWORK for cause in causes):
+        return "no_network"
     tls = any(isinstance(cause, (SSLError, ssl.SSLError)) for cause in causes)
     return "tls_failed" if tls else "unreachable"

@@ -3,68 +3,44 @@
 Pure functions over rows, bytes, headers and sizes; nothing here opens a file or a connection.
 """
 
+import hashlib
 import io
 import math
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import UseAppendAction
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 # The row was attempted and could not be had.
 FAILED = (
-    "invalid_url", "unresolved", "address_refused", "unreachable", "tls_failed", "timeout",
-    "truncated", "too_large", "too_many_redirects", "not_found", "forbidden", "rate_limited",
-    "client_error", "server_error", "not_an_image", "undecodable",
+    "invalid_url", "unresolved", "address_refused", "port_refused", "tls_failed", "too_large",
+    "too_many_redirects", "not_found", "forbidden", "client_error", "not_an_image", "undecodable",
+    "hash_mismatch", "unreachable", "timeout", "truncated", "rate_limited", "server_error",
+    "robots_unavailable", "resolver_failed", "no_network", "shard_deadline",
 )  # fmt: skip
+# Of these, what may pass: the try is repeated, and so is the row by --retry-failed.
+TRANSIENT = frozenset(FAILED[FAILED.index("unreachable") :])
 # The row could be had and is left out on purpose.
 FILTERED = (
-    "opted_out", "too_small", "too_many_pixels", "too_few_pixels", "aspect_ratio",
-    "opt_out_list", "duplicate_url", "low_similarity", "low_aesthetic", "unsafe", "watermarked",
-    "nsfw", "language", "null_score", "short_caption", "long_caption", "few_tokens", "many_tokens",
+    "opted_out", "robots_disallowed", "too_small", "too_many_pixels", "too_few_pixels",
+    "aspect_ratio", "opt_out_list", "forgotten", "duplicate_url", "duplicate_image", "no_hash",
+    "low_similarity", "low_aesthetic", "unsafe", "watermarked", "nsfw", "language", "null_score",
+    "short_caption", "long_caption", "few_tokens", "many_tokens",
 )  # fmt: skip
 
-OUR_AGENT = "minidalle2"  # as the user agent begins
-VALUED_DIRECTIVES = frozenset(
-    {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}
-)
-OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+PLAIN_MODES = ("1", "L", "P", "RGB")
 
 
-def outcome(error: str | None) -> tuple[str, str | None]:
-    """Sort an error into ("success" | "filtered" | "failed", reason).
-
-    error: None, one of the reasons above, or the free text of img2dataset, which is "image too
-    small" or whatever went wrong.
-    """
-    if error is None:
-        return "success", None
-    reason = "too_small" if error == "image too small" else error
-    if reason in FILTERED:
-        return "filtered", reason
-    return "failed", reason if reason in FAILED else "undecodable"
-
-
-def opted_out(robots_tags: Iterable[str]) -> bool:
-    """Say whether X-Robots-Tag header values forbid use, for everybody or in general.
-
-    A value is "noai, noindex" or "agent: noai"; only our own agent's is for us. Some directives
-    have a value of their own, as in "noai, max-snippet:-1".
-    """
-    for value in robots_tags:
-        agent, colon, rest = value.partition(":")
-        agent = agent.strip().lower()
-        if colon and "," not in agent and agent not in VALUED_DIRECTIVES:
-            if agent != OUR_AGENT:
-                continue
-            value = rest
-        if any(part.strip().lower() in OPT_OUT_DIRECTIVES for part in value.split(",")):
-            return True
-    return False
+def status_of(reason: str) -> str:
+    """Say whether a row with `reason` is "failed" or "filtered"."""
+    return "filtered" if reason in FILTERED else "failed"
 
 
 def may_be_image(content_type: str | None) -> bool:
@@ -80,8 +56,7 @@ def header_problem(
 ) -> str | None:
     """Judge an image by its header, before anything is decoded; None if it may be.
 
-    Against `max_pixels` an image with transparency counts four times: blending it onto white is
-    done in float64.
+    Against `max_pixels` an image counts as often as `_weight` says.
     """
     from PIL import Image
 
@@ -89,19 +64,30 @@ def header_problem(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+                weight = _weight(image)
                 short, long = sorted(image.size)
     except Image.DecompressionBombError:
         return "too_many_pixels"
     except (OSError, SyntaxError, ValueError):  # what Pillow raises for bytes of no such format
         return "not_an_image"
-    if short * long * (4 if transparent else 1) > max_pixels:
+    if short * long * weight > max_pixels:
         return "too_many_pixels"
     if short * long < min_pixels:
         return "too_few_pixels"
     if max_aspect_ratio is not None and long > max_aspect_ratio * short:
         return "aspect_ratio"
     return None
+
+
+def _weight(image: "Image.Image") -> int:
+    """Return how many times the memory of an RGB image the decoding takes.
+
+    Blending over white and 16 bits hold several copies, WebP's decoder two canvases of its own; a
+    progressive JPEG keeps all its coefficients, 2 bytes each, however small it is decoded.
+    """
+    if image.format == "WEBP" or "transparency" in image.info or image.mode not in PLAIN_MODES:
+        return 4
+    return 2 if "progressive" in image.info else 1
 
 
 # -- rows ------------------------------------------------------------------------------------------
@@ -135,6 +121,10 @@ class FilterConfig:
     """greatest length of a caption, tokens"""
     unique_urls: bool = False
     """leave out rows whose URL an earlier row of the list has"""
+    unique_images: bool = False
+    """leave out images whose bytes, by sha256, an earlier row's image has"""
+    require_hash: bool = False
+    """leave out rows without a sha256 or md5 to verify the fetched bytes by"""
     opt_out: str = ""
     """text file of domains and URLs to leave out, one a line; a domain covers those below it"""
     min_pixels: int = 0
@@ -166,6 +156,8 @@ TAGS = {
     "nsfw": Column(names=("NSFW", "nsfw"), reason="nsfw"),
     "language": Column(names=("LANGUAGE", "language"), reason="language"),
 }
+COLUMNS = {**SCORES, **TAGS}
+HASHES = ("sha256", "md5")  # a column of either name, in any case, is verified; the first decides
 MAX_CAPTION_CHARS = 4096
 
 
@@ -175,7 +167,7 @@ def filter_columns(config: FilterConfig, found: Sequence[str]) -> dict[str, str]
     Raises ValueError for one that the list lacks, naming the columns `found`.
     """
     columns = {}
-    for name, column in {**SCORES, **TAGS}.items():
+    for name, column in COLUMNS.items():
         if getattr(config, name) in (None, ()):
             continue
         present = next((known for known in column.names if known in found), None)
@@ -186,6 +178,19 @@ def filter_columns(config: FilterConfig, found: Sequence[str]) -> dict[str, str]
             )
         columns[name] = present
     return columns
+
+
+def hash_columns(found: Sequence[str]) -> dict[str, str]:
+    """Return the list's column for each of `HASHES` that it has."""
+    return {kind: name for kind in HASHES for name in found if name.lower() == kind}
+
+
+def hash_problem(data: bytes, expected: Mapping[str, str]) -> str | None:
+    """Compare bytes with their expected digests, hex, by algorithm."""
+    for kind, wanted in expected.items():
+        if hashlib.new(kind, data, usedforsecurity=False).hexdigest() != wanted.strip().lower():
+            return "hash_mismatch"
+    return None
 
 
 def row_problem(
@@ -204,7 +209,7 @@ def row_problem(
             if not config.null_scores:
                 return "null_score"
         elif not _passes(name, getattr(config, name), value):
-            return {**SCORES, **TAGS}[name].reason
+            return COLUMNS[name].reason
     caption = row["caption"] or ""
     if len(caption) < config.min_caption_chars:
         return "short_caption"
@@ -231,39 +236,3 @@ def normalise_caption(caption: str | None) -> str:
     text = unicodedata.normalize("NFC", (caption or "")[: 4 * MAX_CAPTION_CHARS])
     printable = (" " if unicodedata.category(c) == "Cc" else c for c in text)
     return " ".join("".join(printable).split())[:MAX_CAPTION_CHARS].rstrip()
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptOuts:
-    """Domains and URLs that asked to be left out."""
-
-    domains: frozenset[str]
-    urls: frozenset[str]
-
-    @classmethod
-    def of(cls, lines: Iterable[str]) -> "OptOuts":
-        """Read lines such as example.com, *.example.com or https://example.com/a.jpg; blank lines
-        and what follows a # at a line's start are left out."""
-        entries = {line.strip() for line in lines}
-        entries = {entry for entry in entries if entry and not entry.startswith("#")}
-        urls = {entry for entry in entries if "/" in entry}
-        domains = (_ascii_host(entry.removeprefix("*.")) for entry in entries - urls)
-        return cls(domains=frozenset(domains), urls=frozenset(urls))
-
-    def forbid(self, url: str) -> bool:
-        """Say whether `url`, its host or a domain above its host asked to be left out."""
-        try:
-            host = _ascii_host(urlsplit(url.strip()).hostname or "")
-        except ValueError:  # no URL: the fetcher says so
-            return False
-        labels = host.split(".")
-        above = (".".join(labels[i:]) for i in range(len(labels)))
-        return url.strip() in self.urls or any(domain in self.domains for domain in above)
-
-
-def _ascii_host(host: str) -> str:
-    host = host.lower().rstrip(".")
-    try:
-        return host.encode("idna").decode("ascii")
-    except UnicodeError:  # too long or empty labels; no host of the web
-        return host

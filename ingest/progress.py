@@ -10,24 +10,28 @@ LINE_SECONDS = 10.0
 
 @contextmanager
 def progress(what: str, total: int, *, unit: str) -> Iterator[Callable[..., None]]:
-    """Show the progress of `total` units; what is yielded is called with the number just done."""
+    """Show the progress of `total` units; what is yielded is called with the number just done, and
+    a note that stands beside the bar until the next."""
     if sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), unit,
-                      TimeRemainingColumn()) as bar:  # fmt: skip
-            task = bar.add_task(what, total=total)
-            yield lambda count=1: bar.advance(task, count)
+                      TimeRemainingColumn(), "{task.fields[note]}") as bar:  # fmt: skip
+            task = bar.add_task(what, total=total, note="")
+            yield lambda count=1, note="": bar.update(task, advance=count, note=note)
         return
     started = said = time.monotonic()
     done = 0
 
-    def advance(count: int = 1) -> None:
+    def advance(count: int = 1, note: str = "") -> None:
         nonlocal done, said
         done += count
         now = time.monotonic()
         if done >= total or now - said >= LINE_SECONDS:
             said = now
-            print(f"{what}: {done} of {total} {unit} in {now - started:.0f} s", flush=True)
+            seconds = now - started
+            left = f", {seconds * (total - done) / done:.0f} s to go" if 0 < done < total else ""
+            line = f"{what}: {done} of {total} {unit} in {seconds:.0f} s{left}"
+            print(f"{line}: {note}" if note else line, flush=True)
 
     yield advance

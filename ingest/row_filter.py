@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from ingest.filters import (
     SCORES,
     FilterConfig,
-    OptOuts,
     filter_columns,
+    hash_columns,
     normalise_caption,
     row_problem,
 )
+from ingest.opt_outs import OptOuts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,10 +25,12 @@ REPEATED = "_repeated"  # column of a shard's table: bool, an earlier row of the
 
 @dataclass(frozen=True, kw_only=True)
 class RowFilter:
-    """Small enough to travel with every task. columns: filter -> column of the list."""
+    """Small enough to travel with every task. columns: filter -> column of the list; hashes:
+    algorithm -> column of the digests that the fetched bytes must have."""
 
     config: FilterConfig
     columns: dict[str, str]
+    hashes: dict[str, str]
     opt_out_digest: str = ""
 
     @classmethod
@@ -44,6 +47,14 @@ class RowFilter:
                 f"--filters.max-aspect-ratio: found {config.max_aspect_ratio}, expected 1 or more"
             )
         columns = filter_columns(config, schema.names)
+        hashes = hash_columns(schema.names)
+        if config.require_hash and not hashes:
+            raise ValueError(
+                "--filters.require-hash: no column (sha256, md5); found " + ", ".join(schema.names)
+            )
+        for column in hashes.values():
+            if not (types.is_string(kind := schema.field(column).type) or types.is_null(kind)):
+                raise ValueError(f"--urls: column {column} is {kind}, expected digests in hex")
         for column in (columns[name] for name in SCORES if name in columns):
             kind = schema.field(column).type
             if not (types.is_floating(kind) or types.is_integer(kind) or types.is_null(kind)):
@@ -51,7 +62,12 @@ class RowFilter:
         if config.opt_out and "://" not in config.opt_out:  # a worker has a folder of its own
             config = replace(config, opt_out=os.path.abspath(config.opt_out))
         digest = hashlib.sha256(_read(config.opt_out)).hexdigest() if config.opt_out else ""
-        return cls(config=config, columns=columns, opt_out_digest=digest)
+        return cls(config=config, columns=columns, hashes=hashes, opt_out_digest=digest)
+
+    @property
+    def looked_at(self) -> tuple[str, ...]:
+        """The list's columns that the rows given to this filter must have."""
+        return (*self.columns.values(), *self.hashes.values())
 
     def problems(self, rows: "pa.Table") -> dict[int, str]:
         """Return the reason of each row that is left out before it is fetched, by its number.
@@ -67,6 +83,8 @@ class RowFilter:
                 problem = "opt_out_list"
             elif config.unique_urls and row[REPEATED]:
                 problem = "duplicate_url"
+            elif config.require_hash and not any(row[name] for name in self.hashes.values()):
+                problem = "no_hash"
             else:
                 problem = row_problem(config, self.columns, row, count)
             if problem is not None:

@@ -1,44 +1,49 @@
-"""One shard: its rows in, its committed files out, through img2dataset's Downloader.
+"""One shard: its rows in, its committed files out, in img2dataset's own layout.
 
-img2dataset downloads with threads and describes; the fetching is ours (`ingest.fetch`), so is the
-decoding (`ingest.decode`), and so is the writing: it collects what img2dataset hands over in order
-of arrival and stores it in row order, so that the same answers of the web give the same bytes.
+Keys, members, columns and `_stats.json` are those that img2dataset 1.47 writes. Its downloader is
+not used: it has no limits per host and no deadline, drops a row where something fails, and the
+import alone costs every worker seconds.
 """
 
-import io
-import os
+import json
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ingest.decode import ResizeMode, Resizer
-from ingest.fetch import Fetched, Fetcher, FetchPolicy
-from ingest.filters import outcome
+from ingest.decode import Resizer
+from ingest.fetch import Fetcher, FetchPolicy
+from ingest.filters import status_of
+from ingest.harvest import HarvestConfig, Harvested, Request, harvest, without_repetitions
+from ingest.retries import RETRIED
 from ingest.row_filter import RowFilter, normalised
 from ingest.shards import STORED, Attempt, Commit, Sample, shard_name, write_image_shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SHARD_DIGITS = 6  # of a shard's name; img2dataset calls it oom_shard_count
 JPEG_QUALITY = 95
+MIN_ROW_DIGITS = 3  # of a key, after the shard's name
+FAILED_BEFORE = "_failed_before"  # column of a round of retries: why the row failed
+OUTAGE = frozenset({"no_network", "resolver_failed"})  # reasons that speak of our own network
+OUTAGE_SHARE = 0.5
+
+
+class NetworkDown(OSError):
+    """Our own network was down for most rows of a shard: it is better made later."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """What every shard of a download has in common. image_size, min_image_side: px; kept: the
-    list's columns that are stored."""
+    """What every shard of a download has in common. kept: the list's columns that are stored."""
 
     root: str
     samples_per_shard: int
-    image_size: int
-    resize_mode: ResizeMode
-    min_image_side: int
-    num_threads: int
+    resizer: Resizer
+    harvest: HarvestConfig
     config_hash: str
     policy: FetchPolicy
     row_filter: RowFilter
@@ -58,32 +63,32 @@ def make_shard(
 
     rows: the columns url and caption, then the kept ones and those that filters look at. fetcher:
     None for this process's own.
-    Raises OSError when the files cannot be written; a bad URL is never an error.
+    Raises OSError when the files cannot be written, NetworkDown when there was no network for most
+    of the rows; a bad URL is never an error.
     """
-    name = shard_name(number)
+    name, started = shard_name(number), time.time()
     rows = normalised(rows)
-    refused = job.row_filter.problems(rows)
-    rows = rows.select(["url", "caption", *job.kept])
-    kept = [rows.schema.field(field) for field in job.kept]
+    found = {row: Harvested(reason=why) for row, why in job.row_filter.problems(rows).items()}
+    requests = [one for one in _requests(rows, job.row_filter.hashes) if one.row not in found]
     with Attempt(job.root, name) as attempt:
-        fetch = _refusing(refused, (fetcher or process_fetcher(job.policy)).fetch)
-        found = _download(job, number, rows, attempt.path, fetch)
-        ordered = [found[key] for key in sorted(found)]
-        if len(ordered) != rows.num_rows:  # img2dataset prints what it could not handle and goes on
-            lost = rows.num_rows - len(ordered)
-            raise RuntimeError(f"shard {name}: img2dataset lost {lost} of {rows.num_rows} rows")
+        fetcher = fetcher or process_fetcher(job.policy)
+        fetched = harvest(requests, fetcher, job.resizer, job.harvest)
+        _require_network(fetched)
+        found |= without_repetitions(fetched) if job.row_filter.config.unique_images else fetched
+        described = _described(job, name, rows, found)
         num_samples = write_image_shard(
             attempt.path,
             name,
-            (sample for _, sample in ordered if sample is not None),
-            [row for row, _ in ordered],
-            kept=_schema(kept),
+            _samples(described, found),
+            described,
+            kept=rows.select(job.kept).schema,
         )
-        return attempt.commit(
-            num_samples=num_samples,
-            counts=count_outcomes([row for row, _ in ordered]),
-            config_hash=job.config_hash,
-        )
+        counts = count_outcomes(described)
+        if FAILED_BEFORE in rows.column_names:
+            before = Counter(f"{RETRIED}:{reason}" for reason in rows[FAILED_BEFORE].to_pylist())
+            counts |= dict(sorted(before.items()))
+        _write_stats(attempt.path / f"{name}_stats.json", described, started)
+        return attempt.commit(num_samples=num_samples, counts=counts, config_hash=job.config_hash)
 
 
 def count_outcomes(rows: list[dict[str, Any]]) -> dict[str, int]:
@@ -94,97 +99,68 @@ def count_outcomes(rows: list[dict[str, Any]]) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
 
 
-def _schema(fields: "list[pa.Field]") -> "pa.Schema":
-    import pyarrow as pa
-
-    return pa.schema(fields)
-
-
 Row = dict[str, Any]
-Fetch = Callable[[int, str | None], Fetched]  # a row's number in its shard and its URL
 
 
-def _download(
-    job: ShardJob, number: int, rows: "pa.Table", folder: Path, fetch: Fetch
-) -> dict[str, tuple[Row, Sample | None]]:
-    """Run img2dataset over the rows; return the row and the sample, if any, of each key."""
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or its import asks the network
-    import pyarrow as pa
-    from img2dataset.downloader import Downloader
-
-    collected = _Collector()
-    downloader = Downloader(
-        sample_writer_class=lambda *_: collected,
-        resizer=Resizer(
-            image_size=job.image_size,
-            resize_mode=job.resize_mode,
-            min_image_size=job.min_image_side,
-            quality=JPEG_QUALITY,
-        ),
-        thread_count=job.num_threads,
-        save_caption=True,
-        extract_exif=False,  # it may say where and by whom a picture was taken
-        output_folder=str(folder),
-        column_list=rows.column_names,
-        timeout=job.policy.timeout_seconds,
-        number_sample_per_shard=max(1000, job.samples_per_shard),  # three digits of a key at least
-        oom_shard_count=SHARD_DIGITS,
-        compute_hash="sha256",
-        verify_hash_type=None,
-        encode_format="jpg",
-        retries=job.policy.retries,
-        user_agent_token=None,
-        disallowed_header_directives=None,
-    )
-    rows_file = folder / "rows.arrow"  # img2dataset deletes it when it is done
-    with pa.ipc.new_file(str(rows_file), rows.schema) as sink:
-        sink.write_table(rows)
-    with _fetching_with(fetch):
-        downloader.download_shard((number, str(rows_file)))
-    return collected.found
+def _requests(rows: "pa.Table", columns: Mapping[str, str]) -> list[Request]:
+    hashes = {kind: rows[name].to_pylist() for kind, name in columns.items()}
+    return [
+        Request(
+            row=row,
+            url=url,
+            hashes={kind: values[row] for kind, values in hashes.items() if values[row]},
+        )
+        for row, url in enumerate(rows["url"].to_pylist())
+    ]
 
 
-class _Collector:
-    """Stands where img2dataset expects its sample writer."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, tuple[Row, Sample | None]] = {}
-
-    def write(self, image: bytes | None, key: str, caption: str | None, meta: Row) -> None:
-        """Take a row as img2dataset hands it over; image: None when there is no sample."""
-        status, error = outcome(meta.pop("error_message"))
-        row = {**meta, "caption": caption or "", "status": status, "error": error}
-        sample = None
-        if image is not None:
-            described = {name: value for name, value in row.items() if name != "error"}
-            sample = Sample(key=key, image_bytes=image, caption=caption or "", json=described)
-        self.found[key] = (row, sample)
-
-    def close(self) -> None:
-        """Do nothing: the shard is written by `make_shard`, where an error is seen."""
+def _require_network(fetched: Mapping[int, Harvested]) -> None:
+    """Raise NetworkDown if most rows failed for reasons that speak of our own network."""
+    cut_off = sum(one.reason in OUTAGE for one in fetched.values())
+    if cut_off and cut_off >= OUTAGE_SHARE * len(fetched):
+        raise NetworkDown(f"no network for {cut_off} of {len(fetched)} rows; not committed")
 
 
-def _refusing(refused: dict[int, str], fetch: Callable[[str | None], Fetched]) -> Fetch:
-    """Answer for the rows that are left out; only the others reach the web."""
+def _described(
+    job: ShardJob, name: str, rows: "pa.Table", found: Mapping[int, Harvested]
+) -> list[Row]:
+    """Return the Parquet row of every row of the list, in order."""
+    digits = max(MIN_ROW_DIGITS, len(str(job.samples_per_shard - 1)))
+    described = []
+    for number, row in enumerate(rows.select(["url", "caption", *job.kept]).to_pylist()):
+        one = found[number]
+        picture = one.picture
+        row |= {"key": f"{name}{number:0{digits}d}", "sha256": one.sha256, "error": one.reason}
+        row["status"] = STORED if one.reason is None else status_of(one.reason)
+        for size in ("width", "height", "original_width", "original_height"):
+            row[size] = getattr(picture, size) if picture else None
+        described.append(row)
+    return described
 
-    def of_row(number: int, url: str | None) -> Fetched:
-        return Fetched(reason=refused[number]) if number in refused else fetch(url)
 
-    return of_row
+def _samples(described: list[Row], found: Mapping[int, Harvested]):
+    """Yield the sample of every row that has one; its metadata are the row's."""
+    for number, row in enumerate(described):
+        picture = found[number].picture
+        if picture is not None:
+            metadata = {name: value for name, value in row.items() if name != "error"}
+            yield Sample(
+                key=row["key"], image_bytes=picture.jpeg, caption=row["caption"], json=metadata
+            )
 
 
-@contextmanager
-def _fetching_with(fetch: Fetch) -> Iterator[None]:
-    """Let img2dataset's Downloader fetch with `fetch`, whose module has no other seam for it."""
-    from img2dataset import downloader
-
-    def download(row: tuple[int, str], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
-        got = fetch(*row)
-        return row[0], None if got.body is None else io.BytesIO(got.body), got.reason
-
-    original: Callable[..., Any] = downloader.download_image_with_retry
-    downloader.download_image_with_retry = download
-    try:
-        yield
-    finally:
-        downloader.download_image_with_retry = original
+def _write_stats(path: Path, rows: list[Row], started: float) -> None:
+    """Write img2dataset's own statistics of a shard; what it calls resizing is decoding here."""
+    reasons = Counter(row["error"] or STORED for row in rows)
+    ended, undecodable = time.time(), reasons["undecodable"] + reasons["too_small"]
+    stats = {
+        "count": len(rows),
+        "successes": reasons[STORED],
+        "failed_to_download": len(rows) - reasons[STORED] - undecodable,
+        "failed_to_resize": undecodable,
+        "duration": ended - started,
+        "start_time": started,
+        "end_time": ended,
+        "status_dict": dict(reasons),
+    }
+    path.write_text(json.dumps(stats, indent=4))

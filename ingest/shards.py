@@ -11,6 +11,7 @@ Row i of every embedding file belongs to row i of the shard's index. Every reade
 file, and what it needs of commits and snapshots comes with it. Nothing here is ever unpickled.
 """
 
+import io
 import json
 import mmap
 import os
@@ -93,18 +94,9 @@ def write_image_shard(
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from webdataset.writer import TarWriter
 
-    keys: list[str] = []
     tar_path = folder / f"{name}.tar"
-    with open(tar_path, "xb") as file:
-        writer = TarWriter(file, encoder=False, mtime=0.0)
-        for sample in samples:
-            keys.append(sample.key)
-            metadata = json.dumps(dict(sample.json), sort_keys=True, ensure_ascii=False)
-            parts = {"jpg": sample.image_bytes, "txt": sample.caption.encode()}
-            writer.write({"__key__": sample.key, **parts, "json": metadata.encode()})
-        writer.close()
+    keys = _write_tar(tar_path, samples)
     stored = [row["key"] for row in rows if row["status"] == STORED]
     if stored != keys or keys != sorted(set(keys)):
         raise ValueError(f"{tar_path}: samples are not the stored rows, in strictly rising order")
@@ -113,6 +105,27 @@ def write_image_shard(
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     pq.write_table(table, folder / f"{name}.parquet")
     return len(keys)
+
+
+def _write_tar(path: Path, samples: Iterable[Sample]) -> list[str]:
+    """Write what webdataset's TarWriter writes, whose import brings torch along; return the keys.
+
+    Names and owners are webdataset's, times are 0: equal samples give equal bytes.
+    """
+    import tarfile
+
+    keys: list[str] = []
+    with tarfile.open(path, "x") as tar:
+        for sample in samples:
+            keys.append(sample.key)
+            metadata = json.dumps(dict(sample.json), sort_keys=True, ensure_ascii=False)
+            parts = {"jpg": sample.image_bytes, "json": metadata.encode()}
+            for extension, data in {**parts, "txt": sample.caption.encode()}.items():
+                member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                member.size, member.mode = len(data), 0o444
+                member.uname = member.gname = "bigdata"
+                tar.addfile(member, io.BytesIO(data))
+    return keys
 
 
 def index_tar(path: str | os.PathLike[str]) -> np.ndarray:

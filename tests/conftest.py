@@ -25,10 +25,13 @@ Handler = http.server.BaseHTTPRequestHandler
 
 
 class Site:
-    """A server on 127.0.0.1 with answers by path; `hits` lists the paths asked for."""
+    """A server on a loopback address with answers by path.
 
-    def __init__(self, port: int) -> None:
-        self.port, self.hits = port, list[str]()
+    `hits` lists the paths asked for, without /robots.txt, which `robots_hits` counts.
+    """
+
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self.host, self.port, self.hits, self.robots_hits = host, port, list[str](), 0
         self.answers: dict[str, Callable[[Handler], None]] = {}
 
     @staticmethod
@@ -41,7 +44,7 @@ class Site:
     @property
     def address(self) -> str:
         """HOST:PORT, as --allow-address takes it."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def url(self, path: str) -> str:
         """Return the URL of a path."""
@@ -72,7 +75,7 @@ class Site:
 
 
 @contextmanager
-def serve_site() -> Iterator[Site]:
+def serve_site(host: str = "127.0.0.1") -> Iterator[Site]:
     """Run a site until the block ends."""
 
     class Answering(http.server.BaseHTTPRequestHandler):
@@ -80,7 +83,10 @@ def serve_site() -> Iterator[Site]:
         timeout = 10
 
         def do_GET(self) -> None:
-            site.hits.append(self.path)
+            if self.path == "/robots.txt":
+                site.robots_hits += 1
+            else:
+                site.hits.append(self.path)
             answer = site.answers.get(self.path)
             if answer is None:
                 self.send_error(404)
@@ -90,9 +96,9 @@ def serve_site() -> Iterator[Site]:
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    server = http.server.ThreadingHTTPServer((host, 0), Answering)
     server.daemon_threads = True
-    site = Site(server.server_address[1])
+    site = Site(server.server_address[1], host)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -113,10 +119,10 @@ def site() -> Iterator[Site]:
 @pytest.fixture
 def canary() -> Iterator[Site]:
     """A private service that nothing allows: it must never see a request."""
-    with serve_site() as found:
+    with serve_site("127.0.0.2") as found:
         found.put("/", Site.picture())
         yield found
-        assert found.hits == []
+        assert found.hits == [] and found.robots_hits == 0
 
 
 def _finished(run: Path, model: nn.Module, config: dict) -> Path:

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ingest import shard_task
+from ingest import shard_runner, shard_task
+from ingest.dial import connect
 from ingest.download import DownloadConfig, main
-from ingest.fetch import Fetcher, connect
+from ingest.fetch import Fetcher
 from ingest.filters import FilterConfig, normalise_caption
 from ingest.shards import ImageShard, committed, damage, load_snapshot, recover
 
@@ -53,6 +54,7 @@ def config(site, canary, tmp_path) -> DownloadConfig:
         num_threads=4,
         timeout=10.0,
         retries=0,
+        host_rate=0,
         allow_address=(site.address,),
     )
 
@@ -72,7 +74,7 @@ def test_every_row_is_accounted_for(config, capsys):
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith(
         "12 rows = 7 stored + 1 filtered (too_small 1) + 4 failed "
-        "(address_refused 2, not_an_image 1, not_found 1); snapshot "
+        "(not_an_image 1, not_found 1, port_refused 2); snapshot "
     )
     rows = rows_of(config.out)
     assert [row["url"] for row in rows] == pq.read_table(config.urls)["URL"].to_pylist()
@@ -124,7 +126,7 @@ def test_a_killed_run_continues_with_what_is_missing(config, tmp_path, monkeypat
         return real(job, number, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_task, "make_shard", dying)
+        patch.setattr(shard_runner, "make_shard", dying)
         with pytest.raises(KeyboardInterrupt):
             main(config)
     assert list(committed(config.out)) == ["000000"]
@@ -145,7 +147,7 @@ def test_a_shard_that_fails_is_told_and_made_by_the_next_run(config, monkeypatch
         return real(job, number, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_task, "make_shard", full)
+        patch.setattr(shard_runner, "make_shard", full)
         assert main(config) == 1
     out = capsys.readouterr().out
     assert "shard 000001 failed: no space left" in out and "5 in 1 missing shards" in out
@@ -153,14 +155,14 @@ def test_a_shard_that_fails_is_told_and_made_by_the_next_run(config, monkeypatch
     assert load_snapshot(config.out).num_samples == NUM_IMAGES
 
 
-def test_rows_that_img2dataset_drops_fail_the_shard(config, monkeypatch, capsys):
-    def losing(self, image, key, caption, meta):
-        raise MemoryError("img2dataset prints this and goes on")
+def test_an_error_that_is_no_fault_of_a_row_fails_the_shard(config, monkeypatch, capsys):
+    def broken(self, data):
+        raise OSError("no memory for a canvas")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_task._Collector, "write", losing)
+        patch.setattr(shard_task.Resizer, "__call__", broken)
         assert main(config) == 1
-    assert "img2dataset lost 5 of 5 rows" in capsys.readouterr().out
+    assert "shard 000000 failed: no memory for a canvas" in capsys.readouterr().out
     assert committed(config.out) == {} and os.listdir(Path(config.out) / "_attempts") == []
 
 
@@ -254,14 +256,14 @@ def test_a_real_list_adds_up_and_nothing_leaves_the_machine(site, tmp_path, monk
         return connect("127.0.0.1", site.port)
 
     def to_the_site(policy):
-        return Fetcher(policy, resolve=lambda *_: [public], connect=dial, sleep=lambda _: None)
+        return Fetcher(policy, resolve=lambda *_: [public], connect=dial)
 
     kinds = [site.picture(40, 30), site.picture(30, 90), b"<html>", None]
     monkeypatch.setattr(site, "answers", _AnyPath(site, kinds))
     monkeypatch.setattr(shard_task, "process_fetcher", lru_cache(to_the_site))
     config = DownloadConfig(
         urls=str(REAL_LIST), out=str(tmp_path / "images"), image_size=32, num_processes=0,
-        samples_per_shard=2500, num_threads=8, retries=0,
+        samples_per_shard=2500, num_threads=8, retries=0, host_rate=0,
         filters=FilterConfig(min_caption_chars=20, unique_urls=True, max_aspect_ratio=2.0),
     )  # fmt: skip
     assert main(config) == 0

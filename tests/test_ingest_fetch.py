@@ -1,21 +1,25 @@
 """Laws of the fetcher: public addresses only, one lookup, one deadline, one byte limit."""
 
+import errno
 import socket
 import ssl
 import struct
+import threading
 import time
 import zlib
+from email.utils import formatdate
 
 import pytest
 
-from ingest.fetch import Fetcher, FetchPolicy, connect, is_public, parse_allow_address
-from ingest.filters import FAILED, FILTERED, header_problem, may_be_image, opted_out, outcome
+from ingest.dial import Resolver, connect, is_public
+from ingest.fetch import Fetcher, FetchPolicy, parse_allow_address
+from ingest.filters import FAILED, FILTERED, TRANSIENT, header_problem, may_be_image, status_of
 
 
-def fetcher(site, sleep=lambda _: None, **policy) -> Fetcher:
+def fetcher(site, **policy) -> Fetcher:
     allowed = (parse_allow_address(site.address),)
-    defaults = {"timeout_seconds": 5.0, "retries": 0, "allow_addresses": allowed}
-    return Fetcher(FetchPolicy(**(defaults | policy)), sleep=sleep)
+    defaults = {"timeout_seconds": 5.0, "allow_addresses": allowed, "host_rate": 0}
+    return Fetcher(FetchPolicy(**(defaults | policy)))
 
 
 def test_an_image_comes_back_as_it_was_served(site):
@@ -32,7 +36,7 @@ def test_what_is_not_a_plain_web_url_is_refused_unresolved(site, url):
     def resolve(host: str, port: int) -> list[str]:
         raise AssertionError(f"looked up {host}")
 
-    policy = FetchPolicy(retries=0)
+    policy = FetchPolicy()
     assert Fetcher(policy, resolve=resolve).fetch(url).reason == "invalid_url"
 
 
@@ -42,8 +46,17 @@ def test_what_is_not_a_plain_web_url_is_refused_unresolved(site, url):
      "[::ffff:127.0.0.1]", "127.0.0.1."],
 )  # fmt: skip
 def test_the_private_canary_is_not_reached_in_any_spelling(site, canary, spelling):
-    got = fetcher(site).fetch(f"http://{spelling}:{canary.port}/")
-    assert got.reason in ("address_refused", "unresolved")
+    """Neither on the port where the canary sits, nor on one that is allowed for every host."""
+    dialled: list[str] = []
+
+    def dial(address: str, port: int) -> socket.socket:
+        dialled.append(address)
+        raise AssertionError("connected")
+
+    found = Fetcher(FetchPolicy(), connect=dial)
+    assert found.fetch(f"http://{spelling}:{canary.port}/").reason == "port_refused"
+    assert found.fetch(f"http://{spelling}/").reason in ("address_refused", "unresolved")
+    assert dialled == []
 
 
 @pytest.mark.parametrize(
@@ -62,7 +75,7 @@ def test_addresses_that_are_public(address):
 
 
 def test_one_private_address_among_public_ones_refuses_the_name():
-    policy = FetchPolicy(retries=0)
+    policy = FetchPolicy()
     mixed = Fetcher(policy, resolve=lambda *_: ["8.8.8.8", "127.0.0.1"], connect=_no_connection)
     assert mixed.fetch("http://rebinding.example/").reason == "address_refused"
 
@@ -80,16 +93,17 @@ def test_the_connection_goes_to_the_address_that_was_judged(site):
         return connect("127.0.0.1", site.port)
 
     site.put("/a", site.picture())
-    twice = Fetcher(FetchPolicy(retries=0), resolve=lambda *_: next(answers), connect=dial)
+    policy = FetchPolicy(robots=False)
+    twice = Fetcher(policy, resolve=lambda *_: next(answers), connect=dial)
     assert twice.fetch("http://rebinding.example/a").body == site.picture()
-    assert dialled == ["93.184.215.14"]
+    assert set(dialled) == {"93.184.215.14"}
 
 
 def test_allowing_an_address_allows_that_port_only(site, canary):
     site.put("/a", site.picture())
-    policy = FetchPolicy(retries=0, allow_addresses=(("127.0.0.1", site.port),))
+    policy = FetchPolicy(allow_addresses=(("127.0.0.1", site.port),))
     assert Fetcher(policy).fetch(site.url("/a")).body
-    assert Fetcher(policy).fetch(canary.url("/")).reason == "address_refused"
+    assert Fetcher(policy).fetch(canary.url("/")).reason == "port_refused"
 
 
 def test_redirects_are_followed_and_judged_anew(site, canary):
@@ -100,41 +114,30 @@ def test_redirects_are_followed_and_judged_anew(site, canary):
     site.put("/loop", status=302, headers={"Location": "/loop"})
     found = fetcher(site)
     assert found.fetch(site.url("/to-a")).body == site.picture()
-    assert found.fetch(site.url("/to-canary")).reason == "address_refused"
+    assert found.fetch(site.url("/to-canary")).reason == "port_refused"
     assert found.fetch(site.url("/to-file")).reason == "invalid_url"
     assert found.fetch(site.url("/loop")).reason == "too_many_redirects"
     assert site.hits.count("/loop") == 6
 
 
 @pytest.mark.parametrize(
-    ("status", "reason", "tries"),
-    [(404, "not_found", 1), (410, "not_found", 1), (403, "forbidden", 1), (418, "client_error", 1),
-     (429, "rate_limited", 3), (500, "server_error", 3), (503, "server_error", 3)],
+    ("status", "reason"),
+    [(404, "not_found"), (410, "not_found"), (403, "forbidden"), (418, "client_error"),
+     (429, "rate_limited"), (500, "server_error"), (503, "server_error")],
 )  # fmt: skip
-def test_only_what_may_pass_is_tried_again(site, status, reason, tries):
+def test_a_status_has_its_reason_and_is_asked_for_once(site, status, reason):
     url = site.put("/a", status=status, kind="text/html")
-    pauses: list[float] = []
-    assert fetcher(site, pauses.append, retries=2).fetch(url).reason == reason
-    assert len(site.hits) == tries and len(pauses) == tries - 1
+    assert fetcher(site).fetch(url).reason == reason
+    assert site.hits == ["/a"] and (reason in TRANSIENT) == (status in (429, 500, 503))
 
 
-def test_a_server_that_says_when_is_waited_for(site):
-    pauses: list[float] = []
-    url = site.put("/a", status=429, headers={"Retry-After": "7"})
-    fetcher(site, pauses.append, retries=1).fetch(url)
-    assert pauses == [7.0]
-
-
-def test_a_failure_that_passes_is_a_success(site):
-    site.put("/a", status=500)
-    pauses: list[float] = []
-
-    def mend(seconds: float) -> None:
-        pauses.append(seconds)
-        site.put("/a", site.picture())
-
-    assert fetcher(site, mend, retries=1).fetch(site.url("/a")).body == site.picture()
-    assert len(pauses) == 1
+def test_a_server_that_says_when_is_heard(site):
+    found = fetcher(site)
+    in_seconds = site.put("/a", status=429, headers={"Retry-After": "7"})
+    assert found.fetch(in_seconds).retry_after == 7.0
+    moment = formatdate(time.time() + 100, usegmt=True)
+    at_a_time = site.put("/b", status=503, headers={"Retry-After": moment})
+    assert 90 < (found.fetch(at_a_time).retry_after or 0) <= 100
 
 
 def test_bodies_are_judged_by_type_and_by_content(site):
@@ -210,7 +213,7 @@ def test_a_closed_port_is_unreachable(site):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-        policy = FetchPolicy(retries=0, allow_addresses=(("127.0.0.1", port),))
+        policy = FetchPolicy(allow_addresses=(("127.0.0.1", port),))
         assert Fetcher(policy).fetch(f"http://127.0.0.1:{port}/").reason == "unreachable"
 
 
@@ -228,7 +231,7 @@ def test_certificates_are_verified_for_the_name_not_the_address(monkeypatch):
     monkeypatch.setattr(ssl.SSLContext, "wrap_socket", wrap)
     near, far = socket.socketpair()
     found = Fetcher(
-        FetchPolicy(retries=0), resolve=lambda *_: ["8.8.8.8"], connect=lambda *_: near
+        FetchPolicy(), resolve=lambda *_: ["8.8.8.8"], connect=lambda *_: near
     ).fetch("https://pictures.example/a")
     far.close()
     assert found.reason == "tls_failed" and seen["name"] == "pictures.example"
@@ -237,16 +240,17 @@ def test_certificates_are_verified_for_the_name_not_the_address(monkeypatch):
 
 def test_connections_are_kept_between_fetches(site):
     dialled: list[int] = []
+    site.put("/robots.txt", status=404)
 
     def dial(address: str, port: int) -> socket.socket:
         dialled.append(port)
         return connect(address, port)
 
-    policy = FetchPolicy(retries=0, allow_addresses=(parse_allow_address(site.address),))
+    policy = FetchPolicy(allow_addresses=(parse_allow_address(site.address),))
     kept = Fetcher(policy, connect=dial)
     for path in ("/a", "/b", "/c"):
         assert kept.fetch(site.put(path, site.picture())).body
-    assert len(dialled) == 1
+    assert len(dialled) == 1, "robots.txt and three images over one connection"
 
 
 def test_proxies_of_the_environment_are_not_used(site, canary, monkeypatch):
@@ -258,6 +262,76 @@ def test_proxies_of_the_environment_are_not_used(site, canary, monkeypatch):
 def test_spaces_and_letters_beyond_ascii_are_encoded(site):
     site.put("/b%C3%A4r%20eins", site.picture())
     assert fetcher(site).fetch(site.url("/bär eins")).body == site.picture()
+
+
+def test_international_names_are_looked_up_in_ascii(site):
+    asked: list[str] = []
+
+    def resolve(host: str, port: int) -> list[str]:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
+
+    found = Fetcher(FetchPolicy(), resolve=resolve)
+    assert found.fetch("http://b\u00fccher.example/\u00e4.png").reason == "unresolved"
+    assert set(asked) == {"xn--bcher-kva.example"}
+
+
+def test_a_resolver_that_is_down_is_not_a_name_that_does_not_exist():
+    def resolve(host: str, port: int) -> list[str]:
+        raise socket.gaierror(socket.EAI_AGAIN, "try again")
+
+    assert Fetcher(FetchPolicy(), resolve=resolve).fetch("http://a.example/").reason in TRANSIENT
+
+
+def test_a_resolver_that_hangs_does_not_outlive_the_deadline(monkeypatch):
+    hanging = threading.Event()
+    monkeypatch.setattr("ingest.dial.resolve", lambda *_: hanging.wait(20) and [])
+    policy = FetchPolicy(timeout_seconds=0.3)
+    started = time.monotonic()
+    assert Fetcher(policy, resolve=Resolver()).fetch("http://a.example/").reason == "timeout"
+    assert time.monotonic() - started < 2.3
+    hanging.set()
+
+
+def test_a_name_is_looked_up_once_a_minute(monkeypatch):
+    asked: list[str] = []
+
+    def resolve(host: str, port: int) -> list[str]:
+        asked.append(host)
+        return ["10.0.0.1"]
+
+    monkeypatch.setattr("ingest.dial.resolve", resolve)
+    found = Fetcher(FetchPolicy())
+    for path in "abc":
+        assert found.fetch(f"http://inside.example/{path}").reason == "address_refused"
+    assert asked == ["inside.example"]
+
+
+def test_a_network_that_is_down_is_told_from_a_host_that_is():
+    def dial(address: str, port: int) -> socket.socket:
+        raise OSError(errno.ENETUNREACH, "network is unreachable")
+
+    found = Fetcher(FetchPolicy(), resolve=lambda *_: ["93.184.215.14"], connect=dial)
+    assert found.fetch("http://a.example/").reason == "no_network"
+
+
+def test_reserved_rights_are_honoured(site):
+    reserved = site.put("/a", site.picture(), headers={"tdm-reservation": "1"})
+    free = site.put("/b", site.picture(), headers={"tdm-reservation": "0"})
+    assert fetcher(site).fetch(reserved).reason == "opted_out"
+    assert fetcher(site).fetch(free).body == site.picture()
+
+
+def test_the_user_agent_says_who_asks_and_where_to_complain(site):
+    seen: list[str] = []
+
+    def answer(handler) -> None:
+        seen.append(handler.headers["User-Agent"])
+        handler.send_error(404)
+
+    site.answers["/a"] = answer
+    fetcher(site, contact="https://example.com/bot").fetch(site.url("/a"))
+    assert seen[0].startswith("minidalle2/") and "https://example.com/bot" in seen[0]
 
 
 def bomb(width: int, height: int, color_type: int) -> bytes:
@@ -277,21 +351,6 @@ def test_a_decompression_bomb_is_stopped_at_its_header():
     assert header_problem(b"", max_pixels=50_000_000) == "not_an_image"
 
 
-@pytest.mark.parametrize(
-    ("tags", "expected"),
-    [
-        (["noai, noimageai, max-image-preview:large"], True),
-        (["max-snippet:-1, noindex"], True),
-        (["otherbot: noai"], False),
-        (["MiniDALLE2: noai"], True),
-        (["max-image-preview:large"], False),
-        (["all", "noai"], True),
-    ],
-)
-def test_opt_outs_beside_directives_with_values_and_by_name(tags: list[str], expected: bool):
-    assert opted_out(tags) is expected
-
-
 def test_an_answer_that_is_no_http_is_a_reason_and_not_an_error(site):
     bad = site.put("/bad", status=302, headers={"Location": "http://[bad/"})
     assert fetcher(site).fetch(bad).reason == "invalid_url"
@@ -299,17 +358,13 @@ def test_an_answer_that_is_no_http_is_a_reason_and_not_an_error(site):
     assert fetcher(site).fetch(late).reason == "rate_limited"
 
 
-def test_every_error_has_one_outcome():
-    assert outcome(None) == ("success", None)
-    assert outcome("image too small") == ("filtered", "too_small")
-    assert outcome("OpenCV(4.14) :-1: error") == ("failed", "undecodable")
-    assert {outcome(r) for r in FAILED} == {("failed", r) for r in FAILED}
-    assert {outcome(r) for r in FILTERED} == {("filtered", r) for r in FILTERED}
+def test_every_reason_has_one_status():
+    assert {status_of(reason) for reason in FAILED} == {"failed"}
+    assert {status_of(reason) for reason in FILTERED} == {"filtered"}
+    assert not set(FAILED) & set(FILTERED) and set(FAILED) > TRANSIENT
 
 
-def test_headers_are_read_as_servers_write_them():
-    assert opted_out(["NoAI"]) and opted_out(["all", "x, noindex"])
-    assert not opted_out([]) and not opted_out(["otherbot: noai"]) and not opted_out(["all"])
+def test_content_types_are_read_as_servers_write_them():
     assert may_be_image("IMAGE/JPEG; q=1") and may_be_image(None)
     assert not may_be_image("text/html") and not may_be_image("image/svg+xml")
 

@@ -14,12 +14,12 @@ from ingest.download import DownloadConfig, main
 from ingest.filters import (
     MAX_CAPTION_CHARS,
     FilterConfig,
-    OptOuts,
     filter_columns,
     header_problem,
     normalise_caption,
     row_problem,
 )
+from ingest.opt_outs import OptOuts
 from ingest.row_filter import RowFilter, normalised
 
 LAION_5B = ("URL", "TEXT", "WIDTH", "HEIGHT", "similarity", "LANGUAGE", "punsafe", "pwatermark")
@@ -216,7 +216,7 @@ def test_the_first_of_equal_urls_is_fetched(site, tmp_path: Path, capsys):
     pq.write_table(table, tmp_path / "l.parquet")
     config = DownloadConfig(
         urls=str(tmp_path / "l.parquet"), out=str(tmp_path / "images"), image_size=32,
-        num_processes=0, retries=0, samples_per_shard=3, allow_address=(site.address,),
+        num_processes=0, retries=0, host_rate=0, samples_per_shard=3, allow_address=(site.address,),
         filters=FilterConfig(unique_urls=True),
     )  # fmt: skip
     assert main(config) == 0
@@ -239,7 +239,7 @@ def test_rows_left_out_never_reach_the_web_and_are_counted(site, tmp_path: Path,
     (tmp_path / "out.txt").write_text(f"optout.example\n{urls[4]}\n")
     config = DownloadConfig(
         urls=str(tmp_path / "l.parquet"), out=str(tmp_path / "images"), image_size=32,
-        num_processes=0, num_threads=2, retries=0, allow_address=(site.address,),
+        num_processes=0, num_threads=2, retries=0, host_rate=0, allow_address=(site.address,),
         filters=FilterConfig(
             min_similarity=0.3, min_caption_chars=2, opt_out=str(tmp_path / "out.txt"),
             min_pixels=1000, max_aspect_ratio=2.0,

@@ -77,6 +77,21 @@ def test_index_reads_what_the_tar_holds(tmp_path):
         assert shard.caption(i) == members[f"{key}.txt"].decode() == f"ein Bär {i}"
 
 
+def test_the_tar_is_byte_for_byte_webdatasets_own(tmp_path):
+    from webdataset.writer import TarWriter
+
+    commit_images(tmp_path)
+    with open(tmp_path / "theirs.tar", "wb") as file:
+        writer = TarWriter(file, encoder=False, mtime=0)
+        for sample in samples():
+            parts = {"jpg": sample.image_bytes, "txt": sample.caption.encode()}
+            metadata = json.dumps(dict(sample.json), sort_keys=True, ensure_ascii=False).encode()
+            writer.write({"__key__": sample.key, **parts, "json": metadata})
+        writer.close()
+
+    assert (tmp_path / "000000.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
 def test_webdataset_reads_the_shard_in_row_order(tmp_path):
     import webdataset
 

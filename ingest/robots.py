@@ -1,0 +1,105 @@
+"""robots.txt (RFC 9309), asked for once a host and kept for a day.
+
+An answer that it does not exist allows everything. While the host cannot say, nothing is allowed
+(section 2.3.1.4), which counts as a failure that may pass.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from protego import Protego
+
+MAX_BYTES = 500 * 1024  # section 2.5: what a crawler must read at least
+KEPT_SECONDS = 24 * 3600.0  # section 2.4
+FAILURE_KEPT_SECONDS = 10.0  # the other rows of a dead host need not each find out
+MAX_ORIGINS = 10_000
+
+Origin = tuple[str, str, int]  # scheme, host, port
+
+
+class RobotsUnavailable(Exception):
+    """The rules of a host could not be had. args: the reason, seconds until it is asked again."""
+
+    def __init__(self, reason: str, retry_after: float) -> None:
+        super().__init__(reason)
+        self.reason, self.retry_after = reason, retry_after
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rules:
+    """parser: None allows everything; failure: why there are no rules."""
+
+    until: float
+    parser: "Protego | None" = None
+    failure: str | None = None
+
+
+class RobotsCache:
+    """The rules of every host that a process has met, for one user agent.
+
+    load: returns the status and the body of an origin's /robots.txt, redirects followed; on a
+    failure it raises OSError whose first argument is the reason. It runs once however many
+    threads ask.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Origin], tuple[int, bytes]],
+        agent: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._load, self._agent, self._clock = load, agent, clock
+        self._lock = threading.Lock()
+        self._rules: OrderedDict[Origin, Future[_Rules]] = OrderedDict()
+
+    def allowed(self, origin: Origin, url: str) -> bool:
+        """Say whether `url` of `origin` may be fetched; RobotsUnavailable if nobody can say."""
+        rules = self._of(origin)
+        if rules.failure is not None:
+            raise RobotsUnavailable(rules.failure, max(0.0, rules.until - self._clock()))
+        return rules.parser is None or rules.parser.can_fetch(url, self._agent)
+
+    def _of(self, origin: Origin) -> _Rules:
+        with self._lock:
+            future = self._rules.get(origin)
+            stale = future is not None and future.done() and future.result().until <= self._clock()
+            mine = future is None or stale
+            if mine:
+                future = self._rules[origin] = Future()
+            self._rules.move_to_end(origin)
+            while len(self._rules) > MAX_ORIGINS:
+                self._rules.popitem(last=False)
+        assert future is not None
+        if mine:
+            try:
+                future.set_result(self._ask(origin))
+            except BaseException as error:  # whoever waits must hear of it, whatever it is
+                with self._lock:
+                    self._rules.pop(origin, None)
+                future.set_exception(error)
+                raise
+        return future.result()
+
+    def _ask(self, origin: Origin) -> _Rules:
+        from protego import Protego
+
+        try:
+            status, body = self._load(origin)
+        except OSError as error:
+            return self._failed(str(error.args[0]))
+        if status >= 500 or status == 429:
+            return self._failed("robots_unavailable")
+        until = self._clock() + KEPT_SECONDS
+        if status != 200:
+            return _Rules(until=until)
+        return _Rules(until=until, parser=Protego.parse(body.decode("utf-8", "replace")))
+
+    def _failed(self, reason: str) -> _Rules:
+        return _Rules(until=self._clock() + FAILURE_KEPT_SECONDS, failure=reason)

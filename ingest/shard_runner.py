@@ -1,0 +1,182 @@
+"""Make many shards, in this process or on Ray: a bounded number at once, dead workers replaced.
+
+A shard that fails for a reason that may pass is tried again after a pause; a full disk ends the
+run, since no other shard would fare better.
+"""
+
+import errno
+import faulthandler
+import heapq
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ingest.fetch import FetchPolicy
+from ingest.shard_task import NetworkDown, ShardJob, make_shard
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ingest.commits import Commit
+
+MAX_TRIES = 3  # of a shard whose worker died, or that met no network
+PAUSE_SECONDS = 5.0  # before the second try, doubled before the third
+GRACE_SECONDS = 60.0  # after a shard's deadline, for the tries in progress and for writing
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+WAIT_SECONDS = 1.0  # how often the supervisor looks up, though nothing ended
+
+
+@dataclass(frozen=True, kw_only=True)
+class Todo:
+    """One shard to make: its number, and its rows of the list."""
+
+    number: int
+    rows: "pa.Table"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What became of a shard: a commit, or an error; fatal: no other shard would fare better."""
+
+    number: int
+    commit: "Commit | None" = None
+    error: str | None = None
+    fatal: bool = False
+
+
+def in_this_process(job: ShardJob, todo: Iterator[Todo]) -> Iterator[Made]:
+    """Make the shards one after the other, without Ray."""
+    for item in todo:
+        for number in range(MAX_TRIES):
+            try:
+                yield Made(number=item.number, commit=make_shard(job, item.number, item.rows))
+                break
+            except NetworkDown as error:
+                if number + 1 == MAX_TRIES:
+                    yield Made(number=item.number, error=str(error))
+                else:
+                    time.sleep(PAUSE_SECONDS * 2**number)
+            except OSError as error:
+                yield _failed(item.number, error)
+                break
+
+
+def on_ray(job: ShardJob, todo: Iterator[Todo], num_processes: int | None) -> Iterator[Made]:
+    """Make each shard in a Ray task; num_processes: at once, None for as many as there are CPUs.
+
+    One more than can run is always submitted: no CPU idles while rows are read, and a cluster that
+    scales by demand sees some.
+    """
+    from cluster.session import ensure_ray
+
+    ensure_ray()
+    import ray
+
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    at_once = num_processes or cpus
+    shared = replace(job, policy=_shared(job.policy, at_once))
+    task = ray.remote(num_cpus=min(1.0, cpus / at_once), max_retries=0)(_supervised)
+    yield from _Supervisor(task, shared, todo, num_processes).run()
+
+
+def _shared(policy: FetchPolicy, at_once: int) -> FetchPolicy:
+    """Deal the limits per host to the processes that may ask it at the same time."""
+    return replace(
+        policy,
+        host_connections=max(1, policy.host_connections // at_once),
+        host_rate=policy.host_rate / at_once,
+    )
+
+
+def _supervised(job: ShardJob, number: int, rows: "pa.Table") -> "Commit":
+    """Make a shard in a worker that ends itself, with its stacks in the log, should it hang."""
+    limit = job.harvest.deadline_seconds
+    if limit is not None:
+        faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True)
+    try:
+        return make_shard(job, number, rows)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """A submitted shard. tries: before this one."""
+
+    item: Todo
+    tries: int
+
+
+@dataclass
+class _Supervisor:
+    """Keeps as many tasks running as there is room for, until nothing is left to do."""
+
+    task: Any
+    job: ShardJob
+    todo: Iterator[Todo]
+    num_processes: int | None
+    running: dict[Any, _Running] = field(default_factory=dict)
+    later: list[tuple[float, int, _Running]] = field(default_factory=list)
+    exhausted: bool = False
+
+    def run(self) -> Iterator[Made]:
+        import ray
+
+        while self.running or self.later or not self.exhausted:
+            self._submit()
+            if not self.running:
+                time.sleep(WAIT_SECONDS / 10)
+                continue
+            ended, _ = ray.wait(list(self.running), num_returns=1, timeout=WAIT_SECONDS)
+            for reference in ended:
+                made = self._settle(self.running.pop(reference), reference)
+                if made is not None:
+                    yield made
+                if made is not None and made.fatal:
+                    return
+
+    def _submit(self) -> None:
+        import ray
+
+        now = time.monotonic()
+        while self.later and self.later[0][0] <= now:
+            self._start(heapq.heappop(self.later)[2])
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # a cluster may have grown
+        room = self.num_processes or cpus
+        while not self.exhausted and len(self.running) + len(self.later) <= room:
+            item = next(self.todo, None)
+            if item is None:
+                self.exhausted = True
+            else:
+                self._start(_Running(item=item, tries=0))
+
+    def _start(self, running: _Running) -> None:
+        item = running.item
+        self.running[self.task.remote(self.job, item.number, item.rows)] = running
+
+    def _settle(self, running: _Running, reference: Any) -> Made | None:
+        """Return what became of a task that ended; None if it is tried again."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        number = running.item.number
+        try:
+            return Made(number=number, commit=ray.get(reference))
+        except RayTaskError as error:
+            problem: BaseException = error.cause
+            passing = isinstance(problem, NetworkDown)
+        except RayError as error:  # the worker died, or its node
+            problem, passing = RuntimeError(str(error).splitlines()[0]), True
+        if not passing or running.tries + 1 == MAX_TRIES:
+            return _failed(number, problem)
+        when = time.monotonic() + PAUSE_SECONDS * 2**running.tries
+        again = _Running(item=running.item, tries=running.tries + 1)
+        heapq.heappush(self.later, (when, number, again))
+        return None
+
+
+def _failed(number: int, problem: BaseException) -> Made:
+    full = isinstance(problem, OSError) and problem.errno in DISK_ERRORS
+    return Made(number=number, error=str(problem) or repr(problem), fatal=full)
+
