@@ -85,7 +85,9 @@ def _weight(image: "Image.Image") -> int:
     Blending over white and 16 bits hold several copies, WebP's decoder two canvases of its own; a
     progressive JPEG keeps all its coefficients, 2 bytes each, however small it is decoded.
     """
-    if image.format == "WEBP" or "transparency" in image.info or image.mode not in PLAIN_MODES:
+    if image.format == "WEBP":
+        return 5
+    if "transparency" in image.info or image.mode not in PLAIN_MODES:
         return 4
     return 2 if "progressive" in image.info else 1
 

@@ -47,19 +47,20 @@ class Made:
 
 def in_this_process(job: ShardJob, todo: Iterator[Todo]) -> Iterator[Made]:
     """Make the shards one after the other, without Ray."""
-    for item in todo:
-        for number in range(MAX_TRIES):
-            try:
-                yield Made(number=item.number, commit=make_shard(job, item.number, item.rows))
-                break
-            except NetworkDown as error:
-                if number + 1 == MAX_TRIES:
-                    yield Made(number=item.number, error=str(error))
-                else:
-                    time.sleep(PAUSE_SECONDS * 2**number)
-            except OSError as error:
-                yield _failed(item.number, error)
-                break
+    return (_patiently(job, item) for item in todo)
+
+
+def _patiently(job: ShardJob, item: Todo) -> Made:
+    for tries in range(MAX_TRIES):
+        try:
+            return Made(number=item.number, commit=make_shard(job, item.number, item.rows))
+        except NetworkDown as error:
+            if tries + 1 == MAX_TRIES:
+                return _failed(item.number, error)
+            time.sleep(PAUSE_SECONDS * 2**tries)
+        except OSError as error:
+            return _failed(item.number, error)
+    raise AssertionError("the last try returns")
 
 
 def on_ray(job: ShardJob, todo: Iterator[Todo], num_processes: int | None) -> Iterator[Made]:
