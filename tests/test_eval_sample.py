@@ -16,7 +16,6 @@ from eval.generate import default_sampling, sampling_of
 from eval.sample import SampleConfig
 from eval.samples import open_images
 from models.clip import load_clip
-from training import demo_data
 
 CAPTIONS = ("a red cube", "a blue cone", "a red cube", "two dogs", "a hat")
 
@@ -102,13 +101,8 @@ def test_settings_on_disk_give_the_sampling_they_were_drawn_with(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_data, "SAMPLES_PER_SHARD", 6)
-        demo_data.draw_images(root / "images", num_shards=2)
-    demo_data.embed_here(str(root / "images"), root / "embeds", "tiny:random")
-    return root
+def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=6)
 
 
 @pytest.fixture

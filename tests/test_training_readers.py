@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,9 @@ INDEX = np.array([17, 0, 7, 8, 0, 23])  # three shards, one row twice
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
     """Three small shards of drawn images, and their embeddings."""
-    root = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_data, "SAMPLES_PER_SHARD", PER_SHARD)
-        demo_data.draw_images(root / "images", num_shards=3)
-    demo_data.embed_here(str(root / "images"), root / "embeds", "tiny:random")
-    return root
+    return write_data(tmp_path_factory.mktemp("data"), num_shards=3, samples_per_shard=PER_SHARD)
 
 
 def snapshots(data: Path) -> tuple[Snapshot, Snapshot]:
@@ -114,14 +110,11 @@ def test_shards_of_other_keys_are_refused(data: Path):
 def test_a_run_pins_its_snapshot(data: Path, tmp_path: Path):
     run, root = tmp_path / "run", tmp_path / "images"
     run.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_data, "SAMPLES_PER_SHARD", PER_SHARD)
-        demo_data.draw_images(root, num_shards=2)
+    demo_data.draw_images(root, num_shards=2, samples_per_shard=PER_SHARD)
     pinned = jobs.pin_snapshot(str(run), "images", str(root))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.demo_data.write_manifest", lambda *args: None)
-        patch.setattr(demo_data, "SAMPLES_PER_SHARD", PER_SHARD)
-        demo_data.draw_images(root, num_shards=3)
+        demo_data.draw_images(root, num_shards=3, samples_per_shard=PER_SHARD)
     assert load_snapshot(root).digest != pinned.digest
     assert jobs.pin_snapshot(str(run), "images", str(root)) == pinned
 
