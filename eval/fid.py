@@ -131,7 +131,7 @@ def _chain_scores(config: FidConfig, fake: "ImageSet") -> dict[str, Any]:
     if not _drew(config, fake, captions):
         print(
             f"ablation: left out: {config.fake} are not the samples of --prior, --decoder and "
-            "--upsampler for all captions of --embeds"
+            "--upsampler as they are now, for all captions of --embeds"
         )
         return scores
     drawn, judge_clip = is_drawn(captions), load_clip(config.clip)
@@ -147,11 +147,11 @@ def _chain_scores(config: FidConfig, fake: "ImageSet") -> dict[str, Any]:
 
 
 def _drew(config: FidConfig, fake: "ImageSet", captions: list[str]) -> bool:
-    """Say whether the chain that is given drew `fake` for these captions."""
-    chain = {
-        "prior": config.prior, "decoder": config.decoder, "upsampler": list(config.upsampler),
-    }  # fmt: skip
-    return fake.captions == captions and chain.items() <= fake.settings.items()
+    """Say whether the chain that is given, as it is trained now, drew `fake` for these captions."""
+    from eval.chain import chain_weights
+
+    weights = chain_weights(config.prior, config.decoder, config.upsampler)
+    return fake.captions == captions and weights.items() <= fake.settings.items()
 
 
 def _ablation_grid(folder: Path, captions: list[str], images: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Samples, and the scores of the chain that drew them: seeded, resumable, and of one setting."""
 
 import dataclasses
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from eval import fid, sample
 from eval.fid import FidConfig
@@ -16,6 +19,7 @@ from eval.generate import default_sampling, sampling_of
 from eval.sample import SampleConfig
 from eval.samples import open_images
 from models.clip import load_clip
+from models.weights import exported, save_weights
 
 CAPTIONS = ("a red cube", "a blue cone", "a red cube", "two dogs", "a hat")
 
@@ -83,6 +87,57 @@ def test_samples_of_other_settings_are_refused_unless_fresh(
     with pytest.raises(ValueError, match=f"found samples of another {field}"):
         drawn(config, tmp_path, **changes)
     assert len(drawn(config, tmp_path, fresh=True, **changes)) in (1, len(CAPTIONS))
+
+
+def trained_again(run: str) -> None:
+    """Change one weight of a finished run, in place."""
+    path = exported(Path(run)) / "ema.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(str(path)).items()}
+    tensors[max(tensors)].view(-1)[0] += 1
+    save_weights(path, tensors)
+
+
+@pytest.fixture
+def own_chain(config: SampleConfig, tmp_path: Path) -> SampleConfig:
+    """The chain in folders that the test may change."""
+    copies = {}
+    for part, run in (("prior", config.prior), ("decoder", config.decoder),
+                      ("upsampler", config.upsampler[0])):  # fmt: skip
+        copies[part] = str(shutil.copytree(run, tmp_path / "chain" / part))
+    return dataclasses.replace(config, **{**copies, "upsampler": (copies["upsampler"],)})
+
+
+@pytest.mark.parametrize("part", ["prior", "decoder", "upsampler"])
+def test_samples_of_a_part_that_was_trained_again_are_refused_unless_fresh(
+    part: str, own_chain: SampleConfig, tmp_path: Path
+):
+    drawn(own_chain, tmp_path / "out")
+    drawn(own_chain, tmp_path / "out")
+    run = getattr(own_chain, part)
+    trained_again(run if isinstance(run, str) else run[0])
+    with pytest.raises(ValueError, match=f"found samples of another {part}_weights .*sha256"):
+        drawn(own_chain, tmp_path / "out")
+    drawn(own_chain, tmp_path / "out", fresh=True)
+
+
+def test_settings_tell_step_and_weights_of_every_part(config: SampleConfig, tmp_path: Path):
+    drawn(config, tmp_path)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["encoder_id"] == load_clip("tiny:random").encoder_id
+    parts = [settings["prior_weights"], settings["decoder_weights"], *settings["upsampler_weights"]]
+    for part, run in zip(parts, (config.prior, config.decoder, *config.upsampler), strict=True):
+        content = (Path(run) / "step_00000004" / "ema.safetensors").read_bytes()
+        assert part == {"step": "step_00000004", "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_finished_samples_are_left_alone(config: SampleConfig, tmp_path: Path):
+    def written() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+    drawn(config, tmp_path)
+    before = written()
+    drawn(config, tmp_path)
+    assert written() == before
 
 
 def test_settings_on_disk_give_the_sampling_they_were_drawn_with(
@@ -156,4 +211,15 @@ def test_other_samples_get_no_ablation_and_are_told_so(
 ):
     other = dataclasses.replace(fid_config, upsampler=())
     assert "ablation" not in evaluated(other)
+    assert "ablation: left out" in capsys.readouterr().out
+
+
+def test_samples_of_an_earlier_training_get_no_ablation(
+    fid_config: FidConfig, own_chain: SampleConfig, data: Path, capsys: pytest.CaptureFixture
+):
+    runs = {name: getattr(own_chain, name) for name in ("prior", "decoder", "upsampler")}
+    mine = dataclasses.replace(fid_config, **runs)
+    assert "ablation" in evaluated(mine), "a copy of the chain is the chain"
+    trained_again(own_chain.decoder)
+    assert "ablation" not in evaluated(mine)
     assert "ablation: left out" in capsys.readouterr().out
