@@ -129,6 +129,14 @@ def write_url_list(path: Path, pairs: list[dict[str, Any]], port: int, name: str
     part.replace(path)
 
 
+def is_fetched(images: Path, num_shards: int) -> bool:
+    """Say whether all `num_shards` shards of a download are committed and undamaged."""
+    from ingest.shards import committed, damage
+
+    commits = committed(images).values()
+    return len(commits) == num_shards and not any(damage(images, commit) for commit in commits)
+
+
 @contextmanager
 def serve_pairs(sets: dict[str, list[dict[str, Any]]], port: int) -> Iterator[int]:
     """Serve /<set>/<row> on the loopback; port 0 takes any free one. Yields the port.
