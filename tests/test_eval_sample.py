@@ -167,7 +167,7 @@ def fid_config(config: SampleConfig, data: Path, tmp_path: Path) -> FidConfig:
     return FidConfig(
         real=str(data / "images"), fake=str(tmp_path / "samples"), embeds=str(data / "embeds"),
         clip="tiny:random", prior=config.prior, decoder=config.decoder, upsampler=config.upsampler,
-        out=str(tmp_path / "scores.json"),
+        out=str(tmp_path / "scores" / "scores.json"),
     )  # fmt: skip
 
 
@@ -182,8 +182,10 @@ def test_the_ablations_chain_is_the_samples(fid_config: FidConfig, tmp_path: Pat
     for name, values in scores["ablation"]["prior"].items():
         expected = {key: value for key, value in scores["shapes"][name].items() if key != "real"}
         assert values == expected
-    picture = Image.open(tmp_path / "samples" / "ablation.png")
+    picture = Image.open(Path(fid_config.fake) / "ablation.png")
     assert picture.height > 3 * 64
+    found = [path.name for path in Path(fid_config.out).parent.iterdir()]
+    assert found == ["scores.json"], "pictures are kept beside the samples"
 
 
 def test_the_ablation_decodes_as_the_samples_were(
@@ -212,6 +214,59 @@ def test_other_samples_get_no_ablation_and_are_told_so(
     other = dataclasses.replace(fid_config, upsampler=())
     assert "ablation" not in evaluated(other)
     assert "ablation: left out" in capsys.readouterr().out
+
+
+# -- the evaluation --------------------------------------------------------------------------------
+
+
+def test_a_prior_is_scored_without_a_decoder(fid_config: FidConfig):
+    whole = evaluated(fid_config)
+    alone = evaluated(dataclasses.replace(fid_config, decoder="", upsampler=()))
+    assert "ablation" not in alone and alone["prior"] == whole["prior"]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ({"embeds": ""}, "--prior: found it without --embeds"),
+        ({"prior": ""}, "--decoder: found it without --prior"),
+        ({"decoder": ""}, "--upsampler: found it without --decoder"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    left_out: dict, message: str, fid_config: FidConfig
+):
+    with pytest.raises(ValueError, match=message):
+        fid.main(dataclasses.replace(fid_config, **left_out))
+
+
+def test_inception_features_need_no_clip(
+    fid_config: FidConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    class Colours:
+        """Stands for Inception, whose weights a test cannot have."""
+
+        name, any_size = "colours", False
+
+        def __init__(self, weights_dir: Path) -> None:
+            assert weights_dir == Path("weights")
+
+        def __call__(self, images: list) -> np.ndarray:
+            return np.stack([np.asarray(image, np.float64).mean((0, 1)) for image in images])
+
+    monkeypatch.setattr("eval.features.InceptionFeatures", Colours)
+    monkeypatch.chdir(Path(fid_config.fake))  # where there is no runs/clip
+    bare = FidConfig(
+        real=fid_config.real, fake=fid_config.fake, out=fid_config.out, features="inception",
+        weights_dir="weights",
+    )  # fmt: skip
+    images = evaluated(bare)["images"]
+    assert images["features"] == "colours" and images["fd"] > 0
+    assert not {"judge", "clip_score", "fd_clip"} & images.keys()
+    assert "clip_score: left out: no --clip" in capsys.readouterr().out
+    judged = evaluated(dataclasses.replace(bare, clip="tiny:random"))["images"]
+    assert judged["fd"] == images["fd"] and judged["judge"].startswith("clip tiny@")
+    assert "clip_score" in judged
 
 
 def test_samples_of_an_earlier_training_get_no_ablation(
