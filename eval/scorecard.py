@@ -104,7 +104,7 @@ def image_scores(real: ImageSet, fake: ImageSet, extractor: Extractor) -> dict[s
 
 
 def shape_scores(captions: list[str], images: Iterable[np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Score drawings against their captions: {set: {all, attribute, relation, n}}."""
+    """Score drawings against their captions: {set: what `summarise` returns}."""
     found: dict[str, list] = {}
     for caption, image in zip(captions, images, strict=True):
         found.setdefault(shape_set(caption), []).append(score(image, caption))
