@@ -1,26 +1,24 @@
 """The whole pipeline, small, on this machine: from a URL list to a measured model and its report.
 
-    python cluster/demo.py                                        # the drawn set, about ten
-    minutes on two cores
-    python cluster/demo.py --pairs pairs.parquet --limit 3000     # your pictures: columns image
-    and caption
+    python cluster/demo.py                                     # the drawn set
+    python cluster/demo.py --pairs pairs.parquet --limit 3000  # your pictures: image and caption
 
-Each stage is a script of its own; its command is printed before it runs. What is done is not
-done again:
-rerun the same command after an interruption to continue.
+The drawn set takes some 13 minutes on two cores. Each stage is a script of its own; its command is
+printed before it runs. What is done is not done again: rerun the same command to continue.
 """
 
 import dataclasses
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli import parse, run_script
+from cluster.cli import DONE, parse, run_script
+from cluster.timings import Timings
 
 CONFIG_NAME = "demo.json"  # also the mark by which --fresh knows that a folder is ours
 
@@ -51,12 +49,18 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One command of the pipeline, and the number of images that it handles."""
+    """One command of the pipeline, and the number of images that it handles.
+
+    output, inputs: of a script that does not know by itself that it is done, the file that it
+    writes last and those whose change calls for another.
+    """
 
     name: str
     script: str
     arguments: tuple[str, ...]
     num_images: int
+    output: Path | None = None
+    inputs: tuple[Path, ...] = ()
 
 
 def main(config: DemoConfig) -> int:
@@ -69,8 +73,12 @@ def main(config: DemoConfig) -> int:
     if port is not None:
         print(f"metrics: http://127.0.0.1:{port}/metrics")
     timings = Timings(run / "timings.json")
-    sets = timings.measure("pairs", "", 0, lambda: _pairs(config, run / "source"))
-    _download(config, run, sets, timings, port)
+    with timings.attempt("pairs") as attempt:
+        sets = _pairs(config, run / "source")
+        attempt.done = True
+    code = _download(run, sets, timings, port)
+    if code:
+        return code
     ensure_ray()
     counts = {name: len(rows) for name, rows in sets.items()}
     drawn = not config.pairs
@@ -112,40 +120,6 @@ def _open(config: DemoConfig) -> Path:
     return run
 
 
-class Timings:
-    """Seconds, images a second and peak memory of each stage, kept over reruns."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
-
-    def measure(self, name: str, command: str, num_images: int, work: Callable[[], Any]) -> Any:
-        """Run `work`; an earlier attempt's seconds are added, since both were needed."""
-        from cluster.memory import PeakMemory
-        from cluster.metrics import gauge
-
-        before = next((row for row in self.rows if row["stage"] == name), None)
-        started = time.perf_counter()
-        with PeakMemory() as peak:
-            result = work()
-        seconds = time.perf_counter() - started + (before["seconds"] if before else 0)
-        row = {
-            "stage": name,
-            "command": command,
-            "seconds": round(seconds, 2),
-            "images": num_images,
-            "images_per_second": round(num_images / seconds, 2) if num_images else None,
-            "peak_memory_bytes": max(peak.bytes, before["peak_memory_bytes"] if before else 0),
-        }
-        self.rows = [other for other in self.rows if other["stage"] != name] + [row]
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self.rows, indent=1))
-        part.replace(self._path)
-        if name != "pairs":
-            gauge("minidalle2_stage_seconds").set(seconds, stage=name.split(" ")[0])
-        return result
-
-
 def _pairs(config: DemoConfig, folder: Path) -> dict[str, list[dict[str, Any]]]:
     from cluster.demo_data import drawn_pairs, given_pairs
 
@@ -157,27 +131,31 @@ def _pairs(config: DemoConfig, folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _download(
-    config: DemoConfig,
-    run: Path,
-    sets: dict[str, list[dict[str, Any]]],
-    timings: Timings,
-    port: int | None,
-) -> None:
-    """Serve the pairs on the loopback and download them, as one would from the web."""
-    from cluster.demo_data import serve_pairs, write_url_list
+    run: Path, sets: dict[str, list[dict[str, Any]]], timings: Timings, port: int | None
+) -> int:
+    """Serve the pairs on the loopback and download them, as one would from the web.
 
-    lists = {name: run / "source" / f"{name}_urls.parquet" for name in sets}
+    Returns the exit code. A download that is whole needs no server, nor its old port.
+    """
+    from cluster.demo_data import is_fetched, serve_pairs, write_url_list
+
+    folders = {name: run / "data" / name / "images" for name in sets}
+    # an even number of shards, so that a judge can learn from the other half of them
+    per_shard = {name: max(1, min(500, -(-len(rows) // 8))) for name, rows in sets.items()}
     mark = run / "source" / "port"
-    with serve_pairs(sets, int(mark.read_text()) if mark.is_file() else 0) as served:
+    known = int(mark.read_text()) if mark.is_file() else 0
+    whole = known and all(
+        is_fetched(folders[name], -(-len(rows) // per_shard[name])) for name, rows in sets.items()
+    )
+    with nullcontext(known) if whole else serve_pairs(sets, known) as served:
         mark.write_text(str(served))
         for name, rows in sets.items():
-            if not lists[name].is_file():
-                write_url_list(lists[name], rows, served, name)
-            # an even number of shards, so that a judge can learn from the other half of them
-            per_shard = max(1, min(500, -(-len(rows) // 8)))
+            urls = run / "source" / f"{name}_urls.parquet"
+            if not urls.is_file():
+                write_url_list(urls, rows, served, name)
             arguments = (
-                "--urls", str(lists[name]), "--out", str(run / "data" / name / "images"),
-                "--image-size", "64", "--samples-per-shard", str(per_shard),
+                "--urls", str(urls), "--out", str(folders[name]),
+                "--image-size", "64", "--samples-per-shard", str(per_shard[name]),
                 "--num-processes", "0", "--allow-address", f"127.0.0.1:{served}",
                 "--host-rate", "0", "--host-connections", "32",
             )  # fmt: skip
@@ -187,20 +165,25 @@ def _download(
                 arguments=arguments,
                 num_images=len(rows),
             )
-            if _run_stage(stage, timings, port):
-                raise ValueError(
-                    f"{run}: the download of {name} is incomplete; rerun the same command"
-                )
+            code = _run_stage(stage, timings, port)
+            if code:
+                print(f"{run}: the download of {name} is incomplete; rerun the same command")
+                return code
+    return DONE
 
 
 def _stages(config: DemoConfig, run: Path, counts: dict[str, int], drawn: bool) -> list[Stage]:
     """List the commands after the download, in order."""
+    from eval.samples import SAMPLES_NAME
+    from models.weights import FINAL_NAME
+
     data = {
         name: (str(run / "data" / name / "images"), str(run / "data" / name / "embeds"))
         for name in counts
     }
     (images, embeds), (test_images, test_embeds) = data["train"], data["test"]
     runs = {name: str(run / name) for name in ("clip", "judge", "prior", "base", "up")}
+    finals = [run / name / FINAL_NAME for name in runs if name != "judge" or not drawn]
     preset, samples = ("--preset", config.size), str(run / "samples")
     chain = ("--prior", runs["prior"], "--decoder", runs["base"], "--upsampler", runs["up"])
 
@@ -244,6 +227,8 @@ def _stages(config: DemoConfig, run: Path, counts: dict[str, int], drawn: bool) 
                 "--clip", runs["clip" if drawn else "judge"], "--out", str(run / "scores.json"),
             ),
             num_images=counts["test"],
+            output=run / "scores.json",
+            inputs=(run / "samples" / SAMPLES_NAME, *finals),
         ),
     ]  # fmt: skip
     return stages
@@ -251,18 +236,31 @@ def _stages(config: DemoConfig, run: Path, counts: dict[str, int], drawn: bool) 
 
 def _run_stage(stage: Stage, timings: Timings, port: int | None) -> int:
     """Print the stage's command and run its `main` with the configuration that this command
-    gives."""
+    gives, unless its output is there already."""
     shown = " ".join(_short(argument) for argument in stage.arguments)
-    print(f"\n$ python {stage.script} {shown}", flush=True)
+    command = f"python {stage.script} {shown}"
+    print(f"\n$ {command}", flush=True)
     config_class, run_main, presets = _script(stage.script)
     config = parse(config_class, presets=presets, argv=stage.arguments)
     config = dataclasses.replace(config, metrics_port=port)
     images = stage.num_images
     if hasattr(config, "train"):
         images = config.train.num_steps * config.train.global_batch_size
-    return timings.measure(
-        stage.name, f"python {stage.script} {shown}", images, lambda: run_main(config)
-    )
+    with timings.attempt(stage.name, command, images) as attempt:
+        code = DONE if _is_current(stage) else run_main(config)
+        attempt.done = code == DONE
+    return code
+
+
+def _is_current(stage: Stage) -> bool:
+    """Say, and tell, whether the stage's output is newer than everything that it was made of."""
+    if stage.output is None or not stage.output.is_file():
+        return False
+    written = stage.output.stat().st_mtime_ns
+    if any(path.stat().st_mtime_ns >= written for path in stage.inputs):
+        return False
+    print(f"{_short(str(stage.output))}: newer than what it is made of; delete it to make it anew")
+    return True
 
 
 def _short(argument: str) -> str:

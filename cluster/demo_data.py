@@ -64,35 +64,26 @@ def drawn_pairs(folder: Path, num_train: int, num_test: int, seed: int) -> dict[
 def given_pairs(folder: Path, source: Path, limit: int) -> dict[str, Pairs]:
     """Split a user's Parquet file by base name, so that no variant of a test picture is trained on.
 
-    Raises ValueError for a missing file or column, naming the columns found.
+    What was split stays as it is. Raises ValueError as `_read_given` does, for a picture that does
+    not decode, and for too few pairs.
     """
-    import pyarrow.parquet as pq
-
-    if not source.is_file():
-        raise ValueError(
-            f"{source}: found no such file, expected a Parquet file with columns image and caption"
-        )
-    columns = pq.ParquetFile(source).schema_arrow.names
-    for column in ("image", "caption"):
-        if column not in columns:
-            raise ValueError(
-                f"{source}: column {column}: found only {', '.join(columns)}, expected image and "
-                f"caption"
-            )
-    named = "name" if "name" in columns else "caption"
-    rows = pq.read_table(source, columns=["image", "caption", *({named} - {"caption"})]).to_pylist()
+    paths = {name: folder / f"{name}.parquet" for name in ("train", "test")}
+    if all(path.is_file() for path in paths.values()):
+        return {name: Pairs(path=path) for name, path in paths.items()}
+    rows = _read_given(source)
     # a stable shuffle by base name: variants stay together, and a limit takes whole names
     rows.sort(
         key=lambda row: (
-            zlib.crc32(base_name(row[named]).encode()),
-            base_name(row[named]),
+            zlib.crc32(base_name(row["name"]).encode()),
+            base_name(row["name"]),
             row["caption"],
         )
     )
     rows = rows[: limit or None]
+    _require_pictures(source, rows)
     split: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for row in rows:
-        held_out = zlib.crc32(f"test {base_name(row[named])}".encode()) % TEST_ONE_IN == 0
+        held_out = zlib.crc32(f"test {base_name(row['name'])}".encode()) % TEST_ONE_IN == 0
         split["test" if held_out else "train"].append(
             {"image": row["image"], "caption": row["caption"]}
         )
@@ -101,7 +92,60 @@ def given_pairs(folder: Path, source: Path, limit: int) -> dict[str, Pairs]:
             raise ValueError(
                 f"{source}: found {len(part)} pairs for {name}, expected more; raise --limit"
             )
-    return {name: write_pairs(folder / f"{name}.parquet", part) for name, part in split.items()}
+    return {name: write_pairs(paths[name], part) for name, part in split.items()}
+
+
+def _read_given(source: Path) -> list[dict[str, Any]]:
+    """Read a user's pairs as rows {number, image, caption, name}; name is the caption where there
+    is no such column.
+
+    Raises ValueError for a missing file or column, another type, and a null, naming its row.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not source.is_file():
+        raise ValueError(
+            f"{source}: found no such file, expected a Parquet file with columns image and caption"
+        )
+    names = pq.ParquetFile(source).schema_arrow.names
+    for column in ("image", "caption"):
+        if column not in names:
+            raise ValueError(
+                f"{source}: column {column}: found only {', '.join(names)}, expected image and "
+                f"caption"
+            )
+    table = pq.read_table(source, columns=[c for c in ("image", "caption", "name") if c in names])
+    for column in table.column_names:
+        values, expected = table[column], "binary" if column == "image" else "string"
+        kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        if str(kind).removeprefix("large_") != expected:
+            told = "the bytes of an encoded picture" if column == "image" else "text"
+            raise ValueError(
+                f"{source}: column {column}: found {kind}, expected {expected}: {told}"
+            )
+        if values.null_count:
+            first = values.is_null().to_pylist().index(True)
+            raise ValueError(
+                f"{source}: column {column}: found null in row {first} (counted from 0), expected "
+                f"{expected} in every row; leave out the {values.null_count} rows without"
+            )
+    rows = table.to_pylist()
+    return [{"name": row["caption"], **row, "number": i} for i, row in enumerate(rows)]
+
+
+def _require_pictures(source: Path, rows: list[dict[str, Any]]) -> None:
+    """Decode every picture as the download will, so that a bad one is named by its row."""
+    from ingest.decode import Resizer
+
+    resize = Resizer(image_size=64, resize_mode="keep_ratio")
+    for row in rows:
+        if resize(io.BytesIO(row["image"]))[-1] is not None:
+            raise ValueError(
+                f"{source}: column image: found {len(row['image'])} bytes in row {row['number']} "
+                f"(counted from 0) that do not decode, expected an encoded picture (JPEG, PNG, "
+                f"WebP, ...); leave out the row"
+            )
 
 
 def base_name(name: str) -> str:
@@ -127,6 +171,14 @@ def write_url_list(path: Path, pairs: list[dict[str, Any]], port: int, name: str
     part = path.with_suffix(".part")
     pq.write_table(table, part)
     part.replace(path)
+
+
+def is_fetched(images: Path, num_shards: int) -> bool:
+    """Say whether all `num_shards` shards of a download are committed and undamaged."""
+    from ingest.shards import committed, damage
+
+    commits = committed(images).values()
+    return len(commits) == num_shards and not any(damage(images, commit) for commit in commits)
 
 
 @contextmanager

@@ -2,13 +2,34 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from ingest.commits import digest_file
 from models.clip import load_clip
 from models.unclip import UnClip
 from models.weights import exported, load_config
 
 
 def load_chain(clip: str, prior: str, decoder: str, upsamplers: Sequence[str]) -> UnClip:
-    """Load finished runs; `clip` empty means the encoder that the prior was trained on."""
+    """Load finished runs; `clip` empty means the encoder that the prior was trained on, `decoder`
+    empty the prior alone."""
     spec = clip or load_config(exported(Path(prior)))["clip"]
     return UnClip.load(load_clip(spec), prior, decoder, tuple(upsamplers))
+
+
+def chain_weights(prior: str, decoder: str, upsamplers: Sequence[str]) -> dict[str, Any]:
+    """Tell the weights of finished runs by their content, since a path may be trained anew.
+
+    Returns {prior_weights, decoder_weights: {step, sha256}, upsampler_weights: a list of such}:
+    the exported step, and the sha256 of its averaged weights.
+    """
+
+    def told(run: str) -> dict[str, str]:
+        step = exported(Path(run))
+        return {"step": step.name, "sha256": digest_file(step / "ema.safetensors")}
+
+    return {
+        "prior_weights": told(prior),
+        "decoder_weights": told(decoder),
+        "upsampler_weights": [told(run) for run in upsamplers],
+    }

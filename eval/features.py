@@ -3,18 +3,19 @@
 No weights are ever fetched here: a missing file is an error that says where it comes from.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ingest.commits import digest_file
 from models.clip import FrozenClip
 
+Item = TypeVar("Item")
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256_PREFIX = "6726825d"  # the file bears the head of its own sha256
 INCEPTION_SOURCE = (
@@ -23,10 +24,13 @@ INCEPTION_SOURCE = (
 
 
 class Extractor(Protocol):
-    """Maps uint8 images [B, 3, H, W] of any size to float features [B, D]."""
+    """Maps images to float features [B, D]; `any_size` says whether they may differ in size."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def any_size(self) -> bool: ...
 
     def __call__(self, images: list[Image.Image]) -> np.ndarray: ...
 
@@ -36,6 +40,7 @@ class ClipFeatures:
     """Unit-norm CLIP image embeddings, through the encoder's own preprocessing."""
 
     encoder: FrozenClip
+    any_size = True
 
     @property
     def name(self) -> str:
@@ -48,7 +53,13 @@ class ClipFeatures:
 
 class InceptionFeatures:
     """Pool-3 features [B, 2048] of the 2015-12-05 Inception, TF1 bilinear resize, by
-    torch-fidelity."""
+    torch-fidelity.
+
+    Images are stretched to 299 x 299 px whatever their shape, so a set is of one size, as in
+    torch-fidelity: how other pictures are cropped is the user's choice, and part of the number.
+    """
+
+    any_size = False
 
     @property
     def name(self) -> str:
@@ -77,8 +88,7 @@ def verified_inception(weights_dir: Path) -> Path:
             f"{INCEPTION_SHA256_PREFIX}...); "
             f"get them from {INCEPTION_SOURCE}"
         )
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = digest_file(path)
     if not found.startswith(INCEPTION_SHA256_PREFIX):
         raise ValueError(
             f"{path}: found sha256 {found}, expected {INCEPTION_SHA256_PREFIX}...; get it again"
@@ -87,11 +97,11 @@ def verified_inception(weights_dir: Path) -> Path:
     return path
 
 
-def in_batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
-    """Group `images` into lists of at most `size`."""
-    batch: list[Image.Image] = []
-    for image in images:
-        batch.append(image)
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Group `items` into lists of at most `size`."""
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
         if len(batch) == size:
             yield batch
             batch = []
@@ -99,11 +109,32 @@ def in_batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.
         yield batch
 
 
+def of_one_size(images: Iterable[Image.Image], source: str) -> Iterator[Image.Image]:
+    """Pass `images` on; raises ValueError at the first whose size is not that of the first."""
+    expected = None
+    for number, image in enumerate(images):
+        expected = expected or image.size
+        if image.size != expected:
+            found, first = (f"{width} x {height} px" for width, height in (image.size, expected))
+            raise ValueError(
+                f"{source}: found image {number} of {found} after images of {first}, expected one "
+                "size; crop and resize them alike first, or take --features clip"
+            )
+        yield image
+
+
 def extract(
-    extractor: Extractor, images: Iterable[Image.Image], batch_size: int = 100
+    extractor: Extractor,
+    images: Iterable[Image.Image],
+    batch_size: int = 100,
+    source: str = "images",
 ) -> np.ndarray:
-    """Return the features [N, D] of all `images`."""
-    parts = [extractor(batch) for batch in in_batches(images, batch_size)]
+    """Return the features [N, D] of all `images`; `source` names them in errors.
+
+    Raises ValueError if there are none, and for several sizes where the extractor takes but one.
+    """
+    fitting = images if extractor.any_size else of_one_size(images, source)
+    parts = [extractor(batch) for batch in in_batches(fitting, batch_size)]
     if not parts:
-        raise ValueError(f"{extractor.name}: found no images, expected at least 2")
+        raise ValueError(f"{source}: found no images, expected at least 2")
     return np.concatenate(parts)

@@ -3,9 +3,8 @@ captions.
 
     python eval/fid.py --real data/test/images --fake samples --clip runs/clip
     python eval/fid.py --real photos/ --fake samples --features inception --weights-dir weights/
-    python eval/fid.py --real data/test/images --fake samples --embeds data/test/embeds --prior
-    runs/prior \\
-        --decoder runs/base --upsampler runs/up256
+    python eval/fid.py --real data/test/images --fake samples --embeds data/test/embeds \\
+        --prior runs/prior --decoder runs/base --upsampler runs/up256
 """
 
 import json
@@ -19,7 +18,9 @@ from cluster.cli import parse, run_script
 
 if TYPE_CHECKING:
     from eval.samples import ImageSet
+    from models.clip import FrozenClip
 
+DEFAULT_CLIP = "runs/clip"
 SMALL = 2049  # below this many images a 2048-dimensional covariance is singular
 
 
@@ -35,16 +36,17 @@ class FidConfig:
     """space of the Frechet distance; FID proper is inception's"""
     weights_dir: str = ""
     """folder of the Inception weights; nothing is ever downloaded"""
-    clip: str = "runs/clip"
-    """encoder of CLIP features and of the CLIP score"""
+    clip: str = ""
+    """encoder of CLIP features and of the CLIP score; empty = runs/clip for --features clip, and no
+    CLIP score for inception"""
     embeds: str = ""
     """embeddings of the real images: adds the scores of CLIP and, with --prior, of the chain"""
     prior: str = ""
-    """finished prior, for its own scores and the ablation"""
+    """finished prior, for its own scores and the ablation; with --embeds"""
     decoder: str = ""
-    """finished base decoder, for the ablation"""
+    """finished base decoder, for the ablation; with --prior"""
     upsampler: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """finished upsampler; repeatable"""
+    """finished upsampler; repeatable; with --decoder"""
     out: str = "eval.json"
     """file of the scores"""
     num_threads: int = 2
@@ -59,32 +61,20 @@ def main(config: FidConfig) -> int:
 
     from cluster.metrics import serve
     from eval.samples import open_images
-    from eval.scorecard import caption_scores, image_scores, is_drawn, shapes_with_real
+    from eval.scorecard import is_drawn, shapes_with_real
     from models.clip import load_clip
 
+    _require_together(config)
     serve(config.metrics_port)
     torch.set_num_threads(config.num_threads)
     real, fake = open_images(config.real), open_images(config.fake)
-    encoder = load_clip(config.clip) if config.clip else None
-    extractor = _extractor(config, encoder)
-    if len(fake) < SMALL and config.features == "inception":
-        print(
-            f"warning: {len(fake)} images are too few to quote an FID; at least {SMALL} are needed"
-        )
-    found = image_scores(real, fake, extractor)
-    images = {**found, "judge": extractor.name}
-    if config.features == "clip":
-        images["fd_clip"], images["fd_clip_real_halves"] = (
-            images.pop("fd"),
-            images.pop("fd_real_halves"),
-        )
-    scores: dict[str, Any] = {"images": images}
-    if encoder is not None and fake.captions:
-        images.update(caption_scores(fake, fake.captions, encoder))
+    clip = config.clip or (DEFAULT_CLIP if config.features == "clip" else "")
+    encoder = load_clip(clip) if clip else None
+    scores: dict[str, Any] = {"images": _image_scores(config, real, fake, encoder)}
     if is_drawn(fake.captions) and is_drawn(real.captions):
         scores["shapes"] = shapes_with_real(fake, real)
     if config.embeds:
-        scores.update(_chain_scores(config, fake))
+        scores.update(_chain_scores(config, fake, encoder))
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part")
@@ -94,17 +84,44 @@ def main(config: FidConfig) -> int:
     return 0
 
 
-def _extractor(config: FidConfig, encoder: Any) -> Any:
+def _require_together(config: FidConfig) -> None:
+    """Refuse an option that would do nothing without another."""
+    for name, other in (("upsampler", "decoder"), ("decoder", "prior"), ("prior", "embeds")):
+        if getattr(config, name) and not getattr(config, other):
+            raise ValueError(
+                f"--{name}: found it without --{other}, expected both; add --{other} or leave out "
+                f"--{name}"
+            )
+
+
+def _image_scores(
+    config: FidConfig, real: "ImageSet", fake: "ImageSet", encoder: "FrozenClip | None"
+) -> dict[str, Any]:
+    """Return the Frechet distance, and the CLIP score where there are captions and an encoder."""
     from eval.features import ClipFeatures, InceptionFeatures
+    from eval.scorecard import caption_scores, image_scores
 
-    if config.features == "inception":
-        return InceptionFeatures(Path(config.weights_dir))
-    if encoder is None:
-        raise ValueError("clip: found nothing, expected the encoder of --features clip")
-    return ClipFeatures(encoder)
+    judge = None if encoder is None else ClipFeatures(encoder)
+    if judge is None or config.features == "inception":
+        if len(fake) < SMALL:
+            print(f"warning: {len(fake)} images are too few to quote an FID; it takes {SMALL}")
+        images = image_scores(real, fake, InceptionFeatures(Path(config.weights_dir)))
+    else:
+        images = image_scores(real, fake, judge)
+        for name in ("fd", "fd_real_halves"):
+            images[name.replace("fd", "fd_clip")] = images.pop(name)
+    if judge is not None:
+        images["judge"] = judge.name
+    if encoder is not None and fake.captions:
+        images.update(caption_scores(fake, fake.captions, encoder))
+    elif fake.captions:
+        print("clip_score: left out: no --clip")
+    return images
 
 
-def _chain_scores(config: FidConfig, fake: "ImageSet") -> dict[str, Any]:
+def _chain_scores(
+    config: FidConfig, fake: "ImageSet", encoder: "FrozenClip | None"
+) -> dict[str, Any]:
     """Score the CLIP on the embeddings, the prior where it is given, and the ablation where the
     fake images are the chain's for these captions."""
     from PIL import Image
@@ -120,41 +137,46 @@ def _chain_scores(config: FidConfig, fake: "ImageSet") -> dict[str, Any]:
         read_embeds,
         shape_scores,
     )
-    from models.clip import load_clip
 
     captions, image, text = read_embeds(config.embeds)
     scores: dict[str, Any] = {"clip": clip_scores(captions, image, text)}
-    if not (config.prior and config.decoder):
+    if not config.prior:
         return scores
     chain = load_chain("", config.prior, config.decoder, config.upsampler)
     scores["prior"] = prior_scores(chain, captions, image, sampling_of(fake.settings))
+    if not config.decoder:
+        return scores
+    drawn = is_drawn(captions)
+    if encoder is None and not drawn:
+        print("ablation: left out: no --clip to judge it")
+        return scores
     if not _drew(config, fake, captions):
         print(
             f"ablation: left out: {config.fake} are not the samples of --prior, --decoder and "
-            "--upsampler for all captions of --embeds"
+            "--upsampler as they are now, for all captions of --embeds"
         )
         return scores
-    drawn, judge_clip = is_drawn(captions), load_clip(config.clip)
 
     def judge(images: Any) -> dict[str, Any]:
-        if drawn:
+        if drawn or encoder is None:
             return shape_scores(captions, images)
-        return caption_scores(map(Image.fromarray, images), captions, judge_clip)
+        return caption_scores(map(Image.fromarray, images), captions, encoder)
 
     scores["ablation"], images = ablation(chain, (captions, image, text), fake, judge)
-    _ablation_grid(Path(config.out).parent / "samples", captions, images)
+    _ablation_grid(Path(config.fake), captions, images)
     return scores
 
 
 def _drew(config: FidConfig, fake: "ImageSet", captions: list[str]) -> bool:
-    """Say whether the chain that is given drew `fake` for these captions."""
-    chain = {
-        "prior": config.prior, "decoder": config.decoder, "upsampler": list(config.upsampler),
-    }  # fmt: skip
-    return fake.captions == captions and chain.items() <= fake.settings.items()
+    """Say whether the chain that is given, as it is trained now, drew `fake` for these captions."""
+    from eval.chain import chain_weights
+
+    weights = chain_weights(config.prior, config.decoder, config.upsampler)
+    return fake.captions == captions and weights.items() <= fake.settings.items()
 
 
 def _ablation_grid(folder: Path, captions: list[str], images: dict[str, Any]) -> None:
+    """Write ablation.png, and ablation.json with its captions, beside the samples."""
     from eval.generate import grid, save_png
 
     step = max(1, len(captions) // 8)

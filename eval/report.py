@@ -275,7 +275,7 @@ def _shape_rows(shapes: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 "value": cell.get(s),
                 "real": real.get(s),
-                "error": _standard_error(cell.get(s), count),
+                "error": _standard_error(s, cell),
             }
             for s in SHAPE_SCORES
         ]
@@ -283,8 +283,12 @@ def _shape_rows(shapes: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _standard_error(share: float | None, count: int | None) -> float | None:
-    """Return the standard error of a share of `count`: sqrt(p (1 - p) / n)."""
+def _standard_error(score: str, cell: dict[str, Any]) -> float | None:
+    """Return the standard error of a score: sqrt(p (1 - p) / n) of a share of images; of attribute,
+    a mean over images of several answers each, what the scorer found; None if it did not."""
+    if score == "attribute":
+        return cell.get("attribute_error")
+    share, count = cell.get(score), cell.get("n")
     if share is None or not count or not 0 <= share <= 1:
         return None
     return math.sqrt(share * (1 - share) / count)

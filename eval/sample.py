@@ -66,11 +66,12 @@ class SampleConfig:
 
 
 def main(config: SampleConfig) -> int:
-    """Draw what is missing in `config.out`, then write samples.jsonl and grid.png."""
+    """Draw what is missing in `config.out`, then write grid.png and samples.jsonl."""
     import torch
 
     from cluster.metrics import serve
     from eval.chain import load_chain
+    from eval.samples import SAMPLES_NAME
 
     started = time.perf_counter()
     serve(config.metrics_port)
@@ -78,13 +79,11 @@ def main(config: SampleConfig) -> int:
     captions = _captions(config)
     out = Path(config.out)
     chain = load_chain(config.clip, config.prior, config.decoder, config.upsampler)
-    _open(out, config, captions)
+    _open(out, _settings(config, captions, chain), fresh=config.fresh)
     made = _draw(out, config, captions, chain)
-    lines = [{"file": _name(i), "caption": c, "seed": config.seed} for i, c in enumerate(captions)]
-    part = out / "samples.part"
-    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    part.replace(out / "samples.jsonl")
-    _grid(out, captions)
+    if made or not (out / SAMPLES_NAME).is_file():
+        _grid(out, captions)
+        _list(out, config, captions)
     seconds = time.perf_counter() - started
     print(
         f"sample: {made} images drawn, {len(captions) - made} were there, {seconds:.1f} s -> {out}"
@@ -113,25 +112,34 @@ def _captions(config: SampleConfig) -> list[str]:
     return found[: config.limit or None]
 
 
-def _open(out: Path, config: SampleConfig, captions: list[str]) -> None:
+def _settings(config: SampleConfig, captions: list[str], chain: Any) -> dict[str, Any]:
+    """Return what the images depend on: options, captions, and the weights that draw them."""
+    from eval.chain import chain_weights
+
+    settings = dataclasses.asdict(config)
+    for name in ("out", "batch_size", "num_threads", "metrics_port", "fresh", "limit", "prompts"):
+        del settings[name]
+    weights = chain_weights(config.prior, config.decoder, config.upsampler)
+    settings |= {"encoder_id": chain.clip.encoder_id, **weights, "captions": captions}
+    return json.loads(json.dumps(settings))
+
+
+def _open(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
     """Create the folder, or reopen it if it holds samples of these very settings."""
     import shutil
 
     from eval.samples import SETTINGS_NAME
 
-    settings: dict[str, Any] = dataclasses.asdict(config)
-    for name in ("out", "batch_size", "num_threads", "metrics_port", "fresh", "limit", "prompts"):
-        del settings[name]
-    settings = json.loads(json.dumps({**settings, "captions": captions}))
     path = out / SETTINGS_NAME
-    if config.fresh and path.is_file():
+    if fresh and path.is_file():
         shutil.rmtree(out)
     if path.is_file():
         found = json.loads(path.read_text())
         for name, value in settings.items():
             if found.get(name) != value:
+                told = f" ({found.get(name)!r}, expected {value!r})" if name != "captions" else ""
                 raise ValueError(
-                    f"{out}: found samples of another {name}; name another --out, or --fresh"
+                    f"{out}: found samples of another {name}{told}; name another --out, or --fresh"
                 )
         return
     if out.is_dir() and any(out.iterdir()):
@@ -173,6 +181,16 @@ def _save(paths: list[Path], images: Any) -> None:
         part = path.with_suffix(".part")
         Image.fromarray(image).save(part, format="png")
         part.replace(path)
+
+
+def _list(out: Path, config: SampleConfig, captions: list[str]) -> None:
+    """Write samples.jsonl, by which a folder of samples is finished."""
+    from eval.samples import SAMPLES_NAME
+
+    lines = [{"file": _name(i), "caption": c, "seed": config.seed} for i, c in enumerate(captions)]
+    part = out / "samples.part"
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    part.replace(out / SAMPLES_NAME)
 
 
 def _grid(out: Path, captions: list[str], most: int = 24, columns: int = 6) -> None:

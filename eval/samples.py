@@ -19,7 +19,7 @@ SETTINGS_NAME = "settings.json"
 class ImageSet:
     """Images in a fixed order, with a caption for each where there is one.
 
-    settings: how eval/sample.py drew them; empty for images of another origin.
+    settings: how eval/sample.py drew them, with which weights; empty for images of another origin.
     """
 
     source: str

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.features import ClipFeatures, Extractor, extract
+from eval.features import ClipFeatures, Extractor, extract, in_batches
 from eval.frechet import Moments, frechet_distance
 from eval.generate import caption_keys, render_all, sampling_of
 from eval.samples import ImageSet
@@ -19,6 +19,8 @@ from ingest.shards import EmbedShard, load_snapshot
 from models.clip import FrozenClip
 from models.scores import mean_cosine, retrieval_at_1, shuffled_cosine
 from models.unclip import Sampling, UnClip
+
+BATCH_SIZE = 100  # captions at once
 
 
 def read_embeds(root: str) -> tuple[list[str], Tensor, Tensor]:
@@ -71,7 +73,9 @@ def prior_scores(
     chain: UnClip, captions: list[str], image: Tensor, sampling: Sampling
 ) -> dict[str, Any]:
     """Compare the prior's draws with the true image embeddings [N, E] of `captions`."""
-    drawn = chain.imagine(caption_keys(captions, 0), captions, sampling)
+    keys = caption_keys(captions, 0).split(BATCH_SIZE)
+    parts = zip(keys, in_batches(captions, BATCH_SIZE), strict=True)
+    drawn = torch.cat([chain.imagine(mine, part, sampling) for mine, part in parts])
     meanings = [meaning(caption) for caption in captions]
     return {
         "cos": mean_cosine(drawn, image),
@@ -86,7 +90,7 @@ def image_scores(real: ImageSet, fake: ImageSet, extractor: Extractor) -> dict[s
 
     Both distances rise as sets get smaller; the halves are half as large, and n says so.
     """
-    real_features, fake_features = extract(extractor, real), extract(extractor, fake)
+    real_features, fake_features = (extract(extractor, s, source=s.source) for s in (real, fake))
     order = np.random.default_rng(0).permutation(len(real_features))
     halves = [Moments.of(real_features[part]) for part in np.array_split(order, 2)]
     return {
@@ -100,7 +104,7 @@ def image_scores(real: ImageSet, fake: ImageSet, extractor: Extractor) -> dict[s
 
 
 def shape_scores(captions: list[str], images: Iterable[np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Score drawings against their captions: {set: {all, attribute, relation, n}}."""
+    """Score drawings against their captions: {set: what `summarise` returns}."""
     found: dict[str, list] = {}
     for caption, image in zip(captions, images, strict=True):
         found.setdefault(shape_set(caption), []).append(score(image, caption))
@@ -115,11 +119,13 @@ def arrays(images: Iterable[Image.Image]) -> Iterable[np.ndarray]:
 
 
 def shapes_with_real(fake: ImageSet, real: ImageSet) -> dict[str, dict[str, Any]]:
-    """Return `shape_scores` of `fake`, with the `all` that true drawings get beside it as
-    `real`."""
+    """Return `shape_scores` of `fake`, with the `all` that true drawings get beside it as `real`:
+    None for a set that `real` has no drawing of."""
     scores = shape_scores(fake.captions, arrays(fake))
     truth = shape_scores(real.captions, arrays(real))
-    return {name: {**values, "real": truth[name]["all"]} for name, values in scores.items()}
+    return {
+        name: {**values, "real": truth.get(name, {}).get("all")} for name, values in scores.items()
+    }
 
 
 def caption_scores(
@@ -128,7 +134,10 @@ def caption_scores(
     """Return CLIP score, the mean cosine of image and caption, and the same over all wrong
     pairs."""
     image = torch.from_numpy(extract(ClipFeatures(encoder), images))
-    text, _ = encoder.encode_text(torch.from_numpy(encoder.tokenize(captions)))
+    text = torch.cat([
+        encoder.encode_text(torch.from_numpy(encoder.tokenize(part)))[0]
+        for part in in_batches(captions, BATCH_SIZE)
+    ])  # fmt: skip
     return {
         "clip_score": mean_cosine(image, text),
         "clip_score_shuffled": shuffled_cosine(image, text),

@@ -84,17 +84,23 @@ def score(image: np.ndarray, caption: str) -> ShapeScore:
 
 
 def summarise(scores: Iterable[ShapeScore]) -> dict[str, float | int | None]:
-    """Return the means {all, attribute, relation, n}; relation None if no caption has one.
+    """Return the means {all, attribute, relation, n} and attribute_error; relation is None if no
+    caption has one.
 
+    attribute_error: standard error of the mean of the images' shares, their sample deviation over
+    sqrt(n); None for one image. `all` and `relation` are shares themselves: n tells their error.
     Raises ValueError if there are no scores.
     """
     found = list(scores)
     if not found:
         raise ValueError("shape scores: found none, expected at least one drawing to summarise")
     relations = [s.relation for s in found if s.relation is not None]
+    attributes = np.array([s.attribute for s in found])
+    spread = float(attributes.std(ddof=1)) if len(found) > 1 else None
     return {
         "all": float(np.mean([s.all for s in found])),
-        "attribute": float(np.mean([s.attribute for s in found])),
+        "attribute": float(attributes.mean()),
+        "attribute_error": None if spread is None else spread / len(found) ** 0.5,
         "relation": float(np.mean(relations)) if relations else None,
         "n": len(found),
     }

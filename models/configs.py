@@ -75,7 +75,7 @@ class UNetConfig:
     num_res_blocks: int = 2
     """residual blocks a resolution"""
     attn_resolutions: tuple[int, ...] = (16, 8)
-    """sides in cells, counted after patching, that get attention"""
+    """sides in cells, counted after patching, that get attention; in images of the training size"""
     head_channels: int = 64
     """channels of an attention head"""
     dropout: float = 0.0

@@ -71,23 +71,31 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class UnClip:
-    """The parts of a chain, made for one encoder; any mixture of encoders is refused."""
+    """The parts of a chain, made for one encoder; any mixture of encoders is refused.
+
+    decoder: None for a prior alone, which imagines but does not render.
+    """
 
     clip: FrozenClip
     prior: DiffusionPrior
-    decoder: Decoder
+    decoder: Decoder | None = None
     upsamplers: tuple[Upsampler, ...] = ()
 
     @classmethod
     def load(
-        cls, clip: FrozenClip, prior: str, decoder: str, upsamplers: tuple[str, ...] = ()
+        cls, clip: FrozenClip, prior: str, decoder: str = "", upsamplers: tuple[str, ...] = ()
     ) -> "UnClip":
-        """Load finished runs; ValueError names the part that was trained on another encoder."""
+        """Load finished runs; `decoder` empty loads the prior alone.
+
+        Raises ValueError naming the part that was trained on another encoder or from another size.
+        """
+        if upsamplers and not decoder:
+            raise ValueError(f"{upsamplers[0]}: found an upsampler without a decoder, expected one")
+        runs = {"prior": (prior, "diffusion_prior")}
+        if decoder:
+            runs["decoder"] = (decoder, "decoder")
         parts: dict[str, Any] = {}
-        for name, run, kind in (
-            ("prior", prior, "diffusion_prior"),
-            ("decoder", decoder, "decoder"),
-        ):
+        for name, (run, kind) in runs.items():
             parts[name], config = load_model(run, kind)
             if config["encoder_id"] != clip.encoder_id:
                 raise ValueError(
@@ -95,7 +103,7 @@ class UnClip:
                     f"{clip.encoder_id}; "
                     "join only parts that were trained on one encoder"
                 )
-        raised, size = [], parts["decoder"].image_size
+        raised, size = [], parts["decoder"].image_size if decoder else 0
         for run in upsamplers:
             upsampler, config = load_model(run, "upsampler")
             if config["image_size"] != size * config["factor"]:
@@ -126,7 +134,9 @@ class UnClip:
         self, keys: Tensor, captions: list[str], image_embed: Tensor, sampling: Sampling
     ) -> Tensor:
         """Draw images [B, 3, H, W] in [-1, 1] of given embeddings, through every stage of the
-        cascade."""
+        cascade; ValueError if the chain has no decoder."""
+        if self.decoder is None:
+            raise ValueError("decoder: found none, expected the finished run of a base decoder")
         _, _, states, mask = self.describe(captions)
         condition = Condition(image_embed=image_embed, text_states=states, token_mask=mask)
         with sampling.autocast(keys):

@@ -106,9 +106,9 @@ class _Level(nn.Module):
 class UNet(nn.Module):
     """A noise-conditional U-Net over images of any side that its resolutions divide.
 
-    in_channels, out_channels: of the images; cond: width of the conditioning vector added to the
-    timestep
-    embedding (0 = none); context: width of the condition's tokens (0 = none).
+    image_size: side in px in training, which `config.attn_resolutions` refer to; in_channels,
+    out_channels: of the images; context: width of the condition's tokens (0 = none). Raises
+    ValueError for a size that does not halve, and for attention at a resolution that there is not.
     """
 
     def __init__(
@@ -124,6 +124,7 @@ class UNet(nn.Module):
         self.config = config
         self.grid = image_size // config.patch_size
         self._require_halving(image_size)
+        self._require_attended(image_size)
         area = config.patch_size**2
         width = config.channels
         self.cond_width = 4 * width
@@ -141,6 +142,18 @@ class UNet(nn.Module):
             raise ValueError(
                 f"image size: found {' x '.join(map(str, sides))}, expected a multiple of "
                 f"patch_size = {patch} times 2^{halvings} (one halving a resolution)"
+            )
+
+    def _require_attended(self, image_size: int) -> None:
+        """Refuse attention at a resolution that the network does not have: it would have none."""
+        config = self.config
+        sides = [self.grid // 2**i for i in range(len(config.channel_mult))]
+        unknown = [side for side in config.attn_resolutions if side not in sides]
+        if unknown:
+            raise ValueError(
+                f"attn_resolutions: found {', '.join(map(str, unknown))}, expected some of "
+                f"{', '.join(map(str, sides))}: the sides in cells of images of {image_size} px "
+                f"with patch_size {config.patch_size} and {len(sides)} resolutions"
             )
 
     def _level(self, channels: int, out: int, side: int, resample: str | None = None) -> _Level:

@@ -1,4 +1,5 @@
-"""Fixtures shared by the tests: a small web on the loopback device, a small untrained chain."""
+"""Fixtures shared by the tests: a small web on the loopback device, small data, a small untrained
+chain."""
 
 import dataclasses
 import http.server
@@ -20,6 +21,7 @@ from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
 from models.upsampler import Upsampler
 from models.weights import FINAL_NAME, save_config, save_weights
+from training import demo_data
 
 Handler = http.server.BaseHTTPRequestHandler
 
@@ -123,6 +125,21 @@ def canary() -> Iterator[Site]:
         found.put("/", Site.picture())
         yield found
         assert found.hits == [] and found.robots_hits == 0
+
+
+@pytest.fixture(scope="session")
+def write_data() -> Callable[..., Path]:
+    """Return a function that draws shards of shapes to `root`/images and embeds them to
+    `root`/embeds, with an untrained encoder; it returns `root`."""
+
+    def write(root: Path, *, num_shards: int, samples_per_shard: int) -> Path:
+        demo_data.draw_images(
+            root / "images", num_shards=num_shards, samples_per_shard=samples_per_shard
+        )
+        demo_data.embed_here(str(root / "images"), root / "embeds", "tiny:random")
+        return root
+
+    return write
 
 
 def _finished(run: Path, model: nn.Module, config: dict) -> Path:

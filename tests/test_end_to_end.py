@@ -99,8 +99,11 @@ def test_a_second_run_does_nothing_again(undisturbed: tuple[Path, str]):
     run, _ = undisturbed
     before = {p: p.stat().st_mtime_ns for p in run.glob("*/step_*/ema.safetensors")}
     before |= {p: p.stat().st_mtime_ns for p in run.glob("data/*/*/*.npy")}
+    before |= {p: p.stat().st_mtime_ns for p in (run / "scores.json", run / "timings.json")}
+    scores = (run / "eval.json").read_text()
     said = run_demo(run)
     assert said.count("finished already") == 4
+    assert (run / "eval.json").read_text() == scores, "its seconds included"
     assert before and before == {p: p.stat().st_mtime_ns for p in before}
 
 

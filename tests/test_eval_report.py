@@ -30,7 +30,9 @@ SCORES = {
         "judge": "the CLIP the model was trained on",
     },
     "shapes": {
-        "single": {"all": 0.75, "attribute": 0.9, "real": 0.97, "n": 100},
+        "single": {
+            "all": 0.75, "attribute": 0.9, "attribute_error": 0.0171, "real": 0.97, "n": 100,
+        },
         "seen": {**CELL, "real": 0.96, "n": 100},
         "held_out": {**CELL, "real": {"all": 0.951, "attribute": 0.99, "relation": 1.0}, "n": 100},
     },
@@ -153,7 +155,12 @@ def test_headlines_carry_method_count_and_judge(page: str):
 
 
 def test_tables_and_curves(page: str):
-    assert "± 0.050" in page  # sqrt(.512 * .488 / 100)
+    rows = re.findall(r"<tr><th>(?:one|two) .*?</tr>", page, re.DOTALL)
+    assert [re.findall(r"± ([\d.]+)", row) for row in rows] == [
+        ["0.043", "0.017"],  # sqrt(.75 * .25 / 100); an attribute's is what the scorer says
+        ["0.050", "0.011"],  # sqrt(.512 * .488 / 100), sqrt(.987 * .013 / 100); it says none
+        ["0.050", "0.011"],
+    ]
     assert re.search(r"text embedding in place of .*?0\.399", page)
     assert "13 min 26 s" in page  # 81.5 s and 725 s together
     assert "3.0 GiB" in page and "1,234.5" in page

@@ -1,7 +1,9 @@
 """Samples, and the scores of the chain that drew them: seeded, resumable, and of one setting."""
 
 import dataclasses
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from eval import fid, sample
 from eval.fid import FidConfig
@@ -16,7 +19,7 @@ from eval.generate import default_sampling, sampling_of
 from eval.sample import SampleConfig
 from eval.samples import open_images
 from models.clip import load_clip
-from training import demo_data
+from models.weights import exported, save_weights
 
 CAPTIONS = ("a red cube", "a blue cone", "a red cube", "two dogs", "a hat")
 
@@ -86,6 +89,57 @@ def test_samples_of_other_settings_are_refused_unless_fresh(
     assert len(drawn(config, tmp_path, fresh=True, **changes)) in (1, len(CAPTIONS))
 
 
+def trained_again(run: str) -> None:
+    """Change one weight of a finished run, in place."""
+    path = exported(Path(run)) / "ema.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(str(path)).items()}
+    tensors[max(tensors)].view(-1)[0] += 1
+    save_weights(path, tensors)
+
+
+@pytest.fixture
+def own_chain(config: SampleConfig, tmp_path: Path) -> SampleConfig:
+    """The chain in folders that the test may change."""
+    copies = {}
+    for part, run in (("prior", config.prior), ("decoder", config.decoder),
+                      ("upsampler", config.upsampler[0])):  # fmt: skip
+        copies[part] = str(shutil.copytree(run, tmp_path / "chain" / part))
+    return dataclasses.replace(config, **{**copies, "upsampler": (copies["upsampler"],)})
+
+
+@pytest.mark.parametrize("part", ["prior", "decoder", "upsampler"])
+def test_samples_of_a_part_that_was_trained_again_are_refused_unless_fresh(
+    part: str, own_chain: SampleConfig, tmp_path: Path
+):
+    drawn(own_chain, tmp_path / "out")
+    drawn(own_chain, tmp_path / "out")
+    run = getattr(own_chain, part)
+    trained_again(run if isinstance(run, str) else run[0])
+    with pytest.raises(ValueError, match=f"found samples of another {part}_weights .*sha256"):
+        drawn(own_chain, tmp_path / "out")
+    drawn(own_chain, tmp_path / "out", fresh=True)
+
+
+def test_settings_tell_step_and_weights_of_every_part(config: SampleConfig, tmp_path: Path):
+    drawn(config, tmp_path)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["encoder_id"] == load_clip("tiny:random").encoder_id
+    parts = [settings["prior_weights"], settings["decoder_weights"], *settings["upsampler_weights"]]
+    for part, run in zip(parts, (config.prior, config.decoder, *config.upsampler), strict=True):
+        content = (Path(run) / "step_00000004" / "ema.safetensors").read_bytes()
+        assert part == {"step": "step_00000004", "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_finished_samples_are_left_alone(config: SampleConfig, tmp_path: Path):
+    def written() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+    drawn(config, tmp_path)
+    before = written()
+    drawn(config, tmp_path)
+    assert written() == before
+
+
 def test_settings_on_disk_give_the_sampling_they_were_drawn_with(
     config: SampleConfig, tmp_path: Path
 ):
@@ -102,13 +156,8 @@ def test_settings_on_disk_give_the_sampling_they_were_drawn_with(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_data, "SAMPLES_PER_SHARD", 6)
-        demo_data.draw_images(root / "images", num_shards=2)
-    demo_data.embed_here(str(root / "images"), root / "embeds", "tiny:random")
-    return root
+def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=6)
 
 
 @pytest.fixture
@@ -118,7 +167,7 @@ def fid_config(config: SampleConfig, data: Path, tmp_path: Path) -> FidConfig:
     return FidConfig(
         real=str(data / "images"), fake=str(tmp_path / "samples"), embeds=str(data / "embeds"),
         clip="tiny:random", prior=config.prior, decoder=config.decoder, upsampler=config.upsampler,
-        out=str(tmp_path / "scores.json"),
+        out=str(tmp_path / "scores" / "scores.json"),
     )  # fmt: skip
 
 
@@ -133,8 +182,10 @@ def test_the_ablations_chain_is_the_samples(fid_config: FidConfig, tmp_path: Pat
     for name, values in scores["ablation"]["prior"].items():
         expected = {key: value for key, value in scores["shapes"][name].items() if key != "real"}
         assert values == expected
-    picture = Image.open(tmp_path / "samples" / "ablation.png")
+    picture = Image.open(Path(fid_config.fake) / "ablation.png")
     assert picture.height > 3 * 64
+    found = [path.name for path in Path(fid_config.out).parent.iterdir()]
+    assert found == ["scores.json"], "pictures are kept beside the samples"
 
 
 def test_the_ablation_decodes_as_the_samples_were(
@@ -162,4 +213,68 @@ def test_other_samples_get_no_ablation_and_are_told_so(
 ):
     other = dataclasses.replace(fid_config, upsampler=())
     assert "ablation" not in evaluated(other)
+    assert "ablation: left out" in capsys.readouterr().out
+
+
+# -- the evaluation --------------------------------------------------------------------------------
+
+
+def test_a_prior_is_scored_without_a_decoder(fid_config: FidConfig):
+    whole = evaluated(fid_config)
+    alone = evaluated(dataclasses.replace(fid_config, decoder="", upsampler=()))
+    assert "ablation" not in alone and alone["prior"] == whole["prior"]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ({"embeds": ""}, "--prior: found it without --embeds"),
+        ({"prior": ""}, "--decoder: found it without --prior"),
+        ({"decoder": ""}, "--upsampler: found it without --decoder"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    left_out: dict, message: str, fid_config: FidConfig
+):
+    with pytest.raises(ValueError, match=message):
+        fid.main(dataclasses.replace(fid_config, **left_out))
+
+
+def test_inception_features_need_no_clip(
+    fid_config: FidConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    class Colours:
+        """Stands for Inception, whose weights a test cannot have."""
+
+        name, any_size = "colours", False
+
+        def __init__(self, weights_dir: Path) -> None:
+            assert weights_dir == Path("weights")
+
+        def __call__(self, images: list) -> np.ndarray:
+            return np.stack([np.asarray(image, np.float64).mean((0, 1)) for image in images])
+
+    monkeypatch.setattr("eval.features.InceptionFeatures", Colours)
+    monkeypatch.chdir(Path(fid_config.fake))  # where there is no runs/clip
+    bare = FidConfig(
+        real=fid_config.real, fake=fid_config.fake, out=fid_config.out, features="inception",
+        weights_dir="weights",
+    )  # fmt: skip
+    images = evaluated(bare)["images"]
+    assert images["features"] == "colours" and images["fd"] > 0
+    assert not {"judge", "clip_score", "fd_clip"} & images.keys()
+    assert "clip_score: left out: no --clip" in capsys.readouterr().out
+    judged = evaluated(dataclasses.replace(bare, clip="tiny:random"))["images"]
+    assert judged["fd"] == images["fd"] and judged["judge"].startswith("clip tiny@")
+    assert "clip_score" in judged
+
+
+def test_samples_of_an_earlier_training_get_no_ablation(
+    fid_config: FidConfig, own_chain: SampleConfig, data: Path, capsys: pytest.CaptureFixture
+):
+    runs = {name: getattr(own_chain, name) for name in ("prior", "decoder", "upsampler")}
+    mine = dataclasses.replace(fid_config, **runs)
+    assert "ablation" in evaluated(mine), "a copy of the chain is the chain"
+    trained_again(own_chain.decoder)
+    assert "ablation" not in evaluated(mine)
     assert "ablation: left out" in capsys.readouterr().out

@@ -189,10 +189,12 @@ def test_summary_is_the_mean_and_leaves_out_missing_relations():
     assert summarise(scores) == {
         "all": pytest.approx(1 / 3),
         "attribute": pytest.approx(0.5),
+        "attribute_error": pytest.approx(0.5 / 3**0.5),
         "relation": pytest.approx(0.5),
         "n": 3,
     }
     assert summarise(scores[2:])["relation"] is None
+    assert summarise(scores[2:])["attribute_error"] is None, "of one image there is no spread"
     with pytest.raises(ValueError, match="expected at least one"):
         summarise([])
 

@@ -69,8 +69,8 @@ def test_the_output_starts_at_zero():
 @pytest.mark.parametrize("channel_mult", [(1,), (1, 2), (1, 1, 2)])
 def test_an_image_goes_in_and_an_image_comes_out(patch_size: int, channel_mult: tuple[int, ...]):
     config = UNetConfig(
-        channels=8, channel_mult=channel_mult, num_res_blocks=2, attn_resolutions=(4,),
-        head_channels=8, patch_size=patch_size,
+        channels=8, channel_mult=channel_mult, num_res_blocks=2,
+        attn_resolutions=(16 // patch_size,), head_channels=8, patch_size=patch_size,
     )  # fmt: skip
     unet = awake(UNet(config, image_size=16, in_channels=3, out_channels=5))
     out = unet(images(2, 16), torch.tensor([1, 500]))
@@ -83,6 +83,21 @@ def test_a_size_that_does_not_halve_is_refused(size: int):
     with pytest.raises(ValueError, match=f"image size: found {size}, expected a multiple"):
         UNet(UNetConfig(channels=8, channel_mult=(1, 2, 2)), image_size=size, in_channels=3,
              out_channels=3)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("attn_resolutions", "found"), [((4,), "4"), ((8, 5), "5"), ((32, 16, 3), "32, 3")]
+)
+def test_attention_where_there_is_no_such_resolution_is_refused(
+    attn_resolutions: tuple[int, ...], found: str
+):
+    config = UNetConfig(
+        channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=attn_resolutions,
+        head_channels=8, patch_size=2,
+    )  # fmt: skip
+    expected = f"attn_resolutions: found {found}, expected some of 16, 8: .* of 32 px"
+    with pytest.raises(ValueError, match=expected):
+        UNet(config, image_size=32, in_channels=3, out_channels=3)
 
 
 def test_every_parameter_gets_a_gradient():

@@ -92,6 +92,24 @@ def test_finished_runs_join_into_a_chain_from_caption_to_image(
     assert whole.render(keys, captions, embed, how).shape == (2, 3, 16, 16)
 
 
+def test_a_prior_alone_imagines_as_the_whole_chain_does_and_draws_nothing(
+    tmp_path: Path, clip: FrozenClip, write_chain: WriteChain
+):
+    runs = {name: str(path) for name, path in write_chain(tmp_path, clip).items()}
+    alone = UnClip.load(clip, runs["prior"])
+    image = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
+    prior = PriorSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
+    how = Sampling(prior=prior, decoder=image, upsampler=image)
+    keys, captions = torch.arange(2), ["a red cube", "a blue cone"]
+    embed = alone.imagine(keys, captions, how)
+    whole = UnClip.load(clip, runs["prior"], runs["decoder"])
+    assert torch.equal(embed, whole.imagine(keys, captions, how))
+    with pytest.raises(ValueError, match="decoder: found none"):
+        alone.render(keys, captions, embed, how)
+    with pytest.raises(ValueError, match="found an upsampler without a decoder"):
+        UnClip.load(clip, runs["prior"], upsamplers=(runs["upsampler"],))
+
+
 @pytest.mark.parametrize("part", ["prior", "decoder"])
 def test_a_part_of_another_encoder_is_refused_by_name(
     part: str, tmp_path: Path, clip: FrozenClip, write_chain: WriteChain

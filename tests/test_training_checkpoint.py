@@ -17,7 +17,7 @@ from models.configs import (
     UpsamplerConfig,
 )
 from models.weights import FINAL_NAME
-from training import checkpoint, demo_data, jobs
+from training import checkpoint, jobs
 from training.checkpoint import Fragments, Progress, Record, newest_valid, records, step_folder
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig, TrainConfig
 from training.worker import prepare_run, train_here
@@ -32,14 +32,9 @@ UNET = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resoluti
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
     """Two small shards of drawn images, and their embeddings."""
-    root = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_data, "SAMPLES_PER_SHARD", 10)
-        demo_data.draw_images(root / "images", num_shards=2)
-    demo_data.embed_here(str(root / "images"), root / "embeds", "tiny:random")
-    return root
+    return write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=10)
 
 
 def clip_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 
 from models.configs import ClipConfig, DiffusionPriorConfig
-from training import demo_data
 from training.config import ClipRunConfig, PriorRunConfig, RunConfig, TrainConfig
 from training.jobs import build_clip_job, build_prior
 from training.loop import Job
@@ -35,18 +34,14 @@ TOLERANCE = 5e-5  # of weights that moved by about 1e-2; a step of Adam is 3e-3
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Iterator[Path]:
     """Two shards of drawn images and their embeddings; one private Ray for the whole module."""
     import ray
     import ray.cloudpickle
 
     from cluster.session import ensure_ray
 
-    root = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_data, "SAMPLES_PER_SHARD", 20)
-        demo_data.draw_images(root / "images", num_shards=2)
-    demo_data.embed_here(str(root / "images"), root / "embeds", "tiny:random")
+    root = write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=20)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     ensure_ray()
     yield root

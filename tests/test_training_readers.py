@@ -2,15 +2,18 @@
 
 import dataclasses
 import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ingest.shapes import Pair, make_pairs
 from ingest.shards import EmbedShard, ImageShard, Snapshot, load_snapshot
 from models.clip import preprocess, tokenizer
 from training import demo_data, jobs
+from training.config import DecoderRunConfig
 from training.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader
 
 SIZE, PER_SHARD = 32, 8
@@ -18,14 +21,9 @@ INDEX = np.array([17, 0, 7, 8, 0, 23])  # three shards, one row twice
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
     """Three small shards of drawn images, and their embeddings."""
-    root = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_data, "SAMPLES_PER_SHARD", PER_SHARD)
-        demo_data.draw_images(root / "images", num_shards=3)
-    demo_data.embed_here(str(root / "images"), root / "embeds", "tiny:random")
-    return root
+    return write_data(tmp_path_factory.mktemp("data"), num_shards=3, samples_per_shard=PER_SHARD)
 
 
 def snapshots(data: Path) -> tuple[Snapshot, Snapshot]:
@@ -114,14 +112,11 @@ def test_shards_of_other_keys_are_refused(data: Path):
 def test_a_run_pins_its_snapshot(data: Path, tmp_path: Path):
     run, root = tmp_path / "run", tmp_path / "images"
     run.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_data, "SAMPLES_PER_SHARD", PER_SHARD)
-        demo_data.draw_images(root, num_shards=2)
+    demo_data.draw_images(root, num_shards=2, samples_per_shard=PER_SHARD)
     pinned = jobs.pin_snapshot(str(run), "images", str(root))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.demo_data.write_manifest", lambda *args: None)
-        patch.setattr(demo_data, "SAMPLES_PER_SHARD", PER_SHARD)
-        demo_data.draw_images(root, num_shards=3)
+        demo_data.draw_images(root, num_shards=3, samples_per_shard=PER_SHARD)
     assert load_snapshot(root).digest != pinned.digest
     assert jobs.pin_snapshot(str(run), "images", str(root)) == pinned
 
@@ -165,3 +160,47 @@ def test_another_encoder_than_that_of_the_embeddings_is_refused(data: Path, tmp_
     save_file(state, str(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="found embeddings of encoder tiny@.*, expected tiny@"):
         jobs.encoder_of(data / "embeds", f"tiny:{tmp_path / 'other.safetensors'}")
+
+
+# -- images smaller than what is trained -----------------------------------------------------------
+
+
+def prepared(images: Path, embeds: Path, size: int) -> None:
+    jobs.prepare_data(DecoderRunConfig(images=str(images), embeds=str(embeds), image_size=size))
+
+
+@pytest.fixture
+def of_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two shards of four: 64 x 64, 40 x 64, 64 x 30 and 48 x 48 px, then four of 8 x 8."""
+
+    def resized(*args: object) -> Iterator[Pair]:
+        sizes = [(64, 64), (40, 64), (64, 30), (48, 48), *([(8, 8)] * 4)]
+        for pair, size in zip(make_pairs(8, 0, "train"), sizes, strict=True):
+            file = io.BytesIO()
+            Image.open(io.BytesIO(pair.image_bytes)).resize(size).save(file, "JPEG")
+            yield dataclasses.replace(pair, image_bytes=file.getvalue())
+
+    monkeypatch.setattr(demo_data, "make_pairs", resized)
+    demo_data.draw_images(tmp_path / "images", num_shards=2, samples_per_shard=4)
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        (30, ""),
+        (48, "2 of the first shard's 4 images are smaller than 48 px, down to 30 px"),
+        (64, "3 of the first shard's 4 images are smaller than 64 px, down to 30 px"),
+    ],
+)
+def test_images_that_will_be_enlarged_are_counted_on_one_line(
+    size: int, told: str, of_sizes: Path, data: Path, capsys: pytest.CaptureFixture
+):
+    prepared(of_sizes, data / "embeds", size)
+    said = capsys.readouterr().out
+    assert told in said and said.count("\n") == bool(told)
+
+
+def test_a_size_that_no_image_has_is_refused(of_sizes: Path, data: Path):
+    with pytest.raises(ValueError, match="image_size: found 65 px over images of at most 64 px"):
+        prepared(of_sizes, data / "embeds", 65)

@@ -44,25 +44,29 @@ def ensure_embeds(root: str) -> str:
 
 
 def draw_images(
-    root: Path, split: str = "train", seed: int = 0, num_shards: int = NUM_SHARDS
+    root: Path,
+    split: str = "train",
+    seed: int = 0,
+    num_shards: int = NUM_SHARDS,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
 ) -> None:
     """Write shards of drawn pairs straight to `root`, without a server between."""
     fields = {
         "source": f"shapes {split} {seed}",
         "num_shards": num_shards,
-        "samples_per_shard": SAMPLES_PER_SHARD,
+        "samples_per_shard": samples_per_shard,
     }
     write_manifest(root, "images", fields)
     recover(root)
-    pairs = list(make_pairs(num_shards * SAMPLES_PER_SHARD, seed, split))
+    pairs = list(make_pairs(num_shards * samples_per_shard, seed, split))
     done = committed(root)
     for number in range(num_shards):
         name = shard_name(number)
         if name in done:
             continue
         samples, rows = [], []
-        for row, pair in enumerate(pairs[number * SAMPLES_PER_SHARD :][:SAMPLES_PER_SHARD]):
-            key = f"{number * SAMPLES_PER_SHARD + row:09d}"
+        for row, pair in enumerate(pairs[number * samples_per_shard :][:samples_per_shard]):
+            key = f"{number * samples_per_shard + row:09d}"
             samples.append(
                 Sample(
                     key=key, image_bytes=pair.image_bytes, caption=pair.caption, json={"key": key}

@@ -28,7 +28,7 @@ from models.upsampler import Upsampler
 from training.batches import Batch
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
 from training.loop import Job
-from training.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader
+from training.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader, short_sides
 from training.sizing import encoder_sizes
 
 Config = TypeVar("Config", ClipRunConfig, PriorRunConfig, DecoderRunConfig)
@@ -46,7 +46,32 @@ def prepare_data(config: Config) -> Config:
         changes["embeds"] = ensure_embeds(config.embeds)
         if Path(config.clip).is_dir() and config.clip:  # a worker has a folder of its own
             changes["clip"] = str(Path(config.clip).absolute())
+    if isinstance(config, DecoderRunConfig):
+        require_size(changes["images"], config.image_size)
     return dataclasses.replace(config, **changes)
+
+
+def require_size(images: str, size: int) -> None:
+    """Say how many images of the first shard have no `size` px and will be enlarged.
+
+    Raises ValueError where none has: there is no detail of that size to learn from.
+    """
+    sides = short_sides(load_snapshot(images))
+    small = int((sides < size).sum())
+    if not small:
+        return
+    if small == len(sides):
+        raise ValueError(
+            f"image_size: found {size} px over images of at most {sides.max()} px in the first "
+            f"shard of {images}, expected images as large; pass --image-size {sides.max()} or "
+            f"less, or download them again with --image-size {size}"
+        )
+    print(
+        f"{images}: {small} of the first shard's {len(sides)} images are smaller than {size} px, "
+        f"down to {sides.min()} px, and are enlarged; ingest/download.py --min-image-side {size} "
+        "leaves such out",
+        flush=True,
+    )
 
 
 def encoder_of(embeds: Path | str, clip: str) -> FrozenClip:

@@ -42,6 +42,18 @@ class ImageReader:
         return {"image": self._cached.read(index)}
 
 
+def short_sides(snapshot: Snapshot) -> np.ndarray:
+    """Return the shorter side in px of each image of the first shard that holds any, int [n]."""
+    from PIL import Image
+
+    for entry in snapshot.shards:
+        if entry.num_samples:
+            shard = ImageShard(snapshot.root, entry.name, digest=entry.digest)
+            opened = (Image.open(io.BytesIO(shard.image_bytes(row))) for row in range(len(shard)))
+            return np.array([min(image.size) for image in opened])
+    return np.array([], int)
+
+
 class CaptionReader:
     """Reads `image` and `tokens` int32 [n, L] of image shards: what CLIP trains on, before any
     embedding."""

@@ -1,0 +1,70 @@
+"""What each stage of a run took, kept over reruns: seconds, images a second, peak memory."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Attempt:
+    """One try at a stage; `done` is set by the block that works, when nothing is left to do."""
+
+    done: bool = False
+
+
+class Timings:
+    """Rows {stage, command, seconds, images, images_per_second, peak_memory_bytes, done} in a
+    JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+
+    @contextmanager
+    def attempt(self, stage: str, command: str = "", num_images: int = 0) -> Iterator[Attempt]:
+        """Time the block and add it to the stage's row, however the block ends.
+
+        The seconds of attempts that were cut short count: they were needed too. A row that is done
+        stays as it is: what a rerun takes to find nothing left to do is not the stage's.
+        """
+        from cluster.memory import PeakMemory
+
+        before = next((row for row in self.rows if row["stage"] == stage), None)
+        if before is not None and before.get("done"):
+            yield Attempt(done=True)
+            self._expose(stage)
+            return
+        attempt, peak, started = Attempt(), PeakMemory(), time.perf_counter()
+        try:
+            with peak:
+                yield attempt
+        finally:
+            seconds = time.perf_counter() - started + (before["seconds"] if before else 0)
+            peak_bytes = max(peak.bytes, before["peak_memory_bytes"] if before else 0)
+            self._keep({
+                "stage": stage, "command": command, "seconds": round(seconds, 2),
+                "images": num_images,
+                "images_per_second": round(num_images / seconds, 2) if num_images else None,
+                "peak_memory_bytes": peak_bytes, "done": attempt.done,
+            })  # fmt: skip
+        self._expose(stage)
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.rows = [other for other in self.rows if other["stage"] != row["stage"]] + [row]
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps(self.rows, indent=1))
+        part.replace(self._path)
+
+    def _expose(self, stage: str) -> None:
+        """Set the metric of finished stages; "embed train" and "embed test" are one of them."""
+        from cluster.metrics import STAGES, gauge
+
+        kind = stage.split(" ")[0]
+        done = [row for row in self.rows if row.get("done")]
+        seconds = [row["seconds"] for row in done if row["stage"].split(" ")[0] == kind]
+        if kind in STAGES and seconds:
+            gauge("minidalle2_stage_seconds").set(sum(seconds), stage=kind)

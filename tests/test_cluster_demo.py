@@ -1,0 +1,178 @@
+"""Laws of the demo: what it serves, when it is incomplete, and what it does not do again."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster import demo
+from cluster.demo import DemoConfig, Stage
+from cluster.demo_data import base_name, drawn_pairs, given_pairs
+from cluster.timings import Timings
+from ingest.shapes import make_pairs
+from ingest.shards import load_snapshot
+
+NUM_TRAIN, NUM_TEST = 16, 2
+
+
+def fail_to_write(*_: object) -> None:
+    raise OSError("no space left on device")
+
+
+def downloaded(run: Path) -> int:
+    """Draw a few pairs and download them; returns the exit code."""
+    pairs = drawn_pairs(run / "source", NUM_TRAIN, NUM_TEST, seed=0)
+    sets = {name: found.read() for name, found in pairs.items()}
+    return demo._download(run, sets, Timings(run / "timings.json"), None)
+
+
+@pytest.fixture
+def taken(request: pytest.FixtureRequest) -> Callable[[int], None]:
+    """Return a function that takes a port for the rest of the test."""
+
+    def take(port: int) -> None:
+        other = socket.create_server(("127.0.0.1", port))
+        request.addfinalizer(other.close)
+
+    return take
+
+
+def test_an_incomplete_download_ends_the_demo_with_1_and_a_rerun_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("ingest.shard_task.make_shard", fail_to_write)
+        assert demo.main(DemoConfig(run=str(run), num_train=NUM_TRAIN, num_test=NUM_TEST)) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{run}: the download of train is incomplete; rerun the same command"
+    assert downloaded(run) == 0
+    assert load_snapshot(run / "data" / "train" / "images").num_samples == NUM_TRAIN
+
+
+def test_a_whole_download_needs_its_old_port_no_more(
+    tmp_path: Path, taken: Callable, capsys: pytest.CaptureFixture
+):
+    assert downloaded(tmp_path) == 0
+    before = (tmp_path / "timings.json").read_bytes()
+    taken(int((tmp_path / "source" / "port").read_text()))
+    capsys.readouterr()
+    assert downloaded(tmp_path) == 0
+    assert capsys.readouterr().out.count("done already") == 2, "the shards are looked at again"
+    assert (tmp_path / "timings.json").read_bytes() == before
+
+
+def test_pending_rows_need_the_old_port(tmp_path: Path, taken: Callable):
+    assert downloaded(tmp_path) == 0
+    next((tmp_path / "data" / "test" / "images").glob("*.tar")).unlink()
+    port = int((tmp_path / "source" / "port").read_text())
+    taken(port)
+    with pytest.raises(ValueError, match=f"port {port}: found it taken"):
+        downloaded(tmp_path)
+
+
+def test_an_output_is_made_anew_when_what_it_is_made_of_is_newer(tmp_path: Path):
+    output, inputs = tmp_path / "scores.json", (tmp_path / "samples.jsonl", tmp_path / "final.json")
+    stage = Stage(
+        name="evaluate", script="", arguments=(), num_images=0, output=output, inputs=inputs
+    )
+
+    def write(path: Path, seconds: int) -> None:
+        path.touch()
+        os.utime(path, (seconds, seconds))
+
+    for path in inputs:
+        write(path, 100)
+    assert not demo._is_current(stage), "there is none"
+    for seconds, current in ((99, False), (100, False), (101, True)):
+        write(output, seconds)
+        assert demo._is_current(stage) == current, seconds
+    write(inputs[1], 102)
+    assert not demo._is_current(stage), "one input is newer"
+
+
+# -- a user's own pairs ----------------------------------------------------------------------------
+
+
+def columns(count: int = 40) -> dict[str, list[Any]]:
+    """Drawn pictures under made-up names, each twice: light and dark."""
+    pictures = [pair.image_bytes for pair in make_pairs(count, 0, "train")]
+    names = [f"thing {i // 2}: {'light' if i % 2 else 'dark'} skin tone" for i in range(count)]
+    return {"image": pictures, "caption": [f"a flat icon of {n}" for n in names], "name": names}
+
+
+def written(path: Path, content: dict[str, Any]) -> Path:
+    pq.write_table(pa.table(content), path)
+    return path
+
+
+def test_every_pair_is_in_one_part_and_variants_stay_together(tmp_path: Path):
+    given = columns()
+    found = given_pairs(tmp_path, written(tmp_path / "own.parquet", given), 0)
+    parts = {name: pairs.read() for name, pairs in found.items()}
+    captions = {name: {row["caption"] for row in rows} for name, rows in parts.items()}
+    assert captions["train"] | captions["test"] == set(given["caption"])
+    bases = {name: {base_name(caption) for caption in captions[name]} for name in captions}
+    assert bases["train"].isdisjoint(bases["test"]) and bases["test"]
+    images = dict(zip(given["caption"], given["image"], strict=True))
+    assert all(images[row["caption"]] == row["image"] for rows in parts.values() for row in rows)
+
+
+def test_captions_may_be_encoded_as_a_dictionary(tmp_path: Path):
+    given = columns()
+    plain = given_pairs(tmp_path / "a", written(tmp_path / "a.parquet", given), 0)
+    coded = {**given, "caption": pa.array(given["caption"]).dictionary_encode()}
+    found = given_pairs(tmp_path / "b", written(tmp_path / "b.parquet", coded), 0)
+    assert found["train"].read() == plain["train"].read()
+
+
+def test_what_was_split_stays(tmp_path: Path):
+    source = written(tmp_path / "own.parquet", columns())
+    before = given_pairs(tmp_path, source, 0)["test"].read()
+    source.unlink()
+    assert given_pairs(tmp_path, source, 0)["test"].read() == before
+
+
+def holed(values: list[Any], row: int, value: Any = None) -> list[Any]:
+    return [*values[:row], value, *values[row + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "message"),
+    [
+        ("caption", lambda v: holed(v, 7), "column caption: found null in row 7 .*1 rows"),
+        ("name", lambda v: holed(v, 3), "column name: found null in row 3"),
+        ("image", lambda v: holed(v, 0), "column image: found null in row 0"),
+        ("image", lambda v: holed(v, 9, v[9][:99]), "column image: found 99 bytes in row 9 .*dec"),
+        ("image", lambda v: holed(v, 5, b"no picture"), "column image: found 10 bytes in row 5"),
+        (
+            "image",
+            lambda v: [{"bytes": image, "path": None} for image in v],
+            "column image: found struct<bytes: binary.*>, expected binary",
+        ),
+        ("caption", lambda v: list(range(len(v))), "column caption: found int64, expected string"),
+    ],
+)
+def test_what_is_no_pair_is_named_in_one_line(
+    column: str, change: Callable, message: str, tmp_path: Path
+):
+    given = columns()
+    source = written(tmp_path / "own.parquet", {**given, column: change(given[column])})
+    with pytest.raises(ValueError, match=message) as error:
+        given_pairs(tmp_path, source, 0)
+    assert "\n" not in str(error.value) and str(source) in str(error.value)
+
+
+def test_pictures_beyond_the_limit_are_not_looked_at(tmp_path: Path):
+    given = columns()
+    pairs = given_pairs(tmp_path / "a", written(tmp_path / "a.parquet", given), 36)
+    used = {row["caption"] for found in pairs.values() for row in found.read()}
+    row = next(i for i, caption in enumerate(given["caption"]) if caption not in used)
+    given["image"] = holed(given["image"], row, b"no picture")
+    assert len(used) == 36
+    given_pairs(tmp_path / "b", written(tmp_path / "b.parquet", given), 36)

@@ -1,0 +1,108 @@
+"""Laws of the scorecard: sets that are not there, captions in batches, images of one size."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval import scorecard
+from eval.generate import default_sampling
+from eval.samples import ImageSet, open_images
+from eval.scorecard import caption_scores, image_scores, prior_scores, shapes_with_real
+from ingest.shapes import make_pairs
+from models.clip import load_clip
+
+COUNT = 7
+
+
+def drawn(folder: Path, *splits: str) -> ImageSet:
+    """True drawings of some splits, with their captions."""
+    folder.mkdir()
+    pairs = [pair for split in splits for pair in make_pairs(3, 0, split)]
+    paths = tuple(folder / f"{i:06d}.jpg" for i in range(len(pairs)))
+    for path, pair in zip(paths, pairs, strict=True):
+        path.write_bytes(pair.image_bytes)
+    return ImageSet(source=str(folder), captions=[p.caption for p in pairs], paths=paths)
+
+
+def test_a_set_of_shapes_without_true_drawings_has_none_to_compare(tmp_path: Path):
+    fake = drawn(tmp_path / "fake", "single", "seen", "held_out")
+    found = shapes_with_real(fake, drawn(tmp_path / "real", "single", "seen"))
+    assert {name: cell["real"] for name, cell in found.items()} == {
+        "single": 1.0, "seen": 1.0, "held_out": None,
+    }  # fmt: skip
+    assert found["held_out"]["all"] == 1.0
+
+
+# -- captions in batches ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def captions() -> list[str]:
+    return [pair.caption for pair in make_pairs(COUNT, 0, "seen")]
+
+
+def pictures() -> Iterator[Image.Image]:
+    rng = np.random.default_rng(0)
+    for _ in range(COUNT):
+        yield Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+
+
+def test_captions_are_encoded_in_batches(captions: list[str], monkeypatch: pytest.MonkeyPatch):
+    encoder, seen = load_clip("tiny:random"), []
+    encode = encoder.encode_text
+    monkeypatch.setattr(encoder, "encode_text", lambda t: (seen.append(len(t)), encode(t))[1])
+    whole = caption_scores(pictures(), captions, encoder)
+    monkeypatch.setattr(scorecard, "BATCH_SIZE", 3)
+    assert caption_scores(pictures(), captions, encoder) == pytest.approx(whole, abs=1e-6)
+    assert seen == [COUNT, 3, 3, 1]
+
+
+def test_the_prior_draws_in_batches(captions: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Each caption keeps the key of its place."""
+    seen: list[tuple[list[int], list[str]]] = []
+
+    class Chain:
+        def imagine(self, keys: torch.Tensor, part: list[str], sampling: Any) -> torch.Tensor:
+            seen.append((keys.tolist(), part))
+            return torch.eye(COUNT)[: len(part)]
+
+    image = torch.nn.functional.normalize(torch.ones(COUNT, COUNT), dim=1)
+    chain: Any = Chain()
+    for size in (COUNT, 3):
+        monkeypatch.setattr(scorecard, "BATCH_SIZE", size)
+        assert prior_scores(chain, captions, image, default_sampling())["n"] == COUNT
+    (keys, all_captions), *parts = seen
+    assert [len(part) for _, part in parts] == [3, 3, 1]
+    assert sum((k for k, _ in parts), []) == keys and all_captions == captions
+
+
+# -- images of one size ----------------------------------------------------------------------------
+
+
+class Means:
+    """Mean colours: an extractor that takes what it is told to."""
+
+    name = "means"
+
+    def __init__(self, any_size: bool) -> None:
+        self.any_size = any_size
+
+    def __call__(self, images: list[Image.Image]) -> np.ndarray:
+        return np.stack([np.asarray(image, np.float64).mean((0, 1)) for image in images])
+
+
+def test_sizes_may_differ_only_where_the_extractor_takes_them(tmp_path: Path):
+    for i, image in enumerate(pictures()):
+        image.resize((8, 8) if i < COUNT - 1 else (12, 9)).save(tmp_path / f"{i}.png")
+    images = open_images(str(tmp_path))
+    assert image_scores(images, images, Means(any_size=True))["n"] == COUNT
+    with pytest.raises(ValueError) as error:
+        image_scores(images, images, Means(any_size=False))
+    assert str(error.value).startswith(
+        f"{tmp_path}: found image 6 of 12 x 9 px after images of 8 x 8 px, expected one size"
+    )
