@@ -18,7 +18,8 @@ DONE, INCOMPLETE, WRONG_REQUEST = 0, 1, 2
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its code.
 
-    A user's mistake is one line on stderr and exit code 2, a training that diverged one and 1.
+    A user's mistake is one line on stderr and exit code 2; a training that diverged, a full disk or
+    a lost connection are one line and 1.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -31,6 +32,11 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         code = WRONG_REQUEST
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = INCOMPLETE
+    except OSError as error:
+        if os.environ.get("MINIDALLE2_TRACEBACK"):
+            raise
+        print(f"error: {error}; rerun the same command when that is mended", file=sys.stderr)
         code = INCOMPLETE
     except KeyboardInterrupt:
         print("interrupted; rerun the same command to continue", file=sys.stderr)

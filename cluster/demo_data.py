@@ -136,16 +136,18 @@ def _read_given(source: Path) -> list[dict[str, Any]]:
 
 def _require_pictures(source: Path, rows: list[dict[str, Any]]) -> None:
     """Decode every picture as the download will, so that a bad one is named by its row."""
-    from ingest.decode import Resizer
+    from ingest.decode import DecodeError, Resizer
 
     resize = Resizer(image_size=64, resize_mode="keep_ratio")
     for row in rows:
-        if resize(io.BytesIO(row["image"]))[-1] is not None:
+        try:
+            resize(row["image"])
+        except DecodeError:
             raise ValueError(
                 f"{source}: column image: found {len(row['image'])} bytes in row {row['number']} "
                 f"(counted from 0) that do not decode, expected an encoded picture (JPEG, PNG, "
                 f"WebP, ...); leave out the row"
-            )
+            ) from None
 
 
 def base_name(name: str) -> str:

@@ -7,6 +7,7 @@ run, since no other shard would fare better.
 import errno
 import faulthandler
 import heapq
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -56,10 +57,10 @@ def _patiently(job: ShardJob, item: Todo) -> Made:
             return Made(number=item.number, commit=make_shard(job, item.number, item.rows))
         except NetworkDown as error:
             if tries + 1 == MAX_TRIES:
-                return _failed(item.number, error)
+                return _failed(job, item.number, error)
             time.sleep(PAUSE_SECONDS * 2**tries)
         except OSError as error:
-            return _failed(item.number, error)
+            return _failed(job, item.number, error)
     raise AssertionError("the last try returns")
 
 
@@ -170,14 +171,16 @@ class _Supervisor:
         except RayError as error:  # the worker died, or its node
             problem, passing = RuntimeError(str(error).splitlines()[0]), True
         if not passing or running.tries + 1 == MAX_TRIES:
-            return _failed(number, problem)
+            return _failed(self.job, number, problem)
         when = time.monotonic() + PAUSE_SECONDS * 2**running.tries
         again = _Running(item=running.item, tries=running.tries + 1)
         heapq.heappush(self.later, (when, number, again))
         return None
 
 
-def _failed(number: int, problem: BaseException) -> Made:
-    full = isinstance(problem, OSError) and problem.errno in DISK_ERRORS
-    return Made(number=number, error=str(problem) or repr(problem), fatal=full)
+def _failed(job: ShardJob, number: int, problem: BaseException) -> Made:
+    if isinstance(problem, OSError) and problem.errno in DISK_ERRORS:
+        error = f"{os.strerror(problem.errno or 0)}: make room in {job.root}"
+        return Made(number=number, error=error, fatal=True)
+    return Made(number=number, error=str(problem) or repr(problem))
 

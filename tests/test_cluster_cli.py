@@ -202,6 +202,8 @@ def test_every_shipped_preset_can_be_run_dry(
         (lambda: (_ for _ in ()).throw(FileNotFoundError(2, "No such file", "x")), 2,
          "error: [Errno 2] No such file: 'x'\n"),
         (lambda: (_ for _ in ()).throw(FloatingPointError("the loss")), 1, "error: the loss\n"),
+        (lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")), 1,
+         "error: [Errno 28] No space left on device; rerun the same command when that is mended\n"),
         (lambda: (_ for _ in ()).throw(KeyboardInterrupt), 1,
          "interrupted; rerun the same command to continue\n"),
     ],

@@ -143,7 +143,7 @@ def cases(site, canary) -> Iterator[dict[str, tuple[str, str]]]:
     bomb = gzip.compress(b"\0" * (64 * MIB))
     add("a gzip bomb", "not_an_image", bomb, headers={"Content-Encoding": "gzip"})
     add("SVG", "not_an_image", b"<svg/>", kind="image/svg+xml")
-    add("429 with Retry-After", "rate_limited", status=429, headers={"Retry-After": "60"})
+    add("429 with Retry-After", "rate_limited", status=429, headers={"Retry-After": "1"})
     add("503", "server_error", status=503)
     picture = site.picture()
     add("noai", "opted_out", picture, headers={"X-Robots-Tag": "noai"})

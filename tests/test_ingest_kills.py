@@ -1,0 +1,129 @@
+"""Downloads that are killed, worker, driver or raylet, at any moment: run again, they end alike."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ingest.shards import committed, damage, load_snapshot
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_ROWS, SHARD = 160, 8
+SECONDS_A_RUN = 120
+VICTIMS = ("worker", "driver", "raylet")
+
+
+@pytest.fixture
+def command(site, tmp_path):
+    """Return a function from a folder to the command; the site answers after 20 to 60 ms, each
+    path always alike: pictures, and now and then a 404, a 503 or a page."""
+    others = [(404, b""), (503, b""), (200, b"<html>")]
+    for i in range(NUM_ROWS):
+        status, body = others[i % 3] if i % 10 == 9 else (200, site.picture(40 + i, 40, i))
+        site.put(f"/{i}.png", body, status=status)
+        site.answers[f"/{i}.png"] = slowed(site.answers[f"/{i}.png"], 0.02 + 0.04 * (i % 7) / 6)
+    urls = [site.url(f"/{i}.png") for i in range(NUM_ROWS)]
+    table = {"url": urls, "caption": [f"picture {i}" for i in range(NUM_ROWS)]}
+    pq.write_table(pa.table(table), tmp_path / "list.parquet")
+
+    def spell(out: Path, num_processes: int = 2) -> list[str]:
+        return [
+            sys.executable, str(ROOT / "ingest" / "download.py"), "--out", str(out),
+            "--urls", str(tmp_path / "list.parquet"), "--image-size", "32",
+            "--samples-per-shard", str(SHARD), "--num-processes", str(num_processes),
+            "--num-threads", "2", "--retries", "0", "--host-rate", "0",
+            "--host-connections", "8", "--allow-address", site.address,
+        ]  # fmt: skip
+
+    return spell
+
+
+def slowed(answer, seconds: float):
+    def later(handler) -> None:
+        time.sleep(seconds)
+        answer(handler)
+
+    return later
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_A_RUN)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def find(driver: subprocess.Popen, victim: str) -> list[psutil.Process]:
+    """Return the running processes of a kind that belong to a driver."""
+    if victim == "driver":
+        return [psutil.Process(driver.pid)]
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            title = " ".join(process.cmdline()[:1])
+        except psutil.NoSuchProcess:
+            continue
+        wanted = title.startswith("ray::_supervised") if victim == "worker" else "raylet" in title
+        if wanted and "--" not in title:
+            found.append(process)
+    return found
+
+
+def kill_once(command: list[str], out: Path, victim: str, draw: random.Random) -> str:
+    """Start a run, kill one process of it after some commits, and wait for the end of the rest;
+    return what was killed and when."""
+    commits = draw.randrange(NUM_ROWS // SHARD - 4)
+    log = out.parent / "killed.log"
+    with log.open("w") as file:
+        driver = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + SECONDS_A_RUN
+        while len(list(out.glob("_commits/[!.]*"))) < commits or not find(driver, victim):
+            assert driver.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        family = psutil.Process(driver.pid).children(recursive=True)
+        targets = find(driver, victim)
+        if targets:
+            draw.choice(targets).send_signal(signal.SIGKILL)
+        ended = driver.wait(SECONDS_A_RUN)
+    psutil.wait_procs(family, timeout=60)  # nothing of the dead run may write any more
+    return f"{victim} after {commits} commits: exit {ended}"
+
+
+def digests(out: Path) -> dict[str, str]:
+    commits = committed(out)
+    assert not any(damage(out, commit, deep=True) for commit in commits.values())
+    return {name: commit.digest for name, commit in commits.items()}
+
+
+def campaign(command, tmp_path: Path, kills: list[tuple[str, int]]) -> list[str]:
+    """Kill runs one after the other, each in a folder of its own; return what happened."""
+    whole = tmp_path / "whole"
+    run(command(whole, 0))
+    told = []
+    for number, (victim, seed) in enumerate(kills):
+        out = tmp_path / f"killed{number}"
+        told.append(kill_once(command(out), out, victim, random.Random(seed)))
+        run(command(out))
+        assert digests(out) == digests(whole), told[-1]
+        assert load_snapshot(out).digest == load_snapshot(whole).digest
+        assert list((out / "_attempts").iterdir()) == []
+    return told
+
+
+@pytest.mark.slow
+def test_killed_once_each_it_ends_as_if_undisturbed(command, tmp_path):
+    told = campaign(command, tmp_path, [(victim, seed) for seed, victim in enumerate(VICTIMS)])
+    print(*told, sep="\n")
+
+
+@pytest.mark.soak
+def test_killed_twenty_times_it_ends_as_if_undisturbed(command, tmp_path):
+    told = campaign(command, tmp_path, [(VICTIMS[i % 3], 100 + i) for i in range(20)])
+    print(*told, sep="\n")
