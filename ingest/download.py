@@ -130,8 +130,13 @@ def _make_missing(
 def _check(config: DownloadConfig) -> None:
     if not config.urls:
         raise ValueError("--urls: not given; expected a list of URLs and captions")
-    least = {"image_size": 1, "samples_per_shard": 1, "num_threads": 1, "retries": 0,
-             "host_connections": 1}
+    least = {
+        "image_size": 1,
+        "samples_per_shard": 1,
+        "num_threads": 1,
+        "retries": 0,
+        "host_connections": 1,
+    }
     least |= {"min_image_side": 0}
     for name, low in least.items():
         if getattr(config, name) < low:

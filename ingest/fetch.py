@@ -315,9 +315,7 @@ class Fetcher:
                 self._read(response, CHUNK_BYTES, cut=True)
         response.close()
 
-    def _read(
-        self, response: urllib3.BaseHTTPResponse, max_bytes: int, cut: bool = False
-    ) -> bytes:
+    def _read(self, response: urllib3.BaseHTTPResponse, max_bytes: int, cut: bool = False) -> bytes:
         """Read the body under a byte limit; beyond it is an error, or `cut` off."""
         body = bytearray()
         try:

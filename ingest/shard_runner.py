@@ -183,4 +183,3 @@ def _failed(job: ShardJob, number: int, problem: BaseException) -> Made:
         error = f"{os.strerror(problem.errno or 0)}: make room in {job.root}"
         return Made(number=number, error=error, fatal=True)
     return Made(number=number, error=str(problem) or repr(problem))
-

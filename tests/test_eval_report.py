@@ -31,7 +31,11 @@ SCORES = {
     },
     "shapes": {
         "single": {
-            "all": 0.75, "attribute": 0.9, "attribute_error": 0.0171, "real": 0.97, "n": 100,
+            "all": 0.75,
+            "attribute": 0.9,
+            "attribute_error": 0.0171,
+            "real": 0.97,
+            "n": 100,
         },
         "seen": {**CELL, "real": 0.96, "n": 100},
         "held_out": {**CELL, "real": {"all": 0.951, "attribute": 0.99, "relation": 1.0}, "n": 100},

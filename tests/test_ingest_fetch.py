@@ -230,9 +230,9 @@ def test_certificates_are_verified_for_the_name_not_the_address(monkeypatch):
 
     monkeypatch.setattr(ssl.SSLContext, "wrap_socket", wrap)
     near, far = socket.socketpair()
-    found = Fetcher(
-        FetchPolicy(), resolve=lambda *_: ["8.8.8.8"], connect=lambda *_: near
-    ).fetch("https://pictures.example/a")
+    found = Fetcher(FetchPolicy(), resolve=lambda *_: ["8.8.8.8"], connect=lambda *_: near).fetch(
+        "https://pictures.example/a"
+    )
     far.close()
     assert found.reason == "tls_failed" and seen["name"] == "pictures.example"
     assert seen["mode"] is ssl.CERT_REQUIRED

@@ -1,4 +1,4 @@
-"""A disk that fills up while downloading: a clear line, nothing half, and with room a rerun ends."""
+"""A disk that fills up in a download: a clear line, nothing half, and with room a rerun ends."""
 
 import os
 import random
@@ -55,8 +55,9 @@ def test_a_full_disk_is_told_and_a_rerun_with_room_completes(site, tmp_path, siz
         "--num-processes", "0", "--retries", "0", "--host-rate", "0",
         "--allow-address", site.address,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "SIZE": size})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "SIZE": size}
+    )
     assert done.returncode == 0, done.stderr
     first, second = (kept / "first.txt").read_text(), (kept / "second.txt").read_text()
     assert (kept / "first.code").read_text().strip() == "1", first

@@ -199,7 +199,8 @@ def test_no_case_takes_too_long_or_too_much_memory_or_leads_astray(site, cases, 
 
 def test_a_list_of_all_cases_adds_up(site, cases, dialled, tmp_path, capsys):
     """With every kind of caption, in JSON lines, which can spell what is no text."""
-    captions = ['"x"', "null", '"a\\u0000b"', '"lone \\ud800 surrogate"', f'"{"long " * 1_000_000}"']
+    long = '"' + "long " * 1_000_000 + '"'
+    captions = ['"x"', "null", '"a\\u0000b"', '"lone \\ud800 surrogate"', long]
     lines, expected = [], Counter()
     for number, (url, reason) in enumerate(cases.values()):
         lines.append(f'{{"url": {json.dumps(url)}, "caption": {captions[number % 5]}}}')

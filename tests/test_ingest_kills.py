@@ -91,9 +91,15 @@ def kill_once(command: list[str], out: Path, victim: str, draw: random.Random) -
         targets = find(driver, victim)
         if targets:
             draw.choice(targets).send_signal(signal.SIGKILL)
+        killed = time.monotonic()
         ended = driver.wait(SECONDS_A_RUN)
+        lived = time.monotonic() - killed
     psutil.wait_procs(family, timeout=60)  # nothing of the dead run may write any more
-    return f"{victim} after {commits} commits: exit {ended}"
+    gone = time.monotonic() - killed
+    return (
+        f"{victim} killed after {commits} commits: exit {ended} after {lived:.1f} s, all of its "
+        f"processes gone after {gone:.1f} s"
+    )
 
 
 def digests(out: Path) -> dict[str, str]:
