@@ -27,3 +27,16 @@ def ensure_ray() -> None:
         )
         return
     ray.init(address=address, logging_level=logging.WARNING)
+
+
+def require_own_node() -> None:
+    """Raise ConnectionError if this machine is no longer part of the Ray it joined.
+
+    Without its raylet a driver would wait for ever: nothing that it submits can be placed. Ray
+    marks a node dead some 15 s after the raylet's last sign of life.
+    """
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == own):
+        raise ConnectionError("Ray's raylet on this machine is gone")

@@ -26,6 +26,7 @@ PAUSE_SECONDS = 5.0  # before the second try, doubled before the third
 GRACE_SECONDS = 60.0  # after a shard's deadline, for the tries in progress and for writing
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 WAIT_SECONDS = 1.0  # how often the supervisor looks up, though nothing ended
+LOOK_SECONDS = 5.0  # how often it asks whether its own node is alive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +124,16 @@ class _Supervisor:
     exhausted: bool = False
 
     def run(self) -> Iterator[Made]:
+        """Yield shards as they end; raise ConnectionError when this node is no part of Ray."""
         import ray
 
+        from cluster.session import require_own_node
+
+        looked = time.monotonic()
         while self.running or self.later or not self.exhausted:
+            if time.monotonic() - looked > LOOK_SECONDS:
+                require_own_node()
+                looked = time.monotonic()
             self._submit()
             if not self.running:
                 time.sleep(WAIT_SECONDS / 10)
