@@ -5,35 +5,37 @@
     <root>/_attempts/<id>/           the files of one attempt at one shard
     <root>/_commits/<shard>.json     created whole, only if absent: from then on the shard exists
 
-An attempt that is whole links its commit record into place. The link is the decision: whoever
-makes it has won, and its files are moved to <root>; if that move is interrupted, any reader or the
-next run finishes it, because the record names the attempt that holds the files.
+An attempt that is whole creates its commit record. That is the decision: whoever creates it has
+won, and its files are moved to <root>; if that move is interrupted, any reader or the next run
+finishes it, because the record names the attempt that holds the files. <root> may be a URL.
 """
 
 import hashlib
 import json
 import os
-import shutil
 import socket
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
+
+from ingest.storage import Storage, is_remote, join_root, storage_of
 
 FORMAT_VERSION = 1
 UNDIGESTED_SUFFIX = "_stats.json"  # timings differ from run to run: published, never digested
+NUM_READERS = 16  # of many small files: the wait is the disk's, or the network's
 
 
 def local_root(root: str | os.PathLike[str]) -> Path:
-    """Return `root` as a local path; ValueError for a remote URL, which this step cannot write."""
+    """Return `root` as a local path; ValueError for a URL, which readers cannot map."""
     text = os.fspath(root)
-    if text.startswith("file://"):
-        text = text[len("file://") :]
-    if "://" in text:
-        raise ValueError(f"{text}: remote storage is not supported yet; give a local folder")
-    return Path(text)
+    if is_remote(text):
+        raise ValueError(
+            f"{text}: reading from remote storage is not supported yet; copy it to a local folder"
+        )
+    return Path(text.removeprefix("file://"))
 
 
 def canonical_json(value: Any) -> bytes:
@@ -49,48 +51,19 @@ def digest_of(value: Any) -> str:
 def digest_file(path: str | os.PathLike[str]) -> str:
     """Return the sha256 of a file's bytes, hex."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return _digest_stream(file)
 
 
-def fsync_path(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _digest(storage: Storage, name: str) -> str:
+    with storage.open(name) as file:
+        return _digest_stream(file)
 
 
-def _write_temporary(path: Path, data: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with open(temporary, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `path` so that a reader sees the old bytes or the new ones, never a part."""
-    os.replace(_write_temporary(path, data), path)
-    fsync_path(path.parent)
-
-
-def create_file(path: Path, data: bytes) -> bool:
-    """Create `path` whole, only if absent; False if it was there.
-
-    A hard link has the exclusiveness of O_EXCL, and the name never appears with part of its bytes.
-    """
-    temporary = _write_temporary(path, data)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink()
-    fsync_path(path.parent)
-    return True
+def _digest_stream(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 # -- manifest ----------------------------------------------------------------------------------
@@ -102,52 +75,54 @@ def write_manifest(root: str | os.PathLike[str], kind: str, fields: dict[str, An
     kind: "images" or "embeds"; fields: JSON-able. Raises ValueError naming the first field that
     differs, or when the folder holds something that is not ours.
     """
-    folder = local_root(root)
+    storage = storage_of(root)
     wanted = json.loads(json.dumps({"kind": kind, "version": FORMAT_VERSION, **fields}))
-    path = folder / "_manifest.json"
-    strangers = folder.exists() and any("_manifest.json" not in p.name for p in folder.iterdir())
-    if strangers and not path.exists():
-        raise ValueError(f"{folder}: not empty and without our manifest; give another folder")
+    present = storage.names()
+    if "_manifest.json" not in present and any("_manifest.json" not in name for name in present):
+        raise ValueError(f"{root}: not empty and without our manifest; give another folder")
     text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
-    if path.exists() or not create_file(path, text.encode()):
-        _require_same(folder, read_manifest(folder), wanted)
+    if "_manifest.json" in present or not storage.create("_manifest.json", text.encode()):
+        _require_same(root, read_manifest(root), wanted)
 
 
-def _require_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _require_same(
+    root: str | os.PathLike[str], found: dict[str, Any], wanted: dict[str, Any]
+) -> None:
     # The hash of all settings comes last: a setting's own name says more.
     for name in sorted({*found, *wanted}, key=lambda name: (name == "config_hash", name)):
         if found.get(name) != wanted.get(name):
             raise ValueError(
-                f"{folder}: was made with {name} = {found.get(name)!r}, this run has "
+                f"{root}: was made with {name} = {found.get(name)!r}, this run has "
                 f"{wanted.get(name)!r}; use the same, another folder, or --fresh to start over"
             )
 
 
 def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the manifest of `root`; ValueError with the remedy when there is none."""
-    path = local_root(root) / "_manifest.json"
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(storage_of(root).read("_manifest.json"))
     except FileNotFoundError:
         raise ValueError(
-            f"{path.parent}: no _manifest.json, so not a data folder; make one with "
+            f"{root}: no _manifest.json, so not a data folder; make one with "
             "ingest/download.py (images) or ingest/embed.py (embeds)"
         ) from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}); restore it or use --fresh") from None
+        where = join_root(root, "_manifest.json")
+        raise ValueError(f"{where}: not JSON ({error}); restore it or use --fresh") from None
 
 
 def remove_data_folder(root: str | os.PathLike[str], kind: str) -> None:
     """Empty `root` for --fresh: only a folder that bears our manifest of that kind."""
-    folder = local_root(root)
-    if not folder.exists() or not any(folder.iterdir()):
+    storage = storage_of(root)
+    names = storage.names()
+    if not names:
         return
-    found = read_manifest(folder).get("kind")
+    found = read_manifest(root).get("kind")
     if found != kind:
-        raise ValueError(f"{folder}: --fresh refused: its manifest says {found!r}, not {kind!r}")
+        raise ValueError(f"{root}: --fresh refused: its manifest says {found!r}, not {kind!r}")
     # The manifest goes last, so that an interrupted deletion can be repeated.
-    for path in sorted(folder.iterdir(), key=lambda p: p.name == "_manifest.json"):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for name in sorted(names, key=lambda name: name == "_manifest.json"):
+        storage.delete(name)
 
 
 # -- attempts and commits ----------------------------------------------------------------------
@@ -173,32 +148,43 @@ class Commit:
 
 def read_commit(root: str | os.PathLike[str], shard: str) -> Commit | None:
     """Return the commit record of `shard`, None if it is not committed."""
-    path = local_root(root) / "_commits" / f"{shard}.json"
+    return _read_commit(storage_of(root), shard)
+
+
+def _read_commit(storage: Storage, shard: str) -> Commit | None:
+    name = _record(shard)
     try:
-        return Commit(**json.loads(path.read_bytes()))
+        return Commit(**json.loads(storage.read(name)))
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path}: not a commit record ({error})") from None
+        raise ValueError(f"{name}: not a commit record ({error})") from None
+
+
+def _record(shard: str) -> str:
+    return f"_commits/{shard}.json"
 
 
 def committed(root: str | os.PathLike[str]) -> dict[str, Commit]:
     """Return every commit record by shard name, in name order."""
-    folder = local_root(root) / "_commits"
-    if not folder.is_dir():
-        return {}
-    names = sorted(p.stem for p in folder.glob("*.json") if not p.name.startswith("."))
-    with ThreadPoolExecutor(16) as pool:  # 200,000 small files: the wait is the disk's
-        records = list(pool.map(lambda name: read_commit(root, name), names))
+    storage = storage_of(root)
+    names = [name for name in storage.names("_commits") if _is_record(name)]
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        records = list(pool.map(lambda n: _read_commit(storage, n.removesuffix(".json")), names))
     return {record.shard: record for record in records if record is not None}
+
+
+def _is_record(name: str) -> bool:
+    return name.endswith(".json") and not name.startswith(".")
 
 
 def published(root: str | os.PathLike[str], shard: str) -> Commit:
     """Return the commit of `shard` after finishing its publication if that was interrupted."""
-    commit = read_commit(root, shard)
+    storage = storage_of(root)
+    commit = _read_commit(storage, shard)
     if commit is None:
-        raise ValueError(f"{local_root(root)}: shard {shard} is not committed; rerun its stage")
-    _publish(local_root(root), commit)
+        raise ValueError(f"{root}: shard {shard} is not committed; rerun its stage")
+    _publish(storage, commit)
     return commit
 
 
@@ -207,47 +193,48 @@ def damage(root: str | os.PathLike[str], commit: Commit, *, deep: bool = False) 
 
     Sizes are always compared, contents when `deep`.
     """
+    storage = storage_of(root)
     for name, wanted in commit.files.items():
-        path = local_root(root) / name
-        if not path.exists():
+        size = storage.size(name)
+        if size is None:
             return f"{name} is missing"
-        if path.stat().st_size != wanted["size"]:
-            return f"{name} has {path.stat().st_size} bytes, committed with {wanted['size']}"
-        if deep and digest_file(path) != wanted["sha256"]:
+        if size != wanted["size"]:
+            return f"{name} has {size} bytes, committed with {wanted['size']}"
+        if deep and _digest(storage, name) != wanted["sha256"]:
             return f"{name} differs from its committed sha256"
     return None
 
 
 def withdraw(root: str | os.PathLike[str], commit: Commit) -> None:
     """Undo the commit of a damaged shard, so that the next run makes it anew."""
-    folder = local_root(root)
-    (folder / "_commits" / f"{commit.shard}.json").unlink(missing_ok=True)
+    storage = storage_of(root)
+    storage.delete(_record(commit.shard))
     for name in [*commit.files, *commit.undigested]:
-        (folder / name).unlink(missing_ok=True)
+        storage.delete(name)
 
 
-def _publish(folder: Path, commit: Commit) -> None:
+def _publish(storage: Storage, commit: Commit) -> None:
     """Move a committed attempt's files into place; finished or shared work is no error."""
-    attempt = folder / "_attempts" / commit.attempt
+    waiting = storage.names(f"_attempts/{commit.attempt}") if commit.attempt else []
     names = [*commit.files, *commit.undigested]
-    if not commit.attempt or (not attempt.exists() and all((folder / n).exists() for n in names)):
+    if not waiting and (not commit.attempt or all(storage.size(n) is not None for n in names)):
         return
     for name in names:
         try:
-            os.replace(attempt / name, folder / name)
+            storage.move(f"_attempts/{commit.attempt}/{name}", name)
         except FileNotFoundError:  # another process moved it first
-            if not (folder / name).exists():
+            if storage.size(name) is None:
                 raise ValueError(
-                    f"{folder / name}: committed but missing; restore it, or delete "
-                    f"_commits/{commit.shard}.json and rerun"
+                    f"{name}: committed but missing; restore it, or delete "
+                    f"{_record(commit.shard)} and rerun"
                 ) from None
-    fsync_path(folder)
-    _discard(folder, commit.attempt)
+    storage.settle()
+    _discard(storage, commit.attempt)
 
 
-def _discard(folder: Path, attempt: str) -> None:
-    shutil.rmtree(folder / "_attempts" / attempt, ignore_errors=True)
-    (folder / "_attempts" / f"{attempt}.json").unlink(missing_ok=True)
+def _discard(storage: Storage, attempt: str) -> None:
+    storage.delete(f"_attempts/{attempt}")
+    storage.delete(f"_attempts/{attempt}.json")
 
 
 def _process_birth(pid: int) -> str | None:
@@ -264,68 +251,65 @@ def recover(root: str | os.PathLike[str]) -> None:
 
     Attempts of other hosts that did not commit are left: nobody here can tell whether they live.
     """
-    folder = local_root(root)
-    for record in sorted((folder / "_attempts").glob("[!.]*.json")):
+    storage = storage_of(root)
+    for name in storage.names("_attempts"):
+        if not _is_record(name):
+            continue
         try:
-            owner = json.loads(record.read_bytes())
+            owner = json.loads(storage.read(f"_attempts/{name}"))
         except FileNotFoundError:  # its owner finished meanwhile
             continue
-        commit = read_commit(folder, owner["shard"])
-        if commit is not None and commit.attempt == record.stem:
-            _publish(folder, commit)
-            _discard(folder, record.stem)
+        attempt, commit = name.removesuffix(".json"), _read_commit(storage, owner["shard"])
+        if commit is not None and commit.attempt == attempt:
+            _publish(storage, commit)
+            _discard(storage, attempt)
         elif owner["host"] == socket.gethostname():
             birth = _process_birth(owner["pid"])
             if birth is None or birth != owner["birth"]:
-                _discard(folder, record.stem)
+                _discard(storage, attempt)
 
 
 class Attempt:
-    """One try at one shard: write files under `.path`, then `.commit(...)`.
+    """One try at one shard: write files under `.path`, a local folder, then `.commit(...)`.
 
     Leaving the `with` block without a commit, or after losing the race, discards the files.
     """
 
     def __init__(self, root: str | os.PathLike[str], shard: str) -> None:
-        self.root, self.shard, self.id = local_root(root), shard, uuid.uuid4().hex
-        self.path = self.root / "_attempts" / self.id
+        self.root, self.shard, self.id = root, shard, uuid.uuid4().hex
+        self._storage, self._folder = storage_of(root), f"_attempts/{self.id}"
         self._keep = False
 
     def __enter__(self) -> "Attempt":
         pid = os.getpid()
         owner = {"shard": self.shard, "host": socket.gethostname(), "pid": pid}
         # The record comes first, so that no folder is ever without an owner.
-        replace_file(
-            self.path.with_name(f"{self.id}.json"),
-            canonical_json({**owner, "birth": _process_birth(pid)}),
-        )
-        self.path.mkdir()
+        birth = {"birth": _process_birth(pid)}
+        self._storage.replace(f"{self._folder}.json", canonical_json({**owner, **birth}))
+        self.path = self._storage.workplace(self._folder)
         return self
 
     def commit(self, *, num_samples: int, counts: dict[str, int], config_hash: str) -> Commit:
         """Commit every file under `.path`; return the winner's record, which may not be ours."""
         names = sorted(p.name for p in self.path.iterdir())
-        for name in names:
-            fsync_path(self.path / name)
-        fsync_path(self.path)
-        digested = [n for n in names if not n.endswith(UNDIGESTED_SUFFIX)]
-        paths = {n: self.path / n for n in digested}
+        digested = {n: self.path / n for n in names if not n.endswith(UNDIGESTED_SUFFIX)}
+        files = {
+            n: {"sha256": digest_file(p), "size": p.stat().st_size} for n, p in digested.items()
+        }
         ours = Commit(
             shard=self.shard,
             num_samples=num_samples,
             counts=dict(counts),
-            files={
-                n: {"sha256": digest_file(p), "size": p.stat().st_size} for n, p in paths.items()
-            },
+            files=files,
             config_hash=config_hash,
             attempt=self.id,
-            undigested=[n for n in names if n not in paths],
+            undigested=[n for n in names if n not in digested],
         )
-        record = self.root / "_commits" / f"{self.shard}.json"
-        if not create_file(record, canonical_json(asdict(ours))):
+        self._storage.upload(self.path, self._folder)
+        if not self._storage.create(_record(self.shard), canonical_json(asdict(ours))):
             return published(self.root, self.shard)
         self._keep = True  # from here on only a publication may move these files
-        _publish(self.root, ours)
+        _publish(self._storage, ours)
         return ours
 
     def __exit__(
@@ -334,5 +318,6 @@ class Attempt:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._storage.leave(self.path)
         if not self._keep:
-            _discard(self.root, self.id)
+            _discard(self._storage, self.id)

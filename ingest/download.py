@@ -5,7 +5,6 @@ examples:
   python ingest/download.py --urls laion.parquet --out data/images --image-size 64 --num-processes 0
 """
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -177,6 +176,7 @@ def _prepare(config: DownloadConfig, listed: "UrlList", row_filter: "RowFilter")
     from ingest.harvest import HarvestConfig
     from ingest.shard_task import JPEG_QUALITY, ShardJob
     from ingest.shards import recover, write_manifest
+    from ingest.storage import absolute_root
 
     allowed = tuple(parse_allow_address(text) for text in config.allow_address)
     settings = {
@@ -198,7 +198,7 @@ def _prepare(config: DownloadConfig, listed: "UrlList", row_filter: "RowFilter")
     for host, port in allowed:
         print(f"warning: {host}:{port} may be fetched from, whatever its address", flush=True)
     return ShardJob(
-        root=os.path.abspath(config.out),  # a Ray worker has another working directory
+        root=absolute_root(config.out),  # a Ray worker has another working directory
         samples_per_shard=config.samples_per_shard,
         resizer=Resizer(
             image_size=config.image_size,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ingest.commits import local_root, replace_file
 from ingest.filters import TRANSIENT
+from ingest.storage import storage_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,11 +77,14 @@ class Plan:
 
 def read_rounds(root: str | os.PathLike[str]) -> tuple[Round, ...]:
     """Return the rounds of a download, in order."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder, found = local_root(root) / "_retries", []
-    while (path := folder / f"{len(found) + 1:04d}.parquet").is_file():
-        table = pq.ParquetFile(path).read()
+    storage, found = storage_of(root), []
+    for name in storage.names("_retries"):
+        if name != f"{len(found) + 1:04d}.parquet":  # one that was being written
+            continue
+        table = pq.ParquetFile(pa.BufferReader(storage.read(f"_retries/{name}"))).read()
         reasons = tuple(table["reason"].to_pylist())
         found.append(Round(number=len(found) + 1, rows=table["row"].to_numpy(), reasons=reasons))
     return tuple(found)
@@ -95,10 +98,11 @@ def start_round(root: str | os.PathLike[str], plan: Plan, shards: Sequence[str])
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = sorted(TRANSIENT)
+    storage, names = storage_of(root), sorted(TRANSIENT)
     last = np.zeros(plan.num_rows, np.int8)  # 1 + place of the reason in `names`; 0 for none
     for number, name in enumerate(shards):
-        table = pq.ParquetFile(local_root(root) / f"{name}.parquet").read(columns=["error"])
+        with storage.open(f"{name}.parquet") as file:
+            table = pq.ParquetFile(file).read(columns=["error"])
         errors = table["error"].to_pylist()
         codes = [1 + names.index(error) if error in TRANSIENT else 0 for error in errors]
         last[plan.rows_of(number)] = codes
@@ -109,8 +113,7 @@ def start_round(root: str | os.PathLike[str], plan: Plan, shards: Sequence[str])
     number = len(plan.rounds) + 1
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"row": pa.array(rows, pa.int64()), "reason": list(reasons)}), sink)
-    path = local_root(root) / "_retries" / f"{number:04d}.parquet"
-    replace_file(path, sink.getvalue().to_pybytes())
+    storage.replace(f"_retries/{number:04d}.parquet", sink.getvalue().to_pybytes())
     return Round(number=number, rows=rows, reasons=reasons)
 
 

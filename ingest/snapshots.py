@@ -7,7 +7,10 @@
 import os
 from dataclasses import asdict, dataclass
 
-from ingest.commits import committed, digest_of, local_root, read_manifest, replace_file
+from ingest.commits import committed, digest_of, read_manifest
+from ingest.storage import join_root, storage_of
+
+LATEST = "_snapshots/latest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,35 +50,42 @@ def publish_snapshot(root: str | os.PathLike[str]) -> Snapshot:
         ShardEntry(name=name, num_samples=commit.num_samples, digest=commit.digest)
         for name, commit in committed(root).items()
     )
-    folder = local_root(root) / "_snapshots"
+    storage = storage_of(root)
     digest = _snapshot_digest(shards)
-    if not (folder / f"{digest}.parquet").exists():
+    name = f"_snapshots/{digest}.parquet"
+    if storage.size(name) is None:
         columns = {name: [asdict(s)[name] for s in shards] for name in ShardEntry.__annotations__}
         types = [("name", pa.string()), ("num_samples", pa.int64()), ("digest", pa.string())]
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns, schema=pa.schema(types)), sink)
-        replace_file(folder / f"{digest}.parquet", sink.getvalue().to_pybytes())
-    replace_file(folder / "latest", f"{digest}\n".encode())
+        storage.replace(name, sink.getvalue().to_pybytes())
+    storage.replace(LATEST, f"{digest}\n".encode())
     return Snapshot(root=str(root), digest=digest, shards=shards)
 
 
 def load_snapshot(root: str | os.PathLike[str], digest: str | None = None) -> Snapshot:
     """Return a snapshot by its digest, None for the latest; ValueError if absent or altered."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder = local_root(root) / "_snapshots"
+    storage = storage_of(root)
     if digest is None:
         read_manifest(root)
         try:
-            digest = (folder / "latest").read_text().strip()
+            digest = storage.read(LATEST).decode().strip()
         except FileNotFoundError:
             raise ValueError(
-                f"{local_root(root)}: no snapshot yet; rerun the stage that makes it until it ends"
+                f"{root}: no snapshot yet; rerun the stage that makes it until it ends"
             ) from None
-    path = folder / f"{digest}.parquet"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such snapshot; the latest is named in {folder / 'latest'}")
-    shards = tuple(ShardEntry(**row) for row in pq.ParquetFile(path).read().to_pylist())
+    name = f"_snapshots/{digest}.parquet"
+    where = join_root(root, name)
+    try:
+        table = pq.ParquetFile(pa.BufferReader(storage.read(name))).read()
+    except FileNotFoundError:
+        raise ValueError(
+            f"{where}: no such snapshot; the latest is named in {join_root(root, LATEST)}"
+        ) from None
+    shards = tuple(ShardEntry(**row) for row in table.to_pylist())
     if _snapshot_digest(shards) != digest:
-        raise ValueError(f"{path}: content does not match its name; delete it and rerun the stage")
+        raise ValueError(f"{where}: content does not match its name; delete it and rerun the stage")
     return Snapshot(root=str(root), digest=digest, shards=shards)

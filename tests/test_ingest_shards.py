@@ -266,9 +266,9 @@ def test_fresh_empties_a_folder_of_its_kind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_remote_storage_says_not_yet():
+def test_reading_remote_shards_says_not_yet():
     with pytest.raises(ValueError, match="not supported yet"):
-        committed("s3://bucket/images")
+        ImageShard("s3://bucket/images", "000000")
 
 
 def commit_embeds(root: Path, name: str, embed: np.ndarray) -> None:

@@ -1,0 +1,237 @@
+"""A data folder on the local disk and in an S3 server: the same promises, the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ingest import commits
+from ingest.commits import Attempt, committed, damage, recover
+from ingest.download import DownloadConfig, main
+from ingest.snapshots import load_snapshot
+from ingest.storage import absolute_root, storage_of
+
+ROOT = Path(__file__).resolve().parent.parent
+AWS = {
+    "AWS_ACCESS_KEY_ID": "key",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Run an S3 server in a process of its own; return its address."""
+    log = tmp_path_factory.mktemp("moto") / "log"
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    while "Running on http://" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    yield log.read_text().partition("Running on ")[2].split()[0]
+    process.terminate()
+    process.wait(20)
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, request):
+    """Return the URL of an empty bucket; the environment leads to its server."""
+    import s3fs
+
+    for name, value in {**AWS, "AWS_ENDPOINT_URL": server}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    name = f"bucket-{abs(hash(request.node.name)):x}"
+    s3fs.S3FileSystem().mkdir(name)
+    yield f"s3://{name}"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path):
+    if request.param == "local":
+        return str(tmp_path / "folder")
+    return f"{request.getfixturevalue('bucket')}/some/folder"
+
+
+def test_a_storage_keeps_what_commits_need(root):
+    storage = storage_of(root)
+    assert storage.names() == [] and storage.names("a") == [] and storage.size("a/b") is None
+    with pytest.raises(FileNotFoundError):
+        storage.read("a/b")
+    storage.replace("a/b", b"first")
+    storage.replace("a/b", b"second")
+    assert storage.read("a/b") == b"second" and storage.size("a/b") == 6
+    with storage.open("a/b") as file:
+        file.seek(2)
+        assert file.read() == b"cond"
+    assert storage.create("a/c", b"mine") and not storage.create("a/c", b"yours")
+    assert storage.read("a/c") == b"mine"
+    assert storage.names() == ["a"] and storage.names("a") == ["b", "c"]
+    storage.move("a/b", "a/c")
+    assert storage.read("a/c") == b"second" and storage.names("a") == ["c"]
+    with pytest.raises(FileNotFoundError):
+        storage.move("a/b", "a/c")
+    storage.delete("a/none")
+    storage.delete("a")
+    assert storage.names() == []
+
+
+def test_of_many_that_create_a_name_one_succeeds(root):
+    storage = storage_of(root)
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(5):
+            created = list(
+                pool.map(lambda i, n=number: storage.create(f"{n}", b"%d" % i), range(8))
+            )
+            assert sum(created) == 1
+            assert storage.read(f"{number}") == b"%d" % created.index(True)
+
+
+def test_the_loser_of_a_race_leaves_the_winner_alone(root):
+    with Attempt(root, "000000") as slow, Attempt(root, "000000") as fast:
+        for attempt, text in ((slow, "slow"), (fast, "fast")):
+            (attempt.path / "000000.txt").write_text(text)
+        winner = fast.commit(num_samples=1, counts={}, config_hash="c")
+        assert slow.commit(num_samples=9, counts={}, config_hash="c") == winner
+    storage = storage_of(root)
+    assert storage.read("000000.txt") == b"fast" and storage.names("_attempts") == []
+    assert not fast.path.exists() and not slow.path.exists()
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_an_interrupted_publication_is_finished_by_the_next_run(root, monkeypatch, moved):
+    storage, count = storage_of(root), 0
+    real = type(storage).move
+
+    def dying(self, name, target):
+        nonlocal count
+        if count == moved:
+            raise KeyboardInterrupt
+        count += 1
+        real(self, name, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(storage), "move", dying)
+        with Attempt(root, "000000") as attempt:
+            for name in ("000000.a", "000000.b"):
+                (attempt.path / name).write_text(name)
+            attempt.commit(num_samples=1, counts={}, config_hash="c")
+    assert storage.names("_attempts") != []
+    recover(root)
+    assert storage.names("_attempts") == []
+    assert damage(root, committed(root)["000000"], deep=True) is None
+
+
+@pytest.fixture
+def config(site, tmp_path) -> DownloadConfig:
+    """Describe a download of 12 rows in 4 shards, two of them failures."""
+    for i in range(12):
+        site.put(f"/{i}.png", site.picture(40 + i, 40, i), status=404 if i in (3, 8) else 200)
+    urls = [site.url(f"/{i}.png") for i in range(12)]
+    table = pa.table({"url": urls, "caption": [f"picture {i}" for i in range(12)]})
+    pq.write_table(table, tmp_path / "list.parquet")
+    return DownloadConfig(
+        urls=str(tmp_path / "list.parquet"),
+        out=str(tmp_path / "local"),
+        image_size=32,
+        samples_per_shard=3,
+        num_processes=0,
+        host_rate=0,
+        allow_address=(site.address,),
+    )
+
+
+def remote(config: DownloadConfig, bucket: str) -> DownloadConfig:
+    return DownloadConfig(**{**vars(config), "out": f"{bucket}/images"})
+
+
+def contents(root: str) -> dict[str, bytes]:
+    """Return the data files of all commits; their digests are checked."""
+    for commit in committed(root).values():
+        assert damage(root, commit, deep=True) is None
+    storage = storage_of(root)
+    return {n: storage.read(n) for commit in committed(root).values() for n in commit.files}
+
+
+def test_a_download_to_s3_writes_the_same_bytes(config, bucket, site):
+    assert main(config) == 0
+    there = remote(config, bucket)
+    assert main(there) == 0
+    assert contents(there.out) == contents(config.out) and len(contents(there.out)) == 12
+    assert load_snapshot(there.out).digest == load_snapshot(config.out).digest
+    assert storage_of(there.out).names("_attempts") == []
+    hits = len(site.hits)
+    assert main(there) == 0 and len(site.hits) == hits
+    with pytest.raises(ValueError, match="image_size = 32, this run has 16"):
+        main(DownloadConfig(**{**vars(there), "image_size": 16}))
+    assert main(DownloadConfig(**{**vars(there), "image_size": 16, "fresh": True})) == 0
+    assert committed(there.out)["000000"].digest != committed(config.out)["000000"].digest
+
+
+def test_rows_are_tried_again_into_s3(config, bucket, site):
+    there = remote(config, bucket)
+    site.put("/5.png", status=503)
+    assert main(DownloadConfig(**{**vars(there), "retries": 0})) == 0
+    site.put("/5.png", site.picture(45, 40, 5))
+    assert main(DownloadConfig(**{**vars(there), "retry_failed": True})) == 0
+    assert sum(commit.num_samples for commit in committed(there.out).values()) == 10
+
+
+@pytest.mark.slow
+def test_a_killed_download_to_s3_is_continued(config, bucket):
+    assert main(config) == 0
+    there = remote(config, bucket)
+    command = [
+        sys.executable, str(ROOT / "ingest" / "download.py"), "--urls", there.urls,
+        "--out", there.out, "--image-size", "32", "--samples-per-shard", "3",
+        "--num-processes", "0", "--host-rate", "0", "--allow-address", there.allow_address[0],
+    ]  # fmt: skip
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while len(storage_of(there.out).names("_commits")) < 2:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert subprocess.run(command, timeout=120).returncode == 0
+    assert contents(there.out) == contents(config.out)
+    assert storage_of(there.out).names("_attempts") == []
+
+
+def test_what_cannot_be_reached_is_one_line(config, bucket):
+    def told(out: str, **environment: str) -> tuple[int, str]:
+        command = [sys.executable, str(ROOT / "ingest" / "download.py"), "--out", out]
+        done = subprocess.run(
+            [*command, "--urls", config.urls, "--num-processes", "0"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, **environment},
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stderr
+
+    code, text = told("s3://no-such-bucket/images")
+    assert code == 2 and "no-such-bucket" in text
+    code, text = told(f"{bucket}/images", AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    assert code == 1 and "127.0.0.1:9" in text
+    code, text = told("nosuch://bucket/images")
+    assert code == 2 and "nosuch" in text
+
+
+def test_roots_mean_the_same_in_any_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute_root("data") == str(tmp_path / "data")
+    assert absolute_root(f"file://{tmp_path}/x") == f"{tmp_path}/x"
+    assert absolute_root("s3://bucket/x") == "s3://bucket/x"
+    with pytest.raises(ValueError, match="not supported yet"):
+        commits.local_root("s3://bucket/x")
