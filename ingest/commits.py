@@ -1,6 +1,5 @@
-"""Commit records and manifests: how a unit of work comes to exist, once.
+"""Commit records: how a unit of work comes to exist, once.
 
-    <root>/_manifest.json            what the folder is; resuming with anything else is refused
     <root>/_attempts/<id>.json       who works (host, pid), written before the folder beside it
     <root>/_attempts/<id>/           the files of one attempt at one shard
     <root>/_commits/<shard>.json     created whole, only if absent: from then on the shard exists
@@ -15,16 +14,18 @@ import json
 import os
 import socket
 import uuid
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from ingest.storage import Storage, is_remote, join_root, storage_of
 
-FORMAT_VERSION = 1
 UNDIGESTED_SUFFIX = "_stats.json"  # timings differ from run to run: published, never digested
+HELD = "_held.json"  # who makes shards anew
 NUM_READERS = 16  # of many small files: the wait is the disk's, or the network's
 
 
@@ -66,71 +67,13 @@ def _digest_stream(file: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-# -- manifest ----------------------------------------------------------------------------------
-
-
-def write_manifest(root: str | os.PathLike[str], kind: str, fields: dict[str, Any]) -> None:
-    """Create `<root>/_manifest.json`, or check that the one there says the same.
-
-    kind: "images" or "embeds"; fields: JSON-able. Raises ValueError naming the first field that
-    differs, or when the folder holds something that is not ours.
-    """
-    storage = storage_of(root)
-    wanted = json.loads(json.dumps({"kind": kind, "version": FORMAT_VERSION, **fields}))
-    present = storage.names()
-    if "_manifest.json" not in present and any("_manifest.json" not in name for name in present):
-        raise ValueError(f"{root}: not empty and without our manifest; give another folder")
-    text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
-    if "_manifest.json" in present or not storage.create("_manifest.json", text.encode()):
-        _require_same(root, read_manifest(root), wanted)
-
-
-def _require_same(
-    root: str | os.PathLike[str], found: dict[str, Any], wanted: dict[str, Any]
-) -> None:
-    # The hash of all settings comes last: a setting's own name says more.
-    for name in sorted({*found, *wanted}, key=lambda name: (name == "config_hash", name)):
-        if found.get(name) != wanted.get(name):
-            raise ValueError(
-                f"{root}: was made with {name} = {found.get(name)!r}, this run has "
-                f"{wanted.get(name)!r}; use the same, another folder, or --fresh to start over"
-            )
-
-
-def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the manifest of `root`; ValueError with the remedy when there is none."""
-    try:
-        return json.loads(storage_of(root).read("_manifest.json"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{root}: no _manifest.json, so not a data folder; make one with "
-            "ingest/download.py (images) or ingest/embed.py (embeds)"
-        ) from None
-    except json.JSONDecodeError as error:
-        where = join_root(root, "_manifest.json")
-        raise ValueError(f"{where}: not JSON ({error}); restore it or use --fresh") from None
-
-
-def remove_data_folder(root: str | os.PathLike[str], kind: str) -> None:
-    """Empty `root` for --fresh: only a folder that bears our manifest of that kind."""
-    storage = storage_of(root)
-    names = storage.names()
-    if not names:
-        return
-    found = read_manifest(root).get("kind")
-    if found != kind:
-        raise ValueError(f"{root}: --fresh refused: its manifest says {found!r}, not {kind!r}")
-    # The manifest goes last, so that an interrupted deletion can be repeated.
-    for name in sorted(names, key=lambda name: name == "_manifest.json"):
-        storage.delete(name)
-
-
-# -- attempts and commits ----------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """What a committed shard holds. files: name -> {"sha256": hex, "size": bytes}."""
+    """What a committed shard holds. files: name -> {"sha256": hex, "size": bytes}.
+
+    generation: how often it was made anew without some samples; superseded: for the digest of each
+    earlier generation its num_samples, and the rows removed since, in its own numbering.
+    """
 
     shard: str
     num_samples: int
@@ -139,6 +82,8 @@ class Commit:
     config_hash: str
     attempt: str = ""
     undigested: list[str] = field(default_factory=list)
+    generation: int = 0
+    superseded: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -205,12 +150,41 @@ def damage(root: str | os.PathLike[str], commit: Commit, *, deep: bool = False) 
     return None
 
 
+def inspect(
+    root: str | os.PathLike[str], shard: str, *, deep: bool = False
+) -> tuple[Commit, str | None]:
+    """Return the commit of a shard and its damage, also while the shard is being made anew."""
+    while True:
+        commit = published(root, shard)
+        problem = damage(root, commit, deep=deep)
+        if problem is None or read_commit(root, shard) == commit:
+            return commit, problem
+
+
 def withdraw(root: str | os.PathLike[str], commit: Commit) -> None:
     """Undo the commit of a damaged shard, so that the next run makes it anew."""
     storage = storage_of(root)
     storage.delete(_record(commit.shard))
     for name in [*commit.files, *commit.undigested]:
         storage.delete(name)
+
+
+def withdraw_damaged(
+    root: str | os.PathLike[str], judge: Callable[[Commit], str | None] = lambda _: None
+) -> dict[str, str]:
+    """Withdraw every shard that is damaged, or of which `judge` says what is wrong with it.
+
+    Returns what was wrong with each, by name.
+    """
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        looked = list(pool.map(lambda name: inspect(root, name), committed(root)))
+    problems = {}
+    for commit, damaged in looked:
+        problem = damaged or judge(commit)
+        if problem is not None:
+            withdraw(root, commit)
+            problems[commit.shard] = problem
+    return problems
 
 
 def _publish(storage: Storage, commit: Commit) -> None:
@@ -220,14 +194,8 @@ def _publish(storage: Storage, commit: Commit) -> None:
     if not waiting and (not commit.attempt or all(storage.size(n) is not None for n in names)):
         return
     for name in names:
-        try:
+        with suppress(FileNotFoundError):  # another process moved it first, or it was lost: damage
             storage.move(f"_attempts/{commit.attempt}/{name}", name)
-        except FileNotFoundError:  # another process moved it first
-            if storage.size(name) is None:
-                raise ValueError(
-                    f"{name}: committed but missing; restore it, or delete "
-                    f"{_record(commit.shard)} and rerun"
-                ) from None
     storage.settle()
     _discard(storage, commit.attempt)
 
@@ -291,26 +259,48 @@ class Attempt:
 
     def commit(self, *, num_samples: int, counts: dict[str, int], config_hash: str) -> Commit:
         """Commit every file under `.path`; return the winner's record, which may not be ours."""
-        names = sorted(p.name for p in self.path.iterdir())
-        digested = {n: self.path / n for n in names if not n.endswith(UNDIGESTED_SUFFIX)}
-        files = {
-            n: {"sha256": digest_file(p), "size": p.stat().st_size} for n, p in digested.items()
-        }
-        ours = Commit(
-            shard=self.shard,
-            num_samples=num_samples,
-            counts=dict(counts),
-            files=files,
-            config_hash=config_hash,
-            attempt=self.id,
-            undigested=[n for n in names if n not in digested],
-        )
+        ours = self._described(num_samples, counts, config_hash)
         self._storage.upload(self.path, self._folder)
         if not self._storage.create(_record(self.shard), canonical_json(asdict(ours))):
             return published(self.root, self.shard)
         self._keep = True  # from here on only a publication may move these files
         _publish(self._storage, ours)
         return ours
+
+    def supersede(
+        self, old: Commit, removed: Sequence[int], *, counts: dict[str, int], config_hash: str
+    ) -> Commit:
+        """Commit every file under `.path` in the place of `old`, whose rows `removed` are gone.
+
+        The caller holds the folder (`exclusive`): nobody else may supersede meanwhile.
+        """
+        num_samples = old.num_samples - len(removed)
+        ours = replace(
+            self._described(num_samples, counts, config_hash),
+            undigested=old.undigested,
+            generation=old.generation + 1,
+            superseded=_superseded(old, removed),
+        )
+        self._storage.upload(self.path, self._folder)
+        self._storage.replace(_record(self.shard), canonical_json(asdict(ours)))
+        self._keep = True
+        _publish(self._storage, ours)
+        return ours
+
+    def _described(self, num_samples: int, counts: dict[str, int], config_hash: str) -> Commit:
+        names = sorted(p.name for p in self.path.iterdir())
+        digested = {n: self.path / n for n in names if not n.endswith(UNDIGESTED_SUFFIX)}
+        return Commit(
+            shard=self.shard,
+            num_samples=num_samples,
+            counts=dict(counts),
+            files={
+                n: {"sha256": digest_file(p), "size": p.stat().st_size} for n, p in digested.items()
+            },
+            config_hash=config_hash,
+            attempt=self.id,
+            undigested=[n for n in names if n not in digested],
+        )
 
     def __exit__(
         self,
@@ -321,3 +311,33 @@ class Attempt:
         self._storage.leave(self.path)
         if not self._keep:
             _discard(self._storage, self.id)
+
+
+def _superseded(old: Commit, removed: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Return what a commit that follows `old` says of all generations before it."""
+    gone, found = set(removed), {}
+    for digest, entry in old.superseded.items():
+        before = set(entry["removed"])
+        kept = [row for row in range(entry["num_samples"]) if row not in before]
+        rows = before | {row for place, row in enumerate(kept) if place in gone}
+        found[digest] = {"num_samples": entry["num_samples"], "removed": sorted(rows)}
+    return {**found, old.digest: {"num_samples": old.num_samples, "removed": sorted(gone)}}
+
+
+@contextmanager
+def exclusive(root: str | os.PathLike[str], purpose: str) -> Iterator[None]:
+    """Hold a folder against others that would make its shards anew; ValueError if one does."""
+    storage, pid, host = storage_of(root), os.getpid(), socket.gethostname()
+    owner = {"host": host, "pid": pid, "birth": _process_birth(pid), "purpose": purpose}
+    if not storage.create(HELD, canonical_json(owner)):
+        found = json.loads(storage.read(HELD))
+        if found["host"] != host or _process_birth(found["pid"]) == found["birth"]:
+            raise ValueError(
+                f"{root}: held for {found['purpose']} by process {found['pid']} of "
+                f"{found['host']}; wait for it, or delete {join_root(root, HELD)} if it is gone"
+            )
+        storage.replace(HELD, canonical_json(owner))  # its holder was killed
+    try:
+        yield
+    finally:
+        storage.delete(HELD)

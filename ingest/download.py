@@ -2,7 +2,9 @@
 
 examples:
   python ingest/download.py --urls laion.parquet --out data/images
-  python ingest/download.py --urls laion.parquet --out data/images --image-size 64 --num-processes 0
+  python ingest/download.py --urls laion.parquet --out s3://bucket/images --image-size 64
+  python ingest/download.py --out data/images --verify
+  python ingest/download.py --out data/images --forget urls.txt
 """
 
 import time
@@ -78,6 +80,11 @@ class DownloadConfig:
     """Serve Prometheus metrics on this port of 127.0.0.1; 0: any free; None: do not."""
     retry_failed: bool = False
     """Fetch rows that failed for passing reasons once more, into new shards."""
+    verify: bool = False
+    """Fetch nothing: read every shard in --out again, and set damaged ones aside."""
+    forget: str = ""
+    """Fetch nothing: remove samples from --out, and from the embeddings made of it, for good; a
+    text file of URLs and sha256 digests of images, one a line."""
     fresh: bool = False
     """Delete the shards in --out first."""
 
@@ -85,15 +92,21 @@ class DownloadConfig:
 def main(config: DownloadConfig) -> int:
     """Run the download; return 0, or 1 when shards are missing and a rerun would continue."""
     from cluster import metrics
+    from ingest.forgotten import read_forgotten
     from ingest.retries import Plan, read_rounds, start_round
     from ingest.shards import publish_snapshot, recover, remove_data_folder, shard_name
+    from ingest.upkeep import drop_repeated_images
 
     _check(config)
+    if config.verify:
+        return _verify(config)
+    if config.forget:
+        return _forget(config)
     listed, row_filter = _open(config)
     if config.fresh:
         remove_data_folder(config.out, "images")
     job = _prepare(config, listed, row_filter)
-    size, rounds = config.samples_per_shard, read_rounds(job.root)
+    size, rounds, known = config.samples_per_shard, read_rounds(job.root), read_forgotten(job.root)
     plan = Plan(num_rows=listed.num_rows, samples_per_shard=size, rounds=rounds)
     metrics.serve(config.metrics_port)
     earlier, missing = _make_missing(config, job, listed, plan)
@@ -106,6 +119,10 @@ def main(config: DownloadConfig) -> int:
             plan = replace(plan, rounds=(*plan.rounds, again))
             _, missing = _make_missing(config, job, listed, plan)
     recover(job.root)  # a task that died and was tried again left its attempt behind
+    if "images" in config.filters.unique:
+        print(f"{drop_repeated_images(job.root)} repeated images dropped", flush=True)
+    if read_forgotten(job.root) != known:  # a request came in the meantime
+        _forget(config)
     snapshot = publish_snapshot(job.root)
     return _report(config, plan, snapshot.digest)
 
@@ -126,7 +143,46 @@ def _make_missing(
     return len(done), len(failures)
 
 
+def _verify(config: DownloadConfig) -> int:
+    from ingest.shards import committed
+    from ingest.upkeep import strangers, verify
+
+    problems = verify(config.out)
+    for name, problem in problems.items():
+        print(f"shard {name}: {problem}; now in {config.out}/_quarantine", flush=True)
+    unknown = strangers(config.out)
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        print(f"of no commit: {', '.join(unknown[:3])}{more}", flush=True)
+    print(f"{len(committed(config.out))} shards are whole, {len(problems)} were not", flush=True)
+    if problems:
+        print("incomplete: rerun the download to fetch them again", flush=True)
+    return 1 if problems else 0
+
+
+def _forget(config: DownloadConfig) -> int:
+    from ingest.forgotten import Forgotten, read_request
+    from ingest.upkeep import forget
+
+    request = read_request(config.forget) if config.forget else Forgotten()
+    removed = forget(config.out, request)
+    print(
+        f"forgotten: {removed.num_samples} samples, {removed.num_rows} rows, in "
+        f"{removed.num_shards} shards made anew; no later download stores them",
+        flush=True,
+    )
+    for embeds in removed.unreached:
+        print(f"warning: embeddings in {embeds} are not there now: delete that copy", flush=True)
+    return 0
+
+
 def _check(config: DownloadConfig) -> None:
+    if config.verify and config.forget:
+        raise ValueError("--verify and --forget: found both, expected one of them")
+    if config.verify or config.forget:
+        if config.fresh or config.retry_failed:
+            raise ValueError("--verify and --forget fetch nothing: drop --fresh and --retry-failed")
+        return
     if not config.urls:
         raise ValueError("--urls: not given; expected a list of URLs and captions")
     least = {
@@ -254,7 +310,7 @@ def _tables(config: DownloadConfig, listed: "UrlList") -> "Iterator[pa.Table]":
     from ingest.duplicates import repeated_urls
     from ingest.row_filter import REPEATED
 
-    if not config.filters.unique_urls:
+    if "urls" not in config.filters.unique:
         yield from listed.shards(config.samples_per_shard)
         return
     print(f"comparing {listed.num_rows} URLs", flush=True)
@@ -267,16 +323,11 @@ def _tables(config: DownloadConfig, listed: "UrlList") -> "Iterator[pa.Table]":
 
 def _finished(root: str) -> set[str]:
     """Return the shards that need no work; one with damaged files is withdrawn, and said so."""
-    from ingest.shards import committed, damage, withdraw
+    from ingest.shards import committed, withdraw_damaged
 
-    done = committed(root)
-    for name, commit in list(done.items()):
-        problem = damage(root, commit)
-        if problem is not None:
-            print(f"shard {name} is damaged ({problem}) and is fetched again", flush=True)
-            withdraw(root, commit)
-            del done[name]
-    return set(done)
+    for name, problem in withdraw_damaged(root).items():
+        print(f"shard {name} is damaged ({problem}) and is fetched again", flush=True)
+    return set(committed(root))
 
 
 def _run(

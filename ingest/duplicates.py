@@ -1,4 +1,4 @@
-"""Which rows of a list repeat an earlier row's URL, for lists whose URLs do not fit in memory."""
+"""Which rows repeat an earlier one, for lists of which not even the URLs fit in memory."""
 
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -16,15 +16,23 @@ CHUNK_ROWS = 1_000_000
 def repeated_urls(columns: "Iterable[pa.ChunkedArray]", num_rows: int) -> np.ndarray:
     """Return bool [num_rows], True where a URL came before; null and blank ones never count.
 
-    columns: the list's URLs in order. Their 64-bit hashes go to a temporary file, 8 bytes a row,
-    and are compared a bucket at a time; that two of a hundred million different URLs meet has a
-    chance of 3 in 10,000.
+    columns: the list's URLs in order. Two of a hundred million different URLs meet in a 64-bit
+    hash with a chance of 3 in 10,000.
     """
-    repeated = np.zeros(num_rows, bool)
+    return repeated((_hashes(column) for column in columns), num_rows)
+
+
+def repeated(chunks: Iterable[np.ndarray], num_rows: int) -> np.ndarray:
+    """Return bool [num_rows], True where a hash came before; 0 never counts.
+
+    chunks: uint64 [n] each, in order. They go to a temporary file, 8 bytes a row, and are compared
+    a bucket at a time.
+    """
+    again = np.zeros(num_rows, bool)
     buckets = max(1, -(-num_rows // BUCKET_ROWS))
     with tempfile.TemporaryFile() as file:
-        for column in columns:
-            _hashes(column).tofile(file)
+        for chunk in chunks:
+            chunk.tofile(file)
         for bucket in range(buckets):
             found = [
                 (hashes[mine], start + np.flatnonzero(mine))
@@ -34,8 +42,8 @@ def repeated_urls(columns: "Iterable[pa.ChunkedArray]", num_rows: int) -> np.nda
             if found:
                 hashes, places = (np.concatenate(parts) for parts in zip(*found, strict=True))
                 _, first = np.unique(hashes, return_index=True)
-                repeated[np.delete(places, first)] = True
-    return repeated
+                again[np.delete(places, first)] = True
+    return again
 
 
 def _hashes(column: "pa.ChunkedArray") -> np.ndarray:

@@ -118,19 +118,17 @@ def main(config: EmbedConfig) -> int:
 
 def _finished(out: Path, images: "Snapshot") -> set[str]:
     """Return the shards that need no work; what is damaged, or of other images, is withdrawn."""
-    from ingest.shards import committed, damage, withdraw
+    from ingest.shards import Commit, committed, withdraw_damaged
 
     digests = {entry.name: entry.digest for entry in images.shards}
-    done = committed(out)
-    for name, commit in list(done.items()):
-        problem = damage(out, commit)
-        if problem is None and commit.config_hash != digests.get(name, commit.config_hash):
-            problem = "its images have changed"
-        if problem is not None:
-            print(f"embed: shard {name} is made again: {problem}")
-            withdraw(out, commit)
-            del done[name]
-    return set(done)
+
+    def judge(commit: Commit) -> str | None:
+        known = digests.get(commit.shard, commit.config_hash)
+        return None if commit.config_hash == known else "its images have changed"
+
+    for name, problem in withdraw_damaged(out, judge).items():
+        print(f"embed: shard {name} is made again: {problem}")
+    return set(committed(out))
 
 
 def _embed(config: EmbedConfig, images: "Snapshot", pending: "list[ShardEntry]") -> list[str]:

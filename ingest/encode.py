@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ingest.embed_statistics import EmbedStatistics
 from ingest.shards import (
     Attempt,
     Commit,
-    EmbedStatistics,
     ImageShard,
     ShardEntry,
     Snapshot,
@@ -19,6 +19,7 @@ from ingest.shards import (
     write_embed_shard,
     write_manifest,
 )
+from ingest.upkeep import derive, follow
 from models.clip import FrozenClip
 
 NORM_TOLERANCE = 1e-3
@@ -36,6 +37,8 @@ def open_embeds(root: Path, clip_spec: str, encoder: FrozenClip, images: Snapsho
     }
     write_manifest(root, "embeds", fields)
     recover(root)
+    derive(images.root, root)
+    follow(images.root, root)
 
 
 def read_pixels(shard: ImageShard, rows: range, size: int) -> np.ndarray:
@@ -62,6 +65,7 @@ def encode_shard(
     Raises ValueError for a damaged shard, and for embeddings that are not finite and of unit norm.
     """
     shard = ImageShard(images.root, entry.name, digest=entry.digest)
+    shard.require_whole()
     captions = [shard.caption(row) for row in range(len(shard))]
     tokens = (
         encoder.tokenize(captions) if captions else np.zeros((0, encoder.context_length), np.int32)

@@ -10,7 +10,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
@@ -121,10 +121,9 @@ class FilterConfig:
     """least length of a caption in tokens of CLIP's vocabulary, without start and end"""
     max_caption_tokens: int | None = None
     """greatest length of a caption, tokens"""
-    unique_urls: bool = False
-    """leave out rows whose URL an earlier row of the list has"""
-    unique_images: bool = False
-    """leave out images whose bytes, by sha256, an earlier row's image has"""
+    unique: Annotated[tuple[Literal["urls", "images"], ...], UseAppendAction] = ()
+    """leave out rows whose URL, or image (by the sha256 of what was fetched), an earlier row of
+    the list has; repeatable"""
     require_hash: bool = False
     """leave out rows without a sha256 or md5 to verify the fetched bytes by"""
     opt_out: str = ""

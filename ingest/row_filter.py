@@ -81,7 +81,7 @@ class RowFilter:
         for number, row in enumerate(rows.to_pylist()):
             if opt_outs is not None and opt_outs.forbid(row["url"] or ""):
                 problem = "opt_out_list"
-            elif config.unique_urls and row[REPEATED]:
+            elif "urls" in config.unique and row[REPEATED]:
                 problem = "duplicate_url"
             elif config.require_hash and not any(row[name] for name in self.hashes.values()):
                 problem = "no_hash"

@@ -17,10 +17,19 @@ from typing import TYPE_CHECKING, Any
 from ingest.decode import Resizer
 from ingest.fetch import Fetcher, FetchPolicy
 from ingest.filters import status_of
+from ingest.forgotten import FORGOTTEN, read_forgotten
 from ingest.harvest import HarvestConfig, Harvested, Request, harvest, without_repetitions
 from ingest.retries import RETRIED
 from ingest.row_filter import RowFilter, normalised
-from ingest.shards import STORED, Attempt, Commit, Sample, shard_name, write_image_shard
+from ingest.shards import (
+    STORED,
+    Attempt,
+    Commit,
+    Sample,
+    outcome,
+    shard_name,
+    write_image_shard,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,12 +78,21 @@ def make_shard(
     name, started = shard_name(number), time.time()
     rows = normalised(rows)
     found = {row: Harvested(reason=why) for row, why in job.row_filter.problems(rows).items()}
+    urls, forgotten = rows["url"].to_pylist(), read_forgotten(job.root)
+    for row, url in enumerate(urls if forgotten else ()):
+        if forgotten.covers(url):
+            found[row] = Harvested(reason=FORGOTTEN)
     requests = [one for one in _requests(rows, job.row_filter.hashes) if one.row not in found]
     with Attempt(job.root, name) as attempt:
         fetcher = fetcher or process_fetcher(job.policy)
         fetched = harvest(requests, fetcher, job.resizer, job.harvest)
         _require_network(fetched)
-        found |= without_repetitions(fetched) if job.row_filter.config.unique_images else fetched
+        forgotten = read_forgotten(job.root)  # again: fetching may have taken long
+        for row, one in fetched.items():
+            known = forgotten.covers(urls[row], one.sha256)
+            found[row] = Harvested(reason=FORGOTTEN) if known else one
+        if "images" in job.row_filter.config.unique:
+            found = without_repetitions(found)
         described = _described(job, name, rows, found)
         num_samples = write_image_shard(
             attempt.path,
@@ -93,10 +111,7 @@ def make_shard(
 
 def count_outcomes(rows: list[dict[str, Any]]) -> dict[str, int]:
     """Count rows as "stored", "filtered:REASON" and "failed:REASON"."""
-    names = (
-        "stored" if row["status"] == STORED else f"{row['status']}:{row['error']}" for row in rows
-    )
-    return dict(sorted(Counter(names).items()))
+    return dict(sorted(Counter(outcome(row["status"], row["error"]) for row in rows).items()))
 
 
 Row = dict[str, Any]
@@ -131,6 +146,8 @@ def _described(
         one = found[number]
         picture = one.picture
         row |= {"key": f"{name}{number:0{digits}d}", "sha256": one.sha256, "error": one.reason}
+        if one.reason == FORGOTTEN:
+            row |= dict.fromkeys(("url", "caption", *job.kept))
         row["status"] = STORED if one.reason is None else status_of(one.reason)
         for size in ("width", "height", "original_width", "original_height"):
             row[size] = getattr(picture, size) if picture else None

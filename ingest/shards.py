@@ -15,8 +15,9 @@ import io
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,28 +28,34 @@ from ingest.commits import (
     Commit,
     committed,
     damage,
+    inspect,
     local_root,
     published,
     read_commit,
-    read_manifest,
     recover,
-    remove_data_folder,
     withdraw,
-    write_manifest,
+    withdraw_damaged,
 )
+from ingest.generations import rows_of
+from ingest.manifests import read_manifest, remove_data_folder, write_manifest
 from ingest.snapshots import ShardEntry, Snapshot, load_snapshot, publish_snapshot
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
-    "Attempt", "Commit", "EmbedShard", "EmbedStatistics", "ImageShard", "Sample", "ShardEntry",
-    "Snapshot", "committed", "damage", "load_snapshot", "local_root", "publish_snapshot",
+    "Attempt", "Commit", "EmbedShard", "ImageShard", "Sample", "ShardEntry",
+    "Snapshot", "committed", "damage", "load_snapshot", "local_root", "outcome", "publish_snapshot",
     "published", "read_commit", "read_manifest", "recover", "remove_data_folder", "shard_name",
-    "withdraw", "write_embed_shard", "write_image_shard", "write_manifest",
+    "withdraw", "withdraw_damaged", "write_embed_shard", "write_image_shard", "write_manifest",
 ]  # fmt: skip
 
 STORED = "success"  # img2dataset's word in the `status` column for a row that became a sample
+
+
+def outcome(status: str, error: str | None) -> str:
+    """Return what became of a row as commits count it: "stored", or STATUS:REASON."""
+    return "stored" if status == STORED else f"{status}:{error}"
 
 
 def shard_name(number: int) -> str:
@@ -145,53 +152,90 @@ class ImageShard:
     """Random access to a committed image shard through its index and a memory map.
 
     digest: of the snapshot's entry; given, another content under the same name is a ValueError.
+    Samples that were forgotten since are given as their neighbours: see `ingest.generations`.
     """
 
     def __init__(self, root: str | os.PathLike[str], name: str, *, digest: str | None = None):
-        folder = local_root(root)
-        self.name, self.commit = name, _opened(root, name, digest)
-        self.rows_path = folder / f"{name}.parquet"
-        self._index = np.load(folder / f"{name}.idx.npy", mmap_mode="r", allow_pickle=False)
-        with open(folder / f"{name}.tar", "rb") as file:  # never empty: a tar ends in two blocks
+        self.name, self._folder = name, local_root(root)
+        self.commit, self._rows = _open_whole(root, name, digest, self._load)
+        self._stored: list[str] | None = None
+
+    def _load(self) -> None:
+        path = self._folder / f"{self.name}.tar"
+        self._index = np.load(path.with_suffix(".idx.npy"), mmap_mode="r", allow_pickle=False)
+        with open(path, "rb") as file:  # never empty: a tar ends in two blocks
             self._tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._keys: list[str] | None = None
+        self._table = open(path.with_suffix(".parquet"), "rb")  # noqa: SIM115 - read when needed
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._index) if self._rows is None else len(self._rows)
 
     def image_bytes(self, i: int) -> bytes:
         """Return the encoded image of sample `i`."""
-        offset, length = self._index[i, :2]
+        offset, length = self._index[self._row(i), :2]
         return self._tar[offset : offset + length]
 
     def caption(self, i: int) -> str:
         """Return the caption of sample `i`."""
-        offset, length = self._index[i, 2:]
+        offset, length = self._index[self._row(i), 2:]
         return self._tar[offset : offset + length].decode()
+
+    def _row(self, i: int) -> int:
+        return i if self._rows is None else int(self._rows[i])
 
     @property
     def keys(self) -> list[str]:
         """The key of every sample, in row order; read from the Parquet file once."""
-        if self._keys is None:
+        if self._stored is None:
             import pyarrow.parquet as pq
 
-            table = pq.ParquetFile(self.rows_path).read(columns=["key", "status"])
+            table = pq.ParquetFile(self._table).read(columns=["key", "status"])
             rows = zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True)
-            self._keys = [key for key, status in rows if status == STORED]
-            _require_length(self.rows_path, len(self._keys), len(self))
-        return self._keys
+            keys = [key for key, status in rows if status == STORED]
+            _require_length(Path(self._table.name), len(keys), len(self._index))
+            self._stored = _picked(keys, self._rows)
+        return self._stored
+
+    def require_whole(self) -> None:
+        """Raise ValueError if samples were forgotten since the shard was pinned."""
+        if self._rows is not None:
+            where = self._folder / self.name
+            raise ValueError(f"{where}: samples were forgotten; rerun, on the next snapshot")
+
+
+def _picked(values: list[str], rows: np.ndarray | None) -> list[str]:
+    return values if rows is None else [values[row] for row in rows]
+
+
+def _open_whole(
+    root: str | os.PathLike[str], name: str, digest: str | None, load: Callable[[], None]
+) -> tuple[Commit, np.ndarray | None]:
+    """Load the files of one generation; return its commit and what `rows_of` says."""
+    commit = _opened(root, name, digest)
+    while True:
+        problem = None
+        try:
+            rows = rows_of(root, commit, digest)
+            load()
+        except (OSError, ValueError) as error:
+            problem = error
+        before, commit = commit, _opened(root, name, digest)
+        if before != commit:  # made anew between two of the files
+            continue
+        if problem is not None:
+            raise problem
+        return commit, rows
 
 
 def _opened(root: str | os.PathLike[str], name: str, digest: str | None) -> Commit:
     """Return the commit of a shard whose files are all in place with their committed sizes."""
-    commit = published(root, name)
-    problem = damage(root, commit)
+    commit, problem = inspect(root, name)
+    where = f"{root}: shard {name}"
     if problem is not None:
-        where = f"{local_root(root)}: shard {name}"
         raise ValueError(f"{where} is damaged: {problem}; rerun its stage")
-    if digest is not None and commit.digest != digest:
+    if digest is not None and digest != commit.digest and digest not in commit.superseded:
         raise ValueError(
-            f"{local_root(root)}: shard {name} has digest {commit.digest[:12]}, the snapshot says "
+            f"{where} has digest {commit.digest[:12]}, the snapshot says "
             f"{digest[:12]}; it was made anew since: publish and use a new snapshot"
         )
     return commit
@@ -248,18 +292,39 @@ class EmbedShard:
     """
 
     def __init__(self, root: str | os.PathLike[str], name: str, *, digest: str | None = None):
-        self.name, self.commit = name, _opened(root, name, digest)
-        self._folder = local_root(root)
-        self.image_embed = self._load("image_embed")
-        self.text_embed = self._load("text_embed")
-        self.tokens = self._load("tokens")
+        self.name, self._folder = name, local_root(root)
+        self.commit, self._rows = _open_whole(root, name, digest, self._load)
+        _require_length(self._folder / name, len(self._arrays["tokens"]), self.commit.num_samples)
         self._texts: tuple[list[str], list[str]] | None = None
 
-    def _load(self, part: str) -> np.ndarray:
-        path = self._folder / f"{self.name}.{part}.npy"
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        _require_length(path, len(array), self.commit.num_samples)
-        return array
+    def _load(self) -> None:
+        stem = self._folder / self.name
+        self._arrays = {
+            part: np.load(f"{stem}.{part}.npy", mmap_mode="r", allow_pickle=False)
+            for part in ("image_embed", "text_embed", "tokens")
+        }
+        sizes = {len(array) for array in self._arrays.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"{stem}: its arrays have {sorted(sizes)} rows; rerun its stage")
+        self._table = open(f"{stem}.keys.parquet", "rb")  # noqa: SIM115 - read when needed
+
+    def _array(self, part: str) -> np.ndarray:
+        return self._arrays[part] if self._rows is None else self._arrays[part][self._rows]
+
+    @cached_property
+    def image_embed(self) -> np.ndarray:
+        """float16 [n, E], unit norm."""
+        return self._array("image_embed")
+
+    @cached_property
+    def text_embed(self) -> np.ndarray:
+        """float16 [n, E], unit norm."""
+        return self._array("text_embed")
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """int32 [n, L]."""
+        return self._array("tokens")
 
     def __len__(self) -> int:
         return len(self.image_embed)
@@ -268,10 +333,10 @@ class EmbedShard:
         if self._texts is None:
             import pyarrow.parquet as pq
 
-            path = self._folder / f"{self.name}.keys.parquet"
-            table = pq.ParquetFile(path).read(columns=["key", "caption"])
-            _require_length(path, table.num_rows, len(self))
-            self._texts = table["key"].to_pylist(), table["caption"].to_pylist()
+            table = pq.ParquetFile(self._table).read(columns=["key", "caption"])
+            _require_length(Path(self._table.name), table.num_rows, self.commit.num_samples)
+            keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
+            self._texts = _picked(keys, self._rows), _picked(captions, self._rows)
         return self._texts
 
     @property
@@ -283,61 +348,3 @@ class EmbedShard:
     def captions(self) -> list[str]:
         """The caption of every row, read once."""
         return self._columns()[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedStatistics:
-    """Moments of a snapshot's image embeddings, in float64.
-
-    mean, std: [E]; eigenvalues: [E] of the covariance, falling; basis: [E, E], column k belongs
-    to eigenvalue k; snapshot: digest of the embeddings they were taken over.
-    """
-
-    mean: np.ndarray
-    std: np.ndarray
-    eigenvalues: np.ndarray
-    basis: np.ndarray
-    count: int
-    snapshot: str
-
-    @classmethod
-    def compute(cls, snapshot: Snapshot) -> "EmbedStatistics":
-        """Take the moments in one pass over the shards of `snapshot`, which must hold samples."""
-        if snapshot.num_samples == 0:
-            raise ValueError(f"{snapshot.root}: the snapshot has no samples to take moments of")
-        total, products = 0.0, 0.0
-        for entry in snapshot.shards:
-            embed = EmbedShard(snapshot.root, entry.name, digest=entry.digest).image_embed
-            block = np.asarray(embed, dtype=np.float64)
-            total, products = total + block.sum(0), products + block.T @ block
-        mean = np.asarray(total) / snapshot.num_samples
-        covariance = np.asarray(products) / snapshot.num_samples - np.outer(mean, mean)
-        values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-        values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
-        # An eigenvector's sign is arbitrary: its largest component is made positive.
-        peaks = vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])]
-        return cls(
-            mean=mean,
-            std=np.sqrt(covariance.diagonal().clip(min=0)),
-            eigenvalues=values,
-            basis=vectors * np.where(peaks < 0, -1.0, 1.0),
-            count=snapshot.num_samples,
-            snapshot=snapshot.digest,
-        )
-
-    def write(self, root: str | os.PathLike[str]) -> None:
-        """Write `<root>/_statistics.npz`, whole or not at all."""
-        path = local_root(root) / "_statistics.npz"
-        temporary = path.with_name(f"._statistics.{os.getpid()}.npz")
-        np.savez(temporary, allow_pickle=False, **vars(self))
-        os.replace(temporary, path)
-
-    @classmethod
-    def read(cls, root: str | os.PathLike[str]) -> "EmbedStatistics":
-        """Read `<root>/_statistics.npz`; ValueError with the remedy when it is missing."""
-        path = local_root(root) / "_statistics.npz"
-        if not path.exists():
-            raise ValueError(f"{path}: missing; rerun ingest/embed.py until it finishes")
-        with np.load(path, allow_pickle=False) as found:
-            arrays = {n: found[n] for n in ("mean", "std", "eigenvalues", "basis")}
-            return cls(**arrays, count=int(found["count"]), snapshot=str(found["snapshot"]))

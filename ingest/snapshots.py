@@ -7,7 +7,8 @@
 import os
 from dataclasses import asdict, dataclass
 
-from ingest.commits import committed, digest_of, read_manifest
+from ingest.commits import committed, digest_of
+from ingest.manifests import read_manifest
 from ingest.storage import join_root, storage_of
 
 LATEST = "_snapshots/latest"

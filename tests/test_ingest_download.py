@@ -264,7 +264,7 @@ def test_a_real_list_adds_up_and_nothing_leaves_the_machine(site, tmp_path, monk
     config = DownloadConfig(
         urls=str(REAL_LIST), out=str(tmp_path / "images"), image_size=32, num_processes=0,
         samples_per_shard=2500, num_threads=8, retries=0, host_rate=0,
-        filters=FilterConfig(min_caption_chars=20, unique_urls=True, max_aspect_ratio=2.0),
+        filters=FilterConfig(min_caption_chars=20, unique=("urls",), max_aspect_ratio=2.0),
     )  # fmt: skip
     assert main(config) == 0
     line = capsys.readouterr().out.splitlines()[-1]

@@ -217,7 +217,7 @@ def test_the_first_of_equal_urls_is_fetched(site, tmp_path: Path, capsys):
     config = DownloadConfig(
         urls=str(tmp_path / "l.parquet"), out=str(tmp_path / "images"), image_size=32,
         num_processes=0, retries=0, host_rate=0, samples_per_shard=3, allow_address=(site.address,),
-        filters=FilterConfig(unique_urls=True),
+        filters=FilterConfig(unique=("urls",)),
     )  # fmt: skip
     assert main(config) == 0
     assert "4 rows = 1 stored + 3 filtered (duplicate_url 3)" in capsys.readouterr().out

@@ -111,7 +111,7 @@ def test_a_list_that_is_not_finished_is_finished_first(config, site, monkeypatch
 def test_repeated_urls_stay_out_of_rounds(config, site, capsys):
     table = pq.read_table(config.urls)
     pq.write_table(pa.concat_tables([table, table]), config.urls)
-    once = replace(config, filters=FilterConfig(unique_urls=True))
+    once = replace(config, filters=FilterConfig(unique=("urls",)))
     assert main(once) == 0
     mend(site, 0, 3, 6, 9)
     assert main(replace(once, retry_failed=True)) == 0

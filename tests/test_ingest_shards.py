@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from ingest import commits
+from ingest.embed_statistics import EmbedStatistics
 from ingest.shards import (
     Attempt,
     EmbedShard,
-    EmbedStatistics,
     ImageShard,
     Sample,
     committed,

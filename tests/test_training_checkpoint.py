@@ -262,7 +262,7 @@ def write_by_three_ranks(folder: Path, whole: torch.Tensor) -> list[Record]:
         save_file(mine, str(path))
         record = Record(
             format=checkpoint.FORMAT, rank=rank, world_size=3, optimizer_step=5,
-            sha256=checkpoint._digest(path), progress=dataclasses.asdict(Progress(step=5)),
+            sha256=checkpoint.digest_file(path), progress=dataclasses.asdict(Progress(step=5)),
         )  # fmt: skip
         path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(record)))
     found = records(folder)

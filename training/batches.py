@@ -233,9 +233,12 @@ class Cached:
     """Keeps what a slow reader (JPEG decoding) gave, up to `limit_bytes`; beyond it reads again."""
 
     def __init__(self, read_one: Callable[[int], np.ndarray], limit_bytes: int = 1 << 30) -> None:
-        self._read_one = read_one
-        self._left = limit_bytes
-        self._kept: dict[int, np.ndarray] = {}
+        self._read_one, self._limit = read_one, limit_bytes
+        self.clear()
+
+    def clear(self) -> None:
+        """Keep nothing of what was read so far."""
+        self._left, self._kept = self._limit, dict[int, np.ndarray]()
 
     def read(self, index: np.ndarray) -> np.ndarray:
         return np.stack([self._get(int(i)) for i in index])

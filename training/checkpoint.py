@@ -10,7 +10,6 @@ A checkpoint is valid when the records of all its ranks are there, agree and ver
 pickled.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ingest.commits import digest_file
 from models.weights import FINAL_NAME, save_config, save_weights
 from training.ema import Ema
 from training.zero import Engine, Fragment
@@ -58,11 +58,6 @@ def step_folder(run: Path, step: int) -> Path:
     return run / f"step_{step:08d}"
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     part = path.with_suffix(path.suffix + ".part")
@@ -86,7 +81,7 @@ def records(folder: Path) -> list[Record] | None:
                     f"{path}: found format {record.format}, expected {FORMAT}", stacklevel=2
                 )
                 return None
-            if _digest(path.with_suffix(".safetensors")) != record.sha256:
+            if digest_file(path.with_suffix(".safetensors")) != record.sha256:
                 warnings.warn(
                     f"{path.with_suffix('.safetensors')}: digest differs from its record",
                     stacklevel=2,
@@ -157,7 +152,7 @@ def _write_fragments(fragments: Path, engine: Engine, ema: Ema, progress: Progre
         rank=engine.rank,
         world_size=engine.world_size,
         optimizer_step=_optimizer_step(engine),
-        sha256=_digest(part),
+        sha256=digest_file(part),
         progress=asdict(progress),
     )
     part.replace(stem.with_suffix(".safetensors"))

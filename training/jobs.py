@@ -9,7 +9,8 @@ import torch.distributed as dist
 from open_clip import CLIP
 from torch import Tensor
 
-from ingest.shards import EmbedStatistics, Snapshot, load_snapshot, read_manifest
+from ingest.embed_statistics import EmbedStatistics
+from ingest.shards import Snapshot, load_snapshot, read_manifest
 from models.clip import (
     MAX_LOGIT_SCALE,
     FrozenClip,

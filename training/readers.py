@@ -1,15 +1,55 @@
 """Readers of one pinned snapshot: samples by their index, whichever shard they lie in."""
 
 import io
+import time
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from ingest.generations import last_change
 from ingest.shards import EmbedShard, ImageShard, ShardEntry, Snapshot
 from training.batches import Cached
 
 MAX_OPEN_SHARDS = 64
+LOOK_SECONDS = 10.0  # how often readers ask whether samples were forgotten
+Shard = TypeVar("Shard", ImageShard, EmbedShard)
+
+
+class _Shards(Generic[Shard]):
+    """The shards of a snapshot, opened when first needed; the last used stay open.
+
+    What was forgotten is no longer given within `LOOK_SECONDS`: then open shards are opened again,
+    and `on_change` is called.
+    """
+
+    def __init__(
+        self,
+        kind: Callable[..., Shard],
+        snapshot: Snapshot,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._kind, self._snapshot, self._on_change = kind, snapshot, on_change
+        self._open = lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
+        self._seen, self._looked = last_change(snapshot.root), time.monotonic()
+
+    def _open_shard(self, number: int) -> Shard:
+        entry = self._snapshot.shards[number]
+        return self._kind(self._snapshot.root, entry.name, digest=entry.digest)
+
+    def __call__(self, number: int) -> Shard:
+        return self._open(number)
+
+    def look(self) -> None:
+        """Honour what was forgotten since the last look."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._looked, found = time.monotonic(), last_change(self._snapshot.root)
+        if found != self._seen:
+            self._seen = found
+            self._open.cache_clear()
+            self._on_change()
 
 
 class ImageReader:
@@ -22,12 +62,8 @@ class ImageReader:
         self.shard_sizes = tuple(entry.num_samples for entry in snapshot.shards)
         self._snapshot, self._size = snapshot, size
         self._places = _Places(self.shard_sizes)
-        self._open = lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
         self._cached = Cached(self._decode)
-
-    def _open_shard(self, number: int) -> ImageShard:
-        entry = self._snapshot.shards[number]
-        return ImageShard(self._snapshot.root, entry.name, digest=entry.digest)
+        self.open_shard = _Shards(ImageShard, snapshot, self._cached.clear)
 
     def _decode(self, index: int) -> np.ndarray:
         from PIL import Image
@@ -35,10 +71,15 @@ class ImageReader:
         from models.clip import preprocess
 
         shard, row = self._places.of(index)
-        with Image.open(io.BytesIO(self._open(shard).image_bytes(row))) as image:
+        with Image.open(io.BytesIO(self.open_shard(shard).image_bytes(row))) as image:
             return preprocess(image, self._size)
 
+    def place_of(self, index: int) -> tuple[int, int]:
+        """Return the number of the shard and the row of a sample."""
+        return self._places.of(index)
+
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        self.open_shard.look()
         return {"image": self._cached.read(index)}
 
 
@@ -64,8 +105,8 @@ class CaptionReader:
         self._tokens = Cached(lambda i: tokenize([self._caption(i)])[0], limit_bytes=1 << 28)
 
     def _caption(self, index: int) -> str:
-        shard, row = self._images._places.of(index)
-        return self._images._open(shard).caption(row)
+        shard, row = self._images.place_of(index)
+        return self._images.open_shard(shard).caption(row)
 
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
         return {**self._images.read(index), "tokens": self._tokens.read(index)}
@@ -78,17 +119,14 @@ class EmbedReader:
         self.shard_sizes = tuple(entry.num_samples for entry in snapshot.shards)
         self._snapshot = snapshot
         self._places = _Places(self.shard_sizes)
-        self._open = lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
-
-    def _open_shard(self, number: int) -> EmbedShard:
-        entry = self._snapshot.shards[number]
-        return EmbedShard(self._snapshot.root, entry.name, digest=entry.digest)
+        self.open_shard = _Shards(EmbedShard, snapshot)
 
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        self.open_shard.look()
         shards, rows = self._places.of_many(index)
         columns: dict[str, np.ndarray] = {}
         for number in np.unique(shards):
-            shard, mine = self._open(int(number)), shards == number
+            shard, mine = self.open_shard(int(number)), shards == number
             for name in ("image_embed", "text_embed", "tokens"):
                 values = getattr(shard, name)[rows[mine]]
                 whole = columns.setdefault(
@@ -125,9 +163,9 @@ class JoinedReader:
 
     def _check_keys(self, matched: Snapshot) -> None:
         for number, entry in enumerate(matched.shards):
-            embed = self._embeds._open(number)
-            of_these = embed.commit.config_hash == entry.digest
-            if not of_these or self._images._open(number).keys != embed.keys:
+            embed, image = self._embeds.open_shard(number), self._images.open_shard(number)
+            of_these = embed.commit.config_hash == image.commit.digest
+            if not of_these or image.keys != embed.keys:
                 raise ValueError(
                     f"{matched.root}: shard {entry.name}: its embeddings are of other images; "
                     "embed these with: python ingest/embed.py"
