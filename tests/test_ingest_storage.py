@@ -187,6 +187,21 @@ def test_rows_are_tried_again_into_s3(config, bucket, site):
     assert sum(commit.num_samples for commit in committed(there.out).values()) == 10
 
 
+def test_s3_is_verified_and_forgets_as_the_local_disk_does(config, bucket, site, tmp_path):
+    (tmp_path / "forget.txt").write_text(site.url("/4.png"))
+    there = remote(config, bucket)
+    for one in (config, there):
+        assert main(one) == 0
+        assert main(DownloadConfig(out=one.out, forget=str(tmp_path / "forget.txt"))) == 0
+        assert main(DownloadConfig(out=one.out, verify=True)) == 0
+    assert contents(there.out) == contents(config.out)
+    storage = storage_of(there.out)
+    storage.replace("000002.tar", storage.read("000002.tar")[:-1] + b"x")
+    assert main(DownloadConfig(out=there.out, verify=True)) == 1
+    assert "000002" not in committed(there.out) and len(storage.names("_quarantine")) == 1
+    assert main(there) == 0 and contents(there.out) == contents(config.out)
+
+
 @pytest.mark.slow
 def test_a_killed_download_to_s3_is_continued(config, bucket):
     assert main(config) == 0
