@@ -21,7 +21,7 @@ from ingest.accounts import Accounts
 from ingest.commits import committed, damage, exclusive
 from ingest.download import DownloadConfig, main
 from ingest.filters import FilterConfig
-from ingest.forgotten import Forgotten, read_request, url_digest
+from ingest.forgotten import Forgotten, read_request
 from ingest.shards import EmbedShard, ImageShard
 from ingest.snapshots import load_snapshot, publish_snapshot
 from ingest.storage import LocalStorage
@@ -346,37 +346,6 @@ def test_one_at_a_time_and_the_lock_of_the_dead_is_taken(download, tmp_path):
     assert subprocess.run([sys.executable, "-c", code, download.out], check=False).returncode == -9
     upkeep.forget(download.out, Forgotten())
     assert not (Path(download.out) / "_held.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("http://a/b\nnonsense\n", "line 2: found 'nonsense'"),
-        ("# nothing\n\n", "found nothing"),
-        (None, "forget.txt"),
-    ],
-)
-def test_a_request_that_says_nothing_is_refused(download, tmp_path, text, told):
-    if text is not None:
-        (tmp_path / "forget.txt").write_text(text)
-    with pytest.raises(ValueError, match=told):
-        main(replace(download, urls="", forget=str(tmp_path / "forget.txt")))
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "same"),
-    [
-        ("http://Example.com/a", " HTTP://example.COM/a#x ", True),
-        ("http://u:P@Example.com/a", "http://u:P@example.com/a", True),
-        ("http://example.com/a", "http://example.com/A", False),
-        ("http://example.com/a?x=1", "http://example.com/a?x=2", False),
-        ("http://u:P@example.com/", "http://u:p@example.com/", False),
-        ("http://[bad/", "http://[bad/", True),
-        ("http://é\udc80/", "http://é\udc80/", True),
-    ],
-)
-def test_urls_are_compared_as_the_web_would(a, b, same):
-    assert (url_digest(a) == url_digest(b)) is same
 
 
 # -- repetitions ---------------------------------------------------------------------------------

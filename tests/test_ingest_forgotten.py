@@ -1,0 +1,48 @@
+"""Requests to forget: what they may say, and which rows they cover."""
+
+import pytest
+
+from ingest.forgotten import Forgotten, read_forgotten, read_request, record, url_digest
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("http://a/b\nnonsense\n", "line 2: found 'nonsense'"),
+        ("# nothing\n\n", "found nothing"),
+        (None, "forget.txt"),
+    ],
+)
+def test_a_request_that_says_nothing_is_refused(tmp_path, text, told):
+    if text is not None:
+        (tmp_path / "forget.txt").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        read_request(str(tmp_path / "forget.txt"))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("http://Example.com/a", " HTTP://example.COM/a#x ", True),
+        ("http://u:P@Example.com/a", "http://u:P@example.com/a", True),
+        ("http://example.com/a", "http://example.com/A", False),
+        ("http://example.com/a?x=1", "http://example.com/a?x=2", False),
+        ("http://u:P@example.com/", "http://u:p@example.com/", False),
+        ("http://[bad/", "http://[bad/", True),
+        ("http://é\udc80/", "http://é\udc80/", True),
+    ],
+)
+def test_urls_are_compared_as_the_web_would(a, b, same):
+    assert (url_digest(a) == url_digest(b)) is same
+
+
+def test_requests_add_up_and_may_be_repeated(tmp_path):
+    first, second = Forgotten.of(["http://a/1", "AB" * 32]), Forgotten.of(["http://a/2"])
+    assert not read_forgotten(tmp_path)
+    for request in (first, second, first):
+        record(tmp_path, request)
+    known = read_forgotten(tmp_path)
+    assert known == first | second and len(list((tmp_path / "_forgotten").iterdir())) == 2
+    assert known.covers("http://A/1") and known.covers(None, "ab" * 32)
+    assert not known.covers("http://a/3", "cd" * 32) and not known.covers(None)
+    assert all(b"http" not in path.read_bytes() for path in (tmp_path / "_forgotten").iterdir())
