@@ -132,7 +132,11 @@ def test_a_finished_export_is_the_checkpoints_weights_and_averages(data: Path, t
             assert torch.equal(tensor.flatten(), flat)
 
 
-EARLY = ("save_file", "digest_file", "_write_text")  # before the record that makes a checkpoint count
+EARLY = (
+    "save_file",
+    "digest_file",
+    "_write_text",
+)  # before the record that makes a checkpoint count
 
 
 @pytest.mark.filterwarnings("ignore:.*incomplete; skipped")
