@@ -20,13 +20,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from ingest.storage import Storage, is_remote, join_root, storage_of
 
 UNDIGESTED_SUFFIX = "_stats.json"  # timings differ from run to run: published, never digested
 HELD = "_held.json"  # who makes shards anew
+NAMES_AT_ONCE = 1024
 NUM_READERS = 16  # of many small files: the wait is the disk's, or the network's
+
+Result = TypeVar("Result")
 
 
 def local_root(root: str | os.PathLike[str]) -> Path:
@@ -111,12 +114,29 @@ def _record(shard: str) -> str:
 
 
 def committed(root: str | os.PathLike[str]) -> dict[str, Commit]:
-    """Return every commit record by shard name, in name order."""
+    """Return every commit record by shard name, in name order: some 10 kB each."""
+    return {commit.shard: commit for commit in read_commits(root)}
+
+
+def read_commits(root: str | os.PathLike[str]) -> Iterator[Commit]:
+    """Yield every commit record, in name order."""
     storage = storage_of(root)
-    names = [name for name in storage.names("_commits") if _is_record(name)]
+    for commit in _side_by_side(lambda name: _read_commit(storage, name), committed_names(root)):
+        if commit is not None:
+            yield commit
+
+
+def committed_names(root: str | os.PathLike[str]) -> list[str]:
+    """Return the names of all committed shards, in order."""
+    names = storage_of(root).names("_commits")
+    return [name.removesuffix(".json") for name in names if _is_record(name)]
+
+
+def _side_by_side(function: Callable[[str], Result], names: Sequence[str]) -> Iterator[Result]:
+    """Yield function(name) for each name, in order; a bounded number is in memory."""
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        records = list(pool.map(lambda n: _read_commit(storage, n.removesuffix(".json")), names))
-    return {record.shard: record for record in records if record is not None}
+        for start in range(0, len(names), NAMES_AT_ONCE):
+            yield from pool.map(function, names[start : start + NAMES_AT_ONCE])
 
 
 def _is_record(name: str) -> bool:
@@ -161,6 +181,13 @@ def inspect(
             return commit, problem
 
 
+def inspect_all(
+    root: str | os.PathLike[str], *, deep: bool = False
+) -> Iterator[tuple[Commit, str | None]]:
+    """Yield what `inspect` says of every committed shard, in name order."""
+    return _side_by_side(lambda name: inspect(root, name, deep=deep), committed_names(root))
+
+
 def withdraw(root: str | os.PathLike[str], commit: Commit) -> None:
     """Undo the commit of a damaged shard, so that the next run makes it anew."""
     storage = storage_of(root)
@@ -176,10 +203,8 @@ def withdraw_damaged(
 
     Returns what was wrong with each, by name.
     """
-    with ThreadPoolExecutor(NUM_READERS) as pool:
-        looked = list(pool.map(lambda name: inspect(root, name), committed(root)))
     problems = {}
-    for commit, damaged in looked:
+    for commit, damaged in inspect_all(root):
         problem = damaged or judge(commit)
         if problem is not None:
             withdraw(root, commit)

@@ -144,7 +144,7 @@ def _make_missing(
 
 
 def _verify(config: DownloadConfig) -> int:
-    from ingest.shards import committed
+    from ingest.shards import committed_names
     from ingest.upkeep import strangers, verify
 
     problems = verify(config.out)
@@ -154,7 +154,9 @@ def _verify(config: DownloadConfig) -> int:
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         print(f"of no commit: {', '.join(unknown[:3])}{more}", flush=True)
-    print(f"{len(committed(config.out))} shards are whole, {len(problems)} were not", flush=True)
+    print(
+        f"{len(committed_names(config.out))} shards are whole, {len(problems)} were not", flush=True
+    )
     if problems:
         print("incomplete: rerun the download to fetch them again", flush=True)
     return 1 if problems else 0
@@ -323,11 +325,11 @@ def _tables(config: DownloadConfig, listed: "UrlList") -> "Iterator[pa.Table]":
 
 def _finished(root: str) -> set[str]:
     """Return the shards that need no work; one with damaged files is withdrawn, and said so."""
-    from ingest.shards import committed, withdraw_damaged
+    from ingest.shards import committed_names, withdraw_damaged
 
     for name, problem in withdraw_damaged(root).items():
         print(f"shard {name} is damaged ({problem}) and is fetched again", flush=True)
-    return set(committed(root))
+    return set(committed_names(root))
 
 
 def _run(
@@ -377,11 +379,11 @@ def _count(commit: "Commit") -> None:
 def _report(config: DownloadConfig, plan: "Plan", snapshot: str) -> int:
     """Print where every row of the list went, out of the commits alone."""
     from ingest.accounts import Accounts
-    from ingest.shards import committed
+    from ingest.shards import committed_names, read_commits
 
-    commits = committed(config.out)
-    accounts = Accounts.of(commits.values())
-    missing, waiting = plan.num_shards - len(commits), plan.num_rows - accounts.total
+    accounts = Accounts.of(read_commits(config.out))
+    missing = plan.num_shards - len(committed_names(config.out))
+    waiting = plan.num_rows - accounts.total
     more = f" + {waiting} in {missing} missing shards" if waiting else ""
     print(f"{plan.num_rows} rows = {accounts}{more}; snapshot {snapshot[:12]}", flush=True)
     if not missing and waiting:

@@ -118,7 +118,7 @@ def main(config: EmbedConfig) -> int:
 
 def _finished(out: Path, images: "Snapshot") -> set[str]:
     """Return the shards that need no work; what is damaged, or of other images, is withdrawn."""
-    from ingest.shards import Commit, committed, withdraw_damaged
+    from ingest.shards import Commit, committed_names, withdraw_damaged
 
     digests = {entry.name: entry.digest for entry in images.shards}
 
@@ -128,7 +128,7 @@ def _finished(out: Path, images: "Snapshot") -> set[str]:
 
     for name, problem in withdraw_damaged(out, judge).items():
         print(f"embed: shard {name} is made again: {problem}")
-    return set(committed(out))
+    return set(committed_names(out))
 
 
 def _embed(config: EmbedConfig, images: "Snapshot", pending: "list[ShardEntry]") -> list[str]:

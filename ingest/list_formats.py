@@ -48,7 +48,9 @@ class ParquetFormat:
         import pyarrow.parquet as pq
 
         with file as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(size, columns=columns.names):
+            # buffered ahead, what was read of a row group is kept until the last one is
+            reader = pq.ParquetFile(stream, pre_buffer=False)
+            for batch in reader.iter_batches(size, columns=columns.names):
                 yield pa.table([batch.column(name) for name in columns.names], columns.names)
 
 

@@ -27,11 +27,13 @@ from ingest.commits import (
     Attempt,
     Commit,
     committed,
+    committed_names,
     damage,
     inspect,
     local_root,
     published,
     read_commit,
+    read_commits,
     recover,
     withdraw,
     withdraw_damaged,
@@ -44,10 +46,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
-    "Attempt", "Commit", "EmbedShard", "ImageShard", "Sample", "ShardEntry",
-    "Snapshot", "committed", "damage", "load_snapshot", "local_root", "outcome", "publish_snapshot",
-    "published", "read_commit", "read_manifest", "recover", "remove_data_folder", "shard_name",
-    "withdraw", "withdraw_damaged", "write_embed_shard", "write_image_shard", "write_manifest",
+    "Attempt", "Commit", "EmbedShard", "ImageShard", "Sample", "ShardEntry", "Snapshot",
+    "committed", "committed_names", "damage", "load_snapshot", "local_root", "outcome",
+    "publish_snapshot", "published", "read_commit", "read_commits", "read_manifest", "recover",
+    "remove_data_folder", "shard_name", "withdraw", "withdraw_damaged", "write_embed_shard",
+    "write_image_shard", "write_manifest",
 ]  # fmt: skip
 
 STORED = "success"  # img2dataset's word in the `status` column for a row that became a sample

@@ -7,7 +7,7 @@
 import os
 from dataclasses import asdict, dataclass
 
-from ingest.commits import committed, digest_of
+from ingest.commits import digest_of, read_commits
 from ingest.manifests import read_manifest
 from ingest.storage import join_root, storage_of
 
@@ -48,8 +48,8 @@ def publish_snapshot(root: str | os.PathLike[str]) -> Snapshot:
     import pyarrow.parquet as pq
 
     shards = tuple(
-        ShardEntry(name=name, num_samples=commit.num_samples, digest=commit.digest)
-        for name, commit in committed(root).items()
+        ShardEntry(name=one.shard, num_samples=one.num_samples, digest=one.digest)
+        for one in read_commits(root)
     )
     storage = storage_of(root)
     digest = _snapshot_digest(shards)

@@ -7,20 +7,21 @@
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ingest.commits import (
-    NUM_READERS,
     Commit,
     canonical_json,
-    committed,
+    committed_names,
     digest_of,
     exclusive,
-    inspect,
+    inspect_all,
+    published,
+    read_commit,
+    read_commits,
     recover,
     withdraw,
 )
@@ -48,13 +49,9 @@ def verify(root: Root) -> dict[str, str]:
     Returns what was wrong with each, by name. A snapshot without them is published.
     """
     recover(root)
-    names = list(committed(root))
     problems = {}
-    with (
-        ThreadPoolExecutor(NUM_READERS) as pool,
-        progress("verify", len(names), unit="shards") as advance,
-    ):
-        for commit, problem in pool.map(lambda name: inspect(root, name, deep=True), names):
+    with progress("verify", len(committed_names(root)), unit="shards") as advance:
+        for commit, problem in inspect_all(root, deep=True):
             if problem is not None:
                 problems[commit.shard] = problem
                 _quarantine(root, commit)
@@ -75,7 +72,7 @@ def _quarantine(root: Root, commit: Commit) -> None:
 
 def strangers(root: Root) -> list[str]:
     """Return the files in the root that belong to no commit, sorted."""
-    known = {name for c in committed(root).values() for name in [*c.files, *c.undigested]}
+    known = {name for c in read_commits(root) for name in [*c.files, *c.undigested]}
     return [n for n in storage_of(root).names() if n not in known and not n.startswith(("_", "."))]
 
 
@@ -111,11 +108,12 @@ def forget(root: Root, request: Forgotten) -> Removed:
         found = dict(_matches(root, read_forgotten(root)))
         derived = list(_derived(root))
         _bury_all(root, found, [embeds for embeds in derived if _is_there(embeds)])
-        commits, num_samples = committed(root), 0
+        num_samples = 0
         with progress("rewrite", len(found), unit="shards") as advance:
             for name, rows in found.items():
-                made = remove_rows(root, commits[name], {row: FORGOTTEN for row in rows})
-                num_samples += commits[name].num_samples - made.num_samples
+                old = published(root, name)
+                made = remove_rows(root, old, {row: FORGOTTEN for row in rows})
+                num_samples += old.num_samples - made.num_samples
                 advance()
         for embeds in filter(_is_there, derived):
             follow(root, embeds)
@@ -131,7 +129,7 @@ def forget(root: Root, request: Forgotten) -> Removed:
 
 def _matches(root: Root, forgotten: Forgotten) -> Iterator[tuple[str, list[int]]]:
     """Yield the shards that hold what is to be forgotten, with the rows of their tables."""
-    names = list(committed(root))
+    names = committed_names(root)
     with progress("search", len(names), unit="shards") as advance:
         for name in names:
             table = _columns(root, name, "url", "sha256")
@@ -143,17 +141,17 @@ def _matches(root: Root, forgotten: Forgotten) -> Iterator[tuple[str, list[int]]
 
 
 def _bury_all(root: Root, found: dict[str, list[int]], derived: list[str]) -> None:
-    commits = committed(root)
-    embeds_of = {embeds: committed(embeds) for embeds in derived}
     for folder in [root, *derived]:
         lift_settled(folder)
     for name, rows in found.items():
         places = enumerate(_stored_rows(root, name))
         removed = [place for place, row in places if row in set(rows)]
-        bury(root, commits[name], removed)
-        for embeds, theirs in embeds_of.items():
-            if name in theirs and theirs[name].config_hash == commits[name].digest:
-                bury(embeds, theirs[name], removed)
+        images = published(root, name)
+        bury(root, images, removed)
+        for embeds in derived:
+            theirs = read_commit(embeds, name)
+            if theirs is not None and theirs.config_hash == images.digest:
+                bury(embeds, theirs, removed)
     for folder in [root, *derived]:
         announce(folder)
 
@@ -183,11 +181,12 @@ def follow(images: Root, embeds: Root) -> int:
 
     Embeddings of anything but an earlier generation are left to ingest/embed.py.
     """
-    current, count = committed(images), 0
+    count = 0
     with exclusive(embeds, "--forget"):
         recover(embeds)
-        for name, commit in committed(embeds).items():
-            if name in current and follow_images(embeds, commit, current[name]) is not None:
+        for commit in read_commits(embeds):
+            current = read_commit(images, commit.shard)
+            if current is not None and follow_images(embeds, commit, current) is not None:
                 count += 1
         if count:
             snapshot = publish_snapshot(embeds)
@@ -205,24 +204,22 @@ def drop_repeated_images(root: Root) -> int:
     Before: in the order of shards and rows, so the same samples go whatever came first. Returns
     the number of samples removed.
     """
-    commits = committed(root)
-    if _unique_state(commits) == _unique_marker(root):
+    if _unique_state(root) == _unique_marker(root):
         return 0
-    hashes = (_image_hashes(root, name) for name in commits)
-    again = repeated(hashes, sum(commit.num_samples for commit in commits.values()))
-    ends = np.cumsum([commit.num_samples for commit in commits.values()])
+    names, sizes = committed_names(root), [one.num_samples for one in read_commits(root)]
+    again = repeated((_image_hashes(root, name) for name in names), sum(sizes))
     with exclusive(root, "--filters.unique images"):
-        for commit, places in zip(list(commits.values()), np.split(again, ends), strict=False):
+        for name, places in zip(names, np.split(again, np.cumsum(sizes)), strict=False):
             if places.any():
-                rows = np.array(_stored_rows(root, commit.shard))[places]
+                rows = np.array(_stored_rows(root, name))[places]
                 reasons = {int(row): "duplicate_image" for row in rows}
-                commits[commit.shard] = remove_rows(root, commit, reasons)
-        storage_of(root).replace(UNIQUE, _unique_state(commits))
+                remove_rows(root, published(root, name), reasons)
+        storage_of(root).replace(UNIQUE, _unique_state(root))
     return int(again.sum())
 
 
-def _unique_state(commits: dict[str, Commit]) -> bytes:
-    return digest_of([[name, commit.digest] for name, commit in commits.items()]).encode()
+def _unique_state(root: Root) -> bytes:
+    return digest_of([[one.shard, one.digest] for one in read_commits(root)]).encode()
 
 
 def _unique_marker(root: Root) -> bytes | None:
