@@ -70,6 +70,7 @@ _TABLE: tuple[tuple[str, Kind, Mapping[str, tuple[str, ...]], str], ...] = (
     ("ingest_bytes_total", "counter", {}, "Bytes of images stored in shards."),
     ("embed_images_total", "counter", {}, "Images embedded."),
     ("embed_shards_total", "counter", {}, "Embedding shards committed."),
+    ("embed_failed_shards_total", "counter", {}, "Image shards that could not be embedded."),
     ("train_loss", "gauge", _MODEL, "Mean loss since the last report."),
     ("train_step", "gauge", _MODEL, "Optimizer steps taken."),
     ("train_samples_total", "counter", _MODEL, "Samples trained on by this process."),

@@ -2,6 +2,12 @@
 
 import logging
 import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOOK_SECONDS = 5.0
 
 
 def ensure_ray() -> None:
@@ -40,3 +46,28 @@ def require_own_node() -> None:
     own = ray.get_runtime_context().get_node_id()
     if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == own):
         raise ConnectionError("Ray's raylet on this machine is gone")
+
+
+@contextmanager
+def ending_with_own_node() -> Iterator[None]:
+    """End the process, with a line and exit code 1, if its node leaves Ray within the block.
+
+    For waits inside Ray that would never end; `require_own_node` serves those that look up.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(LOOK_SECONDS):
+            try:
+                require_own_node()
+            except ConnectionError as error:
+                if not ended.is_set():
+                    print(f"error: {error}; rerun the same command", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+    watching = threading.Thread(target=watch, name="own node", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()

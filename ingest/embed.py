@@ -1,13 +1,14 @@
 """Precompute CLIP embeddings of image shards with Ray Data; each shard exactly once.
 
-python ingest/embed.py --images data/images --clip ViT-L-14:laion2b_s32b_b82k --out data/embeds
-python ingest/embed.py --images data/images --clip runs/clip --out data/embeds
+examples:
+  python ingest/embed.py --images data/images --clip ViT-L-14:laion2b_s32b_b82k --out data/embeds
+  python ingest/embed.py --images data/images --clip runs/clip --out data/embeds --num-actors 8
 """
 
 import logging
-import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from cluster.cli import DONE, INCOMPLETE, parse, run_script
 
 if TYPE_CHECKING:
     from ingest.shards import ShardEntry, Snapshot
+    from models.clip import FrozenClip, Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,62 +32,79 @@ class EmbedConfig:
     """folder of the embeddings"""
     num_actors: int = 1
     """encoders side by side; each takes a GPU where there is one"""
+    max_actors: int | None = None
+    """encoders side by side at most, where a cluster grows; None: num_actors"""
+    num_readers: int | None = None
+    """shards read and decoded side by side, on CPUs; None: as many as keep the encoders busy"""
     num_threads: int = 2
     """threads of an encoder on the CPU"""
     batch_size: int = 256
     """samples a forward pass"""
+    compile: bool = False
+    """compile the image tower (torch.compile): minutes at the start, faster afterwards"""
     metrics_port: int | None = None
     """serve Prometheus metrics on this loopback port; 0 = any free one"""
     fresh: bool = False
     """delete the embeddings, if the folder is ours, and start over"""
 
 
-class Encoder:
-    """A Ray Data actor: keeps one CLIP loaded and turns shard names into committed shards."""
+class Reader:
+    """A Ray Data task: turns the entry of a shard into rows of chunks."""
 
-    def __init__(self, config: EmbedConfig, images: "Snapshot") -> None:
+    def __init__(self, root: str, how: "Preprocessing", size: int) -> None:
+        self._root, self._how, self._size = root, how, size
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        from ingest.encode import read_chunks
+        from ingest.shards import ShardEntry
+
+        for chunk in read_chunks(self._root, ShardEntry(**row), self._how, self._size):
+            yield vars(chunk)
+
+
+class Encoder:
+    """A Ray Data actor: keeps one CLIP loaded and turns pixels into embeddings."""
+
+    def __init__(self, config: EmbedConfig) -> None:
         import torch
 
         from models.clip import load_clip
 
         torch.set_num_threads(config.num_threads)
-        self._config, self._images = config, images
         self._encoder = load_clip(config.clip)
         if torch.cuda.is_available():
             self._encoder.cuda()
+        if config.compile:
+            self._encoder.clip.visual = torch.compile(self._encoder.clip.visual)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        from ingest.encode import encode_shard
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        from ingest.encode import Chunk, encode_chunk
 
-        entries = {entry.name: entry for entry in self._images.shards}
-        found: dict[str, list[Any]] = {"shard": [], "num_samples": [], "error": []}
-        for name in batch["shard"]:
-            commit, error = None, ""
-            try:
-                size = self._config.batch_size
-                commit = encode_shard(
-                    self._encoder, self._images, entries[name], Path(self._config.out), size
-                )
-            except (
-                ValueError,
-                OSError,
-            ) as problem:  # a damaged shard is named and counted; the rest goes on
-                error = str(problem)
-            found["shard"].append(str(name))
-            found["num_samples"].append(commit.num_samples if commit else 0)
-            found["error"].append(error)
-        return found
+        encoded = encode_chunk(self._encoder, Chunk(**row))
+        embeds = {"image_embed": encoded.image_embed, "text_embed": encoded.text_embed}
+        return {**vars(encoded.chunk), **embeds, "encode_seconds": encoded.seconds}
+
+
+@dataclass
+class Outcome:
+    """What a run came to. seconds: of all processes, by step; bad: keys of undecodable samples."""
+
+    failed: dict[str, str] = field(default_factory=dict)
+    bad: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
+
+
+STEPS = ("read", "encode", "commit")
 
 
 def main(config: EmbedConfig) -> int:
     """Embed what is pending, then publish the snapshot and its statistics."""
     from cluster.metrics import serve
-    from cluster.session import ensure_ray
     from ingest.encode import finish_embeds, open_embeds
     from ingest.shards import load_snapshot, remove_data_folder
     from models.clip import load_clip
 
-    started = time.perf_counter()
+    _check(config)
     serve(config.metrics_port)
     out = Path(config.out).absolute()
     clip = str(Path(config.clip).absolute()) if Path(config.clip).is_dir() else config.clip
@@ -96,24 +115,33 @@ def main(config: EmbedConfig) -> int:
     open_embeds(out, clip, encoder, images)
     done = _finished(out, images)
     pending = [entry for entry in images.shards if entry.name not in done]
-    print(
-        f"embed: {len(images.shards)} shards, {len(images.shards) - len(pending)} done, "
-        f"{len(pending)} to go"
-    )
-    failed = []
+    print(f"embed: {len(images.shards)} shards, {len(done)} done, {len(pending)} to go", flush=True)
+    outcome = Outcome()
     if pending:
-        ensure_ray()
         absolute = EmbedConfig(**{**vars(config), "out": str(out), "clip": clip})
-        failed = _embed(absolute, images, pending)
-    for line in failed:
-        print(f"embed: failed: {line}")
+        outcome = _embed(absolute, images, pending, encoder)
+    for line in outcome.failed.values():
+        print(f"embed: failed: {line}", flush=True)
+    if outcome.bad:
+        more = f" and {len(outcome.bad) - 3} more" if len(outcome.bad) > 3 else ""
+        print(f"embed: undecodable: {', '.join(outcome.bad[:3])}{more}", flush=True)
     snapshot = finish_embeds(out)
-    seconds = time.perf_counter() - started
-    print(
-        f"embed: {snapshot.num_samples} samples in {len(snapshot.shards)} shards, {seconds:.1f} "
-        f"s -> {out}"
-    )
-    return INCOMPLETE if failed else DONE
+    count = f"{snapshot.num_samples} samples in {len(snapshot.shards)} shards"
+    spent = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in outcome.seconds.items())
+    print(f"embed: {count} -> {out}; this run, over all processes: {spent}", flush=True)
+    return INCOMPLETE if outcome.failed else DONE
+
+
+def _check(config: EmbedConfig) -> None:
+    for name in ("num_actors", "max_actors", "num_readers", "num_threads", "batch_size"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: found {value}, expected 1 or more")
+    if config.max_actors is not None and config.max_actors < config.num_actors:
+        raise ValueError(
+            f"--max-actors: found {config.max_actors}, expected at least --num-actors, "
+            f"{config.num_actors}"
+        )
 
 
 def _finished(out: Path, images: "Snapshot") -> set[str]:
@@ -127,42 +155,93 @@ def _finished(out: Path, images: "Snapshot") -> set[str]:
         return None if commit.config_hash == known else "its images have changed"
 
     for name, problem in withdraw_damaged(out, judge).items():
-        print(f"embed: shard {name} is made again: {problem}")
+        print(f"embed: shard {name} is made again: {problem}", flush=True)
     return set(committed_names(out))
 
 
-def _embed(config: EmbedConfig, images: "Snapshot", pending: "list[ShardEntry]") -> list[str]:
-    """Run the actors over the pending shards; returns what failed, a line a shard."""
+def _embed(
+    config: EmbedConfig,
+    images: "Snapshot",
+    pending: "list[ShardEntry]",
+    encoder: "FrozenClip",
+) -> Outcome:
+    """Send the pending shards through readers and encoders, and commit what comes back."""
+    from cluster.session import ending_with_own_node, ensure_ray
+    from ingest.encode import Assembler, Chunk, Encoded
+    from ingest.progress import progress
+
+    ensure_ray()
+    entries = {entry.name: entry for entry in pending}
+    assembler, outcome = Assembler(), Outcome()
+    total = sum(entry.num_samples for entry in pending)
+    with ending_with_own_node(), progress("embed", total, unit="images") as advance:
+        for row in _encoded_rows(config, images, pending, encoder).iter_rows():
+            embeds = {name: row.pop(name) for name in ("image_embed", "text_embed")}
+            seconds, chunk = row.pop("encode_seconds"), Chunk(**row)
+            outcome.seconds["read"] += chunk.seconds
+            outcome.seconds["encode"] += seconds
+            whole = assembler.add(Encoded(chunk=chunk, seconds=seconds, **embeds))
+            if whole is not None:
+                _settle(Path(config.out), images.root, entries[chunk.shard], whole, outcome)
+            advance(len(chunk.bad), note=f"{len(outcome.failed)} shards failed")
+    return outcome
+
+
+def _encoded_rows(
+    config: EmbedConfig,
+    images: "Snapshot",
+    pending: "list[ShardEntry]",
+    encoder: "FrozenClip",
+) -> Any:
+    """Return the lazy Ray data set of all pending chunks, encoded."""
     import ray
     import ray.data
-    from rich.progress import track
-
-    from cluster.metrics import counter
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it narrates each plan
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= config.num_actors else 0
-    shards = ray.data.from_items(
-        [{"shard": entry.name} for entry in pending], override_num_blocks=len(pending)
-    )
-    results = shards.map_batches(
-        Encoder,
-        fn_constructor_args=(config, images),
-        batch_size=1,
+    read = Reader(images.root, encoder.preprocessing, config.batch_size)
+    rows = [vars(entry) for entry in pending]
+    shards = ray.data.from_items(rows, override_num_blocks=len(rows))
+    side = encoder.image_size
+    memory = 4 * 3 * side * side * config.batch_size  # a few chunks; and unlike the encoder's
+    # resources, or Ray Data would run readers inside the encoders' processes
+    chunks = shards.flat_map(read, num_cpus=1, memory=memory, concurrency=config.num_readers)
+    encode: Any = Encoder  # an actor's class, where the annotations know functions only
+    return chunks.map(
+        encode,
+        fn_constructor_args=(config,),
         num_gpus=gpus,
         num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=config.num_actors,
+            max_size=config.max_actors or config.num_actors,
+            initial_size=config.num_actors,
+        ),
     )
-    failed = []
-    quiet = not os.isatty(1)
-    for row in track(results.iter_rows(), description="embed", total=len(pending), disable=quiet):
-        counter("minidalle2_embed_shards_total").inc(1)
-        counter("minidalle2_embed_images_total").inc(int(row["num_samples"]))
-        if row["error"]:
-            failed.append(row["error"])
-        elif quiet:
-            print(f"embed: shard {row['shard']}: {row['num_samples']} samples", flush=True)
-    return failed
+
+
+def _settle(
+    out: Path, images: str, entry: "ShardEntry", parts: list[Any], outcome: Outcome
+) -> None:
+    """Commit a whole shard, or put down why it cannot be."""
+    from cluster.metrics import counter
+    from ingest.encode import bad_keys, commit_shard
+
+    started = time.perf_counter()
+    problem = next((part.chunk.problem for part in parts if part.chunk.problem), "")
+    try:
+        if problem:
+            raise ValueError(problem)
+        commit = commit_shard(out, images, entry, parts)
+    except ValueError as error:  # this shard's fault: it is named and counted, the rest goes on
+        outcome.failed[entry.name] = str(error)
+        counter("minidalle2_embed_failed_shards_total").inc()
+        return
+    outcome.bad += bad_keys(images, entry, parts)
+    outcome.seconds["commit"] += time.perf_counter() - started
+    counter("minidalle2_embed_shards_total").inc()
+    counter("minidalle2_embed_images_total").inc(commit.num_samples)
 
 
 if __name__ == "__main__":

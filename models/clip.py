@@ -5,6 +5,7 @@ Frozen CLIP stays outside the training engine: `FrozenClip` encodes, it is never
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,16 @@ def normalise_pixels(
 
 def preprocess(image: Image.Image, size: int) -> np.ndarray:
     """Resize the short side to `size` (bicubic, antialiased) and crop the centre: uint8 [3,
-    size, size]."""
+    size, size].
+
+    Rounded as torchvision rounds, whose transforms open_clip's weights were trained with.
+    """
     image = image.convert("RGB")
-    scale = size / min(image.size)
-    if scale != 1:
-        sides = [max(size, round(side * scale)) for side in image.size]
-        image = image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    short = min(image.size)
+    if short != size:
+        width, height = (size if side == short else int(size * side / short) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1).copy()
 
 
@@ -114,6 +118,16 @@ def tokenizer(
     return encode
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What turns a pair into an encoder's input, without the encoder. image_size: px;
+    context_length: tokens."""
+
+    image_size: int
+    context_length: int
+    vocab_size: int
+
+
 class FrozenClip(nn.Module):
     """A CLIP that only encodes.
 
@@ -140,6 +154,15 @@ class FrozenClip(nn.Module):
             statistics = (*self.pixel_mean, *self.pixel_std)
             self.encoder_id += "".join(f"-{value:g}" for value in statistics)
         self.tokenize = tokenizer(self.context_length, int(self.clip.vocab_size))
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What its inputs go through before they come here."""
+        return Preprocessing(
+            image_size=self.image_size,
+            context_length=self.context_length,
+            vocab_size=int(self.clip.vocab_size),
+        )
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """Return `image` as this encoder's input, uint8 [3, S, S]."""

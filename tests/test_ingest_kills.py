@@ -1,4 +1,4 @@
-"""Downloads that are killed, worker, driver or raylet, at any moment: run again, they end alike."""
+"""Ingest that is killed, worker, driver or raylet, at any moment: run again, it ends alike."""
 
 import contextlib
 import random
@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ingest.shards import committed, damage, load_snapshot
+from training import demo_data
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_ROWS, SHARD = 160, 8
@@ -21,10 +24,23 @@ SECONDS_A_RUN = 120
 VICTIMS = ("worker", "driver", "raylet")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A command that fills a folder with commits.
+
+    command: from the folder to its words; worker: how the titles of its workers end.
+    """
+
+    command: Callable[[Path], list[str]]
+    num_commits: int
+    worker: str
+    whole: Path
+
+
 @pytest.fixture
-def command(site, tmp_path):
-    """Return a function from a folder to the command; the site answers after 20 to 60 ms, each
-    path always alike: pictures, and now and then a 404, a 503 or a page."""
+def download(site, tmp_path) -> Work:
+    """A download from a site that answers after 20 to 60 ms, each path always alike: pictures, and
+    now and then a 404, a 503 or a page."""
     others = [(404, b""), (503, b""), (200, b"<html>")]
     for i in range(NUM_ROWS):
         status, body = others[i % 3] if i % 10 == 9 else (200, site.picture(40 + i, 40, i))
@@ -43,7 +59,35 @@ def command(site, tmp_path):
             "--host-connections", "8", "--allow-address", site.address,
         ]  # fmt: skip
 
-    return spell
+    run(spell(tmp_path / "whole", 0))
+    return Work(
+        command=spell,
+        num_commits=NUM_ROWS // SHARD,
+        worker="ray::_supervised",
+        whole=tmp_path / "whole",
+    )
+
+
+@pytest.fixture
+def embed(tmp_path) -> Work:
+    """The embedding of 24 shards of drawings, in chunks smaller than a shard."""
+    images = tmp_path / "images"
+    demo_data.draw_images(images, num_shards=24, samples_per_shard=48)
+
+    def spell(out: Path) -> list[str]:
+        return [
+            sys.executable, str(ROOT / "ingest" / "embed.py"), "--images", str(images),
+            "--clip", "tiny:random", "--out", str(out), "--batch-size", "20", "--num-threads", "1",
+        ]  # fmt: skip
+
+    whole = tmp_path / "whole"
+    run(spell(whole))
+    return Work(
+        command=spell,
+        num_commits=24,
+        worker="ray::MapWorker(Map(Encoder))",
+        whole=whole,
+    )
 
 
 def slowed(answer, seconds: float):
@@ -70,27 +114,27 @@ def family(driver: subprocess.Popen) -> dict[psutil.Process, str]:
 
 
 def find(driver: subprocess.Popen, victim: str) -> list[psutil.Process]:
-    """Return the processes of a kind that belong to a driver."""
+    """Return the processes of a driver whose title has `victim` in it; "driver" is itself."""
     if victim == "driver":
         return [psutil.Process(driver.pid)]
-    ends = {"worker": ("ray::_supervised",), "raylet": ("/raylet",)}[victim]
-    return [process for process, title in family(driver).items() if title.endswith(ends)]
+    return [process for process, title in family(driver).items() if victim in title]
 
 
-def kill_once(command: list[str], out: Path, victim: str, draw: random.Random) -> str:
+def kill_once(work: Work, out: Path, victim: str, draw: random.Random) -> str:
     """Start a run, kill one process of it after some commits, and wait for the end of the rest;
     return what was killed and when."""
-    commits = draw.randrange(NUM_ROWS // SHARD - 4)
+    commits = draw.randrange(work.num_commits - 4)
     log = out.parent / "killed.log"
+    title = {"worker": work.worker, "raylet": "/raylet/raylet", "driver": "driver"}[victim]
     with log.open("w") as file:
-        driver = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        driver = subprocess.Popen(work.command(out), stdout=file, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + SECONDS_A_RUN
-        while len(list(out.glob("_commits/[!.]*"))) < commits or not find(driver, victim):
+        while len(list(out.glob("_commits/[!.]*"))) < commits or not find(driver, title):
             assert driver.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.3))
         children = family(driver)
-        targets = find(driver, victim)
+        targets = find(driver, title)
         if targets:
             draw.choice(targets).send_signal(signal.SIGKILL)
         killed = time.monotonic()
@@ -108,28 +152,30 @@ def digests(out: Path) -> dict[str, str]:
     return {name: commit.digest for name, commit in commits.items()}
 
 
-def campaign(command, tmp_path: Path, kills: list[tuple[str, int]]) -> list[str]:
+def campaign(work: Work, tmp_path: Path, kills: list[tuple[str, int]]) -> list[str]:
     """Kill runs one after the other, each in a folder of its own; return what happened."""
-    whole = tmp_path / "whole"
-    run(command(whole, 0))
     told = []
     for number, (victim, seed) in enumerate(kills):
         out = tmp_path / f"killed{number}"
-        told.append(kill_once(command(out), out, victim, random.Random(seed)))
-        run(command(out))
-        assert digests(out) == digests(whole), told[-1]
-        assert load_snapshot(out).digest == load_snapshot(whole).digest
+        told.append(kill_once(work, out, victim, random.Random(seed)))
+        run(work.command(out))
+        assert digests(out) == digests(work.whole), told[-1]
+        assert load_snapshot(out).digest == load_snapshot(work.whole).digest
         assert list((out / "_attempts").iterdir()) == []
     return told
 
 
 @pytest.mark.slow
-def test_killed_once_each_it_ends_as_if_undisturbed(command, tmp_path):
-    told = campaign(command, tmp_path, [(victim, seed) for seed, victim in enumerate(VICTIMS)])
+@pytest.mark.parametrize("name", ["download", "embed"])
+def test_killed_once_each_it_ends_as_if_undisturbed(name, request, tmp_path):
+    work = request.getfixturevalue(name)
+    told = campaign(work, tmp_path, [(victim, seed) for seed, victim in enumerate(VICTIMS)])
     print(*told, sep="\n")
 
 
 @pytest.mark.soak
-def test_killed_twenty_times_it_ends_as_if_undisturbed(command, tmp_path):
-    told = campaign(command, tmp_path, [(VICTIMS[i % 3], 100 + i) for i in range(20)])
+@pytest.mark.parametrize("name", ["download", "embed"])
+def test_killed_twenty_times_it_ends_as_if_undisturbed(name, request, tmp_path):
+    work = request.getfixturevalue(name)
+    told = campaign(work, tmp_path, [(VICTIMS[i % 3], 100 + i) for i in range(20)])
     print(*told, sep="\n")

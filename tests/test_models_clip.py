@@ -131,9 +131,12 @@ def test_a_spec_that_names_nothing_is_refused(spec: str, problem: str):
 # -- pixels ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "height"), [(64, 64), (96, 64), (64, 200), (20, 30), (33, 32)])
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(64, 64), (96, 64), (64, 200), (20, 30), (33, 32), (97, 400), (640, 480), (35, 34), (61, 32)],
+)
 def test_preprocessing_is_resize_then_centre_crop(width: int, height: int):
-    """Bit for bit what torchvision's Resize and CenterCrop give, where both sides stay whole."""
+    """Bit for bit what torchvision's Resize and CenterCrop give."""
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
     size, image = 32, picture(width, height)

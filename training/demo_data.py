@@ -87,7 +87,7 @@ def draw_images(
     publish_snapshot(root)
 
 
-def embed_here(images: str, root: Path, clip_spec: str) -> None:
+def embed_here(images: str, root: Path, clip_spec: str, batch_size: int = 128) -> None:
     """Embed a small image folder in this process."""
     from models.clip import load_clip
 
@@ -96,5 +96,5 @@ def embed_here(images: str, root: Path, clip_spec: str) -> None:
     done = committed(root)
     for entry in snapshot.shards:
         if entry.name not in done:
-            encode_shard(encoder, snapshot, entry, root, batch_size=128)
+            encode_shard(encoder, snapshot, entry, root, batch_size)
     finish_embeds(root)
