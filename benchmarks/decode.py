@@ -21,7 +21,7 @@ import numpy as np
 from download import _draw
 
 from cluster.cli import parse, run_script
-from ingest.decode import Resizer
+from ingest.decode import Resizer, decode_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,8 @@ def _short_side(data: bytes) -> int:
 
 
 def _reduced(resizer: Resizer, data: bytes) -> Any:
-    return resizer._reduced(_open(data))
+    image = _open(data)
+    return decode_to(image, resizer._target(image.size))
 
 
 def _exact(resizer: Resizer, data: bytes) -> Any:

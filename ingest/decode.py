@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from ingest.filters import IMAGE_FORMATS
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 ResizeMode = Literal["keep_ratio", "center_crop", "keep_ratio_largest", "border", "no"]
@@ -66,7 +67,7 @@ class Resizer:
                 width, height = image.size[::-1] if orientation in SIDEWAYS else image.size
                 if min(width, height) < self.min_image_side:
                     raise DecodeError("too_small")
-                reduced = self._reduced(image)
+                reduced = decode_to(image, self._target(image.size))
             resized = self._fitted(_upright(reduced, orientation))
             file = io.BytesIO()
             resized.save(file, "JPEG", quality=self.quality)
@@ -93,25 +94,6 @@ class Resizer:
         width, height = (max(1, round(side * scale)) for side in size)
         return width, height
 
-    def _reduced(self, image: "Image.Image") -> "Image.Image":
-        """Decode an image to RGB, reduced to its target, as it is stored: not yet upright."""
-        from PIL import Image
-
-        original = image.size
-        target = self._target(original)
-        width, height = (int(side * MIN_OVERSAMPLING) for side in target)
-        # Half of an odd side ends in the middle of a pixel: the box says where, to a fraction.
-        # Without it the picture is stretched by up to a pixel, which costs 7 dB.
-        decoded = image.draft(None, (width, height))
-        box = decoded[1] if decoded is not None else (0, 0, *original)
-        image.load()
-        image = _over_white(image)
-        if target == original:
-            return image
-        return image.resize(
-            target, Image.Resampling.BICUBIC, box=box, reducing_gap=MIN_OVERSAMPLING
-        )
-
     def _fitted(self, image: "Image.Image") -> "Image.Image":
         """Crop or pad an upright image, if the mode says so."""
         from PIL import Image
@@ -126,6 +108,41 @@ class Resizer:
             canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             return canvas
         return image
+
+
+def decode_to(image: "Image.Image", target: tuple[int, int]) -> "Image.Image":
+    """Decode an opened image to RGB of `target` size, (width, height) in px, as it is stored: not
+    upright."""
+    from PIL import Image
+
+    original = image.size
+    # Half of an odd side ends in the middle of a pixel: the box says where, to a fraction.
+    # Without it the picture is stretched by up to a pixel, which costs 7 dB.
+    width, height = (int(side * MIN_OVERSAMPLING) for side in target)
+    decoded = image.draft(None, (width, height))
+    box = decoded[1] if decoded is not None else (0, 0, *original)
+    image.load()
+    image = _over_white(image)
+    if target == original:
+        return image
+    return image.resize(target, Image.Resampling.BICUBIC, box=box, reducing_gap=MIN_OVERSAMPLING)
+
+
+def square_pixels(data: bytes, size: int) -> "np.ndarray":
+    """Return an image's centre square, its short side resized to `size` px: uint8 [3, size, size].
+
+    For training on pixels. What an encoder sees is decoded in full: `models.clip.preprocess`.
+    """
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        short = min(image.size)
+        width, height = (max(size, round(side * size / short)) for side in image.size)
+        image = decode_to(image, (width, height))
+    left, top = (width - size) // 2, (height - size) // 2
+    square = image.crop((left, top, left + size, top + size))
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
 def _upright(image: "Image.Image", orientation: int) -> "Image.Image":

@@ -165,7 +165,7 @@ class ImageShard:
 
     def _load(self) -> None:
         path = self._folder / f"{self.name}.tar"
-        self._index = np.load(path.with_suffix(".idx.npy"), mmap_mode="r", allow_pickle=False)
+        self._index = np.load(path.with_suffix(".idx.npy"), allow_pickle=False)
         with open(path, "rb") as file:  # never empty: a tar ends in two blocks
             self._tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._table = open(path.with_suffix(".parquet"), "rb")  # noqa: SIM115 - read when needed
@@ -175,16 +175,16 @@ class ImageShard:
 
     def image_bytes(self, i: int) -> bytes:
         """Return the encoded image of sample `i`."""
-        offset, length = self._index[self._row(i), :2]
-        return self._tar[offset : offset + length]
+        return self._part(i, 0)
 
     def caption(self, i: int) -> str:
         """Return the caption of sample `i`."""
-        offset, length = self._index[self._row(i), 2:]
-        return self._tar[offset : offset + length].decode()
+        return self._part(i, 2).decode()
 
-    def _row(self, i: int) -> int:
-        return i if self._rows is None else int(self._rows[i])
+    def _part(self, i: int, column: int) -> bytes:
+        row, item = i if self._rows is None else int(self._rows[i]), self._index.item
+        offset = item(row, column)
+        return self._tar[offset : offset + item(row, column + 1)]
 
     @property
     def keys(self) -> list[str]:
@@ -303,7 +303,7 @@ class EmbedShard:
     def _load(self) -> None:
         stem = self._folder / self.name
         self._arrays = {
-            part: np.load(f"{stem}.{part}.npy", mmap_mode="r", allow_pickle=False)
+            part: np.asarray(np.load(f"{stem}.{part}.npy", mmap_mode="r", allow_pickle=False))
             for part in ("image_embed", "text_embed", "tokens")
         }
         sizes = {len(array) for array in self._arrays.values()}

@@ -153,7 +153,7 @@ class Plan:
 
 
 class Reader(Protocol):
-    """Reads columns of samples by their index in a snapshot."""
+    """Reads columns of samples by their index in a snapshot, as they are stored."""
 
     shard_sizes: tuple[int, ...]
 
@@ -181,7 +181,7 @@ class Feed:
             keys=keys,
             weight=torch.from_numpy(part.weight),
             num_real=part.num_real,
-            columns={name: torch.from_numpy(value) for name, value in columns.items()},
+            columns={name: _as_tensor(value) for name, value in columns.items()},
         )
         return _split(whole, self.grad_accum_steps)
 
@@ -208,6 +208,12 @@ class Feed:
                 yield item
         finally:
             stopped.set()
+
+
+def _as_tensor(value: np.ndarray) -> Tensor:
+    """Return an array as a tensor; what is stored in half precision becomes float32."""
+    tensor = torch.from_numpy(value)
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def _put(target: queue.Queue, item: object, stopped: threading.Event) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from ingest.decode import square_pixels
 from ingest.generations import last_change
 from ingest.shards import EmbedShard, ImageShard, ShardEntry, Snapshot
 from training.batches import Cached
@@ -66,13 +67,8 @@ class ImageReader:
         self.open_shard = _Shards(ImageShard, snapshot, self._cached.clear)
 
     def _decode(self, index: int) -> np.ndarray:
-        from PIL import Image
-
-        from models.clip import preprocess
-
         shard, row = self._places.of(index)
-        with Image.open(io.BytesIO(self.open_shard(shard).image_bytes(row))) as image:
-            return preprocess(image, self._size)
+        return square_pixels(self.open_shard(shard).image_bytes(row), self._size)
 
     def place_of(self, index: int) -> tuple[int, int]:
         """Return the number of the shard and the row of a sample."""
@@ -113,7 +109,7 @@ class CaptionReader:
 
 
 class EmbedReader:
-    """Reads `image_embed`, `text_embed` float32 [n, E] and `tokens` int32 [n, L]."""
+    """Reads `image_embed`, `text_embed` float16 [n, E] and `tokens` int32 [n, L], as stored."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.shard_sizes = tuple(entry.num_samples for entry in snapshot.shards)
@@ -126,17 +122,13 @@ class EmbedReader:
         shards, rows = self._places.of_many(index)
         columns: dict[str, np.ndarray] = {}
         for number in np.unique(shards):
-            shard, mine = self.open_shard(int(number)), shards == number
+            shard, mine = self.open_shard(int(number)), np.flatnonzero(shards == number)
             for name in ("image_embed", "text_embed", "tokens"):
-                values = getattr(shard, name)[rows[mine]]
-                whole = columns.setdefault(
-                    name, np.empty((len(index), *values.shape[1:]), values.dtype)
-                )
-                whole[mine] = values
-        return {
-            name: v.astype(np.float32) if v.dtype == np.float16 else v
-            for name, v in columns.items()
-        }
+                stored = getattr(shard, name)
+                if name not in columns:
+                    columns[name] = np.empty((len(index), *stored.shape[1:]), stored.dtype)
+                columns[name][mine] = stored[rows[mine]]
+        return columns
 
 
 class JoinedReader:

@@ -1,0 +1,236 @@
+"""Reading shards: samples a second and core, beside webdataset, tarfile and Ray Data.
+
+    python benchmarks/shard_read.py        # some four minutes on two cores
+
+All read the same shards of JPEGs from a warm page cache, in turn, each in one process with one
+thread (Ray Data: one worker). Raw: the bytes of image and caption. Decoded: the image as uint8 of
+64 px, short side resized and centre cropped; webdataset decodes by its own `decode("pil")`. Ours
+comes in a shuffled order, the others' in that of the tars. Batches of the prior hold two embeddings
+of 768 and 77 tokens a sample, as float32 tensors, in the plan's order.
+"""
+
+import io
+import json
+import os
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.cli import parse, run_script
+
+SIZE = 64  # px, of decoded images
+EMBED_DIM, CONTEXT_LENGTH = 768, 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of the comparison."""
+
+    num_shards: int = 8
+    """shards"""
+    samples_per_shard: int = 1000
+    """samples a shard"""
+    image_size: int = 256
+    """shorter side of the stored images, px"""
+    repeats: int = 5
+    """passes of each reader, in turn"""
+    batch_size: int = 1024
+    """of the prior's batches"""
+
+
+def main(config: Config) -> int:
+    """Print a table, and one JSON object as the last line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        _write(root, config)
+        rates = _measure(root, config)
+    table = Table("reader", "samples/s", "spread")
+    for name, found in rates.items():
+        table.add_row(name, f"{np.median(found):,.0f}", f"{np.ptp(found):,.0f}")
+    Console().print(table)
+    middle = {name: float(np.median(found)) for name, found in rates.items()}
+    figures = {
+        "ratio_raw": middle["ours, raw"] / middle["webdataset, raw"],
+        "ratio_decoded": middle["ours, decoded"] / middle["webdataset, decoded"],
+        "embeddings_per_second": 2 * middle["ours, batches of the prior"],
+        "rates": rates,
+    }
+    best = max(rate for name, rate in middle.items() if "decoded" in name and "ours" not in name)
+    print(json.dumps({"ratio": middle["ours, decoded"] / best, **figures}))
+    return 0
+
+
+def _write(root: Path, config: Config) -> None:
+    """Write image shards of one picture each under many keys, and embedding shards of noise."""
+    from PIL import Image
+
+    from ingest.shards import (
+        Attempt,
+        Sample,
+        publish_snapshot,
+        shard_name,
+        write_embed_shard,
+        write_image_shard,
+        write_manifest,
+    )  # fmt: skip
+
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(16):
+        coarse = rng.integers(0, 255, (config.image_size // 4, config.image_size // 3, 3))
+        size = (config.image_size * 4 // 3, config.image_size)
+        image = Image.fromarray(coarse.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=95)
+        pictures.append(file.getvalue())
+    for kind in ("images", "embeds"):
+        write_manifest(root / kind, kind, {})
+    for number in range(config.num_shards):
+        name, count = shard_name(number), config.samples_per_shard
+        keys = [f"{name}{row:05d}" for row in range(count)]
+        samples = [
+            Sample(key=key, image_bytes=pictures[row % 16], caption=f"picture {row}", json={})
+            for row, key in enumerate(keys)
+        ]
+        rows = [{"key": key, "status": "success"} for key in keys]
+        with Attempt(root / "images", name) as attempt:
+            write_image_shard(attempt.path, name, samples, rows)
+            commit = attempt.commit(num_samples=count, counts={}, config_hash="")
+        embeds = rng.normal(size=(2, count, EMBED_DIM)).astype(np.float16)
+        tokens = rng.integers(0, 49408, (count, CONTEXT_LENGTH))
+        with Attempt(root / "embeds", name) as attempt:
+            write_embed_shard(
+                attempt.path, name, image_embed=embeds[0], text_embed=embeds[1], tokens=tokens,
+                keys=keys, captions=keys,
+            )  # fmt: skip
+            attempt.commit(num_samples=count, counts={}, config_hash=commit.digest)
+    for kind in ("images", "embeds"):
+        publish_snapshot(root / kind)
+
+
+def _measure(root: Path, config: Config) -> dict[str, list[float]]:
+    """Return samples/s of every pass of every reader, in turn."""
+    tars = sorted((root / "images").glob("*.tar"))
+    readers: dict[str, Callable[[], Iterable[Any]]] = {
+        "ours, raw": lambda: _ours_raw(root),
+        "webdataset, raw": lambda: _webdataset(tars, decode=False),
+        "tarfile, raw": lambda: _tarfile(tars, decode=False),
+        "ours, decoded": lambda: _ours_decoded(root, config),
+        "webdataset, decoded": lambda: _webdataset(tars, decode=True),
+        "tarfile, decoded": lambda: _tarfile(tars, decode=True),
+        "ours, batches of the prior": lambda: _ours_embeds(root, config),
+        "ray.data.read_webdataset, raw": lambda: _ray(tars),
+    }
+    total = config.num_shards * config.samples_per_shard
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    for repeat in range(config.repeats + 1):  # the first pass warms caches, pools and imports
+        for name, read in readers.items():
+            started = time.perf_counter()
+            count = sum(read())
+            seconds = time.perf_counter() - started
+            if count != total:
+                raise RuntimeError(f"{name}: read {count} of {total} samples")
+            if repeat:
+                rates[name].append(total / seconds)
+    return rates
+
+
+# Each reader yields numbers of samples whose bytes, or pixels, it has had in hand.
+
+
+def _ours_raw(root: Path) -> Iterator[int]:
+    from ingest.shards import ImageShard, load_snapshot
+
+    snapshot = load_snapshot(root / "images")
+    for entry in snapshot.shards:
+        shard = ImageShard(snapshot.root, entry.name, digest=entry.digest)
+        for row in range(len(shard)):
+            yield bool(shard.image_bytes(row)) and bool(shard.caption(row))
+
+
+def _ours_decoded(root: Path, config: Config) -> Iterator[int]:
+    from ingest.shards import load_snapshot
+    from training.readers import ImageReader
+
+    snapshot = load_snapshot(root / "images")
+    reader = ImageReader(snapshot, SIZE)  # what training reads by, in its order
+    order = np.random.default_rng(0).permutation(snapshot.num_samples)
+    for start in range(0, len(order), 64):
+        yield len(reader.read(order[start : start + 64])["image"])
+
+
+def _ours_embeds(root: Path, config: Config) -> Iterator[int]:
+    import torch
+
+    from ingest.shards import load_snapshot
+    from training.batches import Feed, Plan
+    from training.readers import EmbedReader
+
+    torch.set_num_threads(1)
+    reader = EmbedReader(load_snapshot(root / "embeds"))
+    plan = Plan(shard_sizes=reader.shard_sizes, global_batch_size=config.batch_size, seed=0)
+    feed = Feed(plan=plan, reader=reader)  # float32 tensors, as the prior's objective takes them
+    for step in range(plan.steps_per_epoch):
+        (batch,) = feed.step_batches(step)
+        assert len(batch["image_embed"]) == len(batch["text_embed"]) == config.batch_size
+        yield batch.num_real
+
+
+def _square(image: Any) -> np.ndarray:
+    """Resize the short side, and crop the centre, of a picture that the peer has decoded."""
+    from PIL import Image
+
+    scale = SIZE / min(image.size)
+    width, height = (max(SIZE, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - SIZE) // 2, (height - SIZE) // 2
+    return np.asarray(image.crop((left, top, left + SIZE, top + SIZE)))
+
+
+def _webdataset(tars: list[Path], *, decode: bool) -> Iterator[int]:
+    import webdataset
+
+    samples = webdataset.WebDataset([str(path) for path in tars], shardshuffle=False)
+    if decode:
+        samples = samples.decode("pil")
+    for sample in samples:
+        yield bool(len(_square(sample["jpg"]) if decode else sample["jpg"]) and sample["txt"])
+
+
+def _tarfile(tars: list[Path], *, decode: bool) -> Iterator[int]:
+    from PIL import Image
+
+    for path in tars:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                data = file.read() if file is not None else b""
+                if member.name.endswith(".jpg"):
+                    yield bool(len(_square(Image.open(io.BytesIO(data))) if decode else data))
+
+
+def _ray(tars: list[Path]) -> Iterator[int]:
+    import ray
+    import ray.data
+
+    if not ray.is_initialized():
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+    samples = ray.data.read_webdataset([str(path) for path in tars], decoder=False)
+    for batch in samples.iter_batches(batch_size=256):
+        yield len(batch["txt"])
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(Config)))
