@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from download import _draw
 
 from cluster.cli import parse, run_script
 
@@ -36,6 +37,8 @@ class Config:
     """shards"""
     samples_per_shard: int = 1000
     """samples a shard"""
+    embeds_per_shard: int = 10_000
+    """rows of an embedding shard"""
     image_size: int = 256
     """shorter side of the stored images, px"""
     repeats: int = 5
@@ -53,6 +56,8 @@ def main(config: Config) -> int:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         _write(root, config)
+        size = sum(path.stat().st_size for path in (root / "images").glob("*.tar"))
+        size //= config.num_shards * config.samples_per_shard
         rates = _measure(root, config)
     table = Table("reader", "samples/s", "spread")
     for name, found in rates.items():
@@ -60,6 +65,7 @@ def main(config: Config) -> int:
     Console().print(table)
     middle = {name: float(np.median(found)) for name, found in rates.items()}
     figures = {
+        "bytes_a_sample": size,
         "ratio_raw": middle["ours, raw"] / middle["webdataset, raw"],
         "ratio_decoded": middle["ours, decoded"] / middle["webdataset, decoded"],
         "embeddings_per_second": 2 * middle["ours, batches of the prior"],
@@ -71,9 +77,10 @@ def main(config: Config) -> int:
 
 
 def _write(root: Path, config: Config) -> None:
-    """Write image shards of one picture each under many keys, and embedding shards of noise."""
-    from PIL import Image
+    """Write image shards of 40 pictures under many keys, and embedding shards of noise."""
+    from PIL import Image, ImageFilter
 
+    from ingest.decode import Resizer
     from ingest.shards import (
         Attempt,
         Sample,
@@ -85,13 +92,13 @@ def _write(root: Path, config: Config) -> None:
     )  # fmt: skip
 
     rng = np.random.default_rng(0)
+    _draw(root)
+    resize = Resizer(image_size=config.image_size, resize_mode="keep_ratio")
     pictures = []
-    for _ in range(16):
-        coarse = rng.integers(0, 255, (config.image_size // 4, config.image_size // 3, 3))
-        size = (config.image_size * 4 // 3, config.image_size)
-        image = Image.fromarray(coarse.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=95)
+    for path in sorted(root.glob("*.jpg")):
+        image = Image.open(io.BytesIO(resize(path.read_bytes()).jpeg))
+        file = io.BytesIO()  # as many bytes as real pictures have at this size: 33 kB at 256 px
+        image.filter(ImageFilter.GaussianBlur(1.2)).save(file, "JPEG", quality=95)
         pictures.append(file.getvalue())
     for kind in ("images", "embeds"):
         write_manifest(root / kind, kind, {})
@@ -99,13 +106,20 @@ def _write(root: Path, config: Config) -> None:
         name, count = shard_name(number), config.samples_per_shard
         keys = [f"{name}{row:05d}" for row in range(count)]
         samples = [
-            Sample(key=key, image_bytes=pictures[row % 16], caption=f"picture {row}", json={})
+            Sample(
+                key=key,
+                image_bytes=pictures[row % len(pictures)],
+                caption=f"picture {row}",
+                json={},
+            )
             for row, key in enumerate(keys)
         ]
         rows = [{"key": key, "status": "success"} for key in keys]
         with Attempt(root / "images", name) as attempt:
             write_image_shard(attempt.path, name, samples, rows)
             commit = attempt.commit(num_samples=count, counts={}, config_hash="")
+        count = config.embeds_per_shard
+        keys = [f"{name}{row:05d}" for row in range(count)]
         embeds = rng.normal(size=(2, count, EMBED_DIM)).astype(np.float16)
         tokens = rng.integers(0, 49408, (count, CONTEXT_LENGTH))
         with Attempt(root / "embeds", name) as attempt:
@@ -131,13 +145,14 @@ def _measure(root: Path, config: Config) -> dict[str, list[float]]:
         "ours, batches of the prior": lambda: _ours_embeds(root, config),
         "ray.data.read_webdataset, raw": lambda: _ray(tars),
     }
-    total = config.num_shards * config.samples_per_shard
     rates: dict[str, list[float]] = {name: [] for name in readers}
     for repeat in range(config.repeats + 1):  # the first pass warms caches, pools and imports
         for name, read in readers.items():
             started = time.perf_counter()
             count = sum(read())
             seconds = time.perf_counter() - started
+            rows = config.embeds_per_shard if "prior" in name else config.samples_per_shard
+            total = config.num_shards * rows
             if count != total:
                 raise RuntimeError(f"{name}: read {count} of {total} samples")
             if repeat:
@@ -155,7 +170,8 @@ def _ours_raw(root: Path) -> Iterator[int]:
     for entry in snapshot.shards:
         shard = ImageShard(snapshot.root, entry.name, digest=entry.digest)
         for row in range(len(shard)):
-            yield bool(shard.image_bytes(row)) and bool(shard.caption(row))
+            _ = shard.image_bytes(row), shard.caption(row)
+        yield len(shard)
 
 
 def _ours_decoded(root: Path, config: Config) -> Iterator[int]:
@@ -227,7 +243,7 @@ def _ray(tars: list[Path]) -> Iterator[int]:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
-    samples = ray.data.read_webdataset([str(path) for path in tars], decoder=False)
+    samples = ray.data.read_webdataset([str(path) for path in tars], decoder=None)
     for batch in samples.iter_batches(batch_size=256):
         yield len(batch["txt"])
 

@@ -166,6 +166,7 @@ class ImageShard:
     def _load(self) -> None:
         path = self._folder / f"{self.name}.tar"
         self._index = np.load(path.with_suffix(".idx.npy"), allow_pickle=False)
+        self._images = [slice(start, start + size) for start, size in self._index[:, :2].tolist()]
         with open(path, "rb") as file:  # never empty: a tar ends in two blocks
             self._tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._table = open(path.with_suffix(".parquet"), "rb")  # noqa: SIM115 - read when needed
@@ -175,16 +176,12 @@ class ImageShard:
 
     def image_bytes(self, i: int) -> bytes:
         """Return the encoded image of sample `i`."""
-        return self._part(i, 0)
+        return self._tar[self._images[i if self._rows is None else self._rows[i]]]
 
     def caption(self, i: int) -> str:
         """Return the caption of sample `i`."""
-        return self._part(i, 2).decode()
-
-    def _part(self, i: int, column: int) -> bytes:
-        row, item = i if self._rows is None else int(self._rows[i]), self._index.item
-        offset = item(row, column)
-        return self._tar[offset : offset + item(row, column + 1)]
+        start, size = self._index[i if self._rows is None else self._rows[i], 2:].tolist()
+        return self._tar[start : start + size].decode()
 
     @property
     def keys(self) -> list[str]:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ingest.shapes import Pair, make_pairs
 from ingest.shards import EmbedShard, ImageShard, Snapshot, load_snapshot
 from models.clip import preprocess, tokenizer
 from training import demo_data, jobs
+from training.batches import Feed, Plan
 from training.config import DecoderRunConfig
 from training.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader
 
@@ -31,13 +33,19 @@ def snapshots(data: Path) -> tuple[Snapshot, Snapshot]:
 
 
 def test_embeddings_come_in_the_order_asked_for(data: Path):
-    found = EmbedReader(load_snapshot(data / "embeds")).read(INDEX)
+    """As stored from the reader, in float32 from the feed: the same numbers."""
+    reader = EmbedReader(load_snapshot(data / "embeds"))
+    found = reader.read(INDEX)
     shards = [EmbedShard(data / "embeds", f"{n:06d}") for n in range(3)]
-    for name, dtype in (("image_embed", np.float32), ("text_embed", np.float32),
-                        ("tokens", np.int32)):  # fmt: skip
-        stored = np.concatenate([np.asarray(getattr(shard, name)) for shard in shards])
-        assert found[name].dtype == dtype
-        assert np.array_equal(found[name], stored[INDEX].astype(dtype))
+    plan = Plan(shard_sizes=reader.shard_sizes, global_batch_size=8, seed=0)
+    (batch,) = Feed(plan=plan, reader=reader).step_batches(0)
+    order = plan.slice(0).index
+    for name in ("image_embed", "text_embed", "tokens"):
+        stored = np.concatenate([getattr(shard, name) for shard in shards])
+        assert found[name].dtype == stored.dtype
+        assert np.array_equal(found[name], stored[INDEX])
+        assert np.array_equal(batch[name].numpy(), stored[order])
+    assert batch["image_embed"].dtype == torch.float32 and batch["tokens"].dtype == torch.int32
 
 
 def test_images_are_decoded_and_cropped_as_clip_sees_them(data: Path):
@@ -142,7 +150,7 @@ def test_the_statistics_of_the_prior_are_those_of_its_embeddings(data: Path, tmp
     job = jobs.build_prior(
         PriorRunConfig(embeds=str(data / "embeds"), run=str(tmp_path), model=model)
     )
-    stored = job.reader.read(np.arange(24))["image_embed"]
+    stored = job.reader.read(np.arange(24))["image_embed"].astype(np.float32)
     buffers = {name: buffer.numpy() for name, buffer in job.model.named_buffers()}
     np.testing.assert_allclose(buffers["embed_mean"], stored.mean(0), atol=1e-4)
     np.testing.assert_allclose(buffers["embed_std"], stored.std(0), atol=1e-3)
