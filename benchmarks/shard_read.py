@@ -227,12 +227,16 @@ def _tarfile(tars: list[Path], *, decode: bool) -> Iterator[int]:
     from PIL import Image
 
     for path in tars:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                data = file.read() if file is not None else b""
-                if member.name.endswith(".jpg"):
-                    yield bool(len(_square(Image.open(io.BytesIO(data))) if decode else data))
+        for name, data in _members(path):
+            if name.endswith(".jpg"):
+                yield bool(len(_square(Image.open(io.BytesIO(data))) if decode else data))
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            yield member.name, file.read() if file is not None else b""
 
 
 def _ray(tars: list[Path]) -> Iterator[int]:

@@ -42,6 +42,10 @@ class EmbedConfig:
     """samples a forward pass"""
     compile: bool = False
     """compile the image tower (torch.compile): minutes at the start, faster afterwards"""
+    min_similarity: float | None = None
+    """leave samples out of the published snapshot whose caption and image have a lesser cosine"""
+    dedup: float | None = None
+    """leave images out of it that have this cosine, or more, to one before them, such as .95"""
     metrics_port: int | None = None
     """serve Prometheus metrics on this loopback port; 0 = any free one"""
     fresh: bool = False
@@ -100,7 +104,8 @@ STEPS = ("read", "encode", "commit")
 def main(config: EmbedConfig) -> int:
     """Embed what is pending, then publish the snapshot and its statistics."""
     from cluster.metrics import serve
-    from ingest.encode import finish_embeds, open_embeds
+    from ingest.encode import open_embeds
+    from ingest.exclusions import Rules, publish_embeds
     from ingest.shards import load_snapshot, remove_data_folder
     from models.clip import load_clip
 
@@ -125,7 +130,10 @@ def main(config: EmbedConfig) -> int:
     if outcome.bad:
         more = f" and {len(outcome.bad) - 3} more" if len(outcome.bad) > 3 else ""
         print(f"embed: undecodable: {', '.join(outcome.bad[:3])}{more}", flush=True)
-    snapshot = finish_embeds(out)
+    rules = Rules(min_similarity=config.min_similarity, dedup=config.dedup)
+    snapshot, excluded = publish_embeds(out, rules)
+    for reason, number in sorted(excluded.items()):
+        print(f"embed: left out of the snapshot: {number} {reason}", flush=True)
     count = f"{snapshot.num_samples} samples in {len(snapshot.shards)} shards"
     spent = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in outcome.seconds.items())
     print(f"embed: {count} -> {out}; this run, over all processes: {spent}", flush=True)
@@ -142,6 +150,11 @@ def _check(config: EmbedConfig) -> None:
             f"--max-actors: found {config.max_actors}, expected at least --num-actors, "
             f"{config.num_actors}"
         )
+    for name, least in (("min_similarity", -1.0), ("dedup", 0.0)):
+        value = getattr(config, name)
+        if value is not None and not least <= value <= 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: found {value}, expected a cosine from {least:g} to 1")
 
 
 def _finished(out: Path, images: "Snapshot") -> set[str]:

@@ -1,6 +1,6 @@
 """Moments of a snapshot's image embeddings, which the priors' scaling and PCA are made of.
 
-<embeds>/_statistics.npz    mean, std, eigenvalues, basis, count, snapshot
+<embeds>/_statistics.npz    mean, std, eigenvalues, basis, count, snapshot, cosines
 """
 
 import os
@@ -12,13 +12,17 @@ from ingest.commits import local_root
 from ingest.shards import EmbedShard
 from ingest.snapshots import Snapshot
 
+COSINE_EDGES = np.linspace(-1, 1, 201)
+ARRAYS = ("mean", "std", "eigenvalues", "basis", "cosines")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedStatistics:
     """Moments of a snapshot's image embeddings, in float64.
 
     mean, std: [E]; eigenvalues: [E] of the covariance, falling; basis: [E, E], column k belongs
-    to eigenvalue k; snapshot: digest of the embeddings they were taken over.
+    to eigenvalue k; snapshot: digest of the embeddings they were taken over; cosines: int64
+    [200], samples whose caption and image have a cosine between two of `COSINE_EDGES`.
     """
 
     mean: np.ndarray
@@ -27,16 +31,21 @@ class EmbedStatistics:
     basis: np.ndarray
     count: int
     snapshot: str
+    cosines: np.ndarray
 
     @classmethod
     def compute(cls, snapshot: Snapshot) -> "EmbedStatistics":
         """Take the moments in one pass over the shards of `snapshot`, which must hold samples."""
         if snapshot.num_samples == 0:
             raise ValueError(f"{snapshot.root}: the snapshot has no samples to take moments of")
-        total, products = 0.0, 0.0
+        total, products, cosines = 0.0, 0.0, np.zeros(len(COSINE_EDGES) - 1, np.int64)
         for entry in snapshot.shards:
-            embed = EmbedShard(snapshot.root, entry.name, digest=entry.digest).image_embed
-            block = np.asarray(embed, dtype=np.float64)
+            shard = EmbedShard(snapshot.root, entry.name, digest=entry.digest)
+            rows = entry.rows(np.arange(entry.num_kept))
+            block = np.asarray(shard.image_embed[rows], dtype=np.float64)
+            text = np.asarray(shard.text_embed[rows], dtype=np.float64)
+            cosine = (block * text).sum(1).clip(-1, 1)  # float16 vectors exceed it a little
+            cosines += np.histogram(cosine, COSINE_EDGES)[0]
             total, products = total + block.sum(0), products + block.T @ block
         mean = np.asarray(total) / snapshot.num_samples
         covariance = np.asarray(products) / snapshot.num_samples - np.outer(mean, mean)
@@ -51,6 +60,7 @@ class EmbedStatistics:
             basis=vectors * np.where(peaks < 0, -1.0, 1.0),
             count=snapshot.num_samples,
             snapshot=snapshot.digest,
+            cosines=cosines,
         )
 
     def write(self, root: str | os.PathLike[str]) -> None:
@@ -67,5 +77,5 @@ class EmbedStatistics:
         if not path.exists():
             raise ValueError(f"{path}: missing; rerun ingest/embed.py until it finishes")
         with np.load(path, allow_pickle=False) as found:
-            arrays = {n: found[n] for n in ("mean", "std", "eigenvalues", "basis")}
+            arrays = {n: found[n] for n in ARRAYS}
             return cls(**arrays, count=int(found["count"]), snapshot=str(found["snapshot"]))

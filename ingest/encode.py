@@ -18,14 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ingest.embed_statistics import EmbedStatistics
 from ingest.shards import (
     Attempt,
     Commit,
     ImageShard,
     ShardEntry,
     Snapshot,
-    publish_snapshot,
     recover,
     write_embed_shard,
     write_manifest,
@@ -221,10 +219,3 @@ def encode_shard(
     if problems:
         raise ValueError(problems[0])
     return commit_shard(root, images.root, entry, parts)
-
-
-def finish_embeds(root: Path) -> Snapshot:
-    """Publish what is committed and take its statistics."""
-    snapshot = publish_snapshot(root)
-    EmbedStatistics.compute(snapshot).write(root)
-    return snapshot

@@ -1,11 +1,15 @@
 """Snapshots: immutable lists of committed shards, which training and evaluation pin by digest.
 
-<root>/_snapshots/<digest>.parquet    (name, num_samples, digest) a row, never changed
+<root>/_snapshots/<digest>.parquet    (name, num_samples, digest, excluded) a row, never changed
 <root>/_snapshots/latest              the digest published last, replaced atomically
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
 
 from ingest.commits import digest_of, read_commits
 from ingest.manifests import read_manifest
@@ -16,11 +20,24 @@ LATEST = "_snapshots/latest"
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One committed shard of a snapshot; digest: of its content, see `Commit.digest`."""
+    """One committed shard of a snapshot. digest: of its content, see `Commit.digest`; excluded:
+    rows that readers leave out, rising."""
 
     name: str
     num_samples: int
     digest: str
+    excluded: tuple[int, ...] = ()
+
+    @property
+    def num_kept(self) -> int:
+        """Number of samples that readers read."""
+        return self.num_samples - len(self.excluded)
+
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """Return the rows of the shard that stand at `places` among those not excluded."""
+        if not self.excluded:
+            return places
+        return np.delete(np.arange(self.num_samples), self.excluded)[places]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,30 +50,46 @@ class Snapshot:
 
     @property
     def num_samples(self) -> int:
-        """Number of samples in all shards."""
-        return sum(shard.num_samples for shard in self.shards)
+        """Number of samples that readers read."""
+        return sum(shard.num_kept for shard in self.shards)
 
 
 def _snapshot_digest(shards: tuple[ShardEntry, ...]) -> str:
     # Of the rows, not of the Parquet bytes, which another writer version may lay out otherwise.
-    return digest_of([asdict(shard) for shard in shards])
+    return digest_of([_as_row(shard) for shard in shards])
 
 
-def publish_snapshot(root: str | os.PathLike[str]) -> Snapshot:
-    """Write the immutable list of what is committed now, and point `_snapshots/latest` at it."""
+def _as_row(shard: ShardEntry) -> dict[str, Any]:
+    row = asdict(shard)
+    return row if shard.excluded else {name: row[name] for name in row if name != "excluded"}
+
+
+def publish_snapshot(
+    root: str | os.PathLike[str], excluded: Mapping[str, Sequence[int]] | None = None
+) -> Snapshot:
+    """Write the immutable list of what is committed now, and point `_snapshots/latest` at it.
+
+    excluded: by shard, the rows that its readers leave out.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     shards = tuple(
-        ShardEntry(name=one.shard, num_samples=one.num_samples, digest=one.digest)
+        ShardEntry(
+            name=one.shard,
+            num_samples=one.num_samples,
+            digest=one.digest,
+            excluded=tuple(sorted((excluded or {}).get(one.shard, ()))),
+        )
         for one in read_commits(root)
     )
     storage = storage_of(root)
     digest = _snapshot_digest(shards)
     name = f"_snapshots/{digest}.parquet"
     if storage.size(name) is None:
-        columns = {name: [asdict(s)[name] for s in shards] for name in ShardEntry.__annotations__}
         types = [("name", pa.string()), ("num_samples", pa.int64()), ("digest", pa.string())]
+        types.append(("excluded", pa.list_(pa.int32())))
+        columns = {name: [getattr(shard, name) for shard in shards] for name, _ in types}
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns, schema=pa.schema(types)), sink)
         storage.replace(name, sink.getvalue().to_pybytes())
@@ -86,7 +119,10 @@ def load_snapshot(root: str | os.PathLike[str], digest: str | None = None) -> Sn
         raise ValueError(
             f"{where}: no such snapshot; the latest is named in {join_root(root, LATEST)}"
         ) from None
-    shards = tuple(ShardEntry(**row) for row in table.to_pylist())
+    rows = table.to_pylist()
+    shards = tuple(
+        ShardEntry(**{**row, "excluded": tuple(row.get("excluded") or ())}) for row in rows
+    )
     if _snapshot_digest(shards) != digest:
         raise ValueError(f"{where}: content does not match its name; delete it and rerun the stage")
     return Snapshot(root=str(root), digest=digest, shards=shards)

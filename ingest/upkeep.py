@@ -26,7 +26,7 @@ from ingest.commits import (
     withdraw,
 )
 from ingest.duplicates import repeated
-from ingest.embed_statistics import EmbedStatistics
+from ingest.exclusions import publish_embeds
 from ingest.forgotten import FORGOTTEN, Forgotten, read_forgotten, record
 from ingest.generations import announce, bury, lift_settled
 from ingest.manifests import read_manifest
@@ -189,9 +189,7 @@ def follow(images: Root, embeds: Root) -> int:
             if current is not None and follow_images(embeds, commit, current) is not None:
                 count += 1
         if count:
-            snapshot = publish_snapshot(embeds)
-            if snapshot.num_samples:
-                EmbedStatistics.compute(snapshot).write(embeds)
+            publish_embeds(embeds)
     return count
 
 

@@ -3,7 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from ingest.encode import encode_shard, finish_embeds, open_embeds
+from ingest.encode import encode_shard, open_embeds
+from ingest.exclusions import publish_embeds
 from ingest.shapes import make_pairs
 from ingest.shards import (
     Attempt,
@@ -97,4 +98,4 @@ def embed_here(images: str, root: Path, clip_spec: str, batch_size: int = 128) -
     for entry in snapshot.shards:
         if entry.name not in done:
             encode_shard(encoder, snapshot, entry, root, batch_size)
-    finish_embeds(root)
+    publish_embeds(root)

@@ -3,6 +3,7 @@
 import io
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -60,9 +61,9 @@ class ImageReader:
     """
 
     def __init__(self, snapshot: Snapshot, size: int) -> None:
-        self.shard_sizes = tuple(entry.num_samples for entry in snapshot.shards)
+        self.shard_sizes = tuple(entry.num_kept for entry in snapshot.shards)
         self._snapshot, self._size = snapshot, size
-        self._places = _Places(self.shard_sizes)
+        self._places = _Places(snapshot)
         self._cached = Cached(self._decode)
         self.open_shard = _Shards(ImageShard, snapshot, self._cached.clear)
 
@@ -112,9 +113,9 @@ class EmbedReader:
     """Reads `image_embed`, `text_embed` float16 [n, E] and `tokens` int32 [n, L], as stored."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        self.shard_sizes = tuple(entry.num_samples for entry in snapshot.shards)
+        self.shard_sizes = tuple(entry.num_kept for entry in snapshot.shards)
         self._snapshot = snapshot
-        self._places = _Places(self.shard_sizes)
+        self._places = _Places(snapshot)
         self.open_shard = _Shards(EmbedShard, snapshot)
 
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
@@ -147,7 +148,7 @@ class JoinedReader:
                     f"{entry.num_samples} samples as in "
                     f"{embeds.root}; embed these images with: python ingest/embed.py"
                 )
-            paired.append(image)
+            paired.append(replace(image, excluded=entry.excluded))
         matched = Snapshot(root=images.root, digest=images.digest, shards=tuple(paired))
         self._images, self._embeds = ImageReader(matched, size), EmbedReader(embeds)
         self.shard_sizes = self._embeds.shard_sizes
@@ -170,8 +171,10 @@ class JoinedReader:
 class _Places:
     """Maps an index in the snapshot to (shard, row)."""
 
-    def __init__(self, sizes: tuple[int, ...]) -> None:
-        self._starts = np.cumsum([0, *sizes])
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._shards = snapshot.shards
+        self._starts = np.cumsum([0, *(entry.num_kept for entry in snapshot.shards)])
+        self._some_excluded = any(entry.excluded for entry in snapshot.shards)
 
     def of(self, index: int) -> tuple[int, int]:
         shards, rows = self.of_many(np.array([index]))
@@ -179,4 +182,8 @@ class _Places:
 
     def of_many(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         shards = np.searchsorted(self._starts, index, side="right") - 1
-        return shards, index - self._starts[shards]
+        rows = index - self._starts[shards]
+        for number in np.unique(shards) if self._some_excluded else ():
+            mine = shards == number
+            rows[mine] = self._shards[number].rows(rows[mine])
+        return shards, rows
