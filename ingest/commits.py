@@ -245,6 +245,7 @@ def recover(root: str | os.PathLike[str]) -> None:
     Attempts of other hosts that did not commit are left: nobody here can tell whether they live.
     """
     storage = storage_of(root)
+    storage.sweep()
     for name in storage.names("_attempts"):
         if not _is_record(name):
             continue

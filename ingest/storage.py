@@ -7,7 +7,9 @@ whole or not at all, and of several that create one name exactly one succeeds.
 import contextlib
 import errno
 import os
+import re
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 LOCAL_PREFIX = "file://"
+TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)@(?P<host>.*)\.[0-9a-f]{32}")
 CONFLICT_SECONDS = (0.1, 0.3, 1.0, 3.0)
 
 
@@ -56,6 +59,10 @@ class Storage(Protocol):
 
     def settle(self) -> None:
         """Make the moves so far durable."""
+        ...
+
+    def sweep(self) -> None:
+        """Delete half-written files whose writer, a process of this host, is gone."""
         ...
 
     def workplace(self, folder: str) -> Path:
@@ -108,6 +115,16 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
 class LocalStorage:
     """A folder of a local or shared POSIX file system; see `Storage`."""
 
@@ -152,7 +169,8 @@ class LocalStorage:
 
     def _temporary(self, path: Path, data: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        owner = f"{os.getpid()}@{socket.gethostname()}"
+        temporary = path.with_name(f".{path.name}.{owner}.{uuid.uuid4().hex}")
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
@@ -172,6 +190,12 @@ class LocalStorage:
 
     def settle(self) -> None:
         fsync_path(self.root)
+
+    def sweep(self) -> None:
+        for path in [*self.root.glob(".*"), *self.root.glob("_*/.*")]:
+            found = TEMPORARY.fullmatch(path.name)
+            if found and found["host"] == socket.gethostname() and not _runs(int(found["pid"])):
+                path.unlink(missing_ok=True)
 
     def workplace(self, folder: str) -> Path:
         path = self.root / folder
@@ -276,6 +300,9 @@ class ObjectStorage:
 
     def settle(self) -> None:
         pass  # a store's answer is its promise
+
+    def sweep(self) -> None:
+        pass  # objects appear whole
 
     def workplace(self, folder: str) -> Path:
         return Path(tempfile.mkdtemp(prefix="minidalle2-"))

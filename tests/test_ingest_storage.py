@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -106,6 +107,26 @@ def test_the_loser_of_a_race_leaves_the_winner_alone(root):
     storage = storage_of(root)
     assert storage.read("000000.txt") == b"fast" and storage.names("_attempts") == []
     assert not fast.path.exists() and not slow.path.exists()
+
+
+def test_half_written_files_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path):
+    code = (
+        "import os, sys\n"
+        "from ingest import storage\n"
+        "storage.os.replace = storage.os.link = lambda *_: os.kill(os.getpid(), 9)\n"
+        "getattr(storage.storage_of(sys.argv[1]), sys.argv[2])('_commits/a.json', b'text')"
+    )
+    for write in ("replace", "create"):
+        command = [sys.executable, "-c", code, str(tmp_path), write]
+        assert subprocess.run(command, check=False).returncode == -9
+    half = list((tmp_path / "_commits").iterdir())
+    assert len(half) == 2 and committed(tmp_path) == {}
+    mine = half[0].with_name(f".a.json.{os.getpid()}@{socket.gethostname()}.{'0' * 32}")
+    theirs = half[0].with_name(f".a.json.1@elsewhere.{'0' * 32}")
+    for path in (mine, theirs):
+        path.write_text("part")
+    recover(tmp_path)
+    assert set((tmp_path / "_commits").iterdir()) == {mine, theirs}
 
 
 @pytest.mark.parametrize("moved", [0, 1])
