@@ -145,7 +145,7 @@ def _compare(folder: Path, config: Config) -> dict[str, Any]:
         figures[f"{loop}_start_seconds"] = float(few - share * (many - few) / images)
     overhead = figures["ours_seconds_an_image"] / figures["bare_seconds_an_image"]
     runs = {f"{loop}, {count} shards": found for (loop, count), found in taken.items()}
-    return {"overhead": float(overhead), "cpu_seconds": runs}
+    return {**figures, "overhead": float(overhead), "cpu_seconds": runs}
 
 
 def _resume(folder: Path, config: Config, figures: dict[str, Any]) -> dict[str, Any]:
