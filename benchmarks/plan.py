@@ -1,0 +1,58 @@
+"""Planning over 200,000 shards of 10,000 samples: seconds to begin, and to find any step's samples.
+
+python benchmarks/plan.py        # some ten seconds
+"""
+
+import json
+import resource
+import time
+from dataclasses import dataclass
+
+from cluster.cli import parse, run_script
+from training.batches import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of the plan."""
+
+    num_shards: int = 200_000
+    """shards of the snapshot"""
+    samples_per_shard: int = 10_000
+    """samples a shard"""
+    num_streams: int = 64
+    """virtual streams"""
+    global_batch_size: int = 4096
+    """samples a step"""
+
+
+def main(config: Config) -> int:
+    """Print a table, and one JSON object as the last line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    started = time.perf_counter()
+    plan = Plan(
+        shard_sizes=(config.samples_per_shard,) * config.num_shards,
+        global_batch_size=config.global_batch_size,
+        seed=0,
+        num_streams=config.num_streams,
+    )
+    last = plan.steps_per_epoch - 1
+    table = Table("step", "seconds")
+    seconds = {"begin": time.perf_counter() - started}
+    for step in (0, 1, last // 2, last, last + 1):
+        begun = time.perf_counter()
+        plan.slice(step, rank=3, world_size=8)
+        seconds[str(step)] = time.perf_counter() - begun
+    for name, taken in seconds.items():
+        table.add_row(name, f"{taken:.3f}")
+    Console().print(table)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    total = sum(seconds.values())
+    print(json.dumps({"seconds": total, "peak_mib": peak, "seconds_by_step": seconds}))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(Config)))
