@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 from cluster.cli import parse, run_script
-from training.batches import Plan
+from training.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ def main(config: Config) -> int:
 
     started = time.perf_counter()
     plan = Plan(
-        shard_sizes=(config.samples_per_shard,) * config.num_shards,
+        data_sets=((config.samples_per_shard,) * config.num_shards,),
         global_batch_size=config.global_batch_size,
         seed=0,
         num_streams=config.num_streams,

@@ -189,12 +189,13 @@ def _ours_embeds(root: Path, config: Config) -> Iterator[int]:
     import torch
 
     from ingest.shards import load_snapshot
-    from training.batches import Feed, Plan
+    from training.batches import Feed
+    from training.plan import Plan
     from training.readers import EmbedReader
 
     torch.set_num_threads(1)
     reader = EmbedReader(load_snapshot(root / "embeds"))
-    plan = Plan(shard_sizes=reader.shard_sizes, global_batch_size=config.batch_size, seed=0)
+    plan = Plan(data_sets=reader.data_sets, global_batch_size=config.batch_size, seed=0)
     feed = Feed(plan=plan, reader=reader)  # float32 tensors, as the prior's objective takes them
     for step in range(plan.steps_per_epoch):
         (batch,) = feed.step_batches(step)

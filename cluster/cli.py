@@ -7,12 +7,14 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 DONE, INCOMPLETE, WRONG_REQUEST = 0, 1, 2
+UNLISTED = "unlisted"  # Annotated[Sizes, UNLISTED]: flags that work, and that --help leaves out
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
@@ -76,12 +78,26 @@ def parse(
             raise ValueError(
                 f"unknown flag {flag}{_nearest(flag, [*known, '--config', '--preset'])}"
             )
-    return tyro.cli(
-        config_class,
-        default=default,
-        args=arguments,
-        description=_description(usage),
-    )
+    with _listed(config_class, "--help" in arguments or "-h" in arguments):
+        return tyro.cli(
+            config_class, default=default, args=arguments, description=_description(usage)
+        )
+
+
+@contextmanager
+def _listed(config_class: type, help_asked: bool) -> Iterator[None]:
+    """Keep the flags that are `UNLISTED` out of a page of help."""
+    from tyro.conf import Suppress
+
+    annotations = config_class.__annotations__
+    before = dict(annotations)
+    for name, hint in before.items() if help_asked else ():
+        if UNLISTED in getattr(hint, "__metadata__", ()):
+            annotations[name] = typing.Annotated[hint, Suppress]
+    try:
+        yield
+    finally:
+        annotations.update(before)
 
 
 def _description(usage: str | None) -> str | None:
@@ -155,7 +171,7 @@ def merged(config: Config, differences: dict, where: str) -> Config:
                 raise ValueError(f"{where}: {key}: found {value!r}, expected a mapping of fields")
             value = merged(old, value, f"{where}: {key}")
         elif isinstance(old, tuple):
-            value = tuple(value)
+            value = tuple(value) if isinstance(value, list) else (value,)
         elif (
             isinstance(old, float) and isinstance(value, (int, str)) and not isinstance(value, bool)
         ):

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeVar
 
-from ingest.storage import Storage, is_remote, join_root, storage_of
+from ingest.storage import Storage, join_root, storage_of
 
 UNDIGESTED_SUFFIX = "_stats.json"  # timings differ from run to run: published, never digested
 HELD = "_held.json"  # who makes shards anew
@@ -30,16 +30,6 @@ NAMES_AT_ONCE = 1024
 NUM_READERS = 16  # of many small files: the wait is the disk's, or the network's
 
 Result = TypeVar("Result")
-
-
-def local_root(root: str | os.PathLike[str]) -> Path:
-    """Return `root` as a local path; ValueError for a URL, which readers cannot map."""
-    text = os.fspath(root)
-    if is_remote(text):
-        raise ValueError(
-            f"{text}: reading from remote storage is not supported yet; copy it to a local folder"
-        )
-    return Path(text.removeprefix("file://"))
 
 
 def canonical_json(value: Any) -> bytes:

@@ -24,12 +24,12 @@ class EmbedConfig:
     """Encode every committed shard that has no embeddings yet."""
 
     images: str = "data/images"
-    """folder of committed image shards"""
+    """folder of committed image shards, local or a URL such as s3://bucket/images"""
     clip: str = "runs/clip"
     """encoder: a run of training/clip.py, or ARCHITECTURE:TAG, ARCHITECTURE:random,
     ARCHITECTURE:FILE.safetensors"""
     out: str = "data/embeds"
-    """folder of the embeddings"""
+    """folder of the embeddings, local or a URL"""
     num_actors: int = 1
     """encoders side by side; each takes a GPU where there is one"""
     max_actors: int | None = None
@@ -107,14 +107,15 @@ def main(config: EmbedConfig) -> int:
     from ingest.encode import open_embeds
     from ingest.exclusions import Rules, publish_embeds
     from ingest.shards import load_snapshot, remove_data_folder
+    from ingest.storage import absolute_root
     from models.clip import load_clip
 
     _check(config)
     serve(config.metrics_port)
-    out = Path(config.out).absolute()
+    out = absolute_root(config.out)
     clip = str(Path(config.clip).absolute()) if Path(config.clip).is_dir() else config.clip
-    images = load_snapshot(Path(config.images).absolute())
-    if config.fresh and out.exists():
+    images = load_snapshot(absolute_root(config.images))
+    if config.fresh:
         remove_data_folder(out, "embeds")
     encoder = load_clip(clip)
     open_embeds(out, clip, encoder, images)
@@ -123,10 +124,9 @@ def main(config: EmbedConfig) -> int:
     print(f"embed: {len(images.shards)} shards, {len(done)} done, {len(pending)} to go", flush=True)
     outcome = Outcome()
     if pending:
-        absolute = EmbedConfig(**{**vars(config), "out": str(out), "clip": clip})
+        absolute = EmbedConfig(**{**vars(config), "out": out, "clip": clip})
         outcome = _embed(absolute, images, pending, encoder)
-    for line in outcome.failed.values():
-        print(f"embed: failed: {line}", flush=True)
+    _quarantine(out, outcome.failed)
     if outcome.bad:
         more = f" and {len(outcome.bad) - 3} more" if len(outcome.bad) > 3 else ""
         print(f"embed: undecodable: {', '.join(outcome.bad[:3])}{more}", flush=True)
@@ -138,6 +138,23 @@ def main(config: EmbedConfig) -> int:
     spent = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in outcome.seconds.items())
     print(f"embed: {count} -> {out}; this run, over all processes: {spent}", flush=True)
     return INCOMPLETE if outcome.failed else DONE
+
+
+def _quarantine(out: str, failed: dict[str, str]) -> None:
+    """Name the shards that this run could not embed, here and in records; drop former records.
+
+    <embeds>/_quarantine/<shard>.json   {"problem"}: the next run tries it again
+    """
+    from ingest.commits import canonical_json
+    from ingest.storage import storage_of
+
+    storage = storage_of(out)
+    for name in storage.names("_quarantine"):
+        if name.removesuffix(".json") not in failed:
+            storage.delete(f"_quarantine/{name}")
+    for shard, problem in failed.items():
+        storage.replace(f"_quarantine/{shard}.json", canonical_json({"problem": problem}))
+        print(f"embed: failed: {problem}; recorded in {out}/_quarantine", flush=True)
 
 
 def _check(config: EmbedConfig) -> None:
@@ -157,7 +174,7 @@ def _check(config: EmbedConfig) -> None:
             raise ValueError(f"--{flag}: found {value}, expected a cosine from {least:g} to 1")
 
 
-def _finished(out: Path, images: "Snapshot") -> set[str]:
+def _finished(out: str, images: "Snapshot") -> set[str]:
     """Return the shards that need no work; what is damaged, or of other images, is withdrawn."""
     from ingest.shards import Commit, committed_names, withdraw_damaged
 
@@ -195,7 +212,7 @@ def _embed(
             outcome.seconds["encode"] += seconds
             whole = assembler.add(Encoded(chunk=chunk, seconds=seconds, **embeds))
             if whole is not None:
-                _settle(Path(config.out), images.root, entries[chunk.shard], whole, outcome)
+                _settle(config.out, images.root, entries[chunk.shard], whole, outcome)
             advance(len(chunk.bad), note=f"{len(outcome.failed)} shards failed")
     return outcome
 
@@ -234,9 +251,7 @@ def _encoded_rows(
     )
 
 
-def _settle(
-    out: Path, images: str, entry: "ShardEntry", parts: list[Any], outcome: Outcome
-) -> None:
+def _settle(out: str, images: str, entry: "ShardEntry", parts: list[Any], outcome: Outcome) -> None:
     """Commit a whole shard, or put down why it cannot be."""
     from cluster.metrics import counter
     from ingest.encode import bad_keys, commit_shard

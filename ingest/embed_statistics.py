@@ -3,15 +3,19 @@
 <embeds>/_statistics.npz    mean, std, eigenvalues, basis, count, snapshot, cosines
 """
 
+import io
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ingest.commits import local_root
 from ingest.shards import EmbedShard
 from ingest.snapshots import Snapshot
+from ingest.storage import join_root, storage_of
 
+NAME = "_statistics.npz"
 COSINE_EDGES = np.linspace(-1, 1, 201)
 ARRAYS = ("mean", "std", "eigenvalues", "basis", "cosines")
 
@@ -48,7 +52,18 @@ class EmbedStatistics:
             cosines += np.histogram(cosine, COSINE_EDGES)[0]
             total, products = total + block.sum(0), products + block.T @ block
         mean = np.asarray(total) / snapshot.num_samples
-        covariance = np.asarray(products) / snapshot.num_samples - np.outer(mean, mean)
+        return cls._of_moments(
+            mean,
+            np.asarray(products) / snapshot.num_samples - np.outer(mean, mean),
+            count=snapshot.num_samples,
+            snapshot=snapshot.digest,
+            cosines=cosines,
+        )
+
+    @classmethod
+    def _of_moments(
+        cls, mean: np.ndarray, covariance: np.ndarray, **others: Any
+    ) -> "EmbedStatistics":
         values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
         values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
         # An eigenvector's sign is arbitrary: its largest component is made positive.
@@ -58,24 +73,49 @@ class EmbedStatistics:
             std=np.sqrt(covariance.diagonal().clip(min=0)),
             eigenvalues=values,
             basis=vectors * np.where(peaks < 0, -1.0, 1.0),
-            count=snapshot.num_samples,
-            snapshot=snapshot.digest,
-            cosines=cosines,
+            **others,
+        )
+
+    @classmethod
+    def merge(
+        cls, parts: Sequence["EmbedStatistics"], weights: Sequence[float] = ()
+    ) -> "EmbedStatistics":
+        """Return the moments of several data sets together: E[x] and E[x x^T] of the mixture.
+
+        weights: share of each in the samples, of any sum; none = by their counts, as if the data
+        sets were one.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        shares = np.array(weights or [part.count for part in parts], np.float64)
+        shares /= shares.sum()
+        mean, products = np.zeros_like(parts[0].mean), np.zeros_like(parts[0].basis)
+        for part, share in zip(parts, shares, strict=True):
+            covariance = (part.basis * part.eigenvalues) @ part.basis.T
+            mean += share * part.mean
+            products += share * (covariance + np.outer(part.mean, part.mean))
+        return cls._of_moments(
+            mean,
+            products - np.outer(mean, mean),
+            count=sum(part.count for part in parts),
+            snapshot="+".join(part.snapshot for part in parts),
+            cosines=np.sum([part.cosines for part in parts], axis=0),
         )
 
     def write(self, root: str | os.PathLike[str]) -> None:
         """Write `<root>/_statistics.npz`, whole or not at all."""
-        path = local_root(root) / "_statistics.npz"
-        temporary = path.with_name(f"._statistics.{os.getpid()}.npz")
-        np.savez(temporary, allow_pickle=False, **vars(self))
-        os.replace(temporary, path)
+        file = io.BytesIO()
+        np.savez(file, allow_pickle=False, **vars(self))
+        storage_of(root).replace(NAME, file.getvalue())
 
     @classmethod
     def read(cls, root: str | os.PathLike[str]) -> "EmbedStatistics":
         """Read `<root>/_statistics.npz`; ValueError with the remedy when it is missing."""
-        path = local_root(root) / "_statistics.npz"
-        if not path.exists():
-            raise ValueError(f"{path}: missing; rerun ingest/embed.py until it finishes")
-        with np.load(path, allow_pickle=False) as found:
+        try:
+            stored = storage_of(root).read(NAME)
+        except FileNotFoundError:
+            where = join_root(root, NAME)
+            raise ValueError(f"{where}: missing; rerun ingest/embed.py until it finishes") from None
+        with np.load(io.BytesIO(stored), allow_pickle=False) as found:
             arrays = {n: found[n] for n in ARRAYS}
             return cls(**arrays, count=int(found["count"]), snapshot=str(found["snapshot"]))

@@ -8,11 +8,11 @@ A chunk never crosses shards, so a shard's embeddings are the same bits whoever 
 """
 
 import io
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,13 +28,15 @@ from ingest.shards import (
     write_embed_shard,
     write_manifest,
 )
+from ingest.storage import absolute_root
 from ingest.upkeep import derive, follow
 from models.clip import FrozenClip, Preprocessing, preprocess, tokenizer
 
 NORM_TOLERANCE = 1e-3
+Root = str | os.PathLike[str]
 
 
-def open_embeds(root: Path, clip_spec: str, encoder: FrozenClip, images: Snapshot) -> None:
+def open_embeds(root: Root, clip_spec: str, encoder: FrozenClip, images: Snapshot) -> None:
     """Create, or reopen, an embedding folder; another encoder or image folder is a ValueError."""
     fields = {
         "clip": clip_spec,
@@ -42,7 +44,7 @@ def open_embeds(root: Path, clip_spec: str, encoder: FrozenClip, images: Snapsho
         "embed_dim": encoder.embed_dim,
         "text_width": encoder.text_width,
         "context_length": encoder.context_length,
-        "images": str(Path(images.root).absolute()),
+        "images": absolute_root(images.root),
     }
     write_manifest(root, "embeds", fields)
     recover(root)
@@ -168,7 +170,7 @@ class Assembler:
         return [parts[start] for start in sorted(parts)]
 
 
-def commit_shard(root: Path, images: str, entry: ShardEntry, parts: list[Encoded]) -> Commit:
+def commit_shard(root: Root, images: str, entry: ShardEntry, parts: list[Encoded]) -> Commit:
     """Check the embeddings of a whole shard, and commit them.
 
     Raises ValueError for embeddings that are not finite and of unit norm.
@@ -210,7 +212,7 @@ def bad_keys(images: str, entry: ShardEntry, parts: list[Encoded]) -> list[str]:
 
 
 def encode_shard(
-    encoder: FrozenClip, images: Snapshot, entry: ShardEntry, root: Path, batch_size: int
+    encoder: FrozenClip, images: Snapshot, entry: ShardEntry, root: Root, batch_size: int
 ) -> Commit:
     """Do all three steps for one shard, here; ValueError if it cannot be read."""
     chunks = read_chunks(images.root, entry, encoder.preprocessing, batch_size)

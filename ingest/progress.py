@@ -16,9 +16,16 @@ def progress(what: str, total: int, *, unit: str) -> Iterator[Callable[..., None
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), unit,
-                      TimeRemainingColumn(), "{task.fields[note]}") as bar:  # fmt: skip
-            task = bar.add_task(what, total=total, note="")
-            yield lambda count=1, note="": bar.update(task, advance=count, note=note)
+                      "{task.fields[rate]}", TimeRemainingColumn(), "{task.fields[note]}"
+                      ) as bar:  # fmt: skip
+            task = bar.add_task(what, total=total, note="", rate="")
+
+            def move(count: int = 1, note: str = "") -> None:
+                speed = bar.tasks[task].speed
+                rate = f"{speed:,.0f}/s" if speed and speed >= 1 else ""
+                bar.update(task, advance=count, note=note, rate=rate)
+
+            yield move
         return
     started = said = time.monotonic()
     done = 0
@@ -31,7 +38,8 @@ def progress(what: str, total: int, *, unit: str) -> Iterator[Callable[..., None
             said = now
             seconds = now - started
             left = f", {seconds * (total - done) / done:.0f} s to go" if 0 < done < total else ""
-            line = f"{what}: {done} of {total} {unit} in {seconds:.0f} s{left}"
+            rate = f", {done / seconds:.1f} a second" if seconds else ""
+            line = f"{what}: {done} of {total} {unit} in {seconds:.0f} s{rate}{left}"
             print(f"{line}: {note}" if note else line, flush=True)
 
     yield advance

@@ -17,7 +17,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ from ingest.commits import (
     committed_names,
     damage,
     inspect,
-    local_root,
     published,
     read_commit,
     read_commits,
@@ -39,15 +38,17 @@ from ingest.commits import (
     withdraw_damaged,
 )
 from ingest.generations import rows_of
+from ingest.local_copies import local_file
 from ingest.manifests import read_manifest, remove_data_folder, write_manifest
 from ingest.snapshots import ShardEntry, Snapshot, load_snapshot, publish_snapshot
+from ingest.storage import join_root
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
     "Attempt", "Commit", "EmbedShard", "ImageShard", "Sample", "ShardEntry", "Snapshot",
-    "committed", "committed_names", "damage", "load_snapshot", "local_root", "outcome",
+    "committed", "committed_names", "damage", "load_snapshot", "outcome",
     "publish_snapshot", "published", "read_commit", "read_commits", "read_manifest", "recover",
     "remove_data_folder", "shard_name", "withdraw", "withdraw_damaged", "write_embed_shard",
     "write_image_shard", "write_manifest",
@@ -159,20 +160,20 @@ class ImageShard:
     """
 
     def __init__(self, root: str | os.PathLike[str], name: str, *, digest: str | None = None):
-        self.name, self._folder = name, local_root(root)
+        self.name, self._where = name, join_root(root, name)
         self.commit, self._rows = _open_whole(root, name, digest, self._load)
         self._stored: list[str] | None = None
 
-    def _load(self) -> None:
-        path = self._folder / f"{self.name}.tar"
-        self._index = np.load(path.with_suffix(".idx.npy"), allow_pickle=False)
-        self._images = [slice(start, start + size) for start, size in self._index[:, :2].tolist()]
-        with open(path, "rb") as file:  # never empty: a tar ends in two blocks
-            self._tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._table = open(path.with_suffix(".parquet"), "rb")  # noqa: SIM115 - read when needed
+    def _load(self, file: Callable[[str], Path]) -> None:
+        index = np.load(file(f"{self.name}.idx.npy"), allow_pickle=False)
+        spans = [slice(start, start + size) for start, size in index.reshape(-1, 2).tolist()]
+        self._images, self._captions = spans[::2], spans[1::2]
+        with open(file(f"{self.name}.tar"), "rb") as tar:  # never empty: it ends in two blocks
+            self._tar = mmap.mmap(tar.fileno(), 0, access=mmap.ACCESS_READ)
+        self._table = open(file(f"{self.name}.parquet"), "rb")  # noqa: SIM115 - read when needed
 
     def __len__(self) -> int:
-        return len(self._index) if self._rows is None else len(self._rows)
+        return len(self._images) if self._rows is None else len(self._rows)
 
     def image_bytes(self, i: int) -> bytes:
         """Return the encoded image of sample `i`."""
@@ -180,8 +181,7 @@ class ImageShard:
 
     def caption(self, i: int) -> str:
         """Return the caption of sample `i`."""
-        start, size = self._index[i if self._rows is None else self._rows[i], 2:].tolist()
-        return self._tar[start : start + size].decode()
+        return self._tar[self._captions[i if self._rows is None else self._rows[i]]].decode()
 
     @property
     def keys(self) -> list[str]:
@@ -192,15 +192,14 @@ class ImageShard:
             table = pq.ParquetFile(self._table).read(columns=["key", "status"])
             rows = zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True)
             keys = [key for key, status in rows if status == STORED]
-            _require_length(Path(self._table.name), len(keys), len(self._index))
+            _require_length(self._where, len(keys), len(self._images))
             self._stored = _picked(keys, self._rows)
         return self._stored
 
     def require_whole(self) -> None:
         """Raise ValueError if samples were forgotten since the shard was pinned."""
         if self._rows is not None:
-            where = self._folder / self.name
-            raise ValueError(f"{where}: samples were forgotten; rerun, on the next snapshot")
+            raise ValueError(f"{self._where}: samples were forgotten; rerun, on the next snapshot")
 
 
 def _picked(values: list[str], rows: np.ndarray | None) -> list[str]:
@@ -208,15 +207,19 @@ def _picked(values: list[str], rows: np.ndarray | None) -> list[str]:
 
 
 def _open_whole(
-    root: str | os.PathLike[str], name: str, digest: str | None, load: Callable[[], None]
+    root: str | os.PathLike[str],
+    name: str,
+    digest: str | None,
+    load: Callable[[Callable[[str], Path]], None],
 ) -> tuple[Commit, np.ndarray | None]:
-    """Load the files of one generation; return its commit and what `rows_of` says."""
+    """Load the files of one generation, whose paths `load` asks for; return its commit and what
+    `rows_of` says."""
     commit = _opened(root, name, digest)
     while True:
         problem = None
         try:
             rows = rows_of(root, commit, digest)
-            load()
+            load(partial(local_file, root, commit))
         except (OSError, ValueError) as error:
             problem = error
         before, commit = commit, _opened(root, name, digest)
@@ -241,9 +244,9 @@ def _opened(root: str | os.PathLike[str], name: str, digest: str | None) -> Comm
     return commit
 
 
-def _require_length(path: Path, found: int, expected: int) -> None:
+def _require_length(where: str | Path, found: int, expected: int) -> None:
     if found != expected:
-        raise ValueError(f"{path}: has {found} rows, expected {expected}; rerun its stage")
+        raise ValueError(f"{where}: has {found} rows, expected {expected}; rerun its stage")
 
 
 # -- embedding shards --------------------------------------------------------------------------
@@ -292,21 +295,23 @@ class EmbedShard:
     """
 
     def __init__(self, root: str | os.PathLike[str], name: str, *, digest: str | None = None):
-        self.name, self._folder = name, local_root(root)
+        self.name, self._where = name, join_root(root, name)
         self.commit, self._rows = _open_whole(root, name, digest, self._load)
-        _require_length(self._folder / name, len(self._arrays["tokens"]), self.commit.num_samples)
+        _require_length(self._where, len(self._arrays["tokens"]), self.commit.num_samples)
         self._texts: tuple[list[str], list[str]] | None = None
 
-    def _load(self) -> None:
-        stem = self._folder / self.name
+    def _load(self, file: Callable[[str], Path]) -> None:
+        paths = {n: file(f"{self.name}.{n}.npy") for n in ("image_embed", "text_embed", "tokens")}
         self._arrays = {
-            part: np.asarray(np.load(f"{stem}.{part}.npy", mmap_mode="r", allow_pickle=False))
-            for part in ("image_embed", "text_embed", "tokens")
+            part: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            for part, path in paths.items()
         }
         sizes = {len(array) for array in self._arrays.values()}
         if len(sizes) > 1:
-            raise ValueError(f"{stem}: its arrays have {sorted(sizes)} rows; rerun its stage")
-        self._table = open(f"{stem}.keys.parquet", "rb")  # noqa: SIM115 - read when needed
+            found = f"its arrays have {sorted(sizes)} rows"
+            raise ValueError(f"{self._where}: {found}; rerun its stage")
+        path = file(f"{self.name}.keys.parquet")
+        self._table = open(path, "rb")  # noqa: SIM115 - read when needed
 
     def _array(self, part: str) -> np.ndarray:
         return self._arrays[part] if self._rows is None else self._arrays[part][self._rows]
@@ -334,7 +339,7 @@ class EmbedShard:
             import pyarrow.parquet as pq
 
             table = pq.ParquetFile(self._table).read(columns=["key", "caption"])
-            _require_length(Path(self._table.name), table.num_rows, self.commit.num_samples)
+            _require_length(self._where, table.num_rows, self.commit.num_samples)
             keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
             self._texts = _picked(keys, self._rows), _picked(captions, self._rows)
         return self._texts

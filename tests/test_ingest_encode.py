@@ -186,10 +186,13 @@ def test_the_job_embeds_what_is_pending_names_what_is_broken_and_is_cheap_to_rep
     told = capsys.readouterr().out
     assert "failed: " in told and "000001.tar has" in told and "undecodable: 000000030" in told
     assert list(committed(out)) == ["000000", "000002", "000003"]
+    record = json.loads((out / "_quarantine" / "000001.json").read_text())
+    assert "000001.tar has" in record["problem"]
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     (images / "000001.tar").write_bytes(kept)
     assert embed.main(config) == 0
     assert "4 shards, 3 done, 1 to go" in capsys.readouterr().out
+    assert not list((out / "_quarantine").iterdir())
     assert {path: path.stat().st_mtime_ns for path in before} == before
     demo_data.embed_here(str(images), tmp_path / "here", "tiny:random", batch_size=4)
     ours = {name: commit.digest for name, commit in committed(out).items()}

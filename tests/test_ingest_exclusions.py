@@ -11,7 +11,7 @@ from ingest.embed_statistics import COSINE_EDGES, EmbedStatistics
 from ingest.exclusions import Rules, publish_embeds
 from ingest.near_duplicates import near_duplicates
 from ingest.shards import Attempt, EmbedShard, load_snapshot, write_embed_shard, write_manifest
-from training.batches import Plan
+from training.plan import Plan
 from training.readers import EmbedReader, JoinedReader
 
 
@@ -118,7 +118,7 @@ def test_the_snapshot_bears_what_readers_leave_out(embeds):
 def test_readers_read_all_the_rest_once_an_epoch(embeds):
     snapshot, _ = publish_embeds(embeds, Rules(min_similarity=0.3, dedup=0.95))
     reader = EmbedReader(snapshot)
-    plan = Plan(shard_sizes=reader.shard_sizes, global_batch_size=8, seed=0)
+    plan = Plan(data_sets=reader.data_sets, global_batch_size=8, seed=0)
     read = [plan.slice(step) for step in range(plan.steps_per_epoch)]
     index = np.concatenate([part.index[part.weight > 0] for part in read])
     assert sorted(index) == list(range(snapshot.num_samples))

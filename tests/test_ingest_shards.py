@@ -266,11 +266,6 @@ def test_fresh_empties_a_folder_of_its_kind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_reading_remote_shards_says_not_yet():
-    with pytest.raises(ValueError, match="not supported yet"):
-        ImageShard("s3://bucket/images", "000000")
-
-
 def commit_embeds(root: Path, name: str, embed: np.ndarray) -> None:
     keys = [f"{name}{i:03d}" for i in range(len(embed))]
     with Attempt(root, name) as attempt:
@@ -295,6 +290,28 @@ def test_embeddings_come_back_by_row(tmp_path):
     np.testing.assert_array_equal(shard.text_embed, -embed)
     assert shard.captions == [f"caption {key}" for key in shard.keys]
     assert shard.tokens[2].tolist() == [10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 3.0)])
+def test_statistics_of_several_data_sets_are_those_of_their_mixture(tmp_path, weights):
+    rng = np.random.default_rng(0)
+    sizes = ((0, 30), (1, 50))
+    parts = [rng.normal(mean, 1 + mean, (n, 5)).astype(np.float16) for mean, n in sizes]
+    for number, part in enumerate(parts):
+        commit_embeds(tmp_path / str(number), "000000", part)
+    found = EmbedStatistics.merge(
+        [EmbedStatistics.compute(publish_snapshot(tmp_path / str(n))) for n in range(2)], weights
+    )
+    whole = np.concatenate(parts).astype(np.float64)
+    shares = weights or (30, 50)
+    each = np.repeat(np.array(shares) / np.array([30, 50]), [30, 50])
+    mean = np.average(whole, axis=0, weights=each)
+    covariance = np.cov(whole.T, aweights=each, bias=True)
+    np.testing.assert_allclose(found.mean, mean, atol=1e-12)
+    np.testing.assert_allclose(found.std, np.sqrt(np.diag(covariance)), atol=1e-12)
+    rebuilt = found.basis @ np.diag(found.eigenvalues) @ found.basis.T
+    np.testing.assert_allclose(rebuilt, covariance, atol=1e-12)
+    assert found.count == 80 and found.cosines.sum() == 80
 
 
 def test_statistics_are_those_of_all_shards_together(tmp_path):

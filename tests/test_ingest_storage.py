@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ingest import commits
 from ingest.commits import Attempt, committed, damage, recover
 from ingest.download import DownloadConfig, main
+from ingest.embed_statistics import EmbedStatistics
 from ingest.snapshots import load_snapshot
 from ingest.storage import absolute_root, storage_of
+from training import demo_data
 
 ROOT = Path(__file__).resolve().parent.parent
 AWS = {
@@ -269,5 +270,25 @@ def test_roots_mean_the_same_in_any_process(tmp_path, monkeypatch):
     assert absolute_root("data") == str(tmp_path / "data")
     assert absolute_root(f"file://{tmp_path}/x") == f"{tmp_path}/x"
     assert absolute_root("s3://bucket/x") == "s3://bucket/x"
-    with pytest.raises(ValueError, match="not supported yet"):
-        commits.local_root("s3://bucket/x")
+
+
+@pytest.mark.slow
+def test_images_in_s3_are_embedded_into_s3(bucket, tmp_path, monkeypatch):
+    """By the script and its Ray: the bytes that one process makes of local files."""
+    monkeypatch.setenv("MINIDALLE2_CACHE", str(tmp_path / "cache"))
+    demo_data.draw_images(tmp_path / "images", num_shards=2, samples_per_shard=10)
+    demo_data.embed_here(str(tmp_path / "images"), tmp_path / "embeds", "tiny:random")
+    there = storage_of(bucket)
+    for path in (tmp_path / "images").rglob("*"):
+        if path.is_file():
+            there.replace(str(path.relative_to(tmp_path)), path.read_bytes())
+    command = [
+        sys.executable, str(ROOT / "ingest" / "embed.py"), "--images", f"{bucket}/images",
+        "--clip", "tiny:random", "--out", f"{bucket}/embeds", "--num-threads", "1",
+        "--batch-size", "128",
+    ]  # fmt: skip
+    assert subprocess.run(command, timeout=300).returncode == 0
+    assert contents(f"{bucket}/embeds") == contents(str(tmp_path / "embeds"))
+    assert load_snapshot(f"{bucket}/embeds").digest == load_snapshot(tmp_path / "embeds").digest
+    remote = EmbedStatistics.read(f"{bucket}/embeds")
+    assert (remote.mean == EmbedStatistics.read(tmp_path / "embeds").mean).all()

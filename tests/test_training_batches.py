@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from training.batches import Cached, Feed, Plan
+from training.batches import Cached, Feed
+from training.plan import Plan
 
 SHARDS = [(5,), (12,), (7, 1, 9, 4), (3,) * 9, (20, 1, 1, 1, 20)]
 
 
 def plan(shard_sizes: tuple[int, ...] = (7, 1, 9, 4), **changes) -> Plan:
-    return Plan(**{"shard_sizes": shard_sizes, "global_batch_size": 12, "seed": 0, **changes})
+    return Plan(**{"data_sets": (shard_sizes,), "global_batch_size": 12, "seed": 0, **changes})
 
 
 def real(plan: Plan, step: int, rank: int = 0, world_size: int = 1) -> list[int]:
@@ -28,8 +29,8 @@ def epoch(plan: Plan, number: int) -> list[int]:
 class Numbers:
     """A reader whose samples are their own numbers; `broken` ones raise."""
 
-    def __init__(self, shard_sizes: tuple[int, ...], broken: int = -1) -> None:
-        self.shard_sizes, self.broken = shard_sizes, broken
+    def __init__(self, data_sets: tuple[tuple[int, ...], ...], broken: int = -1) -> None:
+        self.data_sets, self.broken = data_sets, broken
 
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
         if self.broken in index:
@@ -38,7 +39,7 @@ class Numbers:
 
 
 def feed(of: Plan, broken: int = -1, **changes) -> Feed:
-    return Feed(plan=of, reader=Numbers(of.shard_sizes, broken), **changes)
+    return Feed(plan=of, reader=Numbers(of.data_sets, broken), **changes)
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -114,6 +115,69 @@ def test_blocks_stay_together():
     for step in range(2 * of.steps_per_epoch):
         blocks = np.array(real(of, step)).reshape(-1, 4)
         assert (blocks == blocks[:, :1] + np.arange(4)).all() and (blocks[:, 0] % 4 == 0).all()
+
+
+# -- several data sets -----------------------------------------------------------------------------
+
+
+def mixture(*sizes: tuple[int, ...], **changes) -> Plan:
+    return plan(**{"data_sets": sizes, "weights": (3.0, 1.0), **changes})
+
+
+@pytest.mark.parametrize("num_streams", [1, 2])
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (0.5, 0.5), (1.0, 9.0)])
+def test_data_sets_mix_by_weight_and_each_keeps_its_own_epochs(
+    num_streams: int, weights: tuple[float, ...]
+):
+    sizes = (7, 5, 9, 4), (3, 3)
+    of = mixture(*sizes, weights=weights, num_streams=num_streams)
+    parts = [of.slice(step) for step in range(100)]
+    index = np.concatenate([part.index for part in parts])
+    epoch = np.concatenate([part.epoch for part in parts])
+    real = np.concatenate([part.weight for part in parts]) > 0
+    assert all(part.num_real == part.weight.sum() for part in parts)
+    first = index < sum(sizes[0])
+    assert abs(first.mean() - weights[0] / sum(weights)) < 0.01
+    for mine, numbers in ((first, range(25)), (~first, range(25, 31))):
+        for number in range(epoch[mine & real].max()):  # the last one may have been cut
+            assert sorted(index[mine & real & (epoch == number)]) == list(numbers)
+
+
+def test_rounds_of_data_sets_are_spread_evenly():
+    """After any number of rounds, each data set has had its share of them, give or take one."""
+    shares = np.array([0.6, 0.3, 0.0999, 0.0001])
+    sets = tuple((1000,) for _ in shares)
+    of = plan(data_sets=sets, weights=tuple(shares), global_batch_size=1)
+    turns = np.concatenate([of.slice(step).index // 1000 for step in range(2 * 10_000)])
+    had = np.cumsum(turns[:, None] == np.arange(4), axis=0)
+    assert np.abs(had - shares * np.arange(1, len(turns) + 1)[:, None]).max() < 1.5
+
+
+def test_a_mixture_does_not_depend_on_the_number_of_workers():
+    of = mixture((7, 5, 9, 4), (3, 3), num_streams=2)
+    for step in range(20):
+        whole = of.slice(step)
+        for world_size in (2, 3, 4):
+            for rank in range(world_size):
+                part = of.slice(step, rank, world_size)
+                assert np.array_equal(part.index, whole.index[rank::world_size])
+                assert np.array_equal(part.epoch, whole.epoch[rank::world_size])
+                assert part.num_real == whole.num_real
+
+
+def test_a_rank_reads_the_shards_of_its_own_streams_only_of_each_data_set():
+    of = mixture((5,) * 8, (5,) * 4, num_streams=4)
+    for epoch_steps in (range(0, 4), range(40, 44)):  # within one epoch of either
+        shards = [{i // 5 for s in epoch_steps for i in real(of, s, rank, 4)} for rank in range(4)]
+        assert sum(len(mine) for mine in shards) == len(set().union(*shards))
+
+
+def test_data_sets_without_weights_are_refused_and_so_is_a_weight_of_nothing():
+    with pytest.raises(ValueError, match="found 0, expected one for each of 2"):
+        mixture((5,), (5,), weights=())
+    for weights in ((1.0, 0.0), (-1.0, 2.0), (1.0, 1e-9)):
+        with pytest.raises(ValueError, match="expected each to be positive"):
+            mixture((5,), (5,), weights=weights)
 
 
 def test_an_empty_set_and_impossible_streams_are_refused():
@@ -192,3 +256,21 @@ def test_a_cache_reads_once_while_there_is_room_and_again_beyond():
     for _ in range(2):
         assert cached.read(np.array([0, 1, 2])).tolist() == [[0, 0], [1, 1], [2, 2]]
     assert asked == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 64, 1 << 20])
+def test_threads_read_what_one_does(limit_bytes: int):
+    order = np.random.default_rng(0).integers(0, 40, (10, 25))
+    cached = Cached(lambda i: np.full(2, i), limit_bytes=limit_bytes, num_threads=3)
+    for index in order:
+        assert (cached.read(index) == index[:, None]).all()
+
+
+def test_an_error_of_one_thread_is_raised():
+    def read_one(i: int) -> np.ndarray:
+        if i == 7:
+            raise ValueError("sample 7 is damaged")
+        return np.zeros(1)
+
+    with pytest.raises(ValueError, match="sample 7"):
+        Cached(read_one, num_threads=2).read(np.arange(10))

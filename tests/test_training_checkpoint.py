@@ -41,19 +41,19 @@ def clip_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
     model = ClipConfig(embed_dim=16, vision_width=32, vision_depth=1, text_width=32, text_depth=1,
                        patch_size=16, vocab_size=512)  # fmt: skip
     train = dataclasses.replace(TRAIN, micro_batch_size=0)
-    config = ClipRunConfig(images=str(data / "images"), run=str(run), model=model, train=train)
+    config = ClipRunConfig(images=(str(data / "images"),), run=str(run), model=model, train=train)
     return config, jobs.build_clip_job
 
 
 def prior_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
     model = DiffusionPriorConfig(width=16, depth=1, num_heads=2, dropout=0.1)
-    config = PriorRunConfig(embeds=str(data / "embeds"), run=str(run), model=model, train=TRAIN)
+    config = PriorRunConfig(embeds=(str(data / "embeds"),), run=str(run), model=model, train=TRAIN)
     return config, jobs.build_prior
 
 
 def decoder_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
     config = DecoderRunConfig(
-        images=str(data / "images"), embeds=str(data / "embeds"), run=str(run), image_size=16,
+        images=(str(data / "images"),), embeds=(str(data / "embeds"),), run=str(run), image_size=16,
         base=DecoderConfig(unet=UNET, context_width=8),
         train=dataclasses.replace(TRAIN, optimizer="muon"),
     )  # fmt: skip
@@ -62,7 +62,7 @@ def decoder_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
 
 def upsampler_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
     config = DecoderRunConfig(
-        images=str(data / "images"), run=str(run), stage="up256", image_size=32, low_res_size=16,
+        images=(str(data / "images"),), run=str(run), stage="up256", image_size=32, low_res_size=16,
         crop_size=16, up=UpsamplerConfig(unet=UNET), train=TRAIN,
     )  # fmt: skip
     return config, jobs.build_decoder

@@ -51,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Iter
 def prior(data: Path, run: Path, **changes) -> PriorRunConfig:
     train = dataclasses.replace(PLAIN, **changes)
     model = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
-    return PriorRunConfig(embeds=str(data / "embeds"), run=str(run), model=model, train=train)
+    return PriorRunConfig(embeds=(str(data / "embeds"),), run=str(run), model=model, train=train)
 
 
 def trained(config: PriorRunConfig | ClipRunConfig, build: Callable) -> Path:
@@ -156,7 +156,7 @@ def test_clip_contrasts_the_samples_of_all_workers(data: Path, tmp_path: Path):
                        patch_size=16, vocab_size=512)  # fmt: skip
     train = dataclasses.replace(PLAIN, micro_batch_size=0)
     config = ClipRunConfig(
-        images=str(data / "images"), run=str(tmp_path / "one"), model=model, train=train
+        images=(str(data / "images"),), run=str(tmp_path / "one"), model=model, train=train
     )
     shared = dataclasses.replace(
         config, run=str(tmp_path / "two"), train=dataclasses.replace(train, **two(0))

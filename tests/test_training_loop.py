@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from training.batches import Batch
 from training.checkpoint import Progress
-from training.config import TrainConfig
+from training.config import RunConfig, TrainConfig
 from training.ema import Ema
 from training.loop import MAX_NONFINITE_IN_A_ROW, Job, _seed_dropout, train
 from training.optimizer import learning_rate_ratio
@@ -31,7 +31,7 @@ Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 class Line:
     """Points of y = 2 x + 1."""
 
-    shard_sizes: tuple[int, ...] = (NUM_SAMPLES,)
+    data_sets: tuple[tuple[int, ...], ...] = ((NUM_SAMPLES,),)
 
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
         x = index[:, None].astype(np.float32) / NUM_SAMPLES
@@ -51,18 +51,18 @@ def run(
     path: Path, config: TrainConfig = CONFIG, objective: Objective = squared_error
 ) -> tuple[nn.Module, Progress]:
     path.mkdir(exist_ok=True)
-    job = Job(model=network(), objective=objective, reader=Line(), export={"kind": "line"})
+    job = Job(model=network(), objective=objective, build_reader=Line, export={"kind": "line"})
     engine = PlainEngine(job.model, job.objective, config, torch.device("cpu"))
-    return job.model, train(job, config, engine, path, Reporter(path, config, 0))
+    return job.model, train(job, RunConfig(train=config), engine, path, Reporter(path, config, 0))
 
 
 def by_hand(config: TrainConfig) -> tuple[nn.Module, list[float], list[Tensor]]:
     """The same run without loop, engine or feed: returns model, losses and every step's weight."""
-    from training.batches import Plan
+    from training.plan import Plan
 
     model, losses, weights = network(), [], []
     plan = Plan(
-        shard_sizes=(NUM_SAMPLES,), global_batch_size=config.global_batch_size, seed=config.seed
+        data_sets=((NUM_SAMPLES,),), global_batch_size=config.global_batch_size, seed=config.seed
     )
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, config.beta2), weight_decay=0.0, lr=1.0

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,10 +15,12 @@ from PIL import Image
 from ingest.shapes import Pair, make_pairs
 from ingest.shards import EmbedShard, ImageShard, Snapshot, load_snapshot
 from models.clip import preprocess, tokenizer
-from training import demo_data, jobs
-from training.batches import Feed, Plan
+from models.keyed_random import sample_keys
+from training import data_sets, demo_data, jobs
+from training.batches import Feed
 from training.config import DecoderRunConfig
-from training.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader
+from training.plan import Plan
+from training.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader, Mixture
 
 SIZE, PER_SHARD = 32, 8
 INDEX = np.array([17, 0, 7, 8, 0, 23])  # three shards, one row twice
@@ -37,7 +41,7 @@ def test_embeddings_come_in_the_order_asked_for(data: Path):
     reader = EmbedReader(load_snapshot(data / "embeds"))
     found = reader.read(INDEX)
     shards = [EmbedShard(data / "embeds", f"{n:06d}") for n in range(3)]
-    plan = Plan(shard_sizes=reader.shard_sizes, global_batch_size=8, seed=0)
+    plan = Plan(data_sets=reader.data_sets, global_batch_size=8, seed=0)
     (batch,) = Feed(plan=plan, reader=reader).step_batches(0)
     order = plan.slice(0).index
     for name in ("image_embed", "text_embed", "tokens"):
@@ -114,6 +118,58 @@ def test_shards_of_other_keys_are_refused(data: Path):
         JoinedReader(images, dataclasses.replace(embeds, shards=swapped), SIZE)
 
 
+# -- several data sets, mirrored images ------------------------------------------------------------
+
+
+def test_a_mixture_reads_each_data_set_by_its_own_numbers(data: Path):
+    images, embeds = snapshots(data)
+    whole = JoinedReader(images, embeds, SIZE)
+    part = JoinedReader(images, dataclasses.replace(embeds, shards=embeds.shards[1:]), SIZE)
+    sizes = whole.data_sets[0], part.data_sets[0]
+    assert Mixture([whole, part], weighted=True).data_sets == sizes
+    both = Mixture([whole, part], weighted=False)
+    assert both.data_sets == ((*sizes[0], *sizes[1]),)
+    index = np.array([3, 24, 23, 39, 0, 24])
+    expected = whole.read(np.array([3, 8, 23, 23, 0, 8]))
+    for name, column in both.read(index).items():
+        assert np.array_equal(column, expected[name]), name
+
+
+def test_data_sets_of_two_encoders_are_not_mixed(data: Path, tmp_path: Path, write_data: Callable):
+    other = tmp_path / "embeds"
+    shutil.copytree(data / "embeds", other)
+    manifest = other / "_manifest.json"
+    manifest.write_text(
+        re.sub('"encoder_id": ".*?"', '"encoder_id": "another"', manifest.read_text())
+    )
+    with pytest.raises(ValueError, match="found embeddings of encoder another"):
+        data_sets.encoder_of([str(data / "embeds"), str(other)], "")
+
+
+def test_weights_are_one_for_each_data_set(data: Path):
+    reader = ImageReader(load_snapshot(data / "images"), SIZE)
+    assert data_sets.mixed([reader], ()) is reader
+    for readers, weights in (([reader], (1.0, 2.0)), ([reader, reader], (1.0,))):
+        with pytest.raises(ValueError, match="data.weights: found"):
+            data_sets.mixed(readers, weights)
+
+
+def test_a_sample_is_mirrored_by_its_key_alone():
+    keys = sample_keys(0, torch.zeros(400, dtype=torch.int64), torch.arange(400))
+    image = torch.rand(400, 3, 2, 5)
+    found = jobs.keyed_flips(image, keys)
+    mirrored = (found == image.flip(-1)).flatten(1).all(1)
+    assert torch.equal(found[~mirrored], image[~mirrored])
+    assert 150 < mirrored.sum() < 250
+    assert torch.equal(jobs.keyed_flips(image[7:9], keys[7:9]), found[7:9])
+
+
+def test_what_embeddings_describe_is_not_mirrored(data: Path, tmp_path: Path):
+    config = DecoderRunConfig(embeds=(str(data / "embeds"),), run=str(tmp_path), flip=True)
+    with pytest.raises(ValueError, match="flip: found true for stage base, expected false"):
+        jobs.build_decoder(config)
+
+
 # -- which snapshot, which part of it --------------------------------------------------------------
 
 
@@ -121,25 +177,25 @@ def test_a_run_pins_its_snapshot(data: Path, tmp_path: Path):
     run, root = tmp_path / "run", tmp_path / "images"
     run.mkdir()
     demo_data.draw_images(root, num_shards=2, samples_per_shard=PER_SHARD)
-    pinned = jobs.pin_snapshot(str(run), "images", str(root))
+    pinned = data_sets.pin_snapshots(str(run), "images", [str(root)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.demo_data.write_manifest", lambda *args: None)
         demo_data.draw_images(root, num_shards=3, samples_per_shard=PER_SHARD)
-    assert load_snapshot(root).digest != pinned.digest
-    assert jobs.pin_snapshot(str(run), "images", str(root)) == pinned
+    assert load_snapshot(root).digest != pinned[0].digest
+    assert data_sets.pin_snapshots(str(run), "images", [str(root)]) == pinned
 
 
 def test_parts_share_out_the_shards(data: Path):
     whole = load_snapshot(data / "images")
     for n in (1, 2, 3):
-        parts = [jobs.part_of(whole, f"{k}/{n}").shards for k in range(1, n + 1)]
+        parts = [data_sets.part_of(whole, f"{k}/{n}").shards for k in range(1, n + 1)]
         assert sum(parts, ()) == whole.shards and all(parts)
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1/4", "1", "a/b", "1/2/3"])
 def test_a_part_that_is_none_is_refused(data: Path, part: str):
     with pytest.raises(ValueError, match=f"part: found '{part}'"):
-        jobs.part_of(load_snapshot(data / "images"), part)
+        data_sets.part_of(load_snapshot(data / "images"), part)
 
 
 def test_the_statistics_of_the_prior_are_those_of_its_embeddings(data: Path, tmp_path: Path):
@@ -148,9 +204,9 @@ def test_the_statistics_of_the_prior_are_those_of_its_embeddings(data: Path, tmp
 
     model = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
     job = jobs.build_prior(
-        PriorRunConfig(embeds=str(data / "embeds"), run=str(tmp_path), model=model)
+        PriorRunConfig(embeds=(str(data / "embeds"),), run=str(tmp_path), model=model)
     )
-    stored = job.reader.read(np.arange(24))["image_embed"].astype(np.float32)
+    stored = job.build_reader().read(np.arange(24))["image_embed"].astype(np.float32)
     buffers = {name: buffer.numpy() for name, buffer in job.model.named_buffers()}
     np.testing.assert_allclose(buffers["embed_mean"], stored.mean(0), atol=1e-4)
     np.testing.assert_allclose(buffers["embed_std"], stored.std(0), atol=1e-3)
@@ -167,14 +223,16 @@ def test_another_encoder_than_that_of_the_embeddings_is_refused(data: Path, tmp_
     state["ln_final.bias"] = torch.ones_like(state["ln_final.bias"])
     save_file(state, str(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="found embeddings of encoder tiny@.*, expected tiny@"):
-        jobs.encoder_of(data / "embeds", f"tiny:{tmp_path / 'other.safetensors'}")
+        data_sets.encoder_of([str(data / "embeds")], f"tiny:{tmp_path / 'other.safetensors'}")
 
 
 # -- images smaller than what is trained -----------------------------------------------------------
 
 
 def prepared(images: Path, embeds: Path, size: int) -> None:
-    jobs.prepare_data(DecoderRunConfig(images=str(images), embeds=str(embeds), image_size=size))
+    data_sets.prepare_data(
+        DecoderRunConfig(images=(str(images),), embeds=(str(embeds),), image_size=size)
+    )
 
 
 @pytest.fixture

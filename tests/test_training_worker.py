@@ -10,7 +10,7 @@ from models.configs import DiffusionPriorConfig
 from training.config import PriorRunConfig, TrainConfig
 from training.worker import JOB_VARIABLE, _locked, _try_lock, launch, prepare_run
 
-CONFIG = PriorRunConfig(embeds="/data/embeds", model=DiffusionPriorConfig(width=32))
+CONFIG = PriorRunConfig(embeds=("/data/embeds",), model=DiffusionPriorConfig(width=32))
 
 
 def test_a_run_explains_itself(tmp_path: Path):
@@ -30,8 +30,7 @@ def test_a_run_is_reopened_by_its_own_configuration(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"embeds": "/data/other"}, "embeds: found '/data/embeds' in the run, expected "
-         "'/data/other'"),
+        ({"embeds": ("/other",)}, "embeds: found .'/data/embeds'. in the run, expected .'/other'"),
         ({"model": DiffusionPriorConfig(width=64)}, "model.width: found 32 in the run, expected "
          "64"),
         ({"train": TrainConfig(learning_rate=0.5)}, "train.learning_rate: found 0.001"),
@@ -53,7 +52,7 @@ def test_another_configuration_is_refused_by_the_name_of_its_field(
 def test_starting_over_deletes_a_run_of_ours(tmp_path: Path):
     run = prepare_run(CONFIG, str(tmp_path / "run"))
     (run / "step_00000001").mkdir()
-    other = dataclasses.replace(CONFIG, embeds="/data/other", fresh=True)
+    other = dataclasses.replace(CONFIG, embeds=("/data/other",), fresh=True)
     prepare_run(other, str(run))
     assert [path.name for path in run.iterdir()] == ["config.yaml"]
 

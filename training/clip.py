@@ -11,7 +11,8 @@ from training.config import PRESETS, ClipRunConfig
 def main(config: ClipRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
     from cluster.metrics import serve
-    from training.jobs import build_clip_job, clip_model, prepare_data
+    from training.data_sets import prepare_data
+    from training.jobs import build_clip_job, clip_model
     from training.sizing import dry_run
     from training.worker import launch
 

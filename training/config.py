@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from cluster.cli import UNLISTED
 from models.configs import ClipConfig, DecoderConfig, DiffusionPriorConfig, UpsamplerConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -94,11 +95,37 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How samples are read: see training/plan.py."""
+
+    weights: tuple[float, ...] = ()
+    """share of each data set in the samples, of any sum; none = every sample equally often"""
+    num_streams: int = 1
+    """virtual streams that shards are dealt to: a multiple of the number of workers, where a
+    worker is to open its own shards only"""
+    window: int = 16
+    """shards of a stream that are shuffled together"""
+    num_threads: int = 2
+    """threads of a worker that decode images ahead of the step"""
+    prefetch: int = 3
+    """batches read ahead of the step"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_streams", "window", "num_threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}: found {getattr(self, name)}, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What every training script takes beside its data and model."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
     """how it is trained"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """how samples are read"""
+    ingest: Literal["native", "ray"] = "native"
+    """who reads and decodes: threads of each worker, or Ray Data on any CPU of the cluster"""
     metrics_port: int | None = None
     """serve Prometheus metrics on this loopback port; 0 = any free one"""
     fresh: bool = False
@@ -111,8 +138,8 @@ class RunConfig:
 class ClipRunConfig(RunConfig):
     """Train a CLIP on image shards."""
 
-    images: str = "data/shapes/images"
-    """folder of committed image shards; the demo's are drawn if it is absent"""
+    images: tuple[str, ...] = ("data/shapes/images",)
+    """folders of committed image shards; the demo's are drawn if it is absent"""
     run: str = "runs/clip"
     """folder of the run"""
     block_size: int = 1
@@ -120,16 +147,16 @@ class ClipRunConfig(RunConfig):
     part: str = "1/1"
     """train on the k-th of n equal parts of the shards, "k/n"; a judge takes the part that CLIP
     did not"""
-    model: ClipConfig = field(default_factory=ClipConfig)
-    """sizes"""
+    model: Annotated[ClipConfig, UNLISTED] = field(default_factory=ClipConfig)
+    """sizes: flags such as --model.width, not listed by --help but by --dry-run"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorRunConfig(RunConfig):
     """Train a prior on embeddings."""
 
-    embeds: str = "data/shapes/embeds"
-    """folder of committed embeddings; the demo's are made if it is absent"""
+    embeds: tuple[str, ...] = ("data/shapes/embeds",)
+    """folders of committed embeddings, of one encoder; the demo's are made if it is absent"""
     clip: str = ""
     """encoder of the caption's token states; empty = the one the embeddings name"""
     run: str = "runs/prior"
@@ -138,18 +165,18 @@ class PriorRunConfig(RunConfig):
     """kind of prior"""
     whiten: bool = True
     """standardise each dimension by the data instead of scaling all by 0.5375 sqrt(E)"""
-    model: DiffusionPriorConfig = field(default_factory=DiffusionPriorConfig)
-    """sizes"""
+    model: Annotated[DiffusionPriorConfig, UNLISTED] = field(default_factory=DiffusionPriorConfig)
+    """sizes: flags such as --model.width, not listed by --help but by --dry-run"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderRunConfig(RunConfig):
     """Train one stage of the decoder cascade."""
 
-    images: str = "data/shapes/images"
-    """folder of committed image shards"""
-    embeds: str = "data/shapes/embeds"
-    """folder of the embeddings of those shards"""
+    images: tuple[str, ...] = ("data/shapes/images",)
+    """folders of committed image shards"""
+    embeds: tuple[str, ...] = ("data/shapes/embeds",)
+    """folders of the embeddings of those shards, in the same order; base only"""
     clip: str = ""
     """encoder of the caption's token states; empty = the one the embeddings name"""
     run: str = "runs/base"
@@ -162,7 +189,10 @@ class DecoderRunConfig(RunConfig):
     """side of the previous stage's images in px; 0 = a quarter; upsamplers only"""
     crop_size: int = 0
     """side of training crops in px; 0 = a quarter of the image, at least 16; upsamplers only"""
-    base: DecoderConfig = field(default_factory=DecoderConfig)
-    """sizes of the base decoder"""
-    up: UpsamplerConfig = field(default_factory=UpsamplerConfig)
-    """sizes of an upsampler"""
+    flip: bool = False
+    """mirror half of the samples; upsamplers only, whose input is made from the same pixels: the
+    base decoder's embedding and caption are of the image as it was"""
+    base: Annotated[DecoderConfig, UNLISTED] = field(default_factory=DecoderConfig)
+    """sizes of the base decoder: flags such as --base.unet.channels, listed by --dry-run"""
+    up: Annotated[UpsamplerConfig, UNLISTED] = field(default_factory=UpsamplerConfig)
+    """sizes of an upsampler: flags such as --up.unet.channels, listed by --dry-run"""

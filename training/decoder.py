@@ -11,7 +11,8 @@ from training.config import PRESETS, DecoderRunConfig
 def main(config: DecoderRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
     from cluster.metrics import serve
-    from training.jobs import build_decoder, decoder_model, prepare_data
+    from training.data_sets import prepare_data
+    from training.jobs import build_decoder, decoder_model
     from training.sizing import dry_run
     from training.worker import launch
 

@@ -17,6 +17,7 @@ from ingest.shards import (
     write_image_shard,
     write_manifest,
 )
+from ingest.storage import absolute_root
 from training.config import ClipRunConfig, PriorRunConfig
 
 NUM_SHARDS, SAMPLES_PER_SHARD = 4, 128
@@ -25,23 +26,24 @@ CLIP_SPEC = "tiny:random"  # untrained: enough to exercise a trainer, and nothin
 
 def ensure_images(root: str) -> str:
     """Return `root` as an absolute path; the default folder is drawn if it is absent."""
-    default = ClipRunConfig().images
+    (default,) = ClipRunConfig().images
     if root == default and not (Path(root) / "_snapshots" / "latest").is_file():
         print(f"{root}: absent; drawing {NUM_SHARDS * SAMPLES_PER_SHARD} shapes", flush=True)
         draw_images(Path(root))
     load_snapshot(root)
-    return str(Path(root).absolute())
+    return absolute_root(root)
 
 
 def ensure_embeds(root: str) -> str:
     """Return `root` as an absolute path; the default folder is made from the drawn set if it is
     absent."""
-    if root == PriorRunConfig().embeds and not (Path(root) / "_snapshots" / "latest").is_file():
-        images = ensure_images(ClipRunConfig().images)
+    (default,) = PriorRunConfig().embeds
+    if root == default and not (Path(root) / "_snapshots" / "latest").is_file():
+        images = ensure_images(*ClipRunConfig().images)
         print(f"{root}: absent; embedding the drawn set with {CLIP_SPEC}", flush=True)
         embed_here(images, Path(root), CLIP_SPEC)
     load_snapshot(root)
-    return str(Path(root).absolute())
+    return absolute_root(root)
 
 
 def draw_images(

@@ -1,21 +1,17 @@
 """What each training script trains: model, objective and data, built anew in every worker."""
 
 import dataclasses
-from pathlib import Path
-from typing import TypeVar
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from open_clip import CLIP
 from torch import Tensor
 
-from ingest.embed_statistics import EmbedStatistics
-from ingest.shards import Snapshot, load_snapshot, read_manifest
+from models import keyed_random
 from models.clip import (
     MAX_LOGIT_SCALE,
-    FrozenClip,
     build_clip,
-    load_clip,
     model_sizes,
     normalise_pixels,
     token_mask,
@@ -26,100 +22,24 @@ from models.diffusion_prior import DiffusionPrior
 from models.losses import contrastive
 from models.transformer import attention_kernels
 from models.upsampler import Upsampler
-from training.batches import Batch
+from training.batches import Batch, Reader
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
+from training.data_sets import (
+    clip_of,
+    encoder_of,
+    mixed,
+    part_of,
+    pin_snapshots,
+    rank,
+    statistics_of,
+)
 from training.loop import Job
-from training.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader, short_sides
+from training.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader
 from training.sizing import encoder_sizes
 
-Config = TypeVar("Config", ClipRunConfig, PriorRunConfig, DecoderRunConfig)
 MIN_CROP = 16
 
-
-def prepare_data(config: Config) -> Config:
-    """Make the demo's data where the default folder is absent, and make data paths absolute."""
-    from training.demo_data import ensure_embeds, ensure_images
-
-    changes = {}
-    if isinstance(config, (ClipRunConfig, DecoderRunConfig)):
-        changes["images"] = ensure_images(config.images)
-    if isinstance(config, (PriorRunConfig, DecoderRunConfig)):
-        changes["embeds"] = ensure_embeds(config.embeds)
-        if Path(config.clip).is_dir() and config.clip:  # a worker has a folder of its own
-            changes["clip"] = str(Path(config.clip).absolute())
-    if isinstance(config, DecoderRunConfig):
-        require_size(changes["images"], config.image_size)
-    return dataclasses.replace(config, **changes)
-
-
-def require_size(images: str, size: int) -> None:
-    """Say how many images of the first shard have no `size` px and will be enlarged.
-
-    Raises ValueError where none has: there is no detail of that size to learn from.
-    """
-    sides = short_sides(load_snapshot(images))
-    small = int((sides < size).sum())
-    if not small:
-        return
-    if small == len(sides):
-        raise ValueError(
-            f"image_size: found {size} px over images of at most {sides.max()} px in the first "
-            f"shard of {images}, expected images as large; pass --image-size {sides.max()} or "
-            f"less, or download them again with --image-size {size}"
-        )
-    print(
-        f"{images}: {small} of the first shard's {len(sides)} images are smaller than {size} px, "
-        f"down to {sides.min()} px, and are enlarged; ingest/download.py --min-image-side {size} "
-        "leaves such out",
-        flush=True,
-    )
-
-
-def encoder_of(embeds: Path | str, clip: str) -> FrozenClip:
-    """Load the encoder that made `embeds`: `clip`, or the one its manifest names; another one is
-    a ValueError."""
-    manifest = read_manifest(embeds)
-    encoder = load_clip(clip or manifest["clip"])
-    if encoder.encoder_id != manifest["encoder_id"]:
-        raise ValueError(
-            f"{embeds}: found embeddings of encoder {manifest['encoder_id']}, expected "
-            f"{encoder.encoder_id} "
-            f"of {clip or manifest['clip']}; embed again with this encoder or pass the other one"
-        )
-    return encoder
-
-
-def pin_snapshot(run: str, kind: str, root: str) -> Snapshot:
-    """Return the snapshot a run reads: the latest when the run begins, that very one when it
-    continues."""
-    path = Path(run) / f"snapshot_{kind}.txt"
-    if _rank() == 0 and not path.is_file():
-        part = path.with_suffix(".part")
-        part.write_text(load_snapshot(root).digest + "\n")
-        part.replace(path)
-    if dist.is_initialized():
-        dist.barrier()  # one rank chooses: a snapshot may be published between two ranks' looks
-    return load_snapshot(root, path.read_text().strip())
-
-
-def part_of(snapshot: Snapshot, part: str) -> Snapshot:
-    """Return the shards of part "k/n" of `snapshot`: neighbours, since a list's order may mean
-    something."""
-    try:
-        k, n = (int(number) for number in part.split("/"))
-    except ValueError:
-        raise ValueError(f'part: found {part!r}, expected "k/n" such as 1/2') from None
-    count = len(snapshot.shards)
-    if not 1 <= k <= n <= count:
-        raise ValueError(
-            f"part: found {part!r}, expected 1 <= k <= n <= {count}, the number of shards"
-        )
-    shards = snapshot.shards[(k - 1) * count // n : k * count // n]
-    return dataclasses.replace(snapshot, shards=shards)
-
-
-# --- CLIP
-# ---------------------------------------------------------------------------------------------
+# -- CLIP ------------------------------------------------------------------------------------------
 
 
 def clip_model(config: ClipRunConfig) -> CLIP:
@@ -130,9 +50,6 @@ def clip_model(config: ClipRunConfig) -> CLIP:
 def build_clip_job(config: ClipRunConfig) -> Job:
     """Describe the training of a CLIP."""
     model = clip_model(config)
-    image_size, context_length = model_sizes(model)
-    snapshot = part_of(pin_snapshot(config.run, "images", config.images), config.part)
-    reader = CaptionReader(snapshot, image_size, tokenizer(context_length, config.model.vocab_size))
     export = {"kind": "clip", "model": dataclasses.asdict(config.model)}
     if config.train.grad_accum_steps > 1:
         raise ValueError(
@@ -142,10 +59,21 @@ def build_clip_job(config: ClipRunConfig) -> Job:
     return Job(
         model=model,
         objective=clip_objective,
-        reader=reader,
+        build_reader=partial(clip_reader, config, *model_sizes(model)),
         export=export,
         block_size=config.block_size,
     )
+
+
+def clip_reader(config: ClipRunConfig, image_size: int, context_length: int) -> Reader:
+    """Read images and their captions' tokens."""
+    tokenize = tokenizer(context_length, config.model.vocab_size)
+    parts = [
+        part_of(one, config.part) for one in pin_snapshots(config.run, "images", config.images)
+    ]
+    threads = config.data.num_threads
+    readers = [CaptionReader(part, image_size, tokenize, threads) for part in parts]
+    return mixed(readers, config.data.weights)
 
 
 def clip_objective(model, batch: Batch) -> dict[str, Tensor]:
@@ -159,12 +87,8 @@ def clip_objective(model, batch: Batch) -> dict[str, Tensor]:
     # Two captions of one meaning are known for the same by their words alone.
     negative = keep[:, None] & keep & (tokens[:, None] != tokens).any(2)
     loss, accuracy = contrastive(image, text, scale, negative)
-    mine = slice(_rank() * len(batch.weight), (_rank() + 1) * len(batch.weight))
+    mine = slice(rank() * len(batch.weight), (rank() + 1) * len(batch.weight))
     return {"loss": loss[mine], "accuracy": accuracy[mine].detach()}
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _gathered(mine: Tensor) -> Tensor:
@@ -176,8 +100,7 @@ def _gathered(mine: Tensor) -> Tensor:
     return torch.cat(all_gather(mine))
 
 
-# --- prior
-# --------------------------------------------------------------------------------------------
+# -- prior -----------------------------------------------------------------------------------------
 
 
 def prior_model(config: PriorRunConfig) -> DiffusionPrior:
@@ -191,13 +114,13 @@ def build_prior(config: PriorRunConfig) -> Job:
     sizes = encoder_sizes(config.embeds)
     model = prior_model(config)
     if config.whiten:
-        statistics = EmbedStatistics.read(config.embeds)
+        statistics = statistics_of(config.embeds, config.data.weights)
         model.set_statistics(torch.from_numpy(statistics.mean), torch.from_numpy(statistics.std))
     export = {
         "kind": "diffusion_prior",
         "model": dataclasses.asdict(config.model),
         "encoder_id": encoder.encoder_id,
-        "clip": config.clip or read_manifest(config.embeds)["clip"],
+        "clip": clip_of(config.embeds, config.clip),
         **sizes,
     }
 
@@ -206,12 +129,17 @@ def build_prior(config: PriorRunConfig) -> Job:
         mask = token_mask(batch["tokens"])
         return model.losses(batch.keys, batch["image_embed"], batch["text_embed"], states, mask)
 
-    reader = EmbedReader(pin_snapshot(config.run, "embeds", config.embeds))
-    return Job(model=model, objective=objective, reader=reader, export=export)
+    reader = partial(prior_reader, config)
+    return Job(model=model, objective=objective, build_reader=reader, export=export)
 
 
-# --- decoder cascade
-# ----------------------------------------------------------------------------------
+def prior_reader(config: PriorRunConfig) -> Reader:
+    """Read embeddings and tokens."""
+    readers = [EmbedReader(one) for one in pin_snapshots(config.run, "embeds", config.embeds)]
+    return mixed(readers, config.data.weights)
+
+
+# -- decoder cascade -------------------------------------------------------------------------------
 
 
 def decoder_model(config: DecoderRunConfig) -> Decoder | Upsampler:
@@ -235,12 +163,17 @@ def pixels(image: Tensor) -> Tensor:
 
 
 def _build_base(config: DecoderRunConfig) -> Job:
+    if config.flip:
+        raise ValueError(
+            "flip: found true for stage base, expected false: its image embeddings and captions "
+            "are of the images as they are"
+        )
     encoder = encoder_of(config.embeds, config.clip)
     export = {
         "kind": "decoder",
         "model": dataclasses.asdict(config.base),
         "encoder_id": encoder.encoder_id,
-        "clip": config.clip or read_manifest(config.embeds)["clip"],
+        "clip": clip_of(config.embeds, config.clip),
         "image_size": config.image_size,
         "embed_dim": encoder.embed_dim,
         "text_width": encoder.text_width,
@@ -254,10 +187,21 @@ def _build_base(config: DecoderRunConfig) -> Job:
         condition = Condition(image_embed=batch["image_embed"], text_states=states, token_mask=mask)
         return model.losses(batch.keys, pixels(batch["image"]), condition)
 
-    images = pin_snapshot(config.run, "images", config.images)
-    embeds = pin_snapshot(config.run, "embeds", config.embeds)
-    reader = JoinedReader(images, embeds, config.image_size)
-    return Job(model=decoder_model(config), objective=objective, reader=reader, export=export)
+    reader = partial(decoder_reader, config)
+    return Job(model=decoder_model(config), objective=objective, build_reader=reader, export=export)
+
+
+def decoder_reader(config: DecoderRunConfig) -> Reader:
+    """Read images; for the base decoder with their embeddings and tokens."""
+    images = pin_snapshots(config.run, "images", config.images)
+    size, threads = config.image_size, config.data.num_threads
+    if config.stage == "base":
+        embeds = pin_snapshots(config.run, "embeds", config.embeds)
+        pairs = zip(images, embeds, strict=True)
+        readers = [JoinedReader(one, its, size, threads) for one, its in pairs]
+    else:
+        readers = [ImageReader(one, size, threads) for one in images]
+    return mixed(readers, config.data.weights)
 
 
 def cascade_sizes(config: DecoderRunConfig) -> tuple[int, int]:
@@ -284,16 +228,15 @@ def _build_upsampler(config: DecoderRunConfig) -> Job:
     }
 
     def objective(model: Upsampler, batch: Batch) -> dict[str, Tensor]:
-        return model.losses(batch.keys, keyed_crops(pixels(batch["image"]), batch.keys, crop))
+        image = keyed_crops(pixels(batch["image"]), batch.keys, crop)
+        return model.losses(batch.keys, keyed_flips(image, batch.keys) if config.flip else image)
 
-    reader = ImageReader(pin_snapshot(config.run, "images", config.images), config.image_size)
-    return Job(model=decoder_model(config), objective=objective, reader=reader, export=export)
+    reader = partial(decoder_reader, config)
+    return Job(model=decoder_model(config), objective=objective, build_reader=reader, export=export)
 
 
 def keyed_crops(image: Tensor, keys: Tensor, crop: int) -> Tensor:
     """Cut a crop [B, 3, crop, crop] out of each image [B, 3, H, H], where the sample's key says."""
-    from models import keyed_random
-
     room = image.shape[-1] - crop + 1
     corner = (keyed_random.uniform(keys, "crop", (2,)) * room).long()  # [B, 2]
     span = torch.arange(crop, device=image.device)
@@ -302,3 +245,9 @@ def keyed_crops(image: Tensor, keys: Tensor, crop: int) -> Tensor:
     return image.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(
         0, 3, 1, 2
     )
+
+
+def keyed_flips(image: Tensor, keys: Tensor) -> Tensor:
+    """Mirror half of the images [B, 3, H, W] left to right, where the sample's key says."""
+    mirrored = keyed_random.uniform(keys, "flip") < 0.5
+    return torch.where(mirrored[:, None, None, None], image.flip(-1), image)

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training import checkpoint
-from training.batches import Batch, Feed, Plan, Reader
+from training.batches import Batch, Reader
 from training.checkpoint import Progress
-from training.config import TrainConfig
+from training.config import RunConfig, TrainConfig
 from training.ema import Ema
+from training.feeds import make_feed
 from training.optimizer import learning_rate_ratio
 from training.reporting import Reporter
 from training.zero import Engine
@@ -28,20 +29,21 @@ MAX_NONFINITE_IN_A_ROW = 10
 class Job:
     """What is trained: made anew in every worker.
 
-    objective(model, batch) -> {"loss": [B], other scores: [B]}; export: what config.json tells
-    of the model.
+    objective(model, batch) -> {"loss": [B], other scores: [B]}; build_reader: makes its reader,
+    here or in a process of Ray's; export: what config.json tells of the model.
     """
 
     model: nn.Module
     objective: Callable[[Any, Batch], dict[str, Tensor]]
-    reader: Reader
+    build_reader: Callable[[], Reader]
     export: dict
     block_size: int = 1
 
 
-def train(job: Job, config: TrainConfig, engine: Engine, run: Path, reporter: Reporter) -> Progress:
-    """Train to `config.num_steps`, from the newest valid checkpoint of `run` on."""
-    feed = _feed(job, config, engine)
+def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Reporter) -> Progress:
+    """Train to `train.num_steps`, from the newest valid checkpoint of `run` on."""
+    config = whole.train
+    feed = make_feed(job, whole, engine.rank, engine.world_size)
     ema = Ema(engine.fragments(), config.ema_decay)
     progress = _resume(run, engine, ema)
     reporter.started(progress)
@@ -93,22 +95,6 @@ def train(job: Job, config: TrainConfig, engine: Engine, run: Path, reporter: Re
                 "--fresh and a lower learning rate"
             )
     return progress
-
-
-def _feed(job: Job, config: TrainConfig, engine: Engine) -> Feed:
-    plan = Plan(
-        shard_sizes=job.reader.shard_sizes,
-        global_batch_size=config.global_batch_size,
-        seed=config.seed,
-        block_size=job.block_size,
-    )
-    return Feed(
-        plan=plan,
-        reader=job.reader,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        grad_accum_steps=config.grad_accum_steps,
-    )
 
 
 def _resume(run: Path, engine: Engine, ema: Ema) -> Progress:

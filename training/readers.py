@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -12,7 +12,7 @@ import numpy as np
 from ingest.decode import square_pixels
 from ingest.generations import last_change
 from ingest.shards import EmbedShard, ImageShard, ShardEntry, Snapshot
-from training.batches import Cached
+from training.batches import Cached, Reader
 
 MAX_OPEN_SHARDS = 64
 LOOK_SECONDS = 10.0  # how often readers ask whether samples were forgotten
@@ -57,14 +57,15 @@ class _Shards(Generic[Shard]):
 class ImageReader:
     """Reads `image`, uint8 [n, 3, S, S]: the short side resized to S, the centre cropped.
 
-    Decoded images are kept in memory while they fit a gigabyte: decoding then costs one epoch only.
+    num_threads: images decoded side by side; 0 = in the calling thread. Decoded images are kept in
+    memory while they fit a gigabyte: decoding then costs one epoch only.
     """
 
-    def __init__(self, snapshot: Snapshot, size: int) -> None:
-        self.shard_sizes = tuple(entry.num_kept for entry in snapshot.shards)
+    def __init__(self, snapshot: Snapshot, size: int, num_threads: int = 0) -> None:
+        self.data_sets = (_sizes(snapshot),)
         self._snapshot, self._size = snapshot, size
         self._places = _Places(snapshot)
-        self._cached = Cached(self._decode)
+        self._cached = Cached(self._decode, num_threads=num_threads)
         self.open_shard = _Shards(ImageShard, snapshot, self._cached.clear)
 
     def _decode(self, index: int) -> np.ndarray:
@@ -74,6 +75,10 @@ class ImageReader:
     def place_of(self, index: int) -> tuple[int, int]:
         """Return the number of the shard and the row of a sample."""
         return self._places.of(index)
+
+    def shards_of(self, index: np.ndarray) -> set[int]:
+        """Return the numbers of the shards that hold the samples of an index."""
+        return set(self._places.of_many(index)[0].tolist())
 
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
         self.open_shard.look()
@@ -96,9 +101,9 @@ class CaptionReader:
     """Reads `image` and `tokens` int32 [n, L] of image shards: what CLIP trains on, before any
     embedding."""
 
-    def __init__(self, snapshot: Snapshot, size: int, tokenize: Any) -> None:
-        self._images = ImageReader(snapshot, size)
-        self.shard_sizes = self._images.shard_sizes
+    def __init__(self, snapshot: Snapshot, size: int, tokenize: Any, num_threads: int = 0) -> None:
+        self._images = ImageReader(snapshot, size, num_threads)
+        self.data_sets = self._images.data_sets
         self._tokens = Cached(lambda i: tokenize([self._caption(i)])[0], limit_bytes=1 << 28)
 
     def _caption(self, index: int) -> str:
@@ -113,30 +118,27 @@ class EmbedReader:
     """Reads `image_embed`, `text_embed` float16 [n, E] and `tokens` int32 [n, L], as stored."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        self.shard_sizes = tuple(entry.num_kept for entry in snapshot.shards)
-        self._snapshot = snapshot
+        self.data_sets = (_sizes(snapshot),)
         self._places = _Places(snapshot)
         self.open_shard = _Shards(EmbedShard, snapshot)
 
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
         self.open_shard.look()
         shards, rows = self._places.of_many(index)
-        columns: dict[str, np.ndarray] = {}
-        for number in np.unique(shards):
-            shard, mine = self.open_shard(int(number)), np.flatnonzero(shards == number)
-            for name in ("image_embed", "text_embed", "tokens"):
-                stored = getattr(shard, name)
-                if name not in columns:
-                    columns[name] = np.empty((len(index), *stored.shape[1:]), stored.dtype)
-                columns[name][mine] = stored[rows[mine]]
-        return columns
+
+        def read_shard(number: int, mine: np.ndarray) -> dict[str, np.ndarray]:
+            shard = self.open_shard(number)
+            names = ("image_embed", "text_embed", "tokens")
+            return {name: getattr(shard, name)[rows[mine]] for name in names}
+
+        return _gathered(shards, read_shard)
 
 
 class JoinedReader:
     """Reads an image and its embeddings: row i of an embedding shard belongs to row i of the
     image shard."""
 
-    def __init__(self, images: Snapshot, embeds: Snapshot, size: int) -> None:
+    def __init__(self, images: Snapshot, embeds: Snapshot, size: int, num_threads: int = 0) -> None:
         by_name = {entry.name: entry for entry in images.shards}
         paired: list[ShardEntry] = []
         for entry in embeds.shards:
@@ -150,22 +152,72 @@ class JoinedReader:
                 )
             paired.append(replace(image, excluded=entry.excluded))
         matched = Snapshot(root=images.root, digest=images.digest, shards=tuple(paired))
-        self._images, self._embeds = ImageReader(matched, size), EmbedReader(embeds)
-        self.shard_sizes = self._embeds.shard_sizes
-        self._check_keys(matched)
+        self._images = ImageReader(matched, size, num_threads)
+        self._embeds = EmbedReader(embeds)
+        self.data_sets = self._embeds.data_sets
+        self._root, self._checked = images.root, set[int]()
+        self._check_keys(0)  # the others when they are opened: there may be very many
 
-    def _check_keys(self, matched: Snapshot) -> None:
-        for number, entry in enumerate(matched.shards):
-            embed, image = self._embeds.open_shard(number), self._images.open_shard(number)
-            of_these = embed.commit.config_hash == image.commit.digest
-            if not of_these or image.keys != embed.keys:
-                raise ValueError(
-                    f"{matched.root}: shard {entry.name}: its embeddings are of other images; "
-                    "embed these with: python ingest/embed.py"
-                )
+    def _check_keys(self, number: int) -> None:
+        embed, image = self._embeds.open_shard(number), self._images.open_shard(number)
+        of_these = embed.commit.config_hash == image.commit.digest
+        if not of_these or image.keys != embed.keys:
+            raise ValueError(
+                f"{self._root}: shard {image.name}: its embeddings are of other images; embed "
+                "these with: python ingest/embed.py"
+            )
+        self._checked.add(number)
 
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        for number in self._images.shards_of(index) - self._checked:
+            self._check_keys(number)
         return {**self._images.read(index), **self._embeds.read(index)}
+
+
+class Mixture:
+    """Reads several data sets, whose samples the index numbers one after the other.
+
+    weighted: the plan keeps them apart; else their shards are dealt as those of one.
+    """
+
+    def __init__(self, readers: Sequence[Reader], *, weighted: bool) -> None:
+        sizes = [sum(reader.data_sets, ()) for reader in readers]
+        self.data_sets = tuple(sizes) if weighted else (sum(sizes, ()),)
+        self._readers = readers
+        self._starts = np.cumsum([0, *(sum(each) for each in sizes)])
+
+    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        which = np.searchsorted(self._starts, index, side="right") - 1
+
+        def read_one(number: int, mine: np.ndarray) -> dict[str, np.ndarray]:
+            return self._readers[number].read(index[mine] - self._starts[number])
+
+        return _gathered(which, read_one)
+
+
+def _sizes(snapshot: Snapshot) -> tuple[int, ...]:
+    return tuple(entry.num_kept for entry in snapshot.shards)
+
+
+def _gathered(
+    sources: np.ndarray, read: Callable[[int, np.ndarray], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Return the columns of samples that come from several sources.
+
+    sources: int [n], which each sample comes from; read(source, places): columns of those of the
+    samples that stand at these places.
+    """
+    columns: dict[str, np.ndarray] = {}
+    for source in np.unique(sources).tolist():
+        mine = np.flatnonzero(sources == source)
+        for name, values in read(source, mine).items():
+            if len(mine) == len(sources):
+                columns[name] = values
+                continue
+            if name not in columns:
+                columns[name] = np.empty((len(sources), *values.shape[1:]), values.dtype)
+            columns[name][mine] = values
+    return columns
 
 
 class _Places:

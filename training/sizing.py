@@ -1,7 +1,6 @@
 """--dry-run: what would be trained, without data, without allocating it."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 
 from cluster.cli import to_yaml
 from ingest.shards import read_manifest
+from ingest.storage import storage_of
 from models.configs import ClipConfig
 from models.flops import num_parameters, state_bytes
 from training.config import RunConfig
@@ -35,14 +35,14 @@ def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
     return 0
 
 
-def encoder_sizes(embeds: str) -> dict[str, int]:
+def encoder_sizes(embeds: Sequence[str]) -> dict[str, int]:
     """Return embed_dim, text_width and context_length of the encoder that made `embeds`.
 
     Where there are no embeddings yet, a default CLIP's, and says so: a dry run needs no data.
     """
-    if (Path(embeds) / "_manifest.json").is_file():
-        manifest = read_manifest(embeds)
+    if storage_of(embeds[0]).size("_manifest.json") is not None:
+        manifest = read_manifest(embeds[0])
         return {key: manifest[key] for key in ("embed_dim", "text_width", "context_length")}
     default = ClipConfig()
-    print(f"# {embeds}: absent; sizes of a default CLIP are assumed")
+    print(f"# {embeds[0]}: absent; sizes of a default CLIP are assumed")
     return {key: getattr(default, key) for key in ("embed_dim", "text_width", "context_length")}

@@ -24,7 +24,7 @@ CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folde
 MAY_CHANGE = {
     "train.num_workers", "train.num_threads", "train.max_failures", "train.keep_checkpoints",
     "train.checkpoint_every", "train.report_every", "train.micro_batch_size", "train.zero_stage",
-    "metrics_port", "fresh", "dry_run", "run",
+    "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh", "dry_run", "run",
 }  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def _train(config: RunConfig, run: Path, build: Callable, engine_class: type, ra
         torch.manual_seed(settings.seed)  # every rank draws the same initial weights
         job = build(config)
         engine = engine_class(job.model, job.objective, settings, device)
-        train(job, settings, engine, run, Reporter(run, settings, rank))
+        train(job, config, engine, run, Reporter(run, settings, rank))
 
 
 def _train_under_ray(config: RunConfig, run: Path, build: Callable) -> None:

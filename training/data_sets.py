@@ -1,0 +1,143 @@
+"""What a run reads: which snapshots, of which encoder, and how several are mixed."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from ingest.embed_statistics import EmbedStatistics
+from ingest.shards import Snapshot, load_snapshot, read_manifest
+from models.clip import FrozenClip, load_clip
+from training.batches import Reader
+from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
+from training.readers import Mixture, short_sides
+
+Config = TypeVar("Config", ClipRunConfig, PriorRunConfig, DecoderRunConfig)
+
+
+def prepare_data(config: Config) -> Config:
+    """Make the demo's data where the default folder is absent, and make data paths absolute."""
+    from training.demo_data import ensure_embeds, ensure_images
+
+    changes = {}
+    if isinstance(config, (ClipRunConfig, DecoderRunConfig)):
+        changes["images"] = tuple(ensure_images(root) for root in config.images)
+    if isinstance(config, (PriorRunConfig, DecoderRunConfig)) and not _upsampler(config):
+        changes["embeds"] = tuple(ensure_embeds(root) for root in config.embeds)
+        if Path(config.clip).is_dir() and config.clip:  # a worker has a folder of its own
+            changes["clip"] = str(Path(config.clip).absolute())
+    if isinstance(config, DecoderRunConfig):
+        for images in changes["images"]:
+            require_size(images, config.image_size)
+        if not _upsampler(config) and len(config.images) != len(config.embeds):
+            raise ValueError(
+                f"embeds: found {len(config.embeds)} folders for {len(config.images)} of images, "
+                "expected one for each, in the same order"
+            )
+    return dataclasses.replace(config, **changes)
+
+
+def _upsampler(config: PriorRunConfig | DecoderRunConfig) -> bool:
+    return isinstance(config, DecoderRunConfig) and config.stage != "base"
+
+
+def require_size(images: str, size: int) -> None:
+    """Say how many images of the first shard have no `size` px and will be enlarged.
+
+    Raises ValueError where none has: there is no detail of that size to learn from.
+    """
+    sides = short_sides(load_snapshot(images))
+    small = int((sides < size).sum())
+    if not small:
+        return
+    if small == len(sides):
+        raise ValueError(
+            f"image_size: found {size} px over images of at most {sides.max()} px in the first "
+            f"shard of {images}, expected images as large; pass --image-size {sides.max()} or "
+            f"less, or download them again with --image-size {size}"
+        )
+    print(
+        f"{images}: {small} of the first shard's {len(sides)} images are smaller than {size} px, "
+        f"down to {sides.min()} px, and are enlarged; ingest/download.py --min-image-side {size} "
+        "leaves such out",
+        flush=True,
+    )
+
+
+def clip_of(embeds: Sequence[str], clip: str) -> str:
+    """Return the specification of the encoder of `embeds`: `clip`, or the one they name."""
+    return clip or read_manifest(embeds[0])["clip"]
+
+
+def encoder_of(embeds: Sequence[str], clip: str) -> FrozenClip:
+    """Load the encoder that made all of `embeds`: `clip`, or the one the first's manifest names.
+
+    Raises ValueError where one was made by another.
+    """
+    encoder = load_clip(clip_of(embeds, clip))
+    for root in embeds:
+        manifest = read_manifest(root)
+        if encoder.encoder_id != manifest["encoder_id"]:
+            raise ValueError(
+                f"{root}: found embeddings of encoder {manifest['encoder_id']}, expected "
+                f"{encoder.encoder_id} of {clip_of(embeds, clip)}; embed again with this encoder "
+                "or pass the other one"
+            )
+    return encoder
+
+
+def pin_snapshots(run: str, kind: str, roots: Sequence[str]) -> list[Snapshot]:
+    """Return the snapshots a run reads: the latest when the run begins, those very ones when it
+    continues."""
+    paths = [Path(run) / f"snapshot_{kind}{_ordinal(number)}.txt" for number in range(len(roots))]
+    for path, root in zip(paths, roots, strict=True):
+        if rank() == 0 and not path.is_file():
+            part = path.with_suffix(".part")
+            part.write_text(load_snapshot(root).digest + "\n")
+            part.replace(path)
+    if dist.is_initialized():
+        dist.barrier()  # one rank chooses: a snapshot may be published between two ranks' looks
+    pairs = zip(roots, paths, strict=True)
+    return [load_snapshot(root, path.read_text().strip()) for root, path in pairs]
+
+
+def _ordinal(number: int) -> str:
+    return f"_{number + 1}" if number else ""
+
+
+def rank() -> int:
+    """Return this process's rank; 0 where it trains alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def part_of(snapshot: Snapshot, part: str) -> Snapshot:
+    """Return the shards of part "k/n" of `snapshot`: neighbours, since a list's order may mean
+    something."""
+    try:
+        k, n = (int(number) for number in part.split("/"))
+    except ValueError:
+        raise ValueError(f'part: found {part!r}, expected "k/n" such as 1/2') from None
+    count = len(snapshot.shards)
+    if not 1 <= k <= n <= count:
+        raise ValueError(
+            f"part: found {part!r}, expected 1 <= k <= n <= {count}, the number of shards"
+        )
+    shards = snapshot.shards[(k - 1) * count // n : k * count // n]
+    return dataclasses.replace(snapshot, shards=shards)
+
+
+def mixed(readers: Sequence[Reader], weights: Sequence[float]) -> Reader:
+    """Return one reader of several data sets, of weights or of none: see `DataConfig`."""
+    if weights and len(weights) != len(readers):
+        raise ValueError(
+            f"data.weights: found {len(weights)}, expected one for each of {len(readers)} data sets"
+        )
+    return readers[0] if len(readers) == 1 else Mixture(readers, weighted=bool(weights))
+
+
+def statistics_of(embeds: Sequence[str], weights: Sequence[float]) -> EmbedStatistics:
+    """Return the moments of the image embeddings that a run reads from several folders."""
+    parts = [EmbedStatistics.read(root) for root in embeds]
+    return EmbedStatistics.merge(parts, weights if len(parts) > 1 else ())
