@@ -1,10 +1,10 @@
 """Embedding: CPU time an image beside a bare open_clip loop, and what resuming after a kill costs.
 
-    python benchmarks/embed.py        # some ten minutes on two cores; nothing else may run beside
+    python benchmarks/embed.py        # some eight minutes on two cores
 
 Both read the same shards at the same batch size, one thread, both towers, random weights. Each is
 run over few and over many shards: the difference is the work, the rest is the start-up, which is
-reported apart. Ours is the whole command with its private Ray; CPU-seconds are the machine's.
+reported apart. Ours is the whole command with its private Ray.
 
 The resume: the command is killed when half of the shards are committed and run again. Its cost is
 what that takes beyond a run over the missing shards alone, as a share of the whole run's work.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cpu_time import cpu_seconds_of, method
 from download import _draw
 
 from cluster.cli import parse, run_script
@@ -39,13 +40,13 @@ class Config:
     """architecture of open_clip, of random weights"""
     few: int = 1
     """shards of the short runs"""
-    many: int = 9
+    many: int = 5
     """shards of the long runs"""
     samples_per_shard: int = 256
     """samples a shard"""
     batch_size: int = 128
     """samples a forward pass"""
-    repeats: int = 3
+    repeats: int = 2
     """runs of each, alternating"""
     bare: str = ""
     """internal: be the bare loop over the shards of this folder"""
@@ -64,7 +65,7 @@ def main(config: Config) -> int:
         for count in (config.few, config.many, config.many - config.many // 2):
             _part(folder, config, count)
         figures = _compare(folder, config)
-        figures |= _resume(folder, config, figures)
+        figures |= _resume(folder, config, figures) | {"cpu_seconds_of": method()}
     table = Table("loop", "CPU-seconds an image", "start-up, CPU-seconds")
     for loop in ("bare", "ours"):
         per_image, start = figures[f"{loop}_seconds_an_image"], figures[f"{loop}_start_seconds"]
@@ -135,7 +136,7 @@ def _compare(folder: Path, config: Config) -> dict[str, Any]:
         for count in (config.few, config.many):
             for loop, command in commands.items():
                 shutil.rmtree(folder / "out", ignore_errors=True)
-                taken.setdefault((loop, count), []).append(_cpu_seconds_of(command(count)))
+                taken.setdefault((loop, count), []).append(cpu_seconds_of(command(count)))
     figures: dict[str, Any] = {}
     images = (config.many - config.few) * config.samples_per_shard
     for loop in commands:
@@ -163,10 +164,10 @@ def _resume(folder: Path, config: Config, figures: dict[str, Any]) -> dict[str, 
         killed.wait()
         time.sleep(5)  # what it started ends by itself
         done = len(list((folder / "out").glob("_commits/[!.]*")))
-        resumed = _cpu_seconds_of(command)
+        resumed = cpu_seconds_of(command)
         shutil.rmtree(folder / "out")
         missing = folder / f"part{config.many - half}"
-        alone = _cpu_seconds_of(_our_command(missing, folder / "out", config))
+        alone = cpu_seconds_of(_our_command(missing, folder / "out", config))
         spared = (done - half) * config.samples_per_shard * figures["ours_seconds_an_image"]
         beyond.append((resumed + spared - alone) / whole)
     return {"resume_cost": float(np.median(beyond)), "resume_costs": beyond}
@@ -185,23 +186,6 @@ def _bare_command(images: Path, config: Config) -> list[str]:
         sys.executable, __file__, "--bare", str(images), "--clip", config.clip,
         "--batch-size", str(config.batch_size),
     ]  # fmt: skip
-
-
-def _cpu_seconds_of(command: list[str]) -> float:
-    """Run a command to its end; return the CPU-seconds that the machine spent meanwhile."""
-    before = _machine_seconds()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    if done.returncode:
-        raise RuntimeError(f"{command[1]}: {done.stderr[-2000:]}")
-    time.sleep(2)  # Ray's processes end a moment after their driver
-    return _machine_seconds() - before
-
-
-def _machine_seconds() -> float:
-    import psutil
-
-    times = psutil.cpu_times()
-    return times.user + times.nice + times.system
 
 
 def _bare_loop(config: Config) -> int:

@@ -89,15 +89,27 @@ def _listed(config_class: type, help_asked: bool) -> Iterator[None]:
     """Keep the flags that are `UNLISTED` out of a page of help."""
     from tyro.conf import Suppress
 
-    annotations = config_class.__annotations__
-    before = dict(annotations)
-    for name, hint in before.items() if help_asked else ():
-        if UNLISTED in getattr(hint, "__metadata__", ()):
-            annotations[name] = typing.Annotated[hint, Suppress]
+    changed: list[tuple[type, str, Any]] = []
+    for owner in _dataclasses_in(config_class) if help_asked else ():
+        for name, hint in list(owner.__annotations__.items()):
+            if UNLISTED in getattr(hint, "__metadata__", ()):
+                changed.append((owner, name, hint))
+                owner.__annotations__[name] = typing.Annotated[hint, Suppress]
     try:
         yield
     finally:
-        annotations.update(before)
+        for owner, name, hint in changed:
+            owner.__annotations__[name] = hint
+
+
+def _dataclasses_in(config_class: type) -> Iterator[type]:
+    """Yield a dataclass, those it inherits from, and those of its fields."""
+    for owner in config_class.__mro__:
+        if dataclasses.is_dataclass(owner):
+            yield owner
+    for hint in typing.get_type_hints(config_class).values():
+        if dataclasses.is_dataclass(hint):
+            yield from _dataclasses_in(typing.cast(type, hint))
 
 
 def _description(usage: str | None) -> str | None:

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from models.decoder import ImageSampling
-from models.diffusion_prior import PriorSampling
 from models.keyed_random import sample_keys
+from models.priors import PriorSampling
 from models.samplers import sampler_named
 from models.unclip import Sampling, UnClip
 

@@ -91,9 +91,8 @@ class EmbedStatistics:
         shares /= shares.sum()
         mean, products = np.zeros_like(parts[0].mean), np.zeros_like(parts[0].basis)
         for part, share in zip(parts, shares, strict=True):
-            covariance = (part.basis * part.eigenvalues) @ part.basis.T
             mean += share * part.mean
-            products += share * (covariance + np.outer(part.mean, part.mean))
+            products += share * (part.covariance + np.outer(part.mean, part.mean))
         return cls._of_moments(
             mean,
             products - np.outer(mean, mean),
@@ -101,6 +100,16 @@ class EmbedStatistics:
             snapshot="+".join(part.snapshot for part in parts),
             cosines=np.sum([part.cosines for part in parts], axis=0),
         )
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """[E, E]."""
+        return (self.basis * self.eigenvalues) @ self.basis.T
+
+    def num_components(self, energy: float) -> int:
+        """Return how many principal components hold this share of the variance."""
+        share = np.cumsum(self.eigenvalues) / self.eigenvalues.sum()
+        return int(np.searchsorted(share, energy - 1e-12)) + 1
 
     def write(self, root: str | os.PathLike[str]) -> None:
         """Write `<root>/_statistics.npz`, whole or not at all."""

@@ -6,7 +6,8 @@ from typing import Literal
 
 ScheduleName = Literal["cosine", "linear", "scaled_linear"]
 Prediction = Literal["x0", "eps", "v"]
-Weighting = Literal["simple", "min_snr", "early"]
+Weighting = Literal["simple", "min_snr", "p2", "edm", "early"]
+Spacing = Literal["trailing", "strided"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,76 @@ class DiffusionPriorConfig:
     """noise schedule"""
     num_timesteps: int = 1000
     """timesteps of the schedule"""
+    zero_terminal: bool = False
+    """leave no signal at the last timestep"""
     weighting: Weighting = "simple"
     """weight of the loss over timesteps"""
     text_drop: float = 0.1
     """probability of dropping the caption and z_t together"""
+    text_tokens: int = 0
+    """read so many tokens of the caption through a table of its own (256 in the paper); 0 = read
+    CLIP's token states"""
+    time_channels: int = 0
+    """sinusoids of the timestep; 0 = the width, 256 at most"""
+    scale_text: bool = True
+    """scale z_t as z_i"""
+    checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressivePriorConfig:
+    """Sizes of an autoregressive prior."""
+
+    width: int = 512
+    """channels of the decoder"""
+    depth: int = 6
+    """blocks of the decoder"""
+    num_heads: int = 8
+    """attention heads of the decoder"""
+    dropout: float = 0.0
+    """dropout probability in every block"""
+    qk_norm: bool = True
+    """normalise queries and keys"""
+    num_prefix: int = 64
+    """positions of z_t and the pooled caption"""
+    num_codes: int = 0
+    """principal components that are coded; 0 = as many as hold `energy`"""
+    energy: float = 0.99
+    """share of the embeddings' variance that the coded components hold"""
+    codebook_size: int = 1024
+    """buckets of a component, and of the dot product"""
+    text_drop: float = 0.1
+    """probability of dropping the caption and z_t together"""
+    text_tokens: int = 0
+    """tokens of the caption that a text encoder of its own reads (256 in the paper); 0 = pool
+    CLIP's token states"""
+    text_width: int = 512
+    """channels of the own text encoder"""
+    text_depth: int = 6
+    """blocks of the own text encoder"""
+    text_heads: int = 8
+    """attention heads of the own text encoder"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionPriorConfig:
+    """Sizes of a regression prior."""
+
+    width: int = 512
+    """channels of the transformer"""
+    depth: int = 4
+    """transformer blocks"""
+    num_heads: int = 8
+    """attention heads"""
+    dropout: float = 0.0
+    """dropout probability in every block"""
+    qk_norm: bool = True
+    """normalise queries and keys"""
+    contrastive_weight: float = 0.2
+    """weight of the contrastive term beside the squared error"""
+    text_tokens: int = 0
+    """read so many tokens of the caption through a table of its own; 0 = CLIP's token states"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,49 +1,56 @@
-"""The diffusion prior: from a caption to a CLIP image embedding (Ramesh et al. 2022, section
-2.2)."""
-
-from dataclasses import dataclass
+"""The diffusion prior: a caption's image embeddings (Ramesh et al. 2022, section 2.2)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models import keyed_random
 from models.configs import DiffusionPriorConfig
 from models.losses import draw_timesteps, timestep_weight
-from models.samplers import Sampler, guided
+from models.priors import EmbedScale, PriorSampling, PriorText, TextInput
+from models.samplers import analytic_ddpm, gaussian_posterior_variance, guided
 from models.schedule import NoiseSchedule
 from models.transformer import Block, TimestepMLP, causal_mask
 
-EMBED_RMS = (
-    0.5375  # the paper's 17.2 / sqrt(1024): per-coordinate RMS of ImageNet pixels in [-1, 1]
-)
 NUM_EXTRA_TOKENS = 4  # z_t, t, noised z_i, query
 
 
 class DiffusionPrior(nn.Module):
-    """Causal transformer over [text states | z_t | t | noised z_i | query] that predicts x0 = z_i.
+    """Causal transformer over [text | z_t | t | noised z_i | query] that predicts x0 = z_i."""
 
-    Inside, embeddings are standardised: x = (z - mean) / std, buffers of the checkpoint.
-    """
-
-    embed_mean: Tensor
-    embed_std: Tensor
+    null_length: Tensor
 
     def __init__(
-        self, config: DiffusionPriorConfig, *, embed_dim: int, text_width: int, context_length: int
+        self,
+        config: DiffusionPriorConfig,
+        *,
+        embed_dim: int,
+        text_width: int,
+        context_length: int,
+        vocab_size: int = 0,
     ) -> None:
+        """Build for an encoder of these sizes.
+
+        context_length: tokens of CLIP's states; with `config.text_tokens` the prior reads so many
+        tokens of its own instead, of which there are `vocab_size`.
+        """
         super().__init__()
         width = config.width
-        self.config = config
-        self.embed_dim = embed_dim
-        self.schedule = NoiseSchedule.build(config.schedule, config.num_timesteps)
-        self.length = context_length + NUM_EXTRA_TOKENS
-        self.text_in = nn.Linear(text_width, width)
+        self.config, self.embed_dim = config, embed_dim
+        self.schedule = NoiseSchedule.build(
+            config.schedule, config.num_timesteps, zero_terminal=config.zero_terminal
+        )
+        num_words = config.text_tokens or context_length
+        self.length = num_words + NUM_EXTRA_TOKENS
+        self.text_in = TextInput(
+            text_width=0 if config.text_tokens else text_width, vocab_size=vocab_size, width=width
+        )
         self.text_embed_in = nn.Linear(embed_dim, width)
-        self.time_in = TimestepMLP(min(width, 256), width)
+        self.time_in = TimestepMLP(config.time_channels or min(width, 256), width)
         self.x_in = nn.Linear(embed_dim, width)
         self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.null_text = nn.Parameter(torch.randn(1, context_length, width) * 0.02)
+        self.null_text = nn.Parameter(torch.randn(1, num_words, width) * 0.02)
         self.null_text_embed = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.position = nn.Parameter(torch.randn(1, self.length, width) * 0.02)
         self.blocks = nn.ModuleList(
@@ -57,122 +64,72 @@ class DiffusionPrior(nn.Module):
         )
         self.norm_out = nn.LayerNorm(width)
         self.out = nn.Linear(width, embed_dim)
-        self.register_buffer("embed_mean", torch.zeros(embed_dim))
-        self.register_buffer(
-            "embed_std", torch.full((embed_dim,), 1 / (EMBED_RMS * embed_dim**0.5))
-        )
+        self.scale = EmbedScale(embed_dim)
+        # tokens of the null caption that are read: all of a learned one
+        self.register_buffer("null_length", torch.tensor([num_words]))
 
-    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Whiten per dimension with the data's mean and standard deviation, both [E], instead of
-        one scale."""
-        self.embed_mean.copy_(mean)
-        self.embed_std.copy_(std.clamp(min=1e-6))
+    def forward(self, x_t: Tensor, t: Tensor, text: PriorText, drop: Tensor) -> Tensor:
+        """Predict the un-noised, scaled z_i, shaped as `x_t`.
 
-    def standardise(self, z: Tensor) -> Tensor:
-        return (z - self.embed_mean) / self.embed_std
-
-    def restore(self, x: Tensor) -> Tensor:
-        """Undo `standardise` and return to the unit sphere, where CLIP embeddings live."""
-        return F.normalize(x * self.embed_std + self.embed_mean, dim=-1)
-
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        text_embed: Tensor,
-        text_states: Tensor,
-        token_mask: Tensor,
-        drop: Tensor,
-    ) -> Tensor:
-        """Predict the un-noised, standardised z_i, shaped as `x_t`.
-
-        x_t, text_embed: [B, E]; t: int64 [B]; text_states: [B, L, W]; token_mask: bool [B, L],
-        True = keep;
-        drop: bool [B], True replaces caption and z_t by learned nulls (classifier-free guidance).
+        x_t: [B, E], scaled; t: int64 [B]; drop: bool [B], True replaces caption and z_t by learned
+        nulls (classifier-free guidance).
         """
         gone = drop[:, None, None]
-        text = torch.where(
-            gone, self.null_text.to(text_states.dtype), self.text_in(text_states)
-        )  # [B, L, width]
-        z_t = torch.where(
-            gone, self.null_text_embed, self.text_embed_in(text_embed)[:, None]
-        )  # [B, 1, width]
-        time = self.time_in(t)[:, None]
-        noised = self.x_in(x_t)[:, None]
-        query = self.query.expand(len(x_t), -1, -1)
-        h = torch.cat(
-            [text, z_t.to(text.dtype), time.to(text.dtype), noised.to(text.dtype), query], dim=1
-        )
-        h = h + self.position
+        z_t = self.scale(text.text_embed) if self.config.scale_text else text.text_embed
+        words = self.text_in(text.text)  # [B, L, width]
+        words = torch.where(gone, self.null_text.to(words.dtype), words)
+        z_t = torch.where(gone, self.null_text_embed, self.text_embed_in(z_t)[:, None])
+        parts = [z_t, self.time_in(t)[:, None], self.x_in(x_t)[:, None]]
+        parts.append(self.query.expand(len(x_t), -1, -1))
+        h = torch.cat([words, *(part.to(words.dtype) for part in parts)], dim=1) + self.position
 
-        keep = F.pad(token_mask | drop[:, None], (0, NUM_EXTRA_TOKENS), value=True)
+        null = torch.arange(words.shape[1], device=drop.device) < self.null_length
+        keep = F.pad(
+            torch.where(drop[:, None], null, text.token_mask), (0, NUM_EXTRA_TOKENS), value=True
+        )
         mask = causal_mask(self.length, keep)
         for i, block in enumerate(self.blocks):  # of the last one only the query is read
-            h = block(h, mask, last=1 if i == len(self.blocks) - 1 else 0)
+            last = 1 if i == len(self.blocks) - 1 else 0
+            if self.config.checkpointing and self.training:
+                h = checkpoint(block, h, mask, last, use_reentrant=False)
+            else:
+                h = block(h, mask, last=last)
         return self.out(self.norm_out(h[:, -1])).float()  # [B, E]
 
-    def losses(
-        self,
-        keys: Tensor,
-        image_embed: Tensor,
-        text_embed: Tensor,
-        text_states: Tensor,
-        token_mask: Tensor,
-    ) -> dict[str, Tensor]:
-        """Return {"loss": [B]}, the weighted MSE on x0; all randomness comes from the sample
-        `keys` [B]."""
-        x0 = self.standardise(image_embed)
+    def losses(self, keys: Tensor, image_embed: Tensor, text: PriorText) -> dict[str, Tensor]:
+        """Return {"loss": [B]}, the weighted MSE on x0."""
+        x0 = self.scale(image_embed)
         t = draw_timesteps(self.schedule, keys)
         drop = keyed_random.uniform(keys, "text_drop") < self.config.text_drop
         x_t = self.schedule.q_sample(x0, t, keyed_random.normal(keys, "eps", x0.shape[1:]))
-        x0_pred = self(x_t, t, self.standardise(text_embed), text_states, token_mask, drop)
+        x0_pred = self(x_t, t, text, drop)
         weight = timestep_weight(self.schedule, self.config.weighting, "x0", t)
         return {"loss": weight * (x0_pred - x0).square().mean(1)}
 
     @torch.no_grad()
-    def sample(
-        self,
-        keys: Tensor,
-        text_embed: Tensor,
-        text_states: Tensor,
-        token_mask: Tensor,
-        options: "PriorSampling",
-    ) -> Tensor:
+    def sample(self, keys: Tensor, text: PriorText, options: PriorSampling) -> Tensor:
         """Draw z_i [B, E], unit norm: of `best_of` draws the one with the largest z_i . z_t
         (section 2.2)."""
-        text = self.standardise(text_embed)
-        never, always = (
-            torch.zeros_like(keys, dtype=torch.bool),
-            torch.ones_like(keys, dtype=torch.bool),
-        )
+        never, always = torch.zeros_like(keys, dtype=torch.bool), torch.ones_like(keys).bool()
         denoise = guided(
-            lambda x, t: self(x, t, text, text_states, token_mask, never),
-            lambda x, t: self(x, t, text, text_states, token_mask, always),
+            lambda x, t: self(x, t, text, never),
+            lambda x, t: self(x, t, text, always),
             options.cfg_scale,
         )
+        sampler = options.sampler
+        if sampler == "analytic_ddpm":
+            unknown = gaussian_posterior_variance(self.schedule, self.scale.spectrum.clamp(min=0))
+            sampler = analytic_ddpm(unknown)
         draws = []
         for draw in range(options.best_of):
-            x = keyed_random.normal(keys, f"prior_{draw}", text_embed.shape[1:])
+            x = keyed_random.normal(keys, f"prior_{draw}", (self.embed_dim,))
             noise = _fresh_noise(keys, draw, x)
-            draws.append(
-                self.restore(
-                    options.sampler(denoise, x, self.schedule, options.sample_steps, noise)
-                )
-            )
+            x0 = sampler(denoise, x, self.schedule, options.sample_steps, noise)
+            draws.append(self.scale.restore(x0))
         z = torch.stack(draws)  # [D, B, E]
-        best = (z * text_embed).sum(-1).argmax(0)  # [B]
+        best = (z * text.text_embed).sum(-1).argmax(0)  # [B]
         return z[best, torch.arange(len(keys), device=keys.device)]
 
 
 def _fresh_noise(keys: Tensor, draw: int, like: Tensor):
     return lambda step: keyed_random.normal(keys, f"prior_{draw}_{step}", like.shape[1:])
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorSampling:
-    """How to sample a prior."""
-
-    sampler: Sampler
-    sample_steps: int = 16
-    best_of: int = 2
-    cfg_scale: float = 1.0

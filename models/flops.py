@@ -1,11 +1,26 @@
-"""What a model costs, counted: parameters and the bytes of its training state."""
+"""What a model costs, counted: parameters, multiplications, the bytes of its training state."""
 
+from collections.abc import Callable
+
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def num_parameters(model: nn.Module) -> int:
     """Count trained parameters; works on the meta device."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def forward_macs(forward: Callable[[], object]) -> int:
+    """Count the multiply-accumulates of matrix products and convolutions in a call.
+
+    Works on the meta device, which allocates and computes nothing. Training costs six FLOPs for
+    each: two a multiply-accumulate, in the forward pass and twice in the backward.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    return counter.get_total_flops() // 2
 
 
 def state_bytes(model: nn.Module, zero_stage: int = 0, world_size: int = 1) -> int:

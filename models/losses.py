@@ -13,6 +13,7 @@ from models.schedule import NoiseSchedule
 
 MIN_SNR_GAMMA = 5.0
 EARLY_FLOOR = 0.25
+EDM_SIGMA_DATA = 0.5  # of pixels in [-1, 1]
 
 
 def _simple(snr: Tensor, time: Tensor) -> Tensor:
@@ -24,6 +25,17 @@ def _min_snr(snr: Tensor, time: Tensor) -> Tensor:
     return snr.clamp(max=MIN_SNR_GAMMA)
 
 
+def _p2(snr: Tensor, time: Tensor) -> Tensor:
+    """SNR / (1 + SNR) in x0 units, 1 / (1 + SNR) in eps units (Choi et al. 2022, eq. 8, k = gamma =
+    1)."""
+    return snr / (1 + snr)
+
+
+def _edm(snr: Tensor, time: Tensor) -> Tensor:
+    """(sigma^2 + s^2) / (sigma s)^2 in x0 units, sigma^2 = 1 / SNR (Karras et al. 2022)."""
+    return snr + EDM_SIGMA_DATA**-2
+
+
 def _early(snr: Tensor, time: Tensor) -> Tensor:
     """1 / max(time, .25), time in [0, 1]: raises the clean end, where small networks lose their
     edges."""
@@ -33,6 +45,8 @@ def _early(snr: Tensor, time: Tensor) -> Tensor:
 _X0_WEIGHTS: dict[Weighting, Callable[[Tensor, Tensor], Tensor]] = {
     "simple": _simple,
     "min_snr": _min_snr,
+    "p2": _p2,
+    "edm": _edm,
     "early": _early,
 }
 
@@ -43,8 +57,7 @@ def timestep_weight(
     """Return the weight [B] of the squared error in the network's own units.
 
     `simple` is 1 in whatever the network predicts. The others are stated for the x0 error and
-    divided
-    by the factor that turns an x0 error into one of eps (SNR) or of v (SNR + 1).
+    divided by the factor that turns an x0 error into one of eps (SNR) or of v (SNR + 1).
     """
     snr = schedule.snr(t)
     weight = _X0_WEIGHTS[weighting](snr, (t.float() + 1) / schedule.num_timesteps)

@@ -1,9 +1,8 @@
 """Samplers, one signature: sampler(denoise, x, schedule, sample_steps, noise) -> x0.
 
 `denoise(x_t [B, ...], t [B] int64) -> x0` is the network behind any prediction type and any
-guidance.
-`noise(step) -> like x` supplies fresh standard normals, keyed by sample; deterministic samplers
-ignore it.
+guidance. `noise(step) -> like x` supplies fresh standard normals, keyed by sample; deterministic
+samplers ignore it. Which timesteps they visit, the schedule says.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,21 +23,11 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
-def timesteps(num_timesteps: int, sample_steps: int) -> list[int]:
-    """Return `sample_steps` descending timesteps that start at T - 1 ("trailing", Lin et al.
-    2023, table 2)."""
-    if not 1 <= sample_steps <= num_timesteps:
-        raise ValueError(f"sample_steps: found {sample_steps}, expected 1 to {num_timesteps}")
-    return [
-        round(num_timesteps * (i + 1) / sample_steps) - 1 for i in reversed(range(sample_steps))
-    ]
-
-
 def _transitions(
     schedule: NoiseSchedule, sample_steps: int, x: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (step, t [B], t_next [B]) down to the clean end, t_next = -1."""
-    steps = timesteps(schedule.num_timesteps, sample_steps)
+    steps = schedule.timesteps(sample_steps)
     for i, (t, t_next) in enumerate(zip(steps, [*steps[1:], -1], strict=True)):
         yield (
             i,
@@ -69,6 +58,74 @@ def ddim(eta: float = 0.0) -> Sampler:
     return sample
 
 
+def analytic_ddpm(posterior_variance: Tensor) -> Sampler:
+    """Return DDPM with the best variance of each step (Bao et al. 2022, "Analytic-DPM", eq. 8).
+
+    posterior_variance: [T], the mean over dimensions of Var(x0 | x_t): see
+    `gaussian_posterior_variance`. The step from t to s draws from q(x_s | x_t, x0), whose mean
+    holds x0 times a; not knowing x0 adds a^2 Var(x0 | x_t) to its variance.
+    """
+
+    def sample(
+        denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
+    ) -> Tensor:
+        table = posterior_variance.to(x.device, x.dtype)
+        for i, t, t_next in _transitions(schedule, sample_steps, x):
+            x0 = denoise(x, t)
+            if (t_next < 0).all():
+                return x0
+            signal, sigma = schedule.coefficients(t, x)
+            signal_next, sigma_next = schedule.coefficients(t_next, x)
+            step = signal / signal_next  # x_t = step x_s + fresh noise
+            variance = (sigma_next / sigma) ** 2 * (1 - step**2)
+            of_x0 = signal_next * (1 - step**2) / sigma**2
+            of_x = step * (sigma_next / sigma) ** 2
+            unknown = table[t].reshape(-1, *[1] * (x.ndim - 1))
+            x = of_x0 * x0 + of_x * x + (variance + of_x0**2 * unknown).sqrt() * noise(i)
+        return x
+
+    return sample
+
+
+def gaussian_posterior_variance(schedule: NoiseSchedule, variances: Tensor) -> Tensor:
+    """Return the mean of Var(x0 | x_t) over dimensions, float64 [T], of Gaussian data.
+
+    v (1 - alpha_bar) / (alpha_bar v + 1 - alpha_bar) for each of `variances` [E], the eigenvalues
+    of the data's covariance; data that are not Gaussian have less.
+    """
+    alpha_bar, v = schedule.alpha_bar[:, None], variances.double().cpu()[None]
+    return (v * (1 - alpha_bar) / (alpha_bar * v + 1 - alpha_bar)).mean(1)
+
+
+def heun(
+    denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
+) -> Tensor:
+    """Sample with Heun's method, order 2, two evaluations a step (Karras et al. 2022, algorithm 1).
+
+    In the angle a with cos a = signal and sin a = sigma, where the flow is dx/da = v and neither
+    end is singular; EDM's variable, sigma / signal, has no end. The last step, to a = 0, is DDIM's.
+    """
+    for _, t, t_next in _transitions(schedule, sample_steps, x):
+        x0 = denoise(x, t)
+        if (t_next < 0).all():
+            return x0
+        slope = _velocity(schedule, x0, x, t)
+        turn = _angle(schedule, t_next, x) - _angle(schedule, t, x)
+        euler = x + turn * slope
+        there = _velocity(schedule, denoise(euler, t_next), euler, t_next)
+        x = x + turn * (slope + there) / 2
+    return x
+
+
+def _angle(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Tensor:
+    signal, sigma = schedule.coefficients(t, like)
+    return torch.atan2(sigma, signal)
+
+
+def _velocity(schedule: NoiseSchedule, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    return schedule.target("v", x0, t, schedule.to_eps(x0, x, t))
+
+
 def dpmpp_2m(
     denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
 ) -> Tensor:
@@ -92,7 +149,39 @@ def dpmpp_2m(
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim(), "ddpm": ddim(eta=1.0), "dpmpp_2m": dpmpp_2m}
+def ddim_invert(
+    denoise: Denoiser,
+    x0: Tensor,
+    schedule: NoiseSchedule,
+    sample_steps: int,
+    num_refinements: int = 3,
+) -> Tensor:
+    """Return the x_T from which `ddim()` with as many steps comes back to `x0`.
+
+    (Dhariwal & Nichol 2021, appendix F.) Each step solves DDIM's own for its starting point: eps is
+    taken there, at a guess that is improved `num_refinements` times, instead of at its end alone.
+    Raises ValueError for a schedule without terminal signal, whose first step forgets x_T.
+    """
+    if schedule.alpha_bar[-1] == 0:
+        raise ValueError("inversion: found a schedule of zero terminal SNR, expected some signal")
+    x = x0
+    for _, t, t_next in reversed(list(_transitions(schedule, sample_steps, x0))):
+        signal, sigma = schedule.coefficients(t, x)
+        signal_next, sigma_next = schedule.coefficients(t_next, x)
+        guess = x
+        for _ in range(1 + num_refinements):
+            eps = schedule.to_eps(denoise(guess, t), guess, t)
+            guess = signal * (x - sigma_next * eps) / signal_next + sigma * eps
+        x = guess
+    return x
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": ddim(),
+    "ddpm": ddim(eta=1.0),
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+}
 
 
 def sampler_named(name: str) -> Sampler:
@@ -102,18 +191,36 @@ def sampler_named(name: str) -> Sampler:
     return SAMPLERS[name]
 
 
-def guided(conditional: Denoiser, unconditional: Denoiser, cfg_scale: float) -> Denoiser:
+def guided(
+    conditional: Denoiser,
+    unconditional: Denoiser,
+    cfg_scale: float,
+    *,
+    interval: tuple[int, int] | None = None,
+    rescale: float = 0.0,
+) -> Denoiser:
     """Wrap two denoisers into x0 = uncond + s (cond - uncond) (Ho & Salimans 2022, eq. 6); s = 1
     is off.
 
-    The rule is affine in the prediction, so it is the same for x0, eps and v.
+    The rule is affine in the prediction, so it is the same for x0, eps and v. interval: timesteps
+    [low, high] in which to guide, the conditional alone elsewhere (Kynkaanniemi et al. 2024); None:
+    all. rescale: share of the result that gets the conditional's standard deviation back (Lin et
+    al. 2023, eq. 15 and 16).
     """
     if cfg_scale == 1:
         return conditional
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
+        found = conditional(x, t)
+        if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
+            return found
         without = unconditional(x, t)
-        return without + cfg_scale * (conditional(x, t) - without)
+        x0 = without + cfg_scale * (found - without)
+        if rescale:
+            parts = tuple(range(1, x.ndim))
+            ratio = found.std(parts, keepdim=True) / x0.std(parts, keepdim=True)
+            x0 = x0 * (rescale * ratio + 1 - rescale)
+        return x0
 
     return denoise
 

@@ -4,13 +4,13 @@ x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps              (Ho et al. 2
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.configs import Prediction, ScheduleName
+from models.configs import Prediction, ScheduleName, Spacing
 
 
 def _cosine(num_timesteps: int) -> np.ndarray:
@@ -41,25 +41,60 @@ _BETAS: dict[ScheduleName, Callable[[int], np.ndarray]] = {
 }
 
 
+def _without_terminal_signal(alpha_bar: np.ndarray) -> np.ndarray:
+    """Shift and scale sqrt(alpha_bar) to end in 0 and begin as before (Lin et al. 2023,
+    algorithm 1)."""
+    signal = np.sqrt(alpha_bar)
+    return ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoiseSchedule:
     """The variances of a discrete diffusion; rebuilt from its configuration, never stored.
 
-    alpha_bar: [T] float64, decreasing in (0, 1].
+    alpha_bar: [T] float64, decreasing in [0, 1); spacing: which timesteps samplers visit, see
+    `timesteps`.
     """
 
     alpha_bar: Tensor
+    spacing: Spacing = "trailing"
 
     @classmethod
-    def build(cls, name: ScheduleName, num_timesteps: int = 1000) -> "NoiseSchedule":
-        """Build the named schedule; ValueError for fewer than 2 or, `linear`, too few timesteps."""
+    def build(
+        cls, name: ScheduleName, num_timesteps: int = 1000, *, zero_terminal: bool = False
+    ) -> "NoiseSchedule":
+        """Build the named schedule; ValueError for fewer than 2 or, `linear`, too few timesteps.
+
+        zero_terminal: no signal is left at the last timestep, so that what samplers start from is
+        what training saw; no network can predict x0 from eps there.
+        """
         # numpy, so that a model built on the meta device still has a schedule of numbers
         beta = _BETAS[name](num_timesteps) if num_timesteps > 1 else np.ones(1)
         if beta.max() >= 1:
             raise ValueError(
                 f"schedule {name}: {num_timesteps} timesteps are too few; use at least 100"
             )
-        return cls(alpha_bar=torch.from_numpy(np.cumprod(1 - beta)))
+        alpha_bar = np.cumprod(1 - beta)
+        if zero_terminal:
+            alpha_bar = _without_terminal_signal(alpha_bar)
+        return cls(alpha_bar=torch.from_numpy(alpha_bar))
+
+    def spaced(self, spacing: Spacing) -> "NoiseSchedule":
+        """Return the same variances for samplers that visit timesteps otherwise."""
+        return replace(self, spacing=spacing)
+
+    def timesteps(self, sample_steps: int) -> list[int]:
+        """Return `sample_steps` descending timesteps.
+
+        trailing: T k / n - 1, k = n ... 1, from the last one on (Lin et al. 2023, table 2);
+        strided: evenly from T - 1 to 0, both visited (Nichol & Dhariwal 2021, section 4).
+        """
+        last, count = self.num_timesteps - 1, sample_steps
+        if not 1 <= count <= self.num_timesteps:
+            raise ValueError(f"sample_steps: found {count}, expected 1 to {self.num_timesteps}")
+        if self.spacing == "trailing" or count == 1:
+            return [round(self.num_timesteps * k / count) - 1 for k in range(count, 0, -1)]
+        return [round(last * k / (count - 1)) for k in reversed(range(count))]
 
     @property
     def num_timesteps(self) -> int:

@@ -52,6 +52,23 @@ class TimestepMLP(nn.Sequential):
         return super().forward(timestep_embedding(t, self.sinusoids))
 
 
+class KeyValues:
+    """Keys and values of the tokens a block has read, with room for all that will come.
+
+    shape: (B, H, N, d); like: a tensor of their type and device.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
+        self._k, self._v = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in "kv")
+        self.length = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of n further tokens, [B, H, n, d] each; return all there are."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self._k[:, :, start : self.length], self._v[:, :, start : self.length] = k, v
+        return self._k[:, :, : self.length], self._v[:, :, : self.length]
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention over [B, N, width], with optional QK-norm (Dehghani et al.
     2023)."""
@@ -70,12 +87,21 @@ class SelfAttention(nn.Module):
         self.q_norm = nn.RMSNorm(head, elementwise_affine=False) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head, elementwise_affine=False) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor, last: int = 0) -> Tensor:
-        """Return [B, N, width], or of the `last` tokens alone, which read all the others."""
+    def forward(
+        self, x: Tensor, mask: Tensor, last: int = 0, cache: "KeyValues | None" = None
+    ) -> Tensor:
+        """Return [B, N, width], or of the `last` tokens alone, which read all the others.
+
+        cache: keys and values of earlier tokens, which these read as well and are added to; then
+        mask is [..., N, earlier + N].
+        """
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # [B, N, width] each
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
         q, mask = q[..., -last:, :], mask[..., -last:, :]  # -0 takes all
-        y = attend(self.q_norm(q), self.k_norm(k), v, mask)  # [B, H, N, d]
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        y = attend(q, k, v, mask)  # [B, H, N, d]
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -94,9 +120,12 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, last: int = 0) -> Tensor:
-        """Map [B, N, width] to the same, or to the `last` tokens alone: [B, last, width]."""
-        x = x[:, -last:] + self.dropout(self.attention(self.norm_1(x), mask, last))
+    def forward(
+        self, x: Tensor, mask: Tensor, last: int = 0, cache: "KeyValues | None" = None
+    ) -> Tensor:
+        """Map [B, N, width] to the same, or to the `last` tokens alone: [B, last, width]; see
+        `SelfAttention` for the cache."""
+        x = x[:, -last:] + self.dropout(self.attention(self.norm_1(x), mask, last, cache))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 

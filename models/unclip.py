@@ -1,7 +1,9 @@
 """unCLIP as a whole: caption -> image embedding -> small image -> large image (Ramesh et al.
 2022, figure 2)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,10 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.clip import FrozenClip, token_mask
-from models.configs import DecoderConfig, DiffusionPriorConfig, UNetConfig, UpsamplerConfig
+from models.autoregressive_prior import AutoregressivePrior
+from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
+from models.configs import (
+    AutoregressivePriorConfig,
+    DecoderConfig,
+    DiffusionPriorConfig,
+    RegressionPriorConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
 from models.decoder import Condition, Decoder, ImageSampling
-from models.diffusion_prior import DiffusionPrior, PriorSampling
+from models.diffusion_prior import DiffusionPrior
+from models.priors import Prior, PriorSampling, PriorText
+from models.regression_prior import RegressionPrior
 from models.upsampler import Upsampler
 from models.weights import exported, load_config, load_weights
 
@@ -25,9 +37,9 @@ def _with_unet(model: dict[str, Any]) -> dict[str, Any]:
     return {**model, "unet": UNetConfig(**unet)}
 
 
-def _prior(config: dict) -> DiffusionPrior:
+def _prior(model_class: Any, config_class: Any, config: dict) -> nn.Module:
     sizes = {key: config[key] for key in ("embed_dim", "text_width", "context_length")}
-    return DiffusionPrior(DiffusionPriorConfig(**config["model"]), **sizes)
+    return model_class(config_class(**config["model"]), **sizes, vocab_size=VOCAB_SIZE)
 
 
 def _decoder(config: dict) -> Decoder:
@@ -40,19 +52,26 @@ def _upsampler(config: dict) -> Upsampler:
     return Upsampler(model, factor=config["factor"], crop_size=config["crop_size"])
 
 
-_BUILDERS = {"diffusion_prior": _prior, "decoder": _decoder, "upsampler": _upsampler}
+_BUILDERS: dict[str, Callable[[dict], nn.Module]] = {
+    "diffusion_prior": partial(_prior, DiffusionPrior, DiffusionPriorConfig),
+    "autoregressive_prior": partial(_prior, AutoregressivePrior, AutoregressivePriorConfig),
+    "regression_prior": partial(_prior, RegressionPrior, RegressionPriorConfig),
+    "decoder": _decoder,
+    "upsampler": _upsampler,
+}
 
 
 def load_model(run: Path | str, kind: str) -> tuple[nn.Module, dict]:
     """Load the averaged weights of a finished run, and its config.json.
 
+    kind: "decoder", "upsampler", "diffusion_prior" or any other prior's, or "prior" for any.
     Raises ValueError for an unfinished run or one of another kind.
     """
     step = exported(Path(run))
     config = load_config(step)
-    if config["kind"] != kind:
+    if not config["kind"].endswith(kind):
         raise ValueError(f"{run}: found a run of kind {config['kind']}, expected {kind}")
-    return load_weights(_BUILDERS[kind](config), step / "ema.safetensors"), config
+    return load_weights(_BUILDERS[config["kind"]](config), step / "ema.safetensors"), config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +96,7 @@ class UnClip:
     """
 
     clip: FrozenClip
-    prior: DiffusionPrior
+    prior: Prior
     decoder: Decoder | None = None
     upsamplers: tuple[Upsampler, ...] = ()
 
@@ -91,7 +110,7 @@ class UnClip:
         """
         if upsamplers and not decoder:
             raise ValueError(f"{upsamplers[0]}: found an upsampler without a decoder, expected one")
-        runs = {"prior": (prior, "diffusion_prior")}
+        runs = {"prior": (prior, "prior")}
         if decoder:
             runs["decoder"] = (decoder, "decoder")
         parts: dict[str, Any] = {}
@@ -126,9 +145,18 @@ class UnClip:
 
     def imagine(self, keys: Tensor, captions: list[str], sampling: Sampling) -> Tensor:
         """Draw an image embedding [B, E] for each caption from the prior."""
-        _, embed, states, mask = self.describe(captions)
+        text = self.prior_text(captions)
         with sampling.autocast(keys):
-            return self.prior.sample(keys, embed, states, mask, sampling.prior)
+            return self.prior.sample(keys, text, sampling.prior)
+
+    def prior_text(self, captions: list[str]) -> PriorText:
+        """Return what the prior is told of captions."""
+        _, embed, states, mask = self.describe(captions)
+        own = self.prior.config.text_tokens
+        if not own:
+            return PriorText(text_embed=embed, text=states, token_mask=mask)
+        words = torch.from_numpy(tokenizer(own)(captions))
+        return PriorText(text_embed=embed, text=words, token_mask=token_mask(words))
 
     def render(
         self, keys: Tensor, captions: list[str], image_embed: Tensor, sampling: Sampling

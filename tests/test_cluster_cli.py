@@ -146,7 +146,7 @@ def script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--model.widht", "3"), "unknown flag --model.widht; did you mean --model.width?"),
+        (("--diffusion.widht", "3"), "flag --diffusion.widht; did you mean --diffusion.width?"),
         (("--train.zero-stage", "7"), "--train.zero-stage"),
         (("--train.num-steps", "0"), "train.num_steps: found 0, expected at least 1"),
         (("--embeds", "nowhere"), "nowhere"),
@@ -178,7 +178,8 @@ def test_every_shipped_preset_can_be_run_dry(
 ):
     """The count told is the model's own, and nothing is allocated to count it."""
     from models.flops import num_parameters
-    from training.jobs import clip_model, decoder_model, prior_model
+    from training.jobs import clip_model, decoder_model
+    from training.prior_job import prior_model
     from training.sizing import dry_run
 
     monkeypatch.chdir(tmp_path)

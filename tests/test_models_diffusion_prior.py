@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from models import keyed_random
 from models.configs import DiffusionPriorConfig
-from models.diffusion_prior import EMBED_RMS, DiffusionPrior, PriorSampling
+from models.diffusion_prior import DiffusionPrior
+from models.priors import EMBED_RMS, EmbedScale, PriorSampling, PriorText
 from models.samplers import SAMPLERS
 from models.transformer import Block, causal_mask
 
@@ -23,7 +24,7 @@ def tiny(seed: int = 0, **changes) -> DiffusionPrior:
 
 
 def inputs(count: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random arguments of `forward`; captions of 3 tokens of 5."""
+    """Random arguments of `asked`; captions of 3 tokens of 5."""
     rng = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
     mask = (torch.arange(LENGTH) < 3).expand(count, -1)
@@ -37,17 +38,27 @@ def inputs(count: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
+def text_of(given: dict[str, torch.Tensor]) -> PriorText:
+    return PriorText(
+        text_embed=given["text_embed"], text=given["text_states"], token_mask=given["token_mask"]
+    )
+
+
+def asked(prior: DiffusionPrior, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    return prior(given["x_t"], given["t"], text_of(given), given["drop"])
+
+
 def test_attention_is_causal():
     """What follows a token does not change it: hidden states before a changed input stay."""
     prior, given = tiny(), inputs()
     given["token_mask"][:] = True
     seen: list[Any] = []
     prior.blocks[-2].register_forward_hook(lambda module, args, output: seen.append(output))
-    prior(**given)
+    asked(prior, given)
     given["text_states"][:, 2] += 1.0
-    prior(**given)
+    asked(prior, given)
     given["x_t"] += 1.0
-    prior(**given)
+    asked(prior, given)
     first, words, noised = seen
     torch.testing.assert_close(words[:, :2], first[:, :2])
     assert all((words[:, i] != first[:, i]).any() for i in range(2, prior.length))
@@ -64,57 +75,52 @@ def test_the_last_tokens_alone_are_what_they_are_among_all():
 
 def test_padding_is_not_read():
     prior, given = tiny(), inputs()
-    before = prior(**given)
+    before = asked(prior, given)
     given["text_states"][~given["token_mask"]] = 1e3
-    torch.testing.assert_close(prior(**given), before)
+    torch.testing.assert_close(asked(prior, given), before)
     given["text_states"][given["token_mask"]] *= 2
-    assert not torch.allclose(prior(**given), before, atol=1e-3)
+    assert not torch.allclose(asked(prior, given), before, atol=1e-3)
 
 
 @pytest.mark.parametrize("changed", ["text_states", "text_embed", "token_mask"])
 def test_a_dropped_condition_is_not_read_and_a_kept_one_is(changed: str):
     prior, given = tiny(), inputs()
     given["drop"] = torch.tensor([True, True, False, False])
-    before = prior(**given)
+    before = asked(prior, given)
     given[changed] = ~given[changed] if changed == "token_mask" else given[changed] + 1
-    after = prior(**given)
+    after = asked(prior, given)
     torch.testing.assert_close(after[:2], before[:2])
     assert ((after[2:] - before[2:]).abs().amax(1) > 1e-3).all()
 
 
 def test_a_tenth_of_the_captions_is_dropped():
     prior, seen = tiny(depth=1), []
-    prior.register_forward_hook(lambda module, args, output: seen.append(args[5]))
+    prior.register_forward_hook(lambda module, args, output: seen.append(args[3]))
     keys, given = torch.arange(4000), inputs(4000)
     x = F.normalize(given["x_t"], dim=1)
     with torch.no_grad():
-        prior.losses(keys, x, x, given["text_states"], given["token_mask"])
+        prior.losses(keys, x, text_of(given))
     assert seen[0].float().mean().item() == pytest.approx(0.1, abs=4 * 0.3 / 4000**0.5)
 
 
 def test_the_default_scale_is_the_papers():
     """17.2 for 1024 dimensions: a unit vector divided by the buffer has the paper's norm."""
-    prior = DiffusionPrior(
-        DiffusionPriorConfig(width=32, depth=1, num_heads=2),
-        embed_dim=1024, text_width=TEXT, context_length=LENGTH,
-    )  # fmt: skip
     z = F.normalize(torch.randn(3, 1024), dim=1)
-    torch.testing.assert_close(
-        prior.standardise(z).norm(dim=1), torch.full((3,), 17.2), atol=0.05, rtol=0
-    )
+    norms = EmbedScale(1024)(z).norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((3,), 17.2), atol=0.05, rtol=0)
     assert abs(EMBED_RMS * 1024**0.5 - 17.2) < 0.05
 
 
-def test_standardising_whitens_and_restoring_undoes_it():
-    prior = tiny()
+def test_scaling_whitens_and_restoring_undoes_it():
+    scale = EmbedScale(EMBED)
     data = F.normalize(torch.randn(500, EMBED) * torch.linspace(0.2, 2, EMBED) + 0.3, dim=1)
-    prior.set_statistics(data.mean(0), data.std(0))
-    x = prior.standardise(data)
+    scale.set(data.mean(0), data.std(0))
+    x = scale(data)
     torch.testing.assert_close(x.mean(0), torch.zeros(EMBED), atol=1e-5, rtol=0)
     torch.testing.assert_close(x.std(0), torch.ones(EMBED), atol=1e-5, rtol=0)
-    torch.testing.assert_close(prior.restore(x), data, atol=1e-5, rtol=0)
-    prior.set_statistics(data.mean(0), torch.zeros(EMBED))  # a constant dimension stays finite
-    assert prior.standardise(data).isfinite().all()
+    torch.testing.assert_close(scale.restore(x), data, atol=1e-5, rtol=0)
+    scale.set(data.mean(0), torch.zeros(EMBED))  # a constant dimension stays finite
+    assert scale(data).isfinite().all()
 
 
 def options(**changes) -> PriorSampling:
@@ -122,11 +128,9 @@ def options(**changes) -> PriorSampling:
 
 
 def drawn(prior: DiffusionPrior, keys: torch.Tensor, how: PriorSampling) -> torch.Tensor:
-    given = inputs(8)
-    text_embed = F.normalize(given["text_embed"], dim=1)[keys]
-    return prior.sample(
-        keys, text_embed, given["text_states"][keys], given["token_mask"][keys], how
-    )
+    given = {name: value[keys] for name, value in inputs(8).items()}
+    given["text_embed"] = F.normalize(given["text_embed"], dim=1)
+    return prior.sample(keys, text_of(given), how)
 
 
 def test_best_of_takes_the_larger_dot_product():
@@ -138,6 +142,29 @@ def test_best_of_takes_the_larger_dot_product():
     torch.testing.assert_close(three.norm(dim=1), torch.ones(8))
     kept = better == 0  # the first draw is one of the three, unchanged
     torch.testing.assert_close(three[kept], one[kept])
+
+
+def test_analytic_variances_come_from_the_data():
+    """Of Gaussian data by a perfect denoiser, few steps keep the spread that DDPM's own lose."""
+    rng = torch.Generator().manual_seed(0)
+    data = torch.randn(4000, EMBED, generator=rng) * 0.2 + 0.1
+    prior = tiny().eval()
+    prior.scale.set(data.mean(0), data.std(0))
+    prior.scale.set_spectrum(torch.cov(data.T))
+    assert prior.scale.spectrum.mean().item() == pytest.approx(1.0, abs=0.01)
+
+    def perfect(x_t, t, text, drop):
+        signal, _ = prior.schedule.coefficients(t, x_t)
+        return x_t * signal  # E[x0 | x_t] where x0 has variance 1
+
+    prior.forward = perfect
+    prior.scale.restore = lambda x: x
+    keys, text = torch.arange(3000), text_of(inputs(3000))
+    spread = {
+        name: prior.sample(keys, text, options(sampler=sampler, sample_steps=5, best_of=1)).std()
+        for name, sampler in (("analytic", "analytic_ddpm"), ("ddpm", SAMPLERS["ddpm"]))
+    }
+    assert spread["analytic"] > 1.02 * spread["ddpm"]
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
@@ -163,37 +190,35 @@ def test_the_loss_depends_on_keys_and_not_on_the_batch():
     prior, given = tiny().eval(), inputs(6)
     z = F.normalize(given["x_t"], dim=1)
     keys = torch.arange(6) * 31
-    arguments = (keys, z, z, given["text_states"], given["token_mask"])
-    whole = prior.losses(*arguments)["loss"]
-    part = prior.losses(*(a[2:4] for a in arguments))["loss"]
+    whole = prior.losses(keys, z, text_of(given))["loss"]
+    some = {name: value[2:4] for name, value in given.items()}
+    part = prior.losses(keys[2:4], z[2:4], text_of(some))["loss"]
     torch.testing.assert_close(part, whole[2:4], atol=1e-5, rtol=1e-5)
 
 
-def loss_of(prior: DiffusionPrior, z: torch.Tensor, text_embed: torch.Tensor, given: dict) -> float:
+def loss_of(prior: DiffusionPrior, z: torch.Tensor, given: dict) -> float:
     """The mean loss under 128 keys that training does not draw."""
     rows = torch.arange(128) % 8
-    parts = z, text_embed, given["text_states"], given["token_mask"]
+    text = text_of({name: value[rows] for name, value in given.items()})
     with torch.no_grad():
-        return prior.losses(torch.arange(128), *(p[rows] for p in parts))["loss"].mean().item()
+        return prior.losses(torch.arange(128), z[rows], text)["loss"].mean().item()
 
 
 def test_it_learns_eight_samples_by_heart():
     prior = tiny(text_drop=0.0)
     given, z = inputs(8), F.normalize(inputs(8, seed=9)["x_t"], dim=1)
-    text_embed = F.normalize(given["text_embed"], dim=1)
-    before = loss_of(prior, z, text_embed, given)
+    given["text_embed"] = F.normalize(given["text_embed"], dim=1)
+    before = loss_of(prior, z, given)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3, betas=(0.9, 0.99))
     for step in range(250):
         keys = keyed_random.sample_keys(0, torch.full((8,), step), torch.arange(8))
-        loss = prior.losses(keys, z, text_embed, given["text_states"], given["token_mask"])
+        loss = prior.losses(keys, z, text_of(given))
         optimizer.zero_grad()
         loss["loss"].mean().backward()
         optimizer.step()
     prior.eval()
-    assert loss_of(prior, z, text_embed, given) < before / 100
-    found = prior.sample(
-        torch.arange(8), text_embed, given["text_states"], given["token_mask"], options(best_of=1)
-    )
+    assert loss_of(prior, z, given) < before / 100
+    found = prior.sample(torch.arange(8), text_of(given), options(best_of=1))
     cosine = found @ z.T
     assert cosine.diagonal().min() > 0.9
     assert torch.equal(cosine.argmax(1), torch.arange(8))

@@ -2,13 +2,25 @@
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from models import keyed_random
-from models.samplers import SAMPLERS, Sampler, clipped, ddim, guided, sampler_named, timesteps
+from models.configs import Spacing
+from models.samplers import (
+    SAMPLERS,
+    Sampler,
+    analytic_ddpm,
+    clipped,
+    ddim,
+    ddim_invert,
+    gaussian_posterior_variance,
+    guided,
+    sampler_named,
+)
 from models.schedule import NoiseSchedule
 
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
@@ -38,7 +50,7 @@ def no_noise(step: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "sample_steps", "tolerance"), [("ddim", 200, 0.03), ("ddpm", 200, 0.03),
-                                            ("dpmpp_2m", 25, 0.03)],
+                                            ("dpmpp_2m", 25, 0.03), ("heun", 25, 0.03)],
 )  # fmt: skip
 def test_samples_have_the_mean_and_covariance_of_the_data(
     name: str, sample_steps: int, tolerance: float
@@ -80,12 +92,134 @@ def solution_error(sampler: Sampler, steps: int) -> float:
     return (last[-1] - x * scale(alpha_bar[0]) / scale(alpha_bar[-1])).abs().item()
 
 
-def test_ddim_is_of_first_order_and_dpmpp_2m_of_second():
+def test_ddim_is_of_first_order_and_the_others_of_second():
     assert order_of(SAMPLERS["ddim"]) == pytest.approx(1, abs=0.15)
     assert order_of(SAMPLERS["dpmpp_2m"]) == pytest.approx(2, abs=0.25)
+    assert order_of(SAMPLERS["heun"]) == pytest.approx(2, abs=0.25)
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
+# A mixture of two Gaussians: its denoiser is no linear map any more.
+PLACES = torch.tensor([[-1.0, 0.5], [1.2, -0.4]], dtype=torch.float64)
+SHARES = torch.tensor([0.3, 0.7], dtype=torch.float64)
+SPREAD = 0.04  # variance of either, in each dimension
+
+
+def of_mixture(x: Tensor, t: Tensor) -> Tensor:
+    """E[x0 | x_t] for x0 from the mixture: each component's own, by its probability given x_t."""
+    alpha_bar = SCHEDULE.alpha_bar[t[0]]
+    variance = alpha_bar * SPREAD + 1 - alpha_bar
+    away = x[:, None] - alpha_bar.sqrt() * PLACES  # [B, 2, 2]
+    share = (SHARES.log() - away.square().sum(-1) / (2 * variance)).softmax(1)
+    means = PLACES + alpha_bar.sqrt() * SPREAD / variance * away
+    return (share[..., None] * means).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "sample_steps"), [("ddim", 200), ("ddpm", 200), ("heun", 40), ("dpmpp_2m", 60)]
+)
+@pytest.mark.parametrize("spacing", ["trailing", "strided"])
+def test_samples_of_a_mixture_have_its_shares_mean_and_covariance(
+    name: str, sample_steps: int, spacing: Spacing
+):
+    count = 20_000
+    schedule = SCHEDULE.spaced(spacing)
+    x = SAMPLERS[name](of_mixture, start(count), schedule, sample_steps, fresh(count))
+    mean = SHARES @ PLACES
+    between = (PLACES - mean).T * SHARES @ (PLACES - mean)
+    covariance = between + SPREAD * torch.eye(2, dtype=torch.float64)
+    first = ((x - PLACES[0]).norm(dim=1) < (x - PLACES[1]).norm(dim=1)).double().mean()
+    assert first.item() == pytest.approx(SHARES[0].item(), abs=0.015)
+    torch.testing.assert_close(x.mean(0), mean, atol=0.03, rtol=0)
+    torch.testing.assert_close(torch.cov(x.T), covariance, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_schedule_without_terminal_signal_is_sampled_from_pure_noise(name: str):
+    schedule, count = NoiseSchedule.build("cosine", 1000, zero_terminal=True), 20_000
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = schedule.alpha_bar[t[0]]
+        gain = alpha_bar.sqrt() * 0.25 / (alpha_bar * 0.25 + 1 - alpha_bar)
+        return 2 + gain * (x - alpha_bar.sqrt() * 2)
+
+    x = SAMPLERS[name](denoise, start(count), schedule, 100, fresh(count))
+    assert x.mean().item() == pytest.approx(2, abs=0.02)
+    assert x.var().item() == pytest.approx(0.25, abs=0.02)
+
+
+# -- Analytic-DPM ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sample_steps", [2, 5, 20])
+def test_analytic_variances_are_exact_for_an_isotropic_gaussian(sample_steps: int):
+    """Whatever the number of steps; DDPM's own variance is too small at few."""
+    variance, count = 0.3, 50_000
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = SCHEDULE.alpha_bar[t[0]]
+        return x * alpha_bar.sqrt() * variance / (alpha_bar * variance + 1 - alpha_bar)
+
+    def spread(sampler: Sampler) -> float:
+        """The variance before the last step, which gives the mean of x0 alone."""
+        seen: list[Tensor] = []
+        sampler(lambda x, t: (seen.append(x), denoise(x, t))[1], start(count), SCHEDULE,
+                sample_steps, fresh(count))  # fmt: skip
+        return seen[-1].var().item()
+
+    t = SCHEDULE.timesteps(sample_steps)[-1]
+    alpha_bar = SCHEDULE.alpha_bar[t].item()
+    expected = alpha_bar * variance + 1 - alpha_bar
+    unknown = gaussian_posterior_variance(SCHEDULE, torch.tensor([variance]))
+    assert spread(analytic_ddpm(unknown)) == pytest.approx(expected, rel=0.02)
+    assert spread(ddim(eta=1.0)) < 0.99 * expected
+
+
+def test_what_is_not_known_of_gaussian_data():
+    """Nothing at the clean end's limit, the data's own variance at the noisy one."""
+    variances = torch.tensor([0.5, 1.5, 4.0])
+    found = gaussian_posterior_variance(SCHEDULE, variances)
+    assert found[0] < 1e-3 and found[-1].item() == pytest.approx(2.0, rel=1e-3)
+    assert (found.diff() > 0).all()
+
+
+# -- inversion -------------------------------------------------------------------------------------
+
+
+def return_error(denoise: Callable, sample_steps: int, refinements: int) -> float:
+    """The 95th percentile of the round trip's largest error over two dimensions; data spread over
+    0.6 to 1. Points between two components, which either may claim, are the rest."""
+    x0 = ddim()(denoise, start(500), SCHEDULE, 200, no_noise)
+    x_t = ddim_invert(denoise, x0, SCHEDULE, sample_steps, refinements)
+    back = ddim()(denoise, x_t, SCHEDULE, sample_steps, no_noise)
+    return (back - x0).abs().amax(1).quantile(0.95).item()
+
+
+@pytest.mark.parametrize("denoise", [exact, of_mixture])
+def test_sampling_from_an_inversion_comes_back(denoise: Callable):
+    """Within .05 at 50 steps, .02 at 100; refining eps where the step starts is what does it."""
+    errors = [return_error(denoise, 50, refinements) for refinements in (0, 1, 3)]
+    assert errors[2] < 0.05 and errors[2] < errors[1] < errors[0] / 1.5
+    assert return_error(denoise, 100, 3) < min(0.02, 0.6 * errors[2])
+
+
+def test_an_inversion_of_data_is_the_samplers_noise():
+    x0 = MEAN + start(20_000) @ torch.linalg.cholesky(COVARIANCE).T
+    x_t = ddim_invert(exact, x0, SCHEDULE, 100)
+    torch.testing.assert_close(
+        torch.cov(x_t.T), torch.eye(2, dtype=torch.float64), atol=0.05, rtol=0
+    )
+
+
+def test_what_forgets_its_start_is_not_inverted():
+    schedule = NoiseSchedule.build("cosine", 100, zero_terminal=True)
+    with pytest.raises(ValueError, match="found a schedule of zero terminal SNR"):
+        ddim_invert(exact, start(2), schedule, 10)
+
+
+# -- laws of all samplers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "heun"])
 def test_deterministic_samplers_ask_for_no_noise_and_repeat_themselves(name: str):
     first, second = (SAMPLERS[name](exact, start(8), SCHEDULE, 10, no_noise) for _ in range(2))
     assert torch.equal(first, second)
@@ -134,13 +268,16 @@ def test_a_sample_does_not_depend_on_its_neighbours(name: str):
 
 
 def test_timesteps_fall_from_the_end_without_repeats():
-    for count in (1, 2, 7, 50, 999, 1000):
-        found = timesteps(1000, count)
-        assert len(found) == count and found[0] == 999 and found[-1] >= 0
-        assert found == sorted(set(found), reverse=True)
+    for spacing in get_args(Spacing):
+        for count in (1, 2, 7, 50, 999, 1000):
+            found = SCHEDULE.spaced(spacing).timesteps(count)
+            assert len(found) == count and found[0] == 999 and found[-1] >= 0
+            assert found == sorted(set(found), reverse=True)
+            last = 0 if spacing == "strided" else round(1000 / count) - 1
+            assert count == 1 or found[-1] == last
     for count in (0, 1001):
         with pytest.raises(ValueError, match=f"sample_steps: found {count}, expected 1 to 1000"):
-            timesteps(1000, count)
+            SCHEDULE.timesteps(count)
 
 
 def test_guidance_is_off_at_one_and_affine_elsewhere():
@@ -155,11 +292,38 @@ def test_guidance_is_off_at_one_and_affine_elsewhere():
         torch.testing.assert_close(found, (1 - scale) * uncond + scale * cond)
 
 
+def test_guidance_acts_in_its_interval_alone():
+    calls = []
+
+    def unconditional(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(int(t[0]))
+        return torch.tanh(x)
+
+    wrapped = guided(exact, unconditional, 3.0, interval=(200, 600))
+    for t in (0, 199, 200, 600, 601):
+        x = start(3)
+        found = wrapped(x, torch.full((3,), t))
+        assert torch.equal(found, exact(x, torch.full((3,), t))) == (t not in (200, 600))
+    assert calls == [200, 600]  # and costs nothing elsewhere
+
+
+def test_a_rescaled_guidance_has_the_conditionals_deviation():
+    x, t = torch.randn(5, 3, 4, 4, dtype=torch.float64), torch.full((5,), 300)
+    cond, uncond = (lambda x, t: 0.7 * x + 0.1), (lambda x, t: torch.tanh(x))
+    plain = guided(cond, uncond, 4.0)(x, t)
+    whole = guided(cond, uncond, 4.0, rescale=1.0)(x, t)
+    half = guided(cond, uncond, 4.0, rescale=0.5)(x, t)
+    torch.testing.assert_close(whole.std((1, 2, 3)), cond(x, t).std((1, 2, 3)))
+    torch.testing.assert_close(half, (plain + whole) / 2)
+
+
 def test_clipping_bounds_x0():
     x = clipped(lambda x, t: 10 * x, 1.0)(start(50), torch.zeros(50, dtype=torch.long))
     assert x.abs().max() == 1
 
 
 def test_an_unknown_sampler_lists_the_known_ones():
-    with pytest.raises(ValueError, match="found 'euler', expected one of ddim, ddpm, dpmpp_2m"):
+    with pytest.raises(
+        ValueError, match="found 'euler', expected one of ddim, ddpm, heun, dpmpp_2m"
+    ):
         sampler_named("euler")

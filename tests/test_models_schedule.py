@@ -6,6 +6,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from models.configs import Prediction, ScheduleName
 from models.losses import MIN_SNR_GAMMA, draw_timesteps, timestep_weight
@@ -29,6 +30,20 @@ def test_alpha_bar_falls_from_nearly_one_to_nearly_zero(name: ScheduleName, num_
     assert alpha_bar.dtype == torch.float64 and len(alpha_bar) == num_timesteps
     assert (alpha_bar.diff() < 0).all() and (alpha_bar > 0).all() and (alpha_bar < 1).all()
     assert alpha_bar[0] > 0.98 and alpha_bar[-1] < 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_signal_is_left_at_a_zero_terminal(name: ScheduleName):
+    plain = NoiseSchedule.build(name, 1000)
+    zero = NoiseSchedule.build(name, 1000, zero_terminal=True)
+    assert zero.alpha_bar[-1] == 0 and zero.alpha_bar[0] == pytest.approx(plain.alpha_bar[0])
+    signal, plain_signal = zero.alpha_bar.sqrt(), plain.alpha_bar.sqrt()
+    ratio = (signal.diff() / plain_signal.diff())[1:]  # shifted and scaled: all steps alike
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-6, atol=0)
+    theirs = rescale_zero_terminal_snr(
+        1 - torch.cat([plain.alpha_bar[:1], plain.alpha_bar[1:] / plain.alpha_bar[:-1]])
+    )
+    torch.testing.assert_close(torch.cumprod(1 - theirs, 0), zero.alpha_bar, rtol=1e-6, atol=1e-12)
 
 
 def test_the_cosine_schedule_is_its_closed_form():

@@ -9,7 +9,7 @@ from torch import nn
 
 from models.clip import FrozenClip, load_clip
 from models.decoder import ImageSampling
-from models.diffusion_prior import PriorSampling
+from models.priors import PriorSampling
 from models.samplers import SAMPLERS
 from models.unclip import Sampling, UnClip, load_model
 from models.weights import (

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from models.configs import ClipConfig, DiffusionPriorConfig
 from training.config import ClipRunConfig, PriorRunConfig, RunConfig, TrainConfig
-from training.jobs import build_clip_job, build_prior
+from training.jobs import build_clip_job
 from training.loop import Job
+from training.prior_job import build_prior
 from training.worker import launch
 
 pytestmark = pytest.mark.slow
@@ -51,7 +52,9 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Iter
 def prior(data: Path, run: Path, **changes) -> PriorRunConfig:
     train = dataclasses.replace(PLAIN, **changes)
     model = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
-    return PriorRunConfig(embeds=(str(data / "embeds"),), run=str(run), model=model, train=train)
+    return PriorRunConfig(
+        embeds=(str(data / "embeds"),), run=str(run), diffusion=model, train=train
+    )
 
 
 def trained(config: PriorRunConfig | ClipRunConfig, build: Callable) -> Path:
@@ -116,7 +119,7 @@ def killed_half_way(run: Path, copy: Path) -> Path:
 
 def build_with_a_bad_micro_batch(config: PriorRunConfig) -> Job:
     """The loss of one rank's first micro-batch of step 2 is infinite."""
-    from training.jobs import build_prior
+    from training.prior_job import build_prior
 
     job, calls = build_prior(config), iter(range(1000))
     bad_call = 2 * config.train.grad_accum_steps
@@ -167,7 +170,7 @@ def test_clip_contrasts_the_samples_of_all_workers(data: Path, tmp_path: Path):
 
 def build_with_a_fault_of_one_rank(config: PriorRunConfig) -> Job:
     """Rank 1 alone cannot read what it should; rank 0 waits for it in the middle of a step."""
-    from training.jobs import build_prior
+    from training.prior_job import build_prior
 
     job = build_prior(config)
 
@@ -218,7 +221,7 @@ def test_a_killed_sharded_run_continues_bit_for_bit(data: Path, sharded: Path, t
 def build_with_a_dying_rank(config: RunConfig) -> Job:
     """Rank 1 dies once, in the step after the first checkpoint."""
     assert isinstance(config, PriorRunConfig)
-    from training.jobs import build_prior
+    from training.prior_job import build_prior
 
     job, calls = build_prior(config), iter(range(1000))
     died = Path(config.run) / "died"

@@ -11,7 +11,8 @@ from models.configs import ClipConfig, DiffusionPriorConfig
 from training import feeds
 from training.config import ClipRunConfig, DataConfig, PriorRunConfig, RunConfig, TrainConfig
 from training.feeds import make_feed
-from training.jobs import build_clip_job, build_prior
+from training.jobs import build_clip_job
+from training.prior_job import build_prior
 from training.worker import launch
 
 pytestmark = pytest.mark.slow
@@ -43,7 +44,9 @@ def clip(data: Path, run: Path) -> ClipRunConfig:
 
 def prior(data: Path, run: Path) -> PriorRunConfig:
     model = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
-    return PriorRunConfig(embeds=(str(data / "embeds"),), run=str(run), model=model, train=TRAIN)
+    return PriorRunConfig(
+        embeds=(str(data / "embeds"),), run=str(run), diffusion=model, train=TRAIN
+    )
 
 
 def by_ray(config: RunConfig) -> RunConfig:

@@ -16,7 +16,7 @@ from ingest.shapes import Pair, make_pairs
 from ingest.shards import EmbedShard, ImageShard, Snapshot, load_snapshot
 from models.clip import preprocess, tokenizer
 from models.keyed_random import sample_keys
-from training import data_sets, demo_data, jobs
+from training import data_sets, demo_data, jobs, prior_job
 from training.batches import Feed
 from training.config import DecoderRunConfig
 from training.plan import Plan
@@ -203,13 +203,13 @@ def test_the_statistics_of_the_prior_are_those_of_its_embeddings(data: Path, tmp
     from training.config import PriorRunConfig
 
     model = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
-    job = jobs.build_prior(
-        PriorRunConfig(embeds=(str(data / "embeds"),), run=str(tmp_path), model=model)
+    job = prior_job.build_prior(
+        PriorRunConfig(embeds=(str(data / "embeds"),), run=str(tmp_path), diffusion=model)
     )
     stored = job.build_reader().read(np.arange(24))["image_embed"].astype(np.float32)
     buffers = {name: buffer.numpy() for name, buffer in job.model.named_buffers()}
-    np.testing.assert_allclose(buffers["embed_mean"], stored.mean(0), atol=1e-4)
-    np.testing.assert_allclose(buffers["embed_std"], stored.std(0), atol=1e-3)
+    np.testing.assert_allclose(buffers["scale.mean"], stored.mean(0), atol=1e-4)
+    np.testing.assert_allclose(buffers["scale.std"], stored.std(0), atol=1e-3)
 
 
 def test_another_encoder_than_that_of_the_embeddings_is_refused(data: Path, tmp_path: Path):

@@ -10,7 +10,7 @@ from models.configs import DiffusionPriorConfig
 from training.config import PriorRunConfig, TrainConfig
 from training.worker import JOB_VARIABLE, _locked, _try_lock, launch, prepare_run
 
-CONFIG = PriorRunConfig(embeds=("/data/embeds",), model=DiffusionPriorConfig(width=32))
+CONFIG = PriorRunConfig(embeds=("/data/embeds",), diffusion=DiffusionPriorConfig(width=32))
 
 
 def test_a_run_explains_itself(tmp_path: Path):

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cluster.cli import UNLISTED
-from models.configs import ClipConfig, DecoderConfig, DiffusionPriorConfig, UpsamplerConfig
+from models.configs import (
+    AutoregressivePriorConfig,
+    ClipConfig,
+    DecoderConfig,
+    DiffusionPriorConfig,
+    RegressionPriorConfig,
+    UpsamplerConfig,
+)
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -29,6 +36,8 @@ class TrainConfig:
     """peak learning rate of Muon"""
     beta2: float = 0.99
     """decay of AdamW's second moment"""
+    adam_eps: Annotated[float, UNLISTED] = 1e-8
+    """added to the root of AdamW's second moment"""
     weight_decay: float = 0.0
     """decoupled weight decay of matrices"""
     warmup: float = 0.04
@@ -161,12 +170,22 @@ class PriorRunConfig(RunConfig):
     """encoder of the caption's token states; empty = the one the embeddings name"""
     run: str = "runs/prior"
     """folder of the run"""
-    prior: Literal["diffusion"] = "diffusion"
+    prior: Literal["diffusion", "autoregressive", "regression"] = "diffusion"
     """kind of prior"""
     whiten: bool = True
     """standardise each dimension by the data instead of scaling all by 0.5375 sqrt(E)"""
-    model: Annotated[DiffusionPriorConfig, UNLISTED] = field(default_factory=DiffusionPriorConfig)
-    """sizes: flags such as --model.width, not listed by --help but by --dry-run"""
+    diffusion: Annotated[DiffusionPriorConfig, UNLISTED] = field(
+        default_factory=DiffusionPriorConfig
+    )
+    """sizes of a diffusion prior: flags such as --diffusion.width, listed by --dry-run"""
+    autoregressive: Annotated[AutoregressivePriorConfig, UNLISTED] = field(
+        default_factory=AutoregressivePriorConfig
+    )
+    """sizes of an autoregressive prior"""
+    regression: Annotated[RegressionPriorConfig, UNLISTED] = field(
+        default_factory=RegressionPriorConfig
+    )
+    """sizes of a regression prior"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from ingest.embed_statistics import NAME as STATISTICS
 from ingest.embed_statistics import EmbedStatistics
 from ingest.shards import Snapshot, load_snapshot, read_manifest
 from models.clip import FrozenClip, load_clip
@@ -137,7 +140,27 @@ def mixed(readers: Sequence[Reader], weights: Sequence[float]) -> Reader:
     return readers[0] if len(readers) == 1 else Mixture(readers, weighted=bool(weights))
 
 
-def statistics_of(embeds: Sequence[str], weights: Sequence[float]) -> EmbedStatistics:
-    """Return the moments of the image embeddings that a run reads from several folders."""
-    parts = [EmbedStatistics.read(root) for root in embeds]
-    return EmbedStatistics.merge(parts, weights if len(parts) > 1 else ())
+def pin_statistics(run: str, embeds: Sequence[str], weights: Sequence[float]) -> EmbedStatistics:
+    """Return the moments of the image embeddings that a run reads from several folders.
+
+    Those of the day it began: they are kept in its folder.
+    """
+    if rank() == 0 and not (Path(run) / STATISTICS).is_file():
+        parts = [EmbedStatistics.read(root) for root in embeds]
+        EmbedStatistics.merge(parts, weights if len(parts) > 1 else ()).write(run)
+    if dist.is_initialized():
+        dist.barrier()
+    return EmbedStatistics.read(run)
+
+
+def gathered(mine: Tensor) -> tuple[Tensor, slice]:
+    """Return every rank's rows, and which of them are this one's.
+
+    Gradients flow back to the rank that owns them.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine, slice(len(mine))
+    from torch.distributed.nn.functional import all_gather
+
+    rows = slice(rank() * len(mine), (rank() + 1) * len(mine))
+    return torch.cat(all_gather(mine)), rows

@@ -4,7 +4,6 @@ import dataclasses
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from open_clip import CLIP
 from torch import Tensor
 
@@ -18,23 +17,21 @@ from models.clip import (
     tokenizer,
 )
 from models.decoder import Condition, Decoder
-from models.diffusion_prior import DiffusionPrior
 from models.losses import contrastive
 from models.transformer import attention_kernels
 from models.upsampler import Upsampler
 from training.batches import Batch, Reader
-from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
+from training.config import ClipRunConfig, DecoderRunConfig
 from training.data_sets import (
     clip_of,
     encoder_of,
+    gathered,
     mixed,
     part_of,
     pin_snapshots,
-    rank,
-    statistics_of,
 )
 from training.loop import Job
-from training.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader
+from training.readers import CaptionReader, ImageReader, JoinedReader
 from training.sizing import encoder_sizes
 
 MIN_CROP = 16
@@ -79,64 +76,15 @@ def clip_reader(config: ClipRunConfig, image_size: int, context_length: int) -> 
 def clip_objective(model, batch: Batch) -> dict[str, Tensor]:
     """Contrast every image of the global batch with every other caption."""
     with attention_kernels(batch.keys):
-        image = _gathered(model.encode_image(normalise_pixels(batch["image"]), normalize=True))
-        text = _gathered(model.encode_text(batch["tokens"].long(), normalize=True))
+        image, mine = gathered(model.encode_image(normalise_pixels(batch["image"]), normalize=True))
+        text, _ = gathered(model.encode_text(batch["tokens"].long(), normalize=True))
     scale = model.logit_scale.clamp(max=float(torch.tensor(MAX_LOGIT_SCALE).log())).exp()
-    keep, tokens = _gathered(batch.weight) > 0, _gathered(batch["tokens"])
+    keep, tokens = gathered(batch.weight)[0] > 0, gathered(batch["tokens"])[0]
     # A caption that comes twice in a batch fits both images: neither is a negative of the other.
     # Two captions of one meaning are known for the same by their words alone.
     negative = keep[:, None] & keep & (tokens[:, None] != tokens).any(2)
     loss, accuracy = contrastive(image, text, scale, negative)
-    mine = slice(rank() * len(batch.weight), (rank() + 1) * len(batch.weight))
     return {"loss": loss[mine], "accuracy": accuracy[mine].detach()}
-
-
-def _gathered(mine: Tensor) -> Tensor:
-    """Concatenate every rank's rows; gradients flow back to the rank that owns them."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return mine
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(mine))
-
-
-# -- prior -----------------------------------------------------------------------------------------
-
-
-def prior_model(config: PriorRunConfig) -> DiffusionPrior:
-    """Build the prior for the encoder of its embeddings."""
-    return DiffusionPrior(config.model, **encoder_sizes(config.embeds))
-
-
-def build_prior(config: PriorRunConfig) -> Job:
-    """Describe the training of a prior; the frozen text tower stays outside the engine."""
-    encoder = encoder_of(config.embeds, config.clip)
-    sizes = encoder_sizes(config.embeds)
-    model = prior_model(config)
-    if config.whiten:
-        statistics = statistics_of(config.embeds, config.data.weights)
-        model.set_statistics(torch.from_numpy(statistics.mean), torch.from_numpy(statistics.std))
-    export = {
-        "kind": "diffusion_prior",
-        "model": dataclasses.asdict(config.model),
-        "encoder_id": encoder.encoder_id,
-        "clip": clip_of(config.embeds, config.clip),
-        **sizes,
-    }
-
-    def objective(model: DiffusionPrior, batch: Batch) -> dict[str, Tensor]:
-        _, states = encoder.to(batch.keys.device).encode_text(batch["tokens"])
-        mask = token_mask(batch["tokens"])
-        return model.losses(batch.keys, batch["image_embed"], batch["text_embed"], states, mask)
-
-    reader = partial(prior_reader, config)
-    return Job(model=model, objective=objective, build_reader=reader, export=export)
-
-
-def prior_reader(config: PriorRunConfig) -> Reader:
-    """Read embeddings and tokens."""
-    readers = [EmbedReader(one) for one in pin_snapshots(config.run, "embeds", config.embeds)]
-    return mixed(readers, config.data.weights)
 
 
 # -- decoder cascade -------------------------------------------------------------------------------

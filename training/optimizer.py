@@ -39,7 +39,7 @@ def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
 class Optimizer(torch.optim.Optimizer):
     """Groups with `muon` True take Muon's step, the others AdamW's; `lr` is each group's own."""
 
-    def __init__(self, groups: list[dict], *, beta2: float) -> None:
+    def __init__(self, groups: list[dict], *, beta2: float, eps: float = 1e-8) -> None:
         defaults = {
             "lr": 0.0,
             "peak_lr": 0.0,
@@ -48,7 +48,7 @@ class Optimizer(torch.optim.Optimizer):
             "beta1": 0.9,
             "beta2": beta2,
         }
-        super().__init__(groups, {**defaults, "momentum": 0.95, "eps": 1e-8})
+        super().__init__(groups, {**defaults, "momentum": 0.95, "eps": eps})
 
     def prepare(self) -> None:
         """Create the state of every parameter that has none."""
@@ -132,7 +132,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         {"params": hidden, "muon": muon, "peak_lr": peak, "weight_decay": config.weight_decay},
         {"params": others, "muon": False, "peak_lr": config.learning_rate},
     ]
-    return Optimizer([group for group in groups if group["params"]], beta2=config.beta2)
+    used = [group for group in groups if group["params"]]
+    return Optimizer(used, beta2=config.beta2, eps=config.adam_eps)
 
 
 def _is_hidden(name: str) -> bool:

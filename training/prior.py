@@ -13,7 +13,7 @@ def main(config: PriorRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
     from cluster.metrics import serve
     from training.data_sets import prepare_data
-    from training.jobs import build_prior, prior_model
+    from training.prior_job import build_prior, prior_model
     from training.sizing import dry_run
     from training.worker import launch
 

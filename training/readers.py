@@ -115,10 +115,15 @@ class CaptionReader:
 
 
 class EmbedReader:
-    """Reads `image_embed`, `text_embed` float16 [n, E] and `tokens` int32 [n, L], as stored."""
+    """Reads `image_embed`, `text_embed` float16 [n, E] and `tokens` int32 [n, L], as stored.
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    tokenize: captions -> int32 [n, T]; given, their tokens are read as `caption_tokens`.
+    """
+
+    def __init__(self, snapshot: Snapshot, tokenize: Callable | None = None) -> None:
         self.data_sets = (_sizes(snapshot),)
+        self._tokenize = tokenize
+        self._words = Cached(self._caption_tokens, limit_bytes=1 << 28)
         self._places = _Places(snapshot)
         self.open_shard = _Shards(EmbedShard, snapshot)
 
@@ -131,7 +136,15 @@ class EmbedReader:
             names = ("image_embed", "text_embed", "tokens")
             return {name: getattr(shard, name)[rows[mine]] for name in names}
 
-        return _gathered(shards, read_shard)
+        columns = _gathered(shards, read_shard)
+        if self._tokenize is not None:
+            columns["caption_tokens"] = self._words.read(index)
+        return columns
+
+    def _caption_tokens(self, index: int) -> np.ndarray:
+        assert self._tokenize is not None
+        shard, row = self._places.of(index)
+        return self._tokenize([self.open_shard(shard).captions[row]])[0]
 
 
 class JoinedReader:

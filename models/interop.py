@@ -1,0 +1,167 @@
+"""Priors to and from the folder layout of diffusers' `PriorTransformer`: Karlo's, Kandinsky 2.2's.
+
+    <folder>/config.json                              sizes, under diffusers' names
+    <folder>/diffusion_pytorch_model.safetensors      weights
+
+diffusers itself is not needed. Its prior differs from ours in options alone: no QK-norm, z_t as it
+is, as many sinusoids as channels. It has no learned null caption: pipelines guide away from CLIP's
+encoding of the empty one, which `null` gives.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from models.configs import DiffusionPriorConfig
+from models.diffusion_prior import NUM_EXTRA_TOKENS, DiffusionPrior
+from models.priors import PriorText
+from models.weights import save_weights
+
+CLASS_NAME = "PriorTransformer"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+HEAD_CHANNELS = "attention_head_dim"
+# what diffusers can vary and a prior of the paper's shape does not have
+REQUIRED = {
+    "added_emb_type": "prd",
+    "encoder_hid_proj_type": "linear",
+    "time_embed_act_fn": "silu",
+    "norm_in_type": None,
+    "embedding_proj_norm_type": None,
+    "additional_embeddings": NUM_EXTRA_TOKENS,
+}
+_NAMES = {
+    "position": "positional_embedding",
+    "query": "prd_embedding",
+    "time_in.0": "time_embedding.linear_1",
+    "time_in.2": "time_embedding.linear_2",
+    "x_in": "proj_in",
+    "text_embed_in": "embedding_proj",
+    "text_in.states": "encoder_hidden_states_proj",
+    "norm_out": "norm_out",
+    "out": "proj_to_clip_embeddings",
+}
+_BLOCK_NAMES = {
+    "norm_1": "norm1",
+    "attention.out": "attn1.to_out.0",
+    "norm_2": "norm3",
+    "mlp.0": "ff.net.0.proj",
+    "mlp.2": "ff.net.2",
+}
+_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+
+
+def prior_from_diffusers(folder: Path | str, null: PriorText | None = None) -> DiffusionPrior:
+    """Load a diffusion prior from diffusers' layout.
+
+    null: the empty caption, one row; None keeps an untrained null, which guidance must not use.
+    Raises ValueError for another class, shape of network or set of tensors.
+    """
+    folder = Path(folder)
+    told = _read_config(folder)
+    heads, head = told["num_attention_heads"], told[HEAD_CHANNELS]
+    sizes = DiffusionPriorConfig(
+        width=heads * head, depth=told["num_layers"], num_heads=heads,
+        dropout=told.get("dropout", 0.0), qk_norm=False, scale_text=False,
+        time_channels=heads * head,
+    )  # fmt: skip
+    dim = told["embedding_dim"]
+    prior = DiffusionPrior(
+        sizes, embed_dim=dim, text_width=dim, context_length=told["num_embeddings"]
+    )
+    found = load_file(str(folder / WEIGHTS_NAME))
+    state = prior.state_dict()
+    wanted = {name: found.pop(other) for name, other in _pairs(sizes.depth)}
+    for i in range(sizes.depth):
+        for kind in ("weight", "bias"):
+            parts = [found.pop(f"transformer_blocks.{i}.{part}.{kind}") for part in _QKV]
+            wanted[f"blocks.{i}.attention.qkv.{kind}"] = torch.cat(parts)
+    wanted["scale.mean"], wanted["scale.std"] = (found.pop(f"clip_{n}")[0] for n in ("mean", "std"))
+    wanted["scale.spectrum"] = torch.ones(dim)  # whitened
+    if found:
+        raise ValueError(f"{folder}: found tensors without a place: {', '.join(sorted(found))}")
+    prior.load_state_dict({**state, **wanted})
+    if null is not None:
+        _set_null(prior, null)
+    return prior.eval()
+
+
+def _read_config(folder: Path) -> dict:
+    try:
+        told = json.loads((folder / "config.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: found no configuration of {CLASS_NAME}: {error}") from None
+    if told.get("_class_name") != CLASS_NAME:
+        raise ValueError(
+            f"{folder}: found a {told.get('_class_name')}, expected a folder of {CLASS_NAME}"
+        )
+    for name, wanted in REQUIRED.items():
+        if told.get(name, wanted) != wanted:
+            raise ValueError(f"{folder}: {name}: found {told[name]!r}, expected {wanted!r}")
+    return told
+
+
+def _set_null(prior: DiffusionPrior, null: PriorText) -> None:
+    """Let a dropped caption be read as `null` is: its states, its z_t, its mask."""
+    with torch.no_grad():
+        prior.null_text.copy_(prior.text_in(null.text))
+        prior.null_text_embed.copy_(prior.text_embed_in(null.text_embed)[:, None])
+    prior.null_length.fill_(int(null.token_mask.sum()))
+
+
+def prior_to_diffusers(prior: DiffusionPrior, folder: Path | str) -> None:
+    """Write a diffusion prior in diffusers' layout; its null caption stays behind.
+
+    Raises ValueError for a prior that diffusers' class cannot be, naming the option.
+    """
+    sizes, folder = prior.config, Path(folder)
+    text_width = prior.text_in.states.in_features if prior.text_in.states is not None else 0
+    for name, found, wanted in (
+        ("qk_norm", sizes.qk_norm, False),
+        ("scale_text", sizes.scale_text, False),
+        ("time_channels", prior.time_in.sinusoids, sizes.width),
+        ("text_width", text_width, prior.embed_dim),
+        ("schedule", (sizes.schedule, sizes.zero_terminal), ("cosine", False)),
+    ):
+        if found != wanted:
+            raise ValueError(
+                f"{folder}: {name}: found {found!r}, expected {wanted!r}, which is all that "
+                f"{CLASS_NAME} can be"
+            )
+    state = prior.state_dict()
+    tensors = {other: state[name] for name, other in _pairs(sizes.depth)}
+    for i in range(sizes.depth):
+        for kind in ("weight", "bias"):
+            parts = state[f"blocks.{i}.attention.qkv.{kind}"].chunk(3)
+            names = [f"transformer_blocks.{i}.{part}.{kind}" for part in _QKV]
+            tensors.update(zip(names, parts, strict=True))
+    tensors["clip_mean"], tensors["clip_std"] = state["scale.mean"][None], state["scale.std"][None]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / WEIGHTS_NAME, tensors)
+    told = {
+        "_class_name": CLASS_NAME,
+        "num_attention_heads": sizes.num_heads,
+        HEAD_CHANNELS: sizes.width // sizes.num_heads,
+        "num_layers": sizes.depth,
+        "embedding_dim": prior.embed_dim,
+        "num_embeddings": prior.length - NUM_EXTRA_TOKENS,
+        "dropout": sizes.dropout,
+        **REQUIRED,
+    }
+    (folder / "config.json").write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+
+
+def _pairs(depth: int) -> list[tuple[str, str]]:
+    """Return our names of tensors that differ in name alone, with diffusers'."""
+    parameters = ("position", "query")
+    pairs = [(name, _NAMES[name]) for name in parameters]
+    layers = {name: other for name, other in _NAMES.items() if name not in parameters}
+    for i in range(depth):
+        for name, other in _BLOCK_NAMES.items():
+            layers[f"blocks.{i}.{name}"] = f"transformer_blocks.{i}.{other}"
+    return pairs + [
+        (f"{name}.{kind}", f"{other}.{kind}")
+        for name, other in layers.items()
+        for kind in ("weight", "bias")
+    ]

@@ -1,0 +1,126 @@
+"""What training/prior.py trains: one of three priors, its objective and data."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ingest.embed_statistics import EmbedStatistics
+from models.autoregressive_prior import AutoregressivePrior
+from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
+from models.diffusion_prior import DiffusionPrior
+from models.priors import PriorText
+from models.regression_prior import RegressionPrior
+from training.batches import Batch, Reader
+from training.config import PriorRunConfig
+from training.data_sets import (
+    clip_of,
+    encoder_of,
+    gathered,
+    mixed,
+    pin_snapshots,
+    pin_statistics,
+)
+from training.loop import Job
+from training.readers import EmbedReader
+from training.sizing import encoder_sizes
+
+PRIORS: dict[str, type[nn.Module]] = {
+    "diffusion": DiffusionPrior,
+    "autoregressive": AutoregressivePrior,
+    "regression": RegressionPrior,
+}
+
+
+def prior_model(config: PriorRunConfig, sizes: dict[str, int] | None = None) -> nn.Module:
+    """Build the prior for an encoder of these sizes; None for that of its embeddings."""
+    sizes = sizes or encoder_sizes(config.embeds)
+    kind: Any = PRIORS[config.prior]
+    return kind(_sizes_of(config, sizes["embed_dim"]), **sizes, vocab_size=VOCAB_SIZE)
+
+
+def _sizes_of(config: PriorRunConfig, embed_dim: int) -> Any:
+    """Return the configuration of the prior's own sizes.
+
+    Where only the data tell how many codes there are, all dimensions, as a dry run counts them.
+    """
+    found = getattr(config, config.prior)
+    if config.prior == "autoregressive" and not found.num_codes:
+        return dataclasses.replace(found, num_codes=embed_dim)
+    return found
+
+
+def build_prior(config: PriorRunConfig) -> Job:
+    """Describe the training of a prior; the frozen text tower stays outside the engine."""
+    encoder = encoder_of(config.embeds, config.clip)
+    sizes = encoder_sizes(config.embeds)
+    statistics = pin_statistics(config.run, config.embeds, config.data.weights)
+    config = with_codes(config, statistics)
+    model = prior_model(config, sizes)
+    set_statistics(model, statistics, whiten=config.whiten)
+    export = {
+        "kind": f"{config.prior}_prior",
+        "model": dataclasses.asdict(getattr(config, config.prior)),
+        "encoder_id": encoder.encoder_id,
+        "clip": clip_of(config.embeds, config.clip),
+        **sizes,
+    }
+    own_tokens = getattr(config, config.prior).text_tokens
+    return Job(
+        model=model,
+        objective=partial(prior_objective, encoder, bool(own_tokens)),
+        build_reader=partial(prior_reader, config),
+        export=export,
+    )
+
+
+def with_codes(config: PriorRunConfig, statistics: EmbedStatistics) -> PriorRunConfig:
+    """Return the configuration with as many codes as hold the wanted share of the variance."""
+    sizes = config.autoregressive
+    if config.prior != "autoregressive" or sizes.num_codes:
+        return config
+    sizes = dataclasses.replace(sizes, num_codes=statistics.num_components(sizes.energy))
+    return dataclasses.replace(config, autoregressive=sizes)
+
+
+def set_statistics(model: nn.Module, statistics: EmbedStatistics, *, whiten: bool) -> None:
+    """Tell a prior the moments of its embeddings."""
+    mean = torch.from_numpy(statistics.mean)
+    if isinstance(model, AutoregressivePrior):
+        basis, eigenvalues = statistics.basis, statistics.eigenvalues
+        model.codes.set(mean, torch.from_numpy(basis.copy()), torch.from_numpy(eigenvalues.copy()))
+    elif isinstance(model, (DiffusionPrior, RegressionPrior)):
+        if whiten:
+            model.scale.set(mean, torch.from_numpy(statistics.std))
+        model.scale.set_spectrum(torch.from_numpy(statistics.covariance))
+
+
+def prior_text(encoder: FrozenClip, batch: Batch, own_tokens: bool) -> PriorText:
+    """Return what a prior is told of a batch's captions."""
+    if own_tokens:
+        words = batch["caption_tokens"]
+        return PriorText(text_embed=batch["text_embed"], text=words, token_mask=token_mask(words))
+    _, states = encoder.to(batch.keys.device).encode_text(batch["tokens"])
+    mask = token_mask(batch["tokens"])
+    return PriorText(text_embed=batch["text_embed"], text=states, token_mask=mask)
+
+
+def prior_objective(
+    encoder: FrozenClip, own_tokens: bool, model: Any, batch: Batch
+) -> dict[str, Tensor]:
+    """Return the losses of a prior on a batch."""
+    text = prior_text(encoder, batch, own_tokens)
+    if isinstance(model, RegressionPrior):  # contrasts with every worker's captions
+        return model.losses(batch.keys, batch["image_embed"], text, gathered)
+    return model.losses(batch.keys, batch["image_embed"], text)
+
+
+def prior_reader(config: PriorRunConfig) -> Reader:
+    """Read embeddings and tokens."""
+    own_tokens = getattr(config, config.prior).text_tokens
+    tokenize: Callable | None = tokenizer(own_tokens) if own_tokens else None
+    snapshots = pin_snapshots(config.run, "embeds", config.embeds)
+    return mixed([EmbedReader(one, tokenize) for one in snapshots], config.data.weights)
