@@ -1,10 +1,10 @@
-# make setup | demo | test | lint | bench | soak: each sets up what it needs. ARGS="..." is handed on,
+# make setup | demo | test | lint | bench-setup | bench | soak: each sets up what it needs. ARGS="..." is handed on,
 # as in  make demo ARGS="--fresh"  or  make test ARGS="-k shards".
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := demo
-.PHONY: setup demo test lint bench soak
+.PHONY: setup demo test lint bench-setup bench soak
 
 # The first interpreter that pyproject.toml admits and that can make a virtual environment.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12; do \
@@ -49,8 +49,20 @@ lint: $(STAMP)
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports --no-logo
 
-bench: $(STAMP)
-	@shopt -s nullglob; scripts=(benchmarks/*.py); \
+# Peers whose pins clash with ours, over the packages of $(VENV), which their own hide.
+BENCH_STAMP := .venv-bench/.setup-$(shell cat benchmarks/requirements.txt | sha256sum | cut -c 1-16)
+
+bench-setup: $(BENCH_STAMP)
+
+$(BENCH_STAMP): | $(STAMP)
+	$(VENV)/bin/python -m venv .venv-bench
+	@$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	.venv-bench/bin/pip install --no-deps --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	@rm -f .venv-bench/.setup-* && touch $@
+
+bench: $(STAMP) $(BENCH_STAMP)
+	@shopt -s nullglob; scripts=(benchmarks/[!_]*.py); \
 	(( $${#scripts[@]} )) || { echo "error: benchmarks/ holds no script" >&2; exit 2; }; \
 	failed=0; for script in "$${scripts[@]}"; do echo "== $$script"; \
 	$(VENV)/bin/python "$$script" $(ARGS) || failed=1; done; exit $$failed

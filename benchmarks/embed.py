@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cpu_time import cpu_seconds_of, method
+from _cpu_time import cpu_seconds_of, method
 from download import _draw
 
 from cluster.cli import parse, run_script

@@ -6,7 +6,7 @@ All read the same shards of JPEGs from a warm page cache, in turn, each in one p
 thread (Ray Data: one worker). Raw: the bytes of image and caption. Decoded: the image as uint8 of
 64 px, short side resized and centre cropped; webdataset decodes by its own `decode("pil")`. Ours
 comes in a shuffled order, the others' in that of the tars. Batches of the prior hold two embeddings
-of 768 and 77 tokens a sample, as float32 tensors, in the plan's order.
+of 768 and 77 tokens a sample, as the tensors that go to the device, in the plan's order.
 """
 
 import io
@@ -196,7 +196,7 @@ def _ours_embeds(root: Path, config: Config) -> Iterator[int]:
     torch.set_num_threads(1)
     reader = EmbedReader(load_snapshot(root / "embeds"))
     plan = Plan(data_sets=reader.data_sets, global_batch_size=config.batch_size, seed=0)
-    feed = Feed(plan=plan, reader=reader)  # float32 tensors, as the prior's objective takes them
+    feed = Feed(plan=plan, reader=reader)  # as stored: the device widens them to float32
     for step in range(plan.steps_per_epoch):
         (batch,) = feed.step_batches(step)
         assert len(batch["image_embed"]) == len(batch["text_embed"]) == config.batch_size

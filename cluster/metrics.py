@@ -27,9 +27,12 @@ SHAPE_SETS = ("single", "seen", "held_out")
 SHAPE_SCORES = ("all", "attribute", "relation", "real")
 SCORES = (  # spelled as their paths in eval.json
     "clip.retrieval_at_1",
+    "prior.mse",
     "prior.cos",
+    "prior.cos_text",
     "prior.cos_shuffled",
     "prior.retrieval_at_1",
+    "prior.retrieval_at_5",
     "images.fd_clip",
     "images.fd_clip_real_halves",
     "images.clip_score",

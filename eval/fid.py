@@ -143,7 +143,7 @@ def _chain_scores(
     if not config.prior:
         return scores
     chain = load_chain("", config.prior, config.decoder, config.upsampler)
-    scores["prior"] = prior_scores(chain, captions, image, sampling_of(fake.settings))
+    scores["prior"] = prior_scores(chain, captions, image, text, sampling_of(fake.settings))
     if not config.decoder:
         return scores
     drawn = is_drawn(captions)

@@ -17,7 +17,7 @@ from eval.shapes import score, summarise
 from ingest.shapes import is_held_out, parse
 from ingest.shards import EmbedShard, load_snapshot
 from models.clip import FrozenClip
-from models.scores import mean_cosine, retrieval_at_1, shuffled_cosine
+from models.scores import mean_cosine, prior_scorecard, retrieval_at_k, shuffled_cosine
 from models.unclip import Sampling, UnClip
 
 BATCH_SIZE = 100  # captions at once
@@ -66,23 +66,17 @@ def shape_set(caption: str) -> str:
 def clip_scores(captions: list[str], image: Tensor, text: Tensor) -> dict[str, Any]:
     """Score an encoder by retrieval: the share of captions whose nearest image is theirs."""
     meanings = [meaning(caption) for caption in captions]
-    return {"retrieval_at_1": retrieval_at_1(text, image, meanings), "n": len(captions)}
+    return {"retrieval_at_1": retrieval_at_k(text, image, meanings), "n": len(captions)}
 
 
 def prior_scores(
-    chain: UnClip, captions: list[str], image: Tensor, sampling: Sampling
+    chain: UnClip, captions: list[str], image: Tensor, text: Tensor, sampling: Sampling
 ) -> dict[str, Any]:
-    """Compare the prior's draws with the true image embeddings [N, E] of `captions`."""
+    """Compare the prior's draws with the true image and text embeddings [N, E] of `captions`."""
     keys = caption_keys(captions, 0).split(BATCH_SIZE)
     parts = zip(keys, in_batches(captions, BATCH_SIZE), strict=True)
     drawn = torch.cat([chain.imagine(mine, part, sampling) for mine, part in parts])
-    meanings = [meaning(caption) for caption in captions]
-    return {
-        "cos": mean_cosine(drawn, image),
-        "cos_shuffled": shuffled_cosine(drawn, image),
-        "retrieval_at_1": retrieval_at_1(drawn, image, meanings),
-        "n": len(captions),
-    }
+    return prior_scorecard(drawn, image, text, [meaning(caption) for caption in captions])
 
 
 def image_scores(real: ImageSet, fake: ImageSet, extractor: Extractor) -> dict[str, Any]:

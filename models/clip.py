@@ -146,7 +146,9 @@ class FrozenClip(nn.Module):
         self.embed_dim = int(
             projection.shape[1] if isinstance(projection, Tensor) else projection.out_features
         )
-        weights = digest(dict(clip.state_dict()))[:16]
+        state = dict(clip.state_dict())
+        del state["logit_scale"]  # says nothing of what is encoded, and comes in two shapes
+        weights = digest(state)[:16]
         self.pixel_mean = tuple(getattr(self.clip.visual, "image_mean", None) or PIXEL_MEAN)
         self.pixel_std = tuple(getattr(self.clip.visual, "image_std", None) or PIXEL_STD)
         self.encoder_id = f"{name}@{weights}/bicubic-centre-{self.image_size}"

@@ -75,7 +75,7 @@ def test_the_prior_draws_in_batches(captions: list[str], monkeypatch: pytest.Mon
     chain: Any = Chain()
     for size in (COUNT, 3):
         monkeypatch.setattr(scorecard, "BATCH_SIZE", size)
-        assert prior_scores(chain, captions, image, default_sampling())["n"] == COUNT
+        assert prior_scores(chain, captions, image, image, default_sampling())["n"] == COUNT
     (keys, all_captions), *parts = seen
     assert [len(part) for _, part in parts] == [3, 3, 1]
     assert sum((k for k, _ in parts), []) == keys and all_captions == captions

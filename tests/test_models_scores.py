@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from models.scores import mean_cosine, retrieval_at_1, shuffled_cosine
+from models.scores import mean_cosine, prior_scorecard, retrieval_at_k, shuffled_cosine
 
 
 def random(count: int, width: int = 6, seed: int = 0) -> torch.Tensor:
@@ -29,9 +30,9 @@ def test_one_row_cannot_be_shuffled():
 
 def test_retrieval_counts_the_nearest_row_of_the_right_caption():
     gallery = torch.eye(3)
-    assert retrieval_at_1(gallery, gallery, ["a", "b", "c"]) == 1
-    assert retrieval_at_1(gallery.flip(0), gallery, ["a", "b", "c"]) == pytest.approx(1 / 3)
-    assert retrieval_at_1(gallery.flip(0), gallery, ["a", "b", "a"]) == 1  # either "a" will do
+    assert retrieval_at_k(gallery, gallery, ["a", "b", "c"]) == 1
+    assert retrieval_at_k(gallery.flip(0), gallery, ["a", "b", "c"]) == pytest.approx(1 / 3)
+    assert retrieval_at_k(gallery.flip(0), gallery, ["a", "b", "a"]) == 1  # either "a" will do
 
 
 def test_scale_does_not_matter():
@@ -40,4 +41,23 @@ def test_scale_does_not_matter():
     lengths = torch.rand(10, 1, generator=torch.Generator().manual_seed(2)) + 0.1
     for score in (mean_cosine, shuffled_cosine):
         assert score(a * lengths, b) == pytest.approx(score(a, b))
-    assert retrieval_at_1(a, b * lengths, names) == retrieval_at_1(a, b, names)
+    assert retrieval_at_k(a, b * lengths, names) == retrieval_at_k(a, b, names)
+
+
+def test_a_right_answer_among_the_nearest_k_counts():
+    gallery = torch.eye(4)
+    query = gallery + 0.9 * gallery.roll(1, 1)  # the right row first, then the next one
+    names = ["a", "b", "c", "d"]
+    assert retrieval_at_k(query.roll(-1, 0), gallery, names, 1) == 0
+    assert [retrieval_at_k(query.roll(1, 0), gallery, names, k) for k in (1, 2, 9)] == [0, 1, 1]
+
+
+def test_a_scorecard_of_perfect_draws():
+    z, z_t = (F.normalize(random(30, seed=seed), dim=1) for seed in range(2))
+    names = [str(i) for i in range(30)]
+    found = prior_scorecard(z, z, z_t, names)
+    assert found["mse"] == 0 and found["cos"] == pytest.approx(1)
+    assert found["retrieval_at_1"] == found["retrieval_at_5"] == 1 and found["n"] == 30
+    assert found["cos_text"] == pytest.approx(mean_cosine(z, z_t))
+    worse = prior_scorecard(z_t, z, z_t, names)
+    assert worse["mse"] == pytest.approx((2 - 2 * worse["cos"]) / 6)

@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ class Batch:
 
     keys: int64 [B], the samples' random keys; weight: float32 [B], 0 for padding; num_real:
     samples of weight 1 in the whole global batch; columns: name -> [B, ...] (image, image_embed,
-    text_embed, tokens).
+    text_embed, tokens) as stored, until `to` brings them to a device.
     """
 
     keys: Tensor
@@ -32,10 +32,19 @@ class Batch:
     def __getitem__(self, column: str) -> Tensor:
         return self.columns[column]
 
+    def first(self, count: int) -> "Batch":
+        """Return the first samples, `count` at most."""
+        columns = {name: value[:count] for name, value in self.columns.items()}
+        keys, weight = self.keys[:count], self.weight[:count]
+        return replace(self, keys=keys, weight=weight, columns=columns)
+
     def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device; what is stored in half precision is float32 there."""
         columns = {
             name: value.to(device, non_blocking=True) for name, value in self.columns.items()
         }
+        for name, value in columns.items():
+            columns[name] = value.float() if value.dtype == torch.float16 else value
         keys, weight = self.keys.to(device), self.weight.to(device)
         return Batch(keys=keys, weight=weight, num_real=self.num_real, columns=columns)
 
@@ -76,12 +85,9 @@ class Feed:
         part = self.plan.slice(step, self.rank, self.world_size)
         epoch, index = torch.from_numpy(part.epoch), torch.from_numpy(part.index)
         keys = sample_keys(self.plan.seed, epoch, index)
-        whole = Batch(
-            keys=keys,
-            weight=torch.from_numpy(part.weight),
-            num_real=part.num_real,
-            columns={name: _as_tensor(value) for name, value in columns.items()},
-        )
+        whole = as_batch(columns, keys)
+        weight = torch.from_numpy(part.weight)
+        whole = replace(whole, weight=weight, num_real=part.num_real)
         return _split(whole, self.grad_accum_steps)
 
     def iterate(self, start: int, stop: int) -> Iterator[list[Batch]]:
@@ -109,10 +115,14 @@ class Feed:
             stopped.set()
 
 
-def _as_tensor(value: np.ndarray) -> Tensor:
-    """Return an array as a tensor; what is stored in half precision becomes float32."""
-    tensor = torch.from_numpy(value)
-    return tensor.float() if tensor.dtype == torch.float16 else tensor
+def as_batch(columns: dict[str, np.ndarray], keys: Tensor) -> Batch:
+    """Return the columns of real samples, and their random keys, as a batch."""
+    return Batch(
+        keys=keys,
+        weight=torch.ones(len(keys)),
+        num_real=len(keys),
+        columns={name: torch.from_numpy(value) for name, value in columns.items()},
+    )
 
 
 def _put(target: queue.Queue, item: object, stopped: threading.Event) -> None:

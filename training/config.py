@@ -153,6 +153,10 @@ class ClipRunConfig(RunConfig):
     """folder of the run"""
     block_size: int = 1
     """neighbouring samples kept in one batch: the drawn set's hard negatives come in blocks of 4"""
+    sam_rho: float = 0.0
+    """radius of sharpness-aware minimisation, the paper's 0.1; 0 = off, and half the time a step"""
+    sam_batch_size: int = 64
+    """samples of each worker that perturb its weights"""
     part: str = "1/1"
     """train on the k-th of n equal parts of the shards, "k/n"; a judge takes the part that CLIP
     did not"""
@@ -172,6 +176,8 @@ class PriorRunConfig(RunConfig):
     """folder of the run"""
     prior: Literal["diffusion", "autoregressive", "regression"] = "diffusion"
     """kind of prior"""
+    validation: tuple[str, ...] = ()
+    """folders of held-out embeddings, of the same encoder: a scorecard at each checkpoint"""
     whiten: bool = True
     """standardise each dimension by the data instead of scaling all by 0.5375 sqrt(E)"""
     diffusion: Annotated[DiffusionPriorConfig, UNLISTED] = field(

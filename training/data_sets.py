@@ -12,6 +12,7 @@ from torch import Tensor
 from ingest.embed_statistics import NAME as STATISTICS
 from ingest.embed_statistics import EmbedStatistics
 from ingest.shards import Snapshot, load_snapshot, read_manifest
+from ingest.storage import absolute_root
 from models.clip import FrozenClip, load_clip
 from training.batches import Reader
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
@@ -31,6 +32,8 @@ def prepare_data(config: Config) -> Config:
         changes["embeds"] = tuple(ensure_embeds(root) for root in config.embeds)
         if Path(config.clip).is_dir() and config.clip:  # a worker has a folder of its own
             changes["clip"] = str(Path(config.clip).absolute())
+    if isinstance(config, PriorRunConfig):
+        changes["validation"] = tuple(absolute_root(root) for root in config.validation)
     if isinstance(config, DecoderRunConfig):
         for images in changes["images"]:
             require_size(images, config.image_size)
@@ -153,13 +156,18 @@ def pin_statistics(run: str, embeds: Sequence[str], weights: Sequence[float]) ->
     return EmbedStatistics.read(run)
 
 
+def mine_alone(mine: Tensor) -> tuple[Tensor, slice]:
+    """Return this rank's rows as all there are: `gathered` of a worker that trains alone."""
+    return mine, slice(len(mine))
+
+
 def gathered(mine: Tensor) -> tuple[Tensor, slice]:
     """Return every rank's rows, and which of them are this one's.
 
     Gradients flow back to the rank that owns them.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return mine, slice(len(mine))
+        return mine_alone(mine)
     from torch.distributed.nn.functional import all_gather
 
     rows = slice(rank() * len(mine), (rank() + 1) * len(mine))

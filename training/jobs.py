@@ -1,7 +1,10 @@
 """What each training script trains: model, objective and data, built anew in every worker."""
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from open_clip import CLIP
@@ -26,15 +29,18 @@ from training.data_sets import (
     clip_of,
     encoder_of,
     gathered,
+    mine_alone,
     mixed,
     part_of,
     pin_snapshots,
 )
-from training.loop import Job
+from training.loop import Job, as_it_is
 from training.readers import CaptionReader, ImageReader, JoinedReader
+from training.sam import perturbed
 from training.sizing import encoder_sizes
 
 MIN_CROP = 16
+Gathered = Callable[[Tensor], tuple[Tensor, slice]]
 
 # -- CLIP ------------------------------------------------------------------------------------------
 
@@ -59,7 +65,24 @@ def build_clip_job(config: ClipRunConfig) -> Job:
         build_reader=partial(clip_reader, config, *model_sizes(model)),
         export=export,
         block_size=config.block_size,
+        around=partial(_around_clip, config) if config.sam_rho else as_it_is,
     )
+
+
+def _around_clip(config: ClipRunConfig, model: Any, batches: list[Batch]) -> AbstractContextManager:
+    """Perturb this worker's weights by its first samples, contrasted among themselves."""
+    device = next(model.parameters()).device
+    part = batches[0].first(config.sam_batch_size).to(device)
+    precision = torch.autocast(
+        device.type, torch.bfloat16, enabled=config.train.precision == "bf16"
+    )
+
+    def loss() -> Tensor:
+        with precision:
+            losses = clip_objective(model, part, mine_alone)["loss"]
+        return (losses * part.weight).sum() / part.weight.sum().clamp(min=1)
+
+    return perturbed(model, loss, config.sam_rho)
 
 
 def clip_reader(config: ClipRunConfig, image_size: int, context_length: int) -> Reader:
@@ -73,8 +96,11 @@ def clip_reader(config: ClipRunConfig, image_size: int, context_length: int) -> 
     return mixed(readers, config.data.weights)
 
 
-def clip_objective(model, batch: Batch) -> dict[str, Tensor]:
-    """Contrast every image of the global batch with every other caption."""
+def clip_objective(model, batch: Batch, gathered: Gathered = gathered) -> dict[str, Tensor]:
+    """Contrast every image of the global batch with every other caption.
+
+    gathered: adds the other workers' rows, and says which are this one's.
+    """
     with attention_kernels(batch.keys):
         image, mine = gathered(model.encode_image(normalise_pixels(batch["image"]), normalize=True))
         text, _ = gathered(model.encode_text(batch["tokens"].long(), normalize=True))

@@ -4,6 +4,7 @@ who else does."""
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,19 @@ from training.zero import Engine
 MAX_NONFINITE_IN_A_ROW = 10
 
 
+def as_it_is(model: Any, batches: list[Batch]) -> AbstractContextManager:
+    """Leave the model alone while the gradient is taken."""
+    return nullcontext()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What is trained: made anew in every worker.
 
     objective(model, batch) -> {"loss": [B], other scores: [B]}; build_reader: makes its reader,
-    here or in a process of Ray's; export: what config.json tells of the model.
+    here or in a process of Ray's; export: what config.json tells of the model; validate: scores of
+    the averaged weights in a checkpoint's folder, None: there is nothing to validate on; around:
+    holds the model otherwise while the gradient is taken, see training/sam.py.
     """
 
     model: nn.Module
@@ -38,6 +46,8 @@ class Job:
     build_reader: Callable[[], Reader]
     export: dict
     block_size: int = 1
+    validate: Callable[[Path], dict[str, float]] | None = None
+    around: Callable[[Any, list[Batch]], AbstractContextManager] = as_it_is
 
 
 def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Reporter) -> Progress:
@@ -60,7 +70,8 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
 
         # Forward, Backward and step
         _seed_dropout(config.seed, step, engine.rank)
-        scores = _forward_backward(engine, micro_batches)
+        with job.around(engine.model, micro_batches):
+            scores = _forward_backward(engine, micro_batches)
         finite = _everywhere_finite(engine, scores)
         ratio = learning_rate_ratio(config, step)
         if finite:
@@ -86,7 +97,9 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         # Checkpoint
         if progress.step % config.checkpoint_every == 0 or progress.step == config.num_steps:
             with reporter.checkpointing():
-                _checkpoint(run, engine, ema, progress, job, config)
+                folder = _checkpoint(run, engine, ema, progress, job, config)
+            if job.validate is not None and engine.rank == 0:
+                reporter.validated(progress, job.validate(folder))
 
         # Stop?
         if in_a_row >= MAX_NONFINITE_IN_A_ROW:
@@ -141,10 +154,11 @@ def _everywhere_finite(engine: Engine, scores: dict[str, Tensor]) -> bool:
 
 def _checkpoint(
     run: Path, engine: Engine, ema: Ema, progress: Progress, job: Job, config: TrainConfig
-) -> None:
+) -> Path:
     done = progress.step == config.num_steps
     folder = checkpoint.save(run, engine, ema, replace(progress), job.export)
     if engine.rank == 0:
         checkpoint.prune(run, config.keep_checkpoints, folder)
         if done:
             checkpoint.finish(run, folder)
+    return folder

@@ -3,18 +3,24 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ingest.embed_statistics import EmbedStatistics
+from ingest.shards import load_snapshot
 from models.autoregressive_prior import AutoregressivePrior
 from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
 from models.diffusion_prior import DiffusionPrior
-from models.priors import PriorText
+from models.priors import PriorSampling, PriorText
 from models.regression_prior import RegressionPrior
-from training.batches import Batch, Reader
+from models.samplers import ddim
+from models.scores import prior_scorecard
+from models.weights import load_weights
+from training.batches import Batch, Reader, as_batch
 from training.config import PriorRunConfig
 from training.data_sets import (
     clip_of,
@@ -25,9 +31,12 @@ from training.data_sets import (
     pin_statistics,
 )
 from training.loop import Job
-from training.readers import EmbedReader
+from training.readers import EmbedReader, captions_of
 from training.sizing import encoder_sizes
 
+MAX_VALIDATED = 512  # held-out captions, the first ones: a scorecard takes seconds
+VALIDATED_AT_ONCE = 128
+VALIDATION_SAMPLING = PriorSampling(sampler=ddim(eta=1.0))
 PRIORS: dict[str, type[nn.Module]] = {
     "diffusion": DiffusionPrior,
     "autoregressive": AutoregressivePrior,
@@ -74,6 +83,7 @@ def build_prior(config: PriorRunConfig) -> Job:
         objective=partial(prior_objective, encoder, bool(own_tokens)),
         build_reader=partial(prior_reader, config),
         export=export,
+        validate=partial(validate_prior, config, encoder, sizes) if config.validation else None,
     )
 
 
@@ -118,9 +128,35 @@ def prior_objective(
     return model.losses(batch.keys, batch["image_embed"], text)
 
 
+def validate_prior(
+    config: PriorRunConfig, encoder: FrozenClip, sizes: dict[str, int], folder: Path
+) -> dict[str, float]:
+    """Return the scorecard of a checkpoint's averaged weights on held-out captions."""
+    encoder_of(config.validation, config.clip)
+    model: Any = load_weights(prior_model(config, sizes), folder / "ema.safetensors")
+    model.to(next(encoder.parameters()).device)
+    tokens = getattr(config, config.prior).text_tokens
+    snapshots = [load_snapshot(root) for root in config.validation]
+    reader = mixed([EmbedReader(one, _tokenize(tokens)) for one in snapshots], ())
+    count = min(MAX_VALIDATED, sum(one.num_samples for one in snapshots))
+    drawn, image, text, captions = [], [], [], captions_of(snapshots, count)
+    for start in range(0, count, VALIDATED_AT_ONCE):
+        index = np.arange(start, min(start + VALIDATED_AT_ONCE, count))
+        batch = as_batch(reader.read(index), torch.from_numpy(index))
+        batch = batch.to(next(encoder.parameters()).device)
+        told = prior_text(encoder, batch, bool(tokens))
+        drawn.append(model.sample(batch.keys, told, VALIDATION_SAMPLING).cpu())
+        image.append(batch["image_embed"].cpu())
+        text.append(batch["text_embed"].cpu())
+    return prior_scorecard(torch.cat(drawn), torch.cat(image), torch.cat(text), captions)
+
+
+def _tokenize(own_tokens: int) -> Callable | None:
+    return tokenizer(own_tokens) if own_tokens else None
+
+
 def prior_reader(config: PriorRunConfig) -> Reader:
     """Read embeddings and tokens."""
-    own_tokens = getattr(config, config.prior).text_tokens
-    tokenize: Callable | None = tokenizer(own_tokens) if own_tokens else None
+    tokenize = _tokenize(getattr(config, config.prior).text_tokens)
     snapshots = pin_snapshots(config.run, "embeds", config.embeds)
     return mixed([EmbedReader(one, tokenize) for one in snapshots], config.data.weights)

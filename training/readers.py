@@ -147,6 +147,18 @@ class EmbedReader:
         return self._tokenize([self.open_shard(shard).captions[row]])[0]
 
 
+def captions_of(snapshots: Sequence[Snapshot], count: int) -> list[str]:
+    """Return the captions of the first `count` samples that readers read of the embeddings."""
+    captions: list[str] = []
+    for snapshot in snapshots:
+        for entry in snapshot.shards:
+            if len(captions) >= count:
+                break
+            found = EmbedShard(snapshot.root, entry.name, digest=entry.digest).captions
+            captions += [found[row] for row in entry.rows(np.arange(entry.num_kept))]
+    return captions[:count]
+
+
 class JoinedReader:
     """Reads an image and its embeddings: row i of an embedding shard belongs to row i of the
     image shard."""

@@ -8,8 +8,9 @@ its Prometheus metrics: one source, which survives the worker.
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from training.checkpoint import Progress
 from training.config import TrainConfig
 
 METRICS_NAME = "metrics.jsonl"
+VALIDATION_NAME = "validation.jsonl"  # {"step", scores}: one line a validation
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -27,6 +29,7 @@ class Reporter:
 
     def __init__(self, run: Path, config: TrainConfig, rank: int) -> None:
         self._path = run / METRICS_NAME if rank == 0 else None
+        self._validation = run / VALIDATION_NAME
         self._config = config
         self._started = self._reported = time.perf_counter()
         self._reported_samples = 0
@@ -39,8 +42,17 @@ class Reporter:
         self._reported = time.perf_counter()
         self._reported_samples = progress.samples_seen
         if self._path is not None:
-            lines = [line for line in read_lines(self._path) if line["step"] <= progress.step]
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            for path in (self._path, self._validation):
+                lines = [line for line in read_lines(path) if line["step"] <= progress.step]
+                if path.is_file():
+                    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def validated(self, progress: Progress, scores: dict[str, float]) -> None:
+        """Write the scores of a checkpoint, once however often it is validated."""
+        if any(line["step"] == progress.step for line in read_lines(self._validation)):
+            return
+        with self._validation.open("a") as file:
+            file.write(json.dumps({"step": progress.step, **scores}) + "\n")
 
     def waited(self, seconds: float) -> None:
         self._waited += seconds
@@ -98,10 +110,10 @@ class Follower:
     Prometheus always."""
 
     def __init__(self, run: Path, model: str) -> None:
-        self._path = run / METRICS_NAME
+        self._path, self._validation = run / METRICS_NAME, run / VALIDATION_NAME
         self._model = model
         before = read_lines(self._path)
-        self._seen = len(before)
+        self._seen, self._validated = len(before), len(read_lines(self._validation))
         self._nonfinite = before[-1]["nonfinite_steps"] if before else 0
         self._said = 0.0
         self._stop = threading.Event()
@@ -128,6 +140,7 @@ class Follower:
             while not stopped:
                 stopped = self._stop.wait(1.0)
                 line = self._catch_up()
+                self._tell_validations(partial(console.print, soft_wrap=True, markup=False))
                 if line is not None:
                     done, total = line["step"], line["num_steps"]
                     bar.update(task, total=total, completed=done, note=describe(line))
@@ -142,6 +155,20 @@ class Follower:
         for line in new:
             self._publish(line)
         return new[-1] if new else None
+
+    def _tell_validations(self, tell: Callable[[str], None]) -> None:
+        """Print and publish the validations that are new."""
+        from cluster.metrics import SCORES, gauge
+
+        lines = read_lines(self._validation)
+        new, self._validated = lines[self._validated :], len(lines)
+        for line in new:
+            scores = {name: value for name, value in line.items() if name != "step"}
+            told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            tell(f"{self._model}: validation at step {line['step']}: {told}")
+            for name, value in scores.items():
+                if f"{self._model}.{name}" in SCORES:
+                    gauge("minidalle2_eval_score").set(value, metric=f"{self._model}.{name}")
 
     def _say(self, line: dict, *, at_once: bool, silent: bool) -> None:
         if silent or not (at_once or time.monotonic() - self._said > SECONDS_BETWEEN_LINES):

@@ -7,6 +7,7 @@ are counted, and `method` says so: then nothing else may run.
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,11 +17,11 @@ SETTLE_SECONDS = 2  # daemons end a moment after the command that started them
 
 def cpu_seconds_of(command: list[str], timeout: float = 1200) -> float:
     """Run a command to its end; return the CPU-seconds it took. RuntimeError if it fails."""
-    group = _new_group()
+    group = new_group()
     before = _seconds(group)
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: _join(group),
+        preexec_fn=joining(group),
     )  # fmt: skip
     try:
         _, told = process.communicate(timeout=timeout)
@@ -29,17 +30,18 @@ def cpu_seconds_of(command: list[str], timeout: float = 1200) -> float:
         time.sleep(SETTLE_SECONDS)
         return _seconds(group) - before
     finally:
-        _remove(group)
+        remove_group(group)
 
 
 def method() -> str:
     """Say what is counted."""
-    group = _new_group()
-    _remove(group)
+    group = new_group()
+    remove_group(group)
     return "machine" if group is None else "control group"
 
 
-def _new_group() -> Path | None:
+def new_group() -> Path | None:
+    """Make a control group; None where this user may not."""
     for root in (CONTROL_GROUPS / "cpuacct", CONTROL_GROUPS):  # version 1, version 2
         group = root / f"minidalle2-{os.getpid()}"
         if not (root / "cgroup.procs").exists():
@@ -52,12 +54,18 @@ def _new_group() -> Path | None:
     return None
 
 
-def _join(group: Path | None) -> None:
-    if group is not None:
-        (group / "cgroup.procs").write_text(str(os.getpid()))
+def joining(group: Path | None) -> Callable[[], None]:
+    """Return what a process does to be counted in the group, with all that it will start."""
+
+    def join() -> None:
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    return join
 
 
-def _remove(group: Path | None) -> None:
+def remove_group(group: Path | None) -> None:
+    """Remove a group that is empty."""
     if group is not None:
         with suppress(OSError):  # something still runs: the next count begins where this one is
             group.rmdir()

@@ -1,0 +1,136 @@
+"""The three priors on held-out captions, beside the caption's embedding in their place.
+
+    python benchmarks/priors.py        # some twenty minutes on two cores
+
+For the drawn set, and for Fluent emoji where ../shared/data holds them: a CLIP is trained on the
+training pairs, then each prior on its embeddings, for the same steps and batch. Scores are on
+captions whose combination of things, or whose emoji, was never seen: the mean cosine of the draw to
+the true image embedding, that to other captions' images, and how often the draw finds its own image
+first. `z_t` is the caption's embedding taken for the image's.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _pairs import EMOJI, write_sets
+
+from cluster.cli import parse, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("diffusion", "autoregressive", "regression")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of the comparison."""
+
+    num_train: int = 4500
+    """training pairs, about"""
+    num_test: int = 600
+    """held-out pairs, about"""
+    num_steps: int = 500
+    """steps of each prior"""
+    clip_steps: int = 600
+    """steps of the CLIP"""
+    sets: tuple[str, ...] = ("shapes", "emoji")
+    """data sets"""
+    num_threads: int = 2
+    """threads on the CPU"""
+
+
+def main(config: Config) -> int:
+    """Print a table, and one JSON object as the last line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    figures: dict[str, Any] = {}
+    names = ("cos", "cos_shuffled", "retrieval_at_1", "train_seconds", "ms_a_draw", "n")
+    table = Table("set", "prior", *names)
+    for name in config.sets:
+        source = EMOJI if name == "emoji" else None
+        if source is not None and not source.exists():
+            print(f"{name}: left out: {source} is not there")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            figures[name] = _compare(Path(folder), source, config)
+        for prior, scores in figures[name].items():
+            shown = [f"{scores[key]:.3f}" if key in scores else "" for key in names]
+            table.add_row(name, prior, *shown)
+    Console(width=120).print(table)
+    worst = min(
+        scores[prior]["cos"] / scores["z_t"]["cos"]
+        for scores in figures.values()
+        for prior in KINDS
+    )
+    print(json.dumps({"ratio": worst, **figures}))
+    return 0
+
+
+def _compare(root: Path, source: Path | None, config: Config) -> dict[str, dict[str, float]]:
+    from eval.scorecard import meaning, read_embeds
+    from models.scores import prior_scorecard
+    from training.demo_data import embed_here
+
+    write_sets(root, source, config.num_train, config.num_test)
+    drawn = source is None
+    _train("clip", root, config, "--images", str(root / "train"), "--run", str(root / "clip"),
+           "--train.num-steps", str(config.clip_steps), "--block-size", "4" if drawn else "1",
+           )  # fmt: skip
+    for part in ("train", "test"):
+        embed_here(str(root / part), root / f"{part}_embeds", str(root / "clip"))
+    captions, image, text = read_embeds(str(root / "test_embeds"))
+    meanings = [meaning(caption) for caption in captions]
+    figures: dict[str, dict[str, float]] = {"z_t": prior_scorecard(text, image, text, meanings)}
+    for kind in KINDS:
+        started = time.perf_counter()
+        _train("prior", root, config, "--prior", kind, "--embeds", str(root / "train_embeds"),
+               "--run", str(root / kind), "--train.num-steps", str(config.num_steps),
+               )  # fmt: skip
+        seconds = time.perf_counter() - started
+        draws, milliseconds = _draws(root, kind, captions)
+        figures[kind] = {
+            **prior_scorecard(draws, image, text, meanings),
+            "train_seconds": seconds,
+            "ms_a_draw": milliseconds,
+        }
+    return figures
+
+
+def _train(what: str, root: Path, config: Config, *arguments: str) -> None:
+    script = str(ROOT / "training" / f"{what}.py")
+    threads = ("--train.num-workers", "0", "--train.num-threads", str(config.num_threads))
+    command = [sys.executable, script, "--preset", "demo", *threads, *arguments]
+    subprocess.run(command, check=True, timeout=3600, stdout=subprocess.DEVNULL)
+
+
+def _draws(root: Path, kind: str, captions: list[str]) -> tuple[Any, float]:
+    """Return a draw for each caption, [N, E], and the milliseconds of one, in batches of 100."""
+    import torch
+
+    from eval.generate import caption_keys, default_sampling
+    from models.clip import load_clip
+    from models.unclip import UnClip
+
+    chain = UnClip.load(load_clip(str(root / "clip")), str(root / kind))
+    sampling = default_sampling()
+    sampling = dataclasses.replace(sampling, precision="fp32")
+    keys = caption_keys(captions, 0)
+    chain.imagine(keys[:100], captions[:100], sampling)
+    started = time.perf_counter()
+    parts = [
+        chain.imagine(keys[start : start + 100], captions[start : start + 100], sampling)
+        for start in range(0, len(captions), 100)
+    ]
+    seconds = time.perf_counter() - started
+    return torch.cat(parts), 1000 * seconds / len(captions)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(Config)))

@@ -1,0 +1,116 @@
+"""Sharpness-aware minimisation is its formula, and leaves no trace."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models.configs import ClipConfig
+from training import jobs
+from training.config import ClipRunConfig, TrainConfig
+from training.sam import perturbed
+from training.worker import launch
+
+
+def bowl() -> nn.Linear:
+    """A layer whose loss below has the known gradient A w."""
+    layer = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -2.0, 0.5]]))
+    return layer
+
+
+CURVATURE = torch.tensor([2.0, 0.5, 4.0])
+
+
+def loss_of(layer: nn.Linear) -> torch.Tensor:
+    return (CURVATURE * layer.weight.square()).sum() / 2
+
+
+def test_the_gradient_is_taken_at_the_perturbed_weights_and_they_come_back():
+    layer, rho = bowl(), 0.3
+    w = layer.weight.detach().clone()
+    gradient = CURVATURE * w
+    expected = CURVATURE * (w + rho * gradient / gradient.norm())
+    with perturbed(layer, lambda: loss_of(layer), rho):
+        assert (layer.weight - w).norm().item() == pytest.approx(rho, rel=1e-5)
+        loss_of(layer).backward()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, expected)
+    assert torch.equal(layer.weight, w)
+
+
+def test_weights_come_back_from_an_error_too():
+    layer = bowl()
+    w = layer.weight.detach().clone()
+    with pytest.raises(KeyError), perturbed(layer, lambda: loss_of(layer), 0.3):
+        raise KeyError
+    assert torch.equal(layer.weight, w)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 0.0])
+def test_no_gradient_perturbs_nothing(bad: float):
+    layer = bowl()
+    w = layer.weight.detach().clone()
+    with perturbed(layer, lambda: bad * loss_of(layer), 0.3):
+        assert torch.equal(layer.weight, w)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=20)
+
+
+def run_of(data: Path, run: Path, rho: float) -> ClipRunConfig:
+    model = ClipConfig(embed_dim=16, vision_width=32, vision_depth=1, text_width=32, text_depth=1,
+                       patch_size=16, vocab_size=512)  # fmt: skip
+    train = TrainConfig(
+        num_steps=4, global_batch_size=16, num_workers=0, num_threads=1, precision="fp32",
+        checkpoint_every=2,
+    )  # fmt: skip
+    images = (str(data / "images"),)
+    return ClipRunConfig(
+        images=images, run=str(run), model=model, train=train, sam_rho=rho, sam_batch_size=8
+    )
+
+
+def test_a_clip_is_perturbed_by_its_first_samples_contrasted_among_themselves(
+    data: Path, tmp_path: Path
+):
+    config = run_of(data, tmp_path, 0.1)
+    job = jobs.build_clip_job(config)
+    from training.feeds import make_feed
+
+    (batch,) = next(iter(make_feed(job, config, 0, 1).iterate(0, 1)))
+    part = batch.first(8)
+    loss = jobs.clip_objective(job.model, part)["loss"].mean()
+    named = dict(job.model.named_parameters())
+    gradients = torch.autograd.grad(loss, list(named.values()))
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    before = {name: p.detach().clone() for name, p in named.items()}
+    with job.around(job.model, [batch]):
+        for (name, p), g in zip(named.items(), gradients, strict=True):
+            torch.testing.assert_close(p, before[name] + 0.1 * g / norm, atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(p, before[name]) for name, p in named.items())
+
+
+def test_a_run_with_it_differs_repeats_itself_and_resumes(data: Path, tmp_path: Path):
+    def trained(name: str, rho: float, steps: int = 4) -> bytes:
+        config = run_of(data, tmp_path / name, rho)
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, decay="constant", warmup=0.0)
+        )
+        assert launch(config, config.run, jobs.build_clip_job, "clip") == 0
+        return (tmp_path / name / f"step_{steps:08d}" / "model.safetensors").read_bytes()
+
+    plain, sharp = trained("plain", 0.0), trained("sharp", 0.1)
+    assert plain != sharp and trained("again", 0.1) == sharp
+    for path in (tmp_path / "sharp" / "final.json",):
+        path.unlink()
+    import shutil
+
+    shutil.rmtree(tmp_path / "sharp" / "step_00000004")
+    assert trained("sharp", 0.1) == sharp
