@@ -2,7 +2,7 @@
 
     python benchmarks/embed.py        # some eight minutes on two cores
 
-Both read the same shards at the same batch size, one thread, both towers, random weights. Each is
+Both read the same shards at the same batch size and threads, both towers, random weights. Each is
 run over few and over many shards: the difference is the work, the rest is the start-up, which is
 reported apart. Ours is the whole command with its private Ray.
 
@@ -46,6 +46,8 @@ class Config:
     """samples a shard"""
     batch_size: int = 128
     """samples a forward pass"""
+    num_threads: int = 2
+    """threads of either's encoder"""
     repeats: int = 2
     """runs of each, alternating"""
     bare: str = ""
@@ -176,7 +178,8 @@ def _resume(folder: Path, config: Config, figures: dict[str, Any]) -> dict[str, 
 def _our_command(images: Path, out: Path, config: Config) -> list[str]:
     return [
         sys.executable, str(ROOT / "ingest" / "embed.py"), "--images", str(images),
-        "--clip", f"{config.clip}:random", "--out", str(out), "--num-threads", "1",
+        "--clip", f"{config.clip}:random", "--out", str(out), "--num-threads",
+        str(config.num_threads),
         "--batch-size", str(config.batch_size),
     ]  # fmt: skip
 
@@ -184,7 +187,7 @@ def _our_command(images: Path, out: Path, config: Config) -> list[str]:
 def _bare_command(images: Path, config: Config) -> list[str]:
     return [
         sys.executable, __file__, "--bare", str(images), "--clip", config.clip,
-        "--batch-size", str(config.batch_size),
+        "--batch-size", str(config.batch_size), "--num-threads", str(config.num_threads),
     ]  # fmt: skip
 
 
@@ -195,7 +198,7 @@ def _bare_loop(config: Config) -> int:
     import webdataset
     from PIL import Image
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.num_threads)
     found_model: Any = open_clip.create_model_and_transforms(config.clip)
     model, _, transform = found_model
     tokenize = open_clip.get_tokenizer(config.clip)
