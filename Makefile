@@ -56,7 +56,7 @@ bench-setup: $(BENCH_STAMP)
 
 $(BENCH_STAMP): | $(STAMP)
 	$(VENV)/bin/python -m venv .venv-bench
-	@$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	@$(VENV)/bin/python -c 'import os, sysconfig; print(sysconfig.get_path("purelib"), os.getcwd(), sep="\n")' \
 		> "$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
 	.venv-bench/bin/pip install --no-deps --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	@rm -f .venv-bench/.setup-* && touch $@
