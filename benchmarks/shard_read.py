@@ -152,14 +152,20 @@ def _measure(root: Path, config: Config) -> dict[str, list[float]]:
     for repeat in range(config.repeats + 1):  # the first pass warms caches, pools and imports
         for name, read in readers.items():
             rows = config.embeds_per_shard if "prior" in name else config.samples_per_shard
-            total, passes, started = config.num_shards * rows, 0, time.perf_counter()
-            while time.perf_counter() - started < LEAST_SECONDS:
-                count, passes = sum(read()), passes + 1
-                if count != total:
-                    raise RuntimeError(f"{name}: read {count} of {total} samples")
+            rate = _rate(name, read, config.num_shards * rows)
             if repeat:
-                rates[name].append(passes * total / (time.perf_counter() - started))
+                rates[name].append(rate)
     return rates
+
+
+def _rate(name: str, read: Callable[[], Iterable[Any]], total: int) -> float:
+    """Return samples/s of as many passes of a reader over `total` samples as take long enough."""
+    passes, started = 0, time.perf_counter()
+    while time.perf_counter() - started < LEAST_SECONDS:
+        count, passes = sum(read()), passes + 1
+        if count != total:
+            raise RuntimeError(f"{name}: read {count} of {total} samples")
+    return passes * total / (time.perf_counter() - started)
 
 
 # Each reader yields numbers of samples whose bytes, or pixels, it has had in hand.

@@ -83,7 +83,8 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        h, mask = self.tokens(tokens) + self.position, causal_mask(tokens.shape[1], token_mask)
+        length = tokens.shape[1]
+        h, mask = self.tokens(tokens) + self.position[:, :length], causal_mask(length, token_mask)
         for block in self.blocks:
             h = block(h, mask)
         return self.norm(h)

@@ -179,10 +179,15 @@ class FrozenClip(nn.Module):
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Encode int [B, L] to text_embed float32 [B, E], unit norm, and text_states float32 [B,
-        L, W]."""
+        L, W].
+
+        L may be less than the context, as long as every caption's end is there: it is causal.
+        """
         clip, tokens = self.clip, tokens.long()
-        x = clip.token_embedding(tokens) + clip.positional_embedding
-        states = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask))
+        length = tokens.shape[1]
+        x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
+        mask = None if clip.attn_mask is None else clip.attn_mask[:length, :length]
+        states = clip.ln_final(clip.transformer(x, attn_mask=mask))
         pooled = text_global_pool(
             states, tokens, clip.text_pool_type, eos_token_id=clip.text_eos_id
         )

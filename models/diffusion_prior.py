@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from models import keyed_random
 from models.configs import DiffusionPriorConfig
 from models.losses import draw_timesteps, timestep_weight
-from models.priors import EmbedScale, PriorSampling, PriorText, TextInput
+from models.priors import TRIM_MULTIPLE, EmbedScale, PriorSampling, PriorText, TextInput
 from models.samplers import analytic_ddpm, gaussian_posterior_variance, guided
 from models.schedule import NoiseSchedule
 from models.transformer import Block, TimestepMLP, causal_mask
@@ -50,7 +50,8 @@ class DiffusionPrior(nn.Module):
         self.time_in = TimestepMLP(config.time_channels or min(width, 256), width)
         self.x_in = nn.Linear(embed_dim, width)
         self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.null_text = nn.Parameter(torch.randn(1, num_words, width) * 0.02)
+        num_nulls = min(TRIM_MULTIPLE, num_words)  # as few as captions are trimmed to
+        self.null_text = nn.Parameter(torch.randn(1, num_nulls, width) * 0.02)
         self.null_text_embed = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.position = nn.Parameter(torch.randn(1, self.length, width) * 0.02)
         self.blocks = nn.ModuleList(
@@ -66,7 +67,7 @@ class DiffusionPrior(nn.Module):
         self.out = nn.Linear(width, embed_dim)
         self.scale = EmbedScale(embed_dim)
         # tokens of the null caption that are read: all of a learned one
-        self.register_buffer("null_length", torch.tensor([num_words]))
+        self.register_buffer("null_length", torch.tensor([num_nulls]))
 
     def forward(self, x_t: Tensor, t: Tensor, text: PriorText, drop: Tensor) -> Tensor:
         """Predict the un-noised, scaled z_i, shaped as `x_t`.
@@ -77,17 +78,19 @@ class DiffusionPrior(nn.Module):
         gone = drop[:, None, None]
         z_t = self.scale(text.text_embed) if self.config.scale_text else text.text_embed
         words = self.text_in(text.text)  # [B, L, width]
-        words = torch.where(gone, self.null_text.to(words.dtype), words)
+        spare = words.shape[1] - self.null_text.shape[1]
+        null = F.pad(self.null_text, (0, 0, 0, spare)).to(words.dtype)
+        words = torch.where(gone, null, words)
         z_t = torch.where(gone, self.null_text_embed, self.text_embed_in(z_t)[:, None])
         parts = [z_t, self.time_in(t)[:, None], self.x_in(x_t)[:, None]]
         parts.append(self.query.expand(len(x_t), -1, -1))
-        h = torch.cat([words, *(part.to(words.dtype) for part in parts)], dim=1) + self.position
+        h = torch.cat([words, *(part.to(words.dtype) for part in parts)], dim=1)
+        ends = self.position[:, : words.shape[1]], self.position[:, -NUM_EXTRA_TOKENS:]
+        h = h + torch.cat(ends, dim=1)
 
-        null = torch.arange(words.shape[1], device=drop.device) < self.null_length
-        keep = F.pad(
-            torch.where(drop[:, None], null, text.token_mask), (0, NUM_EXTRA_TOKENS), value=True
-        )
-        mask = causal_mask(self.length, keep)
+        read = torch.arange(words.shape[1], device=drop.device) < self.null_length
+        keep = torch.where(drop[:, None], read, text.token_mask)
+        mask = causal_mask(h.shape[1], F.pad(keep, (0, NUM_EXTRA_TOKENS), value=True))
         for i, block in enumerate(self.blocks):  # of the last one only the query is read
             last = 1 if i == len(self.blocks) - 1 else 0
             if self.config.checkpointing and self.training:

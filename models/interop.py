@@ -104,10 +104,13 @@ def _read_config(folder: Path) -> dict:
 
 def _set_null(prior: DiffusionPrior, null: PriorText) -> None:
     """Let a dropped caption be read as `null` is: its states, its z_t, its mask."""
+    count, room = int(null.token_mask.sum()), prior.null_text.shape[1]
+    if count > room:
+        raise ValueError(f"null: found a caption of {count} tokens, expected at most {room}")
     with torch.no_grad():
-        prior.null_text.copy_(prior.text_in(null.text))
+        prior.null_text[:, :count].copy_(prior.text_in(null.text[:, :count]))
         prior.null_text_embed.copy_(prior.text_embed_in(null.text_embed)[:, None])
-    prior.null_length.fill_(int(null.token_mask.sum()))
+    prior.null_length.fill_(count)
 
 
 def prior_to_diffusers(prior: DiffusionPrior, folder: Path | str) -> None:

@@ -64,7 +64,9 @@ class RegressionPrior(nn.Module):
         words = self.text_in(text.text)  # [B, L, width]
         z_t = self.text_embed_in(self.scale(text.text_embed))[:, None]
         query = self.query.expand(len(z_t), -1, -1)
-        h = torch.cat([words, z_t.to(words.dtype), query.to(words.dtype)], dim=1) + self.position
+        h = torch.cat([words, z_t.to(words.dtype), query.to(words.dtype)], dim=1)
+        ends = self.position[:, : words.shape[1]], self.position[:, -2:]
+        h = h + torch.cat(ends, dim=1)
         mask = F.pad(text.token_mask, (0, 2), value=True)[:, None, None, :].expand(
             -1, -1, h.shape[1], -1
         )

@@ -154,9 +154,9 @@ class UnClip:
         _, embed, states, mask = self.describe(captions)
         own = self.prior.config.text_tokens
         if not own:
-            return PriorText(text_embed=embed, text=states, token_mask=mask)
+            return PriorText(text_embed=embed, text=states, token_mask=mask).trimmed()
         words = torch.from_numpy(tokenizer(own)(captions))
-        return PriorText(text_embed=embed, text=words, token_mask=token_mask(words))
+        return PriorText(text_embed=embed, text=words, token_mask=token_mask(words)).trimmed()
 
     def render(
         self, keys: Tensor, captions: list[str], image_embed: Tensor, sampling: Sampling

@@ -83,6 +83,38 @@ def test_padding_is_not_read_and_words_are(kind: str):
     assert ((prior.losses(keys, images(), text)["loss"] - before).abs() > 1e-6).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("own_tokens", [False, True])
+def test_leaving_out_what_only_pads_changes_nothing(kind: str, own_tokens: bool):
+    count, words = 6, 30
+    told = captions(count).text_embed
+    mask = torch.arange(words) < torch.tensor([1, 3, 5, 9, 11, 12])[:, None]
+    torch.manual_seed(1)
+    text = torch.randint(1, 50, (count, words)) if own_tokens else torch.randn(count, words, TEXT)
+    whole = PriorText(text_embed=told, text=text, token_mask=mask)
+    torch.manual_seed(0)
+    sizes = {**SIZES, "context_length": words}
+    changes: dict[str, Any] = {"width": 32, "depth": 2, "num_heads": 2}
+    changes |= {"text_tokens": words} if own_tokens else {}
+    if kind == "diffusion":
+        changes |= {"text_drop": 0.5}
+        prior: Any = DiffusionPrior(DiffusionPriorConfig(**changes), **sizes)
+    elif kind == "autoregressive":
+        changes |= {"num_prefix": 4, "num_codes": CODES, "codebook_size": BUCKETS}
+        prior = AutoregressivePrior(AutoregressivePriorConfig(**changes), **sizes)
+    else:
+        prior = RegressionPrior(RegressionPriorConfig(**changes), **sizes)
+    prior.eval()
+    assert whole.trimmed().text.shape[1] == 16
+    for part in (whole, whole.trimmed()):
+        loss = prior.losses(torch.arange(count), images(count), part)["loss"]
+        drawn = prior.sample(torch.arange(count), part, HOW)
+        if part is whole:
+            expected = loss, drawn
+    torch.testing.assert_close(loss, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(drawn, expected[1], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
 def test_the_loss_depends_on_keys_and_not_on_the_batch(kind: str):
     """A contrastive term, as the regression's, compares a batch with itself."""

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.configs import (
+    AutoregressivePriorConfig,
     ClipConfig,
     DecoderConfig,
     DiffusionPriorConfig,
+    RegressionPriorConfig,
     UNetConfig,
     UpsamplerConfig,
 )
@@ -50,6 +52,27 @@ def prior_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
     config = PriorRunConfig(
         embeds=(str(data / "embeds"),), run=str(run), diffusion=model, train=TRAIN
     )
+    return config, prior_job.build_prior
+
+
+def ar_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
+    model = AutoregressivePriorConfig(
+        width=16, depth=1, num_heads=2, dropout=0.1, num_prefix=3, codebook_size=16, energy=0.9,
+        text_tokens=12, text_width=16, text_depth=1, text_heads=2,
+    )  # fmt: skip
+    config = PriorRunConfig(
+        prior="autoregressive", embeds=(str(data / "embeds"),), run=str(run), train=TRAIN,
+        autoregressive=model, validation=(str(data / "embeds"),),
+    )  # fmt: skip
+    return config, prior_job.build_prior
+
+
+def regression_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
+    model = RegressionPriorConfig(width=16, depth=1, num_heads=2, dropout=0.1)
+    config = PriorRunConfig(
+        prior="regression", embeds=(str(data / "embeds"),), run=str(run), regression=model,
+        train=dataclasses.replace(TRAIN, micro_batch_size=0),
+    )  # fmt: skip
     return config, prior_job.build_prior
 
 
@@ -104,7 +127,9 @@ def forget_the_end(run: Path) -> None:
     step_folder(run, WHOLE).rmdir()
 
 
-@pytest.mark.parametrize("make", [clip_run, prior_run, decoder_run, upsampler_run])
+@pytest.mark.parametrize(
+    "make", [clip_run, prior_run, ar_run, regression_run, decoder_run, upsampler_run]
+)
 def test_2n_steps_are_n_steps_resumed_for_n_more(make: Callable, data: Path, tmp_path: Path):
     run = train(make, data, tmp_path / "run")
     expected, curve = contents(run), lines(run)

@@ -37,7 +37,7 @@ def snapshots(data: Path) -> tuple[Snapshot, Snapshot]:
 
 
 def test_embeddings_come_in_the_order_asked_for(data: Path):
-    """As stored from the reader, in float32 from the feed: the same numbers."""
+    """As stored from reader and feed, in float32 on the device: the same numbers."""
     reader = EmbedReader(load_snapshot(data / "embeds"))
     found = reader.read(INDEX)
     shards = [EmbedShard(data / "embeds", f"{n:06d}") for n in range(3)]
@@ -49,7 +49,10 @@ def test_embeddings_come_in_the_order_asked_for(data: Path):
         assert found[name].dtype == stored.dtype
         assert np.array_equal(found[name], stored[INDEX])
         assert np.array_equal(batch[name].numpy(), stored[order])
-    assert batch["image_embed"].dtype == torch.float32 and batch["tokens"].dtype == torch.int32
+    assert batch["image_embed"].dtype == torch.float16
+    there = batch.to(torch.device("cpu"))
+    assert there["image_embed"].dtype == torch.float32 and there["tokens"].dtype == torch.int32
+    assert torch.equal(there["image_embed"], batch["image_embed"].float())
 
 
 def test_images_are_decoded_and_cropped_as_clip_sees_them(data: Path):

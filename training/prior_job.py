@@ -15,7 +15,7 @@ from ingest.shards import load_snapshot
 from models.autoregressive_prior import AutoregressivePrior
 from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
 from models.diffusion_prior import DiffusionPrior
-from models.priors import PriorSampling, PriorText
+from models.priors import PriorSampling, PriorText, trimmed_length
 from models.regression_prior import RegressionPrior
 from models.samplers import ddim
 from models.scores import prior_scorecard
@@ -64,6 +64,11 @@ def _sizes_of(config: PriorRunConfig, embed_dim: int) -> Any:
 
 def build_prior(config: PriorRunConfig) -> Job:
     """Describe the training of a prior; the frozen text tower stays outside the engine."""
+    if config.prior == "regression" and config.train.grad_accum_steps > 1:
+        raise ValueError(
+            f"train.micro_batch_size: found {config.train.micro_batch_size}, expected 0: the "
+            "regression prior contrasts all samples of a step with each other"
+        )
     encoder = encoder_of(config.embeds, config.clip)
     sizes = encoder_sizes(config.embeds)
     statistics = pin_statistics(config.run, config.embeds, config.data.weights)
@@ -110,12 +115,12 @@ def set_statistics(model: nn.Module, statistics: EmbedStatistics, *, whiten: boo
 
 def prior_text(encoder: FrozenClip, batch: Batch, own_tokens: bool) -> PriorText:
     """Return what a prior is told of a batch's captions."""
-    if own_tokens:
-        words = batch["caption_tokens"]
-        return PriorText(text_embed=batch["text_embed"], text=words, token_mask=token_mask(words))
-    _, states = encoder.to(batch.keys.device).encode_text(batch["tokens"])
-    mask = token_mask(batch["tokens"])
-    return PriorText(text_embed=batch["text_embed"], text=states, token_mask=mask)
+    tokens = batch["caption_tokens" if own_tokens else "tokens"]
+    tokens = tokens[:, : trimmed_length(token_mask(tokens))]
+    text: Tensor = tokens
+    if not own_tokens:
+        _, text = encoder.to(batch.keys.device).encode_text(tokens)
+    return PriorText(text_embed=batch["text_embed"], text=text, token_mask=token_mask(tokens))
 
 
 def prior_objective(
