@@ -1,8 +1,8 @@
 """Images for captions, in batches; an image depends on its seed and caption, never on its batch."""
 
-import inspect
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from models.decoder import ImageSampling
 from models.keyed_random import sample_keys
 from models.priors import PriorSampling
-from models.samplers import sampler_named
+from models.samplers import SAMPLERS, Sampler, sampler_named
 from models.unclip import Sampling, UnClip
 
 
@@ -26,40 +26,66 @@ def caption_keys(captions: list[str], seed: int, offset: int = 0) -> Tensor:
     return sample_keys(seed, places, words)
 
 
-def default_sampling(
-    *,
-    sampler: str = "dpmpp_2m",
-    prior_steps: int = 16,
-    decoder_steps: int = 16,
-    upsampler_steps: int = 8,
-    cfg_scale: float = 1.5,
-    prior_cfg_scale: float = 1.5,
-    best_of: int = 2,
-    precision: Literal["bf16", "fp32"] = "bf16",
-) -> Sampling:
-    """Return settings for the three parts.
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How images are drawn, in words that a command line and a record of samples hold.
 
     The paper did not guide its prior (section 3.2); on the drawn set a little guidance helps
     (`benchmarks/results.md`).
     """
-    steps = sampler_named(sampler)
-    return Sampling(
-        prior=PriorSampling(
-            sampler=sampler_named("ddpm"),
-            sample_steps=prior_steps,
-            best_of=best_of,
-            cfg_scale=prior_cfg_scale,
-        ),
-        decoder=ImageSampling(sampler=steps, sample_steps=decoder_steps, cfg_scale=cfg_scale),
-        upsampler=ImageSampling(sampler=steps, sample_steps=upsampler_steps),
-        precision=precision,
-    )
+
+    sampler: str = "dpmpp_2m"
+    prior_sampler: str = "ddpm"
+    prior_steps: int = 16
+    decoder_steps: int = 16
+    upsampler_steps: int = 8
+    cfg_scale: float = 1.5
+    prior_cfg_scale: float = 1.5
+    best_of: int = 2
+    temperature: float = 1.0
+    top_share: float = 0.5
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+    def build(self) -> Sampling:
+        """Return the settings of the three parts; ValueError for an unknown sampler."""
+        steps = sampler_named(self.sampler)
+        return Sampling(
+            prior=PriorSampling(
+                sampler=_prior_sampler(self.prior_sampler),
+                sample_steps=self.prior_steps,
+                best_of=self.best_of,
+                cfg_scale=self.prior_cfg_scale,
+                temperature=self.temperature,
+                top_share=self.top_share,
+            ),
+            decoder=ImageSampling(
+                sampler=steps, sample_steps=self.decoder_steps, cfg_scale=self.cfg_scale
+            ),
+            upsampler=ImageSampling(sampler=steps, sample_steps=self.upsampler_steps),
+            precision=self.precision,
+        )
+
+
+def default_sampling() -> Sampling:
+    """Return the default settings of the three parts."""
+    return SamplingSettings().build()
+
+
+def _prior_sampler(name: str) -> Sampler | Literal["analytic_ddpm"]:
+    """Return a prior's sampler; Analytic-DPM's takes its variances from the prior's own data."""
+    if name == "analytic_ddpm":
+        return "analytic_ddpm"
+    if name not in SAMPLERS:
+        known = ", ".join([*SAMPLERS, "analytic_ddpm"])
+        raise ValueError(f"prior_sampler: found {name!r}, expected one of {known}")
+    return SAMPLERS[name]
 
 
 def sampling_of(settings: Mapping[str, Any]) -> Sampling:
-    """Return `default_sampling` with what `settings` says otherwise; other keys are left alone."""
-    known = inspect.signature(default_sampling).parameters
-    return default_sampling(**{name: settings[name] for name in known if name in settings})
+    """Return the default settings with what `settings` says otherwise; other keys are left
+    alone."""
+    known = [field.name for field in fields(SamplingSettings)]
+    return SamplingSettings(**{name: settings[name] for name in known if name in settings}).build()
 
 
 def to_uint8(image: Tensor) -> np.ndarray:

@@ -40,7 +40,9 @@ class SampleConfig:
     seed: int = 0
     """of all noise: the same seed and caption give the same image in any batch"""
     sampler: str = "dpmpp_2m"
-    """sampler of decoder and upsamplers: ddim, ddpm, dpmpp_2m"""
+    """sampler of decoder and upsamplers: ddim, ddpm, heun, dpmpp_2m"""
+    prior_sampler: str = "ddpm"
+    """sampler of a diffusion prior: those, or analytic_ddpm, the paper's"""
     prior_steps: int = 16
     """sampling steps of the prior"""
     decoder_steps: int = 16
@@ -52,7 +54,11 @@ class SampleConfig:
     prior_cfg_scale: float = 1.5
     """guidance of the prior; 1 = off"""
     best_of: int = 2
-    """draws of the prior, of which the one nearest to the caption is kept"""
+    """draws of a diffusion prior, of which the one nearest to the caption is kept"""
+    temperature: float = 1.0
+    """of an autoregressive prior's codes"""
+    top_share: float = 0.5
+    """an autoregressive prior draws its dot-product token from this top part of its distribution"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """of the networks; the samples themselves stay fp32"""
     batch_size: int = 50

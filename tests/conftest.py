@@ -9,16 +9,26 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from models.clip import FrozenClip
-from models.configs import DecoderConfig, DiffusionPriorConfig, UNetConfig, UpsamplerConfig
+from models.autoregressive_prior import AutoregressivePrior
+from models.clip import VOCAB_SIZE, FrozenClip
+from models.configs import (
+    AutoregressivePriorConfig,
+    DecoderConfig,
+    DiffusionPriorConfig,
+    RegressionPriorConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
 from models.decoder import Decoder
 from models.diffusion_prior import DiffusionPrior
+from models.regression_prior import RegressionPrior
 from models.upsampler import Upsampler
 from models.weights import FINAL_NAME, save_config, save_weights
 from training import demo_data
@@ -157,23 +167,38 @@ def _finished(run: Path, model: nn.Module, config: dict) -> Path:
     return run
 
 
+def _prior(kind: str, sizes: dict[str, int]) -> tuple[Any, nn.Module]:
+    small: Any = {"width": 16, "depth": 1, "num_heads": 2}
+    if kind == "diffusion":
+        config = DiffusionPriorConfig(**small)
+        return config, DiffusionPrior(config, **sizes)
+    if kind == "regression":
+        config = RegressionPriorConfig(**small)
+        return config, RegressionPrior(config, **sizes)
+    own: Any = {"text_tokens": 16, "text_width": 16, "text_depth": 1, "text_heads": 2}
+    config = AutoregressivePriorConfig(**small, **own, num_codes=5, codebook_size=16)
+    return config, AutoregressivePrior(config, **sizes, vocab_size=VOCAB_SIZE)
+
+
 @pytest.fixture(scope="session")
 def write_chain() -> Callable[..., dict[str, Path]]:
     """Return a function that writes an untrained prior, decoder and upsampler for the embeddings
     of `clip`, as finished runs: to twice `image_size` px."""
 
-    def write(root: Path, clip: FrozenClip, image_size: int = 8) -> dict[str, Path]:
+    def write(
+        root: Path, clip: FrozenClip, image_size: int = 8, kind: str = "diffusion"
+    ) -> dict[str, Path]:
         torch.manual_seed(0)
         sizes = {"embed_dim": clip.embed_dim, "text_width": clip.text_width}
         prior_sizes = {**sizes, "context_length": clip.context_length}
-        prior = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
+        prior, prior_model = _prior(kind, prior_sizes)
         unet = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=())
         base, up = DecoderConfig(unet=unet, context_width=8), UpsamplerConfig(unet=unet)
         decoder_sizes = {**sizes, "image_size": image_size}
         up_sizes = {"factor": 2, "crop_size": 8}
         up_told = {**up_sizes, "image_size": 2 * image_size}
         models = {
-            "prior": (DiffusionPrior(prior, **prior_sizes), prior, "diffusion_prior", prior_sizes),
+            "prior": (prior_model, prior, f"{kind}_prior", prior_sizes),
             "decoder": (Decoder(base, **decoder_sizes), base, "decoder", decoder_sizes),
             "upsampler": (Upsampler(up, **up_sizes), up, "upsampler", up_told),
         }

@@ -78,10 +78,11 @@ def test_the_digest_knows_names_shapes_types_and_bits():
 # -- runs ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive", "regression"])
 def test_finished_runs_join_into_a_chain_from_caption_to_image(
-    tmp_path: Path, clip: FrozenClip, write_chain: WriteChain
+    kind: str, tmp_path: Path, clip: FrozenClip, write_chain: WriteChain
 ):
-    runs = {name: str(path) for name, path in write_chain(tmp_path, clip).items()}
+    runs = {name: str(path) for name, path in write_chain(tmp_path, clip, kind=kind).items()}
     whole = UnClip.load(clip, runs["prior"], runs["decoder"], (runs["upsampler"],))
     image = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
     prior = PriorSampling(sampler=SAMPLERS["ddim"], sample_steps=2)

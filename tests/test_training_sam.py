@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from models.configs import ClipConfig
@@ -95,6 +96,18 @@ def test_a_clip_is_perturbed_by_its_first_samples_contrasted_among_themselves(
         for (name, p), g in zip(named.items(), gradients, strict=True):
             torch.testing.assert_close(p, before[name] + 0.1 * g / norm, atol=1e-6, rtol=1e-5)
     assert all(torch.equal(p, before[name]) for name, p in named.items())
+
+
+def test_a_clip_starts_from_anothers_weights(data: Path, tmp_path: Path):
+    first = run_of(data, tmp_path / "first", 0.0)
+    assert launch(first, first.run, jobs.build_clip_job, "clip") == 0
+    again = dataclasses.replace(first, run=str(tmp_path / "again"), init=first.run)
+    found = dict(jobs.build_clip_job(again).model.state_dict())
+    expected = load_file(str(tmp_path / "first" / "step_00000004" / "ema.safetensors"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    other = dataclasses.replace(again, init="tiny:random")
+    with pytest.raises(ValueError, match="init: tiny:random: tensor .*: found .*, expected"):
+        jobs.build_clip_job(other)
 
 
 def test_a_run_with_it_differs_repeats_itself_and_resumes(data: Path, tmp_path: Path):

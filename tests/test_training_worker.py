@@ -31,8 +31,8 @@ def test_a_run_is_reopened_by_its_own_configuration(tmp_path: Path):
     ("changes", "field"),
     [
         ({"embeds": ("/other",)}, "embeds: found .'/data/embeds'. in the run, expected .'/other'"),
-        ({"model": DiffusionPriorConfig(width=64)}, "model.width: found 32 in the run, expected "
-         "64"),
+        ({"diffusion": DiffusionPriorConfig(width=64)}, "diffusion.width: found 32 in the run, "
+         "expected 64"),
         ({"train": TrainConfig(learning_rate=0.5)}, "train.learning_rate: found 0.001"),
         ({"train": TrainConfig(global_batch_size=128)}, "train.global_batch_size: found 64"),
         ({"train": TrainConfig(seed=1)}, "train.seed: found 0 in the run, expected 1"),

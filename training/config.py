@@ -151,6 +151,9 @@ class ClipRunConfig(RunConfig):
     """folders of committed image shards; the demo's are drawn if it is absent"""
     run: str = "runs/clip"
     """folder of the run"""
+    init: str = ""
+    """start from the weights of another CLIP of these sizes, named as in ingest/embed.py; with
+    --model.architecture for one of open_clip's"""
     block_size: int = 1
     """neighbouring samples kept in one batch: the drawn set's hard negatives come in blocks of 4"""
     sam_rho: float = 0.0

@@ -32,6 +32,8 @@ def prepare_data(config: Config) -> Config:
         changes["embeds"] = tuple(ensure_embeds(root) for root in config.embeds)
         if Path(config.clip).is_dir() and config.clip:  # a worker has a folder of its own
             changes["clip"] = str(Path(config.clip).absolute())
+    if isinstance(config, ClipRunConfig) and config.init and Path(config.init).is_dir():
+        changes["init"] = str(Path(config.init).absolute())
     if isinstance(config, PriorRunConfig):
         changes["validation"] = tuple(absolute_root(root) for root in config.validation)
     if isinstance(config, DecoderRunConfig):

@@ -14,6 +14,7 @@ from models import keyed_random
 from models.clip import (
     MAX_LOGIT_SCALE,
     build_clip,
+    load_clip,
     model_sizes,
     normalise_pixels,
     token_mask,
@@ -53,6 +54,8 @@ def clip_model(config: ClipRunConfig) -> CLIP:
 def build_clip_job(config: ClipRunConfig) -> Job:
     """Describe the training of a CLIP."""
     model = clip_model(config)
+    if config.init:
+        _start_from(model, config.init)
     export = {"kind": "clip", "model": dataclasses.asdict(config.model)}
     if config.train.grad_accum_steps > 1:
         raise ValueError(
@@ -67,6 +70,21 @@ def build_clip_job(config: ClipRunConfig) -> Job:
         block_size=config.block_size,
         around=partial(_around_clip, config) if config.sam_rho else as_it_is,
     )
+
+
+def _start_from(model: CLIP, spec: str) -> None:
+    """Take over the weights of another CLIP; ValueError naming the first tensor that differs."""
+    state = dict(load_clip(spec).clip.state_dict())
+    state["logit_scale"] = state["logit_scale"].reshape(1)  # see build_clip
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | state.keys()):
+        shapes = [list(each[name].shape) if name in each else "none" for each in (state, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"init: {spec}: tensor {name}: found {shapes[0]}, expected {shapes[1]}; pass the "
+                "sizes, or the --model.architecture, of those weights"
+            )
+    model.load_state_dict(state)
 
 
 def _around_clip(config: ClipRunConfig, model: Any, batches: list[Batch]) -> AbstractContextManager:
