@@ -4,19 +4,25 @@ A thread opens its try with `begin`; whatever it waits for then, a lookup, a con
 handshake, a byte, ends when the try must end.
 """
 
+import base64
+import errno
 import ipaddress
+import os
 import socket
 import ssl
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 NAT64 = ipaddress.ip_network("64:ff9b::/32")
 NAMES_KEPT_SECONDS = 60.0
 MAX_NAMES = 100_000
 RESOLVER_THREADS = 32
+MAX_HEAD_BYTES = 16 << 10  # of a proxy's answer
 
 
 def is_public(address: str) -> bool:
@@ -94,6 +100,75 @@ def connect(address: str, port: int) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+class Tunnel:
+    """Connects through an HTTP proxy, to the very address that was checked: CONNECT names no host.
+
+    proxy: http://[USER:PASSWORD@]HOST:PORT. A proxy that cannot be reached, or that refuses us, is
+    our own network's fault.
+    """
+
+    def __init__(self, proxy: str) -> None:
+        found = urlsplit(proxy)
+        if found.scheme != "http" or not found.hostname or not found.port or found.path.strip("/"):
+            raise ValueError(
+                f"--proxy: found {proxy!r}, expected http://HOST:PORT, or environment with "
+                "HTTPS_PROXY set to one"
+            )
+        self._host, self._port, self._greeting = found.hostname, found.port, ""
+        if found.username is not None:
+            pair = f"{unquote(found.username)}:{unquote(found.password or '')}"
+            told = base64.b64encode(pair.encode()).decode()
+            self._greeting = f"Proxy-Authorization: Basic {told}\r\n"
+
+    def __call__(self, address: str, port: int) -> socket.socket:
+        """Open a connection to an IP address within this thread's try."""
+        try:
+            sock = connect(resolve(self._host, self._port)[0], self._port)
+        except OSError as error:
+            raise OSError(errno.ENETUNREACH, f"the proxy cannot be reached: {error}") from None
+        there = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        try:
+            request = f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n{self._greeting}\r\n"
+            sock.sendall(request.encode())
+            answer = _head(sock).split(b" ", 2)
+        except BaseException:
+            sock.close()
+            raise
+        if answer[1:2] == [b"200"]:
+            return sock
+        sock.close()
+        if answer[1:2] == [b"407"]:
+            raise OSError(errno.ENETUNREACH, "the proxy asks for other credentials")
+        raise ConnectionRefusedError(f"the proxy does not connect to {there}")
+
+
+def _head(sock: socket.socket) -> bytes:
+    """Read an answer's head, and not a byte more."""
+    head, byte = bytearray(), bytearray(1)
+    while not head.endswith(b"\r\n\r\n") and len(head) < MAX_HEAD_BYTES:
+        if not sock.recv_into(byte):
+            raise ConnectionResetError("the proxy hung up")
+        head += byte
+    return bytes(head)
+
+
+def proxy_named(proxy: str) -> str:
+    """Return a proxy's URL: itself, that of HTTPS_PROXY for "environment", empty for none.
+
+    Raises ValueError for what is none.
+    """
+    if proxy == "environment":
+        proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or "no HTTPS_PROXY"
+    if proxy:
+        Tunnel(proxy)
+    return proxy
+
+
+def connector(proxy: str) -> Callable[[str, int], socket.socket]:
+    """Return what opens connections: directly where `proxy` is empty, else through that URL."""
+    return Tunnel(proxy) if proxy else connect
 
 
 # -- names -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import parse, run_script
+from cluster.cli import UNLISTED, parse, run_script
 from ingest.decode import ResizeMode
 from ingest.filters import FilterConfig
 
@@ -76,6 +76,8 @@ class DownloadConfig:
     allow_address: Annotated[tuple[str, ...], UseAppendAction] = ()
     """HOST:PORT that may have a private address or another port; all others must be public, on
     80 or 443; repeatable."""
+    proxy: Annotated[str, UNLISTED] = ""
+    """http://HOST:PORT to CONNECT through, "environment" for HTTPS_PROXY's; empty: directly."""
     metrics_port: int | None = None
     """Serve Prometheus metrics on this port of 127.0.0.1; 0: any free; None: do not."""
     retry_failed: bool = False
@@ -179,6 +181,9 @@ def _forget(config: DownloadConfig) -> int:
 
 
 def _check(config: DownloadConfig) -> None:
+    from ingest.dial import proxy_named
+
+    proxy_named(config.proxy)
     if config.verify and config.forget:
         raise ValueError("--verify and --forget: found both, expected one of them")
     if config.verify or config.forget:
@@ -187,14 +192,8 @@ def _check(config: DownloadConfig) -> None:
         return
     if not config.urls:
         raise ValueError("--urls: not given; expected a list of URLs and captions")
-    least = {
-        "image_size": 1,
-        "samples_per_shard": 1,
-        "num_threads": 1,
-        "retries": 0,
-        "host_connections": 1,
-    }
-    least |= {"min_image_side": 0}
+    least = {"image_size": 1, "samples_per_shard": 1, "num_threads": 1, "host_connections": 1}
+    least |= {"retries": 0, "min_image_side": 0}
     for name, low in least.items():
         if getattr(config, name) < low:
             flag = name.replace("_", "-")
@@ -230,6 +229,7 @@ def _prepare(config: DownloadConfig, listed: "UrlList", row_filter: "RowFilter")
     """Write or check the manifest, settle what a killed run left, and describe the work."""
     from ingest.commits import digest_of
     from ingest.decode import Resizer
+    from ingest.dial import proxy_named
     from ingest.fetch import FetchPolicy, parse_allow_address
     from ingest.harvest import HarvestConfig
     from ingest.shard_task import JPEG_QUALITY, ShardJob
@@ -279,6 +279,7 @@ def _prepare(config: DownloadConfig, listed: "UrlList", row_filter: "RowFilter")
             host_connections=config.host_connections,
             host_rate=config.host_rate,
             contact=config.contact,
+            proxy=proxy_named(config.proxy),
         ),
         row_filter=row_filter,
         kept=config.keep_columns,

@@ -2,7 +2,8 @@
 
 The name is resolved once, every address it has must be public, and the connection goes to one of
 those very addresses, so that no second lookup can answer otherwise. Each redirect is a new URL
-and is judged as one, by the rules of its own host. Proxies of the environment are not used.
+and is judged as one, by the rules of its own host. Proxies of the environment are used when asked
+for, and told the address, not the name.
 `Fetcher` takes its resolver and connector as arguments.
 """
 
@@ -65,6 +66,8 @@ class FetchPolicy:
     """Requests per second and host; 0: any number."""
     allow_addresses: tuple[tuple[str, int], ...] = ()
     """(host, port) pairs, as a URL spells them, that need not be public."""
+    proxy: str = ""
+    """URL of an HTTP proxy to connect through; empty: none."""
     contact: str = ""
     """Where the operator of a host can complain: part of the user agent."""
 
@@ -126,8 +129,9 @@ class Fetcher:
         policy: FetchPolicy,
         *,
         resolve: Callable[[str, int], list[str]] | None = None,
-        connect: Callable[[str, int], socket.socket] = dial.connect,
+        connect: Callable[[str, int], socket.socket] | None = None,
     ) -> None:
+        connect = connect or dial.connector(policy.proxy)
         self.policy, self._resolve = policy, resolve or dial.Resolver()
         self.limits = HostLimits(policy.host_connections, policy.host_rate)
         self._robots = RobotsCache(self._load_robots, OUR_AGENT)
