@@ -16,6 +16,7 @@ from models.keyed_random import sample_keys
 from models.priors import PriorSampling
 from models.samplers import SAMPLERS, Sampler, sampler_named
 from models.unclip import Sampling, UnClip
+from training.precision import Precision, settled
 
 
 def caption_keys(captions: list[str], seed: int, offset: int = 0) -> Tensor:
@@ -44,7 +45,7 @@ class SamplingSettings:
     best_of: int = 2
     temperature: float = 1.0
     top_share: float = 0.5
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "auto"
 
     def build(self) -> Sampling:
         """Return the settings of the three parts; ValueError for an unknown sampler."""
@@ -62,7 +63,7 @@ class SamplingSettings:
                 sampler=steps, sample_steps=self.decoder_steps, cfg_scale=self.cfg_scale
             ),
             upsampler=ImageSampling(sampler=steps, sample_steps=self.upsampler_steps),
-            precision=self.precision,
+            precision=settled(self.precision),
         )
 
 

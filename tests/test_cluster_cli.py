@@ -162,7 +162,7 @@ def test_a_wrong_request_is_told_on_stderr_and_exits_2(
 
 
 def test_a_choice_that_yaml_gets_wrong_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="precision: found 'fp16', expected one of bf16, fp32"):
+    with pytest.raises(ValueError, match="found 'fp16', expected one of auto, bf16, fp32"):
         merged(PriorRunConfig(), {"train": {"precision": "fp16"}}, "f.yaml")
 
 

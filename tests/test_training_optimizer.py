@@ -51,10 +51,11 @@ def test_adamw_is_torchs_adamw():
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(16, 16), (32, 8), (8, 32), (3, 12, 20)])
-def test_orthogonalising_leaves_singular_values_near_one(shape: tuple[int, ...]):
+def test_orthogonalising_leaves_singular_values_near_one(shape: tuple[int, ...], dtype):
     update = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 100
-    found = orthogonalise(update)
+    found = orthogonalise(update, dtype=dtype)
     values = torch.linalg.svdvals(found.float())
     assert found.shape == update.shape and values.min() > 0.5 and values.max() < 1.3
     u, _, vh = torch.linalg.svd(update, full_matrices=False)

@@ -13,6 +13,7 @@ from models.configs import (
     RegressionPriorConfig,
     UpsamplerConfig,
 )
+from training.precision import Precision
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -48,8 +49,11 @@ class TrainConfig:
     """largest global gradient norm; 0 = no clipping"""
     ema_decay: float = 0.999
     """decay of the averaged weights; the first steps use (1 + step) / (10 + step)"""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: fp32 weights under autocast; fp32: no autocast"""
+    precision: Precision = "auto"
+    """bf16: fp32 weights under autocast; fp32: no autocast; auto: bf16 where the device computes in
+    it, which the run then keeps"""
+    compile: bool = False
+    """compile the network (torch.compile): minutes at the start, faster steps afterwards"""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed's partitioning: 0 none, 1 optimizer state, 2 gradients as well"""
     num_workers: int = 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from training.config import TrainConfig
+from training.precision import settled
 
 _NEWTON_SCHULZ = (
     3.4445,
@@ -19,14 +20,16 @@ _NEWTON_SCHULZ = (
 )  # quintic that maps singular values into about [0.7, 1.2]
 
 
-def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
-    """Return roughly U V^T of `update` [..., n, m] = U S V^T by a quintic Newton-Schulz
-    iteration in bf16.
+def orthogonalise(
+    update: Tensor, steps: int = 5, *, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Return roughly U V^T of `update` [..., n, m] = U S V^T by a quintic Newton-Schulz iteration.
 
-    (Jordan et al. 2024, "Muon", https://kellerjordan.github.io/posts/muon.)
+    (Jordan et al. 2024, "Muon", https://kellerjordan.github.io/posts/muon.) dtype: of the
+    iteration, for which bfloat16 is exact enough.
     """
     a, b, c = _NEWTON_SCHULZ
-    x = update.to(torch.bfloat16)
+    x = update.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -37,9 +40,20 @@ def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Groups with `muon` True take Muon's step, the others AdamW's; `lr` is each group's own."""
+    """Groups with `muon` True take Muon's step, the others AdamW's; `lr` is each group's own.
 
-    def __init__(self, groups: list[dict], *, beta2: float, eps: float = 1e-8) -> None:
+    matrix_dtype: in which Muon orthogonalises.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        *,
+        beta2: float,
+        eps: float = 1e-8,
+        matrix_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.matrix_dtype = matrix_dtype
         defaults = {
             "lr": 0.0,
             "peak_lr": 0.0,
@@ -106,7 +120,7 @@ class Optimizer(torch.optim.Optimizer):
                 momentum = self._state_of(p, group)["exp_avg"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 updates.append(p.grad.lerp(momentum, group["momentum"]).view(shape))
-            stacked = orthogonalise(torch.stack(updates))
+            stacked = orthogonalise(torch.stack(updates), dtype=self.matrix_dtype)
             # a tall matrix gets a larger step, so that the change of its output is alike for all
             # shapes
             scale = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
@@ -133,7 +147,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         {"params": others, "muon": False, "peak_lr": config.learning_rate},
     ]
     used = [group for group in groups if group["params"]]
-    return Optimizer(used, beta2=config.beta2, eps=config.adam_eps)
+    dtype = torch.bfloat16 if settled(config.precision) == "bf16" else torch.float32
+    return Optimizer(used, beta2=config.beta2, eps=config.adam_eps, matrix_dtype=dtype)
 
 
 def _is_hidden(name: str) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from training.batches import Batch
 from training.config import TrainConfig
 from training.optimizer import Optimizer, build_optimizer, set_learning_rate
+from training.precision import autocast, settled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +105,7 @@ class PlainEngine:
         self.optimizer.prepare()
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self._config.precision == "bf16"
-        ):
+        with autocast(self.device.type, self._config.precision):
             return self._objective(self.model, batch)
 
     def backward(self, loss: Tensor) -> None:
@@ -167,7 +166,10 @@ class ZeroEngine:
             # client optimizers pass DeepSpeed's tests for AdamW by type; ours is AdamW by
             # arithmetic
             "zero_allow_untested_optimizer": True,
-            "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+            "torch_autocast": {
+                "enabled": settled(config.precision) == "bf16",
+                "dtype": "bfloat16",
+            },
             "steps_per_print": 1 << 30,
         }
 
