@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -54,6 +55,7 @@ __all__ = [
     "write_image_shard", "write_manifest",
 ]  # fmt: skip
 
+MADV_POPULATE_READ = 22  # Linux's sys/mman.h has it, the mmap module not yet
 STORED = "success"  # img2dataset's word in the `status` column for a row that became a sample
 
 
@@ -249,6 +251,19 @@ def _require_length(where: str | Path, found: int, expected: int) -> None:
         raise ValueError(f"{where}: has {found} rows, expected {expected}; rerun its stage")
 
 
+def _read_ahead(array: np.ndarray) -> None:
+    """Ask for a mapped file in its order and map it whole.
+
+    Rows are read in a shuffled order, by which each first touch of a page would be a fault, and on
+    a cold disk a seek.
+    """
+    mapped = array.base
+    if isinstance(mapped, mmap.mmap):
+        mapped.madvise(mmap.MADV_WILLNEED)
+        with suppress(OSError):  # a kernel before Linux 5.14: faults, then
+            mapped.madvise(MADV_POPULATE_READ)
+
+
 # -- embedding shards --------------------------------------------------------------------------
 
 
@@ -303,8 +318,7 @@ class EmbedShard:
     def _load(self, file: Callable[[str], Path]) -> None:
         paths = {n: file(f"{self.name}.{n}.npy") for n in ("image_embed", "text_embed", "tokens")}
         self._arrays = {
-            part: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-            for part, path in paths.items()
+            part: np.load(path, mmap_mode="r", allow_pickle=False) for part, path in paths.items()
         }
         sizes = {len(array) for array in self._arrays.values()}
         if len(sizes) > 1:
@@ -314,7 +328,9 @@ class EmbedShard:
         self._table = open(path, "rb")  # noqa: SIM115 - read when needed
 
     def _array(self, part: str) -> np.ndarray:
-        return self._arrays[part] if self._rows is None else self._arrays[part][self._rows]
+        _read_ahead(self._arrays[part])
+        array = np.asarray(self._arrays[part])
+        return array if self._rows is None else array[self._rows]
 
     @cached_property
     def image_embed(self) -> np.ndarray:

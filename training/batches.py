@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.keyed_random import sample_keys
-from training.plan import Plan
+from training.plan import Plan, Slice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +74,27 @@ class Feed:
 
     def columns(self, step: int) -> dict[str, np.ndarray]:
         """Read this rank's samples of `step`, as they are stored."""
-        return self.reader.read(self.plan.slice(step, self.rank, self.world_size).index)
+        return self.reader.read(self._slice(step).index)
 
     def step_batches(self, step: int) -> list[Batch]:
         """Read the micro-batches of `step`."""
-        return self.assemble(step, self.columns(step))
+        part = self._slice(step)
+        return self._assembled(part, self.reader.read(part.index))
 
     def assemble(self, step: int, columns: dict[str, np.ndarray]) -> list[Batch]:
         """Return the micro-batches of `step` whose columns have been read."""
+        return self._assembled(self._slice(step), columns)
+
+    def _slice(self, step: int) -> Slice:
+        """Return what this rank reads at `step`, by index: neighbours on the disk are neighbours
+        here, and no sum over a batch asks for another order."""
         part = self.plan.slice(step, self.rank, self.world_size)
+        order = np.argsort(part.index, kind="stable")
+        return replace(
+            part, epoch=part.epoch[order], index=part.index[order], weight=part.weight[order]
+        )
+
+    def _assembled(self, part: Slice, columns: dict[str, np.ndarray]) -> list[Batch]:
         epoch, index = torch.from_numpy(part.epoch), torch.from_numpy(part.index)
         keys = sample_keys(self.plan.seed, epoch, index)
         whole = as_batch(columns, keys)

@@ -7,6 +7,7 @@ j mod V, and a rank owns the slots j = rank mod world_size: where world_size div
 shards of its own streams only.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -57,6 +58,7 @@ class Order:
         longest = int(np.sort(self._sizes)[-share:].sum())
         self.length = -(-longest // round_to) * round_to
         self._dealt = lru_cache(2)(self._deal)
+        self.padding = lru_cache(2 * num_streams)(self._find_padding)
         self._starts = lru_cache(4 * num_streams)(self._find_starts)
         self._shuffled: dict[int, dict[tuple[int, int], np.ndarray]] = {}
 
@@ -75,7 +77,7 @@ class Order:
                 index[mine[: len(rows)], column] = rows
         return index, epochs
 
-    def padding(self, epoch: int, stream: int) -> int:
+    def _find_padding(self, epoch: int, stream: int) -> int:
         """Return a sample that may be read in the place of none: one of the stream's own."""
         shards = self._dealt(epoch)[stream]
         return int(self._firsts[shards[np.argmax(self._sizes[shards] > 0)]])
@@ -222,6 +224,17 @@ class Plan:
         before = np.cumsum(turns[:, None] == np.arange(len(counts)), axis=0)
         return turns, np.concatenate([np.zeros((1, len(counts)), int), before])
 
+    @cached_property
+    def _slots(self) -> Callable[[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Return the rounds and the streams of a rank's slots, and which streams those are."""
+
+        def find(rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            slots = np.arange(rank, self.global_batch_size, world_size)
+            streams = slots % self.num_streams
+            return slots // self.num_streams, streams, np.unique(streams)
+
+        return lru_cache(2)(find)
+
     @property
     def steps_per_epoch(self) -> int:
         """Steps until every sample of the data set that takes longest was seen once."""
@@ -233,11 +246,10 @@ class Plan:
     def slice(self, step: int, rank: int = 0, world_size: int = 1) -> Slice:
         """Return what `rank` of `world_size` reads at `step`; ragged ends are padded with weight
         0."""
-        slots = np.arange(rank, self.global_batch_size, world_size)
-        rounds, streams = slots // self.num_streams, slots % self.num_streams
-        mine = np.unique(streams)
-        index, epoch = np.zeros((2, len(slots)), np.int64)
-        weight = np.zeros(len(slots), np.float32)
+        rounds, streams, mine = self._slots(rank, world_size)
+        slots = len(rounds)
+        index, epoch = np.zeros((2, slots), np.int64)
+        weight = np.zeros(slots, np.float32)
         first, num_real = step * self._num_rounds, 0
         turns, before = self._turns
         pattern = len(turns)
@@ -251,7 +263,8 @@ class Plan:
             nth = np.cumsum(of_round == number)[rounds[here]] - 1
             rows, epoch[here] = found[nth, np.searchsorted(mine, streams[here])], epochs[nth]
             weight[here] = rows >= 0
-            for place in np.flatnonzero(rows < 0):
-                rows[place] = order.padding(int(epochs[nth[place]]), int(streams[here][place]))
+            gaps = np.flatnonzero(rows < 0)
+            places = zip(epochs[nth[gaps]].tolist(), streams[here][gaps].tolist(), strict=True)
+            rows[gaps] = [order.padding(*place) for place in places]
             index[here] = rows + self._offsets[number]
         return Slice(epoch=epoch, index=index, weight=weight, num_real=num_real)

@@ -131,12 +131,12 @@ class EmbedReader:
         self.open_shard.look()
         shards, rows = self._places.of_many(index)
 
-        def read_shard(number: int, mine: np.ndarray) -> dict[str, np.ndarray]:
+        def find(number: int, mine: np.ndarray) -> Found:
             shard = self.open_shard(number)
             names = ("image_embed", "text_embed", "tokens")
-            return {name: getattr(shard, name)[rows[mine]] for name in names}
+            return {name: (getattr(shard, name), rows[mine]) for name in names}
 
-        columns = _gathered(shards, read_shard)
+        columns = _gathered(shards, find)
         if self._tokenize is not None:
             columns["caption_tokens"] = self._words.read(index)
         return columns
@@ -163,7 +163,15 @@ class JoinedReader:
     """Reads an image and its embeddings: row i of an embedding shard belongs to row i of the
     image shard."""
 
-    def __init__(self, images: Snapshot, embeds: Snapshot, size: int, num_threads: int = 0) -> None:
+    def __init__(
+        self,
+        images: Snapshot,
+        embeds: Snapshot,
+        size: int,
+        num_threads: int = 0,
+        tokenize: Callable | None = None,
+    ) -> None:
+        """Read images of `size` px by `ImageReader`, and embeddings by `EmbedReader`."""
         by_name = {entry.name: entry for entry in images.shards}
         paired: list[ShardEntry] = []
         for entry in embeds.shards:
@@ -178,7 +186,7 @@ class JoinedReader:
             paired.append(replace(image, excluded=entry.excluded))
         matched = Snapshot(root=images.root, digest=images.digest, shards=tuple(paired))
         self._images = ImageReader(matched, size, num_threads)
-        self._embeds = EmbedReader(embeds)
+        self._embeds = EmbedReader(embeds, tokenize)
         self.data_sets = self._embeds.data_sets
         self._root, self._checked = images.root, set[int]()
         self._check_keys(0)  # the others when they are opened: there may be very many
@@ -214,35 +222,58 @@ class Mixture:
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
         which = np.searchsorted(self._starts, index, side="right") - 1
 
-        def read_one(number: int, mine: np.ndarray) -> dict[str, np.ndarray]:
-            return self._readers[number].read(index[mine] - self._starts[number])
+        def find(number: int, mine: np.ndarray) -> Found:
+            found = self._readers[number].read(index[mine] - self._starts[number])
+            return {name: (values, np.arange(len(mine))) for name, values in found.items()}
 
-        return _gathered(which, read_one)
+        return _gathered(which, find)
 
 
 def _sizes(snapshot: Snapshot) -> tuple[int, ...]:
     return tuple(entry.num_kept for entry in snapshot.shards)
 
 
-def _gathered(
-    sources: np.ndarray, read: Callable[[int, np.ndarray], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
+Found = dict[str, tuple[np.ndarray, np.ndarray]]  # column -> an array, and which rows of it
+
+
+def _gathered(sources: np.ndarray, find: Callable[[int, np.ndarray], Found]) -> dict[str, Any]:
     """Return the columns of samples that come from several sources.
 
-    sources: int [n], which each sample comes from; read(source, places): columns of those of the
-    samples that stand at these places.
+    sources: int [n], which each sample comes from; find(source, places): where the columns of
+    those of the samples are that stand at these places.
     """
+    order = np.argsort(sources, kind="stable")
+    firsts = np.flatnonzero(np.diff(sources[order], prepend=-1))
     columns: dict[str, np.ndarray] = {}
-    for source in np.unique(sources).tolist():
-        mine = np.flatnonzero(sources == source)
-        for name, values in read(source, mine).items():
-            if len(mine) == len(sources):
-                columns[name] = values
-                continue
-            if name not in columns:
-                columns[name] = np.empty((len(sources), *values.shape[1:]), values.dtype)
-            columns[name][mine] = values
+    for mine in np.split(order, firsts[1:]):
+        found = find(int(sources[mine[0]]), mine)
+        columns = columns or _room_for(len(sources), {name: a for name, (a, _) in found.items()})
+        first, last = int(mine[0]), int(mine[-1])
+        together = last - first + 1 == len(mine)  # then rows are copied once
+        for name, (array, rows) in found.items():
+            if together:  # rows are in range: "raise" would copy them twice
+                place = columns[name][first : last + 1]
+                np.take(array, rows, axis=0, out=place, mode="clip")
+            else:
+                columns[name][mine] = np.take(array, rows, axis=0)
     return columns
+
+
+def _room_for(count: int, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return empty columns of `count` rows, in one piece of memory.
+
+    The allocator gives small pieces back to the system between batches, and a page that comes anew
+    costs more than what is copied into it.
+    """
+    sizes = [count * value[:1].nbytes for value in like.values()]
+    ends = np.cumsum([-(-size // 64) * 64 for size in sizes])  # each begins on a cache line
+    room = np.empty(ends[-1], np.uint8)
+    return {
+        name: room[end - -(-size // 64) * 64 :][:size].view(value.dtype).reshape(
+            count, *value.shape[1:]
+        )
+        for (name, value), size, end in zip(like.items(), sizes, ends.tolist(), strict=True)
+    }
 
 
 class _Places:
