@@ -137,7 +137,7 @@ def encode_chunk(encoder: FrozenClip, chunk: Chunk) -> Encoded:
     if len(chunk.bad):
         device = next(encoder.parameters()).device
         pixels = torch.tensor(chunk.pixels, device=device)  # Ray's arrays cannot be written to
-        tokens = torch.tensor(chunk.tokens, device=device)
+        tokens = encoder.trimmed(torch.tensor(chunk.tokens)).to(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             image_embed = encoder.encode_image(pixels).cpu().numpy()
             text_embed = encoder.encode_text(tokens)[0].cpu().numpy()

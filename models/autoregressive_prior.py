@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from models import keyed_random
 from models.configs import AutoregressivePriorConfig
-from models.priors import PriorSampling, PriorText, TextInput
-from models.transformer import Block, KeyValues, attend, causal_mask
+from models.priors import PriorSampling, PriorText
+from models.text import TextEncoder
+from models.transformer import Block, KeyValues, attend
 
 RANGE = 4.0  # standard deviations; what lies beyond goes to the outermost buckets
 
@@ -67,29 +68,6 @@ def _middle(bucket: Tensor, count: int) -> Tensor:
     return (bucket.float() + 0.5) / count * 2 - 1
 
 
-class TextEncoder(nn.Module):
-    """A causal transformer over the caption's own tokens: [B, L] -> states [B, L, width]."""
-
-    def __init__(self, config: AutoregressivePriorConfig, vocab_size: int) -> None:
-        super().__init__()
-        width = config.text_width
-        self.tokens = TextInput(text_width=0, vocab_size=vocab_size, width=width)
-        self.position = nn.Parameter(torch.randn(1, config.text_tokens, width) * 0.02)
-        self.blocks = nn.ModuleList(
-            Block(width=width, num_heads=config.text_heads, dropout=config.dropout,
-                  qk_norm=config.qk_norm)
-            for _ in range(config.text_depth)
-        )  # fmt: skip
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        length = tokens.shape[1]
-        h, mask = self.tokens(tokens) + self.position[:, :length], causal_mask(length, token_mask)
-        for block in self.blocks:
-            h = block(h, mask)
-        return self.norm(h)
-
-
 class Pool(nn.Module):
     """Pool states [B, L, W] into n tokens [B, n, width] by one cross-attention of n queries."""
 
@@ -125,7 +103,13 @@ class AutoregressivePrior(nn.Module):
         super().__init__()
         width, size = config.width, config.codebook_size
         self.config, self.embed_dim = config, embed_dim
-        self.text_encoder = TextEncoder(config, vocab_size) if config.text_tokens else None
+        self.text_encoder = None
+        if config.text_tokens:
+            self.text_encoder = TextEncoder(
+                context_length=config.text_tokens, vocab_size=vocab_size,
+                width=config.text_width, depth=config.text_depth, num_heads=config.text_heads,
+                dropout=config.dropout, qk_norm=config.qk_norm,
+            )  # fmt: skip
         self.pool = Pool(
             text_width=config.text_width if config.text_tokens else text_width,
             width=width,

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.configs import ClipConfig
+from models.transformer import trimmed_length
 from models.weights import digest, exported, load_config, load_weights
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, kept by open_clip's models
@@ -176,12 +177,21 @@ class FrozenClip(nn.Module):
         pixels = normalise_pixels(image, self.pixel_mean, self.pixel_std)
         return F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
 
+    def trimmed(self, tokens: Tensor) -> Tensor:
+        """Return tokens int [B, L] without the columns that only pad, where that changes nothing.
+
+        A causal tower that reads a caption off at its end never looks at what follows. Most
+        captions fill a fifth of the context.
+        """
+        causal = self.clip.attn_mask is not None and self.clip.text_pool_type in ("argmax", "eos")
+        return tokens[:, : trimmed_length(token_mask(tokens))] if causal else tokens
+
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Encode int [B, L] to text_embed float32 [B, E], unit norm, and text_states float32 [B,
         L, W].
 
-        L may be less than the context, as long as every caption's end is there: it is causal.
+        L may be less than the context: see `trimmed`.
         """
         clip, tokens = self.clip, tokens.long()
         length = tokens.shape[1]

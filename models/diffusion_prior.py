@@ -8,10 +8,11 @@ from torch.utils.checkpoint import checkpoint
 from models import keyed_random
 from models.configs import DiffusionPriorConfig
 from models.losses import draw_timesteps, timestep_weight
-from models.priors import TRIM_MULTIPLE, EmbedScale, PriorSampling, PriorText, TextInput
+from models.priors import EmbedScale, PriorSampling, PriorText
 from models.samplers import analytic_ddpm, gaussian_posterior_variance, guided
 from models.schedule import NoiseSchedule
-from models.transformer import Block, TimestepMLP, causal_mask
+from models.text import TextInput
+from models.transformer import TRIM_MULTIPLE, Block, TimestepMLP, causal_mask
 
 NUM_EXTRA_TOKENS = 4  # z_t, t, noised z_i, query
 

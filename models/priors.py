@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.samplers import Sampler
+from models.transformer import trimmed_length
 
-TRIM_MULTIPLE = 8  # tokens
 EMBED_RMS = 0.5375  # the paper's 17.2 / sqrt(1024): RMS of ImageNet's pixels in [-1, 1]
 
 
@@ -35,14 +35,6 @@ class PriorText:
         length = trimmed_length(self.token_mask)
         text, token_mask = self.text[:, :length], self.token_mask[:, :length]
         return PriorText(text_embed=self.text_embed, text=text, token_mask=token_mask)
-
-
-def trimmed_length(token_mask: Tensor) -> int:
-    """Return how many columns of bool [B, L] hold every real token, rounded up."""
-    width = token_mask.shape[1]
-    places = torch.arange(1, width + 1, device=token_mask.device)
-    longest = int((places * token_mask).max())
-    return min(width, -(-max(1, longest) // TRIM_MULTIPLE) * TRIM_MULTIPLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,23 +101,3 @@ class EmbedScale(nn.Module):
     def restore(self, x: Tensor) -> Tensor:
         """Undo `forward` and return to the unit sphere, where CLIP embeddings live."""
         return F.normalize(x * self.std + self.mean, dim=-1)
-
-
-class TextInput(nn.Module):
-    """Bring a caption to a network's width: [B, L, width] of CLIP's states, or of own tokens.
-
-    text_width: W of the states; 0 for own tokens, of which there are `vocab_size`.
-    """
-
-    def __init__(self, *, text_width: int, vocab_size: int, width: int) -> None:
-        super().__init__()
-        self.states = nn.Linear(text_width, width) if text_width else None
-        self.tokens = None if text_width else nn.Embedding(vocab_size, width)
-        if self.tokens is not None:
-            nn.init.normal_(self.tokens.weight, std=0.02)
-
-    def forward(self, text: Tensor) -> Tensor:
-        if self.states is not None:
-            return self.states(text)
-        assert self.tokens is not None
-        return self.tokens(text.long())

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from models.configs import RegressionPriorConfig
 from models.losses import contrastive
-from models.priors import EmbedScale, PriorSampling, PriorText, TextInput
+from models.priors import EmbedScale, PriorSampling, PriorText
+from models.text import TextInput
 from models.transformer import Block
 
 CONTRASTIVE_SCALE = 1 / 0.07  # CLIP's initial temperature

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+TRIM_MULTIPLE = 8  # tokens
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return softmax(q k^T / sqrt(d) + mask) v, all [B, H, tokens, d]; `mask` bool, True = keep.
@@ -39,6 +41,14 @@ def attention_kernels(like: Tensor) -> AbstractContextManager:
     On the CPU that is the plain formula, for the reason given in `attend`.
     """
     return nullcontext() if like.is_cuda else sdpa_kernel(SDPBackend.MATH)
+
+
+def trimmed_length(token_mask: Tensor) -> int:
+    """Return how many columns of bool [B, L] hold every real token, rounded up."""
+    width = token_mask.shape[1]
+    places = torch.arange(1, width + 1, device=token_mask.device)
+    longest = int((places * token_mask).max())
+    return min(width, -(-max(1, longest) // TRIM_MULTIPLE) * TRIM_MULTIPLE)
 
 
 class TimestepMLP(nn.Sequential):

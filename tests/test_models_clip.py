@@ -58,6 +58,22 @@ def test_text_is_encoded_as_open_clip_encodes_it(tiny: FrozenClip):
     torch.testing.assert_close(F.normalize(pooled, dim=1), embed, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_is_trimmed_where_the_tower_never_looks_at_it(causal: bool):
+    text = open_clip.CLIPTextCfg(
+        context_length=40, width=32, heads=2, layers=2, no_causal_mask=not causal
+    )
+    vision = open_clip.CLIPVisionCfg(image_size=32, patch_size=8, width=32, layers=1, head_width=16)
+    encoder = FrozenClip(open_clip.CLIP(16, vision, text), "small")
+    tokens = torch.from_numpy(encoder.tokenize(CAPTIONS))
+    found = encoder.trimmed(tokens)
+    assert found.shape == (3, 16 if causal else 40)
+    embed, states = encoder.encode_text(found)
+    expected, whole = encoder.encode_text(tokens)
+    torch.testing.assert_close(embed, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(states, whole[:, : states.shape[1]], atol=1e-5, rtol=0)
+
+
 def test_images_are_encoded_as_open_clip_encodes_them(tiny: FrozenClip):
     image = pixels(3, tiny.image_size)
     mean, std = (torch.tensor(v)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))

@@ -15,10 +15,11 @@ from ingest.shards import load_snapshot
 from models.autoregressive_prior import AutoregressivePrior
 from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
 from models.diffusion_prior import DiffusionPrior
-from models.priors import PriorSampling, PriorText, trimmed_length
+from models.priors import PriorSampling, PriorText
 from models.regression_prior import RegressionPrior
 from models.samplers import ddim
 from models.scores import prior_scorecard
+from models.transformer import trimmed_length
 from models.weights import load_weights
 from training.batches import Batch, Reader, as_batch
 from training.config import PriorRunConfig
@@ -115,10 +116,11 @@ def set_statistics(model: nn.Module, statistics: EmbedStatistics, *, whiten: boo
 
 def prior_text(encoder: FrozenClip, batch: Batch, own_tokens: bool) -> PriorText:
     """Return what a prior is told of a batch's captions."""
-    tokens = batch["caption_tokens" if own_tokens else "tokens"]
-    tokens = tokens[:, : trimmed_length(token_mask(tokens))]
-    text: Tensor = tokens
-    if not own_tokens:
+    if own_tokens:
+        tokens = batch["caption_tokens"]
+        text = tokens = tokens[:, : trimmed_length(token_mask(tokens))]
+    else:
+        tokens = encoder.trimmed(batch["tokens"])
         _, text = encoder.to(batch.keys.device).encode_text(tokens)
     return PriorText(text_embed=batch["text_embed"], text=text, token_mask=token_mask(tokens))
 
