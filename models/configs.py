@@ -8,6 +8,8 @@ ScheduleName = Literal["cosine", "linear", "scaled_linear"]
 Prediction = Literal["x0", "eps", "v"]
 Weighting = Literal["simple", "min_snr", "p2", "edm", "early"]
 Spacing = Literal["trailing", "strided"]
+Degradation = Literal["blur", "bsr"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,10 @@ class UNetConfig:
     """channels of an attention head"""
     dropout: float = 0.0
     """dropout probability in residual blocks"""
+    qk_norm: bool = False
+    """normalise queries and keys of attention"""
+    checkpointing: bool = False
+    """recompute the blocks' activations in the backward pass: less memory, a third more time"""
     patch_size: int = 1
     """pixels a side folded into channels before the first layer; 4 turns 32 px into 8 x 8 cells"""
 
@@ -165,12 +171,29 @@ class DecoderConfig:
     """let attention read the caption's CLIP text states"""
     context_width: int = 256
     """width of the tokens that attention reads"""
+    norm_embed_tokens: bool = True
+    """normalise the tokens of z_i as those of the caption are"""
+    text_embed_cond: bool = False
+    """add z_t, projected, to the timestep embedding"""
+    text_tokens: int = 0
+    """read so many tokens of the caption by a text transformer of its own, as wide as
+    context_width (256 in the paper); 0 = CLIP's token states"""
+    text_depth: int = 6
+    """blocks of the own text transformer"""
+    text_heads: int = 8
+    """attention heads of the own text transformer"""
     schedule: ScheduleName = "cosine"
     """noise schedule"""
     num_timesteps: int = 1000
     """timesteps of the schedule"""
+    zero_terminal: bool = False
+    """leave no signal at the last timestep; needs prediction v or x0"""
     prediction: Prediction = "v"
     """what the network predicts"""
+    learned_variance: bool = False
+    """learn the variance of each step as well, for the sampler learned_ddpm"""
+    bound_weight: float = 1e-3
+    """weight of the variational bound, from which the variance learns"""
     weighting: Weighting = "min_snr"
     """weight of the loss over timesteps"""
     noise_bias: float = 0.0
@@ -203,5 +226,14 @@ class UpsamplerConfig:
     """weight of the loss over timesteps"""
     noise_bias: float = 0.0
     """0 draws timesteps uniformly; larger draws them toward high noise"""
+    zero_terminal: bool = False
+    """leave no signal at the last timestep; needs prediction v or x0"""
+    degradation: Degradation = "blur"
+    """corruption of the low resolution in training: the first upsampler's blur, or the second's bsr
+    (models/degrade.py)"""
+    interpolation: Interpolation = "bilinear"
+    """how the low resolution is raised to the network's"""
     low_res_noise: float = 0.0
     """largest standard deviation of noise added to the low resolution in training"""
+    tell_noise: bool = False
+    """tell the network how much noise was added; samplers then add none, and say so"""

@@ -1,16 +1,26 @@
 """The decoder: from a CLIP image embedding, and optionally its caption, to pixels (Ramesh et al.
 2022, section 2.1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models import keyed_random
 from models.configs import DecoderConfig
-from models.losses import draw_timesteps, timestep_weight
-from models.samplers import Sampler, clipped, guided
+from models.losses import draw_timesteps, timestep_weight, variational_bound
+from models.samplers import (
+    Denoiser,
+    Sampler,
+    clipped,
+    ddim_invert,
+    guided,
+    inpainted,
+    learned_ddpm,
+)
 from models.schedule import NoiseSchedule
+from models.text import TextEncoder
 from models.unet import UNet
 
 GRID_FEATURES = 32
@@ -18,12 +28,49 @@ GRID_FEATURES = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What the decoder is told: image_embed [B, E]; text_states [B, L, W] and token_mask [B, L]
-    or None."""
+    """What the decoder is told: z_i, and of a caption whatever the decoder reads.
+
+    image_embed [B, E]; text_states [B, L, W] of CLIP, or tokens int [B, L] of a decoder that reads
+    its own, with token_mask [B, L]; text_embed [B, E], z_t. without_text: z_i alone, as where
+    training dropped the caption.
+    """
 
     image_embed: Tensor
     text_states: Tensor | None = None
+    tokens: Tensor | None = None
     token_mask: Tensor | None = None
+    text_embed: Tensor | None = None
+    without_text: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSampling:
+    """How to sample a decoder or an upsampler.
+
+    sampler: "learned_ddpm" takes the network's own variance (Ramesh et al. 2022, table 3);
+    guidance_interval: shares [low, high] of the noising time in which to guide; guidance_rescale:
+    see `guided`.
+    """
+
+    sampler: Sampler | Literal["learned_ddpm"]
+    sample_steps: int = 20
+    cfg_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """A condition as the network has read it, once for all steps of a sample.
+
+    words: [B, L, context] with word_mask [B, L], None without captions; pooled: [B, cond], what
+    the caption adds to the timestep embedding.
+    """
+
+    image_embed: Tensor
+    words: Tensor | None = None
+    word_mask: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 class _EmbedToGrid(nn.Sequential):
@@ -49,15 +96,28 @@ class Decoder(nn.Module):
     own."""
 
     def __init__(
-        self, config: DecoderConfig, *, image_size: int, embed_dim: int, text_width: int
+        self,
+        config: DecoderConfig,
+        *,
+        image_size: int,
+        embed_dim: int,
+        text_width: int,
+        vocab_size: int = 0,
     ) -> None:
+        """Build for an encoder of these sizes; vocab_size: of `config.text_tokens` own tokens."""
         super().__init__()
         self.config = config
         self.image_size = image_size
-        self.schedule = NoiseSchedule.build(config.schedule, config.num_timesteps)
+        self.schedule = NoiseSchedule.build(
+            config.schedule, config.num_timesteps, zero_terminal=config.zero_terminal
+        )
         context = config.context_width
         self.unet = UNet(
-            config.unet, image_size=image_size, in_channels=3, out_channels=3, context=context
+            config.unet,
+            image_size=image_size,
+            in_channels=3,
+            out_channels=6 if config.learned_variance else 3,
+            context=context,
         )
         self.embed_scale = (
             embed_dim**0.5
@@ -70,39 +130,100 @@ class Decoder(nn.Module):
             if config.embed_grid
             else None
         )
-        self.text_in = nn.Linear(text_width, context) if config.use_text else None
+        self._build_caption(text_width, embed_dim, vocab_size)
         self.token_norm = nn.LayerNorm(context)
 
+    def _build_caption(self, text_width: int, embed_dim: int, vocab_size: int) -> None:
+        """Make what reads captions: CLIP's states, or a text transformer of the decoder's own."""
+        config, context = self.config, self.config.context_width
+        self.text_in = self.text_encoder = self.caption_to_cond = None
+        if not config.use_text:
+            return
+        if config.text_tokens:
+            self.text_encoder = TextEncoder(
+                context_length=config.text_tokens, vocab_size=vocab_size, width=context,
+                depth=config.text_depth, num_heads=config.text_heads, qk_norm=config.unet.qk_norm,
+            )  # fmt: skip
+            self.caption_to_cond = nn.Linear(context, self.unet.cond_width)
+        else:
+            self.text_in = nn.Linear(text_width, context)
+            if config.text_embed_cond:
+                self.caption_to_cond = nn.Linear(embed_dim, self.unet.cond_width)
+
+    def read(self, condition: Condition) -> Read:
+        """Read the caption; ValueError if the condition lacks what this decoder was trained
+        with."""
+        if not self.config.use_text or condition.without_text:
+            return Read(image_embed=condition.image_embed)
+        wanted = {"token_mask": condition.token_mask}
+        if self.text_encoder is not None:
+            wanted["tokens"] = condition.tokens
+        else:
+            wanted["text_states"] = condition.text_states
+            if self.caption_to_cond is not None:
+                wanted["text_embed"] = condition.text_embed
+        missing = [name for name, value in wanted.items() if value is None]
+        if missing:
+            raise ValueError(
+                f"decoder: trained with captions, found none; pass {', '.join(sorted(missing))}"
+            )
+        mask, pooled = condition.token_mask, None
+        assert mask is not None
+        if self.text_encoder is not None:
+            assert condition.tokens is not None and self.caption_to_cond is not None
+            words = self.text_encoder(condition.tokens, mask)
+            end = mask.sum(1).clamp(min=1) - 1
+            pooled = self.caption_to_cond(words[torch.arange(len(words), device=end.device), end])
+        else:
+            assert self.text_in is not None and condition.text_states is not None
+            words = self.text_in(condition.text_states)
+            if self.caption_to_cond is not None:
+                assert condition.text_embed is not None
+                pooled = self.caption_to_cond(condition.text_embed)
+        words = self.token_norm(words)
+        return Read(
+            image_embed=condition.image_embed, words=words, word_mask=mask, pooled=pooled
+        )
+
     def forward(
-        self, x_t: Tensor, t: Tensor, condition: Condition, image_drop: Tensor, text_drop: Tensor
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition | Read,
+        image_drop: Tensor,
+        text_drop: Tensor,
     ) -> Tensor:
         """Predict `config.prediction` for x_t [B, 3, H, W] at t [B]; image_drop, text_drop: bool
-        [B]."""
-        z = condition.image_embed * self.embed_scale
+        [B].
+
+        Returns [B, 3, H, W], and with `config.learned_variance` three channels more: see
+        `learned_log_variance`.
+        """
+        read = condition if isinstance(condition, Read) else self.read(condition)
+        z = read.image_embed * self.embed_scale
         z = torch.where(image_drop[:, None], self.null_image_embed * self.embed_scale, z)
         tokens = self.embed_to_tokens(z).unflatten(
             1, (self.config.num_embed_tokens, -1)
         )  # [B, 4, context]
+        tokens = self.token_norm(tokens) if self.config.norm_embed_tokens else tokens
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=z.device)
-        if self.text_in is not None:
-            if condition.text_states is None or condition.token_mask is None:
-                raise ValueError(
-                    "decoder: trained with captions, found none; pass text_states and token_mask"
-                )
-            tokens = torch.cat(
-                [tokens, self.text_in(condition.text_states).to(tokens.dtype)], dim=1
-            )
-            # a dropped caption is hidden, not replaced: attention then sees z_i's tokens alone
-            mask = torch.cat([mask, condition.token_mask & ~text_drop[:, None]], dim=1)
-        grid = None if self.embed_to_grid is None else self.embed_to_grid(z)
         cond = self.embed_to_cond(z)
-        return self.unet(
-            x_t, t, cond=cond, grid=grid, tokens=self.token_norm(tokens), token_mask=mask
-        )
+        if read.words is not None and read.word_mask is not None:
+            tokens = torch.cat([tokens, read.words.to(tokens.dtype)], dim=1)
+            # a dropped caption is hidden, not replaced: attention then sees z_i's tokens alone
+            mask = torch.cat([mask, read.word_mask & ~text_drop[:, None]], dim=1)
+        if read.pooled is not None:
+            cond = cond + read.pooled.masked_fill(text_drop[:, None], 0.0)
+        grid = None if self.embed_to_grid is None else self.embed_to_grid(z)
+        return self.unet(x_t, t, cond=cond, grid=grid, tokens=tokens, token_mask=mask)
 
     def losses(self, keys: Tensor, image: Tensor, condition: Condition) -> dict[str, Tensor]:
         """Return {"loss": [B]} for image [B, 3, H, W] in [-1, 1]; randomness comes from the
-        sample `keys`."""
+        sample `keys`.
+
+        With a learned variance the loss is L_hybrid (Nichol & Dhariwal 2021, eq. 16), and "bound"
+        its second part, in bits a dimension.
+        """
         config = self.config
         t = draw_timesteps(self.schedule, keys, config.noise_bias)
         eps = keyed_random.normal(keys, "eps", image.shape[1:])
@@ -110,14 +231,16 @@ class Decoder(nn.Module):
         image_drop = keyed_random.uniform(keys, "image_embed_drop") < config.image_embed_drop
         text_drop = keyed_random.uniform(keys, "text_drop") < config.text_drop
         output = self(x_t, t, self._noised(keys, condition), image_drop, text_drop)
-        error = (
-            (output - self.schedule.target(config.prediction, image, t, eps))
-            .square()
-            .mean((1, 2, 3))
-        )
-        return {
-            "loss": timestep_weight(self.schedule, config.weighting, config.prediction, t) * error
-        }
+        output, fraction = output[:, :3], output[:, 3:]
+        target = self.schedule.target(config.prediction, image, t, eps)
+        error = (output - target).square().mean((1, 2, 3))
+        loss = timestep_weight(self.schedule, config.weighting, config.prediction, t) * error
+        if not config.learned_variance:
+            return {"loss": loss}
+        x0 = self.schedule.to_x0(config.prediction, output, x_t, t).clamp(-1, 1)
+        bound = variational_bound(self.schedule, image, x_t, t, x0, fraction)
+        bound = bound * self.schedule.num_timesteps
+        return {"loss": loss + config.bound_weight * bound, "bound": bound.detach()}
 
     def _noised(self, keys: Tensor, condition: Condition) -> Condition:
         """Blur z_i a little, since at sampling it comes from a prior and not from CLIP."""
@@ -126,34 +249,109 @@ class Decoder(nn.Module):
         z = condition.image_embed
         level = self.config.embed_noise * keyed_random.uniform(keys, "embed_noise_level")[:, None]
         noise = keyed_random.normal(keys, "embed_noise", z.shape[1:]) / self.embed_scale
-        z = nn.functional.normalize(z + level * noise, dim=1)
-        return Condition(
-            image_embed=z, text_states=condition.text_states, token_mask=condition.token_mask
-        )
+        return replace(condition, image_embed=nn.functional.normalize(z + level * noise, dim=1))
+
+    # -- sampling ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(self, keys: Tensor, condition: Condition, options: "ImageSampling") -> Tensor:
-        """Draw images [B, 3, H, W] in [-1, 1]; the same key gives the same image in any batch."""
+    def sample(
+        self,
+        keys: Tensor,
+        condition: Condition,
+        options: ImageSampling,
+        *,
+        start: Tensor | None = None,
+        empty: Condition | None = None,
+        guide: "Decoder | None" = None,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Draw images [B, 3, H, W] in [-1, 1]; the same key gives the same image in any batch.
+
+        start: x_T, None for noise of the keys; empty: what guidance leads away from, None for no
+        z_i and no caption; guide: a weaker decoder to lead away from instead, under the same
+        condition (Karras et al. 2024, autoguidance); known: an image and a mask [B, 1, H, W], 1
+        where it is to be kept.
+        """
         shape = (3, self.image_size, self.image_size)
-        drops = {kept: torch.full_like(keys, not kept, dtype=torch.bool) for kept in (True, False)}
-
-        def denoiser(kept: bool):
-            def denoise(x: Tensor, t: Tensor) -> Tensor:
-                output = self(x, t, condition, drops[kept], drops[kept])
-                return self.schedule.to_x0(self.config.prediction, output, x, t)
-
-            return denoise
-
-        denoise = clipped(guided(denoiser(True), denoiser(False), options.cfg_scale), 1.0)
-        x = keyed_random.normal(keys, "decoder", shape)
+        fraction: list[Tensor] = []
+        strong = self._network(condition, dropped=False, fraction=fraction)
+        if options.cfg_scale == 1:
+            weak = strong
+        elif guide is not None:
+            weak = guide._as_guide_of(self, condition)
+        else:
+            weak = self._network(empty or condition, dropped=True, keep_text=empty is not None)
+        # what the network predicts is guided, not x0: eps moves x0 10,000-fold at the noisy end
+        network = guided(
+            strong,
+            weak,
+            options.cfg_scale,
+            interval=self._timesteps(options.guidance_interval),
+            rescale=options.guidance_rescale,
+        )
+        denoise = clipped(self._to_x0(network), 1.0)
+        denoise = denoise if known is None else inpainted(denoise, *known)
+        x = keyed_random.normal(keys, "decoder", shape) if start is None else start
         noise = lambda step: keyed_random.normal(keys, f"decoder_{step}", shape)  # noqa: E731
-        return options.sampler(denoise, x, self.schedule, options.sample_steps, noise).clamp(-1, 1)
+        sampler = self._sampler(options, fraction)
+        return sampler(denoise, x, self.schedule, options.sample_steps, noise).clamp(-1, 1)
 
+    @torch.no_grad()
+    def invert(self, image: Tensor, condition: Condition, sample_steps: int) -> Tensor:
+        """Return the x_T [B, 3, H, W] from which DDIM, unguided, comes back to an image.
 
-@dataclass(frozen=True, kw_only=True)
-class ImageSampling:
-    """How to sample a decoder or an upsampler."""
+        (Ramesh et al. 2022, section 3: the second half of an image's latent, beside z_i.)
+        """
+        denoise = clipped(self._to_x0(self._network(condition, dropped=False)), 1.0)
+        return ddim_invert(denoise, image, self.schedule, sample_steps)
 
-    sampler: Sampler
-    sample_steps: int = 20
-    cfg_scale: float = 1.0
+    def _to_x0(self, network: Denoiser) -> Denoiser:
+        prediction = self.config.prediction
+        return lambda x, t: self.schedule.to_x0(prediction, network(x, t), x, t)
+
+    def _as_guide_of(self, other: "Decoder", condition: Condition) -> Denoiser:
+        if self.config.prediction != other.config.prediction:
+            raise ValueError(
+                f"guide: found a decoder that predicts {self.config.prediction}, expected "
+                f"{other.config.prediction} as the one it guides"
+            )
+        return self._network(condition, dropped=False)
+
+    def _network(
+        self,
+        condition: Condition,
+        *,
+        dropped: bool,
+        keep_text: bool = False,
+        fraction: list[Tensor] | None = None,
+    ) -> Denoiser:
+        """Return the network under a condition, or without it; `fraction` gets what it said last of
+        its variance."""
+        read = self.read(condition)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            image_drop = torch.full_like(t, dropped, dtype=torch.bool)
+            text_drop = torch.full_like(t, dropped and not keep_text, dtype=torch.bool)
+            output = self(x, t, read, image_drop, text_drop)
+            if fraction is not None:
+                fraction[:] = [output[:, 3:]]
+            return output[:, :3]
+
+        return predict
+
+    def _sampler(self, options: ImageSampling, fraction: list[Tensor]) -> Sampler:
+        if options.sampler != "learned_ddpm":
+            return options.sampler
+        if not self.config.learned_variance:
+            raise ValueError(
+                "sampler: found learned_ddpm for a decoder that learned no variance, expected one "
+                "of the others; train with --base.learned-variance"
+            )
+        return learned_ddpm(lambda: fraction[0])
+
+    def _timesteps(self, interval: tuple[float, float] | None) -> tuple[int, int] | None:
+        """Return shares of the noising time as timesteps."""
+        if interval is None:
+            return None
+        low, high = (round(share * self.schedule.num_timesteps) for share in interval)
+        return low, high - 1

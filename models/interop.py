@@ -8,19 +8,22 @@ is, as many sinusoids as channels. It has no learned null caption: pipelines gui
 encoding of the empty one, which `null` gives.
 """
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from models.configs import DiffusionPriorConfig
+from models.diffusers_files import (
+    read_folder,
+    require,
+    require_option,
+    require_used,
+    write_folder,
+)
 from models.diffusion_prior import NUM_EXTRA_TOKENS, DiffusionPrior
 from models.priors import PriorText
-from models.weights import save_weights
 
 CLASS_NAME = "PriorTransformer"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 HEAD_CHANNELS = "attention_head_dim"
 # what diffusers can vary and a prior of the paper's shape does not have
 REQUIRED = {
@@ -59,7 +62,8 @@ def prior_from_diffusers(folder: Path | str, null: PriorText | None = None) -> D
     Raises ValueError for another class, shape of network or set of tensors.
     """
     folder = Path(folder)
-    told = _read_config(folder)
+    told, found = read_folder(folder, CLASS_NAME)
+    require(folder, told, REQUIRED)
     heads, head = told["num_attention_heads"], told[HEAD_CHANNELS]
     sizes = DiffusionPriorConfig(
         width=heads * head, depth=told["num_layers"], num_heads=heads,
@@ -70,7 +74,6 @@ def prior_from_diffusers(folder: Path | str, null: PriorText | None = None) -> D
     prior = DiffusionPrior(
         sizes, embed_dim=dim, text_width=dim, context_length=told["num_embeddings"]
     )
-    found = load_file(str(folder / WEIGHTS_NAME))
     state = prior.state_dict()
     wanted = {name: found.pop(other) for name, other in _pairs(sizes.depth)}
     for i in range(sizes.depth):
@@ -79,27 +82,11 @@ def prior_from_diffusers(folder: Path | str, null: PriorText | None = None) -> D
             wanted[f"blocks.{i}.attention.qkv.{kind}"] = torch.cat(parts)
     wanted["scale.mean"], wanted["scale.std"] = (found.pop(f"clip_{n}")[0] for n in ("mean", "std"))
     wanted["scale.spectrum"] = torch.ones(dim)  # whitened
-    if found:
-        raise ValueError(f"{folder}: found tensors without a place: {', '.join(sorted(found))}")
+    require_used(folder, found)
     prior.load_state_dict({**state, **wanted})
     if null is not None:
         _set_null(prior, null)
     return prior.eval()
-
-
-def _read_config(folder: Path) -> dict:
-    try:
-        told = json.loads((folder / "config.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}: found no configuration of {CLASS_NAME}: {error}") from None
-    if told.get("_class_name") != CLASS_NAME:
-        raise ValueError(
-            f"{folder}: found a {told.get('_class_name')}, expected a folder of {CLASS_NAME}"
-        )
-    for name, wanted in REQUIRED.items():
-        if told.get(name, wanted) != wanted:
-            raise ValueError(f"{folder}: {name}: found {told[name]!r}, expected {wanted!r}")
-    return told
 
 
 def _set_null(prior: DiffusionPrior, null: PriorText) -> None:
@@ -127,11 +114,7 @@ def prior_to_diffusers(prior: DiffusionPrior, folder: Path | str) -> None:
         ("text_width", text_width, prior.embed_dim),
         ("schedule", (sizes.schedule, sizes.zero_terminal), ("cosine", False)),
     ):
-        if found != wanted:
-            raise ValueError(
-                f"{folder}: {name}: found {found!r}, expected {wanted!r}, which is all that "
-                f"{CLASS_NAME} can be"
-            )
+        require_option(folder, CLASS_NAME, name, found, wanted)
     state = prior.state_dict()
     tensors = {other: state[name] for name, other in _pairs(sizes.depth)}
     for i in range(sizes.depth):
@@ -140,8 +123,6 @@ def prior_to_diffusers(prior: DiffusionPrior, folder: Path | str) -> None:
             names = [f"transformer_blocks.{i}.{part}.{kind}" for part in _QKV]
             tensors.update(zip(names, parts, strict=True))
     tensors["clip_mean"], tensors["clip_std"] = state["scale.mean"][None], state["scale.std"][None]
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(folder / WEIGHTS_NAME, tensors)
     told = {
         "_class_name": CLASS_NAME,
         "num_attention_heads": sizes.num_heads,
@@ -152,7 +133,7 @@ def prior_to_diffusers(prior: DiffusionPrior, folder: Path | str) -> None:
         "dropout": sizes.dropout,
         **REQUIRED,
     }
-    (folder / "config.json").write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+    write_folder(folder, told, tensors)
 
 
 def _pairs(depth: int) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Per-sample training losses: each returns [B], so that the loop can weight padded samples to
 nothing."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from models import keyed_random
 from models.configs import Prediction, Weighting
+from models.samplers import learned_log_variance
 from models.schedule import NoiseSchedule
 
 MIN_SNR_GAMMA = 5.0
@@ -64,6 +66,42 @@ def timestep_weight(
     if weighting == "simple" or prediction == "x0":
         return weight
     return weight / (snr if prediction == "eps" else snr + 1)
+
+
+def variational_bound(
+    schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor, x0_pred: Tensor, fraction: Tensor
+) -> Tensor:
+    """Return the terms L_t [B] of the variational bound for a learned variance, in bits a
+    dimension.
+
+    KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for t > 0; at t = 0 -log p(x0 | x_0) of pixels of
+    256 levels in [-1, 1] (Ho et al. 2020, eq. 5 and 13). x0, x_t, x0_pred, fraction: [B, ...];
+    fraction as `learned_log_variance` reads it. Computed in float32, and only `fraction` gets a
+    gradient (Nichol & Dhariwal 2021, section 3.1).
+    """
+    parts = (part.float() for part in (x0, x_t, x0_pred.detach(), fraction))
+    with torch.autocast(x0.device.type, enabled=False):
+        x0, x_t, x0_pred, fraction = parts
+        true_mean, variance, beta = schedule.posterior(x0, x_t, t, t - 1)
+        mean = schedule.posterior(x0_pred, x_t, t, t - 1)[0]
+        first = (t == 0).reshape(beta.shape)
+        # q(x_0 | x_1, x0) has no variance: that of the step after it bounds the first one's
+        after = schedule.posterior(x0, x_t, t.clamp(min=1), t.clamp(min=1) - 1)[1]
+        variance = torch.where(first, after, variance)
+        log_variance = learned_log_variance(fraction, variance, beta)
+        kl = variance.log() - log_variance
+        kl = ((variance + (true_mean - mean) ** 2) / log_variance.exp() - 1 - kl) / 2
+        nll = -_log_likelihood_of_pixels(x0, mean, (log_variance / 2).exp())
+        return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2)
+
+
+def _log_likelihood_of_pixels(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Return the log of a Gaussian's mass within half a level around x, all of it beyond the
+    ends."""
+    half = 1 / 255
+    above = torch.where(x > 0.999, 1.0, torch.special.ndtr((x + half - mean) / deviation))
+    below = torch.where(x < -0.999, 0.0, torch.special.ndtr((x - half - mean) / deviation))
+    return (above - below).clamp(min=1e-12).log()
 
 
 def draw_timesteps(schedule: NoiseSchedule, keys: Tensor, noise_bias: float = 0.0) -> Tensor:

@@ -46,13 +46,15 @@ def ddim(eta: float = 0.0) -> Sampler:
         for i, t, t_next in _transitions(schedule, sample_steps, x):
             x0 = denoise(x, t)
             eps = schedule.to_eps(x0, x, t)
-            signal, sigma = schedule.coefficients(t, x)
-            signal_next, sigma_next = schedule.coefficients(t_next, x)
+            # in float64: nearly all of a first step's noise is fresh, and what is kept a difference
+            signal, sigma = schedule.coefficients(t, x, torch.float64)
+            signal_next, sigma_next = schedule.coefficients(t_next, x, torch.float64)
             # eq. 16: the share of the next noise that is drawn afresh
             fresh = eta * sigma_next / sigma * (1 - (signal / signal_next) ** 2).clamp(min=0).sqrt()
-            x = signal_next * x0 + (sigma_next**2 - fresh**2).clamp(min=0).sqrt() * eps
+            kept = (sigma_next**2 - fresh**2).clamp(min=0).sqrt()
+            x = signal_next.to(x.dtype) * x0 + kept.to(x.dtype) * eps
             if eta > 0:
-                x = x + fresh * noise(i)
+                x = x + fresh.to(x.dtype) * noise(i)
         return x
 
     return sample
@@ -74,17 +76,45 @@ def analytic_ddpm(posterior_variance: Tensor) -> Sampler:
             x0 = denoise(x, t)
             if (t_next < 0).all():
                 return x0
-            signal, sigma = schedule.coefficients(t, x)
-            signal_next, sigma_next = schedule.coefficients(t_next, x)
-            step = signal / signal_next  # x_t = step x_s + fresh noise
-            variance = (sigma_next / sigma) ** 2 * (1 - step**2)
-            of_x0 = signal_next * (1 - step**2) / sigma**2
-            of_x = step * (sigma_next / sigma) ** 2
+            mean, variance, beta = schedule.posterior(x0, x, t, t_next)
+            of_x0 = schedule.coefficients(t_next, x)[0] * beta / schedule.coefficients(t, x)[1] ** 2
             unknown = table[t].reshape(-1, *[1] * (x.ndim - 1))
-            x = of_x0 * x0 + of_x * x + (variance + of_x0**2 * unknown).sqrt() * noise(i)
+            x = mean + (variance + of_x0**2 * unknown).sqrt() * noise(i)
         return x
 
     return sample
+
+
+def learned_ddpm(fraction: Callable[[], Tensor]) -> Sampler:
+    """Return DDPM with the variance that the network learned (Nichol & Dhariwal 2021, eq. 15).
+
+    fraction: what the network said of it, like x, in its last evaluation: see
+    `learned_log_variance`. Guidance does not move it: it is the conditional's.
+    """
+
+    def sample(
+        denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
+    ) -> Tensor:
+        for i, t, t_next in _transitions(schedule, sample_steps, x):
+            x0 = denoise(x, t)
+            if (t_next < 0).all():
+                return x0
+            mean, variance, beta = schedule.posterior(x0, x, t, t_next)
+            log_variance = learned_log_variance(fraction(), variance, beta)
+            x = mean + (log_variance / 2).exp() * noise(i)
+        return x
+
+    return sample
+
+
+def learned_log_variance(fraction: Tensor, variance: Tensor, beta: Tensor) -> Tensor:
+    """Return log sigma^2 between that of q(x_s | x_t, x0) and that of q(x_t | x_s), its bounds.
+
+    v log beta + (1 - v) log beta~, v = (fraction + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
+    fraction: any shape, about [-1, 1]; variance, beta: positive, broadcast over it.
+    """
+    v = (fraction + 1) / 2
+    return v * beta.log() + (1 - v) * variance.log()
 
 
 def gaussian_posterior_variance(schedule: NoiseSchedule, variances: Tensor) -> Tensor:
@@ -199,8 +229,7 @@ def guided(
     interval: tuple[int, int] | None = None,
     rescale: float = 0.0,
 ) -> Denoiser:
-    """Wrap two denoisers into x0 = uncond + s (cond - uncond) (Ho & Salimans 2022, eq. 6); s = 1
-    is off.
+    """Wrap two networks into uncond + s (cond - uncond) (Ho & Salimans 2022, eq. 6); s = 1 is off.
 
     The rule is affine in the prediction, so it is the same for x0, eps and v. interval: timesteps
     [low, high] in which to guide, the conditional alone elsewhere (Kynkaanniemi et al. 2024); None:
@@ -215,14 +244,19 @@ def guided(
         if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
             return found
         without = unconditional(x, t)
-        x0 = without + cfg_scale * (found - without)
+        moved = without + cfg_scale * (found - without)
         if rescale:
             parts = tuple(range(1, x.ndim))
-            ratio = found.std(parts, keepdim=True) / x0.std(parts, keepdim=True)
-            x0 = x0 * (rescale * ratio + 1 - rescale)
-        return x0
+            ratio = found.std(parts, keepdim=True) / moved.std(parts, keepdim=True)
+            moved = moved * (rescale * ratio + 1 - rescale)
+        return moved
 
     return denoise
+
+
+def inpainted(denoise: Denoiser, known: Tensor, mask: Tensor) -> Denoiser:
+    """Wrap `denoise` so that its x0 is `known` [B, C, H, W] where `mask` [B, 1, H, W] is 1."""
+    return lambda x, t: torch.where(mask > 0.5, known, denoise(x, t))
 
 
 def clipped(denoise: Denoiser, bound: float) -> Denoiser:

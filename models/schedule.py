@@ -100,15 +100,22 @@ class NoiseSchedule:
     def num_timesteps(self) -> int:
         return len(self.alpha_bar)
 
-    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(
+        self, t: Tensor, like: Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return (sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)), each [B, 1, ...] to broadcast over
         `like`.
 
-        t = -1 stands for the clean end, alpha_bar = 1, which samplers step to.
+        t = -1 stands for the clean end, alpha_bar = 1, which samplers step to. dtype: None for that
+        of `like`.
         """
+        alpha_bar = self._alpha_bar(t, like)
+        dtype = dtype or like.dtype
+        return alpha_bar.sqrt().to(dtype), (1 - alpha_bar).sqrt().to(dtype)
+
+    def _alpha_bar(self, t: Tensor, like: Tensor) -> Tensor:
         table = torch.cat([self.alpha_bar, torch.ones(1, dtype=torch.float64)]).to(t.device)
-        alpha_bar = table[t].reshape(-1, *[1] * (like.ndim - 1))
-        return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
+        return table[t].reshape(-1, *[1] * (like.ndim - 1))
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Diffuse `x0` to timestep `t` in one step.
@@ -144,6 +151,22 @@ class NoiseSchedule:
         """Return the noise that joins `x0` to `x_t`; finite because alpha_bar_t < 1 for t >= 0."""
         signal, noise = self.coefficients(t, x_t)
         return (x_t - signal * x0) / noise
+
+    def posterior(
+        self, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean and variance of q(x_s | x_t, x0), s = `t_next` < t, and that of q(x_t | x_s).
+
+        (Ho et al. 2020, eq. 7, for any two timesteps; beta~ and beta where they are neighbours.)
+        mean: as x_t; variances: [B, 1, ...]. At t_next = -1 the first variance is 0.
+        """
+        alpha_bar, alpha_bar_next = self._alpha_bar(t, x_t), self._alpha_bar(t_next, x_t)
+        step = (alpha_bar / alpha_bar_next).sqrt()  # x_t = step x_s + fresh noise
+        beta = 1 - step**2  # a difference of near equals, where steps are small: in float64
+        share = (1 - alpha_bar_next) / (1 - alpha_bar)
+        of_x0, of_x = alpha_bar_next.sqrt() * beta / (1 - alpha_bar), step * share
+        mean = of_x0.to(x_t.dtype) * x0 + of_x.to(x_t.dtype) * x_t
+        return mean, (share * beta).to(x_t.dtype), beta.to(x_t.dtype)
 
     def snr(self, t: Tensor) -> Tensor:
         """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar) of `t` as float32 [B]."""

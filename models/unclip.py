@@ -44,7 +44,7 @@ def _prior(model_class: Any, config_class: Any, config: dict) -> nn.Module:
 
 def _decoder(config: dict) -> Decoder:
     sizes = {key: config[key] for key in ("image_size", "embed_dim", "text_width")}
-    return Decoder(DecoderConfig(**_with_unet(config["model"])), **sizes)
+    return Decoder(DecoderConfig(**_with_unet(config["model"])), **sizes, vocab_size=VOCAB_SIZE)
 
 
 def _upsampler(config: dict) -> Upsampler:
@@ -92,11 +92,12 @@ class Sampling:
 class UnClip:
     """The parts of a chain, made for one encoder; any mixture of encoders is refused.
 
-    decoder: None for a prior alone, which imagines but does not render.
+    decoder: None for a prior alone, which imagines but does not render; prior: None for a decoder
+    of images' own embeddings.
     """
 
     clip: FrozenClip
-    prior: Prior
+    prior: Prior | None
     decoder: Decoder | None = None
     upsamplers: tuple[Upsampler, ...] = ()
 
@@ -104,18 +105,17 @@ class UnClip:
     def load(
         cls, clip: FrozenClip, prior: str, decoder: str = "", upsamplers: tuple[str, ...] = ()
     ) -> "UnClip":
-        """Load finished runs; `decoder` empty loads the prior alone.
+        """Load finished runs; `decoder` empty loads the prior alone, `prior` empty no prior.
 
         Raises ValueError naming the part that was trained on another encoder or from another size.
         """
         if upsamplers and not decoder:
             raise ValueError(f"{upsamplers[0]}: found an upsampler without a decoder, expected one")
-        runs = {"prior": (prior, "prior")}
-        if decoder:
-            runs["decoder"] = (decoder, "decoder")
-        parts: dict[str, Any] = {}
-        for name, (run, kind) in runs.items():
-            parts[name], config = load_model(run, kind)
+        parts: dict[str, Any] = {"prior": None}
+        for name, run in (("prior", prior), ("decoder", decoder)):
+            if not run:
+                continue
+            parts[name], config = load_model(run, name)
             if config["encoder_id"] != clip.encoder_id:
                 raise ValueError(
                     f"{run}: found a {name} trained on encoder {config['encoder_id']}, expected "
@@ -145,30 +145,50 @@ class UnClip:
 
     def imagine(self, keys: Tensor, captions: list[str], sampling: Sampling) -> Tensor:
         """Draw an image embedding [B, E] for each caption from the prior."""
-        text = self.prior_text(captions)
+        if self.prior is None:
+            raise ValueError("prior: found none, expected the finished run of a prior")
+        text = self.prior_text(captions, self.prior.config.text_tokens)
         with sampling.autocast(keys):
             return self.prior.sample(keys, text, sampling.prior)
 
-    def prior_text(self, captions: list[str]) -> PriorText:
-        """Return what the prior is told of captions."""
+    def prior_text(self, captions: list[str], own_tokens: int = 0) -> PriorText:
+        """Return what a prior is told of captions: CLIP's states, or so many tokens of its own."""
         _, embed, states, mask = self.describe(captions)
-        own = self.prior.config.text_tokens
-        if not own:
+        if not own_tokens:
             return PriorText(text_embed=embed, text=states, token_mask=mask).trimmed()
-        words = torch.from_numpy(tokenizer(own)(captions))
+        words = torch.from_numpy(tokenizer(own_tokens)(captions))
         return PriorText(text_embed=embed, text=words, token_mask=token_mask(words)).trimmed()
+
+    @property
+    def base(self) -> Decoder:
+        """The base decoder; ValueError if the chain has none."""
+        if self.decoder is None:
+            raise ValueError("decoder: found none, expected the finished run of a base decoder")
+        return self.decoder
+
+    def condition(self, captions: list[str], image_embed: Tensor) -> Condition:
+        """Return what the decoder is told: embeddings [B, E], and as many captions."""
+        decoder = self.base
+        _, embed, states, mask = self.describe(captions)
+        words: dict[str, Any] = {"text_states": states}
+        if decoder.config.text_tokens:
+            tokens = torch.from_numpy(tokenizer(decoder.config.text_tokens)(captions))
+            words, mask = {"tokens": tokens}, token_mask(tokens)
+        return Condition(image_embed=image_embed, text_embed=embed, token_mask=mask, **words)
 
     def render(
         self, keys: Tensor, captions: list[str], image_embed: Tensor, sampling: Sampling
     ) -> Tensor:
         """Draw images [B, 3, H, W] in [-1, 1] of given embeddings, through every stage of the
         cascade; ValueError if the chain has no decoder."""
-        if self.decoder is None:
-            raise ValueError("decoder: found none, expected the finished run of a base decoder")
-        _, _, states, mask = self.describe(captions)
-        condition = Condition(image_embed=image_embed, text_states=states, token_mask=mask)
+        condition = self.condition(captions, image_embed)
         with sampling.autocast(keys):
-            image = self.decoder.sample(keys, condition, sampling.decoder)
+            image = self.base.sample(keys, condition, sampling.decoder)
+        return self.enlarge(keys, image, sampling)
+
+    def enlarge(self, keys: Tensor, image: Tensor, sampling: Sampling) -> Tensor:
+        """Raise the base decoder's images through every upsampler there is."""
+        with sampling.autocast(keys):
             for upsampler in self.upsamplers:
                 image = upsampler.sample(keys, image, sampling.upsampler)
         return image

@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.configs import UNetConfig
 from models.transformer import TimestepMLP, attend
@@ -61,8 +62,11 @@ class AttentionBlock(nn.Module):
     """Self-attention over cells, with the condition's tokens beside the cells in keys and
     values."""
 
-    def __init__(self, *, channels: int, head_channels: int, context: int) -> None:
+    def __init__(
+        self, *, channels: int, head_channels: int, context: int, qk_norm: bool = False
+    ) -> None:
         super().__init__()
+        self.qk_norm = qk_norm
         self.num_heads = max(1, channels // head_channels)
         self.norm = _norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -82,6 +86,8 @@ class AttentionBlock(nn.Module):
                 :, None, None
             ]  # [B, 1, 1, N + HW]
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+        if self.qk_norm:
+            q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))
         h = self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
         # .contiguous(): cells last, GroupNorm on the CPU takes ten times as long
         return x + h.transpose(1, 2).contiguous().view(batch, -1, height, width)
@@ -167,7 +173,10 @@ class UNet(nn.Module):
         )
         attends = side in config.attn_resolutions and resample is None
         attention = AttentionBlock(
-            channels=out, head_channels=config.head_channels, context=self.context
+            channels=out,
+            head_channels=config.head_channels,
+            context=self.context,
+            qk_norm=config.qk_norm,
         )
         return _Level(block, attention if attends else None)
 
@@ -195,6 +204,11 @@ class UNet(nn.Module):
                 if i > 0 and j == config.num_res_blocks:
                     self.up.append(self._level(channels, channels, side, "up"))
                     side *= 2
+
+    def _run(self, level: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.config.checkpointing and self.training:
+            return checkpoint(level, *inputs, use_reentrant=False)
+        return level(*inputs)
 
     def forward(
         self,
@@ -225,13 +239,13 @@ class UNet(nn.Module):
         h = h if grid is None else h + grid
         skips = [h]
         for level in self.down:
-            h = level(h, cond, tokens, token_mask)
+            h = self._run(level, h, cond, tokens, token_mask)
             skips.append(h)
         for level in self.middle:
-            h = level(h, cond, tokens, token_mask)
+            h = self._run(level, h, cond, tokens, token_mask)
         for level in self.up:
             if level.takes_skip:
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = level(h, cond, tokens, token_mask)
+            h = self._run(level, h, cond, tokens, token_mask)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.config.patch_size).float()

@@ -8,11 +8,14 @@ from torch import Tensor, nn
 from models import keyed_random
 from models.configs import UpsamplerConfig
 from models.decoder import ImageSampling
-from models.degrade import gaussian_blur
+from models.degrade import bsr, gaussian_blur, shrink
 from models.losses import draw_timesteps, timestep_weight
 from models.samplers import clipped
 from models.schedule import NoiseSchedule
+from models.transformer import TimestepMLP
 from models.unet import UNet
+
+NOISE_LEVELS = 1000  # as which the network is told a standard deviation in [0, 1]
 
 
 class Upsampler(nn.Module):
@@ -26,43 +29,75 @@ class Upsampler(nn.Module):
             )
         self.config = config
         self.factor = factor
-        self.schedule = NoiseSchedule.build(config.schedule, config.num_timesteps)
-        self.unet = UNet(config.unet, image_size=crop_size, in_channels=6, out_channels=3)
-
-    def forward(self, x_t: Tensor, t: Tensor, low_res: Tensor) -> Tensor:
-        """Predict for x_t [B, 3, fH, fW] given low_res [B, 3, H, W], both in [-1, 1]."""
-        raised = F.interpolate(
-            low_res, scale_factor=self.factor, mode="bilinear", align_corners=False
+        self.schedule = NoiseSchedule.build(
+            config.schedule, config.num_timesteps, zero_terminal=config.zero_terminal
         )
-        return self.unet(torch.cat([x_t, raised], dim=1), t)
+        self.unet = UNet(config.unet, image_size=crop_size, in_channels=6, out_channels=3)
+        width = config.unet.channels
+        self.noise_in = TimestepMLP(width, self.unet.cond_width) if config.tell_noise else None
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, low_res: Tensor, noise_level: Tensor | None = None
+    ) -> Tensor:
+        """Predict for x_t [B, 3, fH, fW] given low_res [B, 3, H, W], both in [-1, 1].
+
+        noise_level: [B], the standard deviation of noise in `low_res`; None for none.
+        """
+        raised = F.interpolate(
+            low_res, scale_factor=self.factor, mode=self.config.interpolation, align_corners=False,
+            antialias=self.config.interpolation == "bicubic",
+        )  # fmt: skip
+        cond = None
+        if self.noise_in is not None:
+            level = torch.zeros(len(t), device=t.device) if noise_level is None else noise_level
+            cond = self.noise_in(level * NOISE_LEVELS)
+        return self.unet(torch.cat([x_t, raised], dim=1), t, cond=cond)
+
+    def corrupted(self, image: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the low resolution that training sees of crops [B, 3, H, W], and the standard
+        deviation [B] of the noise in it."""
+        config = self.config
+        if config.degradation == "bsr":
+            low_res = bsr(image, keys, self.factor)
+        else:
+            low_res = gaussian_blur(shrink(image, self.factor))
+        level = config.low_res_noise * keyed_random.uniform(keys, "low_res_level")
+        noise = keyed_random.normal(keys, "low_res_noise", low_res.shape[1:])
+        return low_res + level[:, None, None, None] * noise, level
 
     def losses(self, keys: Tensor, image: Tensor) -> dict[str, Tensor]:
         """Return {"loss": [B]} for high-resolution crops [B, 3, H, W] in [-1, 1]."""
         config = self.config
-        low_res = gaussian_blur(F.avg_pool2d(image, self.factor))
-        level = (
-            config.low_res_noise * keyed_random.uniform(keys, "low_res_level")[:, None, None, None]
-        )
-        low_res = low_res + level * keyed_random.normal(keys, "low_res_noise", low_res.shape[1:])
+        low_res, level = self.corrupted(image, keys)
         t = draw_timesteps(self.schedule, keys, config.noise_bias)
         eps = keyed_random.normal(keys, "eps", image.shape[1:])
-        output = self(self.schedule.q_sample(image, t, eps), t, low_res)
-        error = (
-            (output - self.schedule.target(config.prediction, image, t, eps))
-            .square()
-            .mean((1, 2, 3))
-        )
-        return {
-            "loss": timestep_weight(self.schedule, config.weighting, config.prediction, t) * error
-        }
+        output = self(self.schedule.q_sample(image, t, eps), t, low_res, level)
+        target = self.schedule.target(config.prediction, image, t, eps)
+        error = (output - target).square().mean((1, 2, 3))
+        weight = timestep_weight(self.schedule, config.weighting, config.prediction, t)
+        return {"loss": weight * error}
 
     @torch.no_grad()
-    def sample(self, keys: Tensor, low_res: Tensor, options: ImageSampling) -> Tensor:
-        """Raise low_res [B, 3, H, W] to [B, 3, fH, fW] in [-1, 1]; `cfg_scale` does not apply."""
+    def sample(
+        self,
+        keys: Tensor,
+        low_res: Tensor,
+        options: ImageSampling,
+        *,
+        final: "Upsampler | None" = None,
+    ) -> Tensor:
+        """Raise low_res [B, 3, H, W] to [B, 3, fH, fW] in [-1, 1]; guidance does not apply.
+
+        final: another network for the step at t = 0, as Karlo's has one; None for this one.
+        Raises ValueError for the sampler learned_ddpm: upsamplers learn no variance.
+        """
+        if options.sampler == "learned_ddpm":
+            raise ValueError("sampler: found learned_ddpm for an upsampler, expected another")
         shape = (3, *(self.factor * side for side in low_res.shape[2:]))
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return self.schedule.to_x0(self.config.prediction, self(x, t, low_res), x, t)
+            network = self if final is None or int(t[0]) else final
+            return self.schedule.to_x0(self.config.prediction, network(x, t, low_res), x, t)
 
         x = keyed_random.normal(keys, f"upsampler_{shape[1]}", shape)
         noise = lambda step: keyed_random.normal(keys, f"upsampler_{shape[1]}_{step}", shape)  # noqa: E731

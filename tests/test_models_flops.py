@@ -8,9 +8,12 @@ import torch
 from cluster.cli import parse
 from models.clip import VOCAB_SIZE, build_clip
 from models.configs import ClipConfig
+from models.decoder import Condition, Decoder
 from models.flops import forward_macs, num_parameters
 from models.priors import PriorText
-from training.config import PRESETS, PriorRunConfig
+from models.upsampler import Upsampler
+from training.config import PRESETS, DecoderRunConfig, PriorRunConfig
+from training.jobs import cascade_sizes
 from training.prior_job import prior_model
 
 PAPER_CLIP = {"embed_dim": 1024, "text_width": 1024, "context_length": 77}
@@ -50,6 +53,54 @@ def test_the_papers_autoregressive_prior_has_its_size_and_cost():
         encoder = forward_macs(lambda: prior.text_encoder(text.text, text.token_mask))
     assert encoder == pytest.approx(316e9, rel=0.05)
     assert whole - encoder == pytest.approx(318e9, rel=0.05)
+
+
+def stage(preset: str) -> Any:
+    """A stage of the cascade at its preset's sizes, for the paper's CLIP or Karlo's."""
+    config = parse(DecoderRunConfig, presets=PRESETS / "decoder", argv=["--preset", preset])
+    embed, text = (768, 768) if "karlo" in preset else (1024, 1024)
+    with torch.device("meta"):
+        if config.stage == "base":
+            return Decoder(
+                config.base, image_size=config.image_size, embed_dim=embed, text_width=text,
+                vocab_size=VOCAB_SIZE,
+            )  # fmt: skip
+        factor, crop = cascade_sizes(config)
+        return Upsampler(config.up, factor=factor, crop_size=crop)
+
+
+def test_the_papers_decoder_has_its_size_and_cost():
+    """2.249 B and 794 G multiply-accumulates of U-Net, 1.312 B and 316 G of text transformer."""
+    decoder = stage("paper")
+    assert num_parameters(decoder) == pytest.approx(3.56e9, rel=0.05)
+    assert num_parameters(decoder.text_encoder) == pytest.approx(1.312e9, rel=0.05)
+    with torch.device("meta"):
+        words, drop = torch.ones(1, 256, dtype=torch.long), torch.zeros(1, dtype=torch.bool)
+        told = Condition(image_embed=torch.zeros(1, 1024), tokens=words, token_mask=words > 0)
+        x, t = torch.zeros(1, 3, 64, 64), torch.zeros(1, dtype=torch.long)
+        whole = forward_macs(lambda: decoder.eval()(x, t, told, drop, drop))
+        encoder = forward_macs(lambda: decoder.text_encoder(words, words > 0))
+    assert encoder == pytest.approx(316e9, rel=0.05)
+    assert whole - encoder == pytest.approx(794e9, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "crop", "macs"),
+    [("paper_up256", 0.730e9, 64, 266e9), ("paper_up1024", 0.282e9, 256, 620e9),
+     ("karlo_up256", 0.730e9, 64, 266e9)],
+)  # fmt: skip
+def test_upsamplers_have_their_sizes_and_costs(preset, parameters, crop, macs):
+    upsampler = stage(preset)
+    assert num_parameters(upsampler) == pytest.approx(parameters, rel=0.05)
+    with torch.device("meta"):
+        x, low = torch.zeros(1, 3, crop, crop), torch.zeros(1, 3, crop // 4, crop // 4)
+        t = torch.zeros(1, dtype=torch.long)
+        found = forward_macs(lambda: upsampler.eval()(x, t, low))
+    assert found == pytest.approx(macs, rel=0.05)
+
+
+def test_karlos_decoder_has_its_size():
+    assert num_parameters(stage("karlo")) == pytest.approx(0.891e9, rel=0.05)
 
 
 def test_a_clip_of_the_papers_size_costs_what_it_says():

@@ -11,8 +11,9 @@ from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
 from safetensors.torch import load_file, save_file
 
 from models.configs import DiffusionPriorConfig
+from models.diffusers_files import WEIGHTS_NAME
 from models.diffusion_prior import DiffusionPrior
-from models.interop import WEIGHTS_NAME, prior_from_diffusers, prior_to_diffusers
+from models.interop import prior_from_diffusers, prior_to_diffusers
 from models.priors import PriorText
 
 SHAPES = [  # heads, channels a head, layers, E, L

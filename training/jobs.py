@@ -13,6 +13,8 @@ from torch import Tensor
 from models import keyed_random
 from models.clip import (
     MAX_LOGIT_SCALE,
+    VOCAB_SIZE,
+    FrozenClip,
     build_clip,
     load_clip,
     model_sizes,
@@ -22,7 +24,7 @@ from models.clip import (
 )
 from models.decoder import Condition, Decoder
 from models.losses import contrastive
-from models.transformer import attention_kernels
+from models.transformer import attention_kernels, trimmed_length
 from models.upsampler import Upsampler
 from training.batches import Batch, Reader
 from training.config import ClipRunConfig, DecoderRunConfig
@@ -36,6 +38,7 @@ from training.data_sets import (
     pin_snapshots,
 )
 from training.loop import Job, as_it_is
+from training.precision import autocast
 from training.readers import CaptionReader, ImageReader, JoinedReader
 from training.sam import perturbed
 from training.sizing import encoder_sizes
@@ -91,12 +94,9 @@ def _around_clip(config: ClipRunConfig, model: Any, batches: list[Batch]) -> Abs
     """Perturb this worker's weights by its first samples, contrasted among themselves."""
     device = next(model.parameters()).device
     part = batches[0].first(config.sam_batch_size).to(device)
-    precision = torch.autocast(
-        device.type, torch.bfloat16, enabled=config.train.precision == "bf16"
-    )
 
     def loss() -> Tensor:
-        with precision:
+        with autocast(device.type, config.train.precision):
             losses = clip_objective(model, part, mine_alone)["loss"]
         return (losses * part.weight).sum() / part.weight.sum().clamp(min=1)
 
@@ -139,7 +139,9 @@ def decoder_model(config: DecoderRunConfig) -> Decoder | Upsampler:
     if config.stage == "base":
         sizes = encoder_sizes(config.embeds)
         del sizes["context_length"]
-        return Decoder(config.base, image_size=config.image_size, **sizes)
+        return Decoder(
+            config.base, image_size=config.image_size, **sizes, vocab_size=VOCAB_SIZE
+        )
     factor, crop = cascade_sizes(config)
     return Upsampler(config.up, factor=factor, crop_size=crop)
 
@@ -172,15 +174,31 @@ def _build_base(config: DecoderRunConfig) -> Job:
     }
 
     def objective(model: Decoder, batch: Batch) -> dict[str, Tensor]:
-        states = mask = None
-        if config.base.use_text:
-            _, states = encoder.to(batch.keys.device).encode_text(batch["tokens"])
-            mask = token_mask(batch["tokens"])
-        condition = Condition(image_embed=batch["image_embed"], text_states=states, token_mask=mask)
+        condition = decoder_condition(encoder, config, batch)
         return model.losses(batch.keys, pixels(batch["image"]), condition)
 
     reader = partial(decoder_reader, config)
     return Job(model=decoder_model(config), objective=objective, build_reader=reader, export=export)
+
+
+def decoder_condition(encoder: FrozenClip, config: DecoderRunConfig, batch: Batch) -> Condition:
+    """Return what a base decoder is told of a batch."""
+    if not config.base.use_text:
+        return Condition(image_embed=batch["image_embed"])
+    words: dict[str, Any]
+    if config.base.text_tokens:
+        tokens = batch["caption_tokens"]
+        tokens = tokens[:, : trimmed_length(token_mask(tokens))]
+        words = {"tokens": tokens}
+    else:
+        tokens = encoder.trimmed(batch["tokens"])
+        words = {"text_states": encoder.to(batch.keys.device).encode_text(tokens)[1]}
+    return Condition(
+        image_embed=batch["image_embed"],
+        text_embed=batch["text_embed"],
+        token_mask=token_mask(tokens),
+        **words,
+    )
 
 
 def decoder_reader(config: DecoderRunConfig) -> Reader:
@@ -190,7 +208,9 @@ def decoder_reader(config: DecoderRunConfig) -> Reader:
     if config.stage == "base":
         embeds = pin_snapshots(config.run, "embeds", config.embeds)
         pairs = zip(images, embeds, strict=True)
-        readers = [JoinedReader(one, its, size, threads) for one, its in pairs]
+        own = config.base.text_tokens
+        tokenize = tokenizer(own) if own and config.base.use_text else None
+        readers = [JoinedReader(one, its, size, threads, tokenize) for one, its in pairs]
     else:
         readers = [ImageReader(one, size, threads) for one in images]
     return mixed(readers, config.data.weights)

@@ -1,0 +1,141 @@
+"""What one does with an image's two latents: z_i, what CLIP says of it, and x_T, all else (Ramesh
+et al. 2022, section 3).
+
+    encode           image -> (z_i, x_T), x_T by inverting DDIM under z_i
+    reconstructions  (z_i, x_T) -> image, by DDIM; with eta > 0 its variations (figure 3)
+    blends           between two images, by slerp of both latents or of z_i alone (figure 4)
+    text_diffs       from an image toward what one caption says beyond another (figure 5)
+    pca_images       z_i from its first principal components alone (figure 7)
+
+All are under z_i alone: a caption would speak for the image as it was. Images are the base
+decoder's, [B, 3, S, S] in [-1, 1]; `UnClip.enlarge` takes them further.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from models.clip import preprocess
+from models.decoder import Condition
+from models.samplers import ddim
+from models.unclip import Sampling, UnClip
+
+PARALLEL = 1e-4  # sine of the angle below which two vectors are one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """Of B images: image_embed [B, E], unit norm; start, x_T [B, 3, S, S]."""
+
+    image_embed: Tensor
+    start: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image_embed)
+
+    def with_embeds(self, image_embed: Tensor) -> "Latents":
+        """Return several z_i [B, E] over the x_T of one image."""
+        start = self.start.expand(len(image_embed), -1, -1, -1)
+        return Latents(image_embed=image_embed, start=start)
+
+    def row(self, number: int) -> "Latents":
+        """Return those of one image, B = 1."""
+        part = slice(number, number + 1)
+        return Latents(image_embed=self.image_embed[part], start=self.start[part])
+
+
+def pixels_of(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Return pictures as the base decoder knows them: [B, 3, size, size] in [-1, 1]."""
+    stacked = torch.stack([torch.from_numpy(preprocess(image, size)) for image in images])
+    return stacked.float() / 127.5 - 1
+
+
+def embed_images(chain: UnClip, images: Sequence[Image.Image]) -> Tensor:
+    """Return z_i [B, E] of pictures."""
+    stacked = [torch.from_numpy(chain.clip.preprocess(image)) for image in images]
+    return chain.clip.encode_image(torch.stack(stacked))
+
+
+def encode(chain: UnClip, images: Sequence[Image.Image], sampling: Sampling) -> Latents:
+    """Return both latents of pictures; as many steps as `sampling.decoder` has come back to
+    them."""
+    image_embed = embed_images(chain, images)
+    image, told = pixels_of(images, chain.base.image_size), _told(image_embed)
+    with sampling.autocast(image_embed):
+        start = chain.base.invert(image, told, sampling.decoder.sample_steps)
+    return Latents(image_embed=image_embed, start=start)
+
+
+def reconstructions(
+    chain: UnClip, keys: Tensor, latents: Latents, sampling: Sampling, eta: float = 0.0
+) -> Tensor:
+    """Draw images of latents by DDIM, unguided; eta > 0 varies what z_i leaves open.
+
+    At eta = 0 they are the images that were encoded, as well as the decoder can.
+    """
+    options = replace(sampling.decoder, sampler=ddim(eta), cfg_scale=1.0)
+    with sampling.autocast(keys):
+        return chain.base.sample(keys, _told(latents.image_embed), options, start=latents.start)
+
+
+def slerp(a: Tensor, b: Tensor, theta: float) -> Tensor:
+    """Return the point `theta` in [0, 1] of the way from a to b [B, ...] on their great circle.
+
+    sin((1 - theta) w) / sin(w) a + sin(theta w) / sin(w) b, w the angle between them (Shoemake
+    1985); a straight line where they are parallel. The ends are a and b, whatever their norms.
+    """
+    flat = a.flatten(1).double(), b.flatten(1).double()
+    cosine = F.cosine_similarity(*flat, dim=1).clamp(-1, 1)
+    angle = cosine.acos().reshape(-1, *[1] * (a.ndim - 1))
+    sine = angle.sin()
+    near = sine < PARALLEL
+    safe = torch.where(near, 1.0, sine)
+    of_a = torch.where(near, 1 - theta, ((1 - theta) * angle).sin() / safe)
+    of_b = torch.where(near, theta, (theta * angle).sin() / safe)
+    return (of_a * a + of_b * b).to(a.dtype)
+
+
+def blends(one: Latents, other: Latents, thetas: Sequence[float], *, noise: bool) -> Latents:
+    """Return the latents between two images, one for each theta.
+
+    noise: blend x_T as well, so that both ends are the images; else all have the first one's.
+    """
+    embeds = [slerp(one.image_embed, other.image_embed, theta) for theta in thetas]
+    starts = [slerp(one.start, other.start, theta) if noise else one.start for theta in thetas]
+    return Latents(image_embed=torch.cat(embeds), start=torch.cat(starts))
+
+
+def text_diffs(
+    chain: UnClip, latents: Latents, caption: str, without: str, thetas: Sequence[float]
+) -> Latents:
+    """Return one image's latents turned toward `caption` and away from `without`.
+
+    z_d = norm(z_t - z_t0), z = slerp(z_i, z_d, theta); the paper's theta ends between .25 and .5.
+    without: a caption of the image as it is, or a plain one; empty for none (z_t0 = 0).
+    """
+    embed = chain.clip.encode_text(torch.from_numpy(chain.clip.tokenize([caption, without])))[0]
+    difference = embed[:1] - (embed[1:] if without else 0)
+    toward = F.normalize(difference, dim=1)
+    turned = [slerp(latents.image_embed, toward, theta) for theta in thetas]
+    return latents.with_embeds(torch.cat(turned))
+
+
+def pca_images(
+    latents: Latents, mean: Tensor, basis: Tensor, num_components: Sequence[int]
+) -> Latents:
+    """Return one image's latents with z_i from its first principal components alone.
+
+    mean: [E] and basis: [E, E], columns by falling eigenvalue, of the embeddings that the decoder
+    was trained on.
+    """
+    y = (latents.image_embed - mean) @ basis  # [1, E]
+    kept = [mean + y[:, :count] @ basis[:, :count].T for count in num_components]
+    return latents.with_embeds(F.normalize(torch.cat(kept), dim=1))
+
+
+def _told(image_embed: Tensor) -> Condition:
+    return Condition(image_embed=image_embed, without_text=True)
