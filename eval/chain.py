@@ -11,9 +11,9 @@ from models.weights import exported, load_config
 
 
 def load_chain(clip: str, prior: str, decoder: str, upsamplers: Sequence[str]) -> UnClip:
-    """Load finished runs; `clip` empty means the encoder that the prior was trained on, `decoder`
-    empty the prior alone."""
-    spec = clip or load_config(exported(Path(prior)))["clip"]
+    """Load finished runs; `clip` empty means the encoder that the prior, or without one the
+    decoder, was trained on; `decoder` empty the prior alone, `prior` empty none."""
+    spec = clip or load_config(exported(Path(prior or decoder)))["clip"]
     return UnClip.load(load_clip(spec), prior, decoder, tuple(upsamplers))
 
 

@@ -3,18 +3,23 @@
 python eval/sample.py --prior runs/prior --decoder runs/base --upsampler runs/up256 --prompts "a
 red cube"
 python eval/sample.py --prior runs/prior --decoder runs/base --captions data/test/images --limit 300
+
+Sub-commands edit images: variations, interpolate, textdiff, inpaint, pca, guidance; each has a
+--help of its own.
 """
 
 import dataclasses
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction
 
 from cluster.cli import parse, run_script
+from training.precision import Precision, settled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +64,9 @@ class SampleConfig:
     """of an autoregressive prior's codes"""
     top_share: float = 0.5
     """an autoregressive prior draws its dot-product token from this top part of its distribution"""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """of the networks; the samples themselves stay fp32"""
+    precision: Precision = "auto"
+    """of the networks; the samples themselves stay fp32; auto: bf16 where the device computes in
+    it"""
     batch_size: int = 50
     """captions at once"""
     num_threads: int = 2
@@ -80,6 +86,7 @@ def main(config: SampleConfig) -> int:
     from eval.samples import SAMPLES_NAME
 
     started = time.perf_counter()
+    config = dataclasses.replace(config, precision=settled(config.precision))
     serve(config.metrics_port)
     torch.set_num_threads(config.num_threads)
     captions = _captions(config)
@@ -214,5 +221,17 @@ def _grid(out: Path, captions: list[str], most: int = 24, columns: int = 6) -> N
     (out / "grid.json").write_text(json.dumps([captions[i] for i in chosen]))
 
 
+def command(argv: list[str]) -> int:
+    """Draw captions, or run the sub-command that the first argument names."""
+    if not argv or argv[0].startswith("-"):
+        return main(parse(SampleConfig, argv=argv))
+    from eval.edits import COMMANDS, run_edit
+
+    if argv[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise ValueError(f"found {argv[0]!r}, expected options or one of {known}")
+    return run_edit(argv[0], parse(COMMANDS[argv[0]][0], argv=argv[1:]))
+
+
 if __name__ == "__main__":
-    run_script(lambda: main(parse(SampleConfig)))
+    run_script(lambda: command(sys.argv[1:]))
