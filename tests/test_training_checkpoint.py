@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,24 @@ def upsampler_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
     return config, jobs.build_decoder
 
 
+def paper_decoder_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
+    """What the paper's has and others have not: its own text, and a variance that it learns."""
+    config, build = decoder_run(data, run)
+    assert isinstance(config, DecoderRunConfig)
+    base = dataclasses.replace(
+        config.base, text_tokens=12, text_depth=1, text_heads=2, learned_variance=True,
+        prediction="eps", weighting="simple", norm_embed_tokens=False,
+    )  # fmt: skip
+    return dataclasses.replace(config, base=base), build
+
+
+def bsr_upsampler_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
+    config, build = upsampler_run(data, run)
+    assert isinstance(config, DecoderRunConfig)
+    up = dataclasses.replace(config.up, degradation="bsr", low_res_noise=0.2, tell_noise=True)
+    return dataclasses.replace(config, up=up, flip=True), build
+
+
 def train(make: Callable, data: Path, run: Path) -> Path:
     config, build = make(data, run)
     train_here(config, prepare_run(config, str(run)), build)
@@ -128,8 +147,10 @@ def forget_the_end(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [clip_run, prior_run, ar_run, regression_run, decoder_run, upsampler_run]
-)
+    "make",
+    [clip_run, prior_run, ar_run, regression_run, decoder_run, paper_decoder_run, upsampler_run,
+     bsr_upsampler_run],
+)  # fmt: skip
 def test_2n_steps_are_n_steps_resumed_for_n_more(make: Callable, data: Path, tmp_path: Path):
     run = train(make, data, tmp_path / "run")
     expected, curve = contents(run), lines(run)
@@ -157,6 +178,24 @@ def test_a_finished_export_is_the_checkpoints_weights_and_averages(data: Path, t
         if section and not key.startswith(("scale.", "null_length")):
             flat = found[f"fragments/rank_0000.safetensors: {section}/{key}/0"]
             assert torch.equal(tensor.flatten(), flat)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs the Debian package g++")
+def test_a_compiled_network_trains_as_it_does_uncompiled(data: Path, tmp_path: Path):
+    def trained(compiled: bool) -> dict[str, torch.Tensor]:
+        config, build = prior_run(data, tmp_path / str(compiled))
+        assert isinstance(config, PriorRunConfig)
+        settings = dataclasses.replace(config.train, compile=compiled, precision="fp32")
+        sizes = dataclasses.replace(config.diffusion, dropout=0.0)
+        config = dataclasses.replace(config, train=settings, diffusion=sizes)
+        train_here(config, prepare_run(config, config.run), build)
+        return contents(Path(config.run))
+
+    found, expected = trained(True), trained(False)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=2e-3, rtol=1e-2, msg=name)
 
 
 EARLY = (

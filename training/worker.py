@@ -7,11 +7,15 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from cluster.cli import read_yaml, to_yaml
 from models.weights import FINAL_NAME
 from training.config import RunConfig, TrainConfig
+from training.precision import native_bf16, settled
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LOCK_SECONDS = 60
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a job
@@ -23,8 +27,9 @@ TOLD = (ValueError, FloatingPointError)
 CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folder is ours
 MAY_CHANGE = {
     "train.num_workers", "train.num_threads", "train.max_failures", "train.keep_checkpoints",
-    "train.checkpoint_every", "train.report_every", "train.micro_batch_size", "train.zero_stage",
-    "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh", "dry_run", "run",
+    "train.checkpoint_every", "train.report_every", "train.compile", "train.micro_batch_size",
+    "train.zero_stage", "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh",
+    "dry_run", "run",
 }  # fmt: skip
 
 
@@ -33,6 +38,7 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
 
     A finished run is left as it is. Raises ValueError when the folder holds another configuration.
     """
+    config = with_precision(config, Path(run_folder))
     run = prepare_run(config, run_folder)
     config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
     if (run / FINAL_NAME).is_file():
@@ -46,6 +52,39 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
         else:
             _train_under_ray(config, run, build)
     return 0
+
+
+def with_precision(config: RunConfig, run: Path) -> RunConfig:
+    """Return the configuration with a precision in the place of "auto".
+
+    That is what the run began with, else bf16 where the workers' device computes in it.
+    """
+    if config.train.precision != "auto":
+        return config
+    began = run / CONFIG_NAME
+    kept = _flat(read_yaml(began)).get("train.precision") if began.is_file() else None
+    found = kept if kept and not config.fresh else _precision_here(config.train.num_workers)
+    note = ""
+    if found == "bf16" and not native_bf16() and not _gpus_elsewhere(config.train.num_workers):
+        note = ", as the run began; this device only emulates it, many times slower"
+    print(f"precision: {found}{note}", flush=True)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=found))
+
+
+def _precision_here(num_workers: int) -> str:
+    return "bf16" if _gpus_elsewhere(num_workers) else settled("auto")
+
+
+def _gpus_elsewhere(num_workers: int) -> bool:
+    """Say whether the workers have GPUs of a cluster, of which this machine may have none."""
+    if not num_workers or not os.environ.get("RAY_ADDRESS"):
+        return False
+    from cluster.session import ensure_ray
+
+    ensure_ray()
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) > 0
 
 
 def prepare_run(config: RunConfig, run_folder: str) -> Path:
@@ -141,9 +180,11 @@ def train_here(config: RunConfig, run: Path, build: Callable) -> None:
 def _train(config: RunConfig, run: Path, build: Callable, engine_class: type, rank: int) -> None:
     import torch
 
+    from training.allocator import keep_freed_memory
     from training.loop import train
     from training.reporting import Reporter
 
+    keep_freed_memory()
     settings: TrainConfig = config.train
     device = (
         torch.device("cuda", torch.cuda.current_device())
@@ -155,8 +196,19 @@ def _train(config: RunConfig, run: Path, build: Callable, engine_class: type, ra
     with _locked(run, rank):
         torch.manual_seed(settings.seed)  # every rank draws the same initial weights
         job = build(config)
+        if settings.compile:
+            compile_model(job.model)
         engine = engine_class(job.model, job.objective, settings, device)
         train(job, config, engine, run, Reporter(run, settings, rank))
+
+
+def compile_model(model: "nn.Module") -> None:
+    """Compile a network in place: what its objective calls, which for CLIP is its two towers."""
+    from open_clip import CLIP
+
+    parts = (model.visual, model.transformer) if isinstance(model, CLIP) else (model,)
+    for part in parts:
+        part.compile()
 
 
 def _train_under_ray(config: RunConfig, run: Path, build: Callable) -> None:
