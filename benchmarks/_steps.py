@@ -131,7 +131,7 @@ def measure(
         "samples_per_second": config.num_steps * config.batch_size / seconds,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "memory_bytes": _peak_bytes(device) - before,
-        "precision": settled(config.precision),
+        "precision": settled(config.precision, device.type),
     }
     print(json.dumps(figures))
 

@@ -132,8 +132,8 @@ def _dalle2(compiled: bool) -> tuple[Any, Callable]:
     )
 
     unet = Unet(
-        dim=60, resnet_groups=4, image_embed_dim=EMBED, text_embed_dim=EMBED, cond_dim=CONTEXT, channels=3,
-        dim_mults=MULT, self_attn=(False, True, True), attn_dim_head=HEAD, attn_heads=4,
+        dim=60, resnet_groups=4, image_embed_dim=EMBED, text_embed_dim=EMBED, cond_dim=CONTEXT,
+        channels=3, dim_mults=MULT, self_attn=(False, True, True), attn_dim_head=HEAD, attn_heads=4,
         num_resnet_blocks=1, cond_on_text_encodings=True, cond_on_image_embeds=True,
         max_text_len=WORDS,
     )  # fmt: skip

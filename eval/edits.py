@@ -54,6 +54,20 @@ class EditConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImagineConfig(EditConfig):
+    """What the sub-commands take that ask a prior."""
+
+    prior: str = ""
+    """finished run of training/prior.py"""
+    prior_steps: int = 16
+    """sampling steps of the prior"""
+    prior_cfg_scale: float = 1.5
+    """guidance of the prior; 1 = off, as in the paper"""
+    best_of: int = 2
+    """draws of a diffusion prior, of which the one nearest to the caption is kept"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImagesConfig(EditConfig):
     """What the sub-commands take that begin with images."""
 
@@ -96,15 +110,15 @@ class TextDiffConfig(ImagesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InpaintConfig(ImagesConfig):
+class InpaintConfig(ImagesConfig, ImagineConfig):
     """Draw part of images anew, under their own embedding or, with a prior, a caption's."""
 
     mask: str = ""
     """image file: white where to draw, black where to keep; one for all images"""
     caption: str = ""
     """of the whole image as it is to become; needs a prior"""
-    prior: str = ""
-    """finished run of training/prior.py"""
+    cfg_scale: float = 1.5
+    """guidance of the decoder; 1 = off"""
     count: int = 4
     """draws of each image"""
 
@@ -120,7 +134,7 @@ class PcaConfig(ImagesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidanceConfig(EditConfig):
+class GuidanceConfig(ImagineConfig):
     """Draw captions at several scales of the decoder's guidance, from one z_i each (figure 9)."""
 
     prompts: Annotated[tuple[str, ...], UseAppendAction] = ()
@@ -148,7 +162,8 @@ def run_edit(command: str, config: EditConfig) -> int:
     from eval.generate import sampling_of
 
     torch.set_num_threads(config.num_threads)
-    settings = {**vars(config), "precision": settled(config.precision), "sampler": "ddim"}
+    config = dataclasses.replace(config, precision=settled(config.precision, "cpu"))
+    settings = {**vars(config), "sampler": "ddim"}
     _check(config)
     chain = load_chain(
         config.clip, getattr(config, "prior", ""), config.decoder, config.upsampler
@@ -169,8 +184,11 @@ def _check(config: EditConfig) -> None:
         raise ValueError("--images: found none, expected at least one image file")
     if isinstance(config, InterpolateConfig) and len(config.images) < 2:
         raise ValueError("--images: found one, expected two or more to blend between")
-    if isinstance(config, GuidanceConfig) and not config.prompts:
-        raise ValueError("--prompts: found none, expected at least one caption")
+    if isinstance(config, GuidanceConfig) and not (config.prompts and config.scales):
+        flag = "scales" if config.prompts else "prompts"
+        raise ValueError(f"--{flag}: found none, expected at least one")
+    if isinstance(config, PcaConfig) and min(config.components, default=1) < 1:
+        raise ValueError(f"--components: found {min(config.components)}, expected 1 or more")
     if isinstance(config, TextDiffConfig) and not config.caption:
         raise ValueError("--caption: found none, expected what the images are to become")
     if isinstance(config, InpaintConfig):
@@ -178,7 +196,7 @@ def _check(config: EditConfig) -> None:
             raise ValueError("--mask: found none, expected an image file, white where to draw")
         if bool(config.caption) != bool(config.prior):
             raise ValueError("found one of --caption and --prior, expected both or none")
-    for name in ("count", "decoder_steps", "upsampler_steps", "num_threads"):
+    for name in ("count", "decoder_steps", "upsampler_steps", "prior_steps", "num_threads"):
         spread = isinstance(config, (InterpolateConfig, TextDiffConfig))
         least = 2 if name == "count" and spread else 1
         if getattr(config, name, least) < least:
@@ -187,15 +205,17 @@ def _check(config: EditConfig) -> None:
 
 
 def _opened(paths: Sequence[str]) -> "list[Image]":
-    from PIL import Image
+    """Open images upright, as the download stores them."""
+    from PIL import Image, ImageOps
 
     found = []
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(f"{path}: found no such file, expected an image")
         try:
-            found.append(Image.open(path).convert("RGB"))
-        except OSError as error:
+            with Image.open(path) as image:
+                found.append(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: found no image: {error}") from None
     return found
 

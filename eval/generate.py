@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from models.configs import Spacing
 from models.decoder import ImageSampling
 from models.keyed_random import sample_keys
 from models.priors import PriorSampling
@@ -37,6 +38,8 @@ class SamplingSettings:
 
     sampler: str = "dpmpp_2m"
     prior_sampler: str = "ddpm"
+    upsampler_sampler: str = ""
+    spacing: Spacing = "trailing"
     prior_steps: int = 16
     decoder_steps: int = 16
     upsampler_steps: int = 8
@@ -49,21 +52,34 @@ class SamplingSettings:
 
     def build(self) -> Sampling:
         """Return the settings of the three parts; ValueError for an unknown sampler."""
-        steps = sampler_named(self.sampler)
+        learned: Any = "learned_ddpm"
+        base = learned if self.sampler == learned else sampler_named(self.sampler)
+        if not self.upsampler_sampler and self.sampler == learned:
+            raise ValueError(
+                "upsampler_sampler: found none with sampler learned_ddpm, which upsamplers do not "
+                f"have, expected one of {', '.join(SAMPLERS)}"
+            )
+        enlarging = sampler_named(self.upsampler_sampler or self.sampler)
         return Sampling(
             prior=PriorSampling(
                 sampler=_prior_sampler(self.prior_sampler),
                 sample_steps=self.prior_steps,
+                spacing=self.spacing,
                 best_of=self.best_of,
                 cfg_scale=self.prior_cfg_scale,
                 temperature=self.temperature,
                 top_share=self.top_share,
             ),
             decoder=ImageSampling(
-                sampler=steps, sample_steps=self.decoder_steps, cfg_scale=self.cfg_scale
+                sampler=base,
+                sample_steps=self.decoder_steps,
+                spacing=self.spacing,
+                cfg_scale=self.cfg_scale,
             ),
-            upsampler=ImageSampling(sampler=steps, sample_steps=self.upsampler_steps),
-            precision=settled(self.precision),
+            upsampler=ImageSampling(
+                sampler=enlarging, sample_steps=self.upsampler_steps, spacing=self.spacing
+            ),
+            precision=settled(self.precision, "cpu"),  # where a chain draws
         )
 
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from tyro.conf import UseAppendAction
 
 from cluster.cli import parse, run_script
+from models.configs import Spacing
 from training.precision import Precision, settled
 
 
@@ -45,7 +46,12 @@ class SampleConfig:
     seed: int = 0
     """of all noise: the same seed and caption give the same image in any batch"""
     sampler: str = "dpmpp_2m"
-    """sampler of decoder and upsamplers: ddim, ddpm, heun, dpmpp_2m"""
+    """sampler of the decoder: ddim, ddpm, heun, dpmpp_2m, or learned_ddpm, the paper's, for one
+    that learned its variance"""
+    upsampler_sampler: str = ""
+    """sampler of upsamplers: the same but the last; empty = the decoder's"""
+    spacing: Spacing = "trailing"
+    """timesteps that samplers visit: trailing, or strided, the paper's"""
     prior_sampler: str = "ddpm"
     """sampler of a diffusion prior: those, or analytic_ddpm, the paper's"""
     prior_steps: int = 16
@@ -86,7 +92,7 @@ def main(config: SampleConfig) -> int:
     from eval.samples import SAMPLES_NAME
 
     started = time.perf_counter()
-    config = dataclasses.replace(config, precision=settled(config.precision))
+    config = dataclasses.replace(config, precision=settled(config.precision, "cpu"))
     serve(config.metrics_port)
     torch.set_num_threads(config.num_threads)
     captions = _captions(config)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models import keyed_random
-from models.configs import DecoderConfig
+from models.configs import DecoderConfig, Spacing
 from models.losses import draw_timesteps, timestep_weight, variational_bound
 from models.samplers import (
     Denoiser,
@@ -47,13 +47,14 @@ class Condition:
 class ImageSampling:
     """How to sample a decoder or an upsampler.
 
-    sampler: "learned_ddpm" takes the network's own variance (Ramesh et al. 2022, table 3);
-    guidance_interval: shares [low, high] of the noising time in which to guide; guidance_rescale:
-    see `guided`.
+    sampler: "learned_ddpm" takes the network's own variance (Ramesh et al. 2022, table 3); spacing:
+    which timesteps are visited, see `NoiseSchedule.timesteps`; guidance_interval: shares [low,
+    high] of the noising time in which to guide; guidance_rescale: see `guided`.
     """
 
     sampler: Sampler | Literal["learned_ddpm"]
     sample_steps: int = 20
+    spacing: Spacing = "trailing"
     cfg_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
@@ -91,6 +92,17 @@ class _EmbedToGrid(nn.Sequential):
         )
 
 
+def _require_sense(config: DecoderConfig) -> None:
+    """Refuse options that would do nothing."""
+    if config.text_embed_cond and (config.text_tokens or not config.use_text):
+        raise ValueError(
+            "text_embed_cond: found true for a decoder that does not read CLIP's captions, "
+            "expected false: z_t comes with CLIP's token states"
+        )
+    if config.text_tokens and not config.use_text:
+        raise ValueError("text_tokens: found some with use_text false, expected 0")
+
+
 class Decoder(nn.Module):
     """z_i goes into the timestep embedding and into extra tokens; the caption into tokens of its
     own."""
@@ -106,10 +118,14 @@ class Decoder(nn.Module):
     ) -> None:
         """Build for an encoder of these sizes; vocab_size: of `config.text_tokens` own tokens."""
         super().__init__()
+        _require_sense(config)
         self.config = config
         self.image_size = image_size
         self.schedule = NoiseSchedule.build(
-            config.schedule, config.num_timesteps, zero_terminal=config.zero_terminal
+            config.schedule,
+            config.num_timesteps,
+            zero_terminal=config.zero_terminal,
+            prediction=config.prediction,
         )
         context = config.context_width
         self.unet = UNet(
@@ -172,7 +188,7 @@ class Decoder(nn.Module):
         if self.text_encoder is not None:
             assert condition.tokens is not None and self.caption_to_cond is not None
             words = self.text_encoder(condition.tokens, mask)
-            end = mask.sum(1).clamp(min=1) - 1
+            end = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
             pooled = self.caption_to_cond(words[torch.arange(len(words), device=end.device), end])
         else:
             assert self.text_in is not None and condition.text_states is not None
@@ -293,8 +309,8 @@ class Decoder(nn.Module):
         denoise = denoise if known is None else inpainted(denoise, *known)
         x = keyed_random.normal(keys, "decoder", shape) if start is None else start
         noise = lambda step: keyed_random.normal(keys, f"decoder_{step}", shape)  # noqa: E731
-        sampler = self._sampler(options, fraction)
-        return sampler(denoise, x, self.schedule, options.sample_steps, noise).clamp(-1, 1)
+        sampler, schedule = self._sampler(options, fraction), self.schedule.spaced(options.spacing)
+        return sampler(denoise, x, schedule, options.sample_steps, noise).clamp(-1, 1)
 
     @torch.no_grad()
     def invert(self, image: Tensor, condition: Condition, sample_steps: int) -> Tensor:
@@ -310,10 +326,12 @@ class Decoder(nn.Module):
         return lambda x, t: self.schedule.to_x0(prediction, network(x, t), x, t)
 
     def _as_guide_of(self, other: "Decoder", condition: Condition) -> Denoiser:
-        if self.config.prediction != other.config.prediction:
+        same = torch.equal(self.schedule.alpha_bar, other.schedule.alpha_bar)
+        if self.config.prediction != other.config.prediction or not same:
             raise ValueError(
-                f"guide: found a decoder that predicts {self.config.prediction}, expected "
-                f"{other.config.prediction} as the one it guides"
+                f"guide: found a decoder that predicts {self.config.prediction} over "
+                f"{self.config.schedule}, expected {other.config.prediction} over "
+                f"{other.config.schedule} and the same timesteps, as the one it guides"
             )
         return self._network(condition, dropped=False)
 

@@ -27,6 +27,20 @@ def read_folder(folder: Path, class_name: str) -> tuple[dict[str, Any], dict[str
     return told, load_file(str(path))
 
 
+def option(folder: Path, told: dict[str, Any], name: str) -> Any:
+    """Return an option that a configuration must have; ValueError if it has not."""
+    if name not in told:
+        raise ValueError(f"{folder}: {name}: found none in config.json, expected it")
+    return told[name]
+
+
+def taken(folder: Path, tensors: dict[str, Tensor], name: str) -> Tensor:
+    """Take a tensor out of those that are left; ValueError if it is not there."""
+    if name not in tensors:
+        raise ValueError(f"{folder}: tensor {name}: found none, expected it")
+    return tensors.pop(name)
+
+
 def write_folder(folder: Path, told: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write a model that diffusers can load; `told` names its class."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -124,11 +124,11 @@ class DiffusionPrior(nn.Module):
         if sampler == "analytic_ddpm":
             unknown = gaussian_posterior_variance(self.schedule, self.scale.spectrum.clamp(min=0))
             sampler = analytic_ddpm(unknown)
-        draws = []
+        draws, schedule = [], self.schedule.spaced(options.spacing)
         for draw in range(options.best_of):
             x = keyed_random.normal(keys, f"prior_{draw}", (self.embed_dim,))
             noise = _fresh_noise(keys, draw, x)
-            x0 = sampler(denoise, x, self.schedule, options.sample_steps, noise)
+            x0 = sampler(denoise, x, schedule, options.sample_steps, noise)
             draws.append(self.scale.restore(x0))
         z = torch.stack(draws)  # [D, B, E]
         best = (z * text.text_embed).sum(-1).argmax(0)  # [B]

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
 from models.decoder import Decoder
 from models.diffusers_files import (
+    option,
     read_folder,
     require,
     require_option,
     require_used,
+    taken,
     write_folder,
 )
 from models.unet import UNet
@@ -63,17 +65,24 @@ def decoder_from_diffusers(folder: Path | str) -> Decoder:
     projection, projections = read_folder(folder / "text_proj", TEXT_PROJECTION)
     wanted = {"class_embed_type": "identity", "mid_block_type": MIDDLE}
     require(folder / "decoder", told, wanted, **_DEFAULTS)
+    of_decoder, of_projection = folder / "decoder", folder / "text_proj"
     config = DecoderConfig(
-        unet=_unet_config(folder / "decoder", told),
-        num_embed_tokens=projection["clip_extra_context_tokens"],
-        context_width=told["cross_attention_dim"], norm_embed_tokens=False, text_embed_cond=True,
-        schedule="cosine", prediction="eps", weighting="simple",
-        learned_variance=told["out_channels"] == 2 * told["in_channels"],
-    )  # fmt: skip
-    dim = projection["clip_embeddings_dim"]
-    decoder = Decoder(config, image_size=told["sample_size"], embed_dim=dim, text_width=dim)
+        unet=_unet_config(of_decoder, told),
+        num_embed_tokens=option(of_projection, projection, "clip_extra_context_tokens"),
+        context_width=option(of_decoder, told, "cross_attention_dim"),
+        norm_embed_tokens=False,
+        text_embed_cond=True,
+        schedule="cosine",
+        prediction="eps",
+        weighting="simple",
+        learned_variance=told.get("out_channels") == 2 * told.get("in_channels", 3),
+    )
+    dim = option(of_projection, projection, "clip_embeddings_dim")
+    size = option(of_decoder, told, "sample_size")
+    decoder = Decoder(config, image_size=size, embed_dim=dim, text_width=dim)
+    _require_norms(decoder.unet, folder / "decoder", told)
     state = {f"unet.{n}": v for n, v in _from_diffusers(decoder.unet, tensors, folder).items()}
-    state |= _projections(decoder, projections)
+    state |= _projections(decoder, projections, folder / "text_proj")
     decoder.load_state_dict(state)
     return decoder.eval()
 
@@ -124,19 +133,19 @@ _PROJECTIONS = {
 _NULL = "learned_classifier_free_guidance_embeddings"
 
 
-def _projections(decoder: Decoder, found: dict[str, Tensor]) -> dict[str, Tensor]:
+def _projections(decoder: Decoder, found: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Return our projections: of z_i in units of 1 / sqrt(E), and token by token."""
-    state = {"null_image_embed": found.pop(_NULL)}
+    state = {"null_image_embed": taken(folder, found, _NULL)}
     count = decoder.config.num_embed_tokens
     for name, other in _PROJECTIONS.items():
         for kind in ("weight", "bias"):
-            value = found.pop(f"{other}.{kind}")
+            value = taken(folder, found, f"{other}.{kind}")
             if name == "embed_to_tokens":  # theirs are interleaved
                 value = value.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1)
             if name.startswith("embed_to") and kind == "weight":
                 value = value / decoder.embed_scale
             state[f"{name}.{kind}"] = value
-    require_used(Path(TEXT_PROJECTION), found)
+    require_used(folder, found)
     return state
 
 
@@ -170,8 +179,9 @@ def upsampler_from_diffusers(folder: Path | str, factor: int = 4) -> Upsampler:
         unet=_unet_config(folder, told), schedule="cosine", prediction="eps", weighting="simple",
         interpolation="bicubic",
     )  # fmt: skip
-    crop = told["sample_size"] // factor
+    crop = option(folder, told, "sample_size") // factor
     upsampler = Upsampler(config, factor=factor, crop_size=crop)
+    _require_norms(upsampler.unet, folder, told)
     upsampler.unet.load_state_dict(_from_diffusers(upsampler.unet, tensors, folder))
     return upsampler.eval()
 
@@ -200,22 +210,26 @@ def _unet_config(folder: Path, told: dict[str, Any]) -> UNetConfig:
     """Return the sizes of our U-Net; ValueError for a network that ours cannot be."""
     wanted = {"resnet_time_scale_shift": "scale_shift", "center_input_sample": False}
     require(folder, told, wanted | {"flip_sin_to_cos": True, "freq_shift": 0}, **_DEFAULTS)
-    channels, down = told["block_out_channels"], told["down_block_types"]
+    channels, down, up_types, layers, size = (
+        option(folder, told, name)
+        for name in ("block_out_channels", "down_block_types", "up_block_types",
+                     "layers_per_block", "sample_size")
+    )  # fmt: skip
     attends = [kind == ATTENDING[0] for kind in down]
     up = [(ATTENDING if each else PLAIN)[1] for each in reversed(attends)]
-    if list(told["up_block_types"]) != up or set(down) - {PLAIN[0], ATTENDING[0]}:
+    if list(up_types) != up or set(down) - {PLAIN[0], ATTENDING[0]}:
         raise ValueError(f"{folder}: blocks: found {down}, expected {PLAIN[0]} or {ATTENDING[0]}")
     if any(attends) and not attends[-1]:
         raise ValueError(f"{folder}: found a last block without attention, expected one with it")
     if any(count % channels[0] for count in channels):
         raise ValueError(f"{folder}: block_out_channels: found {channels}, expected multiples")
-    sides = [told["sample_size"] // 2**i for i in range(len(channels))]
+    sides = [size // 2**i for i in range(len(channels))]
     return UNetConfig(
         channels=channels[0],
         channel_mult=tuple(count // channels[0] for count in channels),
-        num_res_blocks=told["layers_per_block"],
+        num_res_blocks=layers,
         attn_resolutions=tuple(side for side, each in zip(sides, attends, strict=True) if each),
-        head_channels=told["attention_head_dim"] if any(attends) else 64,
+        head_channels=option(folder, told, "attention_head_dim") if any(attends) else 64,
         dropout=told.get("dropout", 0.0),
     )
 
@@ -288,10 +302,7 @@ def _from_diffusers(unet: UNet, tensors: dict[str, Tensor], folder: Path) -> dic
     _require_groups(unet, folder)
     state = {}
     for name, others in _places(unet).items():
-        missing = [other for other in others if other not in tensors]
-        if missing:
-            raise ValueError(f"{folder}: tensor {missing[0]}: found none, expected it")
-        state[name] = torch.cat([tensors.pop(other) for other in others])
+        state[name] = torch.cat([taken(folder, tensors, other) for other in others])
     require_used(folder, tensors)
     return state
 
@@ -301,6 +312,13 @@ def _to_diffusers(unet: UNet) -> dict[str, Tensor]:
     for name, others in _places(unet).items():
         tensors.update(zip(others, state[name].chunk(len(others)), strict=True))
     return tensors
+
+
+def _require_norms(unet: UNet, folder: Path, told: dict[str, Any]) -> None:
+    """Refuse normalisations and activations that are not ours: their weights would fit all the
+    same."""
+    wanted = {"norm_num_groups": unet.norm_out.num_groups, "norm_eps": unet.norm_out.eps}
+    require(folder, told, wanted | {"act_fn": "silu"}, norm_num_groups=32, norm_eps=1e-5)
 
 
 def _require_groups(unet: UNet, folder: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.configs import Spacing
 from models.samplers import Sampler
 from models.transformer import trimmed_length
 
@@ -41,12 +42,13 @@ class PriorText:
 class PriorSampling:
     """How to sample a prior: of each field, the priors that know it.
 
-    sampler, sample_steps, best_of: diffusion; temperature, top_share: autoregressive; cfg_scale:
-    both. sampler "analytic_ddpm" takes the prior's own statistics.
+    sampler, sample_steps, spacing, best_of: diffusion; temperature, top_share: autoregressive;
+    cfg_scale: both. sampler "analytic_ddpm" takes the prior's own statistics.
     """
 
     sampler: Sampler | Literal["analytic_ddpm"]
     sample_steps: int = 16
+    spacing: Spacing = "trailing"
     best_of: int = 2
     cfg_scale: float = 1.0
     temperature: float = 1.0

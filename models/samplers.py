@@ -193,7 +193,10 @@ def ddim_invert(
     Raises ValueError for a schedule without terminal signal, whose first step forgets x_T.
     """
     if schedule.alpha_bar[-1] == 0:
-        raise ValueError("inversion: found a schedule of zero terminal SNR, expected some signal")
+        raise ValueError(
+            "inversion: found a schedule of zero terminal SNR, expected some signal at its end: "
+            "take a decoder that was trained without zero_terminal"
+        )
     x = x0
     for _, t, t_next in reversed(list(_transitions(schedule, sample_steps, x0))):
         signal, sigma = schedule.coefficients(t, x)

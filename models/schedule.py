@@ -61,13 +61,23 @@ class NoiseSchedule:
 
     @classmethod
     def build(
-        cls, name: ScheduleName, num_timesteps: int = 1000, *, zero_terminal: bool = False
+        cls,
+        name: ScheduleName,
+        num_timesteps: int = 1000,
+        *,
+        zero_terminal: bool = False,
+        prediction: Prediction = "x0",
     ) -> "NoiseSchedule":
         """Build the named schedule; ValueError for fewer than 2 or, `linear`, too few timesteps.
 
         zero_terminal: no signal is left at the last timestep, so that what samplers start from is
-        what training saw; no network can predict x0 from eps there.
+        what training saw; no network can tell x0 by `prediction` eps there, which is a ValueError.
         """
+        if zero_terminal and prediction == "eps":
+            raise ValueError(
+                "zero_terminal: found true with prediction eps, expected prediction v or x0: where "
+                "no signal is left, eps does not tell x0"
+            )
         # numpy, so that a model built on the meta device still has a schedule of numbers
         beta = _BETAS[name](num_timesteps) if num_timesteps > 1 else np.ones(1)
         if beta.max() >= 1:

@@ -29,8 +29,13 @@ class Upsampler(nn.Module):
             )
         self.config = config
         self.factor = factor
+        if config.tell_noise and not config.low_res_noise:
+            raise ValueError("tell_noise: found true with low_res_noise 0, expected some noise")
         self.schedule = NoiseSchedule.build(
-            config.schedule, config.num_timesteps, zero_terminal=config.zero_terminal
+            config.schedule,
+            config.num_timesteps,
+            zero_terminal=config.zero_terminal,
+            prediction=config.prediction,
         )
         self.unet = UNet(config.unet, image_size=crop_size, in_channels=6, out_channels=3)
         width = config.unet.channels
@@ -57,10 +62,11 @@ class Upsampler(nn.Module):
         """Return the low resolution that training sees of crops [B, 3, H, W], and the standard
         deviation [B] of the noise in it."""
         config = self.config
-        if config.degradation == "bsr":
-            low_res = bsr(image, keys, self.factor)
-        else:
-            low_res = gaussian_blur(shrink(image, self.factor))
+        with torch.autocast(image.device.type, enabled=False):  # levels of 255 have no room in bf16
+            if config.degradation == "bsr":
+                low_res = bsr(image, keys, self.factor)
+            else:
+                low_res = gaussian_blur(shrink(image, self.factor))
         level = config.low_res_noise * keyed_random.uniform(keys, "low_res_level")
         noise = keyed_random.normal(keys, "low_res_noise", low_res.shape[1:])
         return low_res + level[:, None, None, None] * noise, level
@@ -88,19 +94,21 @@ class Upsampler(nn.Module):
     ) -> Tensor:
         """Raise low_res [B, 3, H, W] to [B, 3, fH, fW] in [-1, 1]; guidance does not apply.
 
-        final: another network for the step at t = 0, as Karlo's has one; None for this one.
+        final: another network for the last step, as Karlo's has one; None for this one.
         Raises ValueError for the sampler learned_ddpm: upsamplers learn no variance.
         """
         if options.sampler == "learned_ddpm":
             raise ValueError("sampler: found learned_ddpm for an upsampler, expected another")
+        schedule = self.schedule.spaced(options.spacing)
+        last = schedule.timesteps(options.sample_steps)[-1]
         shape = (3, *(self.factor * side for side in low_res.shape[2:]))
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            network = self if final is None or int(t[0]) else final
+            network = final if final is not None and int(t[0]) == last else self
             return self.schedule.to_x0(self.config.prediction, network(x, t, low_res), x, t)
 
         x = keyed_random.normal(keys, f"upsampler_{shape[1]}", shape)
         noise = lambda step: keyed_random.normal(keys, f"upsampler_{shape[1]}_{step}", shape)  # noqa: E731
         return options.sampler(
-            clipped(denoise, 1.0), x, self.schedule, options.sample_steps, noise
+            clipped(denoise, 1.0), x, schedule, options.sample_steps, noise
         ).clamp(-1, 1)

@@ -151,6 +151,13 @@ def test_settings_on_disk_give_the_sampling_they_were_drawn_with(
     defaults = sampling_of({"unknown": 1})
     assert defaults.prior.sample_steps == default_sampling().prior.sample_steps
     assert sampling_of({"prior_sampler": "analytic_ddpm"}).prior.sampler == "analytic_ddpm"
+    paper = sampling_of(
+        {"sampler": "learned_ddpm", "upsampler_sampler": "ddim", "spacing": "strided"}
+    )
+    assert paper.decoder.sampler == "learned_ddpm" and paper.decoder.spacing == "strided"
+    assert paper.prior.spacing == paper.upsampler.spacing == "strided"
+    with pytest.raises(ValueError, match="upsampler_sampler: found none with sampler learned_ddpm"):
+        sampling_of({"sampler": "learned_ddpm"})
     assert sampling_of({"top_share": 0.25, "temperature": 2.0}).prior.top_share == 0.25
     with pytest.raises(ValueError, match="found 'euler', expected one of ddim, .*analytic_ddpm"):
         sampling_of({"prior_sampler": "euler"})

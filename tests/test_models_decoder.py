@@ -199,14 +199,16 @@ def test_z_t_reaches_the_timestep_where_it_is_asked_for():
 
 
 def test_a_learned_variance_is_the_second_half_and_learns_from_the_bound_alone():
-    model, _ = own_words(learned_variance=True, use_text=False)
+    model, _ = own_words(learned_variance=True, use_text=False, text_tokens=0)
     keys, told = torch.arange(4), condition(slice(4))
     found = model.losses(keys, images(4), told)
     assert found["bound"].shape == (4,) and (found["bound"] > 0).all()
     found["loss"].sum().backward()
     last = model.unet.conv_out.weight.grad
     assert last is not None and (last.abs().flatten(1).sum(1) > 0).all()
-    without, _ = own_words(learned_variance=True, use_text=False, bound_weight=0.0)
+    without, _ = own_words(
+        learned_variance=True, use_text=False, text_tokens=0, bound_weight=0.0
+    )
     without.load_state_dict(model.state_dict())
     without.losses(keys, images(4), told)["loss"].sum().backward()
     other = without.unet.conv_out.weight.grad
@@ -216,7 +218,7 @@ def test_a_learned_variance_is_the_second_half_and_learns_from_the_bound_alone()
 
 def test_the_learned_sampler_asks_for_a_learned_variance():
     how = ImageSampling(sampler="learned_ddpm", sample_steps=3, cfg_scale=2.0)
-    model, _ = own_words(learned_variance=True, use_text=False)
+    model, _ = own_words(learned_variance=True, use_text=False, text_tokens=0)
     keys, told = torch.arange(4), condition(slice(4))
     found = model.sample(keys, told, how)
     assert found.shape == (4, 3, SIZE, SIZE) and torch.isfinite(found).all()
@@ -226,6 +228,46 @@ def test_the_learned_sampler_asks_for_a_learned_variance():
         decoder().sample(keys, told, how)
     with pytest.raises(ValueError, match="learned_ddpm for an upsampler"):
         upsampler().sample(keys, images(4), how)
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [({"text_embed_cond": True, "use_text": False}, "text_embed_cond"),
+     ({"text_embed_cond": True, "text_tokens": 8}, "text_embed_cond"),
+     ({"text_tokens": 8, "use_text": False}, "text_tokens"),
+     ({"zero_terminal": True, "prediction": "eps"}, "zero_terminal")],
+)  # fmt: skip
+def test_what_would_do_nothing_or_cannot_be_is_refused(changes, option):
+    with pytest.raises(ValueError, match=f"{option}: found"):
+        decoder(**changes)
+
+
+def test_an_upsamplers_options_fit_together():
+    with pytest.raises(ValueError, match="tell_noise: found true"):
+        upsampler(tell_noise=True)
+    with pytest.raises(ValueError, match="zero_terminal: found true"):
+        upsampler(zero_terminal=True, prediction="eps")
+
+
+def test_the_end_of_a_caption_is_its_last_real_token_whatever_stands_between():
+    """A word may have token 0: the end is not where the count of the others says."""
+    model, told = own_words()
+    words, mask = told.tokens, told.token_mask
+    assert words is not None and mask is not None
+    gap = mask & (torch.arange(8) != 1)
+    seen = []
+    model.caption_to_cond.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    states = model.text_encoder(words, gap)
+    model.read(replace(told, token_mask=gap))
+    torch.testing.assert_close(seen[0], states[torch.arange(4), torch.tensor([2, 3, 4, 5])])
+
+
+def test_corruptions_are_computed_in_fp32_under_autocast():
+    model, keys = upsampler(degradation="bsr", low_res_noise=0.1), torch.arange(4)
+    exact, _ = model.corrupted(images(4, 32), keys)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = model.corrupted(images(4, 32), keys)
+    assert found.dtype == torch.float32 and torch.equal(found, exact)
 
 
 def test_recomputed_activations_give_the_same_gradient():
@@ -254,6 +296,9 @@ def test_a_weaker_decoder_guides_as_the_rule_says():
     torch.testing.assert_close(guided[inside], expected[inside], atol=1e-5, rtol=0)
     same = strong.sample(keys, told, replace(how, cfg_scale=1.5), guide=strong)
     torch.testing.assert_close(same, parts[0], atol=1e-5, rtol=0)
+    for other in (decoder(prediction="eps"), decoder(schedule="linear")):
+        with pytest.raises(ValueError, match="guide: found a decoder that predicts"):
+            strong.sample(keys, told, replace(how, cfg_scale=1.5), guide=other)
 
 
 def test_guidance_keeps_to_its_interval():

@@ -241,6 +241,9 @@ def test_inpainting_keeps_what_is_masked_out(files, tmp_path):
         (["inpaint", "--images", "a.png"], "--mask: found none"),
         (["inpaint", "--images", "a", "--mask", "m", "--caption", "x"], "one of --caption and"),
         (["guidance"], "--prompts: found none"),
+        (["guidance", "--prompts", "a", "--scales"], "--scales: found none"),
+        (["pca", "--images", "a.png", "--components", "-3"], "--components: found -3"),
+        (["variations", "--images", "broken.png"], "broken.png: found no image"),
         (["variations", "--images", "a.png", "--count", "0"], "--count: found 0, expected 1"),
     ],
 )  # fmt: skip
@@ -248,6 +251,7 @@ def test_a_wrong_request_is_one_line(files, tmp_path, monkeypatch, arguments, pr
     from eval import sample
 
     monkeypatch.chdir(files["root"])
+    (files["root"] / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     more = [] if arguments == ["varations"] else ["--decoder", str(files["runs"]["decoder"])]
     with pytest.raises(ValueError, match=problem):
         sample.command([*arguments, *more])

@@ -20,8 +20,8 @@ def device(monkeypatch):
     """Sets whether this device computes in bfloat16."""
 
     def choose(native: bool) -> None:
-        monkeypatch.setattr("training.precision.native_bf16", lambda: native)
-        monkeypatch.setattr(worker, "native_bf16", lambda: native)
+        monkeypatch.setattr("training.precision.native_bf16", lambda device_type: native)
+        monkeypatch.setattr(worker, "native_bf16", lambda device_type: native)
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return choose
@@ -32,18 +32,17 @@ def chosen(config: PriorRunConfig) -> str:
 
 
 def test_a_processor_without_the_instructions_has_no_native_bf16(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for found, native in (({}, False), ({"avx2": True}, False), ({"avx512_bf16": True}, True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
-        assert native_bf16() is native
+        assert native_bf16("cpu") is native
 
 
 def test_auto_is_what_the_device_computes_in(device, tmp_path):
     config = dataclasses.replace(CONFIG, run=str(tmp_path / "run"))
     for native, expected in ((True, "bf16"), (False, "fp32")):
         device(native)
-        assert chosen(config) == settled("auto") == expected
-        assert settled("bf16") == "bf16" and settled("fp32") == "fp32"
+        assert chosen(config) == settled("auto", "cpu") == expected
+        assert settled("bf16", "cpu") == "bf16" and settled("fp32", "cpu") == "fp32"
 
 
 def test_a_run_keeps_the_precision_it_began_with(device, tmp_path, capsys):

@@ -11,6 +11,7 @@ from torch import nn
 
 from models.configs import ClipConfig
 from training import jobs
+from training.batches import Batch
 from training.config import ClipRunConfig, TrainConfig
 from training.sam import perturbed
 from training.worker import launch
@@ -78,7 +79,7 @@ def run_of(data: Path, run: Path, rho: float) -> ClipRunConfig:
     )
 
 
-def test_a_clip_is_perturbed_by_its_first_samples_contrasted_among_themselves(
+def test_a_clip_is_perturbed_by_some_samples_contrasted_among_themselves(
     data: Path, tmp_path: Path
 ):
     config = run_of(data, tmp_path, 0.1)
@@ -86,7 +87,7 @@ def test_a_clip_is_perturbed_by_its_first_samples_contrasted_among_themselves(
     from training.feeds import make_feed
 
     (batch,) = next(iter(make_feed(job, config, 0, 1).iterate(0, 1)))
-    part = batch.first(8)
+    part = batch.part(8)
     loss = jobs.clip_objective(job.model, part)["loss"].mean()
     named = dict(job.model.named_parameters())
     gradients = torch.autograd.grad(loss, list(named.values()))
@@ -96,6 +97,19 @@ def test_a_clip_is_perturbed_by_its_first_samples_contrasted_among_themselves(
         for (name, p), g in zip(named.items(), gradients, strict=True):
             torch.testing.assert_close(p, before[name] + 0.1 * g / norm, atol=1e-6, rtol=1e-5)
     assert all(torch.equal(p, before[name]) for name, p in named.items())
+
+
+def test_the_samples_that_perturb_are_neighbours_from_anywhere():
+    """A batch comes by index: its first samples would always be of its first shard."""
+    columns = {"row": torch.arange(16)}
+    starts = set()
+    for key in range(200):
+        keys = torch.arange(16) + 7919 * key
+        whole = Batch(keys=keys, weight=torch.ones(16), num_real=16, columns=columns)
+        rows = whole.part(8)["row"].tolist()
+        assert rows == [(rows[0] + step) % 16 for step in range(8)]
+        starts.add(rows[0])
+    assert len(starts) == 16 and len(whole.part(99).keys) == 16
 
 
 def test_a_clip_starts_from_anothers_weights(data: Path, tmp_path: Path):

@@ -66,6 +66,18 @@ def test_a_runs_own_configuration_continues_it_also_where_it_began_fresh(tmp_pat
     assert (run / "step_00000001").is_dir()
 
 
+def test_a_run_older_than_an_option_goes_on_with_its_default(tmp_path: Path):
+    run = prepare_run(CONFIG, str(tmp_path))
+    told = (run / "config.yaml").read_text()
+    assert "  compile: false\n" in told and "  qk_norm: true\n" in told
+    (run / "config.yaml").write_text(told.replace("  qk_norm: true\n", "", 1))
+    assert prepare_run(CONFIG, str(tmp_path)) == run
+    other = dataclasses.replace(CONFIG.diffusion, qk_norm=False)
+    (run / "config.yaml").write_text(told.replace("  qk_norm: true\n", "", 1))
+    with pytest.raises(ValueError, match="qk_norm: found True in the run, expected False"):
+        prepare_run(dataclasses.replace(CONFIG, diffusion=other), str(tmp_path))
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_folder_that_is_not_ours_is_left_alone(fresh: bool, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")

@@ -32,10 +32,16 @@ class Batch:
     def __getitem__(self, column: str) -> Tensor:
         return self.columns[column]
 
-    def first(self, count: int) -> "Batch":
-        """Return the first samples, `count` at most."""
-        columns = {name: value[:count] for name, value in self.columns.items()}
-        keys, weight = self.keys[:count], self.weight[:count]
+    def part(self, count: int) -> "Batch":
+        """Return neighbouring samples, `count` at most, from where the first one's key says on.
+
+        Neighbours, since the hard negatives of a data set stand together; not the first ones, since
+        a batch comes by index.
+        """
+        start = int(self.keys[0]) % len(self.keys)
+        rows = (start + torch.arange(min(count, len(self.keys)))) % len(self.keys)
+        columns = {name: value[rows] for name, value in self.columns.items()}
+        keys, weight = self.keys[rows], self.weight[rows]
         return replace(self, keys=keys, weight=weight, columns=columns)
 
     def to(self, device: torch.device) -> "Batch":
@@ -87,7 +93,7 @@ class Feed:
 
     def _slice(self, step: int) -> Slice:
         """Return what this rank reads at `step`, by index: neighbours on the disk are neighbours
-        here, and no sum over a batch asks for another order."""
+        here, and a sum over a batch asks for no other order."""
         part = self.plan.slice(step, self.rank, self.world_size)
         order = np.argsort(part.index, kind="stable")
         return replace(

@@ -91,9 +91,9 @@ def _start_from(model: CLIP, spec: str) -> None:
 
 
 def _around_clip(config: ClipRunConfig, model: Any, batches: list[Batch]) -> AbstractContextManager:
-    """Perturb this worker's weights by its first samples, contrasted among themselves."""
+    """Perturb this worker's weights by some of its samples, contrasted among themselves."""
     device = next(model.parameters()).device
-    part = batches[0].first(config.sam_batch_size).to(device)
+    part = batches[0].part(config.sam_batch_size).to(device)
 
     def loss() -> Tensor:
         with autocast(device.type, config.train.precision):

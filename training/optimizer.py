@@ -147,7 +147,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         {"params": others, "muon": False, "peak_lr": config.learning_rate},
     ]
     used = [group for group in groups if group["params"]]
-    dtype = torch.bfloat16 if settled(config.precision) == "bf16" else torch.float32
+    device = next(model.parameters()).device.type
+    dtype = torch.bfloat16 if settled(config.precision, device) == "bf16" else torch.float32
     return Optimizer(used, beta2=config.beta2, eps=config.adam_eps, matrix_dtype=dtype)
 
 
@@ -155,6 +156,8 @@ def _is_hidden(name: str) -> bool:
     outer = (
         "embed_to_cond",
         "embed_to_tokens",
+        "caption_to_cond",
+        "tokens",
         "conv_in",
         "conv_out",
         "x_in",
@@ -165,7 +168,7 @@ def _is_hidden(name: str) -> bool:
         "query",
         "position",
     )
-    ends = ("token_embedding", "positional", "conv1", "proj", "projection", "time_in")
+    ends = ("token_embedding", "positional", "conv1", "proj", "projection", "time_in", "noise_in")
     if name == "out.weight":  # a prior's own last layer
         return False
     return not any(part.startswith(outer + ends) for part in name.split("."))

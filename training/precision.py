@@ -7,24 +7,24 @@ Precision = Literal["auto", "bf16", "fp32"]
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # as torch names what x86 and ARM processors have
 
 
-def native_bf16() -> bool:
-    """Say whether this process's device computes in bfloat16.
+def native_bf16(device_type: str) -> bool:
+    """Say whether this process's device computes in bfloat16; device_type: "cuda" or "cpu".
 
     GPUs do from NVIDIA's Ampere on, and processors with instructions of their own. On others it is
     emulated: a CPU without them took 20 to 60 times as long as in fp32.
     """
     import torch
 
-    if torch.cuda.is_available():
+    if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in CPU_BF16)
 
 
-def settled(precision: Precision) -> Literal["bf16", "fp32"]:
-    """Return what "auto" comes to on this device: bf16 where it is native; others as they are."""
+def settled(precision: Precision, device_type: str) -> Literal["bf16", "fp32"]:
+    """Return what "auto" comes to on a device: bf16 where it is native; others as they are."""
     if precision == "auto":
-        return "bf16" if native_bf16() else "fp32"
+        return "bf16" if native_bf16(device_type) else "fp32"
     return precision
 
 
@@ -32,4 +32,5 @@ def autocast(device_type: str, precision: Precision) -> AbstractContextManager:
     """Return the block in which networks of fp32 weights compute in that precision."""
     import torch
 
-    return torch.autocast(device_type, torch.bfloat16, enabled=settled(precision) == "bf16")
+    enabled = settled(precision, device_type) == "bf16"
+    return torch.autocast(device_type, torch.bfloat16, enabled=enabled)

@@ -65,14 +65,19 @@ def with_precision(config: RunConfig, run: Path) -> RunConfig:
     kept = _flat(read_yaml(began)).get("train.precision") if began.is_file() else None
     found = kept if kept and not config.fresh else _precision_here(config.train.num_workers)
     note = ""
-    if found == "bf16" and not native_bf16() and not _gpus_elsewhere(config.train.num_workers):
+    elsewhere = _gpus_elsewhere(config.train.num_workers)
+    if found == "bf16" and not elsewhere and not native_bf16(_device_here()):
         note = ", as the run began; this device only emulates it, many times slower"
     print(f"precision: {found}{note}", flush=True)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=found))
 
 
 def _precision_here(num_workers: int) -> str:
-    return "bf16" if _gpus_elsewhere(num_workers) else settled("auto")
+    return "bf16" if _gpus_elsewhere(num_workers) else settled("auto", _device_here())
+
+
+def _device_here() -> str:
+    return "cuda" if _has_cuda() else "cpu"
 
 
 def _gpus_elsewhere(num_workers: int) -> bool:
@@ -117,7 +122,9 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
 
 
 def _require_same(run: Path, config: RunConfig) -> None:
-    before, now = _flat(read_yaml(run / CONFIG_NAME)), _flat(read_yaml_text(to_yaml(config)))
+    now, defaults = (_flat(read_yaml_text(to_yaml(each))) for each in (config, type(config)()))
+    found = _flat(read_yaml(run / CONFIG_NAME))
+    before = {**defaults, **found}  # a run may be older than an option
     for key in sorted(before.keys() | now.keys()):
         if key not in MAY_CHANGE and before.get(key) != now.get(key):
             raise ValueError(

@@ -167,7 +167,7 @@ class ZeroEngine:
             # arithmetic
             "zero_allow_untested_optimizer": True,
             "torch_autocast": {
-                "enabled": settled(config.precision) == "bf16",
+                "enabled": settled(config.precision, self.device.type) == "bf16",
                 "dtype": "bfloat16",
             },
             "steps_per_print": 1 << 30,
