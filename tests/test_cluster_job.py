@@ -48,6 +48,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
         [
             str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
             f"--dashboard-port={dashboard}", "--object-store-memory=500000000",
+            f"--dashboard-agent-listen-port={free_port()}",  # another Ray here has the usual one
             "--node-ip-address=127.0.0.1", f"--temp-dir=/tmp/r{os.getpid()}",
         ],
         env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
