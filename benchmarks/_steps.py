@@ -40,6 +40,18 @@ class StepsConfig:
     """internal: measure this one, here"""
 
 
+def run(script: str, config: Any, builds: dict[str, Any], batch: Callable[[], dict]) -> int:
+    """Compare the peers, ours first, or be the one that `config` names; the exit code.
+
+    builds: what `measure` builds, by peer; batch: makes the columns of a batch.
+    """
+    if config.peer:
+        measure(config, builds[config.peer], batch())
+    else:
+        print(json.dumps(compare(script, config, list(builds))))
+    return 0
+
+
 def compare(script: str, config: Any, peers: Sequence[str]) -> dict[str, Any]:
     """Measure every peer, ours first, in turn; print a table and return the figures."""
     from rich.console import Console

@@ -9,18 +9,16 @@ is Karlo's shape, whose weights ours could load. Each measurement is a process o
 `memory_ratio` is ours over the least of the peers', of what a process took beyond its imports.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from _steps import DALLE2, StepsConfig, compare, measure
+from _steps import DALLE2, StepsConfig, run
 
 from cluster.cli import parse, run_script
 
 SIZE, EMBED, WORDS, CONTEXT = 32, 512, 20, 256
 CHANNELS, MULT, BLOCKS, HEAD = 64, (1, 2, 3), 1, 32
-PEERS = ("ours", "diffusers", DALLE2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +31,8 @@ class Config(StepsConfig):
 
 def main(config: Config) -> int:
     """Print a table, and one JSON object as the last line."""
-    if config.peer:
-        build = {"ours": _ours, "diffusers": _diffusers, DALLE2: _dalle2}[config.peer]
-        measure(config, build, _batch(config))
-    else:
-        print(json.dumps(compare(__file__, config, PEERS)))
-    return 0
+    builds = {"ours": _ours, "diffusers": _diffusers, DALLE2: _dalle2}
+    return run(__file__, config, builds, lambda: _batch(config))
 
 
 def _batch(config: Config) -> dict[str, Any]:

@@ -10,17 +10,15 @@ list's have; ours leaves out the columns that only pad a batch, which is exact; 
 runs in .venv-bench, which `make bench-setup` makes.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from _steps import DALLE2, StepsConfig, compare, measure
+from _steps import DALLE2, StepsConfig, run
 
 from cluster.cli import parse, run_script
 
 WIDTH, DEPTH, HEADS, WORDS = 512, 6, 8, 77
-PEERS = ("ours", "diffusers", DALLE2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +31,8 @@ class Config(StepsConfig):
 
 def main(config: Config) -> int:
     """Print a table, and one JSON object as the last line."""
-    if config.peer:
-        build = {"ours": _ours, "diffusers": _diffusers, DALLE2: _dalle2}[config.peer]
-        measure(config, build, _batch(config))
-    else:
-        print(json.dumps(compare(__file__, config, PEERS)))
-    return 0
+    builds = {"ours": _ours, "diffusers": _diffusers, DALLE2: _dalle2}
+    return run(__file__, config, builds, lambda: _batch(config))
 
 
 def _batch(config: Config) -> dict[str, Any]:
