@@ -71,9 +71,6 @@ def publish_snapshot(
 
     excluded: by shard, the rows that its readers leave out.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     shards = tuple(
         ShardEntry(
             name=one.shard,
@@ -83,6 +80,14 @@ def publish_snapshot(
         )
         for one in read_commits(root)
     )
+    return write_snapshot(root, shards)
+
+
+def write_snapshot(root: str | os.PathLike[str], shards: tuple[ShardEntry, ...]) -> Snapshot:
+    """Write a list of shards as a snapshot, and point `_snapshots/latest` at it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     storage = storage_of(root)
     digest = _snapshot_digest(shards)
     name = f"_snapshots/{digest}.parquet"
