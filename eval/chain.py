@@ -4,31 +4,64 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ingest.commits import digest_file
 from models.clip import load_clip
 from models.unclip import UnClip
 from models.weights import exported, load_config
 
 
-def load_chain(clip: str, prior: str, decoder: str, upsamplers: Sequence[str]) -> UnClip:
+def device_named(name: str) -> torch.device:
+    """Return the device called `name`: "auto" is a GPU where there is one, else the CPU.
+
+    Raises ValueError for one that is not here.
+    """
+    found = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(found)
+    except RuntimeError:
+        raise ValueError(f"device: found {name!r}, expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: found {name!r} on a machine with {torch.cuda.device_count()} GPUs, expected "
+            "auto, cpu or one of those"
+        )
+    return device
+
+
+def load_chain(
+    clip: str,
+    prior: str,
+    decoder: str,
+    upsamplers: Sequence[str],
+    *,
+    guide: str = "",
+    device: str = "cpu",
+) -> UnClip:
     """Load finished runs; `clip` empty means the encoder that the prior, or without one the
     decoder, was trained on; `decoder` empty the prior alone, `prior` empty none."""
+    where = device_named(device)
     spec = clip or load_config(exported(Path(prior or decoder)))["clip"]
-    return UnClip.load(load_clip(spec), prior, decoder, tuple(upsamplers))
+    return UnClip.load(load_clip(spec), prior, decoder, tuple(upsamplers), guide).to(where)
 
 
-def chain_weights(prior: str, decoder: str, upsamplers: Sequence[str]) -> dict[str, Any]:
+def chain_weights(
+    prior: str, decoder: str, upsamplers: Sequence[str], guide: str = ""
+) -> dict[str, Any]:
     """Tell the weights of finished runs by their content, since a path may be trained anew.
 
-    Returns {prior_weights, decoder_weights: {step, sha256}, upsampler_weights: a list of such}:
-    the exported step, and the sha256 of its averaged weights.
+    Returns {prior_weights, decoder_weights: {step, sha256}, upsampler_weights: a list of such}, and
+    guide_weights where there is one: the exported step, and the sha256 of its averaged weights.
     """
 
     def told(run: str) -> dict[str, str]:
         step = exported(Path(run))
         return {"step": step.name, "sha256": digest_file(step / "ema.safetensors")}
 
+    of_guide = {"guide_weights": told(guide)} if guide else {}
     return {
+        **of_guide,
         "prior_weights": told(prior),
         "decoder_weights": told(decoder),
         "upsampler_weights": [told(run) for run in upsamplers],

@@ -47,8 +47,13 @@ class EditConfig:
     """sampling steps of the decoder, and of its inversion"""
     upsampler_steps: int = 8
     """sampling steps of an upsampler"""
+    upsampler_tile: int = 0
+    """side in px of the overlapping parts in which an upsampler works, where its whole image does
+    not fit the memory; 0 = whole"""
     precision: Precision = "fp32"
     """of the networks; inversion wants fp32"""
+    device: str = "auto"
+    """auto: a GPU where there is one; cpu, cuda or cuda:N"""
     num_threads: int = 2
     """threads on the CPU"""
 
@@ -158,16 +163,16 @@ def run_edit(command: str, config: EditConfig) -> int:
     """Run a sub-command and write its images."""
     import torch
 
-    from eval.chain import load_chain
+    from eval.chain import device_named, load_chain
     from eval.generate import sampling_of
 
     torch.set_num_threads(config.num_threads)
-    config = dataclasses.replace(config, precision=settled(config.precision, "cpu"))
+    device = device_named(config.device)
+    config = dataclasses.replace(config, precision=settled(config.precision, device.type))
     settings = {**vars(config), "sampler": "ddim"}
     _check(config)
-    chain = load_chain(
-        config.clip, getattr(config, "prior", ""), config.decoder, config.upsampler
-    )
+    parts = (config.clip, getattr(config, "prior", ""), config.decoder, config.upsampler)
+    chain = load_chain(*parts, device=config.device)
     rows = COMMANDS[command][1](config, chain, sampling_of(settings))
     keys = _keys(config.seed, len(rows.pixels))
     enlarged = chain.enlarge(keys, rows.pixels, sampling_of(settings))
@@ -342,8 +347,7 @@ def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> Row
     else:
         embed = embed_images(chain, images).repeat_interleave(config.count, dim=0)
         told = Condition(image_embed=embed, without_text=True)
-    with sampling.autocast(keys):
-        drawn = chain.base.sample(keys, told, sampling.decoder, known=(known, mask))
+    drawn = chain.draw(keys, told, sampling, known=(known, mask)).cpu()
     rows = known.unflatten(0, (len(images), -1))[:, :1], drawn.unflatten(0, (len(images), -1))
     columns = ["image", *(f"{number + 1}" for number in range(config.count))]
     return Rows(pixels=torch.cat(rows, dim=1).flatten(0, 1), rows=_names(config), columns=columns)
@@ -358,8 +362,7 @@ def guidance(config: GuidanceConfig, chain: "UnClip", sampling: "Sampling") -> R
     told = chain.condition(captions, embed)
     for scale in config.scales:
         options = dataclasses.replace(sampling.decoder, cfg_scale=scale)
-        with sampling.autocast(keys):
-            drawn.append(chain.base.sample(keys, told, options))
+        drawn.append(chain.draw(keys, told, dataclasses.replace(sampling, decoder=options)))
     columns = [f"{scale:g}" for scale in config.scales]
     return Rows(pixels=torch.stack(drawn, dim=1).flatten(0, 1), rows=captions, columns=columns)
 

@@ -48,7 +48,7 @@ class ClipFeatures:
 
     def __call__(self, images: list[Image.Image]) -> np.ndarray:
         pixels = torch.from_numpy(np.stack([self.encoder.preprocess(image) for image in images]))
-        return self.encoder.encode_image(pixels).numpy()
+        return self.encoder.encode_image(pixels).cpu().numpy()
 
 
 class InceptionFeatures:
@@ -65,18 +65,20 @@ class InceptionFeatures:
     def name(self) -> str:
         return "inception-2015-12-05 pool3, TF1 bilinear (torch-fidelity)"
 
-    def __init__(self, weights_dir: Path) -> None:
+    def __init__(self, weights_dir: Path, device: str | torch.device = "cpu") -> None:
         path = verified_inception(weights_dir)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self._network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
         ).eval()
+        self._device = torch.device(device)
+        self._network.to(self._device)
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image]) -> np.ndarray:
         pixels = np.stack([np.asarray(image.convert("RGB")).transpose(2, 0, 1) for image in images])
-        return self._network(torch.from_numpy(pixels))[0].numpy()
+        return self._network(torch.from_numpy(pixels).to(self._device))[0].cpu().numpy()
 
 
 def verified_inception(weights_dir: Path) -> Path:

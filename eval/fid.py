@@ -49,6 +49,8 @@ class FidConfig:
     """finished upsampler; repeatable; with --decoder"""
     out: str = "eval.json"
     """file of the scores"""
+    device: str = "auto"
+    """auto: a GPU where there is one; cpu, cuda or cuda:N"""
     num_threads: int = 2
     """threads on the CPU"""
     metrics_port: int | None = None
@@ -60,6 +62,7 @@ def main(config: FidConfig) -> int:
     import torch
 
     from cluster.metrics import serve
+    from eval.chain import device_named
     from eval.samples import open_images
     from eval.scorecard import is_drawn, shapes_with_real
     from models.clip import load_clip
@@ -69,7 +72,7 @@ def main(config: FidConfig) -> int:
     torch.set_num_threads(config.num_threads)
     real, fake = open_images(config.real), open_images(config.fake)
     clip = config.clip or (DEFAULT_CLIP if config.features == "clip" else "")
-    encoder = load_clip(clip) if clip else None
+    encoder = load_clip(clip).to(device_named(config.device)) if clip else None
     scores: dict[str, Any] = {"images": _image_scores(config, real, fake, encoder)}
     if is_drawn(fake.captions) and is_drawn(real.captions):
         scores["shapes"] = shapes_with_real(fake, real)
@@ -98,6 +101,7 @@ def _image_scores(
     config: FidConfig, real: "ImageSet", fake: "ImageSet", encoder: "FrozenClip | None"
 ) -> dict[str, Any]:
     """Return the Frechet distance, and the CLIP score where there are captions and an encoder."""
+    from eval.chain import device_named
     from eval.features import ClipFeatures, InceptionFeatures
     from eval.scorecard import caption_scores, image_scores
 
@@ -105,7 +109,8 @@ def _image_scores(
     if judge is None or config.features == "inception":
         if len(fake) < SMALL:
             print(f"warning: {len(fake)} images are too few to quote an FID; it takes {SMALL}")
-        images = image_scores(real, fake, InceptionFeatures(Path(config.weights_dir)))
+        extractor = InceptionFeatures(Path(config.weights_dir), device_named(config.device))
+        images = image_scores(real, fake, extractor)
     else:
         images = image_scores(real, fake, judge)
         for name in ("fd", "fd_real_halves"):
@@ -142,7 +147,8 @@ def _chain_scores(
     scores: dict[str, Any] = {"clip": clip_scores(captions, image, text)}
     if not config.prior:
         return scores
-    chain = load_chain("", config.prior, config.decoder, config.upsampler)
+    parts = ("", config.prior, config.decoder, config.upsampler)
+    chain = load_chain(*parts, guide=fake.settings.get("guide", ""), device=config.device)
     scores["prior"] = prior_scores(chain, captions, image, text, sampling_of(fake.settings))
     if not config.decoder:
         return scores
@@ -171,7 +177,8 @@ def _drew(config: FidConfig, fake: "ImageSet", captions: list[str]) -> bool:
     """Say whether the chain that is given, as it is trained now, drew `fake` for these captions."""
     from eval.chain import chain_weights
 
-    weights = chain_weights(config.prior, config.decoder, config.upsampler)
+    guide = fake.settings.get("guide", "")
+    weights = chain_weights(config.prior, config.decoder, config.upsampler, guide)
     return fake.captions == captions and weights.items() <= fake.settings.items()
 
 

@@ -43,7 +43,10 @@ class SamplingSettings:
     prior_steps: int = 16
     decoder_steps: int = 16
     upsampler_steps: int = 8
+    upsampler_tile: int = 0
     cfg_scale: float = 1.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
     prior_cfg_scale: float = 1.5
     best_of: int = 2
     temperature: float = 1.0
@@ -75,12 +78,26 @@ class SamplingSettings:
                 sample_steps=self.decoder_steps,
                 spacing=self.spacing,
                 cfg_scale=self.cfg_scale,
+                guidance_interval=self._interval(),
+                guidance_rescale=self.guidance_rescale,
             ),
             upsampler=ImageSampling(
-                sampler=enlarging, sample_steps=self.upsampler_steps, spacing=self.spacing
+                sampler=enlarging,
+                sample_steps=self.upsampler_steps,
+                spacing=self.spacing,
+                tile=self.upsampler_tile,
             ),
-            precision=settled(self.precision, "cpu"),  # where a chain draws
+            precision=settled(self.precision, "cpu"),
         )
+
+    def _interval(self) -> tuple[float, float] | None:
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"guidance_interval: found {low:g} {high:g}, expected 0 <= low < high <= 1, shares "
+                "of the noising time"
+            )
+        return None if (low, high) == (0, 1) else (low, high)
 
 
 def default_sampling() -> Sampling:
@@ -102,12 +119,13 @@ def sampling_of(settings: Mapping[str, Any]) -> Sampling:
     """Return the default settings with what `settings` says otherwise; other keys are left
     alone."""
     known = [field.name for field in fields(SamplingSettings)]
-    return SamplingSettings(**{name: settings[name] for name in known if name in settings}).build()
+    told = {name: settings[name] for name in known if name in settings}
+    return SamplingSettings(**told).build()
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
     """Map [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3]."""
-    return ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def grid(

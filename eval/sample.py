@@ -60,8 +60,18 @@ class SampleConfig:
     """sampling steps of the decoder"""
     upsampler_steps: int = 8
     """sampling steps of an upsampler"""
+    upsampler_tile: int = 0
+    """side in px of the overlapping parts in which an upsampler works, where its whole image does
+    not fit the memory; 0 = whole"""
     cfg_scale: float = 1.5
     """guidance of the decoder; 1 = off"""
+    guide: str = ""
+    """finished run of a weaker decoder that guidance leads away from (autoguidance): smaller, or
+    trained for less; empty = the decoder without its condition"""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """shares of the noising time in which to guide the decoder; 0 is the clean end"""
+    guidance_rescale: float = 0.0
+    """share of the decoder's result that gets the standard deviation back that guidance took"""
     prior_cfg_scale: float = 1.5
     """guidance of the prior; 1 = off"""
     best_of: int = 2
@@ -75,6 +85,8 @@ class SampleConfig:
     it"""
     batch_size: int = 50
     """captions at once"""
+    device: str = "auto"
+    """auto: a GPU where there is one; cpu, cuda or cuda:N"""
     num_threads: int = 2
     """threads on the CPU"""
     metrics_port: int | None = None
@@ -88,16 +100,18 @@ def main(config: SampleConfig) -> int:
     import torch
 
     from cluster.metrics import serve
-    from eval.chain import load_chain
+    from eval.chain import device_named, load_chain
     from eval.samples import SAMPLES_NAME
 
     started = time.perf_counter()
-    config = dataclasses.replace(config, precision=settled(config.precision, "cpu"))
+    device = device_named(config.device)
+    config = dataclasses.replace(config, precision=settled(config.precision, device.type))
     serve(config.metrics_port)
     torch.set_num_threads(config.num_threads)
     captions = _captions(config)
     out = Path(config.out)
-    chain = load_chain(config.clip, config.prior, config.decoder, config.upsampler)
+    parts = (config.clip, config.prior, config.decoder, config.upsampler)
+    chain = load_chain(*parts, guide=config.guide, device=config.device)
     _open(out, _settings(config, captions, chain), fresh=config.fresh)
     made = _draw(out, config, captions, chain)
     if made or not (out / SAMPLES_NAME).is_file():
@@ -136,9 +150,11 @@ def _settings(config: SampleConfig, captions: list[str], chain: Any) -> dict[str
     from eval.chain import chain_weights
 
     settings = dataclasses.asdict(config)
-    for name in ("out", "batch_size", "num_threads", "metrics_port", "fresh", "limit", "prompts"):
+    for name in (
+        "out", "batch_size", "device", "num_threads", "metrics_port", "fresh", "limit", "prompts",
+    ):  # fmt: skip
         del settings[name]
-    weights = chain_weights(config.prior, config.decoder, config.upsampler)
+    weights = chain_weights(config.prior, config.decoder, config.upsampler, config.guide)
     settings |= {"encoder_id": chain.clip.encoder_id, **weights, "captions": captions}
     return json.loads(json.dumps(settings))
 

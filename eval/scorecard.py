@@ -75,7 +75,7 @@ def prior_scores(
     """Compare the prior's draws with the true image and text embeddings [N, E] of `captions`."""
     keys = caption_keys(captions, 0).split(BATCH_SIZE)
     parts = zip(keys, in_batches(captions, BATCH_SIZE), strict=True)
-    drawn = torch.cat([chain.imagine(mine, part, sampling) for mine, part in parts])
+    drawn = torch.cat([chain.imagine(mine, part, sampling).cpu() for mine, part in parts])
     return prior_scorecard(drawn, image, text, [meaning(caption) for caption in captions])
 
 
@@ -129,7 +129,7 @@ def caption_scores(
     pairs."""
     image = torch.from_numpy(extract(ClipFeatures(encoder), images))
     text = torch.cat([
-        encoder.encode_text(torch.from_numpy(encoder.tokenize(part)))[0]
+        encoder.encode_text(torch.from_numpy(encoder.tokenize(part)))[0].cpu()
         for part in in_batches(captions, BATCH_SIZE)
     ])  # fmt: skip
     return {

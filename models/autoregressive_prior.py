@@ -7,7 +7,8 @@
 
 The paper conditions "on the caption and z_t as a prefix", and does not say how 256 words fit into
 384 positions beside 319 codes: here the prefix is z_t, and 63 tokens that one cross-attention pools
-from the caption's states.
+from the caption's states. Which of z_t's components a code is of, the network would have to learn
+place by place: with `tell_components` (ours, not the paper's) each place is told its own.
 """
 
 import torch
@@ -21,6 +22,7 @@ from models.text import TextEncoder
 from models.transformer import Block, KeyValues, attend
 
 RANGE = 4.0  # standard deviations; what lies beyond goes to the outermost buckets
+SMOOTH = 0.05  # of the buckets' range [-1, 1]: .2 standard deviations of a component
 
 
 class PcaCodes(nn.Module):
@@ -47,10 +49,13 @@ class PcaCodes(nn.Module):
         self.basis.copy_(basis[:, :num_codes])
         self.std.copy_(eigenvalues[:num_codes].sqrt().clamp(min=1e-6))
 
+    def components(self, z: Tensor) -> Tensor:
+        """Return the principal components [B, K] of z [B, E], in standard deviations."""
+        return (z.float() - self.mean) @ self.basis / self.std
+
     def encode(self, z: Tensor) -> Tensor:
         """Return codes int64 [B, K] of z [B, E]."""
-        y = (z.float() - self.mean) @ self.basis / self.std
-        return _bucket(y / RANGE, self.codebook_size)
+        return _bucket(self.components(z) / RANGE, self.codebook_size)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the unit vectors [B, E] at the buckets' middles."""
@@ -120,6 +125,9 @@ class AutoregressivePrior(nn.Module):
         self.null_prefix = nn.Parameter(torch.randn(1, config.num_prefix, width) * 0.02)
         self.dot_in, self.dot_out = nn.Embedding(size, width), nn.Linear(width, size)
         self.code_in, self.code_out = nn.Embedding(size, width), nn.Linear(width, size)
+        self.component_in = None
+        if config.tell_components:
+            self.component_in = nn.Parameter(torch.randn(1, config.num_codes, width) * 0.02)
         length = config.num_prefix + config.num_codes  # the last code is not read
         self.position = nn.Parameter(torch.randn(1, length, width) * 0.02)
         self.blocks = nn.ModuleList(
@@ -128,9 +136,23 @@ class AutoregressivePrior(nn.Module):
             for _ in range(config.depth)
         )  # fmt: skip
         self.norm_out = nn.LayerNorm(width)
-        for table in (self.dot_in, self.code_in):
-            nn.init.normal_(table.weight, std=0.02)
+        self._start_smooth()
         self.codes = PcaCodes(embed_dim=embed_dim, num_codes=config.num_codes, codebook_size=size)
+
+    def _start_smooth(self) -> None:
+        """Let neighbouring buckets start alike, and the codes at a normal distribution.
+
+        Buckets have an order, of which a table of independent rows would have to learn each pair:
+        here a row moves with its neighbours, within some SMOOTH of the range, from the first step.
+        """
+        size = self.config.codebook_size
+        x = _middle(torch.arange(size), size)
+        kernel = torch.exp(-0.5 * ((x[:, None] - x) / SMOOTH) ** 2)
+        kernel /= kernel.norm(dim=1, keepdim=True)
+        for table in (self.dot_in, self.code_in, self.dot_out, self.code_out):
+            table.weight.data = kernel @ torch.randn_like(table.weight) * 0.02
+        nn.init.zeros_(self.dot_out.bias)
+        self.code_out.bias.data = -0.5 * (x * RANGE) ** 2
 
     def prefix(self, text: PriorText, drop: Tensor) -> Tensor:
         """Return what stands before the codes, [B, num_prefix, width]; a learned null where `drop`,
@@ -141,6 +163,14 @@ class AutoregressivePrior(nn.Module):
         z_t = self.text_embed_in(text.text_embed * self.embed_dim**0.5)[:, None]
         told = torch.cat([z_t, self.pool(states, text.token_mask)], dim=1)
         return torch.where(drop[:, None, None], self.null_prefix.to(told.dtype), told)
+
+    def hints(self, text: PriorText, drop: Tensor) -> Tensor:
+        """Return what the token before each code adds to itself, [B, K, width or 1]: z_t's value of
+        that code's component, and nothing where `drop`, bool [B]."""
+        if self.component_in is None:
+            return text.text_embed.new_zeros(len(drop), self.config.num_codes, 1)
+        told = self.codes.components(text.text_embed).masked_fill(drop[:, None], 0.0)
+        return told[..., None] * self.component_in
 
     def _blocks(self, h: Tensor, caches: list[KeyValues] | None = None) -> Tensor:
         """Run the decoder on further positions [B, n, width] of a sequence."""
@@ -159,8 +189,9 @@ class AutoregressivePrior(nn.Module):
         """Return logits of the dot-product token [B, C] and of the codes [B, K, C], each given
         those before it. dot: int64 [B]; codes: int64 [B, K]."""
         before = self.prefix(text, drop)
-        parts = (self.dot_in(dot)[:, None], self.code_in(codes[:, :-1]))
-        h = self._blocks(torch.cat([before, *(part.to(before.dtype) for part in parts)], dim=1))
+        tokens = torch.cat([self.dot_in(dot)[:, None], self.code_in(codes[:, :-1])], dim=1)
+        tokens = tokens + self.hints(text, drop)
+        h = self._blocks(torch.cat([before, tokens.to(before.dtype)], dim=1))
         last = self.config.num_prefix - 1
         return self.dot_out(h[:, last]).float(), self.code_out(h[:, last + 1 :]).float()
 
@@ -198,9 +229,10 @@ class AutoregressivePrior(nn.Module):
         """
         guide = options.cfg_scale != 1
         drop = torch.zeros_like(keys, dtype=torch.bool)
-        before = self.prefix(text, drop)
+        before, hints = self.prefix(text, drop), self.hints(text, drop)
         if guide:
             before = torch.cat([before, self.prefix(text, ~drop)])
+            hints = torch.cat([hints, torch.zeros_like(hints)])
         caches = self._caches(len(before), before) if cached else None
         h, read = self._blocks(before, caches), before
         tokens: list[Tensor] = []
@@ -216,7 +248,8 @@ class AutoregressivePrior(nn.Module):
             if place == self.config.num_codes:
                 break
             table = self.code_in if place else self.dot_in
-            new = table(drawn).to(before.dtype)[:, None].repeat(2 if guide else 1, 1, 1)
+            new = table(drawn)[:, None].repeat(2 if guide else 1, 1, 1)
+            new = (new + hints[:, place : place + 1]).to(before.dtype)
             read = new if cached else torch.cat([read, new], dim=1)
             h = self._blocks(read, caches)
         return tokens[0], torch.stack(tokens[1:], dim=1)

@@ -171,10 +171,15 @@ class FrozenClip(nn.Module):
         """Return `image` as this encoder's input, uint8 [3, S, S]."""
         return preprocess(image, self.image_size)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it encodes: inputs are brought there, and what comes out is there."""
+        return self.clip.positional_embedding.device
+
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode uint8 [B, 3, S, S] to float32 [B, E], unit norm."""
-        pixels = normalise_pixels(image, self.pixel_mean, self.pixel_std)
+        pixels = normalise_pixels(image.to(self.device), self.pixel_mean, self.pixel_std)
         return F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
 
     def trimmed(self, tokens: Tensor) -> Tensor:
@@ -193,7 +198,7 @@ class FrozenClip(nn.Module):
 
         L may be less than the context: see `trimmed`.
         """
-        clip, tokens = self.clip, tokens.long()
+        clip, tokens = self.clip, tokens.to(self.device).long()
         length = tokens.shape[1]
         x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
         mask = None if clip.attn_mask is None else clip.attn_mask[:length, :length]

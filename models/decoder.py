@@ -49,7 +49,8 @@ class ImageSampling:
 
     sampler: "learned_ddpm" takes the network's own variance (Ramesh et al. 2022, table 3); spacing:
     which timesteps are visited, see `NoiseSchedule.timesteps`; guidance_interval: shares [low,
-    high] of the noising time in which to guide; guidance_rescale: see `guided`.
+    high] of the noising time in which to guide; guidance_rescale: see `guided`; tile: side in px of
+    the parts in which an upsampler looks at its image, 0 for the whole.
     """
 
     sampler: Sampler | Literal["learned_ddpm"]
@@ -58,6 +59,7 @@ class ImageSampling:
     cfg_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
+    tile: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +199,7 @@ class Decoder(nn.Module):
                 assert condition.text_embed is not None
                 pooled = self.caption_to_cond(condition.text_embed)
         words = self.token_norm(words)
-        return Read(
-            image_embed=condition.image_embed, words=words, word_mask=mask, pooled=pooled
-        )
+        return Read(image_embed=condition.image_embed, words=words, word_mask=mask, pooled=pooled)
 
     def forward(
         self,

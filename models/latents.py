@@ -64,7 +64,8 @@ def encode(chain: UnClip, images: Sequence[Image.Image], sampling: Sampling) -> 
     """Return both latents of pictures; as many steps as `sampling.decoder` has come back to
     them."""
     image_embed = embed_images(chain, images)
-    image, told = pixels_of(images, chain.base.image_size), _told(image_embed)
+    image = pixels_of(images, chain.base.image_size).to(chain.device)
+    told = _told(image_embed)
     with sampling.autocast(image_embed):
         start = chain.base.invert(image, told, sampling.decoder.sample_steps)
     return Latents(image_embed=image_embed, start=start)
@@ -77,9 +78,9 @@ def reconstructions(
 
     At eta = 0 they are the images that were encoded, as well as the decoder can.
     """
-    options = replace(sampling.decoder, sampler=ddim(eta), cfg_scale=1.0)
-    with sampling.autocast(keys):
-        return chain.base.sample(keys, _told(latents.image_embed), options, start=latents.start)
+    plain = replace(sampling.decoder, sampler=ddim(eta), cfg_scale=1.0)
+    plain = replace(sampling, decoder=plain)
+    return chain.draw(keys, _told(latents.image_embed), plain, start=latents.start)
 
 
 def slerp(a: Tensor, b: Tensor, theta: float) -> Tensor:
@@ -117,7 +118,7 @@ def text_diffs(
     z_d = norm(z_t - z_t0), z = slerp(z_i, z_d, theta); the paper's theta ends between .25 and .5.
     without: a caption of the image as it is, or a plain one; empty for none (z_t0 = 0).
     """
-    embed = chain.clip.encode_text(torch.from_numpy(chain.clip.tokenize([caption, without])))[0]
+    embed = chain.describe([caption, without])[1]
     difference = embed[:1] - (embed[1:] if without else 0)
     toward = F.normalize(difference, dim=1)
     turned = [slerp(latents.image_embed, toward, theta) for theta in thetas]
@@ -132,6 +133,7 @@ def pca_images(
     mean: [E] and basis: [E, E], columns by falling eigenvalue, of the embeddings that the decoder
     was trained on.
     """
+    mean, basis = mean.to(latents.image_embed), basis.to(latents.image_embed)
     y = (latents.image_embed - mean) @ basis  # [1, E]
     kept = [mean + y[:, :count] @ basis[:, :count].T for count in num_components]
     return latents.with_embeds(F.normalize(torch.cat(kept), dim=1))

@@ -93,17 +93,24 @@ class UnClip:
     """The parts of a chain, made for one encoder; any mixture of encoders is refused.
 
     decoder: None for a prior alone, which imagines but does not render; prior: None for a decoder
-    of images' own embeddings.
+    of images' own embeddings; guide: a weaker decoder that guidance leads away from, None for the
+    decoder's own without a condition.
     """
 
     clip: FrozenClip
     prior: Prior | None
     decoder: Decoder | None = None
     upsamplers: tuple[Upsampler, ...] = ()
+    guide: Decoder | None = None
 
     @classmethod
     def load(
-        cls, clip: FrozenClip, prior: str, decoder: str = "", upsamplers: tuple[str, ...] = ()
+        cls,
+        clip: FrozenClip,
+        prior: str,
+        decoder: str = "",
+        upsamplers: tuple[str, ...] = (),
+        guide: str = "",
     ) -> "UnClip":
         """Load finished runs; `decoder` empty loads the prior alone, `prior` empty no prior.
 
@@ -112,10 +119,11 @@ class UnClip:
         if upsamplers and not decoder:
             raise ValueError(f"{upsamplers[0]}: found an upsampler without a decoder, expected one")
         parts: dict[str, Any] = {"prior": None}
-        for name, run in (("prior", prior), ("decoder", decoder)):
+        for part, run in (("prior", prior), ("decoder", decoder), ("guide", guide)):
             if not run:
                 continue
-            parts[name], config = load_model(run, name)
+            name = "decoder" if part == "guide" else part
+            parts[part], config = load_model(run, name)
             if config["encoder_id"] != clip.encoder_id:
                 raise ValueError(
                     f"{run}: found a {name} trained on encoder {config['encoder_id']}, expected "
@@ -135,11 +143,23 @@ class UnClip:
             size = config["image_size"]
         return cls(clip=clip, **parts, upsamplers=tuple(raised))
 
+    @property
+    def device(self) -> torch.device:
+        """Where all parts are; what goes in is brought here, what comes out is left here."""
+        return self.clip.device
+
+    def to(self, device: torch.device | str) -> "UnClip":
+        """Move every part."""
+        for part in (self.clip, self.prior, self.decoder, self.guide, *self.upsamplers):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
+
     def describe(self, captions: list[str]) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
         """Return tokens, text_embed [B, E], text_states [B, L, W] and token_mask [B, L] of
         captions."""
         tokens = self.clip.tokenize(captions)
-        words = torch.from_numpy(tokens)
+        words = torch.from_numpy(tokens).to(self.device)
         embed, states = self.clip.encode_text(words)
         return tokens, embed, states, token_mask(words)
 
@@ -148,6 +168,7 @@ class UnClip:
         if self.prior is None:
             raise ValueError("prior: found none, expected the finished run of a prior")
         text = self.prior_text(captions, self.prior.config.text_tokens)
+        keys = keys.to(self.device)
         with sampling.autocast(keys):
             return self.prior.sample(keys, text, sampling.prior)
 
@@ -156,7 +177,7 @@ class UnClip:
         _, embed, states, mask = self.describe(captions)
         if not own_tokens:
             return PriorText(text_embed=embed, text=states, token_mask=mask).trimmed()
-        words = torch.from_numpy(tokenizer(own_tokens)(captions))
+        words = torch.from_numpy(tokenizer(own_tokens)(captions)).to(self.device)
         return PriorText(text_embed=embed, text=words, token_mask=token_mask(words)).trimmed()
 
     @property
@@ -172,22 +193,40 @@ class UnClip:
         _, embed, states, mask = self.describe(captions)
         words: dict[str, Any] = {"text_states": states}
         if decoder.config.text_tokens:
-            tokens = torch.from_numpy(tokenizer(decoder.config.text_tokens)(captions))
+            found = tokenizer(decoder.config.text_tokens)(captions)
+            tokens = torch.from_numpy(found).to(self.device)
             words, mask = {"tokens": tokens}, token_mask(tokens)
-        return Condition(image_embed=image_embed, text_embed=embed, token_mask=mask, **words)
+        z = image_embed.to(self.device)
+        return Condition(image_embed=z, text_embed=embed, token_mask=mask, **words)
 
     def render(
         self, keys: Tensor, captions: list[str], image_embed: Tensor, sampling: Sampling
     ) -> Tensor:
         """Draw images [B, 3, H, W] in [-1, 1] of given embeddings, through every stage of the
         cascade; ValueError if the chain has no decoder."""
-        condition = self.condition(captions, image_embed)
-        with sampling.autocast(keys):
-            image = self.base.sample(keys, condition, sampling.decoder)
+        image = self.draw(keys, self.condition(captions, image_embed), sampling)
         return self.enlarge(keys, image, sampling)
+
+    def draw(
+        self,
+        keys: Tensor,
+        condition: Condition,
+        sampling: Sampling,
+        *,
+        start: Tensor | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Draw images [B, 3, S, S] in [-1, 1] by the base decoder alone; see `Decoder.sample`."""
+        keys = keys.to(self.device)
+        known = known and (known[0].to(self.device), known[1].to(self.device))
+        with sampling.autocast(keys):
+            return self.base.sample(
+                keys, condition, sampling.decoder, start=start, guide=self.guide, known=known
+            )
 
     def enlarge(self, keys: Tensor, image: Tensor, sampling: Sampling) -> Tensor:
         """Raise the base decoder's images through every upsampler there is."""
+        keys, image = keys.to(self.device), image.to(self.device)
         with sampling.autocast(keys):
             for upsampler in self.upsamplers:
                 image = upsampler.sample(keys, image, sampling.upsampler)

@@ -1,6 +1,8 @@
 """Upsamplers: an unconditional U-Net that sees the low resolution beside the noise (Ramesh et
 al. 2022, section 2.1)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,15 +50,50 @@ class Upsampler(nn.Module):
 
         noise_level: [B], the standard deviation of noise in `low_res`; None for none.
         """
-        raised = F.interpolate(
+        return self._predict(x_t, t, self._raised(low_res), noise_level)
+
+    def _raised(self, low_res: Tensor) -> Tensor:
+        """Return low_res [B, 3, H, W] at the size of the result."""
+        return F.interpolate(
             low_res, scale_factor=self.factor, mode=self.config.interpolation, align_corners=False,
             antialias=self.config.interpolation == "bicubic",
         )  # fmt: skip
+
+    def _predict(
+        self, x_t: Tensor, t: Tensor, raised: Tensor, noise_level: Tensor | None = None
+    ) -> Tensor:
         cond = None
         if self.noise_in is not None:
             level = torch.zeros(len(t), device=t.device) if noise_level is None else noise_level
             cond = self.noise_in(level * NOISE_LEVELS)
         return self.unet(torch.cat([x_t, raised], dim=1), t, cond=cond)
+
+    def _predict_in_parts(self, x: Tensor, t: Tensor, raised: Tensor, tile: int) -> Tensor:
+        """Predict for the whole of x, or part by part where it is larger than `tile`.
+
+        Parts overlap by a quarter, and are faded into each other; activations then take the memory
+        of a part. Only borders, and GroupNorm, which sees a part at a time, tell them from the
+        whole.
+        """
+        if not tile or max(x.shape[2:]) <= tile:
+            return self._predict(x, t, raised)
+        total, weight = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
+        rise = torch.arange(1, tile + 1, device=x.device, dtype=x.dtype)
+        fade = torch.minimum(rise, rise.flip(0)).clamp(max=max(1, tile // 4))
+        for rows in _parts(x.shape[2], tile, self.factor):
+            for columns in _parts(x.shape[3], tile, self.factor):
+                part = x[:, :, rows, columns]
+                window = fade[: part.shape[2], None] * fade[: part.shape[3]]
+                found = self._predict(part, t, raised[:, :, rows, columns])
+                total[:, :, rows, columns] += window * found
+                weight[:, :, rows, columns] += window
+        return total / weight
+
+    def _require_tiles(self, tile: int) -> None:
+        unet = self.config.unet
+        step = math.lcm(self.factor, unet.patch_size * 2 ** (len(unet.channel_mult) - 1))
+        if tile < 0 or tile % step:
+            raise ValueError(f"tile: found {tile}, expected a multiple of {step} px, or 0 for none")
 
     def corrupted(self, image: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return the low resolution that training sees of crops [B, 3, H, W], and the standard
@@ -99,16 +136,30 @@ class Upsampler(nn.Module):
         """
         if options.sampler == "learned_ddpm":
             raise ValueError("sampler: found learned_ddpm for an upsampler, expected another")
+        if options.tile:
+            self._require_tiles(options.tile)
         schedule = self.schedule.spaced(options.spacing)
         last = schedule.timesteps(options.sample_steps)[-1]
-        shape = (3, *(self.factor * side for side in low_res.shape[2:]))
+        raised = self._raised(low_res)
+        shape = tuple(raised.shape[1:])
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             network = final if final is not None and int(t[0]) == last else self
-            return self.schedule.to_x0(self.config.prediction, network(x, t, low_res), x, t)
+            found = network._predict_in_parts(x, t, raised, options.tile)
+            return self.schedule.to_x0(self.config.prediction, found, x, t)
 
         x = keyed_random.normal(keys, f"upsampler_{shape[1]}", shape)
         noise = lambda step: keyed_random.normal(keys, f"upsampler_{shape[1]}_{step}", shape)  # noqa: E731
         return options.sampler(
             clipped(denoise, 1.0), x, schedule, options.sample_steps, noise
         ).clamp(-1, 1)
+
+
+def _parts(length: int, tile: int, step: int) -> list[slice]:
+    """Return parts of `tile`, a quarter or more of which their neighbours share, that cover
+    [0, length); they begin at multiples of `step`."""
+    if length <= tile:
+        return [slice(0, length)]
+    count = math.ceil((length - tile) / (0.75 * tile)) + 1
+    starts = [round(i * (length - tile) / (count - 1) / step) * step for i in range(count)]
+    return [slice(start, start + tile) for start in starts]

@@ -71,6 +71,39 @@ def test_a_rerun_draws_what_is_missing_as_it_was(
     assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
 
 
+def test_a_guide_leads_away_from_itself(
+    config: SampleConfig, own_chain: SampleConfig, tmp_path: Path
+):
+    """The chain's own decoder as its guide leads nowhere, whatever the scale; another one does."""
+    strong = {"cfg_scale": 4.0, "upsampler": ()}
+    plain = drawn(config, tmp_path / "plain", cfg_scale=1.0, upsampler=())
+    itself = drawn(config, tmp_path / "itself", guide=config.decoder, **strong)
+    assert all(abs(x - y).max() <= 1 for x, y in zip(plain, itself, strict=True))
+    trained_again(own_chain.decoder)
+    other = drawn(config, tmp_path / "other", guide=own_chain.decoder, **strong)
+    assert any(abs(x - y).max() > 8 for x, y in zip(plain, other, strict=True))
+    with pytest.raises(ValueError, match="found samples of another guide_weights"):
+        drawn(config, tmp_path / "itself", guide=own_chain.decoder, **strong)
+
+
+def test_guidance_keeps_to_its_interval(config: SampleConfig, tmp_path: Path):
+    """Two trailing steps are at the end and in the middle of the noising time."""
+    plain = drawn(config, tmp_path / "plain", cfg_scale=1.0)
+    never = drawn(config, tmp_path / "never", cfg_scale=4.0, guidance_interval=(0.1, 0.3))
+    always = drawn(config, tmp_path / "always", cfg_scale=4.0)
+    assert all(np.array_equal(x, y) for x, y in zip(plain, never, strict=True))
+    assert any(abs(x - y).max() > 8 for x, y in zip(plain, always, strict=True))
+    with pytest.raises(ValueError, match="guidance_interval: found 0.5 0.2, expected 0 <= low"):
+        drawn(config, tmp_path / "wrong", guidance_interval=(0.5, 0.2))
+
+
+def test_a_device_that_is_not_here_is_refused(config: SampleConfig, tmp_path: Path):
+    with pytest.raises(ValueError, match="device: found 'cuda:99' on a machine with"):
+        drawn(config, tmp_path, device="cuda:99")
+    with pytest.raises(ValueError, match="device: found 'gpu', expected auto, cpu, cuda"):
+        drawn(config, tmp_path, device="gpu")
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

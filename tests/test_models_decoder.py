@@ -163,9 +163,7 @@ def own_words(**changes) -> tuple[Any, Condition]:
     awake(model)
     mask = torch.arange(8) < torch.tensor([3, 4, 5, 6])[:, None]
     tokens = torch.randint(1, 20, (4, 8), generator=torch.Generator().manual_seed(3)) * mask
-    return model, Condition(
-        image_embed=condition().image_embed[:4], tokens=tokens, token_mask=mask
-    )
+    return model, Condition(image_embed=condition().image_embed[:4], tokens=tokens, token_mask=mask)
 
 
 def output(model: Decoder, told: Condition, *, image: bool = False, text: bool = False):
@@ -206,9 +204,7 @@ def test_a_learned_variance_is_the_second_half_and_learns_from_the_bound_alone()
     found["loss"].sum().backward()
     last = model.unet.conv_out.weight.grad
     assert last is not None and (last.abs().flatten(1).sum(1) > 0).all()
-    without, _ = own_words(
-        learned_variance=True, use_text=False, text_tokens=0, bound_weight=0.0
-    )
+    without, _ = own_words(learned_variance=True, use_text=False, text_tokens=0, bound_weight=0.0)
     without.load_state_dict(model.state_dict())
     without.losses(keys, images(4), told)["loss"].sum().backward()
     other = without.unet.conv_out.weight.grad

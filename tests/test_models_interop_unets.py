@@ -62,10 +62,17 @@ def their_upsampler(seed: int = 0) -> Any:
     down, up = ((PLAIN.format(way),) * 2 for way in ("Down", "Up"))
     return random(
         UNet2DModel(
-            sample_size=2 * SIZE, in_channels=6, out_channels=3, down_block_types=down,
-            up_block_types=up, block_out_channels=(128, 256), layers_per_block=1,
-            resnet_time_scale_shift="scale_shift", add_attention=False,
-            downsample_type="resnet", upsample_type="resnet",
+            sample_size=2 * SIZE,
+            in_channels=6,
+            out_channels=3,
+            down_block_types=down,
+            up_block_types=up,
+            block_out_channels=(128, 256),
+            layers_per_block=1,
+            resnet_time_scale_shift="scale_shift",
+            add_attention=False,
+            downsample_type="resnet",
+            upsample_type="resnet",
         )  # fmt: skip
     )
 
@@ -239,9 +246,7 @@ def test_a_decoder_and_its_upsamplers_draw_the_pipelines_images(tmp_path, monkey
     large = Scheduler(variance_type="fixed_small_log").run(7, start, enlarged).clamp(-1, 1)
 
     noise_as_theirs(monkeypatch, start)
-    how = ImageSampling(
-        sampler="learned_ddpm", sample_steps=25, cfg_scale=3.0, spacing="strided"
-    )
+    how = ImageSampling(sampler="learned_ddpm", sample_steps=25, cfg_scale=3.0, spacing="strided")
     drawn = decoder.sample(torch.arange(3), told, how, start=x, empty=empty)
     torch.testing.assert_close(drawn, small, atol=1e-4, rtol=0)
     how = ImageSampling(sampler=SAMPLERS["ddpm"], sample_steps=7, spacing="strided")

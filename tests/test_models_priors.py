@@ -276,3 +276,15 @@ def test_the_dot_product_token_is_that_of_the_pair():
     token = prior.dot_token(z, text.text_embed)
     middle = (token + 0.5) / BUCKETS * 2 - 1
     assert ((z * text.text_embed).sum(1) - middle).abs().max() <= 1 / BUCKETS + 1e-6
+
+
+def test_neighbouring_codes_start_alike_and_at_a_normal_distribution():
+    model = autoregressive(width=64, codebook_size=128)
+    for table in (model.code_in, model.dot_in, model.code_out, model.dot_out):
+        rows = F.normalize(table.weight, dim=1)
+        near, far = (rows[:-1] * rows[1:]).sum(1), (rows[:64] * rows[64:]).sum(1)
+        assert near.min() > 0.9 and far.abs().mean() < 0.3
+    edges = torch.linspace(-RANGE, RANGE, 129, dtype=torch.float64)
+    normal = torch.special.ndtr(edges).diff()
+    found = model.code_out.bias.double().softmax(0)
+    assert (found - normal / normal.sum()).abs().max() < 1e-3

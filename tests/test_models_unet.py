@@ -1,11 +1,13 @@
 """Laws of the U-Net, of the decoder's two conditions and of the upsampler."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
 from models.decoder import Condition, Decoder, ImageSampling
@@ -241,3 +243,50 @@ def test_an_upsampler_reads_its_low_resolution():
 def test_an_upsampler_takes_no_attention():
     with pytest.raises(ValueError, match="attn_resolutions: found .*upsamplers take none"):
         Upsampler(UpsamplerConfig(unet=UNET), factor=2, crop_size=8)
+
+
+class Pointwise(nn.Module):
+    """Looks at each pixel alone, and remembers the sizes that it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: None = None) -> torch.Tensor:
+        self.seen.append(tuple(x.shape[2:]))
+        return 0.3 * x[:, :3] + 0.5 * x[:, 3:].tanh()
+
+
+@pytest.mark.parametrize("sides", [(12, 12), (8, 20), (6, 6), (14, 6)])
+def test_an_upsampler_in_parts_is_the_whole_where_it_looks_at_pixels_alone(sides: tuple[int, int]):
+    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
+    model = Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=8)
+    pointwise = Pointwise()
+    model.unet = cast(Any, pointwise)
+    keys, low_res = torch.arange(2), torch.rand(2, 3, *sides) * 2 - 1
+    how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
+    whole = model.sample(keys, low_res, how)
+    assert {*pointwise.seen} == {(2 * sides[0], 2 * sides[1])}
+    pointwise.seen.clear()
+    parts = model.sample(keys, low_res, dataclasses.replace(how, tile=16))
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+    assert max(max(seen) for seen in pointwise.seen) <= 16
+
+
+def test_an_upsampler_in_parts_is_near_the_whole():
+    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
+    torch.manual_seed(0)
+    model = awake(Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=8))
+    how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=4)
+    keys, low_res = torch.arange(2), images(2, 32)
+    whole = model.sample(keys, low_res, how)
+    parts = model.sample(keys, low_res, dataclasses.replace(how, tile=32))
+    assert (parts - whole).abs().mean() < 0.2 * whole.std() < 0.2 * (parts - whole.flip(0)).std()
+
+
+def test_parts_that_do_not_halve_are_refused():
+    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
+    model = Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=8)
+    how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=1, tile=7)
+    with pytest.raises(ValueError, match="tile: found 7, expected a multiple of 2 px"):
+        model.sample(torch.arange(1), torch.zeros(1, 3, 16, 16), how)

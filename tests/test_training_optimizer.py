@@ -1,18 +1,21 @@
 """The optimizer against torch's AdamW and linear algebra, and the learning rate's shape."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from training.config import TrainConfig
+from models.configs import AutoregressivePriorConfig
+from training.config import PriorRunConfig, TrainConfig
 from training.optimizer import (
     build_optimizer,
     learning_rate_ratio,
     orthogonalise,
     set_learning_rate,
 )
+from training.prior_job import prior_model
 
 
 def network() -> nn.Module:
@@ -77,6 +80,20 @@ def test_muon_moves_matrices_by_its_own_rate_and_vectors_by_adamws():
         tall = max(1, before.shape[0] / before.shape[1]) ** 0.5
         values = torch.linalg.svdvals((before - after) / (0.01 * tall))
         assert values.min() > 0.5 and values.max() < 1.3, name
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive", "regression"])
+def test_muon_leaves_tables_and_outer_layers_of_priors_alone(kind: Any):
+    """What reads or gives codes, embeddings or text, and every table, is AdamW's."""
+    sizes = {"embed_dim": 16, "text_width": 12, "context_length": 5}
+    config = PriorRunConfig(
+        prior=kind, autoregressive=AutoregressivePriorConfig(width=32, num_heads=2)
+    )
+    model = prior_model(config, sizes)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = build_optimizer(model, TrainConfig(optimizer="muon")).param_groups
+    hidden = {names[p].split(".")[0] for p in groups[0]["params"]}
+    assert hidden <= {"blocks", "pool"}, hidden
 
 
 def test_a_parameter_without_gradient_stays():

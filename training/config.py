@@ -185,6 +185,9 @@ class PriorRunConfig(RunConfig):
     """kind of prior"""
     validation: tuple[str, ...] = ()
     """folders of held-out embeddings, of the same encoder: a scorecard at each checkpoint"""
+    init: str = ""
+    """start from the weights of a finished run of this kind and these sizes, its statistics of
+    embeddings included"""
     whiten: bool = True
     """standardise each dimension by the data instead of scaling all by 0.5375 sqrt(E)"""
     diffusion: Annotated[DiffusionPriorConfig, UNLISTED] = field(
@@ -213,6 +216,8 @@ class DecoderRunConfig(RunConfig):
     """encoder of the caption's token states; empty = the one the embeddings name"""
     run: str = "runs/base"
     """folder of the run"""
+    init: str = ""
+    """start from the weights of a finished run of this stage and these sizes"""
     stage: Literal["base", "up256", "up1024"] = "base"
     """stage of the cascade"""
     image_size: int = 64

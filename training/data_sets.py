@@ -7,17 +7,19 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ingest.embed_statistics import NAME as STATISTICS
 from ingest.embed_statistics import EmbedStatistics
 from ingest.shards import Snapshot, load_snapshot, read_manifest
 from ingest.storage import absolute_root
 from models.clip import FrozenClip, load_clip
+from models.weights import exported, load_config, load_weights
 from training.batches import Reader
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
 from training.readers import Mixture, short_sides
 
+Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config", ClipRunConfig, PriorRunConfig, DecoderRunConfig)
 
 
@@ -32,7 +34,7 @@ def prepare_data(config: Config) -> Config:
         changes["embeds"] = tuple(ensure_embeds(root) for root in config.embeds)
         if Path(config.clip).is_dir() and config.clip:  # a worker has a folder of its own
             changes["clip"] = str(Path(config.clip).absolute())
-    if isinstance(config, ClipRunConfig) and config.init and Path(config.init).is_dir():
+    if config.init and Path(config.init).is_dir():
         changes["init"] = str(Path(config.init).absolute())
     if isinstance(config, PriorRunConfig):
         changes["validation"] = tuple(absolute_root(root) for root in config.validation)
@@ -94,6 +96,24 @@ def encoder_of(embeds: Sequence[str], clip: str) -> FrozenClip:
                 "or pass the other one"
             )
     return encoder
+
+
+def start_from(model: Model, run: str, encoder_id: str = "") -> Model:
+    """Take over the averaged weights of a finished run, or none for an empty `run`.
+
+    Raises ValueError naming the first tensor that differs, or for a run of another encoder.
+    """
+    if not run:
+        return model
+    step = exported(Path(run))
+    found = load_config(step).get("encoder_id", "")
+    if found != encoder_id:
+        raise ValueError(
+            f"init: {run}: found a run of encoder {found or 'none'}, expected "
+            f"{encoder_id or 'none'}, whose embeddings these are"
+        )
+    load_weights(model, step / "ema.safetensors")
+    return model.train()
 
 
 def pin_snapshots(run: str, kind: str, roots: Sequence[str]) -> list[Snapshot]:

@@ -36,6 +36,7 @@ from training.data_sets import (
     mixed,
     part_of,
     pin_snapshots,
+    start_from,
 )
 from training.loop import Job, as_it_is
 from training.precision import autocast
@@ -139,9 +140,7 @@ def decoder_model(config: DecoderRunConfig) -> Decoder | Upsampler:
     if config.stage == "base":
         sizes = encoder_sizes(config.embeds)
         del sizes["context_length"]
-        return Decoder(
-            config.base, image_size=config.image_size, **sizes, vocab_size=VOCAB_SIZE
-        )
+        return Decoder(config.base, image_size=config.image_size, **sizes, vocab_size=VOCAB_SIZE)
     factor, crop = cascade_sizes(config)
     return Upsampler(config.up, factor=factor, crop_size=crop)
 
@@ -177,8 +176,9 @@ def _build_base(config: DecoderRunConfig) -> Job:
         condition = decoder_condition(encoder, config, batch)
         return model.losses(batch.keys, pixels(batch["image"]), condition)
 
+    model = start_from(decoder_model(config), config.init, encoder.encoder_id)
     reader = partial(decoder_reader, config)
-    return Job(model=decoder_model(config), objective=objective, build_reader=reader, export=export)
+    return Job(model=model, objective=objective, build_reader=reader, export=export)
 
 
 def decoder_condition(encoder: FrozenClip, config: DecoderRunConfig, batch: Batch) -> Condition:
@@ -243,8 +243,9 @@ def _build_upsampler(config: DecoderRunConfig) -> Job:
         image = keyed_crops(pixels(batch["image"]), batch.keys, crop)
         return model.losses(batch.keys, keyed_flips(image, batch.keys) if config.flip else image)
 
+    model = start_from(decoder_model(config), config.init)
     reader = partial(decoder_reader, config)
-    return Job(model=decoder_model(config), objective=objective, build_reader=reader, export=export)
+    return Job(model=model, objective=objective, build_reader=reader, export=export)
 
 
 def keyed_crops(image: Tensor, keys: Tensor, crop: int) -> Tensor:

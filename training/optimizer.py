@@ -20,9 +20,7 @@ _NEWTON_SCHULZ = (
 )  # quintic that maps singular values into about [0.7, 1.2]
 
 
-def orthogonalise(
-    update: Tensor, steps: int = 5, *, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
+def orthogonalise(update: Tensor, steps: int = 5, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Return roughly U V^T of `update` [..., n, m] = U S V^T by a quintic Newton-Schulz iteration.
 
     (Jordan et al. 2024, "Muon", https://kellerjordan.github.io/posts/muon.) dtype: of the
@@ -167,6 +165,8 @@ def _is_hidden(name: str) -> bool:
         "null",
         "query",
         "position",
+        "dot_",
+        "code_",
     )
     ends = ("token_embedding", "positional", "conv1", "proj", "projection", "time_in", "noise_in")
     if name == "out.weight":  # a prior's own last layer

@@ -30,6 +30,7 @@ from training.data_sets import (
     mixed,
     pin_snapshots,
     pin_statistics,
+    start_from,
 )
 from training.loop import Job
 from training.readers import EmbedReader, captions_of
@@ -76,6 +77,8 @@ def build_prior(config: PriorRunConfig) -> Job:
     config = with_codes(config, statistics)
     model = prior_model(config, sizes)
     set_statistics(model, statistics, whiten=config.whiten)
+    # with the statistics by which those weights scale embeddings
+    start_from(model, config.init, encoder.encoder_id)
     export = {
         "kind": f"{config.prior}_prior",
         "model": dataclasses.asdict(getattr(config, config.prior)),

@@ -269,9 +269,9 @@ def _room_for(count: int, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     ends = np.cumsum([-(-size // 64) * 64 for size in sizes])  # each begins on a cache line
     room = np.empty(ends[-1], np.uint8)
     return {
-        name: room[end - -(-size // 64) * 64 :][:size].view(value.dtype).reshape(
-            count, *value.shape[1:]
-        )
+        name: room[end - -(-size // 64) * 64 :][:size]
+        .view(value.dtype)
+        .reshape(count, *value.shape[1:])
         for (name, value), size, end in zip(like.items(), sizes, ends.tolist(), strict=True)
     }
 
