@@ -30,7 +30,7 @@ class Upsampler(nn.Module):
                 f"attn_resolutions: found {config.unet.attn_resolutions}, upsamplers take none"
             )
         self.config = config
-        self.factor = factor
+        self.factor, self.crop_size = factor, crop_size
         if config.tell_noise and not config.low_res_noise:
             raise ValueError("tell_noise: found true with low_res_noise 0, expected some noise")
         self.schedule = NoiseSchedule.build(

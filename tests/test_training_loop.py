@@ -3,57 +3,22 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from _line import CONFIG, NUM_SAMPLES, Line, Objective, network, run, squared_error
 from torch import Tensor, nn
 
 from training.batches import Batch
 from training.checkpoint import Progress
-from training.config import RunConfig, TrainConfig
+from training.config import TrainConfig
 from training.ema import Ema
-from training.loop import MAX_NONFINITE_IN_A_ROW, Job, _seed_dropout, train
+from training.loop import MAX_NONFINITE_IN_A_ROW, _seed_dropout
 from training.optimizer import learning_rate_ratio
-from training.reporting import Reporter, read_lines
-from training.zero import Fragment, PlainEngine
-
-NUM_SAMPLES = 10  # of batches of 4: the last one of an epoch has 2
-CONFIG = TrainConfig(
-    num_steps=7, global_batch_size=4, num_workers=0, precision="fp32", learning_rate=0.1,
-    report_every=1, checkpoint_every=100, ema_decay=0.8, warmup=0.3, beta2=0.9,
-)  # fmt: skip
-Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
-
-
-class Line:
-    """Points of y = 2 x + 1."""
-
-    data_sets: tuple[tuple[int, ...], ...] = ((NUM_SAMPLES,),)
-
-    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        x = index[:, None].astype(np.float32) / NUM_SAMPLES
-        return {"x": x, "y": 2 * x + 1}
-
-
-def squared_error(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    return {"loss": (model(batch["x"]) - batch["y"]).square()[:, 0]}
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Linear(1, 1)
-
-
-def run(
-    path: Path, config: TrainConfig = CONFIG, objective: Objective = squared_error
-) -> tuple[nn.Module, Progress]:
-    path.mkdir(exist_ok=True)
-    job = Job(model=network(), objective=objective, build_reader=Line, export={"kind": "line"})
-    engine = PlainEngine(job.model, job.objective, config, torch.device("cpu"))
-    return job.model, train(job, RunConfig(train=config), engine, path, Reporter(path, config, 0))
+from training.reporting import read_lines
+from training.zero import Fragment
 
 
 def by_hand(config: TrainConfig) -> tuple[nn.Module, list[float], list[Tensor]]:

@@ -70,6 +70,16 @@ class TrainConfig:
     """newest checkpoints kept"""
     report_every: int = 10
     """steps between lines of metrics.jsonl"""
+    spike_deviations: float = 8.0
+    """deviations above the last steps' median at which a loss is reported as a spike; 0 = never"""
+    hang_seconds: float = 600.0
+    """a worker that takes longer over a step, checkpoints and validation apart, is taken to hang:
+    the workers are ended and begin again at the newest checkpoint; 0 = never"""
+    peak_tflops: float = 0.0
+    """teraFLOPs a second that a worker's device can do, by which its use is told; 0 = the
+    manufacturer's figure for dense bf16, where the device is a known GPU"""
+    profile: str = ""
+    """steps to profile, "first:count" such as 20:3: traces for chrome://tracing in <run>/profile"""
 
     def __post_init__(self) -> None:
         workers = max(1, self.num_workers)

@@ -2,7 +2,6 @@
 who else does."""
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from training.ema import Ema
 from training.feeds import make_feed
 from training.optimizer import learning_rate_ratio
 from training.reporting import Reporter
+from training.stopping import stop_wanted
 from training.zero import Engine
 
 MAX_NONFINITE_IN_A_ROW = 10
@@ -51,7 +51,8 @@ class Job:
 
 
 def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Reporter) -> Progress:
-    """Train to `train.num_steps`, from the newest valid checkpoint of `run` on."""
+    """Train to `train.num_steps`, or until someone stops the run, from the newest valid checkpoint
+    of `run` on."""
     config = whole.train
     feed = make_feed(job, whole, engine.rank, engine.world_size)
     ema = Ema(engine.fragments(), config.ema_decay)
@@ -64,15 +65,15 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
     engine.model.train()
     for step in range(progress.step, config.num_steps):
         # Fetch
-        fetch_started = time.perf_counter()
-        micro_batches = next(batches)
-        reporter.waited(time.perf_counter() - fetch_started)
+        with reporter.fetching(step):
+            micro_batches = next(batches)
 
         # Forward, Backward and step
         _seed_dropout(config.seed, step, engine.rank)
         with job.around(engine.model, micro_batches):
             scores = _forward_backward(engine, micro_batches)
-        finite = _everywhere_finite(engine, scores)
+        finite, stop = _agreed(engine, scores, stop_wanted(run, engine.rank))
+        reporter.enters(step, "step")
         ratio = learning_rate_ratio(config, step)
         if finite:
             norm = engine.step(ratio)
@@ -95,13 +96,14 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         reporter.step(progress, scores if finite else {}, ratio)
 
         # Checkpoint
-        if progress.step % config.checkpoint_every == 0 or progress.step == config.num_steps:
-            with reporter.checkpointing():
+        if stop or _due(progress, config):
+            with reporter.checkpointing(step):
                 folder = _checkpoint(run, engine, ema, progress, job, config)
-            if job.validate is not None and engine.rank == 0:
-                reporter.validated(progress, job.validate(folder))
+            _validate(job, folder, engine, progress, reporter)
 
         # Stop?
+        if stop:
+            break
         if in_a_row >= MAX_NONFINITE_IN_A_ROW:
             raise FloatingPointError(
                 f"{run}: the loss was not finite {in_a_row} steps in a row; start over with "
@@ -142,14 +144,30 @@ def _forward_backward(engine: Engine, micro_batches: list[Batch]) -> dict[str, T
     return sums
 
 
-def _everywhere_finite(engine: Engine, scores: dict[str, Tensor]) -> bool:
-    """Say whether every rank's loss is finite, and turn `scores` into means over ranks."""
+def _agreed(engine: Engine, scores: dict[str, Tensor], stop: bool) -> tuple[bool, bool]:
+    """Say whether every rank's loss is finite, and whether any rank wants to stop; turn `scores`
+    into means over ranks."""
     if engine.world_size > 1:
-        packed = torch.stack([value.to(engine.device) for value in scores.values()])
+        mine = [*scores.values(), torch.tensor(float(stop))]
+        packed = torch.stack([value.to(engine.device) for value in mine])
         dist.all_reduce(packed)
-        for name, value in zip(scores, packed / engine.world_size, strict=True):
+        for name, value in zip(scores, packed[:-1] / engine.world_size, strict=True):
             scores[name] = value.cpu()
-    return math.isfinite(scores["loss"].item())
+        stop = packed[-1].item() > 0
+    return math.isfinite(scores["loss"].item()), stop
+
+
+def _validate(
+    job: Job, folder: Path, engine: Engine, progress: Progress, reporter: Reporter
+) -> None:
+    """Score a checkpoint, where the job knows how; one rank does, and the others wait for it."""
+    if job.validate is not None and engine.rank == 0:
+        with reporter.validating(progress.step):
+            reporter.validated(progress, job.validate(folder))
+
+
+def _due(progress: Progress, config: TrainConfig) -> bool:
+    return progress.step % config.checkpoint_every == 0 or progress.step == config.num_steps
 
 
 def _checkpoint(

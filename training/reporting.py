@@ -18,6 +18,9 @@ from torch import Tensor
 
 from training.checkpoint import Progress
 from training.config import TrainConfig
+from training.incidents import INCIDENTS_NAME, LossWatch, report_incident
+from training.profiling import Profiler
+from training.watchdog import Watchdog
 
 METRICS_NAME = "metrics.jsonl"
 VALIDATION_NAME = "validation.jsonl"  # {"step", scores}: one line a validation
@@ -27,8 +30,22 @@ SECONDS_BETWEEN_LINES = 15.0
 class Reporter:
     """Collects a rank's timings and scores; the first rank writes them."""
 
-    def __init__(self, run: Path, config: TrainConfig, rank: int) -> None:
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        rank: int,
+        *,
+        watchdog: Watchdog | None = None,
+        peak_samples_per_second: float = 0.0,
+    ) -> None:
+        """peak_samples_per_second: what all devices could do at their peak, 0 where unknown."""
+        self._run = run
         self._path = run / METRICS_NAME if rank == 0 else None
+        self._watchdog = watchdog
+        self._peak = peak_samples_per_second
+        self._losses = LossWatch(config.spike_deviations)
+        self._profiler = Profiler(run, config.profile, rank)
         self._validation = run / VALIDATION_NAME
         self._config = config
         self._started = self._reported = time.perf_counter()
@@ -54,14 +71,32 @@ class Reporter:
         with self._validation.open("a") as file:
             file.write(json.dumps({"step": progress.step, **scores}) + "\n")
 
-    def waited(self, seconds: float) -> None:
-        self._waited += seconds
+    def enters(self, step: int, phase: str) -> None:
+        """Tell the watchdog what this rank does from now on."""
+        if self._watchdog is not None:
+            self._watchdog.beat(step, phase)
 
     @contextmanager
-    def checkpointing(self) -> Iterator[None]:
+    def fetching(self, step: int) -> Iterator[None]:
+        """Wait for the data of a step, which then goes forward."""
+        self._profiler.begin(step)
+        self.enters(step, "fetch")
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+        self.enters(step, "forward")
+
+    @contextmanager
+    def checkpointing(self, step: int) -> Iterator[None]:
+        self.enters(step, "checkpoint")
         started = time.perf_counter()
         yield
         self._checkpoint_seconds += time.perf_counter() - started
+
+    @contextmanager
+    def validating(self, step: int) -> Iterator[None]:
+        self.enters(step, "validation")
+        yield
 
     def step(
         self, progress: Progress, scores: dict[str, Tensor], learning_rate_ratio: float
@@ -71,18 +106,27 @@ class Reporter:
         for name, value in scores.items():
             self._sums[name] = self._sums.get(name, torch.zeros(())) + value
         self._count += bool(scores)
+        if self._path is not None and "loss" in scores:
+            strange = self._losses.spike(scores["loss"].item())
+            if strange:
+                report_incident(self._run, "spike", progress.step, strange)
         last = progress.step == self._config.num_steps
+        self._profiler.end(progress.step - 1, last=last)
         if progress.step % self._config.report_every and not last:
             return
         now = time.perf_counter()
         seconds = now - self._reported
+        rate = (progress.samples_seen - self._reported_samples) / seconds
+        left = (self._config.num_steps - progress.step) * self._config.global_batch_size
         line = {
             "step": progress.step,
             "samples_seen": progress.samples_seen,
             "reported_samples": progress.samples_seen - self._reported_samples,
             **{name: value.item() / self._count for name, value in self._sums.items()},
             "learning_rate_ratio": learning_rate_ratio,
-            "samples_per_second": (progress.samples_seen - self._reported_samples) / seconds,
+            "samples_per_second": rate,
+            **({"mfu": rate / self._peak} if self._peak else {}),
+            "eta_seconds": left / rate if rate else None,
             "data_wait_ratio": self._waited / seconds,
             "checkpoint_seconds": self._checkpoint_seconds,
             "nonfinite_steps": progress.nonfinite_steps,
@@ -111,6 +155,7 @@ class Follower:
 
     def __init__(self, run: Path, model: str) -> None:
         self._path, self._validation = run / METRICS_NAME, run / VALIDATION_NAME
+        self._incidents, self._told = run / INCIDENTS_NAME, len(read_lines(run / INCIDENTS_NAME))
         self._model = model
         before = read_lines(self._path)
         self._seen, self._validated = len(before), len(read_lines(self._validation))
@@ -140,7 +185,9 @@ class Follower:
             while not stopped:
                 stopped = self._stop.wait(1.0)
                 line = self._catch_up()
-                self._tell_validations(partial(console.print, soft_wrap=True, markup=False))
+                tell = partial(console.print, soft_wrap=True, markup=False)
+                self._tell_validations(tell)
+                self._tell_incidents(tell)
                 if line is not None:
                     done, total = line["step"], line["num_steps"]
                     bar.update(task, total=total, completed=done, note=describe(line))
@@ -170,6 +217,16 @@ class Follower:
                 if f"{self._model}.{name}" in SCORES:
                     gauge("minidalle2_eval_score").set(value, metric=f"{self._model}.{name}")
 
+    def _tell_incidents(self, tell: Callable[[str], None]) -> None:
+        """Print and count the incidents that are new."""
+        from cluster.metrics import counter
+
+        lines = read_lines(self._incidents)
+        new, self._told = lines[self._told :], len(lines)
+        for line in new:
+            tell(f"{self._model}: {line['kind']} at step {line['step']}: {line['told']}")
+            counter("minidalle2_train_incidents_total").inc(1, model=self._model, kind=line["kind"])
+
     def _say(self, line: dict, *, at_once: bool, silent: bool) -> None:
         if silent or not (at_once or time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
             return
@@ -186,8 +243,10 @@ class Follower:
             "data_wait_ratio",
             "grad_norm",
             "learning_rate_ratio",
+            "mfu",
+            "eta_seconds",
         ):
-            if name in line:
+            if line.get(name) is not None:
                 gauge(f"minidalle2_train_{name}").set(line[name], model=self._model)
         counter("minidalle2_train_samples_total").inc(line["reported_samples"], model=self._model)
         skipped = line["nonfinite_steps"] - self._nonfinite
@@ -203,8 +262,19 @@ class Follower:
 def describe(line: dict) -> str:
     """Say a report in a few words; one whose steps were all skipped has no loss."""
     loss = f"loss {line['loss']:.4f}" if "loss" in line else "no finite loss"
+    use = f", MFU {line['mfu']:.1%}" if "mfu" in line else ""
+    left = f", {_clock(line['eta_seconds'])} left" if line.get("eta_seconds") else ""
     return (
         f"step {line['step']}/{line['num_steps']}, {loss}, "
-        f"{line['samples_per_second']:.0f} samples/s, waiting for data "
-        f"{line['data_wait_ratio']:.1%}"
+        f"{line['samples_per_second']:.0f} samples/s{use}, waiting for data "
+        f"{line['data_wait_ratio']:.1%}{left}"
     )
+
+
+def _clock(seconds: float) -> str:
+    """Return a duration as people say it: "2 d 3 h", "1 h 40 min", "50 s"."""
+    whole = round(seconds)
+    for unit, size, smaller, less in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // less} {smaller}"
+    return f"{whole // 60} min" if whole >= 120 else f"{whole} s"

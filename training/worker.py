@@ -9,15 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from cluster.cli import read_yaml, to_yaml
+from cluster.cli import DONE, INCOMPLETE, read_yaml, to_yaml
 from models.weights import FINAL_NAME
 from training.config import RunConfig, TrainConfig
 from training.precision import native_bf16, settled
+from training.stopping import forget_stop, stopping_on_sigterm
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 LOCK_SECONDS = 60
+# of a collective: longer than a validation, during which the others wait for the first rank; what
+# hangs, the watchdog ends
+COLLECTIVE_SECONDS = 7200
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a job
 ERROR_NAMES = "error_*.txt"  # why a rank stopped, by rank
 HANG_UP_SECONDS = 5
@@ -28,7 +33,8 @@ CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folde
 MAY_CHANGE = {
     "train.num_workers", "train.num_threads", "train.max_failures", "train.keep_checkpoints",
     "train.checkpoint_every", "train.report_every", "train.compile", "train.micro_batch_size",
-    "train.zero_stage", "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh",
+    "train.zero_stage", "train.spike_deviations", "train.hang_seconds", "train.peak_tflops",
+    "train.profile", "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh",
     "dry_run", "run",
 }  # fmt: skip
 
@@ -46,12 +52,17 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
         return 0
     from training.reporting import Follower
 
+    forget_stop(run)
     with Follower(run, model_name):
         if config.train.num_workers == 0:
             train_here(config, run, build)
         else:
             _train_under_ray(config, run, build)
-    return 0
+    if (run / FINAL_NAME).is_file():
+        return DONE
+    forget_stop(run)
+    print(f"{run}: stopped, as was wished, at a checkpoint; rerun the same command to continue")
+    return INCOMPLETE
 
 
 def with_precision(config: RunConfig, run: Path) -> RunConfig:
@@ -181,15 +192,19 @@ def train_here(config: RunConfig, run: Path, build: Callable) -> None:
     """Train in this very process with the plain engine."""
     from training.zero import PlainEngine
 
-    _train(config, run, build, PlainEngine, rank=0)
+    with stopping_on_sigterm(run):
+        _train(config, run, build, PlainEngine, rank=0, world_size=1)
 
 
-def _train(config: RunConfig, run: Path, build: Callable, engine_class: type, rank: int) -> None:
+def _train(
+    config: RunConfig, run: Path, build: Callable, engine_class: type, *, rank: int, world_size: int
+) -> None:
     import torch
 
     from training.allocator import keep_freed_memory
     from training.loop import train
     from training.reporting import Reporter
+    from training.watchdog import Watchdog
 
     keep_freed_memory()
     settings: TrainConfig = config.train
@@ -200,13 +215,26 @@ def _train(config: RunConfig, run: Path, build: Callable, engine_class: type, ra
     )
     if device.type == "cpu":
         torch.set_num_threads(settings.num_threads)
-    with _locked(run, rank):
+    watchdog = Watchdog(run, rank, world_size, settings.hang_seconds)
+    with _locked(run, rank), watchdog:
         torch.manual_seed(settings.seed)  # every rank draws the same initial weights
         job = build(config)
+        peak = world_size * _peak_samples(job.model, settings, device)
         if settings.compile:
             compile_model(job.model)
         engine = engine_class(job.model, job.objective, settings, device)
-        train(job, config, engine, run, Reporter(run, settings, rank))
+        reporter = Reporter(run, settings, rank, watchdog=watchdog, peak_samples_per_second=peak)
+        train(job, config, engine, run, reporter)
+
+
+def _peak_samples(model: "nn.Module", settings: TrainConfig, device: "torch.device") -> float:
+    """Return the samples a second that one device would train on at its peak; 0 where its peak is
+    not known, or is not of this precision."""
+    from models.costs import training_flops
+    from training.profiling import peak_tflops
+
+    peak = settings.peak_tflops or (peak_tflops(device) if settings.precision == "bf16" else 0.0)
+    return peak * 1e12 / training_flops(model) if peak else 0.0
 
 
 def compile_model(model: "nn.Module") -> None:
@@ -236,7 +264,9 @@ def _train_under_ray(config: RunConfig, run: Path, build: Callable) -> None:
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": config, "run": str(run), "build": build},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=120),
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS
+        ),
         scaling_config=ray.train.ScalingConfig(num_workers=settings.num_workers, use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
             # Ray's own state of the run; ours is what counts, and a rerun continues from ours alone
@@ -248,7 +278,8 @@ def _train_under_ray(config: RunConfig, run: Path, build: Callable) -> None:
     for told in run.glob(ERROR_NAMES):
         told.unlink()
     try:
-        trainer.fit()
+        with stopping_on_sigterm(run):
+            trainer.fit()
     finally:  # where a rank told why, that is what matters, not what Ray made of the others
         _raise_told(run)
 
@@ -275,7 +306,8 @@ def _worker(arguments: dict) -> None:
     if any(run.glob(ERROR_NAMES)):  # Ray tries again what no attempt can do
         return
     try:
-        _train(config, run, build, ZeroEngine, dist.get_rank())
+        ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+        _train(config, run, build, ZeroEngine, **ranks)
     except TOLD as error:
         _tell(run, error, dist.get_rank())
         if not _all_told(run, dist.get_world_size()):

@@ -1,0 +1,305 @@
+"""What watches over a run: stops on demand, spikes of the loss, ranks that hang, its speed."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from _line import CONFIG, Line, network, run, squared_error
+from torch import Tensor, nn
+
+from models.configs import ClipConfig, DecoderConfig, UNetConfig
+from models.costs import training_flops
+from models.decoder import Decoder
+from training.batches import Batch
+from training.checkpoint import Progress, newest_valid
+from training.config import ClipRunConfig, RunConfig, TrainConfig
+from training.incidents import ENOUGH, LossWatch, report_incident
+from training.jobs import clip_model
+from training.loop import Job, train
+from training.profiling import peak_tflops, window
+from training.reporting import Follower, Reporter, describe, read_lines
+from training.stopping import forget_stop, stop_wanted, stopping_on_sigterm
+from training.watchdog import HEARTBEATS, Heartbeat, Watchdog
+from training.zero import PlainEngine
+
+# -- stopping --------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_stopped_leaves_a_checkpoint_and_goes_on_bit_for_bit(tmp_path: Path):
+    whole, _ = run(tmp_path / "whole")
+    calls = iter(range(100))
+
+    def stopped_in_its_third_step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        if next(calls) == 2:
+            (tmp_path / "parts" / "stop").touch()
+        return squared_error(model, batch)
+
+    _, progress = run(tmp_path / "parts", objective=stopped_in_its_third_step)
+    assert progress.step == 3 and not (tmp_path / "parts" / "final.json").exists()
+    found = newest_valid(tmp_path / "parts")
+    assert found is not None and found[1] == progress
+    forget_stop(tmp_path / "parts")
+    parts, progress = run(tmp_path / "parts")
+    assert progress.step == CONFIG.num_steps
+    assert torch.equal(whole.get_parameter("weight"), parts.get_parameter("weight"))
+
+
+def test_only_the_first_rank_looks_for_the_wish(tmp_path: Path):
+    assert not stop_wanted(tmp_path, 0)
+    (tmp_path / "stop").touch()
+    assert stop_wanted(tmp_path, 0) and not stop_wanted(tmp_path, 1)
+
+
+def test_the_first_sigterm_is_a_wish_and_the_second_is_not(tmp_path: Path):
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with stopping_on_sigterm(tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (tmp_path / "stop").is_file() and heard == []
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is not before
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_ends_a_training_script_with_a_checkpoint(tmp_path: Path):
+    """The whole way: the script says so in a line, exits with 1, and continues to its end."""
+    root = Path(__file__).parent.parent
+    command = [
+        sys.executable, str(root / "training" / "prior.py"), "--preset", "debug", "--run",
+        str(tmp_path / "run"), "--embeds", str(tmp_path / "embeds"), "--train.num-workers", "0",
+        "--train.num-threads", "1", "--train.num-steps", "100000", "--train.report-every", "1",
+    ]  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    ) as process:
+        deadline = time.monotonic() + 240
+        while len(read_lines(metrics)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "SIGTERM: a checkpoint at the next step" in told
+    assert "stopped, as was wished, at a checkpoint; rerun the same command" in told
+    found = newest_valid(tmp_path / "run")
+    assert found is not None and found[1].step == read_lines(metrics)[-1]["step"]
+    assert not (tmp_path / "run" / "stop").exists()
+
+
+# -- spikes ----------------------------------------------------------------------------------------
+
+
+def test_a_spike_is_told_and_noise_is_not():
+    rng = np.random.default_rng(0)
+    watch = LossWatch(8.0)
+    assert all(not watch.spike(loss) for loss in rng.normal(1.0, 0.1, 500))
+    assert "loss 3, over a median of" in watch.spike(3.0)
+    assert not watch.spike(1.1), "a spike does not widen what is normal"
+    assert watch.spike(2.5)
+
+
+def test_no_spike_before_there_is_enough_to_judge_by_nor_without_a_limit():
+    watch, never = LossWatch(8.0), LossWatch(0.0)
+    for loss in [1.0 + 0.01 * (i % 3) for i in range(ENOUGH - 1)]:
+        assert not watch.spike(loss) and not never.spike(loss)
+    assert not watch.spike(100.0) and not never.spike(100.0)
+    assert watch.spike(100.0) and not never.spike(100.0)
+
+
+def test_incidents_are_told_and_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture):
+    report_incident(tmp_path, "spike", 3, "of an earlier attempt")
+    with Follower(tmp_path, "prior"):
+        report_incident(tmp_path, "spike", 7, "loss 9, over a median of 1")
+    told = capsys.readouterr().out
+    assert told.count("prior: spike at step 7: loss 9, over a median of 1") == 1
+    assert "earlier" not in told
+
+
+def test_a_spike_of_a_run_becomes_an_incident(tmp_path: Path):
+    config = dataclasses.replace(CONFIG, num_steps=ENOUGH + 4, learning_rate=0.0)
+    calls = iter(range(1000))
+
+    def spiking(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        factor = 1e3 if next(calls) == ENOUGH + 1 else 1.0
+        return {"loss": factor * squared_error(model, batch)["loss"]}
+
+    run(tmp_path, config, spiking)
+    (line,) = read_lines(tmp_path / "incidents.jsonl")
+    assert line["kind"] == "spike" and line["step"] == ENOUGH + 2
+
+
+# -- hangs -----------------------------------------------------------------------------------------
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from training.watchdog import Watchdog
+run, rank, hangs = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+with Watchdog(run, rank, 2, seconds=1.0) as watchdog:
+    for step in range(40):
+        watchdog.beat(step, "fetch")
+        if hangs == "fetch" and step == 3:
+            time.sleep(60)
+        watchdog.beat(step, "forward")
+        if hangs == "forward" and step == 3:
+            time.sleep(60)
+        if hangs == "validation" and step == 3:
+            watchdog.beat(step, "validation")
+            time.sleep(3)
+        time.sleep(0.02)
+print("done")
+"""
+
+
+def watched(folder: Path, *hangs: str) -> list[subprocess.Popen]:
+    command = [sys.executable, "-c", HANGING, str(folder)]
+    return [
+        subprocess.Popen(
+            [*command, str(rank), where], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent,
+        )
+        for rank, where in enumerate(hangs)
+    ]  # fmt: skip
+
+
+def test_a_rank_that_hangs_ends_all_and_is_named(tmp_path: Path):
+    """Rank 0 waits in a collective for rank 1, which never comes out of its storage."""
+    waiting, hanging = watched(tmp_path, "forward", "fetch")
+    for process in (waiting, hanging):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "hung: rank 1 (" in errors and "at step 3, in fetch for" in errors
+        assert "rank 0" not in errors.split("\n")[0], "who waits is not to blame"
+        assert "time.sleep(60)" in errors or "line" in errors, "with where it stood"
+    (line,) = read_lines(tmp_path / "incidents.jsonl")
+    assert line["kind"] == "hang" and f"process {hanging.pid}" in line["told"]
+
+
+def test_a_process_that_stands_still_is_named_by_its_peer(tmp_path: Path):
+    waiting, frozen = watched(tmp_path, "forward", "none")
+    try:
+        path = tmp_path / HEARTBEATS / "rank_0001.json"
+        deadline = time.monotonic() + 60
+        while not path.is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        frozen.send_signal(signal.SIGSTOP)
+        waiting.communicate(timeout=60)
+        assert waiting.returncode == 1
+    finally:
+        frozen.kill()
+        frozen.wait()
+    assert len(read_lines(tmp_path / "incidents.jsonl")) == 1
+
+
+def test_a_long_validation_is_waited_for(tmp_path: Path):
+    validating, done = watched(tmp_path, "validation", "none")
+    for process in (validating, done):
+        told, errors = process.communicate(timeout=60)
+        assert process.returncode == 0 and told == "done\n", errors
+
+
+def test_without_a_limit_nothing_is_watched(tmp_path: Path):
+    with Watchdog(tmp_path, 0, 1, 0.0) as watchdog:
+        watchdog.beat(1, "fetch")
+        assert not [t for t in threading.enumerate() if t.name == "watchdog"]
+    assert not (tmp_path / HEARTBEATS).exists()
+
+
+def test_a_heartbeat_says_how_far_a_rank_is():
+    told = {"since": 0.0, "at": 65.2, "host": "node7", "pid": 12}
+    early = Heartbeat(rank=3, step=4, phase="step", **told)
+    late = Heartbeat(rank=0, step=5, phase="fetch", **told)
+    assert early.progress < late.progress
+    assert str(early) == "rank 3 (node7, process 12) at step 4, in step for 65 s"
+
+
+# -- speed -----------------------------------------------------------------------------------------
+
+
+def test_a_report_tells_the_time_left_and_the_use_of_the_device(tmp_path: Path):
+    config = dataclasses.replace(CONFIG, num_steps=4, report_every=2)
+    reporter = Reporter(tmp_path, config, 0, peak_samples_per_second=1e6)
+    for step in (1, 2):
+        progress = Progress(step=step, samples_seen=step * config.global_batch_size)
+        reporter.step(progress, {"loss": torch.tensor(1.0)}, 1.0)
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert line["mfu"] == pytest.approx(line["samples_per_second"] / 1e6)
+    left = 2 * config.global_batch_size / line["samples_per_second"]
+    assert line["eta_seconds"] == pytest.approx(left)
+    assert describe({**line, "mfu": 0.415, "eta_seconds": 3 * 86400 + 7200.0}).endswith(
+        "MFU 41.5%, waiting for data 0.0%, 3 d 2 h left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(50.4, "50 s"), (125.0, "2 min"), (5000.0, "1 h 23 min")]
+)
+def test_times_are_told_as_people_do(seconds: float, told: str):
+    line = {"step": 1, "num_steps": 2, "loss": 1.0, "samples_per_second": 3.0,
+            "data_wait_ratio": 0.0, "eta_seconds": seconds}  # fmt: skip
+    assert describe(line).endswith(f", {told} left")
+
+
+def test_an_unknown_device_has_no_peak():
+    assert peak_tflops(torch.device("cpu")) == 0.0
+
+
+def test_flops_are_six_a_multiplication_of_the_model_itself():
+    """A residual block more adds six times its convolutions; nothing is allocated or changed."""
+    dims = {"image_size": 8, "embed_dim": 8, "text_width": 12}
+
+    def flops(blocks: int) -> float:
+        unet = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=blocks, attn_resolutions=())
+        return training_flops(Decoder(DecoderConfig(unet=unet, context_width=8), **dims))
+
+    block = 2 * 64 * 8 * 8 * 9 + 32 * 16  # two convolutions, and the map of the condition
+    up = block + 64 * 8 * 8 * 9 + 64 * 16 * 8  # on the way up with a skip joined, through a map
+    assert flops(2) - flops(1) == 6 * (block + up)
+    with pytest.raises(ValueError, match="costs: found a Linear, expected a model of this project"):
+        training_flops(nn.Linear(1, 1))
+
+
+def test_a_clip_has_a_cost():
+    config = ClipRunConfig(model=ClipConfig())
+    assert training_flops(clip_model(config)) > 6 * 1e7
+
+
+def test_a_window_of_steps_is_profiled(tmp_path: Path):
+    run(tmp_path, dataclasses.replace(CONFIG, profile="2:2"))
+    trace = json.loads((tmp_path / "profile" / "rank_0000.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert names.count("Optimizer.step#Optimizer.step") == 2
+    assert list(window("2:2")) == [2, 3] and list(window("")) == []
+    for wrong in ("3", "a:b", "-1:2", "1:0"):
+        with pytest.raises(ValueError, match='train.profile: found .*, expected "first:count"'):
+            window(wrong)
+
+
+def test_a_profile_that_reaches_past_the_end_is_written(tmp_path: Path):
+    run(tmp_path, dataclasses.replace(CONFIG, profile="6:5"))
+    assert (tmp_path / "profile" / "rank_0000.json").is_file()
+
+
+def test_the_first_steps_of_all_ranks_agree_to_stop(tmp_path: Path):
+    """One rank's wish is all ranks', through the sum of what they bring."""
+    config = TrainConfig(num_steps=3, global_batch_size=4, num_workers=0, precision="fp32")
+    job = Job(model=network(), objective=squared_error, build_reader=Line, export={"kind": "line"})
+    engine = PlainEngine(job.model, job.objective, config, torch.device("cpu"))
+    (tmp_path / "stop").touch()
+    progress = train(job, RunConfig(train=config), engine, tmp_path, Reporter(tmp_path, config, 0))
+    assert progress.step == 1

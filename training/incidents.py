@@ -1,0 +1,49 @@
+"""What went wrong in a run without ending it: incidents.jsonl, which the driver tells and counts.
+
+{"kind": "spike" | "hang", "step", "told", "time"}   a line each, of whichever rank saw it
+"""
+
+import json
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+
+INCIDENTS_NAME = "incidents.jsonl"
+KINDS = ("spike", "hang")
+WINDOW = 64  # losses that a spike is judged by
+ENOUGH = 32  # of them
+NORMAL = 1.4826  # median absolute deviations in a standard deviation
+
+
+def report_incident(run: Path, kind: str, step: int, told: str) -> None:
+    """Add a line; the file takes whole lines from any rank."""
+    line = {"kind": kind, "step": step, "told": told, "time": time.time()}
+    with (run / INCIDENTS_NAME).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+class LossWatch:
+    """Finds losses far above those of the last steps.
+
+    Far is `deviations` standard deviations above the median, estimated by the median absolute
+    deviation, which the spikes themselves do not move. 0 deviations: it finds none.
+    """
+
+    def __init__(self, deviations: float) -> None:
+        self._deviations = deviations
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+
+    def spike(self, loss: float) -> str:
+        """Say what is strange about a finite loss, or nothing."""
+        recent, found = self._recent, ""
+        if self._deviations and len(recent) >= ENOUGH:
+            middle = statistics.median(recent)
+            spread = NORMAL * statistics.median(abs(other - middle) for other in recent)
+            if loss > middle + self._deviations * spread:
+                found = (
+                    f"loss {loss:.4g}, over a median of {middle:.4g} with a deviation of "
+                    f"{spread:.2g} in the last {len(recent)} steps"
+                )
+        recent.append(loss)
+        return found

@@ -1,0 +1,124 @@
+"""The watchdog: ends a worker group that hangs, and says which rank does.
+
+    <run>/heartbeats/rank_0003.json   what a rank does, and since when
+
+A thread of each rank writes what the rank is doing, and looks whether that goes on for too long. A
+rank that waits for others in a collective hangs as much as they; who is furthest behind is told.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from training.incidents import report_incident
+
+PHASES = ("start", "fetch", "forward", "step", "checkpoint", "validation")
+UNLIMITED = ("start", "checkpoint", "validation")  # as long as storage and models are slow
+FIRST_STEP = 10  # times the limit: kernels are compiled, caches filled
+HEARTBEATS = "heartbeats"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+    """What a rank does, and since when; `at` is when it last showed that it lives."""
+
+    rank: int
+    step: int = 0
+    phase: str = "start"
+    since: float
+    at: float
+    host: str
+    pid: int
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        return self.step, PHASES.index(self.phase)
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} ({self.host}, process {self.pid}) at step {self.step}, in "
+            f"{self.phase} for {self.at - self.since:.0f} s"
+        )
+
+
+class Watchdog:
+    """Watches this rank's steps; 0 `seconds`: never ends anything."""
+
+    def __init__(self, run: Path, rank: int, world_size: int, seconds: float) -> None:
+        self._run, self._world_size, self._seconds = run, world_size, seconds
+        self._begun: int | None = None  # the first step of this process
+        now = time.time()
+        self._mine = Heartbeat(
+            rank=rank, since=now, at=now, host=socket.gethostname(), pid=os.getpid()
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            (self._run / HEARTBEATS).mkdir(exist_ok=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._seconds:
+            self._thread.join()
+
+    def beat(self, step: int, phase: str) -> None:
+        """Say what this rank does from now on."""
+        self._begun = step if self._begun is None else self._begun
+        now = time.time()
+        self._mine = Heartbeat(
+            rank=self._mine.rank, step=step, phase=phase, since=now, at=now,
+            host=self._mine.host, pid=self._mine.pid,
+        )  # fmt: skip
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(5.0, self._seconds / 10)):
+            mine = Heartbeat(**{**asdict(self._mine), "at": time.time()})
+            self._write(mine)
+            limit = self._seconds * (FIRST_STEP if mine.step == self._begun else 1)
+            if mine.phase in UNLIMITED or mine.at - mine.since < limit:
+                continue
+            others = self._others()
+            if not any(other.phase in UNLIMITED for other in others if self._lives(other)):
+                self._end(mine, others)
+
+    def _write(self, mine: Heartbeat) -> None:
+        path = self._run / HEARTBEATS / f"rank_{mine.rank:04d}.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(mine)))
+        part.replace(path)
+
+    def _others(self) -> list[Heartbeat]:
+        """Read the other ranks' heartbeats of this attempt."""
+        found = []
+        for rank in range(self._world_size):
+            path = self._run / HEARTBEATS / f"rank_{rank:04d}.json"
+            if rank != self._mine.rank and path.is_file():
+                found.append(Heartbeat(**json.loads(path.read_text())))
+        return found
+
+    def _lives(self, other: Heartbeat) -> bool:
+        return time.time() - other.at < self._seconds
+
+    def _end(self, mine: Heartbeat, others: list[Heartbeat]) -> None:
+        """Tell who is furthest behind, and leave: the others' collectives break, and the group is
+        restarted from its newest checkpoint."""
+        everyone = [mine, *others]
+        last = min(each.progress for each in everyone)
+        behind = [each for each in everyone if each.progress == last]
+        told = f"hung: {'; '.join(map(str, behind))}"
+        tellers = [each for each in everyone if each not in behind] or everyone
+        if mine.rank == min(each.rank for each in tellers):
+            report_incident(self._run, "hang", mine.step, told)
+        print(f"{self._run}: {told}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr)
+        os._exit(1)
