@@ -27,7 +27,8 @@ TOLD = (ValueError, FloatingPointError)
 CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folder is ours
 MAY_CHANGE = {
     "train.num_workers", "train.num_threads", "train.max_failures", "train.keep_checkpoints",
-    "train.checkpoint_every", "train.report_every", "train.compile", "train.micro_batch_size",
+    "train.keep_every", "train.checkpoint_every", "train.snapshot_every", "train.report_every",
+    "train.compile", "train.micro_batch_size",
     "train.zero_stage", "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh",
     "dry_run", "run",
 }  # fmt: skip
