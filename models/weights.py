@@ -3,9 +3,13 @@ touches files."""
 
 import hashlib
 import json
+import math
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,6 +22,39 @@ def save_weights(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(path)
     )
+
+
+def rewrite_weights(
+    source: Path, path: Path, names: set[str], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Copy the weights file `source` to `path` with other values for `names`, all fp32.
+
+    tensors: (name, tensor of any shape with as many elements), for each of `names` once; one at a
+    time is in memory. A safetensors file is 8 bytes of little-endian length, a JSON header with
+    each tensor's place after it, and the tensors.
+    """
+    shutil.copyfile(source, path)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        for name in sorted(names):
+            if header.get(name, {}).get("dtype") != "F32":
+                raise ValueError(
+                    f"{source}: tensor {name}: found {header.get(name, {}).get('dtype', 'nothing')}"
+                    ", expected F32; these weights belong to another run"
+                )
+        for name, tensor in tensors:
+            start, stop = header[name]["data_offsets"]
+            raw = tensor.detach().cpu().contiguous().float().numpy().astype("<f4").tobytes()
+            assert len(raw) == stop - start, name
+            file.seek(8 + size + start)
+            file.write(raw)
+
+
+def num_elements(path: Path) -> dict[str, int]:
+    """Return the number of elements of each tensor in a weights file, reading its header only."""
+    with safe_open(str(path), "pt") as file:
+        return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:

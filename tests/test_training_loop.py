@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 from _line import CONFIG, NUM_SAMPLES, Line, Objective, network, run, squared_error
 from torch import Tensor, nn
 
+from training.averages import Ema
 from training.batches import Batch
 from training.checkpoint import Progress
 from training.config import TrainConfig
-from training.ema import Ema
 from training.loop import MAX_NONFINITE_IN_A_ROW, _seed_dropout
 from training.optimizer import learning_rate_ratio
 from training.reporting import read_lines
@@ -143,6 +144,42 @@ def test_training_goes_on_after_a_step_that_is_not_finite(kind: str, tmp_path: P
     assert lines[-1]["nonfinite_steps"] == 2
     found = [line[name] for line in lines for name in ("loss", "grad_norm") if name in line]
     assert len(found) >= 4 and all(map(math.isfinite, found))
+
+
+def test_power_averages_count_updates_through_skipped_steps_and_resumes(tmp_path: Path):
+    from safetensors.torch import load_file
+
+    from models.power_average import gamma_of
+
+    config = dataclasses.replace(CONFIG, power_ema=(0.1,), snapshot_every=1, checkpoint_every=4)
+    skipped, seen = (0, 2, 5), []
+
+    def watched(first: int) -> Objective:
+        inner = spoilt("loss", *(step - first for step in skipped))
+
+        def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+            seen.append(model.get_parameter("weight").detach().item())
+            return inner(model, batch)
+
+        return objective
+
+    def found(step: int) -> dict[str, Tensor]:
+        folder = tmp_path / f"step_{step:08d}" / "fragments"
+        return load_file(str(folder / "rank_0000.safetensors"))
+
+    model, progress = run(tmp_path, config, watched(0))
+    assert (progress.updates, progress.nonfinite_steps) == (4, 3)
+    weights = [*seen[1:], model.get_parameter("weight").item()]
+    kept = [weights[step] for step in range(7) if step not in skipped]
+    tau = np.arange(5) / 4
+    expected = np.diff(tau ** (gamma_of(0.1) + 1)) @ np.array(kept)
+    undisturbed = {name: tensor.clone() for name, tensor in found(7).items()}
+    assert undisturbed["power_0.1/weight/0"].item() == pytest.approx(expected, abs=1e-6)
+    snapshots = sorted((tmp_path / "ema_snapshots").iterdir())
+    assert [int(path.name[5:]) for path in snapshots] == [2, 3, 4, 5, 6, 7]  # 1: no update yet
+    shutil.rmtree(tmp_path / "step_00000007")
+    run(tmp_path, config, watched(4))
+    assert all(torch.equal(tensor, found(7)[name]) for name, tensor in undisturbed.items())
 
 
 def test_a_date_is_a_seed_too():

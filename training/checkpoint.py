@@ -5,6 +5,7 @@
     written after it
     step_00001000/{model,ema}.safetensors           assembled for inference     state.json  for
     people
+    ema_snapshots/step_00001000/fragments/...       power-function averages alone, never pruned
 
 A checkpoint is valid when the records of all its ranks are there, agree and verify. Nothing is
 pickled.
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,11 +27,12 @@ from torch import Tensor
 
 from ingest.commits import digest_file
 from models.weights import FINAL_NAME, save_config, save_weights
-from training.ema import Ema
+from training.averages import EMA, POWER, Averages
 from training.zero import Engine, Fragment
 
 FORMAT = 1
-MASTER, EMA, BUFFER = "master", "ema", "buffer"
+MASTER, BUFFER = "master", "buffer"
+SNAPSHOTS = "ema_snapshots"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,11 @@ class Progress:
     step: int = 0
     samples_seen: int = 0
     nonfinite_steps: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Steps that moved the weights: the time of power-function averages."""
+        return self.step - self.nonfinite_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,32 +128,47 @@ def _optimizer_step(engine: Engine) -> int:
     return max(steps, default=0)
 
 
-def save(run: Path, engine: Engine, ema: Ema, progress: Progress, config: dict) -> Path:
-    """Write a checkpoint; every rank calls this. Returns its folder.
-
-    A folder left by a killed run at the same step is replaced, a valid one is kept: it holds the
-    same bits.
-    """
+def save(run: Path, engine: Engine, averages: Averages, progress: Progress, config: dict) -> Path:
+    """Write a checkpoint; every rank calls this. Returns its folder."""
     folder = step_folder(run, progress.step)
-    kept = folder.is_dir() and records(folder) is not None  # every rank's view: none writes yet
-    if engine.rank == 0 and folder.is_dir() and not kept:
-        shutil.rmtree(folder)
-    _barrier(engine)
-    if not kept:
-        _write_fragments(folder / "fragments", engine, ema, progress)
-    _barrier(engine)
+    _write_once(folder, engine, _tensors(engine, averages), progress)
     if engine.rank == 0:
         _export(folder, engine, config)
         _write_text(folder / "state.json", json.dumps(asdict(progress)))
     return folder
 
 
-def _write_fragments(fragments: Path, engine: Engine, ema: Ema, progress: Progress) -> None:
+def snapshot(run: Path, engine: Engine, averages: Averages, progress: Progress) -> None:
+    """Write a snapshot of the power-function averages; every rank calls this."""
+    folder = step_folder(run / SNAPSHOTS, progress.step)
+    _write_once(folder, engine, _power_tensors(engine, averages), progress)
+
+
+def _write_once(
+    folder: Path, engine: Engine, tensors: Iterable[tuple[str, Tensor]], progress: Progress
+) -> None:
+    """Write all ranks' fragments, each its own `tensors`.
+
+    A folder left by a killed run at the same step is replaced, a valid one is kept: it holds the
+    same bits.
+    """
+    kept = folder.is_dir() and records(folder) is not None  # every rank's view: none writes yet
+    if engine.rank == 0 and folder.is_dir() and not kept:
+        shutil.rmtree(folder)
+    _barrier(engine)
+    if not kept:
+        _write_fragments(folder / "fragments", engine, tensors, progress)
+    _barrier(engine)
+
+
+def _write_fragments(
+    fragments: Path, engine: Engine, tensors: Iterable[tuple[str, Tensor]], progress: Progress
+) -> None:
     """Write what this rank owns, then the record that makes it count."""
     fragments.mkdir(parents=True, exist_ok=True)
     stem = fragments / f"rank_{engine.rank:04d}"
     part = stem.with_suffix(".part")
-    save_file(dict(_tensors(engine, ema)), str(part))
+    save_file(dict(tensors), str(part))
     record = Record(
         format=FORMAT,
         rank=engine.rank,
@@ -159,11 +181,19 @@ def _write_fragments(fragments: Path, engine: Engine, ema: Ema, progress: Progre
     _write_text(stem.with_suffix(".json"), json.dumps(asdict(record)))
 
 
-def _tensors(engine: Engine, ema: Ema) -> Iterator[tuple[str, Tensor]]:
-    for fragment, shadow in zip(engine.fragments(), ema.shadows, strict=True):
+def _power_tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]:
+    for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):
+        for section, shadow in shadows.items():
+            if section.startswith(POWER):
+                yield f"{section}/{fragment.name}/{fragment.offset}", shadow.cpu().clone()
+
+
+def _tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]:
+    for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):
         where = f"{fragment.name}/{fragment.offset}"
         yield f"{MASTER}/{where}", fragment.master.detach().cpu().clone()
-        yield f"{EMA}/{where}", shadow.cpu().clone()
+        for section, shadow in shadows.items():
+            yield f"{section}/{where}", shadow.cpu().clone()
         for key, value in fragment.state.items():
             yield f"{key}/{where}", value.detach().cpu().clone()
     if engine.rank == 0:
@@ -186,10 +216,27 @@ class Fragments:
                 self._parts.setdefault(name, []).append((int(offset), number, key))
         self.folder = folder
 
+    def sections(self) -> dict[str, set[str]]:
+        """Return the names of the parameters stored in each section."""
+        found: dict[str, set[str]] = {}
+        for section, _, name in (key.partition("/") for key in self._parts):
+            found.setdefault(section, set()).add(name)
+        return found
+
+    def require_averages(self, expected: set[str]) -> None:
+        """Raise ValueError where other averages are stored than the run keeps: one that begins
+        in the middle of a run would be of another profile than its name says."""
+        averages = {name for name in self.sections() if name == EMA or name.startswith(POWER)}
+        if averages != expected:
+            raise ValueError(
+                f"train.power_ema: found the averages {', '.join(sorted(averages))} in "
+                f"{self.folder}, expected {', '.join(sorted(expected))}; continue with the run's "
+                "own train.power_ema, or start over with --fresh"
+            )
+
     def require_parameters(self, expected: set[str]) -> None:
         """Raise ValueError where a parameter is stored that the model does not have."""
-        stored = {name.partition("/")[2] for name in self._parts if name.startswith(f"{MASTER}/")}
-        for name in sorted(stored - expected):
+        for name in sorted(self.sections().get(MASTER, set()) - expected):
             raise ValueError(
                 f"{self.folder}: parameter {name}: found it stored, expected no such parameter; "
                 "the checkpoint belongs to another model, start over with --fresh"
@@ -212,15 +259,16 @@ class Fragments:
             )
 
 
-def restore(folder: Path, engine: Engine, ema: Ema) -> None:
-    """Read a checkpoint into the engine and the EMA; every rank reads what it owns now."""
+def restore(folder: Path, engine: Engine, averages: Averages) -> None:
+    """Read a checkpoint into the engine and the averages; every rank reads what it owns now."""
     found = records(folder)
     assert found, f"{folder} was valid a moment ago"
     stored = Fragments(folder, found)
     stored.require_parameters({n for n, p in engine.model.named_parameters() if p.requires_grad})
+    stored.require_averages(averages.sections())
     with torch.no_grad():
-        for fragment, shadow in zip(engine.fragments(), ema.shadows, strict=True):
-            _restore_fragment(stored, fragment, shadow)
+        for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):
+            _restore_fragment(stored, fragment, shadows)
         for name, buffer in engine.model.named_buffers():
             flat = torch.empty(buffer.numel(), dtype=buffer.dtype)
             stored.read(f"{BUFFER}/{name}", 0, flat)
@@ -231,10 +279,9 @@ def restore(folder: Path, engine: Engine, ema: Ema) -> None:
     engine.refresh()
 
 
-def _restore_fragment(stored: Fragments, fragment: Fragment, shadow: Tensor) -> None:
+def _restore_fragment(stored: Fragments, fragment: Fragment, shadows: dict[str, Tensor]) -> None:
     stored.read(f"{MASTER}/{fragment.name}", fragment.offset, fragment.master)
-    stored.read(f"{EMA}/{fragment.name}", fragment.offset, shadow)
-    for key, value in fragment.state.items():
+    for key, value in {**shadows, **fragment.state}.items():
         stored.read(f"{key}/{fragment.name}", fragment.offset, value)
 
 
@@ -261,13 +308,18 @@ def finish(run: Path, folder: Path) -> None:
     _write_text(run / FINAL_NAME, json.dumps({"step": folder.name}))
 
 
-def prune(run: Path, keep: int, newest: Path) -> None:
-    """Delete all checkpoints but `newest` and the `keep` - 1 before it.
+def prune(run: Path, keep: int, newest: Path, keep_every: int = 0) -> None:
+    """Delete all checkpoints but `newest`, the `keep` - 1 before it, and those at multiples of
+    `keep_every` steps (0: none).
 
-    One after it is broken: the run would have continued from it otherwise.
+    One after `newest` is broken: the run would have continued from it otherwise. Snapshots of
+    averages lie elsewhere, and stay.
     """
     folders = sorted(run.glob("step_*"))
-    kept = [folder for folder in folders if folder.name <= newest.name][-keep:]
+    whole = [folder for folder in folders if folder.name <= newest.name]
+    kept = whole[-keep:]
+    if keep_every:
+        kept += [f for f in whole if int(f.name.removeprefix("step_")) % keep_every == 0]
     for folder in folders:
         if folder not in kept:
             shutil.rmtree(folder)

@@ -49,6 +49,11 @@ class TrainConfig:
     """largest global gradient norm; 0 = no clipping"""
     ema_decay: float = 0.999
     """decay of the averaged weights; the first steps use (1 + step) / (10 + step)"""
+    power_ema: tuple[float, ...] = ()
+    """relative widths of power-function averages kept beside that one, to make one of any width
+    from after the run (training/ema.py); 0.05 0.10 are the paper's; 4 bytes a parameter each"""
+    snapshot_every: int = 0
+    """steps between snapshots of those averages, one at the last step too; 0 = none"""
     precision: Precision = "auto"
     """bf16: fp32 weights under autocast; fp32: no autocast; auto: bf16 where the device computes in
     it, which the run then keeps"""
@@ -68,6 +73,8 @@ class TrainConfig:
     """steps between checkpoints"""
     keep_checkpoints: int = 2
     """newest checkpoints kept"""
+    keep_every: int = 0
+    """checkpoints at multiples of this many steps are kept as well; 0 = none"""
     report_every: int = 10
     """steps between lines of metrics.jsonl"""
     spike_deviations: float = 8.0
@@ -109,6 +116,29 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: found {getattr(self, name)}, expected at least 1")
+        for name in ("snapshot_every", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}: found {getattr(self, name)}, expected at least 0")
+        self._require_averages()
+
+    def _require_averages(self) -> None:
+        if self.snapshot_every and not self.power_ema:
+            raise ValueError(
+                f"train.snapshot_every: found {self.snapshot_every} without train.power_ema, "
+                "expected 0 or widths such as --train.power-ema 0.05 0.10: there is nothing to "
+                "snapshot"
+            )
+        if len(set(self.power_ema)) < len(self.power_ema):
+            raise ValueError(f"train.power_ema: found {self.power_ema}, expected different widths")
+        if self.power_ema:
+            from models.power_average import SIGMA_REL_MAX  # imports numpy
+
+            wrong = [sigma for sigma in self.power_ema if not 0 < sigma <= SIGMA_REL_MAX]
+            if wrong:
+                raise ValueError(
+                    f"train.power_ema: found {wrong[0]}, expected more than 0 and at most "
+                    f"{SIGMA_REL_MAX:.4f}"
+                )
 
     @property
     def grad_accum_steps(self) -> int:

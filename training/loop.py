@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training import checkpoint
+from training.averages import Averages
 from training.batches import Batch, Reader
 from training.checkpoint import Progress
 from training.config import RunConfig, TrainConfig
-from training.ema import Ema
 from training.feeds import make_feed
 from training.optimizer import learning_rate_ratio
 from training.reporting import Reporter
@@ -55,11 +55,11 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
     of `run` on."""
     config = whole.train
     feed = make_feed(job, whole, engine.rank, engine.world_size)
-    ema = Ema(engine.fragments(), config.ema_decay)
-    progress = _resume(run, engine, ema)
+    averages = Averages(engine.fragments(), config.ema_decay, config.power_ema)
+    progress = _resume(run, engine, averages)
     reporter.started(progress)
     if progress.step == config.num_steps:  # killed between its last checkpoint and its end
-        _checkpoint(run, engine, ema, progress, job, config)
+        _checkpoint(run, engine, averages, progress, job, config)
     batches = feed.iterate(progress.step, config.num_steps)
     in_a_row = 0
     engine.model.train()
@@ -82,9 +82,9 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         else:
             engine.discard()
 
-        # EMA
+        # Averages
         if finite:
-            ema.update(step)
+            averages.update(step, progress.nonfinite_steps)
 
         # Report
         in_a_row = 0 if finite else in_a_row + 1
@@ -96,9 +96,11 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         reporter.step(progress, scores if finite else {}, ratio)
 
         # Checkpoint
+        with reporter.checkpointing(step):
+            _snapshot_if_due(run, engine, averages, progress, config)
         if stop or _due(progress, config):
             with reporter.checkpointing(step):
-                folder = _checkpoint(run, engine, ema, progress, job, config)
+                folder = _checkpoint(run, engine, averages, progress, job, config)
             _validate(job, folder, engine, progress, reporter)
 
         # Stop?
@@ -112,12 +114,26 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
     return progress
 
 
-def _resume(run: Path, engine: Engine, ema: Ema) -> Progress:
+def _snapshot_if_due(
+    run: Path, engine: Engine, averages: Averages, progress: Progress, config: TrainConfig
+) -> None:
+    """Write a snapshot of the power-function averages where one is due.
+
+    Before the checkpoint of the same step, after which a killed run would go on without it. Until
+    the first update, there is no average.
+    """
+    if not config.snapshot_every or not progress.updates:
+        return
+    if progress.step % config.snapshot_every == 0 or progress.step == config.num_steps:
+        checkpoint.snapshot(run, engine, averages, progress)
+
+
+def _resume(run: Path, engine: Engine, averages: Averages) -> Progress:
     found = checkpoint.newest_valid(run)
     if found is None:
         return Progress()
     folder, progress = found
-    checkpoint.restore(folder, engine, ema)
+    checkpoint.restore(folder, engine, averages)
     return progress
 
 
@@ -171,12 +187,12 @@ def _due(progress: Progress, config: TrainConfig) -> bool:
 
 
 def _checkpoint(
-    run: Path, engine: Engine, ema: Ema, progress: Progress, job: Job, config: TrainConfig
+    run: Path, engine: Engine, averages: Averages, progress: Progress, job: Job, config: TrainConfig
 ) -> Path:
     done = progress.step == config.num_steps
-    folder = checkpoint.save(run, engine, ema, replace(progress), job.export)
+    folder = checkpoint.save(run, engine, averages, replace(progress), job.export)
     if engine.rank == 0:
-        checkpoint.prune(run, config.keep_checkpoints, folder)
+        checkpoint.prune(run, config.keep_checkpoints, folder, config.keep_every)
         if done:
             checkpoint.finish(run, folder)
     return folder

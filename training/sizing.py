@@ -23,9 +23,11 @@ def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
     print(to_yaml(config), end="")
     print(f"parameters: {num_parameters(model):,}")
     workers = max(1, train.num_workers)
-    gigabytes = state_bytes(model, train.zero_stage, workers) / 1e9
+    # power-function averages are shared out, as the classic one is
+    powers = 4 * num_parameters(model) * len(train.power_ema) // workers
+    gigabytes = (state_bytes(model, train.zero_stage, workers) + powers) / 1e9
     print(
-        f"state a worker: {gigabytes:.3f} GB in weights, gradients, moments and average; "
+        f"state a worker: {gigabytes:.3f} GB in weights, gradients, moments and averages; "
         f"activations come on top"
     )
     print(
