@@ -77,7 +77,8 @@ class SampleConfig:
     best_of: int = 2
     """draws of a diffusion prior, of which the one nearest to the caption is kept"""
     temperature: float = 1.0
-    """of an autoregressive prior's codes"""
+    """of an autoregressive prior's codes; 0 = no draw: each code at its expected value, which is
+    nearer to the image than a draw"""
     top_share: float = 0.5
     """an autoregressive prior draws its dot-product token from this top part of its distribution"""
     precision: Precision = "auto"

@@ -225,6 +225,9 @@ class AutoregressivePrior(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the dot-product token int64 [B] and codes int64 [B, K] of a draw.
 
+        At temperature 0 each code is that of its expected value, and the dot-product token the
+        median of its top part: nothing is drawn.
+
         cached: keep the keys and values of what was read, instead of reading it again.
         """
         guide = options.cfg_scale != 1
@@ -243,7 +246,11 @@ class AutoregressivePrior(nn.Module):
                 told, untold = logits.chunk(2)
                 logits = untold + options.cfg_scale * (told - untold)
             above = 0.0 if place else 1 - options.top_share
-            drawn = _draw(logits / options.temperature, keys, f"code_{place}", above)
+            if options.temperature == 0:
+                drawn = _expected(logits) if place else _at(logits, above / 2 + 0.5)
+            else:
+                u = above + (1 - above) * keyed_random.uniform(keys, f"code_{place}")
+                drawn = _at(logits / options.temperature, u)
             tokens.append(drawn)
             if place == self.config.num_codes:
                 break
@@ -260,12 +267,20 @@ class AutoregressivePrior(nn.Module):
         return [KeyValues(shape, like) for _ in self.blocks]
 
 
-def _draw(logits: Tensor, keys: Tensor, purpose: str, above: float) -> Tensor:
-    """Draw from softmax(logits [B, C]) what lies above a share of its mass, by the samples' keys.
+def _at(logits: Tensor, u: Tensor | float) -> Tensor:
+    """Return the bucket int64 [B] below which a share u ([B], or one for all) of softmax(logits
+    [B, C]) lies: a draw, for uniform u.
 
-    Buckets are in the order of their values: `above` = 0.5 gives the top half.
+    Buckets are in the order of their values: u in [.5, 1] are the top half.
     """
-    u = above + (1 - above) * keyed_random.uniform(keys, purpose).double()
     mass = logits.double().softmax(-1).cumsum(-1)
-    found = torch.searchsorted(mass, u[:, None], right=True)[:, 0]
+    share = torch.as_tensor(u, dtype=mass.dtype, device=mass.device).expand(len(mass))
+    found = torch.searchsorted(mass, share[:, None].contiguous(), right=True)[:, 0]
     return found.clamp(max=logits.shape[1] - 1)
+
+
+def _expected(logits: Tensor) -> Tensor:
+    """Return the bucket int64 [B] of the mean value under softmax(logits [B, C])."""
+    count = logits.shape[1]
+    middles = _middle(torch.arange(count, device=logits.device), count).double()
+    return _bucket(logits.double().softmax(-1) @ middles, count)

@@ -43,7 +43,8 @@ class PriorSampling:
     """How to sample a prior: of each field, the priors that know it.
 
     sampler, sample_steps, spacing, best_of: diffusion; temperature, top_share: autoregressive;
-    cfg_scale: both. sampler "analytic_ddpm" takes the prior's own statistics.
+    cfg_scale: both. sampler "analytic_ddpm" takes the prior's own statistics; temperature 0 draws
+    nothing, see `AutoregressivePrior.sample_codes`.
     """
 
     sampler: Sampler | Literal["analytic_ddpm"]

@@ -278,6 +278,36 @@ def test_the_dot_product_token_is_that_of_the_pair():
     assert ((z * text.text_embed).sum(1) - middle).abs().max() <= 1 / BUCKETS + 1e-6
 
 
+def test_at_temperature_0_each_code_is_its_expected_value_and_keys_do_not_matter():
+    model, text = autoregressive().eval(), captions()
+    how = PriorSampling(sampler=SAMPLERS["ddim"], temperature=0.0)
+    dot, codes = model.sample_codes(torch.arange(4), text, how)
+    again = model.sample_codes(torch.arange(4) + 99, text, how)
+    assert torch.equal(dot, again[0]) and torch.equal(codes, again[1])
+    keep = torch.zeros(4, dtype=torch.bool)
+    dot_logits, code_logits = model(text, dot, codes, keep)
+    middles = (torch.arange(BUCKETS).double() + 0.5) / BUCKETS
+    expected = (code_logits.double().softmax(-1) * middles).sum(-1) * BUCKETS
+    assert torch.equal(codes, expected.floor().long())
+    below = dot_logits.double().softmax(-1).cumsum(-1)
+    rows = torch.arange(4)
+    assert (below[rows, dot] > 0.75).all() and (below[rows, (dot - 1).clamp(min=0)] <= 0.75).all()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_each_code_is_told_its_own_component_and_only_where_the_text_is_kept(told: bool):
+    """Of z_t, moved along the k-th component alone, code k hears through the token before it."""
+    model = autoregressive(tell_components=told).eval()
+    text, drop = captions(), torch.tensor([False, True, False, False])
+    moved = text.text_embed + model.codes.basis[:, 2]
+    before = model.hints(text, drop)
+    other = PriorText(text_embed=moved, text=text.text, token_mask=text.token_mask)
+    changed = (model.hints(other, drop) - before).abs().amax(-1) > 1e-6
+    expected = torch.zeros(4, CODES, dtype=torch.bool)
+    expected[[0, 2, 3], 2] = told
+    assert torch.equal(changed, expected)
+
+
 def test_neighbouring_codes_start_alike_and_at_a_normal_distribution():
     model = autoregressive(width=64, codebook_size=128)
     for table in (model.code_in, model.dot_in, model.code_out, model.dot_out):
