@@ -162,8 +162,8 @@ class UNetConfig:
     """blocks that keep activations at unit magnitude by normalised weights, without group norms and
     biases (Karras et al. 2024, EDM2); their attention is normalised without qk_norm"""
     channels_last: bool = False
-    """keep activations channels-last in memory: for GPUs; on the CPU group norms take ten times as
-    long"""
+    """keep activations channels-last in memory: for GPUs; on the CPU group norms take up to ten
+    times as long"""
 
 
 @dataclass(frozen=True, kw_only=True)

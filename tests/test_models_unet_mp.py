@@ -15,6 +15,7 @@ from models.flops import forward_macs, num_parameters
 from models.samplers import SAMPLERS
 from models.unclip import _with_unet
 from models.unet import UNet
+from models.unet_blocks import cells_of, image_of
 from models.unet_mp import (
     MPAttentionBlock,
     MPConv,
@@ -376,3 +377,12 @@ def test_the_memory_of_the_image_decides_nothing(config: UNetConfig):
     unet, given = network(config), asked()
     given["x"] = given["x"].contiguous(memory_format=torch.channels_last)
     assert formats(unet, given)[1] == {False}
+
+
+def test_cells_of_channels_last_images_are_not_copied():
+    x = normal(2, 6, 4, 5)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert image_of(cells_of(last), like=last).data_ptr() == last.data_ptr()
+    for each in (x, last):
+        back = image_of(cells_of(each), like=each)
+        assert torch.equal(back, x) and back.stride() == each.stride()
