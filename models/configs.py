@@ -158,6 +158,12 @@ class UNetConfig:
     """recompute the blocks' activations in the backward pass: less memory, a third more time"""
     patch_size: int = 1
     """pixels a side folded into channels before the first layer; 4 turns 32 px into 8 x 8 cells"""
+    magnitude_preserving: bool = False
+    """blocks that keep activations at unit magnitude by normalised weights, without group norms and
+    biases (Karras et al. 2024, EDM2); their attention is normalised without qk_norm"""
+    channels_last: bool = False
+    """keep activations channels-last in memory: for GPUs; on the CPU group norms take up to ten
+    times as long"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,9 +158,10 @@ class Decoder(nn.Module):
         if not config.use_text:
             return
         if config.text_tokens:
+            qk_norm = config.unet.qk_norm or config.unet.magnitude_preserving  # as the U-Net's
             self.text_encoder = TextEncoder(
                 context_length=config.text_tokens, vocab_size=vocab_size, width=context,
-                depth=config.text_depth, num_heads=config.text_heads, qk_norm=config.unet.qk_norm,
+                depth=config.text_depth, num_heads=config.text_heads, qk_norm=qk_norm,
             )  # fmt: skip
             self.caption_to_cond = nn.Linear(context, self.unet.cond_width)
         else:

@@ -236,6 +236,8 @@ def _unet_config(folder: Path, told: dict[str, Any]) -> UNetConfig:
 
 def _unet_settings(unet: UNet, image_size: int, folder: Path) -> dict[str, Any]:
     config = unet.config
+    name = "magnitude_preserving"
+    require_option(folder, UPSAMPLER, name, config.magnitude_preserving, False)
     require_option(folder, UPSAMPLER, "patch_size", config.patch_size, 1)
     require_option(folder, UPSAMPLER, "qk_norm", config.qk_norm, False)
     sides = [unet.grid // 2**i for i in range(len(config.channel_mult))]

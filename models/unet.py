@@ -1,12 +1,8 @@
-"""The U-Net of the decoder and of the upsamplers: ADM blocks (Dhariwal & Nichol 2021) with
-GLIDE's attention.
+"""The U-Net of the decoder and of the upsamplers, laid out from ADM's blocks
+(models/unet_blocks.py) or from those that keep magnitudes (models/unet_mp.py)."""
 
-Tokens of the condition are projected per attention layer and concatenated to that layer's keys
-and values
-(Nichol et al. 2021, GLIDE), not attended to by a layer of their own.
-"""
-
-import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,89 +10,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.configs import UNetConfig
-from models.transformer import TimestepMLP, attend
-
-
-def _zeroed(layer: nn.Module) -> nn.Module:
-    """Zero the last layer of a residual branch, so that every block starts as the identity."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(math.gcd(32, channels), max(1, channels // 4)), channels)
-
-
-class ResBlock(nn.Module):
-    """Residual block with scale-shift conditioning and, for "up" or "down", a change of
-    resolution inside."""
-
-    def __init__(
-        self, *, channels: int, out: int, cond: int, dropout: float, resample: str | None = None
-    ) -> None:
-        super().__init__()
-        self.resample = resample
-        self.norm_1 = _norm(channels)
-        self.conv_1 = nn.Conv2d(channels, out, 3, padding=1)
-        self.cond = nn.Linear(cond, 2 * out)
-        self.norm_2 = _norm(out)
-        self.dropout = nn.Dropout(dropout)
-        self.conv_2 = _zeroed(nn.Conv2d(out, out, 3, padding=1))
-        self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
-
-    def _resize(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
-
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Map x [B, C, H, W] under cond [B, cond] to [B, out, H', W']."""
-        h = self.conv_1(self._resize(F.silu(self.norm_1(x))))
-        scale, shift = self.cond(F.silu(cond))[:, :, None, None].chunk(2, dim=1)
-        h = self.norm_2(h) * (1 + scale) + shift
-        return self.skip(self._resize(x)) + self.conv_2(self.dropout(F.silu(h)))
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over cells, with the condition's tokens beside the cells in keys and
-    values."""
-
-    def __init__(
-        self, *, channels: int, head_channels: int, context: int, qk_norm: bool = False
-    ) -> None:
-        super().__init__()
-        self.qk_norm = qk_norm
-        self.num_heads = max(1, channels // head_channels)
-        self.norm = _norm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.context = nn.Linear(context, 2 * channels) if context else None
-        self.out = _zeroed(nn.Linear(channels, channels))
-
-    def forward(self, x: Tensor, tokens: Tensor | None, token_mask: Tensor | None) -> Tensor:
-        """Map x [B, C, H, W] with tokens [B, N, context] and their mask [B, N] (True = keep) to
-        [B, C, H, W]."""
-        batch, _, height, width = x.shape
-        q, k, v = self.qkv(self.norm(x).flatten(2).transpose(1, 2)).chunk(3, dim=-1)  # [B, HW, C]
-        mask = None
-        if self.context is not None and tokens is not None and token_mask is not None:
-            more_k, more_v = self.context(tokens).chunk(2, dim=-1)  # [B, N, C]
-            k, v = torch.cat([more_k, k], dim=1), torch.cat([more_v, v], dim=1)
-            mask = F.pad(token_mask, (0, height * width), value=True)[
-                :, None, None
-            ]  # [B, 1, 1, N + HW]
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        if self.qk_norm:
-            q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))
-        h = self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
-        # .contiguous(): cells last, GroupNorm on the CPU takes ten times as long
-        return x + h.transpose(1, 2).contiguous().view(batch, -1, height, width)
+from models.unet_blocks import ADM, Parts
+from models.unet_mp import MAGNITUDE_PRESERVING
 
 
 class _Level(nn.Module):
     """A residual block, and attention where the resolution has it."""
 
-    def __init__(self, block: ResBlock, attention: AttentionBlock | None) -> None:
+    def __init__(self, block: nn.Module, attention: nn.Module | None) -> None:
         super().__init__()
         self.block = block
         self.attention = attention
@@ -109,12 +30,22 @@ class _Level(nn.Module):
         return x if self.attention is None else self.attention(x, tokens, token_mask)
 
 
+def _require_sense(config: UNetConfig) -> None:
+    """Refuse options that would do nothing."""
+    if config.magnitude_preserving and config.qk_norm:
+        raise ValueError(
+            "qk_norm: found true with magnitude_preserving, expected false: its attention "
+            "normalises queries, keys and values as it is"
+        )
+
+
 class UNet(nn.Module):
     """A noise-conditional U-Net over images of any side that its resolutions divide.
 
     image_size: side in px in training, which `config.attn_resolutions` refer to; in_channels,
     out_channels: of the images; context: width of the condition's tokens (0 = none). Raises
-    ValueError for a size that does not halve, and for attention at a resolution that there is not.
+    ValueError for a size that does not halve, for attention at a resolution that there is not, and
+    for options that would do nothing.
     """
 
     def __init__(
@@ -127,6 +58,7 @@ class UNet(nn.Module):
         context: int = 0,
     ) -> None:
         super().__init__()
+        _require_sense(config)
         self.config = config
         self.grid = image_size // config.patch_size
         self._require_halving(image_size)
@@ -135,11 +67,22 @@ class UNet(nn.Module):
         width = config.channels
         self.cond_width = 4 * width
         self.context = context
-        self.time_in = TimestepMLP(width, self.cond_width)
-        self.conv_in = nn.Conv2d(in_channels * area, width, 3, padding=1)
+        self.time_in = self.parts.time_in(width, self.cond_width)
+        self.conv_in = self.parts.conv_in(in_channels * area, width)
         self._build_levels(width)
-        self.norm_out = _norm(width)
-        self.conv_out = _zeroed(nn.Conv2d(width, out_channels * area, 3, padding=1))
+        self.norm_out = self.parts.norm_out(width)
+        self.conv_out = self.parts.conv_out(width, out_channels * area)
+
+    @property
+    def parts(self) -> Parts:
+        """The kind of layers that the network is laid out from."""
+        return MAGNITUDE_PRESERVING if self.config.magnitude_preserving else ADM
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of activations. Weights stay contiguous: ZeRO flattens them, and Muon views them as
+        matrices; a convolution follows its input."""
+        return torch.channels_last if self.config.channels_last else torch.contiguous_format
 
     def _require_halving(self, *sides: int) -> None:
         """Refuse sides in px that some resolution could not halve, before torch does, obscurely."""
@@ -162,9 +105,17 @@ class UNet(nn.Module):
                 f"with patch_size {config.patch_size} and {len(sides)} resolutions"
             )
 
-    def _level(self, channels: int, out: int, side: int, resample: str | None = None) -> _Level:
+    def _level(
+        self,
+        channels: int,
+        out: int,
+        side: int,
+        resample: str | None = None,
+        *,
+        block: Callable[..., nn.Module],
+    ) -> _Level:
         config = self.config
-        block = ResBlock(
+        made = block(
             channels=channels,
             out=out,
             cond=self.cond_width,
@@ -172,37 +123,39 @@ class UNet(nn.Module):
             resample=resample,
         )
         attends = side in config.attn_resolutions and resample is None
-        attention = AttentionBlock(
-            channels=out,
-            head_channels=config.head_channels,
-            context=self.context,
-            qk_norm=config.qk_norm,
+        norms = (
+            {"qk_norm": True} if config.qk_norm else {}
+        )  # no choice of magnitude-preserving ones
+        attention = self.parts.attention(
+            channels=out, head_channels=config.head_channels, context=self.context, **norms
         )
-        return _Level(block, attention if attends else None)
+        return _Level(made, attention if attends else None)
 
     def _build_levels(self, width: int) -> None:
         """Lay out down, middle and up; `skips` are the channels that the way up will find."""
         config, side, channels = self.config, self.grid, width
+        level_down = partial(self._level, block=self.parts.block_down)
+        level_up = partial(self._level, block=self.parts.block_up)
         skips = [channels]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, mult in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):
-                self.down.append(self._level(channels, mult * width, side))
+                self.down.append(level_down(channels, mult * width, side))
                 channels = mult * width
                 skips.append(channels)
             if i + 1 < len(config.channel_mult):
-                self.down.append(self._level(channels, channels, side, "down"))
+                self.down.append(level_down(channels, channels, side, "down"))
                 skips.append(channels)
                 side //= 2
         self.middle = nn.ModuleList(
-            [self._level(channels, channels, side), self._level(channels, channels, 0)]
+            [level_up(channels, channels, side), level_up(channels, channels, 0)]
         )
         for i, mult in reversed(list(enumerate(config.channel_mult))):
             for j in range(config.num_res_blocks + 1):
-                self.up.append(self._level(channels + skips.pop(), mult * width, side))
+                self.up.append(level_up(channels + skips.pop(), mult * width, side))
                 channels = mult * width
                 if i > 0 and j == config.num_res_blocks:
-                    self.up.append(self._level(channels, channels, side, "up"))
+                    self.up.append(level_up(channels, channels, side, "up"))
                     side *= 2
 
     def _run(self, level: nn.Module, *inputs: Tensor | None) -> Tensor:
@@ -223,20 +176,22 @@ class UNet(nn.Module):
         """Map x [B, in_channels, H, W] at t int64 [B] to float32 [B, out_channels, H, W].
 
         cond: [B, 4 channels], added to the timestep embedding; grid: [B, channels, H/p, W/p],
-        added to the
-        first layer's output; tokens [B, N, context] with token_mask [B, N]: read by every
-        attention layer. Raises ValueError for sides that do not halve or do not fit `grid`.
+        added to the first layer's output (see `Parts.add`); tokens [B, N, context] with token_mask
+        [B, N]: read by every attention layer. Raises ValueError for sides that do not halve or do
+        not fit `grid`.
         """
         self._require_halving(*x.shape[2:])
-        cond = self.time_in(t) if cond is None else self.time_in(t) + cond
-        h = self.conv_in(F.pixel_unshuffle(x, self.config.patch_size))
+        parts, time = self.parts, self.time_in(t)
+        cond = time if cond is None else parts.add(time, cond)
+        x = F.pixel_unshuffle(x, self.config.patch_size)
+        h = self.conv_in(x.contiguous(memory_format=self.memory_format))
         if grid is not None and grid.shape[2:] != h.shape[2:]:
             found, expected = (
                 " x ".join(str(self.config.patch_size * side) for side in cells.shape[2:])
                 for cells in (h, grid)
             )
             raise ValueError(f"image size: found {found}, expected {expected} as in training")
-        h = h if grid is None else h + grid
+        h = h if grid is None else parts.add(h, grid)
         skips = [h]
         for level in self.down:
             h = self._run(level, h, cond, tokens, token_mask)
@@ -245,7 +200,7 @@ class UNet(nn.Module):
             h = self._run(level, h, cond, tokens, token_mask)
         for level in self.up:
             if level.takes_skip:
-                h = torch.cat([h, skips.pop()], dim=1)
+                h = parts.join(h, skips.pop())
             h = self._run(level, h, cond, tokens, token_mask)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.conv_out(parts.activate(self.norm_out(h))).contiguous()
         return F.pixel_shuffle(h, self.config.patch_size).float()

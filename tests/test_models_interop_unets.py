@@ -311,3 +311,17 @@ def test_what_diffusers_does_not_have_is_refused_by_name(tmp_path, changes, opti
         plain = UNetConfig(channels=128, channel_mult=(1,), num_res_blocks=1, attn_resolutions=())
         up = UpsamplerConfig(unet=plain, prediction="eps")
         upsampler_to_diffusers(Upsampler(up, factor=2, crop_size=8), tmp_path, 16)
+
+
+def test_a_network_without_norms_is_refused_by_name(tmp_path):
+    unet = UNetConfig(channels=128, channel_mult=(1,), num_res_blocks=1, attn_resolutions=(),
+                      magnitude_preserving=True)  # fmt: skip
+    config = DecoderConfig(unet=unet, context_width=CONTEXT, prediction="eps",
+                           norm_embed_tokens=False, text_embed_cond=True)  # fmt: skip
+    decoder = Decoder(config, image_size=8, embed_dim=EMBED, text_width=EMBED)
+    up = UpsamplerConfig(unet=unet, prediction="eps", interpolation="bicubic")
+    with pytest.raises(ValueError, match="magnitude_preserving: found True, expected False"):
+        decoder_to_diffusers(decoder, tmp_path)
+    with pytest.raises(ValueError, match="magnitude_preserving: found True, expected False"):
+        upsampler_to_diffusers(Upsampler(up, factor=2, crop_size=8), tmp_path, 16)
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.configs import AutoregressivePriorConfig
+from models.configs import AutoregressivePriorConfig, UNetConfig
+from models.unet import UNet
 from training.config import PriorRunConfig, TrainConfig
 from training.optimizer import (
     build_optimizer,
@@ -94,6 +95,35 @@ def test_muon_leaves_tables_and_outer_layers_of_priors_alone(kind: Any):
     groups = build_optimizer(model, TrainConfig(optimizer="muon")).param_groups
     hidden = {names[p].split(".")[0] for p in groups[0]["params"]}
     assert hidden <= {"blocks", "pool"}, hidden
+
+
+def test_muon_takes_the_same_matrices_of_every_kind_of_unet():
+    """Gains are AdamW's, as are the first, the last and the timestep's layers; both groups step,
+    channels-last too."""
+    found = []
+    for mine in (False, True):
+        config = UNetConfig(
+            channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,),
+            head_channels=8, magnitude_preserving=mine, channels_last=True,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        unet = UNet(config, image_size=8, in_channels=3, out_channels=3, context=8)
+        names = {parameter: name for name, parameter in unet.named_parameters()}
+        optimizer = build_optimizer(unet, TrainConfig(optimizer="muon"))
+        optimizer.prepare()
+        found.append({names[p] for p in optimizer.param_groups[0]["params"]})
+        assert not {name for name in found[-1] if name.startswith(("time_in", "conv_", "norm_"))}
+        before = {name: p.detach().clone() for p, name in names.items()}
+        set_learning_rate(optimizer.param_groups, 1.0)
+        x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 900])
+        mask = torch.ones(2, 3, dtype=torch.bool)
+        for _ in range(3):  # what starts at zero keeps the rest still at first
+            out = unet(x, t, tokens=torch.randn(2, 3, 8), token_mask=mask)
+            optimizer.zero_grad()
+            (out - 1).square().mean().backward()
+            optimizer.step()
+        assert [n for p, n in names.items() if torch.equal(p, before[n])] == []
+    assert found[0] == found[1] and len(found[0]) > 20
 
 
 def test_a_parameter_without_gradient_stays():
