@@ -160,7 +160,7 @@ with Watchdog(run, rank, 2, seconds=1.0) as watchdog:
         if hangs == "validation" and step == 3:
             watchdog.beat(step, "validation")
             time.sleep(3)
-        time.sleep(0.02)
+        time.sleep(0.02 if hangs != "slow" else 0.5)
 print("done")
 """
 
@@ -190,7 +190,7 @@ def test_a_rank_that_hangs_ends_all_and_is_named(tmp_path: Path):
 
 
 def test_a_process_that_stands_still_is_named_by_its_peer(tmp_path: Path):
-    waiting, frozen = watched(tmp_path, "forward", "none")
+    waiting, frozen = watched(tmp_path, "forward", "slow")
     try:
         path = tmp_path / HEARTBEATS / "rank_0001.json"
         deadline = time.monotonic() + 60
@@ -198,8 +198,10 @@ def test_a_process_that_stands_still_is_named_by_its_peer(tmp_path: Path):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         frozen.send_signal(signal.SIGSTOP)
-        waiting.communicate(timeout=60)
-        assert waiting.returncode == 1
+        _, errors = waiting.communicate(timeout=60)
+        assert waiting.returncode == 1, errors
+        told = errors.splitlines()[0]
+        assert f"process {frozen.pid}" in told and f"process {waiting.pid}" not in told
     finally:
         frozen.kill()
         frozen.wait()

@@ -110,11 +110,12 @@ class Watchdog:
         return time.time() - other.at < self._seconds
 
     def _end(self, mine: Heartbeat, others: list[Heartbeat]) -> None:
-        """Tell who is furthest behind, and leave: the others' collectives break, and the group is
-        restarted from its newest checkpoint."""
+        """Tell who is silent, or else furthest behind, and leave: the others' collectives break,
+        and the group is restarted from its newest checkpoint."""
         everyone = [mine, *others]
         last = min(each.progress for each in everyone)
-        behind = [each for each in everyone if each.progress == last]
+        silent = [each for each in others if not self._lives(each)]
+        behind = silent or [each for each in everyone if each.progress == last]
         told = f"hung: {'; '.join(map(str, behind))}"
         tellers = [each for each in everyone if each not in behind] or everyone
         if mine.rank == min(each.rank for each in tellers):
