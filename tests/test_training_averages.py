@@ -1,5 +1,7 @@
 """Power-function averages in training: the recursion, checkpoints, snapshots and resumes."""
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,7 +98,11 @@ def write_by_two(run: Path) -> None:
             (step_folder(run, 3), checkpoint._tensors(engine, averages)),
             (step_folder(run / SNAPSHOTS, 3), checkpoint._power_tensors(engine, averages)),
         ):
-            checkpoint._write_fragments(folder / "fragments", engine, tensors, Progress(step=3))
+            record = partial(
+                checkpoint.Record, format=checkpoint.FORMAT, rank=rank, world_size=2,
+                optimizer_step=3, progress=asdict(Progress(step=3)),
+            )  # fmt: skip
+            checkpoint._write_fragments(folder / "fragments", rank, dict(tensors), record)
 
 
 def every_shadow(averages: Averages) -> list[torch.Tensor]:

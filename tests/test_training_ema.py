@@ -221,7 +221,7 @@ def wander(run: Path, kept: float, num_steps: int = 400, skipped: int = 0) -> to
             third.update(step + 1 - nonfinite)
         if (step + 1) % (num_steps // 8) == 0:
             progress = Progress(step=step + 1, nonfinite_steps=nonfinite)
-            checkpoint.snapshot(run, engine, stored, progress)
+            checkpoint.snapshot(run, engine, stored, progress)()
     folder = step_folder(run, num_steps)
     folder.mkdir(parents=True)
     save_weights(folder / "ema.safetensors", {"w": torch.zeros(20, 15), "count": torch.arange(3)})

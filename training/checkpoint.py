@@ -14,9 +14,11 @@ pickled.
 import json
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -128,26 +130,53 @@ def _optimizer_step(engine: Engine) -> int:
     return max(steps, default=0)
 
 
-def save(run: Path, engine: Engine, averages: Averages, progress: Progress, config: dict) -> Path:
-    """Write a checkpoint; every rank calls this. Returns its folder."""
+def capture(
+    run: Path, engine: Engine, averages: Averages, progress: Progress, config: dict
+) -> Callable[[], Path]:
+    """Copy the state of a checkpoint; every rank calls this.
+
+    Returns what writes it, without communication, so that a thread can while training goes on; the
+    first rank's then waits for the others' parts to appear, and returns the folder when it is
+    whole.
+    """
     folder = step_folder(run, progress.step)
-    _write_once(folder, engine, _tensors(engine, averages), progress)
-    if engine.rank == 0:
-        _export(folder, engine, config)
+    write = _captured(folder, engine, _tensors(engine, averages), progress)
+    if engine.rank:
+        return write
+    shapes = {name: p.shape for name, p in engine.model.named_parameters() if p.requires_grad}
+    state = engine.model.state_dict().items()
+    others = {name: tensor.detach().cpu().clone() for name, tensor in state if name not in shapes}
+
+    def whole() -> Path:
+        write()
+        _await_ranks(folder, engine.world_size)
+        _export(folder, shapes, others, config)
         _write_text(folder / "state.json", json.dumps(asdict(progress)))
+        return folder
+
+    return whole
+
+
+def save(run: Path, engine: Engine, averages: Averages, progress: Progress, config: dict) -> Path:
+    """Write a checkpoint at once; every rank calls this. Returns its folder."""
+    folder = capture(run, engine, averages, progress, config)()
+    _barrier(engine)
     return folder
 
 
-def snapshot(run: Path, engine: Engine, averages: Averages, progress: Progress) -> None:
-    """Write a snapshot of the power-function averages; every rank calls this."""
+def snapshot(
+    run: Path, engine: Engine, averages: Averages, progress: Progress
+) -> Callable[[], Path]:
+    """Copy the power-function averages for a snapshot; every rank calls this. Returns what writes
+    it, as `capture` does."""
     folder = step_folder(run / SNAPSHOTS, progress.step)
-    _write_once(folder, engine, _power_tensors(engine, averages), progress)
+    return _captured(folder, engine, _power_tensors(engine, averages), progress)
 
 
-def _write_once(
+def _captured(
     folder: Path, engine: Engine, tensors: Iterable[tuple[str, Tensor]], progress: Progress
-) -> None:
-    """Write all ranks' fragments, each its own `tensors`.
+) -> Callable[[], Path]:
+    """Return what writes this rank's `tensors`, copied now, to a folder of all ranks' fragments.
 
     A folder left by a killed run at the same step is replaced, a valid one is kept: it holds the
     same bits.
@@ -156,29 +185,38 @@ def _write_once(
     if engine.rank == 0 and folder.is_dir() and not kept:
         shutil.rmtree(folder)
     _barrier(engine)
-    if not kept:
-        _write_fragments(folder / "fragments", engine, tensors, progress)
-    _barrier(engine)
+    mine = {} if kept else dict(tensors)
+    optimizer_step = _optimizer_step(engine)
+
+    def write() -> Path:
+        if not kept:
+            record = partial(
+                Record, format=FORMAT, rank=engine.rank, world_size=engine.world_size,
+                optimizer_step=optimizer_step, progress=asdict(progress),
+            )  # fmt: skip
+            _write_fragments(folder / "fragments", engine.rank, mine, record)
+        return folder
+
+    return write
+
+
+def _await_ranks(folder: Path, world_size: int) -> None:
+    """Wait until every rank's record is there. A rank that fails ends the group, and this wait."""
+    while len(list((folder / "fragments").glob("rank_*.json"))) < world_size:
+        time.sleep(0.02)
 
 
 def _write_fragments(
-    fragments: Path, engine: Engine, tensors: Iterable[tuple[str, Tensor]], progress: Progress
+    fragments: Path, rank: int, tensors: dict[str, Tensor], record: Callable[..., Record]
 ) -> None:
     """Write what this rank owns, then the record that makes it count."""
     fragments.mkdir(parents=True, exist_ok=True)
-    stem = fragments / f"rank_{engine.rank:04d}"
+    stem = fragments / f"rank_{rank:04d}"
     part = stem.with_suffix(".part")
-    save_file(dict(tensors), str(part))
-    record = Record(
-        format=FORMAT,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        optimizer_step=_optimizer_step(engine),
-        sha256=digest_file(part),
-        progress=asdict(progress),
-    )
+    save_file(tensors, str(part))
+    told = record(sha256=digest_file(part))
     part.replace(stem.with_suffix(".safetensors"))
-    _write_text(stem.with_suffix(".json"), json.dumps(asdict(record)))
+    _write_text(stem.with_suffix(".json"), json.dumps(asdict(told)))
 
 
 def _power_tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]:
@@ -285,16 +323,16 @@ def _restore_fragment(stored: Fragments, fragment: Fragment, shadows: dict[str, 
         stored.read(f"{key}/{fragment.name}", fragment.offset, value)
 
 
-def _export(folder: Path, engine: Engine, config: dict) -> None:
+def _export(
+    folder: Path, shapes: dict[str, torch.Size], others: dict[str, Tensor], config: dict
+) -> None:
     """Assemble inference weights from all ranks' fragments: read from storage, without
-    communication."""
+    communication. others: the tensors that are not trained."""
     found = records(folder)
     assert found, f"{folder} was written a moment ago"
     stored = Fragments(folder, found)
-    shapes = {name: p.shape for name, p in engine.model.named_parameters() if p.requires_grad}
-    state = engine.model.state_dict()
     for section, file in ((MASTER, "model.safetensors"), (EMA, "ema.safetensors")):
-        tensors = {name: tensor for name, tensor in state.items() if name not in shapes}
+        tensors = dict(others)
         for name, shape in shapes.items():
             flat = torch.empty(shape.numel())
             stored.read(f"{section}/{name}", 0, flat)

@@ -71,6 +71,8 @@ class TrainConfig:
     """of weights, sample order and every sample's noise"""
     checkpoint_every: int = 200
     """steps between checkpoints"""
+    async_checkpoints: bool = True
+    """write checkpoints beside the steps, which wait for a copy in memory alone"""
     keep_checkpoints: int = 2
     """newest checkpoints kept"""
     keep_every: int = 0

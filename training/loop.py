@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from training.feeds import make_feed
 from training.optimizer import learning_rate_ratio
 from training.reporting import Reporter
 from training.stopping import stop_wanted
+from training.writing import Writer
 from training.zero import Engine
 
 MAX_NONFINITE_IN_A_ROW = 10
@@ -56,10 +58,11 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
     config = whole.train
     feed = make_feed(job, whole, engine.rank, engine.world_size)
     averages = Averages(engine.fragments(), config.ema_decay, config.power_ema)
+    writer = Writer(beside=config.async_checkpoints)
     progress = _resume(run, engine, averages)
     reporter.started(progress)
     if progress.step == config.num_steps:  # killed between its last checkpoint and its end
-        _checkpoint(run, engine, averages, progress, job, config)
+        writer.begin(partial(_checkpoint, run, engine, averages, progress, job, config))
     batches = feed.iterate(progress.step, config.num_steps)
     in_a_row = 0
     engine.model.train()
@@ -96,12 +99,14 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         reporter.step(progress, scores if finite else {}, ratio)
 
         # Checkpoint
-        with reporter.checkpointing(step):
-            _snapshot_if_due(run, engine, averages, progress, config)
-        if stop or _due(progress, config):
-            with reporter.checkpointing(step):
-                folder = _checkpoint(run, engine, averages, progress, job, config)
-            _validate(job, folder, engine, progress, reporter)
+        with reporter.checkpointing(step, writer):
+            if _snapshot_due(progress, config):
+                writer.begin(partial(checkpoint.snapshot, run, engine, averages, progress))
+            if stop or _due(progress, config):
+                writer.begin(partial(_checkpoint, run, engine, averages, progress, job, config))
+        if job.validate is not None and _due(progress, config):
+            writer.finish()
+            _validate(job, run, engine, progress, reporter)
 
         # Stop?
         if stop:
@@ -111,21 +116,19 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
                 f"{run}: the loss was not finite {in_a_row} steps in a row; start over with "
                 "--fresh and a lower learning rate"
             )
+    writer.finish()
     return progress
 
 
-def _snapshot_if_due(
-    run: Path, engine: Engine, averages: Averages, progress: Progress, config: TrainConfig
-) -> None:
-    """Write a snapshot of the power-function averages where one is due.
+def _snapshot_due(progress: Progress, config: TrainConfig) -> bool:
+    """Say whether a snapshot of the power-function averages is due.
 
-    Before the checkpoint of the same step, after which a killed run would go on without it. Until
-    the first update, there is no average.
+    It is written before the checkpoint of the same step, after which a killed run would go on
+    without it. Until the first update, there is no average.
     """
     if not config.snapshot_every or not progress.updates:
-        return
-    if progress.step % config.snapshot_every == 0 or progress.step == config.num_steps:
-        checkpoint.snapshot(run, engine, averages, progress)
+        return False
+    return progress.step % config.snapshot_every == 0 or progress.step == config.num_steps
 
 
 def _resume(run: Path, engine: Engine, averages: Averages) -> Progress:
@@ -173,13 +176,11 @@ def _agreed(engine: Engine, scores: dict[str, Tensor], stop: bool) -> tuple[bool
     return math.isfinite(scores["loss"].item()), stop
 
 
-def _validate(
-    job: Job, folder: Path, engine: Engine, progress: Progress, reporter: Reporter
-) -> None:
+def _validate(job: Job, run: Path, engine: Engine, progress: Progress, reporter: Reporter) -> None:
     """Score a checkpoint, where the job knows how; one rank does, and the others wait for it."""
     if job.validate is not None and engine.rank == 0:
         with reporter.validating(progress.step):
-            reporter.validated(progress, job.validate(folder))
+            reporter.validated(progress, job.validate(checkpoint.step_folder(run, progress.step)))
 
 
 def _due(progress: Progress, config: TrainConfig) -> bool:
@@ -188,11 +189,16 @@ def _due(progress: Progress, config: TrainConfig) -> bool:
 
 def _checkpoint(
     run: Path, engine: Engine, averages: Averages, progress: Progress, job: Job, config: TrainConfig
-) -> Path:
+) -> Callable[[], None]:
+    """Copy a checkpoint; returns what writes it, drops older ones and marks the end of the run."""
+    write = checkpoint.capture(run, engine, averages, replace(progress), job.export)
     done = progress.step == config.num_steps
-    folder = checkpoint.save(run, engine, averages, replace(progress), job.export)
-    if engine.rank == 0:
-        checkpoint.prune(run, config.keep_checkpoints, folder, config.keep_every)
-        if done:
-            checkpoint.finish(run, folder)
-    return folder
+
+    def finish() -> None:
+        folder = write()
+        if engine.rank == 0:
+            checkpoint.prune(run, config.keep_checkpoints, folder, config.keep_every)
+            if done:
+                checkpoint.finish(run, folder)
+
+    return finish

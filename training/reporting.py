@@ -21,6 +21,7 @@ from training.config import TrainConfig
 from training.incidents import INCIDENTS_NAME, LossWatch, report_incident
 from training.profiling import Profiler
 from training.watchdog import Watchdog
+from training.writing import Writer
 
 METRICS_NAME = "metrics.jsonl"
 VALIDATION_NAME = "validation.jsonl"  # {"step", scores}: one line a validation
@@ -44,6 +45,7 @@ class Reporter:
         self._path = run / METRICS_NAME if rank == 0 else None
         self._watchdog = watchdog
         self._peak = peak_samples_per_second
+        self._writer: Writer | None = None
         self._losses = LossWatch(config.spike_deviations)
         self._profiler = Profiler(run, config.profile, rank)
         self._validation = run / VALIDATION_NAME
@@ -87,8 +89,10 @@ class Reporter:
         self.enters(step, "forward")
 
     @contextmanager
-    def checkpointing(self, step: int) -> Iterator[None]:
+    def checkpointing(self, step: int, writer: Writer) -> Iterator[None]:
+        """Count the time that the steps give to a checkpoint; `writer` knows that of its write."""
         self.enters(step, "checkpoint")
+        self._writer = writer
         started = time.perf_counter()
         yield
         self._checkpoint_seconds += time.perf_counter() - started
@@ -129,6 +133,7 @@ class Reporter:
             "eta_seconds": left / rate if rate else None,
             "data_wait_ratio": self._waited / seconds,
             "checkpoint_seconds": self._checkpoint_seconds,
+            "checkpoint_write_seconds": self._writer.seconds if self._writer else 0.0,
             "nonfinite_steps": progress.nonfinite_steps,
             "num_steps": self._config.num_steps,
             "seconds": now - self._started,

@@ -32,7 +32,8 @@ TOLD = (ValueError, FloatingPointError)
 CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folder is ours
 MAY_CHANGE = {
     "train.num_workers", "train.num_threads", "train.max_failures", "train.keep_checkpoints",
-    "train.keep_every", "train.checkpoint_every", "train.snapshot_every", "train.report_every",
+    "train.async_checkpoints", "train.keep_every", "train.checkpoint_every",
+    "train.snapshot_every", "train.report_every",
     "train.compile", "train.micro_batch_size", "train.zero_stage", "train.spike_deviations",
     "train.hang_seconds", "train.peak_tflops", "train.profile",
     "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh",
