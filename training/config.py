@@ -43,8 +43,8 @@ class TrainConfig:
     """decoupled weight decay of matrices"""
     warmup: float = 0.04
     """share of the steps in which the learning rate rises linearly"""
-    decay: Literal["cosine", "constant"] = "cosine"
-    """learning rate after the warm-up"""
+    decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
+    """learning rate after the warm-up; inverse_sqrt: as the root of warm-up over step"""
     grad_clip: float = 1.0
     """largest global gradient norm; 0 = no clipping"""
     ema_decay: float = 0.999
