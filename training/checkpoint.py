@@ -217,7 +217,7 @@ def restore(folder: Path, engine: Engine, ema: Ema) -> None:
     found = records(folder)
     assert found, f"{folder} was valid a moment ago"
     stored = Fragments(folder, found)
-    stored.require_parameters({n for n, p in engine.model.named_parameters() if p.requires_grad})
+    stored.require_parameters(set(engine.shapes))
     with torch.no_grad():
         for fragment, shadow in zip(engine.fragments(), ema.shadows, strict=True):
             _restore_fragment(stored, fragment, shadow)
@@ -244,7 +244,7 @@ def _export(folder: Path, engine: Engine, config: dict) -> None:
     found = records(folder)
     assert found, f"{folder} was written a moment ago"
     stored = Fragments(folder, found)
-    shapes = {name: p.shape for name, p in engine.model.named_parameters() if p.requires_grad}
+    shapes = engine.shapes  # a partitioned parameter of the model's is empty
     state = engine.model.state_dict()
     for section, file in ((MASTER, "model.safetensors"), (EMA, "ema.safetensors")):
         tensors = {name: tensor for name, tensor in state.items() if name not in shapes}

@@ -28,8 +28,8 @@ CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folde
 MAY_CHANGE = {
     "train.num_workers", "train.num_threads", "train.max_failures", "train.keep_checkpoints",
     "train.checkpoint_every", "train.report_every", "train.compile", "train.micro_batch_size",
-    "train.zero_stage", "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh",
-    "dry_run", "run",
+    "train.zero_stage", "train.offload", "data.num_threads", "data.prefetch", "ingest",
+    "metrics_port", "fresh", "dry_run", "run",
 }  # fmt: skip
 
 
