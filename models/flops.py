@@ -23,16 +23,29 @@ def forward_macs(forward: Callable[[], object]) -> int:
     return counter.get_total_flops() // 2
 
 
-def state_bytes(model: nn.Module, zero_stage: int = 0, world_size: int = 1) -> int:
+def state_bytes(
+    model: nn.Module, zero_stage: int = 0, world_size: int = 1, *, offload: bool = False
+) -> int:
     """Return bytes a worker keeps in fp32 weights, gradients, moments and EMA (activations
-    excluded).
+    excluded), without those of `offloaded_bytes`.
 
     Stage 1 shares out moments, master weights and EMA, stage 2 the gradients as well
-    (Rajbhandari et al. 2020).
+    (Rajbhandari et al. 2020), stage 3 the weights as well, which are then their own masters; the
+    layers it has gathered at a time, and the small parameters it keeps whole, come on top.
     """
     count = num_parameters(model)
     if zero_stage == 0:
         return count * (4 + 4 + 8) + count * 4 // world_size
+    if offload:
+        return count * 4 // (world_size if zero_stage == 3 else 1)
+    if zero_stage == 3:
+        return count * (4 + 4 + 8 + 4) // world_size
     shared = 4 + 8 + 4 + (4 if zero_stage >= 2 else 0)
     kept = 4 + (0 if zero_stage >= 2 else 4)
     return count * kept + count * shared // world_size
+
+
+def offloaded_bytes(model: nn.Module, world_size: int = 1) -> int:
+    """Return bytes a worker keeps on the CPU where optimizer state is offloaded: fp32 master
+    weights, gradients, moments and EMA."""
+    return num_parameters(model) * (4 + 4 + 8 + 4) // world_size

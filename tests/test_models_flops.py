@@ -9,7 +9,7 @@ from cluster.cli import parse
 from models.clip import VOCAB_SIZE, build_clip
 from models.configs import ClipConfig
 from models.decoder import Condition, Decoder
-from models.flops import forward_macs, num_parameters
+from models.flops import forward_macs, num_parameters, offloaded_bytes, state_bytes
 from models.priors import PriorText
 from models.upsampler import Upsampler
 from training.config import PRESETS, DecoderRunConfig, PriorRunConfig
@@ -125,3 +125,15 @@ def test_multiplications_are_counted_as_one_would():
         conv, image = torch.nn.Conv2d(3, 8, 3, padding=1), torch.zeros(2, 3, 16, 16)
     assert forward_macs(lambda: layer(x)) == 5 * 11 * 30 * 7
     assert forward_macs(lambda: conv(image)) == 2 * 16 * 16 * 8 * 3 * 9
+
+
+def test_each_stage_shares_out_more_of_the_state_than_the_one_before():
+    """20 bytes a parameter in all, or 24 where the master weights are a copy; stage 3 shares all
+    of them, and what is offloaded is not kept beside the weights."""
+    with torch.device("meta"):
+        model = torch.nn.Linear(100, 10, bias=False)
+    sizes = [state_bytes(model, stage, 4) for stage in range(4)]
+    assert sizes == [17_000, 12_000, 9_000, 5_000]
+    assert state_bytes(model, 3, 1) == 20_000
+    assert [state_bytes(model, stage, 4, offload=True) for stage in (2, 3)] == [4_000, 1_000]
+    assert offloaded_bytes(model, 4) == 5_000

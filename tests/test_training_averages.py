@@ -71,11 +71,8 @@ def fake_engine(rank: int, world_size: int, whole: torch.Tensor) -> Any:
     fragment = Fragment(name="w", offset=cuts[rank], master=mine, state={})
     return SimpleNamespace(
         rank=rank, world_size=world_size, fragments=lambda: [fragment], refresh=lambda: None,
-        optimizer=SimpleNamespace(state={}),
-        model=SimpleNamespace(
-            named_buffers=lambda: [],
-            named_parameters=lambda: [("w", torch.nn.Parameter(whole.clone()))],
-        ),
+        optimizer=SimpleNamespace(state={}), shapes={"w": whole.shape},
+        model=SimpleNamespace(named_buffers=lambda: []),
     )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(prior(data, tmp_path_factory.mktemp("plain")), build_with_a_bad_micro_batch)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_workers_are_one_process_at_every_zero_stage(
     stage: int, data: Path, plain: Path, tmp_path: Path
 ):
@@ -249,7 +249,7 @@ def test_one_process_continues_what_two_workers_began(data: Path, sharded: Path,
     assert_close(trained(prior(data, run), build_prior), sharded)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_two_workers_continue_what_one_process_began(
     stage: int, data: Path, sharded: Path, tmp_path: Path
 ):

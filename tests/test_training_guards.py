@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -73,13 +74,15 @@ def test_the_first_sigterm_is_a_wish_and_the_second_is_not(tmp_path: Path):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_sigterm_ends_a_training_script_with_a_checkpoint(tmp_path: Path):
+def test_sigterm_ends_a_training_script_with_a_checkpoint(tmp_path: Path, write_data: Callable):
     """The whole way: the script says so in a line, exits with 1, and continues to its end."""
     root = Path(__file__).parent.parent
+    data = write_data(tmp_path, num_shards=1, samples_per_shard=16)
     command = [
         sys.executable, str(root / "training" / "prior.py"), "--preset", "debug", "--run",
-        str(tmp_path / "run"), "--embeds", str(tmp_path / "embeds"), "--train.num-workers", "0",
+        str(tmp_path / "run"), "--embeds", str(data / "embeds"), "--train.num-workers", "0",
         "--train.num-threads", "1", "--train.num-steps", "100000", "--train.report-every", "1",
+        "--train.global-batch-size", "8",
     ]  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -162,8 +162,19 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
     assert {learning_rate_ratio(flat, step) for step in range(10, 200)} == {1.0}
 
 
-def test_a_run_without_warm_up_starts_at_its_peak():
-    assert learning_rate_ratio(TrainConfig(num_steps=10, warmup=0.0), 0) == 1
+def test_the_learning_rate_falls_as_one_over_the_root_of_the_step():
+    """From the peak, where the warm-up ends, on: a quarter of the rate at 16 times that step."""
+    config = TrainConfig(num_steps=1000, warmup=0.01, decay="inverse_sqrt")
+    ratio = [learning_rate_ratio(config, step) for step in range(1000)]
+    assert ratio[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert ratio[10] == 1 and ratio[160] == pytest.approx(0.25)
+    for step in (11, 40, 999):
+        assert ratio[step] * math.sqrt(step) == pytest.approx(math.sqrt(10))
+
+
+@pytest.mark.parametrize("decay", ["cosine", "constant", "inverse_sqrt"])
+def test_a_run_without_warm_up_starts_at_its_peak(decay: Any):
+    assert learning_rate_ratio(TrainConfig(num_steps=10, warmup=0.0, decay=decay), 0) == 1
 
 
 @pytest.mark.parametrize(
@@ -173,6 +184,12 @@ def test_a_run_without_warm_up_starts_at_its_peak():
         ({"global_batch_size": 12, "num_workers": 2, "micro_batch_size": 4},
          "train.micro_batch_size: found 4, expected a divisor of a worker's 6 samples"),
         ({"optimizer": "muon", "zero_stage": 1}, "found muon with zero_stage 1, expected adamw"),
+        ({"optimizer": "muon", "zero_stage": 3}, "found muon with zero_stage 3, expected adamw"),
+        ({"zero_stage": 3, "compile": True}, "train.zero_stage: found 3 with compile true"),
+        ({"offload": "cpu"}, "train.offload: found cpu with zero_stage 0, expected none"),
+        ({"offload": "cpu", "zero_stage": 1}, "train.offload: found cpu with zero_stage 1"),
+        ({"offload": "cpu", "zero_stage": 2, "num_workers": 0},
+         "train.offload: found cpu with num_workers 0, expected none"),
         ({"num_steps": 0}, "train.num_steps: found 0, expected at least 1"),
         ({"keep_checkpoints": 0}, "train.keep_checkpoints: found 0, expected at least 1"),
         ({"report_every": 0}, "train.report_every: found 0"),

@@ -79,6 +79,13 @@ def run_of(data: Path, run: Path, rho: float) -> ClipRunConfig:
     )
 
 
+def test_partitioned_weights_are_not_perturbed():
+    train = TrainConfig(zero_stage=3)
+    assert ClipRunConfig(train=train).sam_rho == 0
+    with pytest.raises(ValueError, match="^train.zero_stage: found 3 with sam_rho 0.1, expected"):
+        ClipRunConfig(train=train, sam_rho=0.1)
+
+
 def test_a_clip_is_perturbed_by_some_samples_contrasted_among_themselves(
     data: Path, tmp_path: Path
 ):

@@ -44,10 +44,8 @@ def test_a_checkpoint_is_of_its_step_however_late_it_is_written(tmp_path: Path):
     write = checkpoint.capture(tmp_path, engine, averages, Progress(step=1), {"kind": "line"})
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
-        for tensor in (
-            *model.parameters(),
-            *(s for e in averages.by_fragment() for s in e.values()),
-        ):
+        shadows = [shadow for each in averages.by_fragment() for shadow in each.values()]
+        for tensor in (*model.parameters(), *shadows):
             tensor.add_(1.0)
         for state in engine.optimizer.state.values():
             for value in state.values():

@@ -143,7 +143,7 @@ def capture(
     write = _captured(folder, engine, _tensors(engine, averages), progress)
     if engine.rank:
         return write
-    shapes = {name: p.shape for name, p in engine.model.named_parameters() if p.requires_grad}
+    shapes = engine.shapes  # a partitioned parameter of the model's is empty
     state = engine.model.state_dict().items()
     others = {name: tensor.detach().cpu().clone() for name, tensor in state if name not in shapes}
 
@@ -302,7 +302,7 @@ def restore(folder: Path, engine: Engine, averages: Averages) -> None:
     found = records(folder)
     assert found, f"{folder} was valid a moment ago"
     stored = Fragments(folder, found)
-    stored.require_parameters({n for n, p in engine.model.named_parameters() if p.requires_grad})
+    stored.require_parameters(set(engine.shapes))
     stored.require_averages(averages.sections())
     with torch.no_grad():
         for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):

@@ -43,8 +43,8 @@ class TrainConfig:
     """decoupled weight decay of matrices"""
     warmup: float = 0.04
     """share of the steps in which the learning rate rises linearly"""
-    decay: Literal["cosine", "constant"] = "cosine"
-    """learning rate after the warm-up"""
+    decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
+    """learning rate after the warm-up; inverse_sqrt: as the root of warm-up over step"""
     grad_clip: float = 1.0
     """largest global gradient norm; 0 = no clipping"""
     ema_decay: float = 0.999
@@ -59,8 +59,11 @@ class TrainConfig:
     it, which the run then keeps"""
     compile: bool = False
     """compile the network (torch.compile): minutes at the start, faster steps afterwards"""
-    zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed's partitioning: 0 none, 1 optimizer state, 2 gradients as well"""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed's partitioning: 0 none, 1 optimizer state, 2 also gradients, 3 also weights"""
+    offload: Literal["none", "cpu"] = "none"
+    """where optimizer state and averaged weights are kept: with the weights, or in the memory of
+    the CPU, which then takes the steps; zero_stage 2 or 3"""
     num_workers: int = 1
     """training processes under Ray; 0 = this very process, without Ray and DeepSpeed"""
     num_threads: int = 2
@@ -108,6 +111,7 @@ class TrainConfig:
                 f"train.optimizer: found muon with zero_stage {self.zero_stage}, expected adamw: "
                 "ZeRO flattens the matrices that Muon needs whole"
             )
+        self._require_partitioning()
         for name in (
             "num_steps",
             "global_batch_size",
@@ -141,6 +145,23 @@ class TrainConfig:
                     f"train.power_ema: found {wrong[0]}, expected more than 0 and at most "
                     f"{SIGMA_REL_MAX:.4f}"
                 )
+
+    def _require_partitioning(self) -> None:
+        if self.zero_stage == 3 and self.compile:
+            raise ValueError(
+                "train.zero_stage: found 3 with compile true, expected at most 2: weights are "
+                "gathered layer by layer, which a network compiled whole does not wait for"
+            )
+        if self.offload == "cpu" and self.zero_stage < 2:
+            raise ValueError(
+                f"train.offload: found cpu with zero_stage {self.zero_stage}, expected none, or "
+                "zero_stage 2 or 3"
+            )
+        if self.offload == "cpu" and not self.num_workers:
+            raise ValueError(
+                "train.offload: found cpu with num_workers 0, expected none, or num_workers 1 or "
+                "more: the calling process trains without DeepSpeed"
+            )
 
     @property
     def grad_accum_steps(self) -> int:
@@ -211,6 +232,13 @@ class ClipRunConfig(RunConfig):
     did not"""
     model: Annotated[ClipConfig, UNLISTED] = field(default_factory=ClipConfig)
     """sizes: flags such as --model.width, not listed by --help but by --dry-run"""
+
+    def __post_init__(self) -> None:
+        if self.sam_rho and self.train.zero_stage == 3:
+            raise ValueError(
+                f"train.zero_stage: found 3 with sam_rho {self.sam_rho}, expected at most 2: a "
+                "worker perturbs whole weights"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from cluster.cli import to_yaml
 from ingest.shards import read_manifest
 from ingest.storage import storage_of
 from models.configs import ClipConfig
-from models.flops import num_parameters, state_bytes
+from models.flops import num_parameters, offloaded_bytes, state_bytes
 from training.config import RunConfig
 
 
@@ -23,13 +23,19 @@ def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
     print(to_yaml(config), end="")
     print(f"parameters: {num_parameters(model):,}")
     workers = max(1, train.num_workers)
-    # power-function averages are shared out, as the classic one is
+    offload = train.offload == "cpu"
+    # power-function averages are shared out, as the classic one is, and lie where it does
     powers = 4 * num_parameters(model) * len(train.power_ema) // workers
-    gigabytes = (state_bytes(model, train.zero_stage, workers) + powers) / 1e9
-    print(
-        f"state a worker: {gigabytes:.3f} GB in weights, gradients, moments and averages; "
-        f"activations come on top"
-    )
+    here = state_bytes(model, train.zero_stage, workers, offload=offload)
+    gigabytes = (here if offload else here + powers) / 1e9
+    kept = "weights" if offload else "weights, gradients, moments and averages"
+    print(f"state a worker: {gigabytes:.3f} GB in {kept}; activations come on top")
+    if offload:
+        gigabytes = (offloaded_bytes(model, workers) + powers) / 1e9
+        print(
+            f"offloaded: {gigabytes:.3f} GB of each worker's in master weights, gradients, moments "
+            "and averages, on the CPU"
+        )
     print(
         f"batch: {train.global_batch_size} = {workers} workers x {train.grad_accum_steps} "
         f"micro-batches"

@@ -8,8 +8,6 @@ world size.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,26 +18,25 @@ from training.batches import Batch
 from training.config import TrainConfig
 from training.optimizer import Optimizer, build_optimizer, set_learning_rate
 from training.precision import autocast, settled
+from training.shares import SHARES, Fragment, Shares, trained_shapes, whole_parameters
 
-
-@dataclass(frozen=True, kw_only=True)
-class Fragment:
-    """Elements [offset, offset + len(master)) of parameter `name`; all tensors are flat views of
-    live memory."""
-
-    name: str
-    offset: int
-    master: Tensor
-    state: dict[str, Tensor]
+# Elements up to which stage 3 keeps a parameter whole on every rank: gathering norms, biases and
+# other small ones at each use would cost more than they weigh. DeepSpeed's default.
+WHOLE_UP_TO = 100_000
 
 
 class Engine(Protocol):
-    """One optimizer step at a time; `rank` and `world_size` as torch.distributed counts."""
+    """One optimizer step at a time; `rank` and `world_size` as torch.distributed counts.
+
+    shapes: of the trained parameters, whole; `model` may hold them partitioned, and then computes
+    inside of `losses` only.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     model: nn.Module
+    shapes: dict[str, torch.Size]
     optimizer: Optimizer
 
     def losses(self, batch: Batch) -> dict[str, Tensor]: ...
@@ -70,21 +67,6 @@ class Objective(nn.Module):
         return self._objective(self.model, batch)
 
 
-def _whole_parameters(
-    model: nn.Module, optimizer: Optimizer, rank: int, world_size: int
-) -> Iterator[Fragment]:
-    """Yield whole parameters as fragments; replicas share out the parameters, so that each is
-    written once."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    for i, (name, parameter) in enumerate(named):
-        if i % world_size == rank:
-            state = optimizer.state[parameter]
-            moments = {
-                k: v.view(-1) for k, v in state.items() if v.shape == parameter.shape and v.ndim
-            }
-            yield Fragment(name=name, offset=0, master=parameter.data.view(-1), state=moments)
-
-
 def _clip(model: nn.Module, config: TrainConfig) -> float:
     """Clip the gradients to a global norm of `grad_clip`; returns the norm they had."""
     parameters = [p for p in model.parameters() if p.grad is not None]
@@ -100,6 +82,7 @@ class PlainEngine:
         self, model: nn.Module, objective, config: TrainConfig, device: torch.device
     ) -> None:
         self.model, self.device, self._config = model.to(device), device, config
+        self.shapes = trained_shapes(model)
         self._objective = objective
         self.optimizer = build_optimizer(model, config)
         self.optimizer.prepare()
@@ -123,14 +106,14 @@ class PlainEngine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def fragments(self) -> list[Fragment]:
-        return list(_whole_parameters(self.model, self.optimizer, 0, 1))
+        return list(whole_parameters(self.model, self.optimizer, 0, 1))
 
     def refresh(self) -> None:
         """Nothing to do: fragments are the parameters themselves."""
 
 
 class ZeroEngine:
-    """DeepSpeed, stages 0 to 2. Weights are fp32; bf16 is autocast, so one code path serves both
+    """DeepSpeed, stages 0 to 3. Weights are fp32; bf16 is autocast, so one code path serves both
     precisions."""
 
     def __init__(
@@ -144,14 +127,14 @@ class ZeroEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model, self.device, self._config = model.to(device), device, config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.shapes = trained_shapes(model)
+        _require_trained(model, config)
         self.optimizer = build_optimizer(model, config)
         self._micro_batches = 0
         self._engine: Any = deepspeed.initialize(
             model=Objective(model, objective), optimizer=self.optimizer, config=self._settings()
         )[0]
-        self.optimizer.prepare()
-        if config.zero_stage:
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._shares: Shares = SHARES[config.zero_stage](model, self._engine, self.optimizer)
 
     def _settings(self) -> dict:
         config = self._config
@@ -162,10 +145,15 @@ class ZeroEngine:
             "gradient_accumulation_steps": config.grad_accum_steps,
             # without ZeRO, DeepSpeed tells no norm and steps along a gradient that is not finite
             "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
-            "zero_optimization": {"stage": config.zero_stage},
+            "zero_optimization": {
+                "stage": config.zero_stage,
+                "stage3_param_persistence_threshold": WHOLE_UP_TO,
+                **({"offload_optimizer": {"device": "cpu"}} if config.offload == "cpu" else {}),
+            },
             # client optimizers pass DeepSpeed's tests for AdamW by type; ours is AdamW by
-            # arithmetic
+            # arithmetic, on the CPU as well, where DeepSpeed's own would have to be compiled
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
             "torch_autocast": {
                 "enabled": settled(config.precision, self.device.type) == "bf16",
                 "dtype": "bfloat16",
@@ -186,7 +174,9 @@ class ZeroEngine:
     def step(self, learning_rate_ratio: float) -> float:
         set_learning_rate(self._engine.optimizer.param_groups, learning_rate_ratio)
         if self._config.zero_stage:
+            self._shares.settle()
             self._engine.step()
+            self._shares.forget()
             return float(self._engine.get_global_grad_norm())
         norm = _clip(self.model, self._config)
         if not math.isfinite(norm):
@@ -197,40 +187,24 @@ class ZeroEngine:
     def discard(self) -> None:
         """Drop the gradient the way DeepSpeed drops one that is not finite, so that its counts of
         micro-batches and its buffers stay in order."""
-        if self._config.zero_stage:
-            for gradients in self._engine.optimizer.averaged_gradients.values():
-                for gradient in gradients or ():
-                    gradient.fill_(float("nan"))
-        self._engine.zero_grad()
+        self._shares.spoil()
         self._engine.step()
+        self._shares.forget()
 
     def fragments(self) -> list[Fragment]:
-        if self._config.zero_stage == 0:
-            return list(_whole_parameters(self.model, self.optimizer, self.rank, self.world_size))
-        return list(self._partitions())
-
-    def _partitions(self) -> Iterator[Fragment]:
-        """Yield this rank's part of each parameter; `_hp_mapping` is None where it owns nothing."""
-        for name, parameter in self.model.named_parameters():
-            mapping = getattr(parameter, "_hp_mapping", None)
-            if mapping is not None:
-                state = {
-                    key: mapping.get_hp_fragment(optim_state_key=key)
-                    for key in mapping.get_optim_state_keys()
-                }
-                start = mapping.lp_fragment_address.start
-                yield Fragment(
-                    name=name, offset=start, master=mapping.get_hp_fragment(), state=state
-                )
+        return list(self._shares.fragments())
 
     def refresh(self) -> None:
         """Bring every rank's weights up to the master fragments: after a checkpoint was read
         into them."""
-        if self._config.zero_stage:
-            self._engine.optimizer.update_lp_params()
-            return
-        for i, parameter in enumerate(p for p in self.model.parameters() if p.requires_grad):
-            owner = i % self.world_size
-            dist.broadcast(parameter.data, src=owner)
-            for tensor in self.optimizer.state[parameter].values():
-                dist.broadcast(tensor, src=owner)
+        self._shares.refresh()
+
+
+def _require_trained(model: nn.Module, config: TrainConfig) -> None:
+    """Raise ValueError where stage 3 would partition a parameter that no fragment tells of."""
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if config.zero_stage == 3 and frozen:
+        raise ValueError(
+            f"train.zero_stage: found 3 with the frozen parameter {frozen[0]}, expected at most 2: "
+            "it partitions all parameters, and checkpoints hold the trained ones"
+        )

@@ -1,0 +1,219 @@
+"""Shares: what a rank owns of the weights and the optimizer state, by DeepSpeed's stage.
+
+Stage 0 shares out whole parameters, stages 1 and 2 slices of all parameters laid end to end,
+stage 3 an equal part of each. This file alone knows DeepSpeed's optimizers from the inside.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.optimizer import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """Elements [offset, offset + len(master)) of parameter `name`; all tensors are flat views of
+    live memory."""
+
+    name: str
+    offset: int
+    master: Tensor
+    state: dict[str, Tensor]
+
+
+class Shares(Protocol):
+    """What this rank owns; the optimizer's state exists from the start."""
+
+    def fragments(self) -> Iterator[Fragment]: ...
+
+    def refresh(self) -> None:
+        """Bring every rank's weights up to the master fragments."""
+        ...
+
+    def settle(self) -> None:
+        """Make the gradient complete, before a step."""
+        ...
+
+    def spoil(self) -> None:
+        """Make the gradient one that the next step drops."""
+        ...
+
+    def forget(self) -> None:
+        """Clear what a step leaves of its gradient."""
+        ...
+
+
+def trained_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shape of every trained parameter, which a partitioned one no longer tells."""
+    return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole_parameters(
+    model: nn.Module, optimizer: Optimizer, rank: int, world_size: int
+) -> Iterator[Fragment]:
+    """Yield whole parameters as fragments; replicas share out the parameters, so that each is
+    written once."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    for i, (name, parameter) in enumerate(named):
+        if i % world_size == rank:
+            state = optimizer.state[parameter]
+            moments = {
+                k: v.view(-1) for k, v in state.items() if v.shape == parameter.shape and v.ndim
+            }
+            yield Fragment(name=name, offset=0, master=parameter.data.view(-1), state=moments)
+
+
+class Replicas:
+    """Stage 0: every rank has all; each writes some parameters."""
+
+    def __init__(self, model: nn.Module, engine: Any, optimizer: Optimizer) -> None:
+        self._model, self._engine, self._optimizer = model, engine, optimizer
+        optimizer.prepare()
+
+    def fragments(self) -> Iterator[Fragment]:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        return whole_parameters(self._model, self._optimizer, rank, world_size)
+
+    def refresh(self) -> None:
+        for i, parameter in enumerate(p for p in self._model.parameters() if p.requires_grad):
+            owner = i % dist.get_world_size()
+            dist.broadcast(parameter.data, src=owner)
+            for tensor in self._optimizer.state[parameter].values():
+                dist.broadcast(tensor, src=owner)
+
+    def settle(self) -> None:
+        """Nothing to do: gradients add up where they are."""
+
+    def spoil(self) -> None:
+        self._engine.zero_grad()
+
+    def forget(self) -> None:
+        """Nothing to do: the engine drops the gradients of a step."""
+
+
+class Slices:
+    """Stages 1 and 2: a rank owns one slice of the parameters of a group, laid end to end."""
+
+    def __init__(self, model: nn.Module, engine: Any, optimizer: Optimizer) -> None:
+        self._model, self._engine, self._zero = model, engine, engine.optimizer
+        optimizer.prepare()
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield this rank's part of each parameter; `_hp_mapping` is None where it owns nothing."""
+        for name, parameter in self._model.named_parameters():
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                state = {
+                    key: mapping.get_hp_fragment(optim_state_key=key)
+                    for key in mapping.get_optim_state_keys()
+                }
+                start = mapping.lp_fragment_address.start
+                yield Fragment(
+                    name=name, offset=start, master=mapping.get_hp_fragment(), state=state
+                )
+
+    def refresh(self) -> None:
+        self._zero.update_lp_params()
+
+    def settle(self) -> None:
+        """Hand on what the last micro-batch did not use: DeepSpeed offloads at that one alone."""
+        zero = self._zero
+        if zero.cpu_offload:
+            zero._offload_accumulated_param_ids -= zero.norm_for_param_grads.keys()
+            zero._finalize_cpu_offload_gradient_accumulation()
+
+    def spoil(self) -> None:
+        _spoil(self._zero)
+        self._engine.zero_grad()
+
+    def forget(self) -> None:
+        _clear(self._zero.single_partition_of_fp32_groups)
+        if self._zero.cpu_offload:
+            for gradient in self._zero.accumulated_grads_in_cpu.values():
+                gradient.zero_()
+
+
+class Partitions:
+    """Stage 3: a rank owns the same part of every parameter; the last ones end in padding."""
+
+    def __init__(self, model: nn.Module, engine: Any, optimizer: Optimizer) -> None:
+        self._model, self._engine, self._zero = model, engine, engine.optimizer
+        self._optimizer = optimizer
+        # the groups hold their flat partitions during a step only
+        self._zero._set_fp32_optimizer_param_groups()
+        optimizer.prepare()
+        self._zero._clear_fp32_optimizer_param_groups()
+
+    def fragments(self) -> Iterator[Fragment]:
+        zero: Any = self._zero
+        for name, parameter in self._model.named_parameters():
+            whole: Any = parameter
+            group, start, size = zero.grad_position[zero.get_param_id(parameter)]
+            offset = dist.get_rank() * size
+            length = min(size, whole.ds_numel - offset)
+            if length <= 0:  # padding alone
+                continue
+            flat = zero.fp32_partitioned_groups_flat[group]
+            state = {
+                key: value.narrow(0, start, length)
+                for key, value in self._optimizer.state[flat].items()
+                if value.shape == flat.shape
+            }
+            master = flat.data.narrow(0, start, length)
+            yield Fragment(name=name, offset=offset, master=master, state=state)
+
+    def refresh(self) -> None:
+        self._zero.checkpoint_event_prologue()  # lets go of the small parameters kept whole
+        for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        self._zero.checkpoint_event_epilogue()  # gathers them again
+
+    def settle(self) -> None:
+        """Hand on what the last micro-batch did not use: DeepSpeed offloads at that one alone."""
+        zero = self._zero
+        if zero.offload_optimizer:
+            parameters: Any = self._model.parameters()
+            zero._offload_boundary_param_ids -= {
+                p.ds_id for p in parameters if zero.get_param_id(p) in zero.norm_for_param_grads
+            }
+            zero._finalize_offload_gradient_accumulation()
+
+    def spoil(self) -> None:
+        _spoil(self._zero)
+        self._engine.zero_grad()
+
+    def forget(self) -> None:
+        """A parameter that the next step does not use would find its old gradient there."""
+        self._zero.grad_partitions_flat_buffer.zero_()
+        _clear(self._zero.fp32_partitioned_groups_flat)
+
+
+def _spoil(zero: Any) -> None:
+    """Make the gradient's norm not finite: of the gradients themselves, or, where they are
+    offloaded, of the norms that were taken on their way."""
+    for gradients in zero.averaged_gradients.values():
+        for gradient in gradients or ():
+            gradient.fill_(math.nan)
+    norms = getattr(zero, "norm_for_param_grads", {})
+    norms.update({key: torch.tensor(math.nan) for key in norms})
+
+
+def _clear(masters: list[Tensor]) -> None:
+    for master in masters:
+        if master.grad is not None:  # kept where it is offloaded
+            master.grad.zero_()
+
+
+SHARES: dict[int, type[Replicas] | type[Slices] | type[Partitions]] = {
+    0: Replicas,
+    1: Slices,
+    2: Slices,
+    3: Partitions,
+}
