@@ -263,10 +263,6 @@ def expect_a_second_rank(folder: Path) -> None:
     edit(folder, world_size=2)
 
 
-def come_from_the_future(folder: Path) -> None:
-    edit(folder, format=99)
-
-
 def edit(folder: Path, **changes) -> None:
     path = folder / "fragments" / "rank_0000.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -278,7 +274,6 @@ def edit(folder: Path, **changes) -> None:
         (flip, "digest differs"), (truncate, "digest differs"), (lose_tensors, "unreadable"),
         (lose_record, "found the records of 0 ranks"), (cut_record, "unreadable"),
         (expect_a_second_rank, "found the records of 1 ranks, incomplete"),
-        (come_from_the_future, "found format 99, expected 1"),
     ],
 )  # fmt: skip
 def test_a_broken_checkpoint_is_skipped_with_a_warning_and_made_again(

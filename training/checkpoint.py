@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from training.averages import EMA, POWER, Averages
 from training.zero import Engine, Fragment
 
 FORMAT = 1
+VERSION = version("minidalle2")
 MASTER, BUFFER = "master", "buffer"
 SNAPSHOTS = "ema_snapshots"
 
@@ -53,7 +55,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One rank's part of a checkpoint."""
+    """One rank's part of a checkpoint; version: of the project, which wrote it."""
 
     format: int
     rank: int
@@ -61,6 +63,7 @@ class Record:
     optimizer_step: int
     sha256: str
     progress: dict[str, int]
+    version: str = ""
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -84,12 +87,10 @@ def records(folder: Path) -> list[Record] | None:
     found: list[Record] = []
     try:
         for path in sorted(fragments.glob("rank_*.json")):
-            record = Record(**json.loads(path.read_text()))
-            if record.format != FORMAT:
-                warnings.warn(
-                    f"{path}: found format {record.format}, expected {FORMAT}", stacklevel=2
-                )
-                return None
+            told = json.loads(path.read_text())
+            if told.get("format") != FORMAT:
+                raise ValueError(_other_format(path, told))
+            record = Record(**told)
             if digest_file(path.with_suffix(".safetensors")) != record.sha256:
                 warnings.warn(
                     f"{path.with_suffix('.safetensors')}: digest differs from its record",
@@ -109,6 +110,15 @@ def records(folder: Path) -> list[Record] | None:
         warnings.warn(f"{folder}: its ranks disagree about their progress; skipped", stacklevel=2)
         return None
     return found
+
+
+def _other_format(path: Path, told: dict) -> str:
+    """Say whose checkpoint it is: to skip it would be to begin a long run anew."""
+    who = f"version {told['version']}" if told.get("version") else "another version"
+    return (
+        f"{path}: found a checkpoint of format {told.get('format')}, expected {FORMAT}: {who} of "
+        "minidalle2 wrote it; continue with that one, or start over with --fresh"
+    )
 
 
 def newest_valid(run: Path) -> tuple[Path, Progress] | None:
@@ -192,7 +202,7 @@ def _captured(
         if not kept:
             record = partial(
                 Record, format=FORMAT, rank=engine.rank, world_size=engine.world_size,
-                optimizer_step=optimizer_step, progress=asdict(progress),
+                optimizer_step=optimizer_step, progress=asdict(progress), version=VERSION,
             )  # fmt: skip
             _write_fragments(folder / "fragments", engine.rank, mine, record)
         return folder
