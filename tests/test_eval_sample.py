@@ -82,7 +82,7 @@ def test_a_guide_leads_away_from_itself(
     trained_again(own_chain.decoder)
     other = drawn(config, tmp_path / "other", guide=own_chain.decoder, **strong)
     assert any(abs(x - y).max() > 8 for x, y in zip(plain, other, strict=True))
-    with pytest.raises(ValueError, match="found samples of another guide_weights"):
+    with pytest.raises(ValueError, match="found samples of another guide"):
         drawn(config, tmp_path / "itself", guide=own_chain.decoder, **strong)
 
 
@@ -92,7 +92,7 @@ def test_guidance_keeps_to_its_interval(config: SampleConfig, tmp_path: Path):
     never = drawn(config, tmp_path / "never", cfg_scale=4.0, guidance_interval=(0.1, 0.3))
     always = drawn(config, tmp_path / "always", cfg_scale=4.0)
     assert all(np.array_equal(x, y) for x, y in zip(plain, never, strict=True))
-    assert any(abs(x - y).max() > 8 for x, y in zip(plain, always, strict=True))
+    assert not any(np.array_equal(x, y) for x, y in zip(plain, always, strict=True))
     with pytest.raises(ValueError, match="guidance_interval: found 0.5 0.2, expected 0 <= low"):
         drawn(config, tmp_path / "wrong", guidance_interval=(0.5, 0.2))
 
@@ -292,8 +292,8 @@ def test_inception_features_need_no_clip(
 
         name, any_size = "colours", False
 
-        def __init__(self, weights_dir: Path) -> None:
-            assert weights_dir == Path("weights")
+        def __init__(self, weights_dir: Path, device: torch.device) -> None:
+            assert weights_dir == Path("weights") and device.type in ("cpu", "cuda")
 
         def __call__(self, images: list) -> np.ndarray:
             return np.stack([np.asarray(image, np.float64).mean((0, 1)) for image in images])

@@ -53,8 +53,7 @@ class Job:
 
 
 def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Reporter) -> Progress:
-    """Train to `train.num_steps`, or until someone stops the run, from the newest valid checkpoint
-    of `run` on."""
+    """Train to `train.num_steps`, or until stopped, from the newest valid checkpoint of `run` on."""
     config = whole.train
     feed = make_feed(job, whole, engine.rank, engine.world_size)
     averages = Averages(engine.fragments(), config.ema_decay, config.power_ema)
@@ -78,12 +77,7 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         finite, stop = _agreed(engine, scores, stop_wanted(run, engine.rank))
         reporter.enters(step, "step")
         ratio = learning_rate_ratio(config, step)
-        if finite:
-            norm = engine.step(ratio)
-            scores["grad_norm"] = torch.tensor(norm)
-            finite = math.isfinite(norm)
-        else:
-            engine.discard()
+        finite = _stepped(engine, scores, ratio, finite=finite)
 
         # Averages
         if finite:
@@ -174,6 +168,17 @@ def _agreed(engine: Engine, scores: dict[str, Tensor], stop: bool) -> tuple[bool
             scores[name] = value.cpu()
         stop = packed[-1].item() > 0
     return math.isfinite(scores["loss"].item()), stop
+
+
+def _stepped(engine: Engine, scores: dict[str, Tensor], ratio: float, *, finite: bool) -> bool:
+    """Step where the loss is finite; say whether the gradient, whose norm joins `scores`, was
+    too."""
+    if not finite:
+        engine.discard()
+        return False
+    norm = engine.step(ratio)
+    scores["grad_norm"] = torch.tensor(norm)
+    return math.isfinite(norm)
 
 
 def _validate(job: Job, run: Path, engine: Engine, progress: Progress, reporter: Reporter) -> None:

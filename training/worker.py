@@ -56,6 +56,8 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
     from training.reporting import Follower
 
     forget_stop(run)
+    if config.train.num_workers == 0 and config.train.zero_stage:
+        print(f"zero_stage: {config.train.zero_stage} has no part in one process, which keeps all")
     with Follower(run, model_name):
         if config.train.num_workers == 0:
             train_here(config, run, build)

@@ -1,0 +1,146 @@
+"""The `mini` base decoder on real pictures for some minutes: speed, MFU, memory, a grid.
+
+    python benchmarks/gpu.py --minutes 10        # on one GPU; without Ray
+
+On Fluent emoji (or the drawn set, where ../shared/data is not): a CLIP of the demo's size, its
+embeddings, then the decoder for so long as was asked for. The grid shows held-out pictures beside
+what the decoder makes of their embeddings. A machine without a GPU runs it too, as slowly as it is.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _pairs import EMOJI, write_sets
+
+from cluster.cli import parse, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+TRIAL = 30  # steps, to learn how many fit into the time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of the run."""
+
+    minutes: float = 10.0
+    """time of the decoder's training"""
+    preset: str = "mini"
+    """sizes of the decoder"""
+    clip_steps: int = 400
+    """steps of the CLIP"""
+    compile: bool = False
+    """compile the decoder"""
+    out: str = "gpu_grid.png"
+    """file of the grid"""
+    num_threads: int = 2
+    """threads on the CPU"""
+
+
+def main(config: Config) -> int:
+    """Print a table, and one JSON object as the last line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        lines = _trained(root, config)
+        figures = {**_figures(lines, config), **_memory(), "n_steps": lines[-1]["step"]}
+        _grid(root, config)
+    table = Table("what", "figure")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    print(json.dumps(figures))
+    return 0
+
+
+def _trained(root: Path, config: Config) -> list[dict[str, Any]]:
+    """Train CLIP and decoder; returns the lines of the decoder's metrics.jsonl."""
+    from training.demo_data import embed_here
+    from training.reporting import read_lines
+
+    write_sets(root, EMOJI if EMOJI.exists() else None, 4500, 600)
+    images = ("--images", str(root / "train"))
+    _train("clip", config, "demo", *images, "--run", str(root / "clip"), "--block-size", "1",
+           "--train.num-steps", str(config.clip_steps))  # fmt: skip
+    for part in ("train", "test"):
+        embed_here(str(root / part), root / f"{part}_embeds", str(root / "clip"))
+    base = (*images, "--embeds", str(root / "train_embeds"), "--train.report-every", "5")
+    compiled = ("--train.compile",) if config.compile else ()
+    trial = root / "trial"
+    _train("decoder", config, config.preset, *base, *compiled, "--run", str(trial),
+           "--train.num-steps", str(TRIAL))  # fmt: skip
+    found = read_lines(trial / "metrics.jsonl")
+    a_step = (found[-1]["seconds"] - found[2]["seconds"]) / (TRIAL - found[2]["step"])
+    steps = max(TRIAL, int(60 * config.minutes / a_step))
+    run = root / "base"
+    _train("decoder", config, config.preset, *base, *compiled, "--run", str(run),
+           "--train.num-steps", str(steps), "--train.checkpoint-every", str(steps))  # fmt: skip
+    return read_lines(run / "metrics.jsonl")
+
+
+def _train(what: str, config: Config, preset: str, *arguments: str) -> None:
+    script = str(ROOT / "training" / f"{what}.py")
+    threads = ("--train.num-workers", "0", "--train.num-threads", str(config.num_threads))
+    command = [sys.executable, script, "--preset", preset, *threads, *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def _figures(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """Return speed, MFU where the device's peak is known, and the curve at ten places."""
+    import numpy as np
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    steady = lines[len(lines) // 10 :]
+    places = sorted({round(i) for i in np.linspace(0, len(lines) - 1, 10)})
+    return {
+        "device": device,
+        "preset": config.preset,
+        "compiled": config.compile,
+        "images_per_second": float(np.median([line["samples_per_second"] for line in steady])),
+        "mfu": float(np.median([line.get("mfu", np.nan) for line in steady])),
+        "data_wait_ratio": float(np.median([line["data_wait_ratio"] for line in steady])),
+        "seconds": lines[-1]["seconds"],
+        "loss_curve": [[lines[i]["step"], round(lines[i]["loss"], 4)] for i in places],
+    }
+
+
+def _memory() -> dict[str, float]:
+    """Return the most memory that a training process, all of them children, has held."""
+    import resource
+
+    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return {"host_memory_bytes": float(peak)}
+
+
+def _grid(root: Path, config: Config) -> None:
+    """Write a row of held-out pictures, and one of what the decoder makes of their embeddings."""
+    import numpy as np
+    import torch
+
+    from eval.chain import load_chain
+    from eval.generate import SamplingSettings, grid, render_all, save_png
+    from eval.samples import open_images
+    from eval.scorecard import read_embeds
+
+    captions, image, _ = read_embeds(str(root / "test_embeds"))
+    chosen = range(0, len(captions), max(1, len(captions) // 12))[:12]
+    chain = load_chain("", "", str(root / "base"), (), device="auto")
+    sampling = dataclasses.replace(SamplingSettings(), precision="fp32").build()
+    told = [captions[i] for i in chosen]
+    drawn = render_all(chain, told, image[torch.tensor(list(chosen))], sampling)
+    size = drawn.shape[1]
+    pictures = list(open_images(str(root / "test")))
+    real = [np.asarray(pictures[i].resize((size, size))) for i in chosen]
+    save_png(Path(config.out), grid([real, list(drawn)], ["real", "drawn"], []))
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(Config)))
