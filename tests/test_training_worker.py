@@ -1,6 +1,10 @@
 """The folder of a run: whose it is, what may change in it, and who may write to it."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -117,3 +121,28 @@ def test_two_processes_do_not_train_one_run(tmp_path: Path, monkeypatch: pytest.
             pass
     with (tmp_path / ".lock").open("w") as file:
         assert _try_lock(file)
+
+
+WITHOUT = """
+import runpy, sys
+sys.modules.update(ray=None, deepspeed=None)  # an import of either raises
+script, sys.argv = sys.argv[1], sys.argv[1:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_one_process_trains_where_ray_and_deepspeed_are_not_installed(
+    tmp_path: Path, write_data: Callable
+):
+    data, root = write_data(tmp_path, num_shards=1, samples_per_shard=16), Path(__file__).parents[1]
+    command = [
+        sys.executable, "-c", WITHOUT, str(root / "training" / "prior.py"), "--preset", "debug",
+        "--embeds", str(data / "embeds"), "--run", str(tmp_path / "run"), "--train.num-workers",
+        "0", "--train.num-threads", "1", "--train.global-batch-size", "8", "--train.num-steps", "4",
+    ]  # fmt: skip
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, cwd=root, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run" / "final.json").is_file()

@@ -53,7 +53,7 @@ class Job:
 
 
 def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Reporter) -> Progress:
-    """Train to `train.num_steps`, or until stopped, from the newest valid checkpoint of `run` on."""
+    """Train to `train.num_steps`, or until stopped, from the run's newest valid checkpoint on."""
     config = whole.train
     feed = make_feed(job, whole, engine.rank, engine.world_size)
     averages = Averages(engine.fragments(), config.ema_decay, config.power_ema)
