@@ -100,7 +100,7 @@ class AutoregressivePriorConfig:
     """share of the embeddings' variance that the coded components hold"""
     codebook_size: int = 1024
     """buckets of a component, and of the dot product"""
-    tell_components: bool = True
+    tell_components: bool = False
     """tell each code z_t's value of its component, which z_t as a prefix says to none in
     particular; not in the paper"""
     text_drop: float = 0.1

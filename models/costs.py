@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.autoregressive_prior import AutoregressivePrior
 from models.clip import model_sizes
 from models.decoder import Condition, Decoder
-from models.diffusion_prior import DiffusionPrior
+from models.diffusion_prior import NUM_EXTRA_TOKENS, DiffusionPrior
 from models.flops import forward_macs
 from models.priors import PriorText
 from models.regression_prior import RegressionPrior
@@ -31,7 +31,8 @@ def training_flops(model: nn.Module, num_words: int = CAPTION_TOKENS) -> float:
 
 
 def macs_a_sample(model: nn.Module, num_words: int = CAPTION_TOKENS) -> int:
-    """Return the multiply-accumulates of a forward pass on one sample with so many words."""
+    """Return the multiply-accumulates of a forward pass on one sample with so many words, or as
+    many as the model has room for."""
     counter = next((f for kind, f in _COUNTERS.items() if isinstance(model, kind)), None)
     if counter is None:
         raise ValueError(f"costs: found a {type(model).__name__}, expected a model of this project")
@@ -46,6 +47,7 @@ def macs_a_sample(model: nn.Module, num_words: int = CAPTION_TOKENS) -> int:
 def _caption(model: Any, width: int, words: int) -> tuple[Tensor, Tensor]:
     """Return what a model is told of a caption, CLIP's states or tokens of its own, and a mask."""
     if model.config.text_tokens:
+        words = min(words, model.config.text_tokens)
         tokens = torch.ones(1, words, dtype=torch.long)
         return tokens, tokens > 0
     return torch.zeros(1, words, width), torch.ones(1, words, dtype=torch.bool)
@@ -57,8 +59,9 @@ def _text(model: Any, embed_dim: int, width: int, words: int) -> PriorText:
 
 
 def _diffusion(prior: DiffusionPrior, words: int) -> Callable[[], object]:
-    states = prior.text_in.states
-    text = _text(prior, prior.embed_dim, 0 if states is None else states.in_features, words)
+    states, room = prior.text_in.states, prior.length - NUM_EXTRA_TOKENS
+    width = 0 if states is None else states.in_features
+    text = _text(prior, prior.embed_dim, width, min(words, room))
     x, t = torch.zeros(1, prior.embed_dim), torch.zeros(1, dtype=torch.long)
     return lambda: prior(x, t, text, t.bool())
 
@@ -71,8 +74,9 @@ def _autoregressive(prior: AutoregressivePrior, words: int) -> Callable[[], obje
 
 
 def _regression(prior: RegressionPrior, words: int) -> Callable[[], object]:
-    states = prior.text_in.states
-    text = _text(prior, prior.embed_dim, 0 if states is None else states.in_features, words)
+    states, room = prior.text_in.states, prior.position.shape[1] - 2  # z_t, query
+    width = 0 if states is None else states.in_features
+    text = _text(prior, prior.embed_dim, width, min(words, room))
     return lambda: prior(text)
 
 

@@ -12,8 +12,9 @@ import torch
 from models.power_average import gamma_of
 from training import checkpoint
 from training.averages import Averages, PowerEma
-from training.checkpoint import SNAPSHOTS, Fragments, Progress, records, step_folder
+from training.checkpoint import SNAPSHOTS, Progress, records, step_folder
 from training.config import TrainConfig
+from training.fragments import Fragments
 from training.zero import Fragment
 
 SIGMAS = (0.05, 0.1)
@@ -112,7 +113,7 @@ def test_any_number_of_ranks_continues_the_averages_of_two(world_size: int, tmp_
     for rank in range(world_size):
         engine = fake_engine(rank, world_size, torch.zeros(7))
         found = Averages(engine.fragments(), 0.9, SIGMAS)
-        checkpoint.restore(step_folder(tmp_path, 3), engine, found)
+        checkpoint.restore(tmp_path, 3, engine, found)
         expected = trained(fake_engine(rank, world_size, torch.zeros(7)))
         for a, b in zip(every_shadow(found), every_shadow(expected), strict=True):
             assert torch.equal(a, b)
@@ -123,7 +124,7 @@ def test_a_snapshot_of_two_ranks_holds_the_power_averages_and_nothing_else(tmp_p
     folder = step_folder(tmp_path / SNAPSHOTS, 3)
     found = records(folder)
     assert found is not None and len(found) == 2
-    stored = Fragments(folder, found)
+    stored = Fragments(folder, len(found))
     assert stored.sections() == {"power_0.05": {"w"}, "power_0.1": {"w"}}
     for power in trained(fake_engine(0, 1, torch.zeros(7))).powers:
         whole = torch.empty(7)
@@ -138,7 +139,7 @@ def test_a_checkpoint_of_other_averages_is_refused(sigmas: tuple[float, ...], tm
     engine = fake_engine(0, 1, torch.zeros(7))
     averages = Averages(engine.fragments(), 0.9, sigmas)
     with pytest.raises(ValueError, match="train.power_ema: found the averages ema, power_0.05, "):
-        checkpoint.restore(step_folder(tmp_path, 3), engine, averages)
+        checkpoint.restore(tmp_path, 3, engine, averages)
 
 
 # -- pruning and configuration ---------------------------------------------------------------------

@@ -21,8 +21,9 @@ from models.configs import (
 )
 from models.weights import FINAL_NAME
 from training import checkpoint, jobs, prior_job
-from training.checkpoint import Fragments, Progress, Record, newest_valid, records, step_folder
+from training.checkpoint import Progress, Record, newest_valid, records, step_folder
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig, TrainConfig
+from training.fragments import Fragments
 from training.worker import prepare_run, train_here
 
 HALF, WHOLE = 3, 6
@@ -338,7 +339,7 @@ def write_by_three_ranks(folder: Path, whole: torch.Tensor) -> list[Record]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 10])
 def test_any_number_of_ranks_reads_what_three_wrote(world_size: int, tmp_path: Path):
     whole = torch.arange(10.0)
-    stored = Fragments(tmp_path, write_by_three_ranks(tmp_path, whole))
+    stored = Fragments(tmp_path, len(write_by_three_ranks(tmp_path, whole)))
     cuts = [10 * rank // world_size for rank in range(world_size + 1)]
     for section, expected in (("master", whole), ("ema", -whole)):
         parts = [torch.full((b - a,), torch.nan) for a, b in zip(cuts, cuts[1:], strict=False)]
@@ -369,7 +370,7 @@ def test_ranks_that_disagree_make_a_checkpoint_invalid(tmp_path: Path):
 
 
 def test_a_stored_parameter_that_the_model_lacks_is_refused(tmp_path: Path):
-    stored = Fragments(tmp_path, write_by_three_ranks(tmp_path, torch.arange(10.0)))
+    stored = Fragments(tmp_path, len(write_by_three_ranks(tmp_path, torch.arange(10.0))))
     own = {"w", "only_0", "only_1", "only_2"}
     stored.require_parameters(own)
     with pytest.raises(ValueError, match="parameter only_1: found it stored.*--fresh"):
@@ -378,6 +379,6 @@ def test_a_stored_parameter_that_the_model_lacks_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize(("name", "found"), [("master/w", 10), ("master/v", 0)])
 def test_tensors_of_another_model_are_refused(name: str, found: int, tmp_path: Path):
-    stored = Fragments(tmp_path, write_by_three_ranks(tmp_path, torch.arange(10.0)))
+    stored = Fragments(tmp_path, len(write_by_three_ranks(tmp_path, torch.arange(10.0))))
     with pytest.raises(ValueError, match=f"{name}: found {found} of 11 elements from 0"):
         stored.read(name, 0, torch.empty(11))

@@ -121,18 +121,33 @@ def test_guidance_leads_away_from_the_empty_caption(
     torch.testing.assert_close(dropped, kept, atol=1e-5, rtol=1e-5)
 
 
-def test_training_starts_from_a_run(runs: dict[str, ConvertConfig], encoder: FrozenClip):
+def test_training_starts_from_a_run(
+    runs: dict[str, ConvertConfig], encoder: FrozenClip, tmp_path: Path
+):
     taken: Any = load_model(runs["decoder"].run, "decoder")[0]
     fresh: Any = Decoder(
         taken.config, image_size=8, embed_dim=encoder.embed_dim, text_width=encoder.text_width
     )
-    started = start_from(fresh, runs["decoder"].run, encoder.encoder_id)
+    export = {
+        "kind": "decoder", "encoder_id": encoder.encoder_id,
+        "model": dataclasses.asdict(taken.config),
+    }  # fmt: skip
+    new, init = str(tmp_path), runs["decoder"].run
+    started = start_from(fresh, init, new, export)
     assert started.training
     for name, tensor in taken.state_dict().items():
         assert torch.equal(started.state_dict()[name], tensor), name
-    with pytest.raises(ValueError, match="found a run of encoder tiny.*, expected other@1"):
-        start_from(fresh, runs["decoder"].run, "other@1")
-    assert start_from(fresh, "", "other@1") is fresh
+    other = {**export["model"], "prediction": "v"}
+    for changes, problem in (
+        ({"encoder_id": "other@1"}, "encoder_id: found 'tiny.*', expected 'other@1'"),
+        ({"kind": "upsampler"}, "kind: found 'decoder', expected 'upsampler'"),
+        ({"model": other}, "prediction: found 'eps', expected 'v'"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            start_from(fresh, init, new, {**export, **changes})
+    assert start_from(fresh, "", new, export) is fresh
+    (tmp_path / "step_00000003").mkdir()  # a run that goes on no longer needs what it began from
+    assert start_from(fresh, str(tmp_path / "deleted"), new, export) is fresh
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +18,23 @@ import torch
 from _line import CONFIG, Line, network, run, squared_error
 from torch import Tensor, nn
 
-from models.configs import ClipConfig, DecoderConfig, UNetConfig
+from models.configs import (
+    AutoregressivePriorConfig,
+    ClipConfig,
+    DecoderConfig,
+    DiffusionPriorConfig,
+    RegressionPriorConfig,
+    UNetConfig,
+)
 from models.costs import training_flops
 from models.decoder import Decoder
 from training.batches import Batch
 from training.checkpoint import Progress, newest_valid
-from training.config import ClipRunConfig, RunConfig, TrainConfig
+from training.config import ClipRunConfig, PriorRunConfig, RunConfig, TrainConfig
 from training.incidents import ENOUGH, LossWatch, report_incident
 from training.jobs import clip_model
 from training.loop import Job, train
+from training.prior_job import prior_model
 from training.profiling import peak_tflops, window
 from training.reporting import Follower, Reporter, describe, read_lines
 from training.stopping import forget_stop, stop_wanted, stopping_on_sigterm
@@ -62,14 +71,18 @@ def test_only_the_first_rank_looks_for_the_wish(tmp_path: Path):
 
 def test_the_first_sigterm_is_a_wish_and_the_second_is_not(tmp_path: Path):
     heard: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+
+    def ours(number: int, frame: object) -> None:
+        heard.append(number)
+
+    before = signal.signal(signal.SIGTERM, ours)
     try:
         with stopping_on_sigterm(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
             assert (tmp_path / "stop").is_file() and heard == []
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) is not before
+        assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -163,6 +176,10 @@ with Watchdog(run, rank, 2, seconds=1.0) as watchdog:
         if hangs == "validation" and step == 3:
             watchdog.beat(step, "validation")
             time.sleep(3)
+            watchdog.beat(step, "fetch")
+            time.sleep(0.5)
+        if hangs == "waiting" and step == 3:
+            time.sleep(3.5)
         time.sleep(0.02 if hangs != "slow" else 0.5)
 print("done")
 """
@@ -212,10 +229,28 @@ def test_a_process_that_stands_still_is_named_by_its_peer(tmp_path: Path):
 
 
 def test_a_long_validation_is_waited_for(tmp_path: Path):
-    validating, done = watched(tmp_path, "validation", "none")
-    for process in (validating, done):
+    """Who waits for it in a collective is not ended either, nor once the next step has begun."""
+    for process in watched(tmp_path, "validation", "waiting"):
         told, errors = process.communicate(timeout=60)
         assert process.returncode == 0 and told == "done\n", errors
+
+
+def test_a_suspended_machine_hangs_nobody(tmp_path: Path):
+    """Ctrl-Z for longer than the limit, and on."""
+    (process,) = watched(tmp_path, "slow")
+    path = tmp_path / HEARTBEATS / "rank_0000.json"
+    deadline = time.monotonic() + 60
+    while not path.is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    process.send_signal(signal.SIGCONT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=2.0)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "incidents.jsonl").exists()
 
 
 def test_without_a_limit_nothing_is_watched(tmp_path: Path):
@@ -277,6 +312,22 @@ def test_flops_are_six_a_multiplication_of_the_model_itself():
     assert flops(2) - flops(1) == 6 * (block + up)
     with pytest.raises(ValueError, match="costs: found a Linear, expected a model of this project"):
         training_flops(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive", "regression"])
+@pytest.mark.parametrize("own", [0, 16])
+def test_a_prior_of_short_captions_has_a_cost(kind: Any, own: int):
+    """Fewer words than are counted by default; more cost more."""
+    sizes = {"embed_dim": 16, "text_width": 12, "context_length": 20}
+    config = PriorRunConfig(
+        prior=kind, diffusion=DiffusionPriorConfig(width=32, num_heads=2, text_tokens=own),
+        autoregressive=AutoregressivePriorConfig(
+            width=32, num_heads=2, text_tokens=own, text_width=32, text_heads=2, num_codes=4
+        ),
+        regression=RegressionPriorConfig(width=32, num_heads=2, text_tokens=own),
+    )  # fmt: skip
+    model = prior_model(config, sizes)
+    assert training_flops(model) > training_flops(model, 4) > 0
 
 
 def test_a_clip_has_a_cost():

@@ -109,11 +109,11 @@ def test_killed_at_every_moment_of_a_checkpoint_it_ends_the_same(beside: str, tm
     assert lines == list(range(1, 10)), "each step is told once"
 
 
-@pytest.mark.parametrize("moment", [30, 45, 60])
+@pytest.mark.parametrize("moment", [10, 30, 45])
 def test_a_kill_costs_no_more_than_the_steps_since_a_checkpoint(moment: int, tmp_path: Path):
     """No committed checkpoint is lost: the next attempt begins at most two steps before the last
     that was trained, or the one that was being written."""
     ended = attempts(tmp_path / "killed", "between", [moment])
     steps = steps_of(tmp_path / "killed")
     repeated = len(steps) - 9
-    assert ended[0][1] in (0, 9) and 0 <= repeated <= 2
+    assert ended[0][1] == 9 and 0 <= repeated <= 2

@@ -153,8 +153,7 @@ def save_gathered(root: Path, name: str) -> None:
     for parameter in job.model.parameters():
         nn.init.constant_(parameter, 7.0)
     engine = zero.ZeroEngine(job.model, job.objective, config.train, torch.device("cpu"))
-    folder = root / name / f"step_{WHOLE:08d}"
-    checkpoint.restore(folder, engine, Averages(engine.fragments(), 0.9, ()))
+    checkpoint.restore(root / name, WHOLE, engine, Averages(engine.fragments(), 0.9, ()))
     context: Any = deepspeed.zero.GatheredParameters(list(job.model.parameters()))
     with context:
         gathered = {n: p.detach().clone() for n, p in job.model.named_parameters()}

@@ -13,6 +13,7 @@ pickled.
 
 import json
 import os
+import re
 import shutil
 import time
 import warnings
@@ -24,18 +25,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ingest.commits import digest_file
 from models.weights import FINAL_NAME, save_config, save_weights
 from training.averages import EMA, POWER, Averages
+from training.fragments import MASTER, Fragments
 from training.zero import Engine, Fragment
 
 FORMAT = 1
+AWAIT_SECONDS = 3600  # for the other ranks' parts of a checkpoint
 VERSION = version("minidalle2")
-MASTER, BUFFER = "master", "buffer"
+BUFFER = "buffer"
 SNAPSHOTS = "ema_snapshots"
 
 
@@ -64,6 +66,16 @@ class Record:
     sha256: str
     progress: dict[str, int]
     version: str = ""
+
+
+def _record_name(rank: int) -> str:
+    return f"rank_{rank:04d}.json"
+
+
+def step_folders(run: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints, whole or not, by step; a copy under another name
+    is none."""
+    return sorted(path for path in run.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -123,11 +135,20 @@ def _other_format(path: Path, told: dict) -> str:
 
 def newest_valid(run: Path) -> tuple[Path, Progress] | None:
     """Return the newest valid checkpoint of `run`; broken ones are skipped with a warning."""
-    for folder in sorted(run.glob("step_*"), reverse=True):
+    for folder in reversed(step_folders(run)):
         found = records(folder)
         if found:
             return folder, Progress(**found[0].progress)
     return None
+
+
+def agreed(engine: Engine, value: int) -> int:
+    """Return the first rank's value; every rank calls this, and waits for it."""
+    if engine.world_size == 1:
+        return value
+    told = torch.tensor(value, dtype=torch.int64, device=engine.device)
+    dist.broadcast(told, src=0)
+    return int(told)
 
 
 def _barrier(engine: Engine) -> None:
@@ -191,10 +212,10 @@ def _captured(
     A folder left by a killed run at the same step is replaced, a valid one is kept: it holds the
     same bits.
     """
-    kept = folder.is_dir() and records(folder) is not None  # every rank's view: none writes yet
+    kept = engine.rank == 0 and folder.is_dir() and records(folder) is not None
     if engine.rank == 0 and folder.is_dir() and not kept:
         shutil.rmtree(folder)
-    _barrier(engine)
+    kept = bool(agreed(engine, int(kept)))  # the first rank's view; no one writes before it
     mine = {} if kept else dict(tensors)
     optimizer_step = _optimizer_step(engine)
 
@@ -212,8 +233,13 @@ def _captured(
 
 def _await_ranks(folder: Path, world_size: int) -> None:
     """Wait until every rank's record is there. A rank that fails ends the group, and this wait."""
-    while len(list((folder / "fragments").glob("rank_*.json"))) < world_size:
-        time.sleep(0.02)
+    deadline, missing = time.monotonic() + AWAIT_SECONDS, list(range(world_size))
+    while missing:
+        missing = [r for r in missing if not (folder / "fragments" / _record_name(r)).is_file()]
+        if missing and time.monotonic() > deadline:
+            told = ", ".join(map(str, missing))
+            raise OSError(f"{folder}: found no record of rank {told} in {AWAIT_SECONDS} s")
+        time.sleep(0.02 if missing else 0.0)
 
 
 def _write_fragments(
@@ -249,69 +275,16 @@ def _tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]
             yield f"{BUFFER}/{name}/0", buffer.detach().cpu().reshape(-1).clone()
 
 
-class Fragments:
-    """The flat tensors of a checkpoint, whoever wrote them; only what is asked for is read."""
+def restore(run: Path, step: int, engine: Engine, averages: Averages) -> Progress:
+    """Read a checkpoint into the engine and the averages; every rank reads what it owns now.
 
-    def __init__(self, folder: Path, found: list[Record]) -> None:
-        self._files = [
-            safe_open(str(folder / "fragments" / f"rank_{r.rank:04d}.safetensors"), "pt")
-            for r in found
-        ]
-        self._parts: dict[str, list[tuple[int, int, str]]] = {}
-        for number, file in enumerate(self._files):
-            for key in file.keys():  # noqa: SIM118 - a safetensors file is not a dict
-                name, _, offset = key.rpartition("/")
-                self._parts.setdefault(name, []).append((int(offset), number, key))
-        self.folder = folder
-
-    def sections(self) -> dict[str, set[str]]:
-        """Return the names of the parameters stored in each section."""
-        found: dict[str, set[str]] = {}
-        for section, _, name in (key.partition("/") for key in self._parts):
-            found.setdefault(section, set()).add(name)
-        return found
-
-    def require_averages(self, expected: set[str]) -> None:
-        """Raise ValueError where other averages are stored than the run keeps: one that begins
-        in the middle of a run would be of another profile than its name says."""
-        averages = {name for name in self.sections() if name == EMA or name.startswith(POWER)}
-        if averages != expected:
-            raise ValueError(
-                f"train.power_ema: found the averages {', '.join(sorted(averages))} in "
-                f"{self.folder}, expected {', '.join(sorted(expected))}; continue with the run's "
-                "own train.power_ema, or start over with --fresh"
-            )
-
-    def require_parameters(self, expected: set[str]) -> None:
-        """Raise ValueError where a parameter is stored that the model does not have."""
-        for name in sorted(self.sections().get(MASTER, set()) - expected):
-            raise ValueError(
-                f"{self.folder}: parameter {name}: found it stored, expected no such parameter; "
-                "the checkpoint belongs to another model, start over with --fresh"
-            )
-
-    def read(self, name: str, offset: int, target: Tensor) -> None:
-        """Fill flat `target` with elements [offset, offset + len) of "section/parameter"."""
-        filled = 0
-        for start, number, key in sorted(self._parts.get(name, [])):
-            part = self._files[number].get_slice(key)
-            stop = start + part.get_shape()[0]
-            lo, hi = max(start, offset), min(stop, offset + len(target))
-            if lo < hi:
-                target[lo - offset : hi - offset] = part[lo - start : hi - start].to(target.dtype)
-                filled += hi - lo
-        if filled != len(target):
-            raise ValueError(
-                f"{self.folder}: {name}: found {filled} of {len(target)} elements from {offset}; "
-                "the checkpoint belongs to another model, start over with --fresh"
-            )
-
-
-def restore(folder: Path, engine: Engine, averages: Averages) -> None:
-    """Read a checkpoint into the engine and the averages; every rank reads what it owns now."""
+    Raises OSError where this rank does not find it whole.
+    """
+    folder = step_folder(run, step)
     found = records(folder)
-    assert found, f"{folder} was valid a moment ago"
-    stored = Fragments(folder, found)
+    if not found:
+        raise OSError(f"{folder}: found no whole checkpoint, expected the one that rank 0 found")
+    stored = Fragments(folder, len(found))
     stored.require_parameters(set(engine.shapes))
     stored.require_averages(averages.sections())
     with torch.no_grad():
@@ -325,6 +298,7 @@ def restore(folder: Path, engine: Engine, averages: Averages) -> None:
             if "step" in state:
                 state["step"].fill_(found[0].optimizer_step)
     engine.refresh()
+    return Progress(**found[0].progress)
 
 
 def _restore_fragment(stored: Fragments, fragment: Fragment, shadows: dict[str, Tensor]) -> None:
@@ -340,7 +314,7 @@ def _export(
     communication. others: the tensors that are not trained."""
     found = records(folder)
     assert found, f"{folder} was written a moment ago"
-    stored = Fragments(folder, found)
+    stored = Fragments(folder, len(found))
     for section, file in ((MASTER, "model.safetensors"), (EMA, "ema.safetensors")):
         tensors = dict(others)
         for name, shape in shapes.items():
@@ -363,7 +337,7 @@ def prune(run: Path, keep: int, newest: Path, keep_every: int = 0) -> None:
     One after `newest` is broken: the run would have continued from it otherwise. Snapshots of
     averages lie elsewhere, and stay.
     """
-    folders = sorted(run.glob("step_*"))
+    folders = step_folders(run)
     whole = [folder for folder in folders if folder.name <= newest.name]
     kept = whole[-keep:]
     if keep_every:

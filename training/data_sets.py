@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -98,20 +98,26 @@ def encoder_of(embeds: Sequence[str], clip: str) -> FrozenClip:
     return encoder
 
 
-def start_from(model: Model, run: str, encoder_id: str = "") -> Model:
-    """Take over the averaged weights of a finished run, or none for an empty `run`.
+MEANINGS = ("prediction", "schedule", "num_timesteps", "zero_terminal")  # shapes do not tell them
 
-    Raises ValueError naming the first tensor that differs, or for a run of another encoder.
+
+def start_from(model: Model, init: str, run: str, export: dict[str, Any]) -> Model:
+    """Take over the averaged weights of a finished run, or none for an empty `init` or a `run` that
+    has a checkpoint of its own.
+
+    export: what the new run tells of its model. Raises ValueError naming the first tensor that
+    differs, or what else does: the kind of model, its encoder, what it predicts and over which
+    schedule.
     """
-    if not run:
+    if not init or any(Path(run).glob("step_*")):
         return model
-    step = exported(Path(run))
-    found = load_config(step).get("encoder_id", "")
-    if found != encoder_id:
-        raise ValueError(
-            f"init: {run}: found a run of encoder {found or 'none'}, expected "
-            f"{encoder_id or 'none'}, whose embeddings these are"
-        )
+    step = exported(Path(init))
+    found = load_config(step)
+    pairs = [(name, found.get(name), export.get(name)) for name in ("kind", "encoder_id", "factor")]
+    pairs += [(name, found["model"].get(name), export["model"].get(name)) for name in MEANINGS]
+    for name, theirs, ours in pairs:
+        if theirs != ours:
+            raise ValueError(f"init: {init}: {name}: found {theirs!r}, expected {ours!r}")
     load_weights(model, step / "ema.safetensors")
     return model.train()
 

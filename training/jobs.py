@@ -176,7 +176,7 @@ def _build_base(config: DecoderRunConfig) -> Job:
         condition = decoder_condition(encoder, config, batch)
         return model.losses(batch.keys, pixels(batch["image"]), condition)
 
-    model = start_from(decoder_model(config), config.init, encoder.encoder_id)
+    model = start_from(decoder_model(config), config.init, config.run, export)
     reader = partial(decoder_reader, config)
     return Job(model=model, objective=objective, build_reader=reader, export=export)
 
@@ -243,7 +243,7 @@ def _build_upsampler(config: DecoderRunConfig) -> Job:
         image = keyed_crops(pixels(batch["image"]), batch.keys, crop)
         return model.losses(batch.keys, keyed_flips(image, batch.keys) if config.flip else image)
 
-    model = start_from(decoder_model(config), config.init)
+    model = start_from(decoder_model(config), config.init, config.run, export)
     reader = partial(decoder_reader, config)
     return Job(model=model, objective=objective, build_reader=reader, export=export)
 

@@ -93,11 +93,9 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         reporter.step(progress, scores if finite else {}, ratio)
 
         # Checkpoint
-        with reporter.checkpointing(step, writer):
-            if _snapshot_due(progress, config):
-                writer.begin(partial(checkpoint.snapshot, run, engine, averages, progress))
-            if stop or _due(progress, config):
-                writer.begin(partial(_checkpoint, run, engine, averages, progress, job, config))
+        for capture in _captures(run, engine, averages, progress, job, config, stop=stop):
+            with reporter.checkpointing(step, writer):
+                writer.begin(capture)
         if job.validate is not None and _due(progress, config):
             writer.finish()
             _validate(job, run, engine, progress, reporter)
@@ -114,6 +112,19 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
     return progress
 
 
+def _captures(
+    run: Path, engine: Engine, averages: Averages, progress: Progress, job: Job,
+    config: TrainConfig, *, stop: bool,
+) -> list[Callable]:  # fmt: skip
+    """Return what is to be captured and written after a step."""
+    due: list[Callable] = []
+    if _snapshot_due(progress, config):
+        due.append(partial(checkpoint.snapshot, run, engine, averages, progress))
+    if stop or _due(progress, config):
+        due.append(partial(_checkpoint, run, engine, averages, progress, job, config))
+    return due
+
+
 def _snapshot_due(progress: Progress, config: TrainConfig) -> bool:
     """Say whether a snapshot of the power-function averages is due.
 
@@ -126,12 +137,11 @@ def _snapshot_due(progress: Progress, config: TrainConfig) -> bool:
 
 
 def _resume(run: Path, engine: Engine, averages: Averages) -> Progress:
-    found = checkpoint.newest_valid(run)
-    if found is None:
-        return Progress()
-    folder, progress = found
-    checkpoint.restore(folder, engine, averages)
-    return progress
+    """Continue from the newest valid checkpoint, the one that the first rank sees: two ranks whose
+    views of a storage differ must not begin at two steps."""
+    found = checkpoint.newest_valid(run) if engine.rank == 0 else None
+    step = checkpoint.agreed(engine, found[1].step if found else -1)
+    return checkpoint.restore(run, step, engine, averages) if step >= 0 else Progress()
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -26,7 +26,8 @@ from models.weights import (
     save_config,
 )
 from training.averages import POWER
-from training.checkpoint import SNAPSHOTS, Fragments, Progress, records, step_folder
+from training.checkpoint import SNAPSHOTS, Progress, records, step_folder
+from training.fragments import Fragments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def _snapshots(run: Path) -> list[_Snapshot]:
                 f"{folder}: found a broken snapshot ({told[-1].message}), expected a whole one; "
                 "move the folder away to do without it"
             )
-        stored = Fragments(folder, of_ranks)
+        stored = Fragments(folder, len(of_ranks))
         progress = Progress(**of_ranks[0].progress)
         found.append(_Snapshot(progress=progress, stored=stored, sections=stored.sections()))
     if not found:

@@ -77,8 +77,6 @@ def build_prior(config: PriorRunConfig) -> Job:
     config = with_codes(config, statistics)
     model = prior_model(config, sizes)
     set_statistics(model, statistics, whiten=config.whiten)
-    # with the statistics by which those weights scale embeddings
-    start_from(model, config.init, encoder.encoder_id)
     export = {
         "kind": f"{config.prior}_prior",
         "model": dataclasses.asdict(getattr(config, config.prior)),
@@ -86,6 +84,8 @@ def build_prior(config: PriorRunConfig) -> Job:
         "clip": clip_of(config.embeds, config.clip),
         **sizes,
     }
+    # with the statistics by which those weights scale embeddings
+    start_from(model, config.init, config.run, export)
     own_tokens = getattr(config, config.prior).text_tokens
     return Job(
         model=model,

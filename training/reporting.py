@@ -147,11 +147,17 @@ class Reporter:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Read the whole lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """Read the whole lines of a metrics.jsonl; what a kill or a full disk cut short is left out."""
     if not path.is_file():
         return []
     text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    found = []
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
 
 
 class Follower:

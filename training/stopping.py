@@ -8,7 +8,7 @@ taken up by the same command.
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STOP_NAME = "stop"
@@ -37,8 +37,9 @@ def stopping_on_sigterm(run: Path) -> Iterator[None]:
 
     def wish(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, before)
-        print(f"{run}: SIGTERM: a checkpoint at the next step, then the end", flush=True)
         (run / STOP_NAME).touch()
+        with suppress(OSError, RuntimeError):  # whoever read our output may have ended first
+            print(f"{run}: SIGTERM: a checkpoint at the next step, then the end", flush=True)
 
     signal.signal(signal.SIGTERM, wish)
     try:

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from training.incidents import report_incident
@@ -48,15 +48,22 @@ class Heartbeat:
 
 
 class Watchdog:
-    """Watches this rank's steps; 0 `seconds`: never ends anything."""
+    """Watches this rank's steps; 0 `seconds`: never ends anything.
+
+    Time counts only while this process runs, a tick at a time, so that a suspended machine or a
+    clock that is set hangs nobody. A peer lives as long as its heartbeat changes, whatever its own
+    clock says.
+    """
 
     def __init__(self, run: Path, rank: int, world_size: int, seconds: float) -> None:
         self._run, self._world_size, self._seconds = run, world_size, seconds
+        self._tick = min(5.0, seconds / 10)
         self._begun: int | None = None  # the first step of this process
         now = time.time()
         self._mine = Heartbeat(
             rank=rank, since=now, at=now, host=socket.gethostname(), pid=os.getpid()
         )
+        self._seen: dict[int, tuple[float, float]] = {}  # of peers: their clock, ours at its change
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -75,20 +82,26 @@ class Watchdog:
         """Say what this rank does from now on."""
         self._begun = step if self._begun is None else self._begun
         now = time.time()
-        self._mine = Heartbeat(
-            rank=self._mine.rank, step=step, phase=phase, since=now, at=now,
-            host=self._mine.host, pid=self._mine.pid,
-        )  # fmt: skip
+        self._mine = replace(self._mine, step=step, phase=phase, since=now, at=now)
 
     def _watch(self) -> None:
-        while not self._stop.wait(min(5.0, self._seconds / 10)):
-            mine = Heartbeat(**{**asdict(self._mine), "at": time.time()})
-            self._write(mine)
-            limit = self._seconds * (FIRST_STEP if mine.step == self._begun else 1)
-            if mine.phase in UNLIMITED or mine.at - mine.since < limit:
+        age, watched, last = 0.0, self._mine, time.monotonic()
+        while not self._stop.wait(self._tick):
+            now = time.monotonic()
+            passed, last = min(now - last, 2 * self._tick), now
+            age = age + passed if self._mine is watched else 0.0
+            watched = self._mine
+            try:
+                mine = replace(watched, at=time.time())
+                self._write(mine)
+                others = self._others()
+            except (OSError, ValueError, TypeError) as error:  # a disk that is full or far away
+                print(f"{self._run}: watchdog: {error}", file=sys.stderr, flush=True)
                 continue
-            others = self._others()
-            if not any(other.phase in UNLIMITED for other in others if self._lives(other)):
+            if any(other.phase in UNLIMITED for other in others if self._lives(other)):
+                age = 0.0  # what they do may take its time, and who waits for them begins anew
+            limit = self._seconds * (FIRST_STEP if mine.step == self._begun else 1)
+            if mine.phase not in UNLIMITED and age > limit:
                 self._end(mine, others)
 
     def _write(self, mine: Heartbeat) -> None:
@@ -98,28 +111,42 @@ class Watchdog:
         part.replace(path)
 
     def _others(self) -> list[Heartbeat]:
-        """Read the other ranks' heartbeats of this attempt."""
+        """Read the other ranks' heartbeats, and note which have changed."""
         found = []
         for rank in range(self._world_size):
             path = self._run / HEARTBEATS / f"rank_{rank:04d}.json"
             if rank != self._mine.rank and path.is_file():
-                found.append(Heartbeat(**json.loads(path.read_text())))
+                other = Heartbeat(**json.loads(path.read_text()))
+                if self._seen.get(rank, (None,))[0] != other.at:
+                    self._seen[rank] = other.at, time.monotonic()
+                found.append(other)
         return found
 
     def _lives(self, other: Heartbeat) -> bool:
-        return time.time() - other.at < self._seconds
+        return time.monotonic() - self._seen[other.rank][1] < self._seconds
 
     def _end(self, mine: Heartbeat, others: list[Heartbeat]) -> None:
         """Tell who is silent, or else furthest behind, and leave: the others' collectives break,
-        and the group is restarted from its newest checkpoint."""
-        everyone = [mine, *others]
-        last = min(each.progress for each in everyone)
-        silent = [each for each in others if not self._lives(each)]
-        behind = silent or [each for each in everyone if each.progress == last]
-        told = f"hung: {'; '.join(map(str, behind))}"
-        tellers = [each for each in everyone if each not in behind] or everyone
-        if mine.rank == min(each.rank for each in tellers):
-            report_incident(self._run, "hang", mine.step, told)
-        print(f"{self._run}: {told}", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr)
-        os._exit(1)
+        and workers of Ray Train begin again at the newest checkpoint."""
+        try:
+            everyone = [mine, *others]
+            last = min(each.progress for each in everyone)
+            silent = [each for each in others if not self._lives(each)]
+            behind = silent or [each for each in everyone if each.progress == last]
+            told = f"hung: {'; '.join(map(str, behind))}"
+            print(f"{self._run}: {told}", file=sys.stderr, flush=True)
+            if self._first_to_tell(mine, everyone):
+                report_incident(self._run, "hang", mine.step, told)
+            faulthandler.dump_traceback(file=sys.stderr)
+        finally:
+            os._exit(1)
+
+    def _first_to_tell(self, mine: Heartbeat, everyone: list[Heartbeat]) -> bool:
+        """Say whether no other rank of these processes has told of this step: who is first may be
+        the last that lives."""
+        attempt = min(everyone, key=lambda each: each.rank).pid
+        try:
+            (self._run / HEARTBEATS / f"hang_{mine.step:08d}_{attempt}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
