@@ -30,8 +30,12 @@ class Config:
 
     minutes: float = 10.0
     """time of the decoder's training"""
-    preset: str = "mini"
-    """sizes of the decoder"""
+    decoder: str = "mini"
+    """preset of the decoder: mini, demo, debug, ..."""
+    num_train: int = 4500
+    """training pairs, about"""
+    num_test: int = 600
+    """held-out pairs, about"""
     clip_steps: int = 400
     """steps of the CLIP"""
     compile: bool = False
@@ -65,7 +69,7 @@ def _trained(root: Path, config: Config) -> list[dict[str, Any]]:
     from training.demo_data import embed_here
     from training.reporting import read_lines
 
-    write_sets(root, EMOJI if EMOJI.exists() else None, 4500, 600)
+    write_sets(root, EMOJI if EMOJI.exists() else None, config.num_train, config.num_test)
     images = ("--images", str(root / "train"))
     _train("clip", config, "demo", *images, "--run", str(root / "clip"), "--block-size", "1",
            "--train.num-steps", str(config.clip_steps))  # fmt: skip
@@ -74,13 +78,13 @@ def _trained(root: Path, config: Config) -> list[dict[str, Any]]:
     base = (*images, "--embeds", str(root / "train_embeds"), "--train.report-every", "5")
     compiled = ("--train.compile",) if config.compile else ()
     trial = root / "trial"
-    _train("decoder", config, config.preset, *base, *compiled, "--run", str(trial),
+    _train("decoder", config, config.decoder, *base, *compiled, "--run", str(trial),
            "--train.num-steps", str(TRIAL))  # fmt: skip
     found = read_lines(trial / "metrics.jsonl")
     a_step = (found[-1]["seconds"] - found[2]["seconds"]) / (TRIAL - found[2]["step"])
     steps = max(TRIAL, int(60 * config.minutes / a_step))
     run = root / "base"
-    _train("decoder", config, config.preset, *base, *compiled, "--run", str(run),
+    _train("decoder", config, config.decoder, *base, *compiled, "--run", str(run),
            "--train.num-steps", str(steps), "--train.checkpoint-every", str(steps))  # fmt: skip
     return read_lines(run / "metrics.jsonl")
 
@@ -102,10 +106,11 @@ def _figures(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
     places = sorted({round(i) for i in np.linspace(0, len(lines) - 1, 10)})
     return {
         "device": device,
-        "preset": config.preset,
+        "preset": config.decoder,
         "compiled": config.compile,
         "images_per_second": float(np.median([line["samples_per_second"] for line in steady])),
-        "mfu": float(np.median([line.get("mfu", np.nan) for line in steady])),
+        "mfu": float(np.median([line["mfu"] for line in steady])) if "mfu" in steady[0] else None,
+        "device_memory_bytes": lines[-1].get("device_memory_bytes"),
         "data_wait_ratio": float(np.median([line["data_wait_ratio"] for line in steady])),
         "seconds": lines[-1]["seconds"],
         "loss_curve": [[lines[i]["step"], round(lines[i]["loss"], 4)] for i in places],

@@ -128,6 +128,7 @@ class Reporter:
             "reported_samples": progress.samples_seen - self._reported_samples,
             **{name: value.item() / self._count for name, value in self._sums.items()},
             "learning_rate_ratio": learning_rate_ratio,
+            **_device_memory(),
             "samples_per_second": rate,
             **({"mfu": rate / self._peak} if self._peak else {}),
             "eta_seconds": left / rate if rate else None,
@@ -144,6 +145,13 @@ class Reporter:
         self._reported, self._reported_samples = now, progress.samples_seen
         self._waited = self._checkpoint_seconds = 0.0
         self._sums, self._count = {}, 0
+
+
+def _device_memory() -> dict[str, int]:
+    """Return the most memory that this rank has held on its GPU, where it has one."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"device_memory_bytes": torch.cuda.max_memory_allocated()}
 
 
 def read_lines(path: Path) -> list[dict]:
