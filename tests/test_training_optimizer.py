@@ -94,7 +94,7 @@ def test_muon_leaves_tables_and_outer_layers_of_priors_alone(kind: Any):
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = build_optimizer(model, TrainConfig(optimizer="muon")).param_groups
     hidden = {names[p].split(".")[0] for p in groups[0]["params"]}
-    assert hidden <= {"blocks", "pool"}, hidden
+    assert hidden <= {"blocks", "pool", "component_in"}, hidden
 
 
 def test_muon_takes_the_same_matrices_of_every_kind_of_unet():

@@ -167,7 +167,6 @@ def _is_hidden(name: str) -> bool:
         "position",
         "dot_",
         "code_",
-        "component_",
     )
     ends = ("token_embedding", "positional", "conv1", "proj", "projection", "time_in", "noise_in")
     if name == "out.weight":  # a prior's own last layer
