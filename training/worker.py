@@ -53,8 +53,10 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
     if (run / FINAL_NAME).is_file():
         print(f"{run}: finished already; --fresh starts over")
         return 0
+    from training.profiling import window
     from training.reporting import Follower
 
+    window(config.train.profile)  # a slip of the pen is told before workers start
     forget_stop(run)
     if config.train.num_workers == 0 and config.train.zero_stage:
         print(f"zero_stage: {config.train.zero_stage} has no part in one process, which keeps all")
