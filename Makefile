@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := demo
-.PHONY: setup demo test lint bench-setup bench soak
+.PHONY: setup demo test test-system lint bench-setup bench soak
 
 # The first interpreter that pyproject.toml admits and that can make a virtual environment.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12; do \
@@ -43,6 +43,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -m "not slow and not soak" $(ARGS)
 	$(VENV)/bin/python -m pytest -m "slow and not soak" $(ARGS)
+
+# What some tests drive: a browser, Prometheus with promtool, Alertmanager. For root, on Debian and its kin.
+SYSTEM_PACKAGES := chromium prometheus prometheus-alertmanager
+test-system:
+	dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM_PACKAGES); }
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
