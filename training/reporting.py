@@ -19,12 +19,11 @@ from torch import Tensor
 from training.checkpoint import Progress
 from training.config import TrainConfig
 from training.incidents import INCIDENTS_NAME, LossWatch, report_incident
+from training.lines import METRICS_NAME, VALIDATION_NAME, read_lines
 from training.profiling import Profiler
 from training.watchdog import Watchdog
 from training.writing import Writer
 
-METRICS_NAME = "metrics.jsonl"
-VALIDATION_NAME = "validation.jsonl"  # {"step", scores}: one line a validation
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -152,20 +151,6 @@ def _device_memory() -> dict[str, int]:
     if not torch.cuda.is_available():
         return {}
     return {"device_memory_bytes": torch.cuda.max_memory_allocated()}
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Read the whole lines of a metrics.jsonl; what a kill or a full disk cut short is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    found = []
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
 
 
 class Follower:

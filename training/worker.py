@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 from cluster.cli import DONE, INCOMPLETE, read_yaml, to_yaml
 from models.weights import FINAL_NAME
+from training.cards import ensure_cards, record_code
 from training.config import RunConfig, TrainConfig
 from training.precision import native_bf16, settled
 from training.stopping import forget_stop, stopping_on_sigterm
@@ -52,7 +53,9 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
     config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
     if (run / FINAL_NAME).is_file():
         print(f"{run}: finished already; --fresh starts over")
+        ensure_cards(run)
         return 0
+    record_code(run)
     from training.profiling import window
     from training.reporting import Follower
 
@@ -66,6 +69,7 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
         else:
             _train_under_ray(config, run, build)
     if (run / FINAL_NAME).is_file():
+        ensure_cards(run)
         return DONE
     forget_stop(run)
     print(f"{run}: stopped, as was wished, at a checkpoint; rerun the same command to continue")
