@@ -7,12 +7,12 @@
 It shows what is there. These commands leave more to show:
 
     python eval/sample.py ... --captions data/test/images --out runs/demo/samples
-    python eval/fid.py --real data/test/images --fake runs/demo/samples ... --out runs/demo/eval.json
+    python eval/fid.py --real data/test/images --fake runs/demo/samples --out runs/demo/eval.json
     python eval/sample.py guidance --prompts "a red cube" ... --out runs/demo/edits/guidance
     python eval/sample.py pca --images cat.png --embeds data/embeds ... --out runs/demo/edits/pca
-    python eval/watch.py --run runs/demo --sweep 1 1.5 2 3 4 ...
-    python eval/watch.py --run runs/demo/base ...
-"""  # noqa: E501
+    python eval/sweep.py --run runs/demo --prior runs/demo/prior --decoder runs/demo/base ...
+    python eval/watch.py --run runs/demo/base --prior runs/demo/prior ...
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -8,8 +8,8 @@ from eval.charts import Chart, line_chart, point_chart
 from eval.score_table import described, entries
 from training.lines import METRICS_NAME, VALIDATION_NAME, read_lines
 
-WATCH_NAME = "watch.jsonl"  # {"step", "samples_seen", "scores"}: one line an evaluated checkpoint
-SWEEP_NAME = "sweep.jsonl"  # {"cfg_scale", "scores"}: one line a scale of guidance
+WATCH_NAME = "watch.jsonl"  # of eval/watch.py: a line an evaluated checkpoint
+SWEEP_NAME = "sweep.jsonl"  # of eval/sweep.py: a line a scale of guidance
 CURVES = (("loss", "loss"), ("samples_per_second", "samples/s"))
 RUN_ORDER = ("clip", "judge", "prior", "base", "up")
 MAX_SCORES = 8  # charts of one kind: more than that nobody compares

@@ -1,4 +1,4 @@
-"""What is recorded of the data that a run was trained on: snapshots, filters, outcomes, licences."""
+"""What is recorded of the data of a run: snapshots, filters, outcomes, licences."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
