@@ -121,7 +121,7 @@ def _errors(decoder, config: Config, root: Path) -> dict[str, float]:
     from models import keyed_random
     from models.clip import load_clip, token_mask
     from models.decoder import Condition
-    from training.jobs import pixels
+    from training.pictures import pixels
 
     torch.set_num_threads(config.num_threads)
     clip = load_clip(str(root / "clip"))

@@ -100,7 +100,8 @@ def _draw(
     import torch
     from PIL import Image
 
-    from eval.generate import caption_keys, default_sampling, to_uint8
+    from eval.generate import caption_keys, default_sampling
+    from training.pictures import to_uint8
 
     default = default_sampling()
     decoder = replace(default.decoder, sampler=by[0], sample_steps=by[1], cfg_scale=1.0)
