@@ -290,6 +290,11 @@ class DecoderRunConfig(RunConfig):
     """start from the weights of a finished run of this stage and these sizes"""
     stage: Literal["base", "up256", "up1024"] = "base"
     """stage of the cascade"""
+    validation: tuple[str, ...] = ()
+    """folders of held-out image shards: their loss, and a picture in <run>/validation, at each
+    checkpoint"""
+    validation_embeds: tuple[str, ...] = ()
+    """folders of their embeddings, of the same encoder; base only"""
     image_size: int = 64
     """side of this stage's images in px"""
     low_res_size: int = 0

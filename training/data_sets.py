@@ -41,12 +41,26 @@ def prepare_data(config: Config) -> Config:
     if isinstance(config, DecoderRunConfig):
         for images in changes["images"]:
             require_size(images, config.image_size)
-        if not _upsampler(config) and len(config.images) != len(config.embeds):
-            raise ValueError(
-                f"embeds: found {len(config.embeds)} folders for {len(config.images)} of images, "
-                "expected one for each, in the same order"
-            )
+        changes["validation"] = tuple(absolute_root(root) for root in config.validation)
+        embeds = tuple(absolute_root(root) for root in config.validation_embeds)
+        changes["validation_embeds"] = embeds
+        _require_paired("embeds", config.images, config.embeds, config)
+        _require_paired("validation_embeds", config.validation, embeds, config)
     return dataclasses.replace(config, **changes)
+
+
+def _require_paired(
+    name: str, images: tuple[str, ...], embeds: tuple[str, ...], config: DecoderRunConfig
+) -> None:
+    """Raise ValueError unless the base decoder has embeddings for each folder of images, and an
+    upsampler none, which it would not read."""
+    if _upsampler(config) and name == "validation_embeds" and embeds:
+        raise ValueError(f"{name}: found {len(embeds)} folders for an upsampler, expected none")
+    if not _upsampler(config) and len(images) != len(embeds):
+        raise ValueError(
+            f"{name}: found {len(embeds)} folders for {len(images)} of images, expected one for "
+            "each, in the same order"
+        )
 
 
 def _upsampler(config: PriorRunConfig | DecoderRunConfig) -> bool:
