@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT_EVERY = 10
 NUM_SAMPLES, GLOBAL_BATCH = 120, 24  # five steps an epoch
 PATIENCE_SECONDS = 400.0
+STORE_BYTES = 80 << 20  # of a node's object store; Ray asks for 75 MB at least
 
 
 class Nodes:
@@ -34,13 +35,15 @@ class Nodes:
 
         self._cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False, **_SMALL},
+            head_node_args={
+                "num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES,
+            },
         )
         self.have(count)
 
     @property
     def address(self) -> str:
-        return self._cluster.address
+        return str(self._cluster.address)
 
     def have(self, count: int) -> None:
         """Add nodes, or take some away, until there are so many that live."""
@@ -50,7 +53,7 @@ class Nodes:
         while len(self._workers()) > count:
             self._cluster.remove_node(self._workers()[-1])
         while len(self._workers()) < count:
-            self._cluster.add_node(num_cpus=1, **_SMALL)
+            self._cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
 
     def raylet_of(self, pid: int) -> int:
         """Return the process id of the raylet of a worker's node."""
@@ -67,9 +70,6 @@ class Nodes:
     @staticmethod
     def _raylet(node: Any) -> int:
         return node.all_processes["raylet"][0].process.pid
-
-
-_SMALL = {"object_store_memory": 80 << 20}
 
 
 def _alive(pid: int) -> bool:
@@ -137,6 +137,9 @@ class Training:
             assert ended is None, f"ended with {ended} before {what}:\n{told}"
             assert time.monotonic() < deadline, f"waited in vain: {what}\n{told}"
             time.sleep(0.05)
+
+    def await_step(self, step: int) -> None:
+        self.await_that(f"step {step}", lambda: self.step >= step)
 
     def ranks(self) -> dict[int, int]:
         """Return the process id of each rank of the present attempt, once all have told it."""

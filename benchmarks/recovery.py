@@ -1,6 +1,6 @@
 """Seconds from a fault to the next training step, on simulated nodes of one machine.
 
-    python benchmarks/recovery.py                                  # some twenty minutes on two cores
+    python benchmarks/recovery.py                              # some twenty minutes on two cores
     python benchmarks/recovery.py --faults worker --repeats 1
 
 Two workers train a small prior (ZeRO stage 1) on Ray nodes of one CPU each, and one fault after
@@ -20,7 +20,6 @@ import json
 import random
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -107,8 +106,7 @@ def disturb(
     seconds, redone = [], []
     for _ in range(1 if kind == "elastic" else repeats):
         training.await_that("all ranks train", lambda: bool(training.ranks()))
-        target = training.step + dice.randrange(5, 5 + STEPS_A_FAULT // 5)
-        training.await_that(f"step {target}", lambda: training.step >= target)
+        training.await_step(training.step + dice.randrange(5, 5 + STEPS_A_FAULT // 5))
         step, committed = training.step, training.committed()
         fault = _befall(training, kind, dice, cluster)
         seconds.append(_recovered(training, kind, fault, committed))

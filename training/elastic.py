@@ -5,6 +5,7 @@ module imports no torch, since Ray's controller, which starts first, imports it.
 """
 
 import os
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ RAY_TIMES = {
 COLLECTIVE_SECONDS = 7200
 # Between two looks for room for more workers, where some are missing: as often as Ray itself looks.
 RESIZE_SECONDS = 20.0
+TOLD_LENGTH = 160  # of what a lost rank is told by
 
 
 def fit(
@@ -100,12 +102,18 @@ def _losses_of(run: Path) -> Any:
             self, run_context: Any, worker_exceptions: dict[int, Exception]
         ) -> None:
             told = "; ".join(
-                f"rank {rank}: {_what(error)}" for rank, error in sorted(worker_exceptions.items())
+                f"rank {rank}: {_what(error)}"
+                for rank, error in sorted(worker_exceptions.items(), key=_dead_first)
             )
             note(run, "lost", told=told)
             report_incident(run, "lost", last_step(run), told)
 
     return Losses()
+
+
+def _dead_first(told: tuple[int, Exception]) -> tuple[bool, int]:
+    """Order by who is to blame: a rank that lives on has met the end of its connections."""
+    return getattr(told[1], "health_check_failure", None) is None, told[0]
 
 
 def _what(error: BaseException) -> str:
@@ -117,4 +125,4 @@ def _what(error: BaseException) -> str:
         if isinstance(inner, BaseException):
             return _what(inner)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return textwrap.shorten(f"{type(error).__name__}: {lines[0] if lines else ''}", TOLD_LENGTH)

@@ -4,11 +4,12 @@
 a rank, or what watches over the ranks, of one that is gone
 """
 
-import json
 import statistics
 import time
 from collections import deque
 from pathlib import Path
+
+from training.lines import add_line
 
 INCIDENTS_NAME = "incidents.jsonl"
 KINDS = ("spike", "hang", "lost")
@@ -19,9 +20,7 @@ NORMAL = 1.4826  # median absolute deviations in a standard deviation
 
 def report_incident(run: Path, kind: str, step: int, told: str) -> None:
     """Add a line; the file takes whole lines from any rank."""
-    line = {"kind": kind, "step": step, "told": told, "time": time.time()}
-    with (run / INCIDENTS_NAME).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    add_line(run / INCIDENTS_NAME, {"kind": kind, "step": step, "told": told, "time": time.time()})
 
 
 class LossWatch:

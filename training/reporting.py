@@ -20,6 +20,7 @@ from training.batches import Batch
 from training.checkpoint import Progress
 from training.config import TrainConfig
 from training.incidents import INCIDENTS_NAME, LossWatch, report_incident
+from training.lines import add_line, read_lines
 from training.profiling import Profiler
 from training.samples import SampleLog
 from training.timeline import TIMELINE_NAME, note
@@ -90,8 +91,7 @@ class Reporter:
         """Write the scores of a checkpoint, once however often it is validated."""
         if any(line["step"] == progress.step for line in read_lines(self._validation)):
             return
-        with self._validation.open("a") as file:
-            file.write(json.dumps({"step": progress.step, **scores}) + "\n")
+        add_line(self._validation, {"step": progress.step, **scores})
 
     def enters(self, step: int, phase: str) -> None:
         """Tell the watchdog what this rank does from now on."""
@@ -160,8 +160,7 @@ class Reporter:
             "seconds": now - self._started,
         }
         if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            add_line(self._path, line)
         self._reported, self._reported_samples = now, progress.samples_seen
         self._waited = self._checkpoint_seconds = 0.0
         self._sums, self._count = {}, 0
@@ -181,20 +180,6 @@ def _keep_lines(path: Path, step: int) -> None:
         part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in lines))
         part.replace(path)
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Read the whole lines of a metrics.jsonl; what a kill or a full disk cut short is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    found = []
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
 
 
 class Follower:

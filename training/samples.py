@@ -8,13 +8,12 @@ outlives its process. What an attempt trained past the checkpoint that its succe
 successor trains again: of each step the last attempt counts.
 """
 
-import json
-import os
 from pathlib import Path
 
 import torch
 
 from training.batches import Batch
+from training.lines import add_line, read_lines
 
 SAMPLES = "samples"
 
@@ -26,23 +25,11 @@ class SampleLog:
         self._path = run / SAMPLES / f"rank_{rank:04d}.jsonl"
         self._path.parent.mkdir(exist_ok=True)
         self._told = {"attempt": attempt, "num_workers": num_workers}
-        _end_last_line(self._path)
 
     def write(self, step: int, micro_batches: list[Batch]) -> None:
         """Add the samples of step number `step`, the first of which is 1."""
         keys = torch.cat([batch.keys[batch.weight > 0] for batch in micro_batches])
-        line = {**self._told, "step": step, "keys": keys.tolist()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _end_last_line(path: Path) -> None:
-    """End the line that a full disk cut short, so that the next one stands alone."""
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+        add_line(self._path, {**self._told, "step": step, "keys": keys.tolist()})
 
 
 def trained_samples(run: Path, last_step: int) -> list[list[int]]:
@@ -52,11 +39,7 @@ def trained_samples(run: Path, last_step: int) -> list[list[int]]:
     """
     found: dict[int, dict[int, list[dict]]] = {}
     for path in sorted((run / SAMPLES).glob("rank_*.jsonl")):
-        for text in path.read_text().split("\n"):
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # cut short, or the end
-                continue
+        for line in read_lines(path):
             found.setdefault(line["step"], {}).setdefault(line["attempt"], []).append(line)
     steps = []
     for step in range(1, last_step + 1):

@@ -9,26 +9,24 @@ restored   it has read its checkpoint, and is about to train on: attempt, step, 
 stepped    the first step of the attempt is done
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from training.lines import add_line, read_lines
 
 TIMELINE_NAME = "timeline.jsonl"
 
 
 def note(run: Path, event: str, **more: Any) -> None:
     """Add a line."""
-    with (run / TIMELINE_NAME).open("a") as file:
-        file.write(json.dumps({"event": event, "time": time.time(), **more}) + "\n")
+    add_line(run / TIMELINE_NAME, {"event": event, "time": time.time(), **more})
 
 
 def read_timeline(run: Path) -> list[dict]:
-    """Return the whole lines."""
-    path = run / TIMELINE_NAME
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    """Return the lines."""
+    return read_lines(run / TIMELINE_NAME)
 
 
 def num_attempts(run: Path) -> int:
