@@ -5,7 +5,6 @@ killed one left. eval/watch.py makes a round of each checkpoint, eval/sweep.py o
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from typing import Annotated, Any
 from tyro.conf import UseAppendAction
 
 from cluster.cli import DONE, WRONG_REQUEST
-from training.lines import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,21 +86,6 @@ def run_command(arguments: Sequence[str]) -> None:
     words = done.stderr.strip().splitlines() or ["it said nothing"]
     told = f"{arguments[0]}: exit code {done.returncode}: {words[-1].removeprefix('error: ')}"
     raise (ValueError if done.returncode == WRONG_REQUEST else OSError)(told)
-
-
-def add_line(
-    path: Path, line: dict[str, Any], before: Sequence[dict[str, Any]] | None = None
-) -> None:
-    """Add a line to a file of JSON lines: a reader sees it whole or not at all, and a line that a
-    kill cut short is dropped. before: the lines that stay; None for all.
-    """
-    kept = read_lines(path) if before is None else before
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(one) + "\n" for one in [*kept, line])
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def tidy(folder: Path, *, keep_samples: bool) -> None:

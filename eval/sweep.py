@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli import parse, run_script
-from eval.rounds import RoundConfig, add_line, play, publish, tidy
+from eval.rounds import RoundConfig, play, publish, tidy
 from eval.run_curves import SWEEP_NAME as LINES_NAME
+from training.lines import read_lines
 
 ASIDE = ("run", "scales", "keep_samples", "metrics_port")  # change nothing about the scores
 
@@ -66,14 +67,8 @@ def main(config: SweepConfig) -> int:
 def _is_scored(run: Path, scale: float, settings: dict[str, Any]) -> bool:
     return any(
         line["cfg_scale"] == scale and line["settings"] == settings
-        for line in _lines(run / LINES_NAME)
+        for line in read_lines(run / LINES_NAME)
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    from training.lines import read_lines
-
-    return read_lines(path)
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> None:
@@ -92,10 +87,12 @@ def _replace_line(path: Path, line: dict[str, Any]) -> None:
     which one curve must not mix."""
     kept = [
         one
-        for one in _lines(path)
+        for one in read_lines(path)
         if one["cfg_scale"] != line["cfg_scale"] and one["settings"] == line["settings"]
     ]
-    add_line(path, line, kept)
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(one) + "\n" for one in [*kept, line]), encoding="utf-8")
+    part.replace(path)
 
 
 if __name__ == "__main__":

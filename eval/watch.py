@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli import parse, run_script
-from eval.rounds import RoundConfig, add_line, play, publish, tidy
+from eval.rounds import RoundConfig, play, publish, tidy
 from eval.run_curves import WATCH_NAME as LINES_NAME
+from training.lines import add_line, read_lines
 
 WEIGHTS = ("config.json", "ema.safetensors", "state.json")
 
@@ -82,8 +83,6 @@ def _alone(run: Path) -> Iterator[None]:
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:
-    from training.lines import read_lines
-
     return read_lines(run / LINES_NAME)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from eval import rounds, sweep, watch
 from eval.page import write_report
-from eval.rounds import add_line, run_command
+from eval.rounds import run_command
 from eval.sweep import SweepConfig
 from eval.watch import WatchConfig
 from ingest.commits import digest_file
@@ -176,16 +176,6 @@ def test_two_watchers_of_one_run_are_refused(tmp_path: Path, played: list):
     with pytest.raises(ValueError, match="found no run, expected one with config.yaml"):
         watch.main(WatchConfig(run=str(tmp_path / "none"), once=True))
     assert played == []
-
-
-def test_a_line_that_a_kill_cut_short_is_dropped_by_the_next(tmp_path: Path):
-    path = tmp_path / "watch.jsonl"
-    add_line(path, {"step": 1})
-    with path.open("a") as file:
-        file.write('{"step": 2, "sc')
-    add_line(path, {"step": 3})
-    assert read_lines(path) == [{"step": 1}, {"step": 3}]
-    assert [one.name for one in tmp_path.iterdir()] == ["watch.jsonl"]
 
 
 def test_a_script_s_mistake_is_told_by_its_own_words(
