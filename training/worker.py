@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -38,7 +39,8 @@ MAY_CHANGE = {
     "train.snapshot_every", "train.report_every",
     "train.compile", "train.micro_batch_size", "train.zero_stage", "train.offload",
     "train.spike_deviations",
-    "train.hang_seconds", "train.peak_tflops", "train.profile",
+    "train.hang_seconds", "train.peak_tflops", "train.profile", "train.validator",
+    "train.validator_gpus",
     "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh",
     "dry_run", "run",
 }  # fmt: skip
@@ -232,6 +234,10 @@ def _train(
     with _locked(run, rank), watchdog:
         torch.manual_seed(settings.seed)  # every rank draws the same initial weights
         job = build(config)
+        if settings.validator:
+            from training.validator import hand_over
+
+            job = dataclasses.replace(job, hand_over=partial(hand_over, rank=rank))
         peak = world_size * _peak_samples(job.model, settings, device)
         if settings.compile:
             compile_model(job.model)
