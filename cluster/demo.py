@@ -293,7 +293,8 @@ def _finish(config: DemoConfig, run: Path, timings: Timings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from eval.page import write_report
+    from eval.page import card_scores, write_report
+    from training.cards import refresh_cards
 
     scores = json.loads((run / "scores.json").read_text())
     judge = (
@@ -308,6 +309,7 @@ def _finish(config: DemoConfig, run: Path, timings: Timings) -> None:
     part.replace(run / "eval.json")
     (run / "provenance.json").write_text(json.dumps(_provenance(config, run), indent=1))
     report = write_report(run)
+    refresh_cards(run, card_scores(run))
     table = Table("stage", "seconds", "images/s", "peak memory")
     for row in timings.rows:
         rate = f"{row['images_per_second']:.1f}" if row["images_per_second"] else ""
@@ -323,25 +325,16 @@ def _finish(config: DemoConfig, run: Path, timings: Timings) -> None:
 
 
 def _provenance(config: DemoConfig, run: Path) -> dict[str, Any]:
-    import subprocess
-
     from ingest.shards import load_snapshot
+    from training.cards import code_here
 
-    git = shutil.which("git")
-    root = Path(__file__).resolve().parent.parent
-    commit = ""
-    if git and (root / ".git").exists():
-        found = subprocess.run(
-            [git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True
-        )
-        commit = found.stdout.strip()
     snapshots = {
         f"{name} {kind}": load_snapshot(run / "data" / name / kind).digest
         for name in ("train", "test")
         for kind in ("images", "embeds")
     }
     return {
-        "commit": commit or "not a git checkout",
+        "commit": code_here()["commit"] or "not a git checkout",
         "python": sys.version.split()[0],
         "demo": dataclasses.asdict(config),
         "snapshots": snapshots,

@@ -77,6 +77,7 @@ NAMED = {  # by their whole path, once the features are what that name means
 }
 # What tells a score apart but does not decide it: where the images lay, whose digest they have.
 OWN = ("digest", "source", "source_real", "train", "picture", "judge_relation", "quotable")
+COUNTS = {"n": "n =", "n_real": "real images", "n_train": "training images"}
 SHAPE_SETS = {
     "single": "one shape",
     "seen": "two shapes, combination seen in training",
@@ -230,7 +231,7 @@ def made_of(entry: Entry) -> str:
     words = [str(entry.made[key]) for key in ("name", "features", "judge") if entry.made.get(key)]
     if entry.made.get("quotable") is False:
         words.append("too few images, or other weights, to quote as FID")
-    counts = [k for k in ("n", "n_real", "n_train") if k in entry.made]
+    counts = [key for key in COUNTS if key in entry.made]
     words += [f"{_word(key)} {number(entry.made[key])}" for key in counts]
     return ", ".join(dict.fromkeys(words))
 
@@ -241,7 +242,7 @@ def _group_note(entry: Entry) -> str:
 
 
 def _word(key: str) -> str:
-    return "n =" if key == "n" else f"{key.replace('_', ' ')} =" if key[:2] == "n_" else key
+    return COUNTS.get(key, key.replace("_", " "))
 
 
 def described(path: str, made: dict[str, Any] | None = None) -> tuple[str, int, str]:
