@@ -137,16 +137,18 @@ def _limits(model: dict[str, Any], data: list[DataFacts]) -> list[str]:
     """Name the limits that the records show."""
     found = [limit for one in data for limit in one.limits]
     config, seen = model["config"], model["state"].get("samples_seen")
-    known = [one.num_samples for one in data if one.num_samples]
+    kinds = ("images", "embeds")  # of the same samples, where there are both
+    known = max(sum(one.num_samples for one in data if one.kind == kind) for kind in kinds)
     if seen and known:
         found.append(
-            f"It saw {seen:,} samples in training, from {max(known):,} different ones: each "
-            f"{seen / max(known):.1f} times on average."
+            f"It saw {seen:,} samples in training, from {known:,} different ones: each "
+            f"{seen / known:.1f} times on average."
         )
     if config.get("image_size"):
         found.append(f"Its images have {config['image_size']} px a side.")
-    if config.get("context_length"):
-        found.append(f"Of a caption it reads the first {config['context_length']} tokens.")
+    context = config.get("model", {}).get("text_tokens") or config.get("context_length")
+    if context:
+        found.append(f"Of a caption it reads the first {context} tokens.")
     if model["kind"].endswith("_prior") and not model["validation"]:
         found.append("Nothing was held out to validate it on while it trained.")
     if str(config.get("clip", "")).endswith(":random"):
