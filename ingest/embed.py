@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli import DONE, INCOMPLETE, parse, run_script
@@ -108,16 +107,21 @@ def main(config: EmbedConfig) -> int:
     from ingest.exclusions import Rules, publish_embeds
     from ingest.shards import load_snapshot, remove_data_folder
     from ingest.storage import absolute_root
-    from models.clip import load_clip
+    from models.clip import absolute_spec, load_clip
 
     _check(config)
     serve(config.metrics_port)
     out = absolute_root(config.out)
-    clip = str(Path(config.clip).absolute()) if Path(config.clip).is_dir() else config.clip
+    clip = absolute_spec(config.clip)
     images = load_snapshot(absolute_root(config.images))
     if config.fresh:
         remove_data_folder(out, "embeds")
     encoder = load_clip(clip)
+    if not encoder.unit_norm and (config.min_similarity, config.dedup) != (None, None):
+        raise ValueError(
+            f"--clip: found {config.clip} with --min-similarity or --dedup, expected an encoder "
+            "whose embeddings are of unit norm"
+        )
     open_embeds(out, clip, encoder, images)
     done = _finished(out, images)
     pending = [entry for entry in images.shards if entry.name not in done]
@@ -210,7 +214,10 @@ def _embed(
             seconds, chunk = row.pop("encode_seconds"), Chunk(**row)
             outcome.seconds["read"] += chunk.seconds
             outcome.seconds["encode"] += seconds
-            whole = assembler.add(Encoded(chunk=chunk, seconds=seconds, **embeds))
+            encoded = Encoded(
+                chunk=chunk, seconds=seconds, unit_norm=encoder.unit_norm, **embeds
+            )
+            whole = assembler.add(encoded)
             if whole is not None:
                 _settle(config.out, images.root, entries[chunk.shard], whole, outcome)
             advance(len(chunk.bad), note=f"{len(outcome.failed)} shards failed")
