@@ -273,4 +273,4 @@ def _settle(out: str, images: str, entry: "ShardEntry", parts: list[Any], outcom
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(EmbedConfig)))
+    run_script(lambda: main(parse(EmbedConfig, check=_check)))
