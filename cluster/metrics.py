@@ -20,7 +20,7 @@ from typing import Any, Literal
 Kind = Literal["counter", "gauge", "histogram"]
 
 OUTCOMES = ("stored", "filtered", "failed")
-INCIDENTS = ("spike", "hang")
+INCIDENTS = ("spike", "hang", "lost")
 MODELS = ("clip", "prior", "decoder", "upsampler")
 STAGES = ("download", "clip", "judge", "embed", "prior", "base", "up", "sample", "evaluate")
 SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -83,7 +83,7 @@ _TABLE: tuple[tuple[str, Kind, Mapping[str, tuple[str, ...]], str], ...] = (
     ("train_grad_norm", "gauge", _MODEL, "Norm of the gradient before clipping."),
     ("train_learning_rate_ratio", "gauge", _MODEL, "Learning rate as a share of its peak."),
     ("train_nonfinite_steps_total", "counter", _MODEL, "Steps skipped: loss not finite."),
-    ("train_incidents_total", "counter", {**_MODEL, "kind": INCIDENTS}, "Loss spikes and hangs."),
+    ("train_incidents_total", "counter", {**_MODEL, "kind": INCIDENTS}, "Spikes, hangs, losses."),
     ("train_mfu", "gauge", _MODEL, "Share of the devices' peak that the model's products use."),
     ("train_eta_seconds", "gauge", _MODEL, "Time to the last step at the present rate."),
     ("checkpoint_seconds", "histogram", _MODEL, "Time the training loop gives a checkpoint."),

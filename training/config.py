@@ -66,10 +66,14 @@ class TrainConfig:
     the CPU, which then takes the steps; zero_stage 2 or 3"""
     num_workers: int = 1
     """training processes under Ray; 0 = this very process, without Ray and DeepSpeed"""
+    min_workers: int = 0
+    """fewest of them that go on where nodes are lost, until there is room for all again; 0 = all"""
     num_threads: int = 2
     """threads a worker on the CPU"""
     max_failures: int = 3
     """restarts of the worker group before giving up"""
+    log_samples: bool = False
+    """log which samples each step trained on, by their keys, to <run>/samples"""
     seed: int = 0
     """of weights, sample order and every sample's noise"""
     checkpoint_every: int = 200
@@ -110,6 +114,11 @@ class TrainConfig:
             raise ValueError(
                 f"train.optimizer: found muon with zero_stage {self.zero_stage}, expected adamw: "
                 "ZeRO flattens the matrices that Muon needs whole"
+            )
+        if not 0 <= self.min_workers <= self.num_workers:
+            raise ValueError(
+                f"train.min_workers: found {self.min_workers}, expected at least 0 and at most the "
+                f"{self.num_workers} of train.num_workers"
             )
         self._require_partitioning()
         for name in (
@@ -165,9 +174,25 @@ class TrainConfig:
 
     @property
     def grad_accum_steps(self) -> int:
-        """Micro-batches a step: what makes the global batch from a worker's micro-batches."""
-        share = self.global_batch_size // max(1, self.num_workers)
-        return share // (self.micro_batch_size or share)
+        """Micro-batches a step where all workers are there."""
+        return self.micro_batches(max(1, self.num_workers))
+
+    @property
+    def most_micro_batches(self) -> int:
+        """Micro-batches a step where the fewest workers are left."""
+        return self.micro_batches(max(1, self.min_workers or self.num_workers))
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches a step of each of so many workers: what makes the global batch, which
+        stays, from their micro-batches."""
+        share = -(-self.global_batch_size // world_size)
+        return -(-share // (self.micro_batch_size or share))
+
+    def samples_a_worker(self, world_size: int) -> int:
+        """Samples a step of each of so many workers, with the padding that makes all its
+        micro-batches equal; there is none where all workers are there."""
+        parts = self.micro_batches(world_size)
+        return -(-self.global_batch_size // (world_size * parts)) * parts
 
 
 @dataclass(frozen=True, kw_only=True)

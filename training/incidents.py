@@ -1,6 +1,7 @@
 """What went wrong in a run without ending it: incidents.jsonl, which the driver tells and counts.
 
-{"kind": "spike" | "hang", "step", "told", "time"}   a line each, of whichever rank saw it
+{"kind": "spike" | "hang" | "lost", "step", "told", "time"}   a line each, of whoever saw it first:
+a rank, or what watches over the ranks, of one that is gone
 """
 
 import json
@@ -10,7 +11,7 @@ from collections import deque
 from pathlib import Path
 
 INCIDENTS_NAME = "incidents.jsonl"
-KINDS = ("spike", "hang")
+KINDS = ("spike", "hang", "lost")
 WINDOW = 64  # losses that a spike is judged by
 ENOUGH = 32  # of them
 NORMAL = 1.4826  # median absolute deviations in a standard deviation

@@ -61,7 +61,7 @@ def build_clip_job(config: ClipRunConfig) -> Job:
     if config.init:
         _start_from(model, config.init)
     export = {"kind": "clip", "model": dataclasses.asdict(config.model)}
-    if config.train.grad_accum_steps > 1:
+    if config.train.most_micro_batches > 1:
         raise ValueError(
             f"train.micro_batch_size: found {config.train.micro_batch_size}, expected 0: "
             "CLIP contrasts all samples of a step with each other"

@@ -22,6 +22,7 @@ from training.feeds import make_feed
 from training.optimizer import learning_rate_ratio
 from training.reporting import Reporter
 from training.stopping import stop_wanted
+from training.timeline import num_attempts
 from training.writing import Writer
 from training.zero import Engine
 
@@ -59,7 +60,8 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
     averages = Averages(engine.fragments(), config.ema_decay, config.power_ema)
     writer = Writer(beside=config.async_checkpoints)
     progress = _resume(run, engine, averages)
-    reporter.started(progress)
+    attempt = checkpoint.agreed(engine, num_attempts(run))
+    reporter.started(progress, num_workers=engine.world_size, attempt=attempt)
     if progress.step == config.num_steps:  # killed between its last checkpoint and its end
         writer.begin(partial(_checkpoint, run, engine, averages, progress, job, config))
     batches = feed.iterate(progress.step, config.num_steps)
@@ -90,6 +92,7 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
             samples_seen=progress.samples_seen + micro_batches[0].num_real,
             nonfinite_steps=progress.nonfinite_steps + (not finite),
         )
+        reporter.trained(progress, micro_batches)
         reporter.step(progress, scores if finite else {}, ratio)
 
         # Checkpoint

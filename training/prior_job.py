@@ -66,7 +66,7 @@ def _sizes_of(config: PriorRunConfig, embed_dim: int) -> Any:
 
 def build_prior(config: PriorRunConfig) -> Job:
     """Describe the training of a prior; the frozen text tower stays outside the engine."""
-    if config.prior == "regression" and config.train.grad_accum_steps > 1:
+    if config.prior == "regression" and config.train.most_micro_batches > 1:
         raise ValueError(
             f"train.micro_batch_size: found {config.train.micro_batch_size}, expected 0: the "
             "regression prior contrasts all samples of a step with each other"

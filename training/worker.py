@@ -1,6 +1,7 @@
 """Where a run happens: in this process, or in workers that Ray Train places and restarts."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import time
@@ -14,24 +15,24 @@ from models.weights import FINAL_NAME
 from training.config import RunConfig, TrainConfig
 from training.precision import native_bf16, settled
 from training.stopping import forget_stop, stopping_on_sigterm
+from training.timeline import note
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 LOCK_SECONDS = 60
-# of a collective: longer than a validation, during which the others wait for the first rank; what
-# hangs, the watchdog ends
-COLLECTIVE_SECONDS = 7200
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a job
 ERROR_NAMES = "error_*.txt"  # why a rank stopped, by rank
 HANG_UP_SECONDS = 5
 # A wrong request, or a training that diverges: the same in every attempt. A subclass of ValueError
 # such as UnicodeDecodeError is told as a ValueError, by its message.
-TOLD = (ValueError, FloatingPointError)
+TOLD = (ValueError, FloatingPointError, OSError)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of what a disk says, the same in every attempt
 CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folder is ours
 MAY_CHANGE = {
-    "train.num_workers", "train.num_threads", "train.max_failures", "train.keep_checkpoints",
+    "train.num_workers", "train.min_workers", "train.num_threads", "train.max_failures",
+    "train.log_samples", "train.keep_checkpoints",
     "train.async_checkpoints", "train.keep_every", "train.checkpoint_every",
     "train.snapshot_every", "train.report_every",
     "train.compile", "train.micro_batch_size", "train.zero_stage", "train.offload",
@@ -58,6 +59,7 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
 
     window(config.train.profile)  # a slip of the pen is told before workers start
     forget_stop(run)
+    note(run, "launched")
     if config.train.num_workers == 0 and config.train.zero_stage:
         print(f"zero_stage: {config.train.zero_stage} has no part in one process, which keeps all")
     with Follower(run, model_name):
@@ -254,39 +256,13 @@ def compile_model(model: "nn.Module") -> None:
 
 
 def _train_under_ray(config: RunConfig, run: Path, build: Callable) -> None:
-    from cluster.session import ensure_ray
+    from training.elastic import fit
 
-    ensure_ray()
-    import ray
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    settings = config.train
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if 0 < gpus < settings.num_workers:
-        raise ValueError(
-            f"train.num_workers: found {settings.num_workers} for {gpus} GPUs, expected no more"
-        )
-    use_gpu = gpus > 0
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"config": config, "run": str(run), "build": build},
-        torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS
-        ),
-        scaling_config=ray.train.ScalingConfig(num_workers=settings.num_workers, use_gpu=use_gpu),
-        run_config=ray.train.RunConfig(
-            # Ray's own state of the run; ours is what counts, and a rerun continues from ours alone
-            name=f"attempt_{int(time.time())}",
-            storage_path=str(run / "_ray"),
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-        ),
-    )
     for told in run.glob(ERROR_NAMES):
         told.unlink()
     try:
         with stopping_on_sigterm(run):
-            trainer.fit()
+            fit(_worker, {"config": config, "run": str(run), "build": build}, config.train, run)
     finally:  # where a rank told why, that is what matters, not what Ray made of the others
         _raise_told(run)
 
@@ -304,18 +280,22 @@ def _worker(arguments: dict) -> None:
     What would go wrong again in every attempt is left for the driver to tell, and the worker
     returns, since Ray would restart one that raises.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
     import torch.distributed as dist
 
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
+    run, config, build = Path(arguments["run"]), arguments["config"], arguments["build"]
+    if not dist.get_rank():
+        note(run, "placed")
     from training.zero import ZeroEngine
 
-    run, config, build = Path(arguments["run"]), arguments["config"], arguments["build"]
     if any(run.glob(ERROR_NAMES)):  # Ray tries again what no attempt can do
         return
     try:
         ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
         _train(config, run, build, ZeroEngine, **ranks)
     except TOLD as error:
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise  # a storage may answer the next attempt
         _tell(run, error, dist.get_rank())
         if not _all_told(run, dist.get_world_size()):
             # The others may wait for this rank in a collective, for longer than anyone would watch
