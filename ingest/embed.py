@@ -234,22 +234,32 @@ def _encoded_rows(
     import ray
     import ray.data
 
+    from cluster.session import placed_on
+
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it narrates each plan
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= config.num_actors else 0
+    there, scaled = ray.cluster_resources().get("GPU", 0), placed_on("gpu_group")
+    gpus = 1 if scaled or there >= config.num_actors else 0
     read = Reader(images.root, encoder.preprocessing, config.batch_size)
     rows = [vars(entry) for entry in pending]
     shards = ray.data.from_items(rows, override_num_blocks=len(rows))
     side = encoder.image_size
     memory = 4 * 3 * side * side * config.batch_size  # a few chunks; and unlike the encoder's
     # resources, or Ray Data would run readers inside the encoders' processes
-    chunks = shards.flat_map(read, num_cpus=1, memory=memory, concurrency=config.num_readers)
+    chunks = shards.flat_map(
+        read,
+        num_cpus=1,
+        memory=memory,
+        concurrency=config.num_readers,
+        resources=placed_on("cpu_group"),
+    )
     encode: Any = Encoder  # an actor's class, where the annotations know functions only
     return chunks.map(
         encode,
         fn_constructor_args=(config,),
         num_gpus=gpus,
         num_cpus=1,
+        resources=placed_on("gpu_group"),
         compute=ray.data.ActorPoolStrategy(
             min_size=config.num_actors,
             max_size=config.max_actors or config.num_actors,
@@ -280,4 +290,4 @@ def _settle(out: str, images: str, entry: "ShardEntry", parts: list[Any], outcom
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(EmbedConfig)))
+    run_script(lambda: main(parse(EmbedConfig, check=_check)))
