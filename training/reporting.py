@@ -25,6 +25,7 @@ from training.writing import Writer
 
 METRICS_NAME = "metrics.jsonl"
 VALIDATION_NAME = "validation.jsonl"  # {"step", scores}: one line a validation
+STARTS_NAME = "starts.jsonl"  # {"step", "time"}: one line each time that the workers begin
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -57,10 +58,12 @@ class Reporter:
         self._count = 0
 
     def started(self, progress: Progress) -> None:
-        """Forget the lines past the checkpoint that the run continues from."""
+        """Note the start, and forget the lines past the checkpoint that the run continues from."""
         self._reported = time.perf_counter()
         self._reported_samples = progress.samples_seen
         if self._path is not None:
+            with (self._run / STARTS_NAME).open("a") as file:
+                file.write(json.dumps({"step": progress.step, "time": time.time()}) + "\n")
             for path in (self._path, self._validation):
                 lines = [line for line in read_lines(path) if line["step"] <= progress.step]
                 if path.is_file():
@@ -173,7 +176,9 @@ class Follower:
     Prometheus always."""
 
     def __init__(self, run: Path, model: str) -> None:
+        self._run = run
         self._path, self._validation = run / METRICS_NAME, run / VALIDATION_NAME
+        self._starts, self._started = run / STARTS_NAME, len(read_lines(run / STARTS_NAME))
         self._incidents, self._told = run / INCIDENTS_NAME, len(read_lines(run / INCIDENTS_NAME))
         self._model = model
         before = read_lines(self._path)
@@ -184,12 +189,22 @@ class Follower:
         self._thread = threading.Thread(target=self._work, name="follow", daemon=True)
 
     def __enter__(self) -> "Follower":
+        now = time.time()  # the age of what is still to come is told from here on
+        self._set("train_running", 1)
+        self._set("train_report_timestamp_seconds", now)
+        self._set("checkpoint_timestamp_seconds", now)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._set("train_running", 0)
+
+    def _set(self, name: str, value: float) -> None:
+        from cluster.metrics import gauge
+
+        gauge(f"minidalle2_{name}").set(value, model=self._model)
 
     def _work(self) -> None:
         from rich.console import Console
@@ -207,6 +222,7 @@ class Follower:
                 tell = partial(console.print, soft_wrap=True, markup=False)
                 self._tell_validations(tell)
                 self._tell_incidents(tell)
+                self._look_around()
                 if line is not None:
                     done, total = line["step"], line["num_steps"]
                     bar.update(task, total=total, completed=done, note=describe(line))
@@ -235,6 +251,7 @@ class Follower:
             for name, value in scores.items():
                 if f"{self._model}.{name}" in SCORES:
                     gauge("minidalle2_eval_score").set(value, metric=f"{self._model}.{name}")
+            gauge("minidalle2_eval_timestamp_seconds").set(time.time(), of=self._model)
 
     def _tell_incidents(self, tell: Callable[[str], None]) -> None:
         """Print and count the incidents that are new."""
@@ -246,6 +263,16 @@ class Follower:
             tell(f"{self._model}: {line['kind']} at step {line['step']}: {line['told']}")
             counter("minidalle2_train_incidents_total").inc(1, model=self._model, kind=line["kind"])
 
+    def _look_around(self) -> None:
+        """Publish when the workers last began, and the space that the run's disk has left."""
+        from cluster.metrics import storage_space
+
+        starts = read_lines(self._starts)
+        if len(starts) > self._started:
+            self._set("train_start_timestamp_seconds", starts[-1]["time"])
+        self._started = len(starts)
+        storage_space(self._run, holds="runs")
+
     def _say(self, line: dict, *, at_once: bool, silent: bool) -> None:
         if silent or not (at_once or time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
             return
@@ -253,7 +280,7 @@ class Follower:
         print(f"{self._model}: {describe(line)}", flush=True)
 
     def _publish(self, line: dict) -> None:
-        from cluster.metrics import counter, gauge, histogram
+        from cluster.metrics import counter, histogram
 
         for name in (
             "loss",
@@ -262,17 +289,20 @@ class Follower:
             "data_wait_ratio",
             "grad_norm",
             "learning_rate_ratio",
+            "device_memory_bytes",
             "mfu",
             "eta_seconds",
         ):
             if line.get(name) is not None:
-                gauge(f"minidalle2_train_{name}").set(line[name], model=self._model)
+                self._set(f"train_{name}", line[name])
+        self._set("train_report_timestamp_seconds", time.time())
         counter("minidalle2_train_samples_total").inc(line["reported_samples"], model=self._model)
         skipped = line["nonfinite_steps"] - self._nonfinite
         if skipped > 0:
             counter("minidalle2_train_nonfinite_steps_total").inc(skipped, model=self._model)
         self._nonfinite = line["nonfinite_steps"]
         if line["checkpoint_seconds"]:
+            self._set("checkpoint_timestamp_seconds", time.time())
             counter("minidalle2_checkpoints_total").inc(1, model=self._model)
             seconds = histogram("minidalle2_checkpoint_seconds")
             seconds.observe(line["checkpoint_seconds"], model=self._model)
