@@ -2,7 +2,8 @@
 
 python cluster/dashboards.py
 
-They are cluster/prometheus/recording.yaml and cluster/grafana/dashboards/*.json. The metrics stand in cluster/metrics.py and the panels in cluster/panels.py: edit those.
+They are cluster/prometheus/recording.yaml and cluster/grafana/dashboards/*.json. The metrics stand
+in cluster/metrics.py and the panels in cluster/panels.py: edit those.
 """
 
 import json
