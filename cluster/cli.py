@@ -47,7 +47,10 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         code = INCOMPLETE
     except KeyboardInterrupt:
         print("interrupted; rerun the same command to continue", file=sys.stderr)
-        code = INCOMPLETE
+        sys.exit(INCOMPLETE)
+    exporter = sys.modules.get("cluster.exporter")  # there only if something was counted
+    if exporter is not None:
+        exporter.await_scrape()
     sys.exit(code or DONE)
 
 

@@ -22,6 +22,8 @@ def ensure_ray() -> None:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import ray
 
+    from cluster.metrics import hand_over_to_ray
+
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
@@ -34,8 +36,9 @@ def ensure_ray() -> None:
             log_to_driver=bool(os.environ.get("MINIDALLE2_TRACEBACK")),
             logging_level=logging.WARNING,
         )
-        return
-    ray.init(address=address, logging_level=logging.WARNING)
+    else:
+        ray.init(address=address, logging_level=logging.WARNING)
+    hand_over_to_ray()
 
 
 def placed_on(group: Group) -> dict[str, float]:

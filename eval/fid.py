@@ -8,6 +8,7 @@ captions.
 """
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -208,6 +209,7 @@ def _show(scores: dict[str, Any]) -> None:
     for name, value in flatten(scores).items():
         if name in SCORES and value is not None:
             gauge("minidalle2_eval_score").set(value, metric=name)
+    gauge("minidalle2_eval_timestamp_seconds").set(time.time(), of="chain")
 
 
 if __name__ == "__main__":

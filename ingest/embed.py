@@ -202,12 +202,14 @@ def _embed(
     """Send the pending shards through readers and encoders, and commit what comes back."""
     from cluster.session import ending_with_own_node, ensure_ray
     from ingest.encode import Assembler, Chunk, Encoded
-    from ingest.progress import progress
+    from ingest.progress import progress, show_place
 
     ensure_ray()
     entries = {entry.name: entry for entry in pending}
     assembler, outcome = Assembler(), Outcome()
     total = sum(entry.num_samples for entry in pending)
+    waiting = len(pending)
+    show_place("embed", config.out, waiting)
     with ending_with_own_node(), progress("embed", total, unit="images") as advance:
         for row in _encoded_rows(config, images, pending, encoder).iter_rows():
             embeds = {name: row.pop(name) for name in ("image_embed", "text_embed")}
@@ -220,6 +222,8 @@ def _embed(
             whole = assembler.add(encoded)
             if whole is not None:
                 _settle(config.out, images.root, entries[chunk.shard], whole, outcome)
+                waiting -= 1
+                show_place("embed", config.out, waiting)
             advance(len(chunk.bad), note=f"{len(outcome.failed)} shards failed")
     return outcome
 
