@@ -200,7 +200,7 @@ def _show(scores: dict[str, Any]) -> None:
     from rich.table import Table
 
     from cluster.metrics import SCORES, gauge
-    from eval.report import flatten
+    from eval.formats import flatten
 
     table = Table("score", "value")
     for name, value in flatten(scores).items():

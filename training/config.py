@@ -98,6 +98,11 @@ class TrainConfig:
     manufacturer's figure for dense bf16, where the device is a known GPU"""
     profile: str = ""
     """steps to profile, "first:count" such as 20:3: traces for chrome://tracing in <run>/profile"""
+    validator: str = ""
+    """command that Ray starts after each checkpoint, beside the steps, with --run and --once added,
+    such as "python eval/watch.py --prior runs/prior"; empty = none; num_workers 1 or more"""
+    validator_gpus: Annotated[float, UNLISTED] = 0.0
+    """GPUs, or a share of one, that the validator is given"""
 
     def __post_init__(self) -> None:
         workers = max(1, self.num_workers)
@@ -137,6 +142,11 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}: found {getattr(self, name)}, expected at least 0")
         self._require_averages()
+        if self.validator and not self.num_workers:
+            raise ValueError(
+                "train.validator: found a command with num_workers 0, expected 1 or more: Ray "
+                "starts it; without Ray, run eval/watch.py beside the training"
+            )
 
     def _require_averages(self) -> None:
         if self.snapshot_every and not self.power_ema:

@@ -14,6 +14,7 @@ from typing import Any
 from training.config import TrainConfig
 from training.incidents import report_incident
 from training.timeline import note
+from training.validator import validation_config
 from training.watchdog import last_step
 
 RAY_TIMES = {
@@ -74,6 +75,7 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             callbacks=[_losses_of(run)],
         ),
+        validation_config=validation_config(settings, run),
     )
     try:
         trainer.fit()

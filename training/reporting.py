@@ -20,15 +20,13 @@ from training.batches import Batch
 from training.checkpoint import Progress
 from training.config import TrainConfig
 from training.incidents import INCIDENTS_NAME, LossWatch, report_incident
-from training.lines import add_line, read_lines
+from training.lines import METRICS_NAME, VALIDATION_NAME, add_line, read_lines
 from training.profiling import Profiler
 from training.samples import SampleLog
 from training.timeline import TIMELINE_NAME, note
 from training.watchdog import Watchdog
 from training.writing import Writer
 
-METRICS_NAME = "metrics.jsonl"
-VALIDATION_NAME = "validation.jsonl"  # {"step", scores}: one line a validation
 SECONDS_BETWEEN_LINES = 15.0
 
 

@@ -7,11 +7,13 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from cluster.cli import DONE, INCOMPLETE, read_yaml, to_yaml
 from models.weights import FINAL_NAME
+from training.cards import ensure_cards, record_code
 from training.config import RunConfig, TrainConfig
 from training.precision import native_bf16, settled
 from training.stopping import forget_stop, stopping_on_sigterm
@@ -38,7 +40,8 @@ MAY_CHANGE = {
     "train.snapshot_every", "train.report_every",
     "train.compile", "train.micro_batch_size", "train.zero_stage", "train.offload",
     "train.spike_deviations",
-    "train.hang_seconds", "train.peak_tflops", "train.profile",
+    "train.hang_seconds", "train.peak_tflops", "train.profile", "train.validator",
+    "train.validator_gpus",
     "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh",
     "dry_run", "run",
 }  # fmt: skip
@@ -54,7 +57,9 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
     config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
     if (run / FINAL_NAME).is_file():
         print(f"{run}: finished already; --fresh starts over")
+        ensure_cards(run)
         return 0
+    record_code(run)
     from training.profiling import window
     from training.reporting import Follower
 
@@ -69,6 +74,7 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
         else:
             _train_under_ray(config, run, build)
     if (run / FINAL_NAME).is_file():
+        ensure_cards(run)
         return DONE
     forget_stop(run)
     print(f"{run}: stopped, as was wished, at a checkpoint; rerun the same command to continue")
@@ -225,6 +231,10 @@ def _train(
     with _locked(run, rank), watchdog:
         torch.manual_seed(settings.seed)  # every rank draws the same initial weights
         job = build(config)
+        if settings.validator:
+            from training.validator import hand_over
+
+            job = dataclasses.replace(job, hand_over=partial(hand_over, rank=rank))
         peak = world_size * _peak_samples(job.model, settings, device)
         if settings.compile:
             compile_model(job.model)
