@@ -22,6 +22,7 @@ from training.watchdog import HEARTBEATS
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT_EVERY = 10
+HANG_SECONDS = 30.0
 NUM_SAMPLES, GLOBAL_BATCH = 120, 24  # five steps an epoch
 PATIENCE_SECONDS = 400.0
 STORE_BYTES = 80 << 20  # of a node's object store; Ray asks for 75 MB at least
@@ -109,7 +110,7 @@ class Training:
             "--train.global-batch-size", str(GLOBAL_BATCH), "--train.num-steps",
             str(self.num_steps), "--train.checkpoint-every", str(CHECKPOINT_EVERY),
             "--train.report-every", "1", "--train.log-samples", "--train.max-failures", "100",
-            "--train.hang-seconds", "30", *self.options,
+            "--train.hang-seconds", str(HANG_SECONDS), *self.options,
         ]  # fmt: skip
         environment = {**os.environ, "RAY_ADDRESS": self.address}
         with self.output.open("a") as output:
@@ -121,22 +122,25 @@ class Training:
     def output(self) -> Path:
         return self.run.parent / f"{self.run.name}.txt"
 
+    def told(self) -> str:
+        """The end of what the driver has printed."""
+        return self.output.read_text()[-3000:]
+
     @property
     def step(self) -> int:
         """The last step that was reported."""
         lines = read_lines(self.run / METRICS_NAME)
         return lines[-1]["step"] if lines else 0
 
-    def await_that(self, what: str, true: Callable[[], bool]) -> None:
+    def await_that(self, what: str, true: Callable[[], bool], seconds: float = 0.05) -> None:
         """Wait until something is so; AssertionError with the output where the run ends first."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not true():
             assert self.process is not None
             ended = self.process.poll()
-            told = self.output.read_text()[-3000:]
-            assert ended is None, f"ended with {ended} before {what}:\n{told}"
-            assert time.monotonic() < deadline, f"waited in vain: {what}\n{told}"
-            time.sleep(0.05)
+            assert ended is None, f"ended with {ended} before {what}:\n{self.told()}"
+            assert time.monotonic() < deadline, f"waited in vain: {what}\n{self.told()}"
+            time.sleep(seconds)
 
     def await_step(self, step: int) -> None:
         self.await_that(f"step {step}", lambda: self.step >= step)
@@ -167,7 +171,7 @@ class Training:
         """Wait for the end, which must be a good one."""
         assert self.process is not None
         code = self.process.wait(PATIENCE_SECONDS)
-        assert code == 0, self.output.read_text()[-3000:]
+        assert code == 0, self.told()
 
     def stop(self) -> None:
         """End the driver, whatever it does."""
@@ -178,15 +182,26 @@ class Training:
     # -- faults; each returns the time by the clock ------------------------------------------------
 
     def kill_worker(self, dice: random.Random) -> float:
-        return self._signal(dice.choice(sorted(self.ranks().values())), signal.SIGKILL)
+        return _signal(dice.choice(sorted(self.ranks().values())), signal.SIGKILL)
+
+    def kill_while_it_writes(self) -> float:
+        """Kill the first rank that is seen with a half-written part of a checkpoint."""
+        ranks, found = self.ranks(), list[Path]()
+
+        def writing() -> bool:
+            found[:] = self.run.glob("step_*/fragments/rank_*.part")
+            return bool(found)
+
+        self.await_that("a checkpoint is written", writing, seconds=0.0)
+        return _signal(ranks[int(found[0].stem.removeprefix("rank_"))], signal.SIGKILL)
 
     def stop_worker(self, dice: random.Random) -> float:
         """Stop a process without ending it: it holds its connections and says nothing."""
-        return self._signal(dice.choice(sorted(self.ranks().values())), signal.SIGSTOP)
+        return _signal(dice.choice(sorted(self.ranks().values())), signal.SIGSTOP)
 
     def kill_raylet(self, dice: random.Random, on: Nodes) -> float:
         rank = dice.choice(sorted(self.ranks().values()))
-        return self._signal(on.raylet_of(rank), signal.SIGKILL)
+        return _signal(on.raylet_of(rank), signal.SIGKILL)
 
     def kill_driver(self) -> float:
         """Kill the driver and give the command again; the time is that of the command."""
@@ -195,11 +210,28 @@ class Training:
         self.start()
         return now
 
-    @staticmethod
-    def _signal(pid: int, number: int) -> float:
-        now = time.time()
-        os.kill(pid, number)
-        return now
+    def damage_checkpoint(self, dice: random.Random) -> float:
+        """Truncate a part of the newest checkpoint, flip one of its bits or delete it; then kill a
+        worker."""
+        folder = self.run / f"step_{self.committed():08d}" / "fragments"
+        path = dice.choice(sorted(folder.iterdir()))
+        content = bytearray(path.read_bytes())
+        place = dice.randrange(len(content))
+        how = dice.choice(("truncate", "flip", "delete"))
+        if how == "truncate":
+            path.write_bytes(content[:place])
+        elif how == "flip":
+            content[place] ^= 1 << dice.randrange(8)
+            path.write_bytes(content)
+        else:
+            path.unlink()
+        return self.kill_worker(dice)
+
+
+def _signal(pid: int, number: int) -> float:
+    now = time.time()
+    os.kill(pid, number)
+    return now
 
 
 def write_embeds(root: Path) -> Path:

@@ -68,6 +68,8 @@ class TrainConfig:
     """training processes under Ray; 0 = this very process, without Ray and DeepSpeed"""
     min_workers: int = 0
     """fewest of them that go on where nodes are lost, until there is room for all again; 0 = all"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU for each worker where there are any; cuda: or else refuse; cpu: none"""
     num_threads: int = 2
     """threads a worker on the CPU"""
     max_failures: int = 3

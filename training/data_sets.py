@@ -13,7 +13,7 @@ from ingest.embed_statistics import NAME as STATISTICS
 from ingest.embed_statistics import EmbedStatistics
 from ingest.shards import Snapshot, load_snapshot, read_manifest
 from ingest.storage import absolute_root
-from models.clip import FrozenClip, load_clip
+from models.clip import FrozenClip, absolute_spec, load_clip
 from models.weights import exported, load_config, load_weights
 from training.batches import Reader
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
@@ -32,8 +32,7 @@ def prepare_data(config: Config) -> Config:
         changes["images"] = tuple(ensure_images(root) for root in config.images)
     if isinstance(config, (PriorRunConfig, DecoderRunConfig)) and not _upsampler(config):
         changes["embeds"] = tuple(ensure_embeds(root) for root in config.embeds)
-        if Path(config.clip).is_dir() and config.clip:  # a worker has a folder of its own
-            changes["clip"] = str(Path(config.clip).absolute())
+        changes["clip"] = absolute_spec(config.clip)
     if config.init and Path(config.init).is_dir():
         changes["init"] = str(Path(config.init).absolute())
     if isinstance(config, PriorRunConfig):

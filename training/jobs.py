@@ -23,7 +23,7 @@ from models.clip import (
     token_mask,
     tokenizer,
 )
-from models.decoder import Condition, Decoder
+from models.decoder import Condition, Decoder, dropped_captions
 from models.losses import contrastive
 from models.transformer import attention_kernels, trimmed_length
 from models.upsampler import Upsampler
@@ -160,6 +160,11 @@ def _build_base(config: DecoderRunConfig) -> Job:
             "are of the images as they are"
         )
     encoder = encoder_of((*config.embeds, *config.validation_embeds), config.clip)
+    if config.base.embed_noise and not encoder.unit_norm:
+        raise ValueError(
+            f"base.embed_noise: found {config.base.embed_noise} for embeddings that keep their "
+            "length, expected 0: what it makes of them is of unit norm"
+        )
     export = {
         "kind": "decoder",
         "model": dataclasses.asdict(config.base),
@@ -171,7 +176,10 @@ def _build_base(config: DecoderRunConfig) -> Job:
     }
 
     def objective(model: Decoder, batch: Batch) -> dict[str, Tensor]:
-        condition = decoder_condition(encoder, config, batch)
+        drop = None
+        if config.base.empty_caption:
+            drop = dropped_captions(config.base, batch.keys)
+        condition = decoder_condition(encoder, config, batch, drop)
         return model.losses(batch.keys, pixels(batch["image"]), condition)
 
     return _stage_job(config, objective, export, partial(decoder_condition, encoder, config))
@@ -201,21 +209,32 @@ def latest(roots: tuple[str, ...]) -> list[Snapshot]:
     return [load_snapshot(root) for root in roots]
 
 
-def decoder_condition(encoder: FrozenClip, config: DecoderRunConfig, batch: Batch) -> Condition:
-    """Return what a base decoder is told of a batch."""
+def decoder_condition(
+    encoder: FrozenClip, config: DecoderRunConfig, batch: Batch, drop: Tensor | None = None
+) -> Condition:
+    """Return what a base decoder is told of a batch; drop: bool [B], whose captions are to be the
+    empty one."""
     if not config.base.use_text:
         return Condition(image_embed=batch["image_embed"])
     words: dict[str, Any]
+    text_embed = batch["text_embed"]
     if config.base.text_tokens:
         tokens = batch["caption_tokens"]
         tokens = tokens[:, : trimmed_length(token_mask(tokens))]
         words = {"tokens": tokens}
     else:
-        tokens = encoder.trimmed(batch["tokens"])
-        words = {"text_states": encoder.to(batch.keys.device).encode_text(tokens)[1]}
+        tokens = batch["tokens"]
+        if drop is not None:
+            empty = torch.from_numpy(encoder.tokenize([""])).to(tokens)
+            tokens = torch.where(drop[:, None], empty, tokens)
+        tokens = encoder.trimmed(tokens)
+        embed, states = encoder.to(batch.keys.device).encode_text(tokens)
+        words = {"text_states": states}
+        if drop is not None:
+            text_embed = torch.where(drop[:, None], embed, text_embed)
     return Condition(
         image_embed=batch["image_embed"],
-        text_embed=batch["text_embed"],
+        text_embed=text_embed,
         token_mask=token_mask(tokens),
         **words,
     )

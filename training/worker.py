@@ -33,7 +33,8 @@ TOLD = (ValueError, FloatingPointError, OSError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of what a disk says, the same in every attempt
 CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folder is ours
 MAY_CHANGE = {
-    "train.num_workers", "train.min_workers", "train.num_threads", "train.max_failures",
+    "train.device", "train.num_workers", "train.min_workers", "train.num_threads",
+    "train.max_failures",
     "train.log_samples", "train.keep_checkpoints",
     "train.async_checkpoints", "train.keep_every", "train.checkpoint_every",
     "train.snapshot_every", "train.report_every",
@@ -89,33 +90,30 @@ def with_precision(config: RunConfig, run: Path) -> RunConfig:
         return config
     began = run / CONFIG_NAME
     kept = _flat(read_yaml(began)).get("train.precision") if began.is_file() else None
-    found = kept if kept and not config.fresh else _precision_here(config.train.num_workers)
+    here = _device(config.train)
+    elsewhere = _gpus_elsewhere(config.train)
+    settles = "bf16" if elsewhere else settled("auto", here)
+    found = kept if kept and not config.fresh else settles
     note = ""
-    elsewhere = _gpus_elsewhere(config.train.num_workers)
-    if found == "bf16" and not elsewhere and not native_bf16(_device_here()):
+    if found == "bf16" and not elsewhere and not native_bf16(here):
         note = ", as the run began; this device only emulates it, many times slower"
     print(f"precision: {found}{note}", flush=True)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=found))
 
 
-def _precision_here(num_workers: int) -> str:
-    return "bf16" if _gpus_elsewhere(num_workers) else settled("auto", _device_here())
+def _device(settings: TrainConfig) -> str:
+    """Return the kind of device that this process would train on."""
+    return "cuda" if settings.device != "cpu" and _has_cuda() else "cpu"
 
 
-def _device_here() -> str:
-    return "cuda" if _has_cuda() else "cpu"
-
-
-def _gpus_elsewhere(num_workers: int) -> bool:
+def _gpus_elsewhere(settings: TrainConfig) -> bool:
     """Say whether the workers have GPUs of a cluster, of which this machine may have none."""
-    if not num_workers or not os.environ.get("RAY_ADDRESS"):
+    if not settings.num_workers or settings.device == "cpu" or not os.environ.get("RAY_ADDRESS"):
         return False
-    from cluster.session import ensure_ray
+    from cluster.session import ensure_ray, has_gpus
 
     ensure_ray()
-    import ray
-
-    return ray.cluster_resources().get("GPU", 0) > 0
+    return has_gpus()
 
 
 def prepare_run(config: RunConfig, run_folder: str) -> Path:
@@ -223,11 +221,10 @@ def _train(
 
     keep_freed_memory()
     settings: TrainConfig = config.train
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    kind = _device(settings)
+    if settings.device not in ("auto", kind):
+        raise ValueError(f"train.device: found {settings.device} without a GPU, expected cpu")
+    device = torch.device(f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind)
     if device.type == "cpu":
         torch.set_num_threads(settings.num_threads)
     watchdog = Watchdog(run, rank, world_size, settings.hang_seconds)
@@ -292,8 +289,8 @@ def _worker(arguments: dict) -> None:
     """
     import torch.distributed as dist
 
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
     run, config, build = Path(arguments["run"]), arguments["config"], arguments["build"]
+    os.environ.setdefault("DS_ACCELERATOR", _device(config.train))
     if not dist.get_rank():
         note(run, "placed")
     from training.zero import ZeroEngine
