@@ -60,7 +60,7 @@ def write_report(run_dir: Path, against: Sequence[Path] = ()) -> Path:
         runs=curves,
         timings=timings,
         longest=max((row["seconds"] for row in timings), default=1) or 1,
-        provenance=flatten(pictures.read_json(run_dir / "provenance.json", dict) or {}),
+        provenance=_provenance(run_dir, scores),
         weights=_weights(samples),
         configs=_configs(run_dir),
         scores=flatten(scores),
@@ -111,6 +111,16 @@ def _others(against: Sequence[Path]) -> dict[str, dict[str, Any]]:
         name = (given if given.is_dir() else given.parent).resolve().name
         found[str(given) if name in found else name] = scores
     return found
+
+
+def _provenance(run: Path, scores: dict[str, Any]) -> dict[str, Any]:
+    """Return what is recorded of the run, and of its evaluation: code, versions, protocol."""
+    told = flatten(pictures.read_json(run / "provenance.json", dict) or {})
+    for part in ("provenance", "protocol", "sampling"):
+        name = "evaluation" if part == "provenance" else part
+        found = flatten(scores.get(part) or {}, name)
+        told |= {key: value for key, value in found.items() if not isinstance(value, float)}
+    return told
 
 
 def _weights(samples: Path) -> dict[str, Any]:

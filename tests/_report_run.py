@@ -45,6 +45,7 @@ SCORES: dict[str, Any] = {
         "share_closer": 0.047,
         "nearest": [{"fake": "000001.png", "train": "000000017", "distance": 0.031}],
     },
+    "provenance": {"commit": "c0ffee", "versions": {"torch": "2.14.1"}},
     "novel_measure": {"something_new": 0.777, "n": 31},
     "shapes": {
         "single": {

@@ -175,6 +175,7 @@ def test_a_rich_run_shows_each_part_once_and_escapes_every_quote(tmp_path: Path)
     assert page.count('class="name">&lt;script&gt;') == 2  # a row of each strip
     assert page.index("Guidance</h2>") < page.index("What the embedding holds</h2>")
     assert "num_steps: 39 # &lt;script&gt;" in page  # a configuration
+    assert "evaluation.versions.torch" in page and "c0ffee" in page
     assert "prior_weights.sha256" in page and "left out" not in page
     assert "best 10.6 at 2" in page  # of the sweep: lower is better
 
