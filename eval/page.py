@@ -8,7 +8,7 @@ is absent is left out.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval import pictures
 from eval.formats import duration, flatten, number, size
@@ -17,8 +17,10 @@ from eval.part_tables import SHAPE_SCORES, ablation_table, shape_rows
 from eval.run_curves import WATCH_NAME, run_curves, sweep_charts
 from eval.samples import SETTINGS_NAME
 from eval.score_table import ELSEWHERE, described, entries, made_of, score_table, title_of
-from training.cards import Score
 from training.lines import METRICS_NAME
+
+if TYPE_CHECKING:
+    from training.cards import Score
 
 REPORT_NAME = "report.html"
 SCORES_NAME = "eval.json"
@@ -71,8 +73,10 @@ def write_report(run_dir: Path, against: Sequence[Path] = ()) -> Path:
     return unfinished.replace(path)
 
 
-def card_scores(run_dir: Path) -> list[Score]:
+def card_scores(run_dir: Path) -> "list[Score]":
     """Return the scores of a folder's eval.json in words, for the cards of its runs."""
+    from training.cards import Score
+
     found = pictures.read_json(run_dir / SCORES_NAME, dict) or {}
     told = []
     for entry in entries({key: value for key, value in found.items() if key not in ELSEWHERE}):
