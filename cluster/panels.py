@@ -62,7 +62,7 @@ PIPELINE = Dashboard(
             _panel("Failed rows", f"sum({_FAILED}) / sum(minidalle2:ingest_rows:rate5m)", "failed",
                    "Share of the rows that could not be had; .2 to .5 is usual for an old list.",
                    "percentunit"),
-            _panel("Why rows fail", "topk(6, minidalle2:ingest_failures:rate5m)", "{{reason}}",
+            _panel("Why rows fail", "topk(6, minidalle2:ingest_failures:rate5m > 0)", "{{reason}}",
                    "The six commonest reasons; no_network and resolver_failed are our own.", "cps"),
             _panel("Stored", "minidalle2:ingest_bytes:rate5m", "images",
                    "Bytes of images that go into shards.", "Bps"),
