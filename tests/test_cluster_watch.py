@@ -85,7 +85,7 @@ def live(
         found = Live(watching, process, folder)
         try:
             found.wait_until_done("download")
-            wait_for(lambda: watching.now("minidalle2:train_step > 10"), "a few steps", 120)
+            wait_for(lambda: watching.now("minidalle2:train_step > 1"), "a few steps", 300)
             yield found
         finally:
             process.kill()
