@@ -6,8 +6,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 LOOK_SECONDS = 5.0
+GROUPS = "minidalle2_groups"  # the resource by which a head says that its cluster has groups
+Group = Literal["cpu_group", "gpu_group"]
 
 
 def ensure_ray() -> None:
@@ -36,6 +39,25 @@ def ensure_ray() -> None:
     else:
         ray.init(address=address, logging_level=logging.WARNING)
     hand_over_to_ray()
+
+
+def placed_on(group: Group) -> dict[str, float]:
+    """Return the resources by which Ray places work on one group of the cluster's nodes.
+
+    cpu_group: for downloads and decoding; gpu_group: for encoders and training. A cluster has them
+    if its head offers `GROUPS`, even while all nodes of a group are scaled away; in any other
+    nothing is asked for, and any node will do.
+    """
+    import ray
+
+    return {group: 0.001} if ray.cluster_resources().get(GROUPS) else {}
+
+
+def has_gpus() -> bool:
+    """Say whether the cluster has GPUs, or starts nodes that have when they are asked for."""
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU") or placed_on("gpu_group"))
 
 
 def require_own_node() -> None:

@@ -185,7 +185,7 @@ def _drew(config: FidConfig, fake: "ImageSet", captions: list[str]) -> bool:
 
 def _ablation_grid(folder: Path, captions: list[str], images: dict[str, Any]) -> None:
     """Write ablation.png, and ablation.json with its captions, beside the samples."""
-    from eval.generate import grid, save_png
+    from training.pictures import grid, save_png
 
     step = max(1, len(captions) // 8)
     chosen = range(0, len(captions), step)[:8]
@@ -200,7 +200,7 @@ def _show(scores: dict[str, Any]) -> None:
     from rich.table import Table
 
     from cluster.metrics import SCORES, gauge
-    from eval.report import flatten
+    from eval.formats import flatten
 
     table = Table("score", "value")
     for name, value in flatten(scores).items():

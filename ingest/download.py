@@ -384,4 +384,4 @@ def _report(config: DownloadConfig, plan: "Plan", snapshot: str) -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(DownloadConfig)))
+    run_script(lambda: main(parse(DownloadConfig, check=_check)))

@@ -21,6 +21,8 @@ from training.config import ClipRunConfig, PriorRunConfig, RunConfig, TrainConfi
 from training.jobs import build_clip_job
 from training.loop import Job
 from training.prior_job import build_prior
+from training.reporting import read_lines
+from training.timeline import read_timeline
 from training.worker import launch
 
 pytestmark = pytest.mark.slow
@@ -180,6 +182,54 @@ def build_with_a_fault_of_one_rank(config: PriorRunConfig) -> Job:
         return job.objective(model, batch)
 
     return dataclasses.replace(job, objective=objective)
+
+
+def build_with_a_full_disk_of_one_rank(config: PriorRunConfig) -> Job:
+    """What a disk says that is full, once, as the other rank waits in its collective."""
+    import errno
+
+    from training.prior_job import build_prior
+
+    job = build_prior(config)
+
+    def objective(model, batch):
+        if os.environ["RANK"] == "1":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), config.run)
+        return job.objective(model, batch)
+
+    return dataclasses.replace(job, objective=objective)
+
+
+def test_a_full_disk_of_one_rank_ends_the_run_at_once_and_is_told(data: Path, tmp_path: Path):
+    """Other errors of a storage are tried again; this one would be the same in every attempt."""
+    config = prior(data, tmp_path, **two(0))
+    with pytest.raises(OSError, match="No space left on device: .*"):
+        launch(config, config.run, build_with_a_full_disk_of_one_rank, "prior")
+    told = [line["event"] for line in read_timeline(tmp_path)]
+    assert told.count("placed") == 1, "no second attempt"
+
+
+def build_with_a_storage_that_fails(config: PriorRunConfig) -> Job:
+    """Whichever rank reads, in every attempt."""
+    from training.prior_job import build_prior
+
+    job = build_prior(config)
+
+    def objective(model, batch):
+        raise ConnectionError("the storage does not answer")
+
+    return dataclasses.replace(job, objective=objective)
+
+
+def test_workers_that_fail_too_often_are_one_line(data: Path, tmp_path: Path):
+    config = prior(data, tmp_path, num_workers=1, max_failures=1)
+    with pytest.raises(OSError) as caught:
+        launch(config, config.run, build_with_a_storage_that_fails, "prior")
+    told = str(caught.value)
+    assert told.startswith(f"{tmp_path}: lost workers more often than train.max_failures 1; last: ")
+    assert told.endswith("ConnectionError: the storage does not answer")
+    incidents = read_lines(tmp_path / "incidents.jsonl")
+    assert [line["kind"] for line in incidents] == ["lost", "lost"]
 
 
 def test_what_one_rank_alone_meets_ends_the_run_and_is_told(data: Path, tmp_path: Path):

@@ -93,8 +93,15 @@ class Feed:
 
     def _slice(self, step: int) -> Slice:
         """Return what this rank reads at `step`, by index: neighbours on the disk are neighbours
-        here, and a sum over a batch asks for no other order."""
+        here, and a sum over a batch asks for no other order.
+
+        Where the ranks' shares of the global batch differ, the smaller are padded: all take as many
+        micro-batches, of the same size.
+        """
         part = self.plan.slice(step, self.rank, self.world_size)
+        parts = self.grad_accum_steps
+        samples = -(-self.plan.global_batch_size // (self.world_size * parts)) * parts
+        part = part.padded(samples)
         order = np.argsort(part.index, kind="stable")
         return replace(
             part, epoch=part.epoch[order], index=part.index[order], weight=part.weight[order]

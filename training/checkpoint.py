@@ -32,6 +32,7 @@ from ingest.commits import digest_file
 from models.weights import FINAL_NAME, save_config, save_weights
 from training.averages import EMA, POWER, Averages
 from training.fragments import MASTER, Fragments
+from training.writing import whole_or_not_at_all
 from training.zero import Engine, Fragment
 
 FORMAT = 1
@@ -248,10 +249,9 @@ def _write_fragments(
     """Write what this rank owns, then the record that makes it count."""
     fragments.mkdir(parents=True, exist_ok=True)
     stem = fragments / f"rank_{rank:04d}"
-    part = stem.with_suffix(".part")
-    save_file(tensors, str(part))
-    told = record(sha256=digest_file(part))
-    part.replace(stem.with_suffix(".safetensors"))
+    with whole_or_not_at_all(stem.with_suffix(".safetensors")) as part:
+        save_file(tensors, str(part))
+        told = record(sha256=digest_file(part))
     _write_text(stem.with_suffix(".json"), json.dumps(asdict(told)))
 
 
@@ -321,7 +321,8 @@ def _export(
             flat = torch.empty(shape.numel())
             stored.read(f"{section}/{name}", 0, flat)
             tensors[name] = flat.view(shape)
-        save_weights(folder / file, tensors)
+        with whole_or_not_at_all(folder / file) as part:
+            save_weights(part, tensors)
     save_config(folder, config)
 
 

@@ -66,10 +66,16 @@ class TrainConfig:
     the CPU, which then takes the steps; zero_stage 2 or 3"""
     num_workers: int = 1
     """training processes under Ray; 0 = this very process, without Ray and DeepSpeed"""
+    min_workers: int = 0
+    """fewest of them that go on where nodes are lost, until there is room for all again; 0 = all"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU for each worker where there are any; cuda: or else refuse; cpu: none"""
     num_threads: int = 2
     """threads a worker on the CPU"""
     max_failures: int = 3
     """restarts of the worker group before giving up"""
+    log_samples: bool = False
+    """log which samples each step trained on, by their keys, to <run>/samples"""
     seed: int = 0
     """of weights, sample order and every sample's noise"""
     checkpoint_every: int = 200
@@ -92,6 +98,11 @@ class TrainConfig:
     manufacturer's figure for dense bf16, where the device is a known GPU"""
     profile: str = ""
     """steps to profile, "first:count" such as 20:3: traces for chrome://tracing in <run>/profile"""
+    validator: str = ""
+    """command that Ray starts after each checkpoint, beside the steps, with --run and --once added,
+    such as "python eval/watch.py --prior runs/prior"; empty = none; num_workers 1 or more"""
+    validator_gpus: Annotated[float, UNLISTED] = 0.0
+    """GPUs, or a share of one, that the validator is given"""
 
     def __post_init__(self) -> None:
         workers = max(1, self.num_workers)
@@ -111,6 +122,11 @@ class TrainConfig:
                 f"train.optimizer: found muon with zero_stage {self.zero_stage}, expected adamw: "
                 "ZeRO flattens the matrices that Muon needs whole"
             )
+        if not 0 <= self.min_workers <= self.num_workers:
+            raise ValueError(
+                f"train.min_workers: found {self.min_workers}, expected at least 0 and at most the "
+                f"{self.num_workers} of train.num_workers"
+            )
         self._require_partitioning()
         for name in (
             "num_steps",
@@ -126,6 +142,11 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}: found {getattr(self, name)}, expected at least 0")
         self._require_averages()
+        if self.validator and not self.num_workers:
+            raise ValueError(
+                "train.validator: found a command with num_workers 0, expected 1 or more: Ray "
+                "starts it; without Ray, run eval/watch.py beside the training"
+            )
 
     def _require_averages(self) -> None:
         if self.snapshot_every and not self.power_ema:
@@ -165,9 +186,25 @@ class TrainConfig:
 
     @property
     def grad_accum_steps(self) -> int:
-        """Micro-batches a step: what makes the global batch from a worker's micro-batches."""
-        share = self.global_batch_size // max(1, self.num_workers)
-        return share // (self.micro_batch_size or share)
+        """Micro-batches a step where all workers are there."""
+        return self.micro_batches(max(1, self.num_workers))
+
+    @property
+    def most_micro_batches(self) -> int:
+        """Micro-batches a step where the fewest workers are left."""
+        return self.micro_batches(max(1, self.min_workers or self.num_workers))
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches a step of each of so many workers: what makes the global batch, which
+        stays, from their micro-batches."""
+        share = -(-self.global_batch_size // world_size)
+        return -(-share // (self.micro_batch_size or share))
+
+    def samples_a_worker(self, world_size: int) -> int:
+        """Samples a step of each of so many workers, with the padding that makes all its
+        micro-batches equal; there is none where all workers are there."""
+        parts = self.micro_batches(world_size)
+        return -(-self.global_batch_size // (world_size * parts)) * parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +327,11 @@ class DecoderRunConfig(RunConfig):
     """start from the weights of a finished run of this stage and these sizes"""
     stage: Literal["base", "up256", "up1024"] = "base"
     """stage of the cascade"""
+    validation: tuple[str, ...] = ()
+    """folders of held-out image shards: their loss, and a picture in <run>/validation, at each
+    checkpoint"""
+    validation_embeds: tuple[str, ...] = ()
+    """folders of their embeddings, of the same encoder; base only"""
     image_size: int = 64
     """side of this stage's images in px"""
     low_res_size: int = 0

@@ -40,7 +40,7 @@ def make_feed(job: "Job", config: RunConfig, rank: int, world_size: int) -> Step
         reader=reader,
         rank=rank,
         world_size=world_size,
-        grad_accum_steps=config.train.grad_accum_steps,
+        grad_accum_steps=config.train.micro_batches(world_size),
         prefetch=data.prefetch,
     )
     if config.ingest == "native":
@@ -85,6 +85,8 @@ class RayFeed:
         """Yield the columns of each step."""
         import ray.data
 
+        from cluster.session import placed_on
+
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
@@ -93,8 +95,9 @@ class RayFeed:
         read: Any = StepReader  # an actor's class, where the annotations know functions only
         rows = items.map(
             read,
-            fn_constructor_args=(self._plan(), self.build_reader, self._rank()),
+            fn_constructor_args=(self._plan(), self.build_reader, self._place()),
             num_cpus=1,
+            resources=placed_on("cpu_group"),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self.num_readers),
         )
         for row in rows.iter_rows():
@@ -103,17 +106,21 @@ class RayFeed:
     def _plan(self) -> Plan:
         return replace(self.feed.plan)  # without what the original keeps of its windows
 
-    def _rank(self) -> tuple[int, int]:
-        return self.feed.rank, self.feed.world_size
+    def _place(self) -> tuple[int, int, int]:
+        return self.feed.rank, self.feed.world_size, self.feed.grad_accum_steps
 
 
 class StepReader:
     """A Ray Data actor: keeps a reader, and turns the numbers of steps into their columns."""
 
     def __init__(
-        self, plan: Plan, build_reader: Callable[[], Reader], rank: tuple[int, int]
+        self, plan: Plan, build_reader: Callable[[], Reader], place: tuple[int, int, int]
     ) -> None:
-        self._feed = Feed(plan=plan, reader=build_reader(), rank=rank[0], world_size=rank[1])
+        rank, world_size, parts = place
+        self._feed = Feed(
+            plan=plan, reader=build_reader(), rank=rank, world_size=world_size,
+            grad_accum_steps=parts,
+        )  # fmt: skip
 
     def __call__(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
         return self._feed.columns(int(row["step"]))

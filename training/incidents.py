@@ -1,16 +1,18 @@
 """What went wrong in a run without ending it: incidents.jsonl, which the driver tells and counts.
 
-{"kind": "spike" | "hang", "step", "told", "time"}   a line each, of whichever rank saw it
+{"kind": "spike" | "hang" | "lost", "step", "told", "time"}   a line each, of whoever saw it first:
+a rank, or what watches over the ranks, of one that is gone
 """
 
-import json
 import statistics
 import time
 from collections import deque
 from pathlib import Path
 
+from training.lines import add_line
+
 INCIDENTS_NAME = "incidents.jsonl"
-KINDS = ("spike", "hang")
+KINDS = ("spike", "hang", "lost")
 WINDOW = 64  # losses that a spike is judged by
 ENOUGH = 32  # of them
 NORMAL = 1.4826  # median absolute deviations in a standard deviation
@@ -18,9 +20,7 @@ NORMAL = 1.4826  # median absolute deviations in a standard deviation
 
 def report_incident(run: Path, kind: str, step: int, told: str) -> None:
     """Add a line; the file takes whole lines from any rank."""
-    line = {"kind": kind, "step": step, "told": told, "time": time.time()}
-    with (run / INCIDENTS_NAME).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    add_line(run / INCIDENTS_NAME, {"kind": kind, "step": step, "told": told, "time": time.time()})
 
 
 class LossWatch:

@@ -30,6 +30,16 @@ class Slice:
     weight: np.ndarray
     num_real: int
 
+    def padded(self, count: int) -> "Slice":
+        """Return `count` samples, those after the slice's own of weight 0."""
+        room = (0, count - len(self.index))
+        if not room[1]:
+            return self
+        epoch, index = np.pad(self.epoch, room, "edge"), np.pad(self.index, room, "edge")
+        return Slice(
+            epoch=epoch, index=index, weight=np.pad(self.weight, room), num_real=self.num_real
+        )
+
 
 class Order:
     """The endless order of one data set's samples, V at a time: one of each virtual stream.

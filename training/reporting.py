@@ -16,16 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from training.batches import Batch
 from training.checkpoint import Progress
 from training.config import TrainConfig
 from training.incidents import INCIDENTS_NAME, LossWatch, report_incident
+from training.lines import METRICS_NAME, VALIDATION_NAME, add_line, read_lines
 from training.profiling import Profiler
+from training.samples import SampleLog
+from training.timeline import TIMELINE_NAME, note
 from training.watchdog import Watchdog
 from training.writing import Writer
 
-METRICS_NAME = "metrics.jsonl"
-VALIDATION_NAME = "validation.jsonl"  # {"step", scores}: one line a validation
-STARTS_NAME = "starts.jsonl"  # {"step", "time"}: one line each time that the workers begin
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -56,25 +57,39 @@ class Reporter:
         self._waited = self._checkpoint_seconds = 0.0
         self._sums: dict[str, Tensor] = {}
         self._count = 0
+        self._rank = rank
+        self._samples: SampleLog | None = None
+        self._first = False
 
-    def started(self, progress: Progress) -> None:
-        """Note the start, and forget the lines past the checkpoint that the run continues from."""
+    def started(self, progress: Progress, *, num_workers: int = 1, attempt: int = 0) -> None:
+        """Say where an attempt begins, and forget the lines past that checkpoint; attempt: a number
+        that all ranks share."""
         self._reported = time.perf_counter()
         self._reported_samples = progress.samples_seen
+        if self._config.log_samples:
+            self._samples = SampleLog(
+                self._run, self._rank, num_workers=num_workers, attempt=attempt
+            )
         if self._path is not None:
-            with (self._run / STARTS_NAME).open("a") as file:
-                file.write(json.dumps({"step": progress.step, "time": time.time()}) + "\n")
             for path in (self._path, self._validation):
-                lines = [line for line in read_lines(path) if line["step"] <= progress.step]
-                if path.is_file():
-                    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                _keep_lines(path, progress.step)
+            told = {"attempt": attempt, "step": progress.step, "num_workers": num_workers}
+            note(self._run, "restored", **told)
+            self._first = True
+
+    def trained(self, progress: Progress, micro_batches: list[Batch]) -> None:
+        """Take in that a step has moved the weights by these samples."""
+        if self._samples is not None:
+            self._samples.write(progress.step, micro_batches)
+        if self._first:
+            note(self._run, "stepped", step=progress.step)
+            self._first = False
 
     def validated(self, progress: Progress, scores: dict[str, float]) -> None:
         """Write the scores of a checkpoint, once however often it is validated."""
         if any(line["step"] == progress.step for line in read_lines(self._validation)):
             return
-        with self._validation.open("a") as file:
-            file.write(json.dumps({"step": progress.step, **scores}) + "\n")
+        add_line(self._validation, {"step": progress.step, **scores})
 
     def enters(self, step: int, phase: str) -> None:
         """Tell the watchdog what this rank does from now on."""
@@ -143,8 +158,7 @@ class Reporter:
             "seconds": now - self._started,
         }
         if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            add_line(self._path, line)
         self._reported, self._reported_samples = now, progress.samples_seen
         self._waited = self._checkpoint_seconds = 0.0
         self._sums, self._count = {}, 0
@@ -157,18 +171,13 @@ def _device_memory() -> dict[str, int]:
     return {"device_memory_bytes": torch.cuda.max_memory_allocated()}
 
 
-def read_lines(path: Path) -> list[dict]:
-    """Read the whole lines of a metrics.jsonl; what a kill or a full disk cut short is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    found = []
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
+def _keep_lines(path: Path, step: int) -> None:
+    """Keep the lines of a file up to a step, whole or not at all: the disk may be full."""
+    lines = [line for line in read_lines(path) if line["step"] <= step]
+    if path.is_file():
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part.replace(path)
 
 
 class Follower:
@@ -178,8 +187,8 @@ class Follower:
     def __init__(self, run: Path, model: str) -> None:
         self._run = run
         self._path, self._validation = run / METRICS_NAME, run / VALIDATION_NAME
-        self._starts, self._started = run / STARTS_NAME, len(read_lines(run / STARTS_NAME))
         self._incidents, self._told = run / INCIDENTS_NAME, len(read_lines(run / INCIDENTS_NAME))
+        self._timeline, self._noted = run / TIMELINE_NAME, len(read_lines(run / TIMELINE_NAME))
         self._model = model
         before = read_lines(self._path)
         self._seen, self._validated = len(before), len(read_lines(self._validation))
@@ -254,7 +263,7 @@ class Follower:
             gauge("minidalle2_eval_timestamp_seconds").set(time.time(), of=self._model)
 
     def _tell_incidents(self, tell: Callable[[str], None]) -> None:
-        """Print and count the incidents that are new."""
+        """Print and count the incidents that are new, and where the run went on after them."""
         from cluster.metrics import counter
 
         lines = read_lines(self._incidents)
@@ -262,15 +271,19 @@ class Follower:
         for line in new:
             tell(f"{self._model}: {line['kind']} at step {line['step']}: {line['told']}")
             counter("minidalle2_train_incidents_total").inc(1, model=self._model, kind=line["kind"])
+        lines = read_lines(self._timeline)
+        new, self._noted = lines[self._noted :], len(lines)
+        for line in new:
+            if line["event"] == "restored":
+                self._set("train_start_timestamp_seconds", line["time"])
+            if line["event"] == "restored" and line["attempt"]:
+                workers = f"{line['num_workers']} worker{'s' * (line['num_workers'] > 1)}"
+                tell(f"{self._model}: goes on from step {line['step']} with {workers}")
 
     def _look_around(self) -> None:
-        """Publish when the workers last began, and the space that the run's disk has left."""
+        """Publish the space that the run's disk has left."""
         from cluster.metrics import storage_space
 
-        starts = read_lines(self._starts)
-        if len(starts) > self._started:
-            self._set("train_start_timestamp_seconds", starts[-1]["time"])
-        self._started = len(starts)
         storage_space(self._run, holds="runs")
 
     def _say(self, line: dict, *, at_once: bool, silent: bool) -> None:

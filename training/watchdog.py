@@ -47,6 +47,12 @@ class Heartbeat:
         )
 
 
+def last_step(run: Path) -> int:
+    """Return the step that the foremost rank was last seen at, 0 where none was."""
+    found = [json.loads(path.read_text()) for path in (run / HEARTBEATS).glob("rank_*.json")]
+    return max((beat["step"] for beat in found), default=0)
+
+
 class Watchdog:
     """Watches this rank's steps; 0 `seconds`: never ends anything.
 

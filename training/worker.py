@@ -1,42 +1,47 @@
 """Where a run happens: in this process, or in workers that Ray Train places and restarts."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from cluster.cli import DONE, INCOMPLETE, read_yaml, to_yaml
 from models.weights import FINAL_NAME
+from training.cards import ensure_cards, record_code
 from training.config import RunConfig, TrainConfig
 from training.precision import native_bf16, settled
 from training.stopping import forget_stop, stopping_on_sigterm
+from training.timeline import note
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 LOCK_SECONDS = 60
-# of a collective: longer than a validation, during which the others wait for the first rank; what
-# hangs, the watchdog ends
-COLLECTIVE_SECONDS = 7200
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a job
 ERROR_NAMES = "error_*.txt"  # why a rank stopped, by rank
 HANG_UP_SECONDS = 5
 # A wrong request, or a training that diverges: the same in every attempt. A subclass of ValueError
 # such as UnicodeDecodeError is told as a ValueError, by its message.
-TOLD = (ValueError, FloatingPointError)
+TOLD = (ValueError, FloatingPointError, OSError)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of what a disk says, the same in every attempt
 CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folder is ours
 MAY_CHANGE = {
-    "train.num_workers", "train.num_threads", "train.max_failures", "train.keep_checkpoints",
+    "train.device", "train.num_workers", "train.min_workers", "train.num_threads",
+    "train.max_failures",
+    "train.log_samples", "train.keep_checkpoints",
     "train.async_checkpoints", "train.keep_every", "train.checkpoint_every",
     "train.snapshot_every", "train.report_every",
     "train.compile", "train.micro_batch_size", "train.zero_stage", "train.offload",
     "train.spike_deviations",
-    "train.hang_seconds", "train.peak_tflops", "train.profile",
+    "train.hang_seconds", "train.peak_tflops", "train.profile", "train.validator",
+    "train.validator_gpus",
     "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh",
     "dry_run", "run",
 }  # fmt: skip
@@ -52,12 +57,15 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
     config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
     if (run / FINAL_NAME).is_file():
         print(f"{run}: finished already; --fresh starts over")
+        ensure_cards(run)
         return 0
+    record_code(run)
     from training.profiling import window
     from training.reporting import Follower
 
     window(config.train.profile)  # a slip of the pen is told before workers start
     forget_stop(run)
+    note(run, "launched")
     if config.train.num_workers == 0 and config.train.zero_stage:
         print(f"zero_stage: {config.train.zero_stage} has no part in one process, which keeps all")
     with Follower(run, model_name):
@@ -66,6 +74,7 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
         else:
             _train_under_ray(config, run, build)
     if (run / FINAL_NAME).is_file():
+        ensure_cards(run)
         return DONE
     forget_stop(run)
     print(f"{run}: stopped, as was wished, at a checkpoint; rerun the same command to continue")
@@ -81,33 +90,30 @@ def with_precision(config: RunConfig, run: Path) -> RunConfig:
         return config
     began = run / CONFIG_NAME
     kept = _flat(read_yaml(began)).get("train.precision") if began.is_file() else None
-    found = kept if kept and not config.fresh else _precision_here(config.train.num_workers)
+    here = _device(config.train)
+    elsewhere = _gpus_elsewhere(config.train)
+    settles = "bf16" if elsewhere else settled("auto", here)
+    found = kept if kept and not config.fresh else settles
     note = ""
-    elsewhere = _gpus_elsewhere(config.train.num_workers)
-    if found == "bf16" and not elsewhere and not native_bf16(_device_here()):
+    if found == "bf16" and not elsewhere and not native_bf16(here):
         note = ", as the run began; this device only emulates it, many times slower"
     print(f"precision: {found}{note}", flush=True)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=found))
 
 
-def _precision_here(num_workers: int) -> str:
-    return "bf16" if _gpus_elsewhere(num_workers) else settled("auto", _device_here())
+def _device(settings: TrainConfig) -> str:
+    """Return the kind of device that this process would train on."""
+    return "cuda" if settings.device != "cpu" and _has_cuda() else "cpu"
 
 
-def _device_here() -> str:
-    return "cuda" if _has_cuda() else "cpu"
-
-
-def _gpus_elsewhere(num_workers: int) -> bool:
+def _gpus_elsewhere(settings: TrainConfig) -> bool:
     """Say whether the workers have GPUs of a cluster, of which this machine may have none."""
-    if not num_workers or not os.environ.get("RAY_ADDRESS"):
+    if not settings.num_workers or settings.device == "cpu" or not os.environ.get("RAY_ADDRESS"):
         return False
-    from cluster.session import ensure_ray
+    from cluster.session import ensure_ray, has_gpus
 
     ensure_ray()
-    import ray
-
-    return ray.cluster_resources().get("GPU", 0) > 0
+    return has_gpus()
 
 
 def prepare_run(config: RunConfig, run_folder: str) -> Path:
@@ -215,17 +221,20 @@ def _train(
 
     keep_freed_memory()
     settings: TrainConfig = config.train
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    kind = _device(settings)
+    if settings.device not in ("auto", kind):
+        raise ValueError(f"train.device: found {settings.device} without a GPU, expected cpu")
+    device = torch.device(f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind)
     if device.type == "cpu":
         torch.set_num_threads(settings.num_threads)
     watchdog = Watchdog(run, rank, world_size, settings.hang_seconds)
     with _locked(run, rank), watchdog:
         torch.manual_seed(settings.seed)  # every rank draws the same initial weights
         job = build(config)
+        if settings.validator:
+            from training.validator import hand_over
+
+            job = dataclasses.replace(job, hand_over=partial(hand_over, rank=rank))
         peak = world_size * _peak_samples(job.model, settings, device)
         if settings.compile:
             compile_model(job.model)
@@ -254,39 +263,13 @@ def compile_model(model: "nn.Module") -> None:
 
 
 def _train_under_ray(config: RunConfig, run: Path, build: Callable) -> None:
-    from cluster.session import ensure_ray
+    from training.elastic import fit
 
-    ensure_ray()
-    import ray
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    settings = config.train
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if 0 < gpus < settings.num_workers:
-        raise ValueError(
-            f"train.num_workers: found {settings.num_workers} for {gpus} GPUs, expected no more"
-        )
-    use_gpu = gpus > 0
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"config": config, "run": str(run), "build": build},
-        torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS
-        ),
-        scaling_config=ray.train.ScalingConfig(num_workers=settings.num_workers, use_gpu=use_gpu),
-        run_config=ray.train.RunConfig(
-            # Ray's own state of the run; ours is what counts, and a rerun continues from ours alone
-            name=f"attempt_{int(time.time())}",
-            storage_path=str(run / "_ray"),
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-        ),
-    )
     for told in run.glob(ERROR_NAMES):
         told.unlink()
     try:
         with stopping_on_sigterm(run):
-            trainer.fit()
+            fit(_worker, {"config": config, "run": str(run), "build": build}, config.train, run)
     finally:  # where a rank told why, that is what matters, not what Ray made of the others
         _raise_told(run)
 
@@ -304,18 +287,22 @@ def _worker(arguments: dict) -> None:
     What would go wrong again in every attempt is left for the driver to tell, and the worker
     returns, since Ray would restart one that raises.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
     import torch.distributed as dist
 
+    run, config, build = Path(arguments["run"]), arguments["config"], arguments["build"]
+    os.environ.setdefault("DS_ACCELERATOR", _device(config.train))
+    if not dist.get_rank():
+        note(run, "placed")
     from training.zero import ZeroEngine
 
-    run, config, build = Path(arguments["run"]), arguments["config"], arguments["build"]
     if any(run.glob(ERROR_NAMES)):  # Ray tries again what no attempt can do
         return
     try:
         ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
         _train(config, run, build, ZeroEngine, **ranks)
     except TOLD as error:
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise  # a storage may answer the next attempt
         _tell(run, error, dist.get_rank())
         if not _all_told(run, dist.get_world_size()):
             # The others may wait for this rank in a collective, for longer than anyone would watch

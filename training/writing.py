@@ -1,8 +1,36 @@
 """Writes checkpoints beside the steps: a run waits for the copy of its state, not for its disk."""
 
+import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def whole_or_not_at_all(path: Path) -> Iterator[Path]:
+    """Give the path of a part to write, which becomes `path` where the block ends well.
+
+    Else there is neither: half a file would keep a full disk full. Raises OSError where safetensors
+    meets one.
+    """
+    part = path.with_suffix(".part")
+    try:
+        yield part
+        part.replace(path)
+    except SafetensorError as error:
+        part.unlink(missing_ok=True)
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if not found:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 class Writer:

@@ -130,7 +130,7 @@ class ZeroEngine:
         self.shapes = trained_shapes(model)
         _require_trained(model, config)
         self.optimizer = build_optimizer(model, config)
-        self._micro_batches = 0
+        self._micro_batches, self._num_parts = 0, config.micro_batches(self.world_size)
         self._engine: Any = deepspeed.initialize(
             model=Objective(model, objective), optimizer=self.optimizer, config=self._settings()
         )[0]
@@ -138,11 +138,11 @@ class ZeroEngine:
 
     def _settings(self) -> dict:
         config = self._config
-        share = config.global_batch_size // self.world_size
+        samples = config.samples_a_worker(self.world_size)
         return {
-            "train_batch_size": config.global_batch_size,
-            "train_micro_batch_size_per_gpu": share // config.grad_accum_steps,
-            "gradient_accumulation_steps": config.grad_accum_steps,
+            "train_batch_size": samples * self.world_size,
+            "train_micro_batch_size_per_gpu": samples // self._num_parts,
+            "gradient_accumulation_steps": self._num_parts,
             # without ZeRO, DeepSpeed tells no norm and steps along a gradient that is not finite
             "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
             "zero_optimization": {
@@ -167,7 +167,7 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
         self._micro_batches += 1
-        if self._micro_batches % self._config.grad_accum_steps:
+        if self._micro_batches % self._num_parts:
             # DeepSpeed counts micro-batches by these calls, and moves only at the last of them
             self._engine.step()
 
