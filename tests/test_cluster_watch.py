@@ -114,7 +114,8 @@ def test_charts_move_in_a_browser_at_two_widths(live: Live, page: str, tmp_path:
             view.tab.goto(page)
             view.tab.select_option("#window", "5m")
             steps = '[data-panel="training-3"]'
-            drawn = view.tab.wait_for_selector(f"{steps} path").get_attribute("d")
+            path = view.tab.wait_for_selector(f"{steps} path", state="attached")
+            drawn = path.get_attribute("d")
             told = view.tab.inner_text(f"{steps} .legend b")
             view.tab.wait_for_function(
                 "([at, drawn, told]) => document.querySelector(at + ' path').getAttribute('d')"
@@ -126,11 +127,11 @@ def test_charts_move_in_a_browser_at_two_widths(live: Live, page: str, tmp_path:
             view.tab.wait_for_selector(f"{steps} .tip")
             for each in ("evaluation", "pipeline", "training"):
                 view.tab.click(f'[data-name="{each}"]')
-                view.tab.wait_for_selector(".card:not(.none) path")
+                view.tab.wait_for_selector(".card:not(.none) path", state="attached")
                 assert view.tab.evaluate("document.documentElement.scrollWidth") <= width
-                path = pictures / f"watch_{name}_{each}.png"
-                view.tab.screenshot(path=path, full_page=True)
-                assert path.stat().st_size > 10_000
+                picture = pictures / f"watch_{name}_{each}.png"
+                view.tab.screenshot(path=picture, full_page=True)
+                assert picture.stat().st_size > 10_000
             assert view.said == []
             assert {url.startswith(page) for url in view.asked} == {True}
 
