@@ -71,7 +71,7 @@ def live(
     """Stages under way, watched once a second: the prior is training."""
     folder = tmp_path_factory.mktemp("live")
     write_data(folder / "data", num_shards=2, samples_per_shard=8)
-    write_chain(folder / "chain", load_clip("tiny:random"), image_size=64)
+    write_chain(folder / "chain", load_clip("tiny:random"), image_size=32)  # twice that: as drawn
     port = free_port()
     config = configuration(folder, minidalle2=[{"targets": [f"127.0.0.1:{port}"]}])
     with (
@@ -123,7 +123,7 @@ def test_charts_move_in_a_browser_at_two_widths(live: Live, page: str, tmp_path:
                 arg=[steps, drawn, told],
             )
             assert view.tab.inner_text("#runs .top i") == "● running"
-            view.tab.hover(f"{steps} svg")
+            view.tab.hover(f"{steps} .plot")
             view.tab.wait_for_selector(f"{steps} .tip")
             for each in ("evaluation", "pipeline", "training"):
                 view.tab.click(f'[data-name="{each}"]')
