@@ -2,9 +2,11 @@
 captions.
 
     python eval/fid.py --real data/test/images --fake samples --clip runs/clip
-    python eval/fid.py --real photos/ --fake samples --features inception --weights-dir weights/
-    python eval/fid.py --real data/test/images --fake samples --embeds data/test/embeds \\
-        --prior runs/prior --decoder runs/base --upsampler runs/up256
+    python eval/fid.py --real photos/ --fake samples --features inception inception_clean \\
+        --weights-dir weights/ --num-workers 4
+    python eval/fid.py --real data/test/images --model runs/demo --captions prompts.txt \\
+        --fake samples --judge ViT-B-32:open_clip_pytorch_model.safetensors
+    python eval/fid.py --protocol shapes --model runs/demo --fake samples
 """
 
 import json
@@ -15,14 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import parse, run_script
+from cluster.cli import DONE, parse, run_script
 
 if TYPE_CHECKING:
-    from eval.samples import ImageSet
-    from models.clip import FrozenClip
+    from eval.drawing import Model
+    from eval.evaluation import Evaluation
 
 DEFAULT_CLIP = "runs/clip"
-SMALL = 2049  # below this many images a 2048-dimensional covariance is singular
+Space = Literal["clip", "inception", "inception_clean", "dinov2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,172 +32,176 @@ class FidConfig:
     """Every score is written with its features and its number of images."""
 
     real: str = "data/images"
-    """real images: committed shards, or a folder"""
+    """real images: committed shards, a folder, or statistics: an npz, or a folder of them"""
     fake: str = "samples"
-    """generated images: a folder of eval/sample.py, or any folder of images"""
-    features: Literal["clip", "inception"] = "clip"
-    """space of the Frechet distance; FID proper is inception's"""
+    """generated images: a folder of eval/sample.py, or any of those; with --captions or a model for
+    --protocol, where they are drawn"""
+    features: tuple[Space, ...] = ("clip",)
+    """spaces of the distances; FID proper is inception's"""
+    image_size: int = 0
+    """crop the centre square of all images and resize it to this side in px; 0 = as they are"""
     weights_dir: str = ""
-    """folder of the Inception weights; nothing is ever downloaded"""
+    """folder of published weights; empty = that of MINIDALLE2_WEIGHTS; nothing is ever
+    downloaded"""
+    inception_weights: str = ""
+    """other weights of the Inception, whose digest the score is then named after"""
+    inception_sha256: str = ""
+    """their sha256"""
+    dinov2_weights: str = ""
+    """other weights of DINOv2, whose digest the score is then named after"""
+    dinov2_sha256: str = ""
+    """their sha256"""
+    dinov2_model: str = "vit_large_patch14_dinov2"
+    """size of DINOv2, as timm calls it"""
     clip: str = ""
     """encoder of CLIP features and of the CLIP score; empty = runs/clip for --features clip, and no
-    CLIP score for inception"""
+    CLIP score for others"""
+    judge: str = ""
+    """another CLIP to score with than the model was trained on; goes before --clip"""
     embeds: str = ""
     """embeddings of the real images: adds the scores of CLIP and, with --prior, of the chain"""
+    train: str = ""
+    """images that the model was trained on: adds nearest training neighbours"""
     prior: str = ""
-    """finished prior, for its own scores and the ablation; with --embeds"""
+    """finished prior, for its own scores and the ablation, with --embeds; to draw, with --captions
+    or --protocol"""
     decoder: str = ""
-    """finished base decoder, for the ablation; with --prior"""
+    """finished base decoder, for the ablation and to draw; with --prior"""
     upsampler: Annotated[tuple[str, ...], UseAppendAction] = ()
     """finished upsampler; repeatable; with --decoder"""
+    model: str = ""
+    """folder with the runs prior, base and up..., in place of the three"""
+    captions: str = ""
+    """draw these into --fake first: a text file, a caption a line (T2I-CompBench's); JSON lines
+    with a prompt each (GenEval's); or image shards"""
+    limit: int = 0
+    """draw only the first captions; 0 = all"""
+    seed: int | None = None
+    """of the noise of what is drawn; none = the protocol's, or 0"""
+    sampling: str = ""
+    """how to draw: a JSON file of eval/sample.py's options, or a settings.json of its samples;
+    empty = its defaults"""
+    protocol: str = ""
+    """coco30k, shapes, emoji or a JSON file: says captions, real images, size and seed"""
+    protocol_data: str = ""
+    """folder of the protocol's data; empty = where it says"""
+    num_resamples: int = 50
+    """bootstrap resamples of the generated images, for an interval; 0 = none"""
+    save_statistics: str = ""
+    """folder to write the statistics of the real images to, an npz a space"""
+    features_dir: str = ""
+    """folder of features, by which a rerun continues; empty = one beside --out"""
+    num_workers: int = 0
+    """Ray actors that draw and extract; 0 = this process; no number of them changes a score"""
     out: str = "eval.json"
     """file of the scores"""
     device: str = "auto"
     """auto: a GPU where there is one; cpu, cuda or cuda:N"""
     num_threads: int = 2
-    """threads on the CPU"""
+    """threads on the CPU, of each worker"""
     metrics_port: int | None = None
     """serve Prometheus metrics on this loopback port; 0 = any free one"""
+    fresh: bool = False
+    """delete earlier features, and samples where they are drawn, instead of continuing"""
 
 
 def main(config: FidConfig) -> int:
-    """Score, print and write what was asked for."""
+    """Draw and score, print and write what was asked for."""
     import torch
 
     from cluster.metrics import serve
-    from eval.chain import device_named
-    from eval.samples import open_images
-    from eval.scorecard import is_drawn, shapes_with_real
-    from models.clip import load_clip
 
-    _require_together(config)
+    model = _model(config)
+    _require_together(config, model)
     serve(config.metrics_port)
     torch.set_num_threads(config.num_threads)
-    real, fake = open_images(config.real), open_images(config.fake)
-    clip = config.clip or (DEFAULT_CLIP if config.features == "clip" else "")
-    encoder = load_clip(clip).to(device_named(config.device)) if clip else None
-    scores: dict[str, Any] = {"images": _image_scores(config, real, fake, encoder)}
-    if is_drawn(fake.captions) and is_drawn(real.captions):
-        scores["shapes"] = shapes_with_real(fake, real)
-    if config.embeds:
-        scores.update(_chain_scores(config, fake, encoder))
+    evaluation = _evaluation(config, model)
+    scores = evaluation.scores(config.embeds)
+    if config.save_statistics:
+        evaluation.save_statistics(Path(config.save_statistics))
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part")
     part.write_text(json.dumps(scores, indent=1))
     part.replace(out)
     _show(scores)
-    return 0
+    return DONE
 
 
-def _require_together(config: FidConfig) -> None:
+def _model(config: FidConfig) -> "Model":
+    """Return the runs that draw, from --model or one by one."""
+    from eval.drawing import Model, model_in
+
+    if not config.model:
+        return Model(prior=config.prior, decoder=config.decoder, upsampler=config.upsampler)
+    if config.prior or config.decoder or config.upsampler:
+        raise ValueError("--model: found it with --prior, --decoder or --upsampler, expected one")
+    return model_in(Path(config.model))
+
+
+def _require_together(config: FidConfig, model: "Model") -> None:
     """Refuse an option that would do nothing without another."""
-    for name, other in (("upsampler", "decoder"), ("decoder", "prior"), ("prior", "embeds")):
-        if getattr(config, name) and not getattr(config, other):
+    drawing = config.captions or config.protocol
+    for name, other, there in (
+        ("upsampler", "--decoder", model.decoder),
+        ("decoder", "--prior", model.prior),
+        ("prior", "--embeds, --captions or --protocol", config.embeds or drawing),
+    ):
+        if getattr(model, name) and not there:
             raise ValueError(
-                f"--{name}: found it without --{other}, expected both; add --{other} or leave out "
+                f"--{name}: found it without {other}, expected both; add {other} or leave out "
                 f"--{name}"
             )
+    if config.captions and not model.decoder:
+        raise ValueError("--captions: found it without --model, expected what is to draw them")
+    if config.captions and config.protocol:
+        raise ValueError("--captions: found it with --protocol, which has its own, expected one")
+    for name in ("limit", "seed", "sampling"):
+        if getattr(config, name) and not (drawing and model.decoder):
+            raise ValueError(f"--{name}: found it without anything to draw; leave it out")
+    if config.protocol_data and not config.protocol:
+        raise ValueError("--protocol-data: found it without --protocol, expected both")
+    if config.num_resamples < 0 or config.num_resamples == 1:
+        raise ValueError(f"--num-resamples: found {config.num_resamples}, expected 0, 2 or more")
 
 
-def _image_scores(
-    config: FidConfig, real: "ImageSet", fake: "ImageSet", encoder: "FrozenClip | None"
-) -> dict[str, Any]:
-    """Return the Frechet distance, and the CLIP score where there are captions and an encoder."""
-    from eval.chain import device_named
-    from eval.features import ClipFeatures, InceptionFeatures
-    from eval.scorecard import caption_scores, image_scores
+def _evaluation(config: FidConfig, model: "Model") -> "Evaluation":
+    """Draw what is to be drawn, open both sides and describe the extractors."""
+    from eval.evaluation import Evaluation, Order, Weights
+    from eval.job import Place, Workers
 
-    judge = None if encoder is None else ClipFeatures(encoder)
-    if judge is None or config.features == "inception":
-        if len(fake) < SMALL:
-            print(f"warning: {len(fake)} images are too few to quote an FID; it takes {SMALL}")
-        extractor = InceptionFeatures(Path(config.weights_dir), device_named(config.device))
-        images = image_scores(real, fake, extractor)
-    else:
-        images = image_scores(real, fake, judge)
-        for name in ("fd", "fd_real_halves"):
-            images[name.replace("fd", "fd_clip")] = images.pop(name)
-    if judge is not None:
-        images["judge"] = judge.name
-    if encoder is not None and fake.captions:
-        images.update(caption_scores(fake, fake.captions, encoder))
-    elif fake.captions:
-        print("clip_score: left out: no --clip")
-    return images
-
-
-def _chain_scores(
-    config: FidConfig, fake: "ImageSet", encoder: "FrozenClip | None"
-) -> dict[str, Any]:
-    """Score the CLIP on the embeddings, the prior where it is given, and the ablation where the
-    fake images are the chain's for these captions."""
-    from PIL import Image
-
-    from eval.chain import load_chain
-    from eval.generate import sampling_of
-    from eval.scorecard import (
-        ablation,
-        caption_scores,
-        clip_scores,
-        is_drawn,
-        prior_scores,
-        read_embeds,
-        shape_scores,
+    out = Path(config.out)
+    folder = Path(config.features_dir or out.with_name(f"{out.stem}_features")).absolute()
+    workers = Workers(
+        number=config.num_workers, num_threads=config.num_threads, device=config.device
     )
-
-    captions, image, text = read_embeds(config.embeds)
-    scores: dict[str, Any] = {"clip": clip_scores(captions, image, text)}
-    if not config.prior:
-        return scores
-    parts = ("", config.prior, config.decoder, config.upsampler)
-    chain = load_chain(*parts, guide=fake.settings.get("guide", ""), device=config.device)
-    scores["prior"] = prior_scores(chain, captions, image, text, sampling_of(fake.settings))
-    if not config.decoder:
-        return scores
-    drawn = is_drawn(captions)
-    if encoder is None and not drawn:
-        print("ablation: left out: no --clip to judge it")
-        return scores
-    if not _drew(config, fake, captions):
-        print(
-            f"ablation: left out: {config.fake} are not the samples of --prior, --decoder and "
-            "--upsampler as they are now, for all captions of --embeds"
-        )
-        return scores
-
-    def judge(images: Any) -> dict[str, Any]:
-        if drawn or encoder is None:
-            return shape_scores(captions, images)
-        return caption_scores(map(Image.fromarray, images), captions, encoder)
-
-    scores["ablation"], images = ablation(chain, (captions, image, text), fake, judge)
-    _ablation_grid(Path(config.fake), captions, images)
-    return scores
-
-
-def _drew(config: FidConfig, fake: "ImageSet", captions: list[str]) -> bool:
-    """Say whether the chain that is given, as it is trained now, drew `fake` for these captions."""
-    from eval.chain import chain_weights
-
-    guide = fake.settings.get("guide", "")
-    weights = chain_weights(config.prior, config.decoder, config.upsampler, guide)
-    return fake.captions == captions and weights.items() <= fake.settings.items()
-
-
-def _ablation_grid(folder: Path, captions: list[str], images: dict[str, Any]) -> None:
-    """Write ablation.png, and ablation.json with its captions, beside the samples."""
-    from training.pictures import grid, save_png
-
-    step = max(1, len(captions) // 8)
-    chosen = range(0, len(captions), step)[:8]
-    rows = [[images[name][i] for i in chosen] for name in images]
-    save_png(folder / "ablation.png", grid(rows, list(images), []))
-    (folder / "ablation.json").write_text(json.dumps([captions[i] for i in chosen]))
+    order = Order(
+        real=config.real,
+        fake=config.fake,
+        captions=config.captions,
+        limit=config.limit,
+        protocol=config.protocol,
+        protocol_data=config.protocol_data,
+        sampling=config.sampling,
+        seed=config.seed,
+        image_size=config.image_size,
+        fresh=config.fresh,
+    )
+    weights = Weights(
+        folder=config.weights_dir,
+        inception=(config.inception_weights, config.inception_sha256),
+        dinov2=(config.dinov2_weights, config.dinov2_sha256),
+        dinov2_model=config.dinov2_model,
+    )
+    clip = config.judge or config.clip or (DEFAULT_CLIP if "clip" in config.features else "")
+    return Evaluation.opened(
+        order, model, Place(folder=folder, workers=workers), weights=weights,
+        spaces=config.features, clip=clip, train=config.train, num_resamples=config.num_resamples,
+    )  # fmt: skip
 
 
 def _show(scores: dict[str, Any]) -> None:
-    """Print the scores as a table and hand them to the metrics."""
+    """Print the numbers as a table and hand them to the metrics."""
     from rich.console import Console
     from rich.table import Table
 
@@ -203,10 +209,12 @@ def _show(scores: dict[str, Any]) -> None:
     from eval.formats import flatten
 
     table = Table("score", "value")
-    for name, value in flatten(scores).items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    found = flatten({name: part for name, part in scores.items() if name != "sampling"})
+    for name, value in found.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     Console().print(table)
-    for name, value in flatten(scores).items():
+    for name, value in found.items():
         if name in SCORES and value is not None:
             gauge("minidalle2_eval_score").set(value, metric=name)
     gauge("minidalle2_eval_timestamp_seconds").set(time.time(), of="chain")

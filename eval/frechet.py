@@ -24,17 +24,30 @@ class Moments:
     scatter: NDArray[np.float64]
 
     @classmethod
-    def of(cls, features: ArrayLike) -> Self:
-        """Return the moments of `features` [N, D]; ValueError if not finite or not a matrix."""
+    def of(cls, features: ArrayLike, counts: ArrayLike | None = None) -> Self:
+        """Return the moments of `features` [N, D]; ValueError if not finite or not a matrix.
+
+        counts: [N] how often each row counts, as in a bootstrap; None: once.
+        """
         x = np.asarray(features, dtype=np.float64)
         if x.ndim != 2 or x.shape[1] == 0:
             raise ValueError(f"moments: found features of shape {list(x.shape)}, expected [N, D]")
         if not np.isfinite(x).all():
             bad = int((~np.isfinite(x)).any(axis=1).sum())
             raise ValueError(f"moments: found {bad} of {len(x)} features not finite, expected none")
+        if counts is not None:
+            return cls._counted(x, np.asarray(counts))
         mean = x.mean(axis=0) if len(x) else np.zeros(x.shape[1])
         centred = x - mean
         return cls(count=len(x), mean=mean, scatter=centred.T @ centred)
+
+    @classmethod
+    def _counted(cls, x: NDArray[np.float64], counts: NDArray) -> Self:
+        x, counts = x[counts > 0], counts[counts > 0]
+        total = int(counts.sum())
+        mean = counts @ x / total if total else np.zeros(x.shape[1])
+        scaled = (x - mean) * np.sqrt(counts)[:, None]
+        return cls(count=total, mean=mean, scatter=scaled.T @ scaled)
 
     @classmethod
     def merge(cls, parts: Iterable[Self]) -> Self:
@@ -43,12 +56,11 @@ class Moments:
         The order changes the last bits alone; give the parts in shard order for the same bits every
         time. Raises ValueError if there is no part or their widths differ.
         """
-        parts = list(parts)
-        if not parts:
+        total = None
+        for part in parts:  # one at a time is in memory
+            total = part if total is None else total.plus(part)
+        if total is None:
             raise ValueError("moments: found no part to merge, expected at least one")
-        total = parts[0]
-        for part in parts[1:]:
-            total = total.plus(part)
         return total
 
     def add(self, features: ArrayLike) -> Self:
@@ -86,20 +98,48 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))      (Heusel et al. 2017, eq. 6)
 
-    S_a S_b has the eigenvalues of R S_b R, where R = S_a^(1/2): a symmetric matrix, so that eigh
-    serves, nothing turns complex, and a singular covariance (N < D) needs no epsilon. The estimate
-    is biased upwards by a term of order 1/N: compare only values of equal N. Raises ValueError if
-    either set has fewer than 2 features or the widths differ.
+    The estimate is biased upwards by a term of order 1/N: compare only values of equal N. Raises
+    ValueError if either set has fewer than 2 features or the widths differ.
     """
-    _check_widths(a, b)
-    covariance_a, covariance_b = a.covariance, b.covariance
-    values, vectors = np.linalg.eigh(covariance_a)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    product = np.linalg.eigvalsh(root @ covariance_b @ root)
-    overlap = np.sqrt(product.clip(min=0)).sum()
-    shift = a.mean - b.mean
-    distance = shift @ shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap
-    return max(float(distance), 0.0)
+    return Reference.of(a).distance(b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Moments that many sets are held against; factor: [r, D] F with F^T F = S, found once."""
+
+    moments: Moments
+    factor: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, moments: Moments) -> Self:
+        """Factor the covariance; ValueError for fewer than 2 features."""
+        return cls(moments=moments, factor=_factor(moments.covariance))
+
+    def distance(self, other: Moments) -> float:
+        """Return the squared Frechet distance to `other`: see `frechet_distance`.
+
+        S_a S_b has the eigenvalues of F S_b F^T, where S_a = F^T F: a symmetric matrix, so that
+        eigh serves, nothing turns complex, and a singular covariance (N < D) needs no epsilon.
+        """
+        _check_widths(self.moments, other)
+        covariance = other.covariance
+        product = np.linalg.eigvalsh(self.factor @ covariance @ self.factor.T)
+        overlap = np.sqrt(product.clip(min=0)).sum()
+        shift = self.moments.mean - other.mean
+        traces = np.trace(self.moments.covariance) + np.trace(covariance)
+        return max(float(shift @ shift + traces - 2 * overlap), 0.0)
+
+
+def _factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return [r, D] F with F^T F = `covariance`, r its rank: Cholesky's where that exists, in a
+    tenth of the time of the eigenvectors."""
+    try:
+        return np.asarray(np.linalg.cholesky(covariance).T, np.float64)
+    except np.linalg.LinAlgError:  # singular: N <= D, or features that never move
+        values, vectors = np.linalg.eigh(covariance)
+        kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+        return np.asarray((vectors[:, kept] * np.sqrt(values[kept])).T, np.float64)
 
 
 def _check_widths(a: Moments, b: Moments) -> None:

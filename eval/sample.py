@@ -38,7 +38,8 @@ class SampleConfig:
     prompts: Annotated[tuple[str, ...], UseAppendAction] = ()
     """caption to draw; repeatable"""
     captions: str = ""
-    """instead of --prompts: a text file, a caption a line, or a folder of committed image shards"""
+    """instead of --prompts: a text file, a caption a line; GenEval's JSON lines; or a folder of
+    committed image shards"""
     limit: int = 0
     """draw only the first captions; 0 = all"""
     out: str = "samples"
@@ -102,6 +103,7 @@ def main(config: SampleConfig) -> int:
 
     from cluster.metrics import serve
     from eval.chain import device_named, load_chain
+    from eval.drawing import grid_of_samples, list_samples, open_samples
     from eval.samples import SAMPLES_NAME
 
     started = time.perf_counter()
@@ -113,11 +115,11 @@ def main(config: SampleConfig) -> int:
     out = Path(config.out)
     parts = (config.clip, config.prior, config.decoder, config.upsampler)
     chain = load_chain(*parts, guide=config.guide, device=config.device)
-    _open(out, _settings(config, captions, chain), fresh=config.fresh)
+    open_samples(out, _settings(config, captions, chain), fresh=config.fresh)
     made = _draw(out, config, captions, chain)
     if made or not (out / SAMPLES_NAME).is_file():
-        _grid(out, captions)
-        _list(out, config, captions)
+        grid_of_samples(out, captions)
+        list_samples(out, captions, config.seed)
     seconds = time.perf_counter() - started
     print(
         f"sample: {made} images drawn, {len(captions) - made} were there, {seconds:.1f} s -> {out}"
@@ -125,25 +127,14 @@ def main(config: SampleConfig) -> int:
     return 0
 
 
-def _name(number: int) -> str:
-    return f"{number:06d}.png"
-
-
 def _captions(config: SampleConfig) -> list[str]:
     if bool(config.prompts) == bool(config.captions):
         raise ValueError("found both or none of --prompts and --captions, expected one of them")
-    found = list(config.prompts)
-    if config.captions:
-        path = Path(config.captions)
-        if path.is_file():
-            found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        else:
-            from eval.samples import open_images
+    if config.prompts:
+        return list(config.prompts)[: config.limit or None]
+    from eval.captions import read_captions
 
-            found = open_images(config.captions).captions
-    if not found:
-        raise ValueError(f"{config.captions}: found no captions, expected at least one")
-    return found[: config.limit or None]
+    return read_captions(config.captions, config.limit)
 
 
 def _settings(config: SampleConfig, captions: list[str], chain: Any) -> dict[str, Any]:
@@ -160,37 +151,10 @@ def _settings(config: SampleConfig, captions: list[str], chain: Any) -> dict[str
     return json.loads(json.dumps(settings))
 
 
-def _open(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
-    """Create the folder, or reopen it if it holds samples of these very settings."""
-    import shutil
-
-    from eval.samples import SETTINGS_NAME
-
-    path = out / SETTINGS_NAME
-    if fresh and path.is_file():
-        shutil.rmtree(out)
-    if path.is_file():
-        found = json.loads(path.read_text())
-        for name, value in settings.items():
-            if found.get(name) != value:
-                told = f" ({found.get(name)!r}, expected {value!r})" if name != "captions" else ""
-                raise ValueError(
-                    f"{out}: found samples of another {name}{told}; name another --out, or --fresh"
-                )
-        return
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(
-            f"{out}: found a folder without {SETTINGS_NAME}, expected samples or nothing"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / "settings.part"
-    part.write_text(json.dumps(settings, indent=1))
-    part.replace(path)
-
-
 def _draw(out: Path, config: SampleConfig, captions: list[str], chain: Any) -> int:
     """Draw the batches that are not whole yet; returns the number of images drawn."""
     from cluster.metrics import counter
+    from eval.drawing import image_name
     from eval.generate import render_all, sampling_of
     from ingest.progress import progress
 
@@ -199,7 +163,7 @@ def _draw(out: Path, config: SampleConfig, captions: list[str], chain: Any) -> i
     with progress("sample", len(captions), unit="images") as advance:
         for start in range(0, len(captions), config.batch_size):
             batch = captions[start : start + config.batch_size]
-            paths = [out / _name(start + i) for i in range(len(batch))]
+            paths = [out / image_name(start + i) for i in range(len(batch))]
             if not all(path.is_file() for path in paths):
                 images = render_all(chain, batch, None, sampling, seed=config.seed, offset=start)
                 _save(paths, images)
@@ -217,31 +181,6 @@ def _save(paths: list[Path], images: Any) -> None:
         part = path.with_suffix(".part")
         Image.fromarray(image).save(part, format="png")
         part.replace(path)
-
-
-def _list(out: Path, config: SampleConfig, captions: list[str]) -> None:
-    """Write samples.jsonl, by which a folder of samples is finished."""
-    from eval.samples import SAMPLES_NAME
-
-    lines = [{"file": _name(i), "caption": c, "seed": config.seed} for i, c in enumerate(captions)]
-    part = out / "samples.part"
-    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    part.replace(out / SAMPLES_NAME)
-
-
-def _grid(out: Path, captions: list[str], most: int = 24, columns: int = 6) -> None:
-    """Write grid.png of images spread over the captions, and grid.json with theirs."""
-    import numpy as np
-    from PIL import Image
-
-    from training.pictures import grid, save_png
-
-    step = max(1, len(captions) // most)
-    chosen = list(range(0, len(captions), step))[:most]
-    images = [np.asarray(Image.open(out / _name(i)).convert("RGB")) for i in chosen]
-    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    save_png(out / "grid.png", grid(rows, [], []))
-    (out / "grid.json").write_text(json.dumps([captions[i] for i in chosen]))
 
 
 def command(argv: list[str]) -> int:

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.features import ClipFeatures, Extractor, extract, in_batches
-from eval.frechet import Moments, frechet_distance
+from eval.features import ClipFeatures, extract, in_batches
 from eval.generate import caption_keys, render_all, sampling_of
 from eval.samples import ImageSet
 from eval.shapes import score, summarise
@@ -79,24 +78,6 @@ def prior_scores(
     return prior_scorecard(drawn, image, text, [meaning(caption) for caption in captions])
 
 
-def image_scores(real: ImageSet, fake: ImageSet, extractor: Extractor) -> dict[str, Any]:
-    """Return the Frechet distance of `fake` to `real`, and its floor: between two halves of `real`.
-
-    Both distances rise as sets get smaller; the halves are half as large, and n says so.
-    """
-    real_features, fake_features = (extract(extractor, s, source=s.source) for s in (real, fake))
-    order = np.random.default_rng(0).permutation(len(real_features))
-    halves = [Moments.of(real_features[part]) for part in np.array_split(order, 2)]
-    return {
-        "n": len(fake_features),
-        "n_real": len(real_features),
-        "features": extractor.name,
-        "fd": frechet_distance(Moments.of(fake_features), Moments.of(real_features)),
-        "fd_real_halves": frechet_distance(*halves),
-        "n_real_halves": len(real_features) // 2,
-    }
-
-
 def shape_scores(captions: list[str], images: Iterable[np.ndarray]) -> dict[str, dict[str, Any]]:
     """Score drawings against their captions: {set: what `summarise` returns}."""
     found: dict[str, list] = {}
@@ -127,7 +108,14 @@ def caption_scores(
 ) -> dict[str, float]:
     """Return CLIP score, the mean cosine of image and caption, and the same over all wrong
     pairs."""
-    image = torch.from_numpy(extract(ClipFeatures(encoder), images))
+    return embed_scores(extract(ClipFeatures(encoder), images), captions, encoder)
+
+
+def embed_scores(
+    image_embed: np.ndarray, captions: list[str], encoder: FrozenClip
+) -> dict[str, float]:
+    """Return what `caption_scores` does, of image embeddings [N, E] that are known."""
+    image = torch.from_numpy(image_embed)
     text = torch.cat([
         encoder.encode_text(torch.from_numpy(encoder.tokenize(part)))[0].cpu()
         for part in in_batches(captions, BATCH_SIZE)

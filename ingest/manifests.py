@@ -16,8 +16,8 @@ KEPT = "_forgotten"  # outlives --fresh: who asked to be forgotten asked for goo
 def write_manifest(root: str | os.PathLike[str], kind: str, fields: dict[str, Any]) -> None:
     """Create `<root>/_manifest.json`, or check that the one there says the same.
 
-    kind: "images" or "embeds"; fields: JSON-able. Raises ValueError naming the first field that
-    differs, or when the folder holds something that is not ours.
+    kind: "images", "embeds" or "features"; fields: JSON-able. Raises ValueError naming the first
+    field that differs, or when the folder holds something that is not ours.
     """
     storage = storage_of(root)
     wanted = json.loads(json.dumps({"kind": kind, "version": FORMAT_VERSION, **fields}))

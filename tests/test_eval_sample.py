@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from eval import fid, sample
+from eval.features import ExtractorSpec
 from eval.fid import FidConfig
 from eval.generate import default_sampling, sampling_of
 from eval.sample import SampleConfig
@@ -228,8 +229,8 @@ def test_the_ablations_chain_is_the_samples(fid_config: FidConfig, tmp_path: Pat
         assert values == expected
     picture = Image.open(Path(fid_config.fake) / "ablation.png")
     assert picture.height > 3 * 64
-    found = [path.name for path in Path(fid_config.out).parent.iterdir()]
-    assert found == ["scores.json"], "pictures are kept beside the samples"
+    found = {path.name for path in Path(fid_config.out).parent.iterdir()}
+    assert found == {"scores.json", "scores_features"}, "pictures are kept beside the samples"
 
 
 def test_the_ablation_decodes_as_the_samples_were(
@@ -284,32 +285,38 @@ def test_options_that_would_do_nothing_are_refused(
         fid.main(dataclasses.replace(fid_config, **left_out))
 
 
-def test_inception_features_need_no_clip(
+def test_other_features_need_no_clip(
     fid_config: FidConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     class Colours:
-        """Stands for Inception, whose weights a test cannot have."""
+        """Stands for Inception, whose weights are another test's matter."""
 
         name, any_size = "colours", False
-
-        def __init__(self, weights_dir: Path, device: torch.device) -> None:
-            assert weights_dir == Path("weights") and device.type in ("cpu", "cuda")
 
         def __call__(self, images: list) -> np.ndarray:
             return np.stack([np.asarray(image, np.float64).mean((0, 1)) for image in images])
 
-    monkeypatch.setattr("eval.features.InceptionFeatures", Colours)
+    class ColoursSpec(ExtractorSpec):
+        def build(self, device: object) -> Colours:
+            return Colours()
+
+    spec = ColoursSpec(
+        space="inception", name="colours", resize="none", any_size=False, official=False
+    )
+    monkeypatch.setattr("eval.evaluation.Weights.spec", lambda self, space: spec)
     monkeypatch.chdir(Path(fid_config.fake))  # where there is no runs/clip
     bare = FidConfig(
-        real=fid_config.real, fake=fid_config.fake, out=fid_config.out, features="inception",
-        weights_dir="weights",
-    )  # fmt: skip
+        real=fid_config.real, fake=fid_config.fake, out=fid_config.out, features=("inception",)
+    )
     images = evaluated(bare)["images"]
     assert images["features"] == "colours" and images["fd"] > 0
     assert not {"judge", "clip_score", "fd_clip"} & images.keys()
-    assert "clip_score: left out: no --clip" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "clip_score: left out: no --clip" in told
+    assert "warning: 12 images are too few to quote an FID; it takes 2049" in told
     judged = evaluated(dataclasses.replace(bare, clip="tiny:random"))["images"]
     assert judged["fd"] == images["fd"] and judged["judge"].startswith("clip tiny@")
+    assert judged["judge_relation"] == "the CLIP that the model was trained on"
     assert "clip_score" in judged
 
 

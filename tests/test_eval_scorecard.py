@@ -1,4 +1,4 @@
-"""Laws of the scorecard: sets that are not there, captions in batches, images of one size."""
+"""Laws of the scorecard: sets that are not there, captions in batches."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +11,8 @@ from PIL import Image
 
 from eval import scorecard
 from eval.generate import default_sampling
-from eval.samples import ImageSet, open_images
-from eval.scorecard import caption_scores, image_scores, prior_scores, shapes_with_real
+from eval.samples import ImageSet
+from eval.scorecard import caption_scores, prior_scores, shapes_with_real
 from ingest.shapes import make_pairs
 from models.clip import load_clip
 
@@ -79,30 +79,3 @@ def test_the_prior_draws_in_batches(captions: list[str], monkeypatch: pytest.Mon
     (keys, all_captions), *parts = seen
     assert [len(part) for _, part in parts] == [3, 3, 1]
     assert sum((k for k, _ in parts), []) == keys and all_captions == captions
-
-
-# -- images of one size ----------------------------------------------------------------------------
-
-
-class Means:
-    """Mean colours: an extractor that takes what it is told to."""
-
-    name = "means"
-
-    def __init__(self, any_size: bool) -> None:
-        self.any_size = any_size
-
-    def __call__(self, images: list[Image.Image]) -> np.ndarray:
-        return np.stack([np.asarray(image, np.float64).mean((0, 1)) for image in images])
-
-
-def test_sizes_may_differ_only_where_the_extractor_takes_them(tmp_path: Path):
-    for i, image in enumerate(pictures()):
-        image.resize((8, 8) if i < COUNT - 1 else (12, 9)).save(tmp_path / f"{i}.png")
-    images = open_images(str(tmp_path))
-    assert image_scores(images, images, Means(any_size=True))["n"] == COUNT
-    with pytest.raises(ValueError) as error:
-        image_scores(images, images, Means(any_size=False))
-    assert str(error.value).startswith(
-        f"{tmp_path}: found image 6 of 12 x 9 px after images of 8 x 8 px, expected one size"
-    )

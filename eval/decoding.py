@@ -1,0 +1,75 @@
+"""Pictures as extractors see them: 8-bit RGB, or one line that says why not."""
+
+import io
+from pathlib import Path
+from typing import cast
+
+from PIL import Image, UnidentifiedImageError
+
+PLAIN_MODES = ("RGB", "L", "CMYK", "YCbCr", "1", "P")
+MODES = {
+    "F": "float pixels",
+    "I": "32-bit integer pixels",
+    "I;16": "16-bit pixels",
+    "I;16B": "16-bit pixels",
+}
+
+
+def read_picture(file: Path | bytes, where: str) -> Image.Image:
+    """Decode a whole picture to RGB; `where` names it in errors.
+
+    Grey becomes equal channels, and an alpha channel that hides nothing is dropped. Raises
+    ValueError for a file that does not decode, for pixels of more than 8 bits, and for
+    transparency: what lies behind a picture is the user's choice, and would be part of the score.
+    """
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            image.load()
+            return _as_rgb(image, where)
+    except FileNotFoundError:
+        raise
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{where}: found a file that is no picture, expected one; leave it out"
+        ) from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{where}: found a picture that does not decode ({error}), expected a whole one; make "
+            "it again or leave it out"
+        ) from None
+
+
+def _as_rgb(image: Image.Image, where: str) -> Image.Image:
+    if image.mode not in (*PLAIN_MODES, "RGBA", "LA", "PA"):
+        found = MODES.get(image.mode, f"mode {image.mode}")
+        raise ValueError(f"{where}: found {found}, expected 8-bit RGB or grey; convert it first")
+    if image.has_transparency_data:
+        lowest = cast(int, image.convert("RGBA").getchannel("A").getextrema()[0])
+        if lowest < 255:
+            raise ValueError(
+                f"{where}: found mode {image.mode} with transparency, expected 8-bit RGB or grey; "
+                "lay it over a background first"
+            )
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def picture_size(file: Path | bytes, where: str) -> tuple[int, int]:
+    """Return width and height in px, reading no pixels; errors as of `read_picture`."""
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            return image.size
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{where}: found a file that is no picture, expected one; leave it out"
+        ) from None
+
+
+def fitted(image: Image.Image, size: int) -> Image.Image:
+    """Crop the centre square and resize it to `size` px (Pillow's bicubic, antialiased)."""
+    side = min(image.size)
+    if image.size == (size, size):
+        return image
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=square)

@@ -1,0 +1,314 @@
+"""An evaluation from its order to its scores: what is drawn, what is compared, and by whom."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from eval.captions import read_captions
+from eval.drawing import Model, draw, read_options
+from eval.features import ExtractorSpec, clip_spec, dinov2_spec, inception_spec
+from eval.job import Place
+from eval.measure import QUOTABLE, Side, memorisation, space_scores
+from eval.protocol import Prepared, prepare
+from eval.reference import load_statistics
+from eval.samples import ImageSet, Incomplete, open_images
+from eval.weights import DINOV2, INCEPTION, find_weights
+from ingest.commits import digest_of
+from models.clip import FrozenClip, load_clip
+
+JUDGES = {  # whether the judge is the model's own CLIP
+    True: "the CLIP that the model was trained on",
+    False: "another CLIP than the model was trained on",
+    None: "unknown: the images name no model",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What is to be compared, as on the command line."""
+
+    real: str
+    fake: str
+    captions: str = ""
+    limit: int = 0
+    protocol: str = ""
+    protocol_data: str = ""
+    sampling: str = ""
+    seed: int | None = None
+    image_size: int = 0
+    fresh: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Where weights are: a folder of published ones, or (file, sha256) of others."""
+
+    folder: str = ""
+    inception: tuple[str, str] = ("", "")
+    dinov2: tuple[str, str] = ("", "")
+    dinov2_model: str = ""
+
+    def spec(self, space: str) -> ExtractorSpec:
+        """Describe the extractor of a space that takes weights; ValueError if they are not here."""
+        if space == "dinov2":
+            found = find_weights(DINOV2, self.folder, "dinov2", *self.dinov2)
+            return dinov2_spec(found, self.dinov2_model)
+        found = find_weights(INCEPTION, self.folder, "inception", *self.inception)
+        return inception_spec(found, clean=space == "inception_clean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Two sides, the spaces in which they are compared, and who judges."""
+
+    fake: Side
+    real: dict[str, Side]
+    specs: dict[str, ExtractorSpec]
+    place: Place
+    model: Model
+    encoder: FrozenClip | None = None
+    train: ImageSet | None = None
+    num_resamples: int = 0
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def opened(
+        cls,
+        order: Order,
+        model: Model,
+        place: Place,
+        *,
+        weights: Weights,
+        spaces: Sequence[str],
+        clip: str,
+        train: str,
+        num_resamples: int,
+    ) -> "Evaluation":
+        """Find everything before anything is computed, then draw what is to be drawn.
+
+        Raises ValueError for what is not here or does not fit, Incomplete for too few images.
+        """
+        if order.fresh:
+            _forget(place.folder)
+        prepared = None
+        if order.protocol:
+            prepared = prepare(order.protocol, order.protocol_data, place.folder)
+            spaces = list(dict.fromkeys([*prepared.features, *spaces]))
+        size = order.image_size or (prepared.image_size if prepared else 0)
+        chosen = str(Path(clip).absolute()) if Path(clip).is_dir() else clip
+        specs = {space: weights.spec(space) for space in spaces if space != "clip"}
+        encoder = load_clip(chosen) if chosen else None
+        if encoder is not None:
+            specs["clip"] = clip_spec(encoder, chosen)
+        named = {space: specs[space] for space in [*spaces, *specs] if space in specs}
+        if prepared is None:
+            real = {"": _side(order.real, size)}
+        else:
+            real = {
+                name: Side(source=images.source, images=images, statistics={})
+                for name, images in prepared.references.items()
+            }
+        training = open_images(train).fitted(size) if train else None
+        about = _drawn(order, model, place, prepared) if model.decoder else {}
+        if prepared is not None:
+            about["protocol"] = prepared.about
+        fake = _side(order.fake, size)
+        _require_count(fake, prepared)
+        measured = dict.fromkeys([s for s in spaces if s in named])
+        return cls(
+            fake=fake,
+            real=real,
+            specs=dict(sorted(named.items(), key=lambda pair: pair[0] not in measured)),
+            place=place,
+            model=model,
+            encoder=encoder,
+            train=training,
+            num_resamples=num_resamples,
+            about={**about, "spaces": list(measured)},
+        )
+
+    def scores(self, embeds: str) -> dict[str, Any]:
+        """Return all scores by their paths in eval.json."""
+        from eval.chain_scores import chain_scores
+
+        (first, *others), spaces = self.real, self.about["spaces"]
+        features = {space: self._compared(space, first) for space in spaces}
+        found: dict[str, Any] = {"images": self._images(features), "features": features}
+        fake, real = self.fake.images, self.real[first].images
+        if fake is not None and real is not None:
+            found |= _shapes(fake, real)
+        if fake is not None and self.train is not None:
+            spec = self.specs[spaces[0]]
+            found["memorisation"] = memorisation(fake, real, self.train, spec, self.place)
+            _picture(found["memorisation"], fake, self.train, self.place.folder)
+        if embeds and fake is not None:
+            device = self.place.workers.device
+            found |= chain_scores(embeds, self.model, fake, self.encoder, device)
+        found |= {name: self.about[name] for name in ("protocol", "sampling") if name in self.about}
+        if others:
+            found["protocol"] = {
+                **found["protocol"],
+                "references": {
+                    name: {space: self._compared(space, name) for space in spaces}
+                    for name in others
+                },
+            }
+        return found | {"provenance": _provenance(self.place)}
+
+    def _compared(self, space: str, reference: str) -> dict[str, Any]:
+        spec, real = self.specs[space], self.real[reference]
+        sides = [side.measured(spec, self.place) for side in (self.fake, real)]
+        scores = space_scores(sides[0], sides[1], spec, self.num_resamples)
+        least = min(scores["n"], scores["n_real"])
+        if least < QUOTABLE and space != "clip":
+            print(f"warning: {least} images are too few to quote an FID; it takes {QUOTABLE}")
+        return scores
+
+    def _images(self, features: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return what is said of the images as such, and of the judge."""
+        from eval.scorecard import embed_scores
+
+        main = next(iter(features.values()))
+        found = {"n": main["n"], "n_real": main["n_real"], "features": main["extractor"]}
+        for space, scores in reversed(features.items()):
+            name = "fd_clip" if space == "clip" else "fd"
+            found[name] = scores["fd"]
+            if "fd_real_halves" in scores:
+                found[f"{name}_real_halves"] = scores["fd_real_halves"]
+                found["n_real_halves"] = scores["n_real_halves"]
+        fake = self.fake.images
+        if self.encoder is not None:
+            found["judge"] = self.specs["clip"].name
+            found["judge_relation"] = JUDGES[self._own_judge()]
+        if fake is None or not fake.captions:
+            return found
+        if self.encoder is None:
+            print("clip_score: left out: no --clip")
+            return found
+        embeds, _ = self.place.features_of(fake, self.specs["clip"])
+        return found | embed_scores(embeds.all(), fake.captions, self.encoder)
+
+    def _own_judge(self) -> bool | None:
+        """Say whether the judge is what the model was trained on; None if nobody knows."""
+        from models.weights import exported, load_config
+
+        settings = self.fake.images.settings if self.fake.images is not None else {}
+        own = settings.get("encoder_id")
+        if own is None and self.model.prior:
+            own = load_config(exported(Path(self.model.prior))).get("encoder_id")
+        if own is None or self.encoder is None:
+            return None
+        return own == self.encoder.encoder_id
+
+    def save_statistics(self, folder: Path) -> None:
+        """Write what was measured of the real images, an npz a space."""
+        side = next(iter(self.real.values()))
+        for space in self.about["spaces"]:
+            path = side.measured(self.specs[space], self.place)[1].save(folder)
+            print(f"{path}: statistics of {side.source} for {space}")
+
+
+def _side(source: str, size: int) -> Side:
+    """Open images, or statistics: a file of them, or a folder of such files and nothing else."""
+    path = Path(source)
+    files = sorted(path.glob("*.npz")) if path.is_dir() else []
+    if path.suffix == ".npz" or files and not (path / "_manifest.json").is_file():
+        found = [load_statistics(file) for file in files or [path]]
+        return Side(source=source, images=None, statistics={s.space: s for s in found})
+    images = open_images(source).fitted(size)
+    return Side(source=source, images=images, statistics={})
+
+
+def _drawn(order: Order, model: Model, place: Place, prepared: Prepared | None) -> dict[str, Any]:
+    """Draw the captions of the order or of the protocol, if it has any; say how."""
+    if not order.captions and prepared is None:
+        return {}
+    captions = prepared.captions if prepared else read_captions(order.captions, order.limit)
+    options, guide = read_options(order.sampling) if order.sampling else ({}, "")
+    seed = prepared.seed if prepared and order.seed is None else order.seed
+    options = options if seed is None else {**options, "seed": seed}
+    guided = replace(model, guide=guide)
+    drawing = captions[: order.limit or None]
+    made = draw(Path(order.fake), guided, drawing, options, place.workers, fresh=order.fresh)
+    print(f"sample: {made} images drawn, {len(drawing) - made} were there -> {order.fake}")
+    return {
+        "sampling": {
+            "n": len(drawing),
+            "seed": options.get("seed", 0),
+            "captions": order.captions or order.protocol,
+            "captions_sha256": digest_of(drawing),
+            "options": options,
+        }
+    }
+
+
+def _require_count(fake: Side, prepared: Prepared | None) -> None:
+    """Raise Incomplete for a protocol's images that are fewer, ValueError for those of others."""
+    if prepared is None:
+        return
+    if fake.images is None:
+        found = next(iter(fake.statistics.values())).moments.count
+    else:
+        found = len(fake.images)
+        captions = fake.images.captions
+        if captions and captions != prepared.captions[: len(captions)]:
+            raise ValueError(f"{fake.source}: found images of other captions than the protocol's")
+    if found != len(prepared.captions):
+        raise Incomplete(
+            f"{fake.source}: found {found} images, expected {len(prepared.captions)}, one for each "
+            "caption of the protocol"
+        )
+
+
+def _shapes(fake: ImageSet, real: ImageSet) -> dict[str, Any]:
+    from eval.scorecard import is_drawn, shapes_with_real
+
+    if is_drawn(fake.captions) and is_drawn(real.captions):
+        return {"shapes": shapes_with_real(fake, real)}
+    return {}
+
+
+def _picture(found: dict[str, Any], fake: ImageSet, train: ImageSet, folder: Path) -> None:
+    """Write neighbours.png: generated images above their nearest training images."""
+    import numpy as np
+
+    from training.pictures import grid, save_png
+
+    pairs = found["nearest"]
+    if not pairs:
+        return
+    rows = [
+        [np.asarray(images.fitted(images.side or 64)[pair[f"{kind}_number"]]) for pair in pairs]
+        for kind, images in (("fake", fake), ("train", train))
+    ]
+    beside = fake.paths[0].parent if fake.settings else folder
+    save_png(beside / "neighbours.png", grid(rows, ["generated", "nearest in training"], []))
+    words = [f"{p['distance']:.3f}" for p in pairs]
+    captions = [fake.captions[p["fake_number"]] if fake.captions else "" for p in pairs]
+    told = [" ".join(both).strip() for both in zip(captions, words, strict=True)]
+    (beside / "neighbours.json").write_text(json.dumps(told))
+
+
+def _forget(folder: Path) -> None:
+    """Delete the features of earlier runs: only what bears our manifest."""
+    from ingest.manifests import remove_data_folder
+
+    for manifest in folder.glob("*/_manifest.json"):
+        remove_data_folder(manifest.parent, "features")
+        manifest.parent.rmdir()
+
+
+def _provenance(place: Place) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from eval.chain import device_named
+
+    workers = place.workers
+    names = ("torch", "numpy", "torch-fidelity", "open-clip-torch", "timm", "pillow")
+    return {
+        "device": device_named(workers.device).type,
+        "num_threads": workers.num_threads,
+        "versions": {name: version(name) for name in names},
+    }

@@ -1,0 +1,220 @@
+"""Laws of distances between features, and their agreement with torch-fidelity, pytorch-fid,
+torchmetrics and prdc on the same features."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from prdc import compute_prdc
+from pytorch_fid.fid_score import calculate_frechet_distance
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from eval.distances import (
+    bootstrap_error,
+    cmmd,
+    fd_infinity,
+    interval,
+    kernel_distance,
+    real_halves,
+)
+from eval.frechet import Moments, Reference, frechet_distance
+from eval.neighbours import manifold_scores, nearest_rows
+from eval.store import Features
+
+WIDTH = 48
+
+
+def draws(n: int, seed: int, shift: float = 0.0, scale: float = 1.0, width: int = WIDTH) -> Any:
+    """Features as networks make them: float32, correlated, not negative for the most part."""
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).normal(size=(width, width)) / width**0.5
+    return (scale * rng.normal(size=(n, width)) @ mixing + 1 + shift).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def fake() -> np.ndarray:
+    return draws(600, seed=1, shift=0.2, scale=1.1)
+
+
+@pytest.fixture(scope="module")
+def real() -> np.ndarray:
+    return draws(500, seed=2)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+# -- the Frechet distance --------------------------------------------------------------------------
+
+
+def test_the_frechet_distance_is_the_oracles(fake: np.ndarray, real: np.ndarray):
+    ours = frechet_distance(Features.of(fake).moments(), Features.of(real).moments())
+    wide = [x.astype(np.float64) for x in (fake, real)]
+    told = [fid_features_to_statistics(torch.from_numpy(x)) for x in wide]
+    theirs = fid_statistics_to_metric(told[0], told[1], False)
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-8)
+    means, covariances = [x.mean(0) for x in wide], [np.cov(x, rowvar=False) for x in wide]
+    pytorch_fid = calculate_frechet_distance(means[0], covariances[0], means[1], covariances[1])
+    assert ours == pytest.approx(pytorch_fid, rel=1e-4)
+
+
+def test_the_frechet_distance_is_torchmetrics(fake: np.ndarray, real: np.ndarray):
+    class Given(torch.nn.Module):
+        """An extractor of features that are handed in as pictures."""
+
+        num_features = WIDTH
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1).float()
+
+    metric = FrechetInceptionDistance(feature=Given(), normalize=True).set_dtype(torch.float64)
+    metric.update(torch.from_numpy(fake), real=False)
+    metric.update(torch.from_numpy(real), real=True)
+    ours = frechet_distance(Features.of(fake).moments(), Features.of(real).moments())
+    assert ours == pytest.approx(float(metric.compute()), rel=1e-4)
+
+
+def test_a_set_is_at_no_distance_from_itself(real: np.ndarray):
+    for some in (real, real[:20]):  # more and fewer images than features
+        moments = Features.of(some).moments()
+        assert Reference.of(moments).distance(moments) < 1e-6
+
+
+def test_two_gaussians_have_the_closed_form():
+    """Large samples of N(0, 1) and N(m, s^2) on each axis: m^2 + (s - 1)^2 an axis."""
+    rng, width, n = np.random.default_rng(0), 4, 200_000
+    shift, scale = np.array([0.5, -1.0, 0.0, 2.0]), np.array([1.0, 2.0, 0.5, 1.5])
+    x, y = rng.normal(size=(n, width)), rng.normal(size=(n, width)) * scale + shift
+    closed = (shift**2 + (scale - 1) ** 2).sum()
+    found = frechet_distance(Features.of(x).moments(), Features.of(y).moments())
+    assert found == pytest.approx(closed, rel=0.01)
+
+
+def test_sums_do_not_depend_on_the_blocks(fake: np.ndarray):
+    """Not on their size either, but for the last bits."""
+    whole = Features.of(fake, block_size=600).moments()
+    for size in (1, 7, 256):
+        part = Features.of(fake, block_size=size).moments()
+        np.testing.assert_allclose(part.scatter, whole.scatter, rtol=1e-9, atol=1e-9)
+    again = Features.of(fake, block_size=7).moments()
+    assert again.scatter.tobytes() == Features.of(fake, block_size=7).moments().scatter.tobytes()
+
+
+def test_counted_rows_are_repeated_rows(fake: np.ndarray):
+    counts = np.random.default_rng(0).integers(0, 4, len(fake))
+    counted = Features.of(fake).moments(counts)
+    repeated = Moments.of(np.repeat(fake, counts, axis=0))
+    assert counted.count == counts.sum()
+    np.testing.assert_allclose(counted.mean, repeated.mean, rtol=1e-10)
+    np.testing.assert_allclose(counted.scatter, repeated.scatter, rtol=1e-8, atol=1e-8)
+
+
+def test_rows_are_taken_across_blocks(fake: np.ndarray):
+    rows = np.array([599, 3, 256, 3, 255])
+    np.testing.assert_array_equal(Features.of(fake).take(rows), fake[rows].astype(np.float64))
+
+
+# -- how sure one can be ---------------------------------------------------------------------------
+
+
+def test_the_limit_is_nearer_to_the_truth():
+    """Two samples of one distribution: the truth is 0, and small samples say more than 0."""
+    real = Reference.of(Features.of(draws(20_000, seed=5)).moments())
+    fake = Features.of(draws(600, seed=6))
+    limit, points = fd_infinity(fake, real) or (np.nan, 0)
+    assert abs(limit) < 0.3 * real.distance(fake.moments()) and points == 15
+    assert fd_infinity(Features.of(draws(11, seed=6)), real) is None
+
+
+def test_the_bootstrap_finds_the_spread_of_samples(real: np.ndarray):
+    known = Reference.of(Features.of(real).moments())
+    found = [
+        known.distance(Features.of(draws(400, seed=100 + i, shift=0.2)).moments())
+        for i in range(60)
+    ]
+    error = bootstrap_error(Features.of(draws(400, seed=7, shift=0.2)), known, 60)
+    assert 0.6 < error / np.std(found) < 1.6
+    assert error == bootstrap_error(Features.of(draws(400, seed=7, shift=0.2)), known, 60)
+    assert interval(1.0, 0.1) == pytest.approx((0.804, 1.196), abs=1e-3)
+    assert interval(0.1, 1.0)[0] == 0
+
+
+def test_halves_of_a_set_are_its_floor(fake: np.ndarray, real: np.ndarray):
+    apart = frechet_distance(Features.of(fake).moments(), Features.of(real).moments())
+    assert 0 < real_halves(Features.of(real)) < apart
+    order = np.random.default_rng(0).permutation(len(real))
+    halves = [Moments.of(real[part]) for part in np.array_split(order, 2)]
+    assert real_halves(Features.of(real)) == pytest.approx(frechet_distance(*halves), rel=1e-9)
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+def test_the_kernel_distance_is_torch_fidelitys():
+    x, y = draws(1300, seed=1, shift=0.2), draws(1100, seed=2)
+    theirs = kid_features_to_metric(
+        torch.from_numpy(x), torch.from_numpy(y), kid_subsets=100, kid_subset_size=1000,
+        kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None,
+        kid_kernel_poly_coef0=1, rng_seed=2020, verbose=False,
+    )  # fmt: skip
+    ours = kernel_distance(Features.of(x), Features.of(y))
+    assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
+    assert ours["kid_std"] == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-3)
+    assert (ours["kid_subsets"], ours["kid_subset_size"]) == (100, 1000)
+
+
+def test_cmmd_is_its_formula():
+    x, y = (unit(draws(n, seed=n, shift=s)).astype(np.float64) for n, s in ((90, 0.5), (70, 0.0)))
+
+    def mean_kernel(a: np.ndarray, b: np.ndarray) -> float:
+        squares = ((a[:, None] - b[None]) ** 2).sum(-1)
+        return float(np.exp(-squares / (2 * 10.0**2)).mean())
+
+    plain = 1000 * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
+    assert cmmd(Features.of(x, 16), Features.of(y, 16)) == pytest.approx(plain, rel=1e-9)
+    assert abs(cmmd(Features.of(x), Features.of(x))) < 1e-9
+
+
+# -- neighbours ------------------------------------------------------------------------------------
+
+
+def test_precision_and_recall_are_torch_fidelitys(fake: np.ndarray, real: np.ndarray):
+    theirs = prc_features_to_metric(
+        torch.from_numpy(fake), torch.from_numpy(real), prc_neighborhood=3, prc_batch_size=10_000,
+        save_cpu_ram=False, verbose=False,
+    )  # fmt: skip
+    ours = manifold_scores(Features.of(fake, 16), Features.of(real, 16))
+    assert ours["precision"] == pytest.approx(theirs["precision"], rel=1e-3)
+    assert ours["recall"] == pytest.approx(theirs["recall"], rel=1e-3)
+    assert 0.1 < ours["precision"] < 1 and 0.1 < ours["recall"] < 1, "the comparison says something"
+
+
+def test_density_and_coverage_are_prdcs(fake: np.ndarray, real: np.ndarray):
+    theirs = compute_prdc(real.astype(np.float64), fake.astype(np.float64), nearest_k=5)
+    ours = manifold_scores(Features.of(fake, 16), Features.of(real, 16))
+    assert ours["density"] == pytest.approx(theirs["density"], rel=1e-6)
+    assert ours["coverage"] == pytest.approx(theirs["coverage"], rel=1e-6)
+
+
+def test_a_set_covers_itself_also_where_images_repeat(real: np.ndarray):
+    twice = np.concatenate([real[:40], real[:40]])
+    for some in (real, twice):
+        found = manifold_scores(Features.of(some, 16), Features.of(some, 16))
+        assert found["precision"] == found["recall"] == found["coverage"] == 1
+    with pytest.raises(ValueError, match="--fake: found 5 images, expected more than k = 5"):
+        manifold_scores(Features.of(real[:5]), Features.of(real))
+
+
+def test_the_nearest_are_found_across_blocks(fake: np.ndarray, real: np.ndarray):
+    planted = real.copy()
+    planted[333] = fake[5]
+    distances, which = nearest_rows(Features.of(fake[:50], 16), Features.of(planted, 16))
+    plain = np.linalg.norm(fake[:50, None].astype(np.float64) - planted[None], axis=-1)
+    np.testing.assert_array_equal(which, plain.argmin(1))
+    np.testing.assert_allclose(distances, plain.min(1), rtol=1e-6, atol=1e-9)
+    assert which[5] == 333 and distances[5] == 0

@@ -1,0 +1,322 @@
+"""The same number from any number of workers, after any kill; and errors that name the image."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval.features import ExtractorSpec, clip_spec
+from eval.job import MAX_DEATHS, Place, Workers
+from eval.samples import Incomplete, open_images
+from eval.store import open_store
+from ingest.commits import committed
+from models.clip import load_clip
+
+SECONDS = 300
+NUM_IMAGES, BLOCK = 40, 4
+
+# Run as a script of its own, which a test can kill: NUM_WORKERS FOLDER IMAGES [VICTIM]. Whoever
+# finds the file VICTIM takes it away and kills whom it names: itself, or the driver.
+RUNNER = """
+import dataclasses, os, signal, sys
+from pathlib import Path
+from eval.features import ExtractorSpec, clip_spec
+from eval.frechet import Moments, frechet_distance
+from eval.job import Place, Workers
+from eval.samples import open_images
+from models.clip import load_clip
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deadly(ExtractorSpec):
+    victim: str = ""
+
+    def build(self, device):
+        inner, victim, done = super().build(device), Path(self.victim), []
+
+        class Killer:
+            any_size, name = inner.any_size, inner.name
+
+            def __call__(self, images):
+                done.append(1)
+                if len(done) == 3 and victim.is_file():
+                    pid = victim.read_text()
+                    victim.unlink()
+                    os.kill(os.getpid() if pid == "self" else int(pid), signal.SIGKILL)
+                return inner(images)
+
+        return Killer()
+
+if __name__ == "__main__":
+    number, folder, images, *victim = sys.argv[1:]
+    if victim and Path(victim[0]).is_file() and Path(victim[0]).read_text() == "driver":
+        Path(victim[0]).write_text(str(os.getpid()))
+    spec = clip_spec(load_clip("tiny:random"), "tiny:random")
+    spec = Deadly(**vars(spec), victim=victim[0] if victim else "absent")
+    place = Place(folder=Path(folder), workers=Workers(number=int(number)), block_size=4)
+    features, known = place.features_of(open_images(images), spec)
+    print("RESULT", frechet_distance(known.moments, Moments.of(features.all()[:20])).hex())
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(NUM_IMAGES):
+        pixels = rng.integers(0, 256, (10, 10, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 40)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runner") / "run_features.py"
+    path.write_text(RUNNER)
+    return path
+
+
+def run(runner: Path, *arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(runner), *map(str, arguments)], capture_output=True, text=True,
+        timeout=SECONDS, cwd=runner.parent,
+    )  # fmt: skip
+
+
+def result(runner: Path, *arguments: object) -> tuple[str, str]:
+    done = run(runner, *arguments)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout.rpartition("RESULT ")[2].strip(), done.stdout
+
+
+@pytest.fixture(scope="module")
+def expected(runner: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return result(runner, 0, tmp_path_factory.mktemp("expected"), images)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_any_number_of_workers_gives_the_same_bits(
+    number: int, runner: Path, images: Path, expected: str, tmp_path: Path
+):
+    assert result(runner, number, tmp_path, images)[0] == expected
+
+
+@pytest.mark.slow
+def test_a_killed_actor_is_replaced(runner: Path, images: Path, expected: str, tmp_path: Path):
+    (tmp_path / "victim").write_text("self")
+    found, said = result(runner, 2, tmp_path / "features", images, tmp_path / "victim")
+    assert found == expected and "a worker died; block" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_killed_driver_loses_nothing_that_was_committed(
+    number: int, runner: Path, images: Path, expected: str, tmp_path: Path
+):
+    (tmp_path / "victim").write_text("driver")
+    features = tmp_path / "features"
+    done = run(runner, number, features, images, tmp_path / "victim")
+    assert done.returncode == -signal.SIGKILL and "RESULT" not in done.stdout
+    (store,) = features.iterdir()
+    before = {p.name: p.stat().st_mtime_ns for p in store.glob("*.npy")}
+    assert 0 < len(before) < NUM_IMAGES // BLOCK
+    assert result(runner, number, features, images)[0] == expected
+    after = {p.name: p.stat().st_mtime_ns for p in store.glob("*.npy")}
+    assert before.items() <= after.items() and len(after) == NUM_IMAGES // BLOCK
+
+
+def test_a_block_that_kills_every_worker_is_held_at_fault(monkeypatch: pytest.MonkeyPatch):
+    from eval.job import _Crew
+
+    ray = pytest.importorskip("ray")
+
+    class Dying:
+        def remote(self, block: int) -> int:
+            return block
+
+    def died(reference: int) -> int:
+        raise ray.exceptions.ActorDiedError()
+
+    crew = _Crew(Workers(number=1), None, [0])  # type: ignore[arg-type]
+    monkeypatch.setattr(ray, "wait", lambda refs, num_returns: (refs[:1], []))
+    monkeypatch.setattr(ray, "get", died)
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    monkeypatch.setattr(_Crew, "_hire", lambda self: type("Actor", (), {"do": Dying()})())
+    with pytest.raises(Incomplete, match=f"block 0: {MAX_DEATHS} workers died under it"):
+        list(crew.counts())
+
+
+# -- the store, in this process --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spec() -> ExtractorSpec:
+    return clip_spec(load_clip("tiny:random"), "tiny:random")
+
+
+def place(folder: Path) -> Place:
+    return Place(folder=folder, workers=Workers(), block_size=BLOCK)
+
+
+def test_damaged_and_missing_blocks_are_made_again(
+    images: Path, spec: ExtractorSpec, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    features, known = place(tmp_path).features_of(open_images(str(images)), spec)
+    (store,) = tmp_path.iterdir()
+    (store / "000003.features.npy").write_bytes(b"short")
+    (store / "000005.features.npy").unlink()
+    again, same = place(tmp_path).features_of(open_images(str(images)), spec)
+    assert "block 000003 is made again" in capsys.readouterr().out
+    assert known.moments.scatter.tobytes() == same.moments.scatter.tobytes()
+    np.testing.assert_array_equal(features.all(), again.all())
+
+
+def test_too_few_features_are_incomplete(images: Path, spec: ExtractorSpec, tmp_path: Path):
+    store = open_store(tmp_path, open_images(str(images)), spec, BLOCK)
+    store.make(0, spec.build("cpu"))
+    with pytest.raises(Incomplete, match=f"found features of {BLOCK} images, expected 40"):
+        store.features()
+
+
+def test_images_of_a_larger_set_are_not_extracted_twice(
+    images: Path, spec: ExtractorSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = open_images(str(images))
+    picked = whole.picked([7, 3, 30, 31, 2], "some")
+    all_features, _ = place(tmp_path).features_of(whole, spec)
+    monkeypatch.setattr(ExtractorSpec, "build", lambda self, device: pytest.fail("built"))
+    features, known = place(tmp_path).features_of(picked, spec)
+    np.testing.assert_array_equal(features.all(), all_features.all()[[7, 3, 30, 31, 2]])
+    assert known.source == "some" and known.moments.count == 5
+
+
+class Means:
+    """Mean colours: an extractor that takes what it is told to, and fails where it is told to."""
+
+    name = "means"
+
+    def __init__(self, any_size: bool, wrong: float = 0.0) -> None:
+        self.any_size, self.wrong = any_size, wrong
+
+    def __call__(self, images: list[Image.Image]) -> np.ndarray:
+        found = np.stack([np.asarray(image, np.float32).mean((0, 1)) for image in images])
+        found[found[:, 0] > 250] = np.nan
+        return found
+
+
+def means_spec(any_size: bool) -> Any:
+    class MeansSpec(ExtractorSpec):
+        def build(self, device: Any) -> Any:
+            return Means(any_size)
+
+    return MeansSpec(space="inception", name="means", resize="none", any_size=any_size,
+                     official=False)  # fmt: skip
+
+
+def test_sizes_may_differ_only_where_the_extractor_takes_them(tmp_path: Path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(7):
+        Image.new("RGB", (8, 8) if i < 6 else (12, 9), (i, 0, 0)).save(folder / f"{i}.png")
+    images = open_images(str(folder))
+    assert len(place(tmp_path / "a").features_of(images, means_spec(True))[0]) == 7
+    with pytest.raises(ValueError) as error:
+        place(tmp_path / "b").features_of(images, means_spec(False))
+    assert str(error.value).startswith(
+        f"{folder}: found image 6 of 12 x 9 px after images of 8 x 8 px, expected one size"
+    )
+    fitted = images.fitted(4)
+    known = place(tmp_path / "c").features_of(fitted, means_spec(False))[1]
+    assert known.resolution == "4 x 4 px, centre crop, bicubic to 4 px"
+
+
+def test_features_that_are_not_finite_name_the_image(tmp_path: Path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(6):
+        Image.new("RGB", (8, 8), (255 if i == 5 else 0, 0, 0)).save(folder / f"{i}.png")
+    with pytest.raises(ValueError, match="5.png: found features that are not finite by means"):
+        place(tmp_path / "a").features_of(open_images(str(folder)), means_spec(True))
+
+
+def test_what_workers_must_be():
+    with pytest.raises(ValueError, match="--num-workers: found -1, expected 0 or more"):
+        Workers(number=-1)
+    with pytest.raises(ValueError, match="--num-threads: found 0, expected 1 or more"):
+        Workers(num_threads=0)
+
+
+# -- drawing as a job ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory, write_chain: Callable) -> Any:
+    from eval.drawing import Model
+
+    runs = write_chain(tmp_path_factory.mktemp("runs"), load_clip("tiny:random"), 8)
+    return Model(prior=str(runs["prior"]), decoder=str(runs["decoder"]))
+
+
+CAPTIONS = [f"a {colour} thing, number {i}" for i in range(60) for colour in ("red", "blue")]
+OPTIONS = {"prior_steps": 1, "decoder_steps": 1, "best_of": 1, "seed": 3, "precision": "fp32"}
+
+
+def drawn(out: Path, chain: Any, number: int = 0) -> list[bytes]:
+    from eval.drawing import draw
+
+    draw(out, chain, CAPTIONS, OPTIONS, Workers(number=number))
+    return [path.read_bytes() for path in sorted(out.glob("0*.png"))]
+
+
+def test_drawing_continues_where_it_was(
+    chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A damaged block is drawn again and is as it was; the whole ones are left alone."""
+    from eval import drawing
+
+    before = drawn(tmp_path / "s", chain)
+    assert len(before) == len(CAPTIONS) and len(committed(tmp_path / "s")) == 3
+    (tmp_path / "s" / "000060.png").write_bytes(b"damaged")
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("0*.png")}
+    assert drawn(tmp_path / "s", chain) == before
+    for path in (tmp_path / "s").glob("0*.png"):
+        again = path.stat().st_mtime_ns != times[path.name]
+        assert again == (50 <= int(path.stem) < 100), path
+    assert open_images(str(tmp_path / "s")).captions == CAPTIONS
+    monkeypatch.setattr(drawing.Drawing, "build", lambda self: lambda block: 0)
+    with pytest.raises(Incomplete, match="found 0 samples, expected 120"):
+        drawn(tmp_path / "t", chain)
+
+
+def test_drawing_is_eval_samples(chain: Any, tmp_path: Path):
+    """The script, in batches of the same size, draws the same bytes; its folder is taken as is."""
+    from eval import sample
+
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))
+    config = sample.SampleConfig(
+        prior=chain.prior, decoder=chain.decoder, captions=str(tmp_path / "captions.txt"),
+        out=str(tmp_path / "theirs"), num_threads=1, **OPTIONS,
+    )  # fmt: skip
+    assert sample.main(config) == 0
+    theirs = [path.read_bytes() for path in sorted((tmp_path / "theirs").glob("0*.png"))]
+    assert theirs == drawn(tmp_path / "ours", chain)
+
+
+@pytest.mark.slow
+def test_workers_draw_the_same_bytes(chain: Any, tmp_path: Path):
+    import ray
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        assert drawn(tmp_path / "two", chain, 2) == drawn(tmp_path / "none", chain)
+        lines = (tmp_path / "two" / "samples.jsonl").read_text().splitlines()
+        assert json.loads(lines[7]) == {"file": "000007.png", "caption": CAPTIONS[7], "seed": 3}
+    finally:
+        ray.shutdown()
