@@ -2,12 +2,13 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from cluster.panels import DASHBOARDS, Panel
 
-WINDOWS = {"15m": 900, "1h": 3600, "6h": 21600, "1d": 86400, "7d": 604800}  # seconds
+WINDOWS = {"5m": 300, "15m": 900, "1h": 3600, "6h": 21600, "1d": 86400, "7d": 604800}  # in seconds
 POINTS = 240  # of a line, at most
 MAX_LINES = 24  # of a panel
 MAX_BYTES = 8 << 20  # of an answer
@@ -53,6 +54,16 @@ class Feed:
     """Reads one Prometheus, whose address ends without a slash."""
 
     prometheus: str
+
+    def answer(self, make: Callable[[], Any]) -> bytes:
+        """Return as JSON what `make`, one of the methods below, makes of Prometheus's answer.
+
+        Raises FeedError, also for an answer of another shape than Prometheus's.
+        """
+        try:
+            return json.dumps(make()).encode()
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise FeedError(f"{self.prometheus} is no Prometheus") from error
 
     def lines(self, key: str, window: str, now: float) -> dict[str, Any]:
         """Return a panel's lines over the last `window`, as {"from", "to", "lines": [{"name",
@@ -120,16 +131,10 @@ class Feed:
             raise FeedError(f"Prometheus at {self.prometheus} does not answer") from error
         if len(body) > MAX_BYTES:
             raise FeedError(f"Prometheus at {self.prometheus} answers with too much")
-        try:
-            content = json.loads(body)
-            status, told = content["status"], content.get("error", "")
-            return content["data"] if status == "success" else _refused(self.prometheus, told)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FeedError(f"{self.prometheus} is no Prometheus") from error
-
-
-def _refused(prometheus: str, told: str) -> NoReturn:
-    raise FeedError(f"Prometheus at {prometheus}: {told[:200] or 'refused, without a reason'}")
+        content = json.loads(body)
+        if content["status"] == "success":
+            return content["data"]
+        raise FeedError(f"Prometheus at {self.prometheus}: {str(content['error'])[:200]}")
 
 
 def named(legend: str, labels: dict[str, str]) -> str:

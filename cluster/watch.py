@@ -216,8 +216,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _send_json(self, make: Any) -> None:
         try:
-            body = json.dumps(make()).encode()
-            self._send(200, body, "json")
+            self._send(200, self.server.feed.answer(make), "json")
         except FeedError as error:
             self._send(502, json.dumps({"error": str(error)}).encode(), "json")
 

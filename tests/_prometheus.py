@@ -70,6 +70,7 @@ class Prometheus:
         span = {"start": self.started, "end": end, "step": max(1.0, (end - self.started) / 1000)}
         found = self.get("query_range", query=query, **span)["result"]
         values = [float(value) for each in found for _, value in each["values"]]
+        values += self.now(query)  # the range's last step may be just before the last sample
         return [value for value in values if abs(value) < float("inf")]
 
 

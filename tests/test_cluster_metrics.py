@@ -1,16 +1,23 @@
 """Laws of the metrics façade: closed labels, counters from 0, one server, a mirror inside Ray."""
 
+import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cluster import metrics
+
+ROOT = Path(__file__).parent.parent
 
 WORKER = """
 import json, time, urllib.request
@@ -27,12 +34,17 @@ class Worker:
         gauge("minidalle2_train_loss").set(0.5, model="prior")
         histogram("minidalle2_checkpoint_seconds").observe(0.5, model="prior")
 
+from cluster.metrics import counter, gauge, hand_over_to_ray
+counter("minidalle2_embed_images_total").inc(5)
+counter("minidalle2_train_incidents_total")
+hand_over_to_ray()
+gauge("minidalle2_train_loss").set(0.25, model="clip")
 worker = Worker.remote()
 ray.get(worker.count.remote())
 node = ray.nodes()[0]
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 deadline, text = time.monotonic() + 30, ""
-while "ray_minidalle2_train_loss{" not in text and time.monotonic() < deadline:
+while text.count("ray_minidalle2_train_loss{") < 2 and time.monotonic() < deadline:
     time.sleep(0.2)
     text = urllib.request.urlopen(url, timeout=5).read().decode()
 print(json.dumps([line for line in text.splitlines() if line.startswith("ray_minidalle2")]))
@@ -153,6 +165,149 @@ def test_importing_it_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_closed_sets_are_those_of_the_code():
+    from ingest.filters import FAILED
+    from training.incidents import KINDS
+
+    assert set(metrics.FAILURES) == set(FAILED)
+    assert set(metrics.INCIDENTS) == set(KINDS)
+
+
+def test_hostile_rows_make_no_series(port: int, tmp_path: Path):
+    """10,000 rows of URLs, captions and columns that would each like to be a label."""
+    from ingest import download
+
+    evil = '"} 1\\nminidalle2_evil_total{a="'
+    urls = [
+        f"{kind}{number}{evil}"
+        for number in range(2000)
+        for kind in ("javascript:", "http://10.0.0.1/", "http://[::1]:22/", "ftp://h/", "\x00")
+    ]
+    table = {"url": urls, "caption": [f"{evil}{i}" for i in range(len(urls))]}
+    pq.write_table(pa.table(table), tmp_path / "list.parquet")
+    config = download.DownloadConfig(
+        urls=str(tmp_path / "list.parquet"), out=str(tmp_path / "out"), num_processes=0,
+        robots=False, host_rate=0, samples_per_shard=5000, retries=0, metrics_port=port,
+    )  # fmt: skip
+    failed = 'minidalle2_ingest_rows_total{outcome="failed"}'
+    before = value(scrape(port), failed)
+    assert download.main(config) == 0
+    text = scrape(port)
+    assert value(text, failed) - before == 10_000
+    every = re.findall(r"^minidalle2_\w+", text, re.MULTILINE)
+    assert "evil" not in text and len(every) < 500
+    most = sum(len(metric.combinations()) for metric in metrics.METRICS.values())
+    most += len(metrics.MODELS) * (len(metrics.SECONDS_BUCKETS) + 2)  # of the one histogram
+    assert most < 500, "were every gauge set"
+
+
+# -- whoever scrapes, or does not ------------------------------------------------------------------
+
+SCRIPT = """
+import sys, time
+from cluster.cli import run_script
+from cluster.metrics import gauge, serve
+
+def main():
+    print(serve(0), flush=True)
+    sys.stdin.readline()
+    gauge("minidalle2_train_running").set(0, model="clip")
+    print("ends", flush=True)
+
+run_script(main)
+"""
+
+
+def script() -> tuple[subprocess.Popen, int]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def end(process: subprocess.Popen) -> None:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "ends\n"
+
+
+def test_a_script_that_is_scraped_stays_until_its_last_values_were_seen():
+    process, port = script()
+    assert "train_running{" not in scrape(port)
+    end(process)
+    assert process.poll() is None
+    assert value(scrape(port), 'minidalle2_train_running{model="clip"}') == 0
+    assert process.wait(10) == 0
+    process.communicate()
+
+
+def test_a_script_waits_for_nobody_who_never_came():
+    process, _ = script()
+    end(process)
+    assert process.wait(5) == 0, "UNKNOWN_INTERVAL_SECONDS is more"
+    process.communicate()
+
+
+def test_a_scraper_that_stopped_coming_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    from cluster import exporter
+
+    clock = [0.0]
+    monkeypatch.setattr(exporter.time, "monotonic", lambda: clock[0])
+    scrapes, waits = exporter._Scrapes(), list[float]()
+    monkeypatch.setattr(scrapes._known, "wait_for", lambda _, timeout: waits.append(timeout))
+
+    def scraped(at: float) -> None:
+        clock[0] = at
+        scrapes.add()
+
+    def waited(at: float) -> float:
+        clock[0] = at
+        scrapes.wait()
+        return waits[-1]
+
+    scraped(1000)
+    scraped(1010)
+    assert [waited(at) for at in (1010, 1014, 1025, 2000)] == [15, 11, 0, 0]
+    scraped(3000)
+    assert waited(3000) == exporter.MAX_WAIT_SECONDS, "however rare they were"
+
+
+def test_clients_that_say_nothing_or_nonsense_are_harmless(port: int):
+    open_ones = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+    open_ones[0].sendall(b"\x00\xff nonsense\r\n\r\n")
+    open_ones[1].sendall(b"GET /metrics HTTP/1.1\r\nX: " + b"y" * 100_000)
+    assert "minidalle2_train_samples_total" in scrape(port)
+    for one in open_ones:
+        one.close()
+    assert "minidalle2_train_samples_total" in scrape(port)
+
+
+@pytest.mark.slow
+def test_training_is_the_same_whether_prometheus_is_there_or_not(
+    tmp_path: Path, write_data: Callable
+):
+    """Served and never scraped, or not served; a taken port is told before anything is written."""
+    data = write_data(tmp_path / "data", num_shards=1, samples_per_shard=32)
+    command = [sys.executable, str(ROOT / "training" / "prior.py"), "--preset", "debug"]
+    command += ["--embeds", str(data / "embeds"), "--train.num-workers", "0"]
+    digests = []
+    for name, more in (("alone", []), ("served", ["--metrics-port", "0"])):
+        run = tmp_path / name
+        done = subprocess.run([*command, "--run", str(run), *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        digests.append(hashlib.sha256((next(run.glob("*20")) / "ema.safetensors").read_bytes()))
+    assert digests[0].digest() == digests[1].digest()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        given = ["--run", str(tmp_path / "none"), "--metrics-port", str(port)]
+        done = subprocess.run([*command, *given], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"metrics port {port}: found Address already in use" in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.slow
 def test_inside_ray_values_reach_the_exporter_of_the_node(tmp_path: Path):
     environment = {**os.environ, "HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
@@ -164,8 +319,11 @@ def test_inside_ray_values_reach_the_exporter_of_the_node(tmp_path: Path):
     for line in json.loads(done.stdout.splitlines()[-1]):
         name, labels, number = re.findall(r"^(\w+)\{(.*)\} (\S+)$", line)[0]
         if not name.endswith("_bucket"):
-            label = re.findall(r'(?:outcome|model)="\w+"', labels)
+            label = re.findall(r'(?:outcome|model|kind)="\w+"', labels)
             found[name, *label] = float(number)
     assert found["ray_minidalle2_ingest_rows_total", 'outcome="stored"'] == 3
     assert found["ray_minidalle2_train_loss", 'model="prior"'] == 0.5
+    assert found["ray_minidalle2_train_loss", 'model="clip"'] == 0.25, "the driver's"
+    assert found["ray_minidalle2_embed_images_total",] == 5, "counted before it joined"
+    assert found["ray_minidalle2_train_incidents_total", 'kind="hang"', 'model="prior"'] == 0
     assert found["ray_minidalle2_checkpoint_seconds_count", 'model="prior"'] == 1

@@ -2,10 +2,11 @@
 and rule, and the page of watch.py in a browser. Faster ones, of the page alone, are in
 test_cluster_watch_page.py."""
 
+import os
 import re
-import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from _browser import browsing, needs_chromium
 from _prometheus import (
     CLUSTER,
     Prometheus,
@@ -26,12 +28,12 @@ from conftest import Site, serve_site
 
 from cluster.feed import PANELS
 from cluster.metrics import METRICS
+from cluster.watch import WatchConfig, open_server
 from models.clip import load_clip
 
 GPU_ONLY = {"minidalle2_train_device_memory_bytes"}  # no CPU run has them
 CHILDREN = ("expr", "lhs", "rhs", "param", "vector_selector")  # of a node of promql_parser's
 STAGES = Path(__file__).with_name("_stages.py")
-CHROMIUM = shutil.which("chromium")
 pytestmark = [pytest.mark.slow, needs_prometheus]
 
 
@@ -69,7 +71,7 @@ def live(
     """Stages under way, watched once a second: the prior is training."""
     folder = tmp_path_factory.mktemp("live")
     write_data(folder / "data", num_shards=2, samples_per_shard=8)
-    write_chain(folder / "chain", load_clip("tiny:random"), image_size=64)
+    write_chain(folder / "chain", load_clip("tiny:random"), image_size=32)  # twice that: as drawn
     port = free_port()
     config = configuration(folder, minidalle2=[{"targets": [f"127.0.0.1:{port}"]}])
     with (
@@ -83,11 +85,55 @@ def live(
         found = Live(watching, process, folder)
         try:
             found.wait_until_done("download")
-            wait_for(lambda: watching.now("minidalle2:train_step > 10"), "a few steps", 120)
+            wait_for(lambda: watching.now("minidalle2:train_step > 1"), "a few steps", 300)
             yield found
         finally:
             process.kill()
             process.communicate()
+
+
+@pytest.fixture
+def page(live: Live) -> Iterator[str]:
+    """The address of the page over the live Prometheus; it looks once a second."""
+    server = open_server(WatchConfig(prometheus=live.prometheus.url, port=0, every=1.0))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://{server.shown}/"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@needs_chromium
+def test_charts_move_in_a_browser_at_two_widths(live: Live, page: str, tmp_path: Path):
+    wanted = os.environ.get("MINIDALLE2_ARTEFACTS")
+    pictures = Path(wanted) if wanted else tmp_path
+    pictures.mkdir(parents=True, exist_ok=True)
+    for name, width, scheme in (("wide", 1360, "light"), ("phone", 390, "dark")):
+        with browsing(width=width, color_scheme=scheme) as view:
+            view.tab.goto(page)
+            view.tab.select_option("#window", "5m")
+            steps = '[data-panel="training-3"]'
+            path = view.tab.wait_for_selector(f"{steps} path", state="attached")
+            drawn = path.get_attribute("d")
+            told = view.tab.inner_text(f"{steps} .legend b")
+            view.tab.wait_for_function(
+                "([at, drawn, told]) => document.querySelector(at + ' path').getAttribute('d')"
+                " !== drawn && document.querySelector(at + ' .legend b').textContent !== told",
+                arg=[steps, drawn, told],
+            )
+            assert view.tab.inner_text("#runs .top i") == "● running"
+            view.tab.hover(f"{steps} .plot")
+            view.tab.wait_for_selector(f"{steps} .tip")
+            for each in ("evaluation", "pipeline", "training"):
+                view.tab.click(f'[data-name="{each}"]')
+                view.tab.wait_for_selector(".card:not(.none) path", state="attached")
+                assert view.tab.evaluate("document.documentElement.scrollWidth") <= width
+                picture = pictures / f"watch_{name}_{each}.png"
+                view.tab.screenshot(path=picture, full_page=True)
+                assert picture.stat().st_size > 10_000
+            assert view.said == []
+            assert {url.startswith(page) for url in view.asked} == {True}
 
 
 def selectors(expression: str) -> set[str]:

@@ -202,7 +202,10 @@ def test_the_wheel_holds_the_folders_their_presets_and_templates():
     shipped = {path for path in files if path.startswith(FOLDERS)}
     assert shipped >= {name_of(path) for path in SOURCES}
     assert shipped >= {name_of(path) for path in ROOT.glob("training/presets/*.yaml")}
-    assert "eval/templates/report.html.j2" in shipped
+    assert shipped >= {"eval/templates/report.html.j2", "cluster/watch.html"}
+    for folder in ("prometheus", "grafana"):
+        watched = {path for path in (ROOT / "cluster" / folder).rglob("*") if path.is_file()}
+        assert watched and shipped >= {name_of(path) for path in watched}
     assert not {path for path in files if path.startswith(("tests/", "benchmarks/", "docs/"))}
 
 
