@@ -7,8 +7,8 @@ averaging, from a batch in memory. Steps of the bare loop and of an engine alter
 so that what else the machine does meets both; a second bare loop in the engine's place says how far
 two equal things differ (`aa`). The larger size also writes two checkpoints: `block_ratio` is the
 share of the second's writing for which the steps wait (the first's copy touches its memory for the
-first time: `first_block_seconds`); `memory_ratio` is the peak of its steps over the state's 20 bytes
-a parameter: weights, gradients, two moments, average.
+first time: `first_block_seconds`); `memory_ratio` is the peak of its steps over the state's 20
+bytes a parameter: weights, gradients, two moments, average.
 """
 
 import json
