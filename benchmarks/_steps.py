@@ -17,6 +17,7 @@ from training.precision import Precision, autocast
 
 ROOT = Path(__file__).resolve().parent.parent
 DALLE2 = "dalle2-pytorch"  # in .venv-bench, which `make bench-setup` makes
+OURS = "ours"  # the name of what is compared, and the head of the names of other shapes of ours
 WARMING_STEPS = 2
 
 
@@ -41,9 +42,9 @@ class StepsConfig:
 
 
 def run(script: str, config: Any, builds: dict[str, Any], batch: Callable[[], dict]) -> int:
-    """Compare the peers, ours first, or be the one that `config` names; the exit code.
+    """Compare ours with the peers, or be the one that `config` names; the exit code.
 
-    builds: what `measure` builds, by peer; batch: makes the columns of a batch.
+    builds: what `measure` builds, by name, ours first; batch: makes the columns of a batch.
     """
     if config.peer:
         measure(config, builds[config.peer], batch())
@@ -53,7 +54,7 @@ def run(script: str, config: Any, builds: dict[str, Any], batch: Callable[[], di
 
 
 def compare(script: str, config: Any, peers: Sequence[str]) -> dict[str, Any]:
-    """Measure every peer, ours first, in turn; print a table and return the figures."""
+    """Measure ours and every peer in turn; print a table and return the figures."""
     from rich.console import Console
     from rich.table import Table
 
@@ -73,17 +74,18 @@ def compare(script: str, config: Any, peers: Sequence[str]) -> dict[str, Any]:
         table.add_row(peer, count, rate, spread, f"{memory[peer] / 2**20:,.0f}")
     Console().print(table)
     middle = {peer: float(np.median(all_rates)) for peer, all_rates in rates.items()}
-    best = max(middle[peer] for peer in peers[1:])
-    rounds = zip(*(rates[peer] for peer in peers), strict=True)
-    ratios = [ours / max(theirs) for ours, *theirs in rounds]
+    rivals = [peer for peer in peers if not peer.startswith(OURS)]
+    best = max(middle[peer] for peer in rivals)
+    rounds = zip(rates[OURS], zip(*(rates[peer] for peer in rivals), strict=True), strict=True)
+    ratios = [ours / max(theirs) for ours, theirs in rounds]
     return {
-        "ratio": middle[peers[0]] / best,
+        "ratio": middle[OURS] / best,
         "ratio_spread": float(np.ptp(ratios)),
-        "memory_ratio": memory[peers[0]] / min(memory[peer] for peer in peers[1:]),
+        "memory_ratio": memory[OURS] / min(memory[peer] for peer in rivals),
         **middle,
         "rates": rates,
         "memory_bytes": memory,
-        "precision": found[peers[0]][0]["precision"],
+        "precision": found[OURS][0]["precision"],
     }
 
 

@@ -131,9 +131,10 @@ def _grid(root: Path, config: Config) -> None:
     import torch
 
     from eval.chain import load_chain
-    from eval.generate import SamplingSettings, grid, render_all, save_png
+    from eval.generate import SamplingSettings, render_all
     from eval.samples import open_images
     from eval.scorecard import read_embeds
+    from training.pictures import grid, save_png
 
     captions, image, _ = read_embeds(str(root / "test_embeds"))
     chosen = range(0, len(captions), max(1, len(captions) // 12))[:12]

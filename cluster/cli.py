@@ -1,19 +1,24 @@
 """How every script reads its command line: frozen dataclasses through tyro, YAML differences,
 one-line errors."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import os
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 DONE, INCOMPLETE, WRONG_REQUEST = 0, 1, 2
+DRY_RUN = "--dry-run"
 UNLISTED = "unlisted"  # Annotated[Sizes, UNLISTED]: flags that work, and that --help leaves out
 
 
@@ -42,32 +47,65 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         code = INCOMPLETE
     except KeyboardInterrupt:
         print("interrupted; rerun the same command to continue", file=sys.stderr)
-        code = INCOMPLETE
+        sys.exit(INCOMPLETE)
+    exporter = sys.modules.get("cluster.exporter")  # there only if something was counted
+    if exporter is not None:
+        exporter.await_scrape()
     sys.exit(code or DONE)
 
 
 def parse(
-    config_class: type[Config], *, presets: Path | None = None, argv: Sequence[str] | None = None
+    config_class: type[Config],
+    *,
+    presets: Path | None = None,
+    argv: Sequence[str] | None = None,
+    check: Callable[[Config], None] | None = None,
 ) -> Config:
     """Read a configuration: the class's defaults, then --preset or --config, then flags.
 
     presets: path prefix of the shipped YAML files, so that `--preset NAME` is
     `<presets>_NAME.yaml`;
-    None: the script has none. Raises ValueError for an unknown flag, key or preset, naming the
-    nearest.
+    None: the script has none. With --dry-run, of which a class with a field `dry_run` makes more,
+    prints what was read, after `check` had no objection, and exits. Raises ValueError for an
+    unknown flag, key or preset, naming the nearest, and for a value that the class refuses.
     """
-    import tyro
-
     arguments = list(sys.argv[1:] if argv is None else argv)
     default = config_class()
     for path in _take_files(arguments, presets):
         default = merged(default, read_yaml(path), str(path))
-    usage = (
-        None
-        if presets is None
-        else "Also: --preset NAME or --config FILE.yaml (differences from the defaults)."
-    )
     known = list(_flags(config_class))
+    dry_run = DRY_RUN not in known and DRY_RUN in arguments
+    if dry_run:
+        arguments = [argument for argument in arguments if argument != DRY_RUN]
+    _require_known(arguments, known)
+    help_asked = "--help" in arguments or "-h" in arguments
+    with _listed(config_class, help_asked), nullcontext() if help_asked else _told_in_one_line():
+        config = _read_flags(default, arguments, _also(presets, DRY_RUN not in known))
+    if dry_run:
+        if check is not None:
+            check(config)
+        print(to_yaml(config), end="")
+        sys.exit(DONE)
+    return config
+
+
+def _read_flags(default: Config, arguments: list[str], also: str | None) -> Config:
+    import tyro
+
+    return tyro.cli(type(default), default=default, args=arguments, description=_description(also))
+
+
+def _also(presets: Path | None, dry_run: bool) -> str | None:
+    """Tell of the flags that are no fields."""
+    told = []
+    if presets is not None:
+        told.append("Also: --preset NAME or --config FILE.yaml (differences from the defaults).")
+    if dry_run:
+        told.append(f"{DRY_RUN} prints the merged configuration and stops.")
+    return " ".join(told) or None
+
+
+def _require_known(arguments: list[str], known: list[str]) -> None:
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
         plain = flag.replace("--no-", "--", 1).rpartition(".")
@@ -75,13 +113,41 @@ def parse(
             continue
         positive = flag if flag in known else f"{plain[0]}{plain[1]}{plain[2].removeprefix('no-')}"
         if positive not in known:
-            raise ValueError(
-                f"unknown flag {flag}{_nearest(flag, [*known, '--config', '--preset'])}"
-            )
-    with _listed(config_class, "--help" in arguments or "-h" in arguments):
-        return tyro.cli(
-            config_class, default=default, args=arguments, description=_description(usage)
-        )
+            more = sorted({"--config", "--preset", DRY_RUN} - {*known})
+            raise ValueError(f"unknown flag {flag}{_nearest(flag, [*known, *more])}")
+
+
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """Raise as a ValueError of one line what tyro would print in a box before it exits."""
+    told, columns = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"  # no line of the box is wrapped
+    try:
+        with contextlib.redirect_stderr(told):
+            yield
+    except SystemExit as error:
+        if error.code == DONE:
+            raise
+        raise ValueError(_unboxed(told.getvalue())) from None
+    finally:
+        if columns is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = columns
+
+
+def _unboxed(box: str) -> str:
+    """Return what a box says between its title and the next rule; boxes are of lines, or of ASCII.
+
+    A class's own message names its field.
+    """
+    lines = [line.strip().strip("│").strip() for line in box.splitlines()[1:]]
+    parts = [" ".join(part) for rule, part in groupby(lines, key=_is_rule) if not rule]
+    return re.sub(r"^Error parsing ([^-]\S+: )?", "", parts[0]) if parts else box
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("─-╰╯")
 
 
 @contextmanager

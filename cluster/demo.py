@@ -293,7 +293,7 @@ def _finish(config: DemoConfig, run: Path, timings: Timings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from eval.report import write_report
+    from eval.page import write_report
 
     scores = json.loads((run / "scores.json").read_text())
     judge = (

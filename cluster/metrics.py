@@ -4,26 +4,38 @@
     gauge("minidalle2_train_loss").set(0.31, model="prior")
     histogram("minidalle2_checkpoint_seconds").observe(1.8, model="prior")
 
-A process that calls `serve` answers Prometheus over HTTP; inside a Ray worker every value also
-goes to Ray's exporter of that node. Labels come from closed sets: no URL, key or host can become
-a series.
+A process that was given a port answers Prometheus over HTTP; one that was not, and is part of a
+Ray cluster, hands every value to Ray's exporter of its node, where the same name begins with
+`ray_`: a value is never in both. Whoever runs a stage counts for all of its workers, so no metric
+needs a rank: a training's driver publishes what its first rank writes (training/reporting.py).
+
+Labels come from closed sets: no URL, key or host can become a series.
 """
 
 import difflib
-import functools
 import itertools
-import sys
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
 
 OUTCOMES = ("stored", "filtered", "failed")
+FAILURES = (  # of rows, as ingest/filters.py names them
+    "invalid_url", "unresolved", "address_refused", "port_refused", "tls_failed", "too_large",
+    "too_many_redirects", "not_found", "forbidden", "client_error", "not_an_image", "undecodable",
+    "hash_mismatch", "unreachable", "timeout", "truncated", "rate_limited", "server_error",
+    "robots_unavailable", "resolver_failed", "no_network", "shard_deadline",
+)  # fmt: skip
+BACKLOGS = ("download", "embed")
+FOLDERS = ("images", "embeds", "runs")
 INCIDENTS = ("spike", "hang", "lost")
 MODELS = ("clip", "prior", "decoder", "upsampler")
+JUDGED = (*MODELS, "chain")
 STAGES = ("download", "clip", "judge", "embed", "prior", "base", "up", "sample", "evaluate")
-SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # histograms
 SHAPE_SETS = ("single", "seen", "held_out")
 SHAPE_SCORES = ("all", "attribute", "relation", "real")
 SCORES = (  # spelled as their paths in eval.json
@@ -70,11 +82,18 @@ class Metric:
 _MODEL = {"model": MODELS}
 _TABLE: tuple[tuple[str, Kind, Mapping[str, tuple[str, ...]], str], ...] = (
     ("ingest_rows_total", "counter", {"outcome": OUTCOMES}, "Rows of the URL list attempted."),
+    ("ingest_failures_total", "counter", {"reason": FAILURES}, "Rows that failed, by reason."),
     ("ingest_shards_total", "counter", {}, "Image shards committed."),
     ("ingest_bytes_total", "counter", {}, "Bytes of images stored in shards."),
     ("embed_images_total", "counter", {}, "Images embedded."),
     ("embed_shards_total", "counter", {}, "Embedding shards committed."),
     ("embed_failed_shards_total", "counter", {}, "Image shards that could not be embedded."),
+    ("backlog_shards", "gauge", {"stage": BACKLOGS}, "Shards that the stage has still to make."),
+    ("storage_free_bytes", "gauge", {"folder": FOLDERS}, "Free space where a local folder lies."),
+    ("storage_size_bytes", "gauge", {"folder": FOLDERS}, "All space where a local folder lies."),
+    ("train_running", "gauge", _MODEL, "1 while a run trains, 0 once it ended."),
+    ("train_start_timestamp_seconds", "gauge", _MODEL, "When the workers last began; Unix time."),
+    ("train_report_timestamp_seconds", "gauge", _MODEL, "When a run last told of itself."),
     ("train_loss", "gauge", _MODEL, "Mean loss since the last report."),
     ("train_step", "gauge", _MODEL, "Optimizer steps taken."),
     ("train_samples_total", "counter", _MODEL, "Samples trained on by this process."),
@@ -85,11 +104,14 @@ _TABLE: tuple[tuple[str, Kind, Mapping[str, tuple[str, ...]], str], ...] = (
     ("train_nonfinite_steps_total", "counter", _MODEL, "Steps skipped: loss not finite."),
     ("train_incidents_total", "counter", {**_MODEL, "kind": INCIDENTS}, "Spikes, hangs, losses."),
     ("train_mfu", "gauge", _MODEL, "Share of the devices' peak that the model's products use."),
+    ("train_device_memory_bytes", "gauge", _MODEL, "Most memory that the first rank's GPU held."),
     ("train_eta_seconds", "gauge", _MODEL, "Time to the last step at the present rate."),
+    ("checkpoint_timestamp_seconds", "gauge", _MODEL, "When a run last wrote one, or began."),
     ("checkpoint_seconds", "histogram", _MODEL, "Time the training loop gives a checkpoint."),
     ("checkpoints_total", "counter", _MODEL, "Checkpoints written."),
     ("samples_generated_total", "counter", {}, "Images generated from captions."),
     ("eval_score", "gauge", {"metric": SCORES}, "Scores of the last evaluation."),
+    ("eval_timestamp_seconds", "gauge", {"of": JUDGED}, "When it was last scored; Unix time."),
     ("stage_seconds", "gauge", {"stage": STAGES}, "Time a finished stage took."),
 )
 METRICS: dict[str, Metric] = {
@@ -103,11 +125,10 @@ class _Handle:
     metric: Metric
 
     def _record(self, method: str, value: float, labels: dict[str, str]) -> None:
+        from cluster import exporter
+
         self.metric.check(labels)
-        series = _exported(self.metric.name)
-        getattr(series.labels(**labels) if labels else series, method)(value)
-        if _in_ray_worker() and (method != "inc" or value > 0):  # Ray's counters refuse a zero
-            getattr(_mirrored(self.metric.name), method)(value, tags=labels)
+        exporter.record(self.metric, method, value, labels)
 
 
 class Counter(_Handle):
@@ -152,35 +173,37 @@ def histogram(name: str) -> Histogram:
 def serve(port: int | None) -> int | None:
     """Serve every metric at http://127.0.0.1:port/metrics for the rest of the process.
 
-    port: 0 takes any free port; None serves nothing. Returns the port served. A second call for
-    that
-    port, or for any, is answered by the server there is, so that stages of one process share it.
-    Raises ValueError if the port cannot be had.
+    port: 0 takes any free port; None serves nothing. Returns the port served. A second call, for
+    that port or for any, is answered by the server there is, so that stages of one process share
+    it. Raises ValueError if the port cannot be had.
     """
-    if port is None:
-        return None
-    if port not in _servers and (port or not _servers):
-        for name in METRICS:
-            _exported(name)
-        server = _start_server(port)
-        _servers[server.server_port] = server
-        return server.server_port
-    return port or next(iter(_servers))
+    from cluster import exporter
+
+    return exporter.serve(METRICS, port)
 
 
-_servers: dict[int, Any] = {}
+def hand_over_to_ray() -> None:
+    """Give the Ray that this process has just joined what it counted so far, where it serves no
+    port of its own."""
+    from cluster import exporter
+
+    exporter.hand_over_to_ray(METRICS)
 
 
-def _start_server(port: int) -> Any:
-    from prometheus_client import start_http_server
+def storage_space(folder: str | Path, *, holds: str) -> None:
+    """Set the free and the whole space of the disk of `folder`; nothing where it is not local.
 
+    holds: what the folder is for, one of FOLDERS.
+    """
+    path = str(folder).removeprefix("file://")
+    if "://" in path:
+        return
     try:
-        server, _ = start_http_server(port, addr="127.0.0.1", registry=_registry())
-    except (OSError, OverflowError) as error:
-        found = getattr(error, "strerror", None) or error
-        remedy = "expected a free one; 0 takes any"
-        raise ValueError(f"metrics port {port}: found {found}, {remedy}") from error
-    return server
+        space = shutil.disk_usage(path)
+    except FileNotFoundError:  # not made yet, or gone already: there is nothing to measure
+        return
+    gauge("minidalle2_storage_free_bytes").set(space.free, folder=holds)
+    gauge("minidalle2_storage_size_bytes").set(space.total, folder=holds)
 
 
 def _find(name: str, kind: Kind) -> Metric:
@@ -192,49 +215,3 @@ def _find(name: str, kind: Kind) -> Metric:
     if metric.kind != kind:
         raise ValueError(f"{name}: found use as a {kind}, expected as a {metric.kind}")
     return metric
-
-
-@functools.cache
-def _registry() -> Any:
-    from prometheus_client import CollectorRegistry
-
-    return CollectorRegistry()
-
-
-@functools.cache
-def _exported(name: str) -> Any:
-    """Make the prometheus_client metric; counters and histograms begin with every series at 0."""
-    import prometheus_client
-
-    metric = METRICS[name]
-    kinds = {"counter": "Counter", "gauge": "Gauge", "histogram": "Histogram"}
-    extra = {"buckets": SECONDS_BUCKETS} if metric.kind == "histogram" else {}
-    make = getattr(prometheus_client, kinds[metric.kind])
-    series = make(name, metric.help, tuple(metric.labels), registry=_registry(), **extra)
-    if (
-        metric.kind != "gauge" and metric.labels
-    ):  # rate() misses the first increment of a new series
-        for labels in metric.combinations():
-            series.labels(**labels)
-    return series
-
-
-def _in_ray_worker() -> bool:
-    """Whether this process runs a task of Ray; never imports Ray to find out."""
-    ray = sys.modules.get("ray")
-    if ray is None or not hasattr(ray, "is_initialized") or not ray.is_initialized():
-        return False
-    return ray.get_runtime_context().worker.mode == ray.WORKER_MODE
-
-
-@functools.cache
-def _mirrored(name: str) -> Any:
-    """Make the Ray metric of that name; its exporter prefixes the name with `ray_`."""
-    import ray.util.metrics
-
-    metric = METRICS[name]
-    if metric.kind == "histogram":
-        buckets = list(SECONDS_BUCKETS)
-        return ray.util.metrics.Histogram(name, metric.help, buckets, tuple(metric.labels))
-    kinds = {"counter": ray.util.metrics.Counter, "gauge": ray.util.metrics.Gauge}
-    return kinds[metric.kind](name, metric.help, tuple(metric.labels))

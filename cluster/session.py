@@ -6,8 +6,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 LOOK_SECONDS = 5.0
+GROUPS = "minidalle2_groups"  # the resource by which a head says that its cluster has groups
+Group = Literal["cpu_group", "gpu_group"]
 
 
 def ensure_ray() -> None:
@@ -18,6 +21,8 @@ def ensure_ray() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import ray
+
+    from cluster.metrics import hand_over_to_ray
 
     if ray.is_initialized():
         return
@@ -31,8 +36,28 @@ def ensure_ray() -> None:
             log_to_driver=bool(os.environ.get("MINIDALLE2_TRACEBACK")),
             logging_level=logging.WARNING,
         )
-        return
-    ray.init(address=address, logging_level=logging.WARNING)
+    else:
+        ray.init(address=address, logging_level=logging.WARNING)
+    hand_over_to_ray()
+
+
+def placed_on(group: Group) -> dict[str, float]:
+    """Return the resources by which Ray places work on one group of the cluster's nodes.
+
+    cpu_group: for downloads and decoding; gpu_group: for encoders and training. A cluster has them
+    if its head offers `GROUPS`, even while all nodes of a group are scaled away; in any other
+    nothing is asked for, and any node will do.
+    """
+    import ray
+
+    return {group: 0.001} if ray.cluster_resources().get(GROUPS) else {}
+
+
+def has_gpus() -> bool:
+    """Say whether the cluster has GPUs, or starts nodes that have when they are asked for."""
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU") or placed_on("gpu_group"))
 
 
 def require_own_node() -> None:

@@ -1,7 +1,7 @@
 """Line charts as geometry: points, ticks and labels that a template draws as inline SVG."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 WIDTH, HEIGHT = 480.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 12.0, 26.0
@@ -21,15 +21,17 @@ class Tick:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A line to draw in a box of `width` by `height`; `raw` and `smooth` are SVG path data."""
+    """A line to draw in a box of `width` by `height`; `raw` and `smooth` are SVG path data, `dots`
+    the places of single points."""
 
     title: str
     raw: str
     smooth: str
     x_ticks: list[Tick]
     y_ticks: list[Tick]
-    last: str
+    told: str
     log: bool
+    dots: list[Point] = field(default_factory=list)
     width: float = WIDTH
     height: float = HEIGHT
     left: float = LEFT
@@ -39,36 +41,75 @@ class Chart:
 
 
 def line_chart(title: str, points: list[Point]) -> Chart | None:
-    """Lay out the chart of `points` (samples seen, value); None if fewer than two are finite."""
-    points = thinned([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
+    """Lay out the curve of `points` (samples seen, value); None if fewer than two are finite."""
+    points = thinned(_finite(points))
+    if len(points) < 2:
+        return None
+    ys = [y for _, y in points]
+    log = min(ys) > 0 and max(ys) / min(ys) >= LOG_FROM
+    x_high = max(x for x, _ in points)
+    x_ticks = [x for x in linear_ticks(0, x_high) if x <= x_high * 1.001]
+    y_ticks = log_ticks(min(ys), max(ys)) if log else linear_ticks(min(min(ys), 0), max(ys))
+    box = _Box(low=(0.0, min(*ys, *y_ticks)), high=(x_high, max(*ys, *y_ticks)), log=log)
+    smooth = list(zip((x for x, _ in points), smoothed(ys), strict=True))
+    return _chart(title, box, (x_ticks, y_ticks), points, box.path(smooth))
+
+
+def point_chart(title: str, points: list[Point], better: int) -> Chart | None:
+    """Lay out few measured `points`, joined by a line, over their own range; None if fewer than two
+    are finite. better: 1 where higher is, -1 where lower is."""
+    points = sorted(_finite(points))
     if len(points) < 2:
         return None
     xs, ys = zip(*points, strict=True)
-    log = min(ys) > 0 and max(ys) / min(ys) >= LOG_FROM
-    x_ticks = [x for x in linear_ticks(0, max(xs)) if x <= max(xs) * 1.001]
-    y_ticks = log_ticks(min(ys), max(ys)) if log else linear_ticks(min(min(ys), 0), max(ys))
-    low, high = min(*ys, *y_ticks), max(*ys, *y_ticks)
+    spread = (max(ys) - min(ys)) or abs(ys[0]) or 1.0
+    y_ticks = linear_ticks(min(ys) - 0.05 * spread, max(ys) + 0.05 * spread)
+    x_ticks = [x for x in linear_ticks(xs[0], xs[-1]) if xs[0] <= x <= xs[-1] * 1.001]
+    box = _Box(low=(xs[0], y_ticks[0]), high=(xs[-1], y_ticks[-1]), log=False)
+    chart = _chart(title, box, (x_ticks, y_ticks), points, box.path(points))
+    best = max(points, key=lambda point: point[1] * better)
+    told = f"best {short(best[1])} at {short(best[0])}"
+    return replace(chart, raw="", told=told, dots=[(box.x(x), box.y(y)) for x, y in points])
 
-    def place_x(x: float) -> float:
-        return LEFT + (x / (max(xs) or 1)) * (WIDTH - LEFT - RIGHT)
 
-    def place_y(y: float) -> float:
-        share = math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low or 1)
+@dataclass(frozen=True, kw_only=True)
+class _Box:
+    """What the chart's corners stand for, and where in it a value lies."""
+
+    low: Point
+    high: Point
+    log: bool
+
+    def x(self, x: float) -> float:
+        share = (x - self.low[0]) / ((self.high[0] - self.low[0]) or 1)
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(self, y: float) -> float:
+        low, high = self.low[1], self.high[1]
+        straight = (y - low) / ((high - low) or 1)
+        share = math.log(y / low) / math.log(high / low) if self.log else straight
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
-    def path(values: list[float]) -> str:
-        placed = (f"{place_x(x):.1f} {place_y(y):.1f}" for x, y in zip(xs, values, strict=True))
-        return "M" + "L".join(placed)
+    def path(self, points: list[Point]) -> str:
+        return "M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
 
+
+def _chart(
+    title: str, box: _Box, ticks: tuple[list[float], list[float]], points: list[Point], smooth: str
+) -> Chart:
     return Chart(
         title=title,
-        raw=path(list(ys)),
-        smooth=path(smoothed(list(ys))),
-        x_ticks=[Tick(at=place_x(x), label=short(x)) for x in x_ticks],
-        y_ticks=[Tick(at=place_y(y), label=short(y)) for y in y_ticks],
-        last=short(ys[-1]),
-        log=log,
+        raw=box.path(points),
+        smooth=smooth,
+        x_ticks=[Tick(at=box.x(x), label=short(x)) for x in ticks[0]],
+        y_ticks=[Tick(at=box.y(y), label=short(y)) for y in ticks[1]],
+        told=f"last {short(points[-1][1])}",
+        log=box.log,
     )
+
+
+def _finite(points: list[Point]) -> list[Point]:
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
 def thinned(points: list[Point]) -> list[Point]:

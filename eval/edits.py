@@ -381,7 +381,7 @@ def _write(command: str, config: EditConfig, found: Rows) -> None:
     """Write every image, a labelled grid, and a line for each of what made it."""
     from PIL import Image
 
-    from eval.generate import grid, save_png, to_uint8
+    from training.pictures import grid, save_png, to_uint8
 
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ captions.
 """
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -184,7 +185,7 @@ def _drew(config: FidConfig, fake: "ImageSet", captions: list[str]) -> bool:
 
 def _ablation_grid(folder: Path, captions: list[str], images: dict[str, Any]) -> None:
     """Write ablation.png, and ablation.json with its captions, beside the samples."""
-    from eval.generate import grid, save_png
+    from training.pictures import grid, save_png
 
     step = max(1, len(captions) // 8)
     chosen = range(0, len(captions), step)[:8]
@@ -199,7 +200,7 @@ def _show(scores: dict[str, Any]) -> None:
     from rich.table import Table
 
     from cluster.metrics import SCORES, gauge
-    from eval.report import flatten
+    from eval.formats import flatten
 
     table = Table("score", "value")
     for name, value in flatten(scores).items():
@@ -208,6 +209,7 @@ def _show(scores: dict[str, Any]) -> None:
     for name, value in flatten(scores).items():
         if name in SCORES and value is not None:
             gauge("minidalle2_eval_score").set(value, metric=name)
+    gauge("minidalle2_eval_timestamp_seconds").set(time.time(), of="chain")
 
 
 if __name__ == "__main__":

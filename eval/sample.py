@@ -234,7 +234,7 @@ def _grid(out: Path, captions: list[str], most: int = 24, columns: int = 6) -> N
     import numpy as np
     from PIL import Image
 
-    from eval.generate import grid, save_png
+    from training.pictures import grid, save_png
 
     step = max(1, len(captions) // most)
     chosen = list(range(0, len(captions), step))[:most]

@@ -69,3 +69,18 @@ class Accounts:
 def _sum(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
     both = {name: one.get(name, 0) + other.get(name, 0) for name in {*one, *other}}
     return {name: n for name, n in sorted(both.items()) if n}
+
+
+def count_rows(commit: "Commit") -> None:
+    """Export what became of the rows of a shard just made; those tried again count once."""
+    from cluster.metrics import counter
+
+    for name, number in commit.counts.items():
+        outcome, _, reason = name.partition(":")
+        if outcome != RETRIED:
+            counter("minidalle2_ingest_rows_total").inc(number, outcome=outcome)
+        if outcome == "failed":
+            counter("minidalle2_ingest_failures_total").inc(number, reason=reason)
+    size = commit.files[f"{commit.shard}.tar"]["size"]
+    counter("minidalle2_ingest_bytes_total").inc(size)
+    counter("minidalle2_ingest_shards_total").inc()

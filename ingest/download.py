@@ -21,7 +21,6 @@ from ingest.filters import FilterConfig
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ingest.commits import Commit
     from ingest.retries import Plan
     from ingest.row_filter import RowFilter
     from ingest.shard_runner import Todo
@@ -337,11 +336,12 @@ def _run(
     config: DownloadConfig, job: "ShardJob", todo: "Iterator[Todo]", count: int
 ) -> dict[str, str]:
     """Make the shards; return the error of each that failed, by name."""
-    from ingest.accounts import Accounts
-    from ingest.progress import progress
+    from ingest.accounts import Accounts, count_rows
+    from ingest.progress import progress, show_place
     from ingest.shard_runner import in_this_process, on_ray
     from ingest.shards import shard_name
 
+    show_place("download", job.root, count)
     failures: dict[str, str] = {}
     accounts, started = Accounts(), time.monotonic()
     if config.num_processes == 0:
@@ -353,7 +353,9 @@ def _run(
             if one.commit is None:
                 failures[shard_name(one.number)] = one.error or "unknown"
             else:
-                _count(one.commit)
+                count -= 1
+                count_rows(one.commit)
+                show_place("download", job.root, count)
                 accounts += Accounts.of([one.commit])
             advance(note=accounts.rate(time.monotonic() - started))
             if one.fatal:
@@ -362,19 +364,6 @@ def _run(
 
 
 # -- telling -------------------------------------------------------------------------------------
-
-
-def _count(commit: "Commit") -> None:
-    from cluster import metrics
-    from ingest.retries import RETRIED
-
-    for name, number in commit.counts.items():
-        outcome = name.partition(":")[0]
-        if outcome != RETRIED:
-            metrics.counter("minidalle2_ingest_rows_total").inc(number, outcome=outcome)
-    size = commit.files[f"{commit.shard}.tar"]["size"]
-    metrics.counter("minidalle2_ingest_bytes_total").inc(size)
-    metrics.counter("minidalle2_ingest_shards_total").inc()
 
 
 def _report(config: DownloadConfig, plan: "Plan", snapshot: str) -> int:
@@ -395,4 +384,4 @@ def _report(config: DownloadConfig, plan: "Plan", snapshot: str) -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(DownloadConfig)))
+    run_script(lambda: main(parse(DownloadConfig, check=_check)))

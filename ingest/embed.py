@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli import DONE, INCOMPLETE, parse, run_script
@@ -108,16 +107,21 @@ def main(config: EmbedConfig) -> int:
     from ingest.exclusions import Rules, publish_embeds
     from ingest.shards import load_snapshot, remove_data_folder
     from ingest.storage import absolute_root
-    from models.clip import load_clip
+    from models.clip import absolute_spec, load_clip
 
     _check(config)
     serve(config.metrics_port)
     out = absolute_root(config.out)
-    clip = str(Path(config.clip).absolute()) if Path(config.clip).is_dir() else config.clip
+    clip = absolute_spec(config.clip)
     images = load_snapshot(absolute_root(config.images))
     if config.fresh:
         remove_data_folder(out, "embeds")
     encoder = load_clip(clip)
+    if not encoder.unit_norm and (config.min_similarity, config.dedup) != (None, None):
+        raise ValueError(
+            f"--clip: found {config.clip} with --min-similarity or --dedup, expected an encoder "
+            "whose embeddings are of unit norm"
+        )
     open_embeds(out, clip, encoder, images)
     done = _finished(out, images)
     pending = [entry for entry in images.shards if entry.name not in done]
@@ -198,21 +202,28 @@ def _embed(
     """Send the pending shards through readers and encoders, and commit what comes back."""
     from cluster.session import ending_with_own_node, ensure_ray
     from ingest.encode import Assembler, Chunk, Encoded
-    from ingest.progress import progress
+    from ingest.progress import progress, show_place
 
     ensure_ray()
     entries = {entry.name: entry for entry in pending}
     assembler, outcome = Assembler(), Outcome()
     total = sum(entry.num_samples for entry in pending)
+    waiting = len(pending)
+    show_place("embed", config.out, waiting)
     with ending_with_own_node(), progress("embed", total, unit="images") as advance:
         for row in _encoded_rows(config, images, pending, encoder).iter_rows():
             embeds = {name: row.pop(name) for name in ("image_embed", "text_embed")}
             seconds, chunk = row.pop("encode_seconds"), Chunk(**row)
             outcome.seconds["read"] += chunk.seconds
             outcome.seconds["encode"] += seconds
-            whole = assembler.add(Encoded(chunk=chunk, seconds=seconds, **embeds))
+            encoded = Encoded(
+                chunk=chunk, seconds=seconds, unit_norm=encoder.unit_norm, **embeds
+            )
+            whole = assembler.add(encoded)
             if whole is not None:
                 _settle(config.out, images.root, entries[chunk.shard], whole, outcome)
+                waiting -= 1
+                show_place("embed", config.out, waiting)
             advance(len(chunk.bad), note=f"{len(outcome.failed)} shards failed")
     return outcome
 
@@ -227,22 +238,32 @@ def _encoded_rows(
     import ray
     import ray.data
 
+    from cluster.session import placed_on
+
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it narrates each plan
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= config.num_actors else 0
+    there, scaled = ray.cluster_resources().get("GPU", 0), placed_on("gpu_group")
+    gpus = 1 if scaled or there >= config.num_actors else 0
     read = Reader(images.root, encoder.preprocessing, config.batch_size)
     rows = [vars(entry) for entry in pending]
     shards = ray.data.from_items(rows, override_num_blocks=len(rows))
     side = encoder.image_size
     memory = 4 * 3 * side * side * config.batch_size  # a few chunks; and unlike the encoder's
     # resources, or Ray Data would run readers inside the encoders' processes
-    chunks = shards.flat_map(read, num_cpus=1, memory=memory, concurrency=config.num_readers)
+    chunks = shards.flat_map(
+        read,
+        num_cpus=1,
+        memory=memory,
+        concurrency=config.num_readers,
+        resources=placed_on("cpu_group"),
+    )
     encode: Any = Encoder  # an actor's class, where the annotations know functions only
     return chunks.map(
         encode,
         fn_constructor_args=(config,),
         num_gpus=gpus,
         num_cpus=1,
+        resources=placed_on("gpu_group"),
         compute=ray.data.ActorPoolStrategy(
             min_size=config.num_actors,
             max_size=config.max_actors or config.num_actors,
@@ -273,4 +294,4 @@ def _settle(out: str, images: str, entry: "ShardEntry", parts: list[Any], outcom
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(EmbedConfig)))
+    run_script(lambda: main(parse(EmbedConfig, check=_check)))

@@ -121,13 +121,14 @@ def _tokenizer(how: Preprocessing):
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A chunk with embeddings in the place of its pixels: float32 [n, E], unit norm, zero where
-    the image is bad. seconds: of encoding."""
+    """A chunk with embeddings in the place of its pixels: float32 [n, E], of unit norm if
+    `unit_norm`, zero where the image is bad. seconds: of encoding."""
 
     chunk: Chunk
     image_embed: np.ndarray
     text_embed: np.ndarray
     seconds: float
+    unit_norm: bool = True
 
 
 def encode_chunk(encoder: FrozenClip, chunk: Chunk) -> Encoded:
@@ -147,6 +148,7 @@ def encode_chunk(encoder: FrozenClip, chunk: Chunk) -> Encoded:
         image_embed=image_embed,
         text_embed=text_embed,
         seconds=time.perf_counter() - started,
+        unit_norm=encoder.unit_norm,
     )
 
 
@@ -173,7 +175,8 @@ class Assembler:
 def commit_shard(root: Root, images: str, entry: ShardEntry, parts: list[Encoded]) -> Commit:
     """Check the embeddings of a whole shard, and commit them.
 
-    Raises ValueError for embeddings that are not finite and of unit norm.
+    Raises ValueError for embeddings that are not finite and, unless their encoder keeps their
+    length, of unit norm.
     """
     shard = ImageShard(images, entry.name, digest=entry.digest)
     shard.require_whole()
@@ -182,9 +185,11 @@ def commit_shard(root: Root, images: str, entry: ShardEntry, parts: list[Encoded
     text_embed = np.concatenate([part.text_embed for part in parts])
     for name, array in (("image", image_embed[~bad]), ("text", text_embed)):
         norms = np.linalg.norm(array, axis=1)
-        if not np.all(np.abs(norms - 1) < NORM_TOLERANCE):
+        if not np.all(norms < np.finfo(np.float16).max):  # as they are stored
+            raise ValueError(f"{images}: shard {entry.name}: {name} embeddings are not finite")
+        if parts[0].unit_norm and not np.all(np.abs(norms - 1) < NORM_TOLERANCE):
             raise ValueError(
-                f"{images}: shard {entry.name}: {name} embeddings are not finite and of unit norm"
+                f"{images}: shard {entry.name}: {name} embeddings are not of unit norm"
             )
     with Attempt(root, entry.name) as attempt:
         write_embed_shard(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LINE_SECONDS = 10.0
+MADE_BY = {"download": "images", "embed": "embeds"}
 
 
 @contextmanager
@@ -43,3 +44,11 @@ def progress(what: str, total: int, *, unit: str) -> Iterator[Callable[..., None
             print(f"{line}: {note}" if note else line, flush=True)
 
     yield advance
+
+
+def show_place(stage: str, root: str, backlog: int) -> None:
+    """Export how many shards a stage has still to make, and the space left where they go."""
+    from cluster.metrics import gauge, storage_space
+
+    gauge("minidalle2_backlog_shards").set(backlog, stage=stage)
+    storage_space(root, holds=MADE_BY[stage])

@@ -71,7 +71,7 @@ def on_ray(job: ShardJob, todo: Iterator[Todo], num_processes: int | None) -> It
     One more than can run is always submitted: no CPU idles while rows are read, and a cluster that
     scales by demand sees some.
     """
-    from cluster.session import ensure_ray
+    from cluster.session import ensure_ray, placed_on
 
     ensure_ray()
     import ray
@@ -79,7 +79,8 @@ def on_ray(job: ShardJob, todo: Iterator[Todo], num_processes: int | None) -> It
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     at_once = num_processes or cpus
     shared = replace(job, policy=_shared(job.policy, at_once))
-    task = ray.remote(num_cpus=min(1.0, cpus / at_once), max_retries=0)(_supervised)
+    asked = {"num_cpus": min(1.0, cpus / at_once), "resources": placed_on("cpu_group")}
+    task = ray.remote(**asked, max_retries=0)(_supervised)
     yield from _Supervisor(task, shared, todo, num_processes).run()
 
 

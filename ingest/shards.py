@@ -3,7 +3,8 @@
     <images>/000000.tar       key.jpg key.txt key.json, members of a key adjacent, in row order
     <images>/000000.parquet   a row for every attempted URL, stored or not
     <images>/000000.idx.npy   int64 [n, 4]: offset and length of the image and of the caption
-    <embeds>/000000.image_embed.npy, .text_embed.npy   float16 [n, E], unit norm
+    <embeds>/000000.image_embed.npy, .text_embed.npy   float16 [n, E], unit norm,
+                       unless the encoder's name ends with +raw
     <embeds>/000000.tokens.npy   int32 [n, L]     <embeds>/000000.keys.parquet   row, key, caption
     <embeds>/_statistics.npz  mean, std and spectrum of the image embeddings
 
@@ -334,12 +335,12 @@ class EmbedShard:
 
     @cached_property
     def image_embed(self) -> np.ndarray:
-        """float16 [n, E], unit norm."""
+        """float16 [n, E], of unit norm unless the encoder keeps their length."""
         return self._array("image_embed")
 
     @cached_property
     def text_embed(self) -> np.ndarray:
-        """float16 [n, E], unit norm."""
+        """float16 [n, E], of unit norm unless the encoder keeps their length."""
         return self._array("text_embed")
 
     @cached_property

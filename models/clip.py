@@ -25,6 +25,7 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, kept by op
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 VOCAB_SIZE = 49408  # of CLIP's BPE: words, then start and end of text
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
+RAW = "+raw"  # ends the name of an encoder whose embeddings keep their length
 
 
 def build_clip(config: ClipConfig) -> open_clip.CLIP:
@@ -134,11 +135,13 @@ class FrozenClip(nn.Module):
 
     encoder_id: architecture, weights digest and preprocessing; encoded tensors carry it, and mixing
     two is an error. Pixels are standardised as the weights' own configuration says: some of
-    open_clip's were trained with other statistics than OpenAI's.
+    open_clip's were trained with other statistics than OpenAI's. unit_norm: False leaves embeddings
+    as long as the towers make them, which published unCLIP pipelines were trained on.
     """
 
-    def __init__(self, clip: open_clip.CLIP, name: str) -> None:
+    def __init__(self, clip: open_clip.CLIP, name: str, *, unit_norm: bool = True) -> None:
         super().__init__()
+        self.unit_norm = unit_norm
         self.image_size, self.context_length = model_sizes(clip)
         # open_clip types its parts as Tensor | Module, which says nothing of what they can do
         self.clip: Any = clip.eval().requires_grad_(False)
@@ -156,6 +159,8 @@ class FrozenClip(nn.Module):
         if (self.pixel_mean, self.pixel_std) != (PIXEL_MEAN, PIXEL_STD):
             statistics = (*self.pixel_mean, *self.pixel_std)
             self.encoder_id += "".join(f"-{value:g}" for value in statistics)
+        if not unit_norm:
+            self.encoder_id += RAW
         self.tokenize = tokenizer(self.context_length, int(self.clip.vocab_size))
 
     @property
@@ -178,9 +183,12 @@ class FrozenClip(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
-        """Encode uint8 [B, 3, S, S] to float32 [B, E], unit norm."""
+        """Encode uint8 [B, 3, S, S] to float32 [B, E], of unit norm if `unit_norm`."""
         pixels = normalise_pixels(image.to(self.device), self.pixel_mean, self.pixel_std)
-        return F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
+        return self._of_length(self.clip.encode_image(pixels).float())
+
+    def _of_length(self, embed: Tensor) -> Tensor:
+        return F.normalize(embed, dim=-1) if self.unit_norm else embed
 
     def trimmed(self, tokens: Tensor) -> Tensor:
         """Return tokens int [B, L] without the columns that only pad, where that changes nothing.
@@ -193,8 +201,8 @@ class FrozenClip(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode int [B, L] to text_embed float32 [B, E], unit norm, and text_states float32 [B,
-        L, W].
+        """Encode int [B, L] to text_embed float32 [B, E], of unit norm if `unit_norm`, and
+        text_states float32 [B, L, W].
 
         L may be less than the context: see `trimmed`.
         """
@@ -208,7 +216,7 @@ class FrozenClip(nn.Module):
         )
         projection = clip.text_projection
         embed = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
-        return F.normalize(embed.float(), dim=-1), states.float()
+        return self._of_length(embed.float()), states.float()
 
 
 def token_mask(tokens: Tensor) -> Tensor:
@@ -217,16 +225,25 @@ def token_mask(tokens: Tensor) -> Tensor:
     return tokens != 0
 
 
+def absolute_spec(spec: str) -> str:
+    """Return the name of an encoder with a run folder's path made absolute, for processes that have
+    another working directory."""
+    name = spec.removesuffix(RAW)
+    return str(Path(name).absolute()) + spec[len(name) :] if name and Path(name).is_dir() else spec
+
+
 def load_clip(spec: str) -> FrozenClip:
     """Load the encoder that `spec` names.
 
     A run folder of training/clip.py; ARCHITECTURE:TAG, open_clip's own pretrained weights, which
     it fetches if they are not in its cache; ARCHITECTURE:random, seeded, for tests; or
-    ARCHITECTURE:FILE.safetensors. Raises ValueError when it names none of these.
+    ARCHITECTURE:FILE.safetensors. Any of these with "+raw" behind keeps the length of embeddings.
+    Raises ValueError when it names none of these.
     """
+    unit_norm, spec = not spec.endswith(RAW), spec.removesuffix(RAW)
     folder = Path(spec)
     if folder.is_dir():
-        return _load_run(folder)
+        return _load_run(folder, unit_norm)
     if ":" not in spec:
         raise ValueError(
             f"clip {spec}: found no such folder, expected a finished run of training/clip.py or "
@@ -242,7 +259,7 @@ def load_clip(spec: str) -> FrozenClip:
             # open_clip saves a scalar; see build_clip for why ours is not one
             clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(()))
             load_weights(clip, Path(weights))
-        return FrozenClip(clip, architecture)
+        return FrozenClip(clip, architecture, unit_norm=unit_norm)
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if weights not in tags:
         raise ValueError(
@@ -251,7 +268,7 @@ def load_clip(spec: str) -> FrozenClip:
     clip = open_clip.create_model(architecture, pretrained=weights)
     if not isinstance(clip, open_clip.CLIP):
         raise ValueError(f"clip {spec}: found a {type(clip).__name__}, expected a CLIP")
-    return FrozenClip(clip, architecture)
+    return FrozenClip(clip, architecture, unit_norm=unit_norm)
 
 
 def clip_config_named(architecture: str) -> ClipConfig:
@@ -264,11 +281,11 @@ def clip_config_named(architecture: str) -> ClipConfig:
     return ClipConfig(architecture=architecture)
 
 
-def _load_run(folder: Path) -> FrozenClip:
+def _load_run(folder: Path, unit_norm: bool) -> FrozenClip:
     step = exported(folder)
     config = load_config(step)
     if config["kind"] != "clip":
         raise ValueError(f"{folder}: found a run of kind {config['kind']}, expected clip")
     clip = build_clip(ClipConfig(**config["model"]))
     load_weights(clip, step / "ema.safetensors")
-    return FrozenClip(clip, f"clip-{clip.visual.output_dim}")
+    return FrozenClip(clip, f"clip-{clip.visual.output_dim}", unit_norm=unit_norm)

@@ -74,6 +74,12 @@ class DiffusionPriorConfig:
     """sinusoids of the timestep; 0 = the width, 256 at most"""
     scale_text: bool = True
     """scale z_t as z_i"""
+    clip_x0: float = 0.0
+    """largest magnitude, in scaled units, that sampling believes of an embedding's component;
+    0 = any"""
+    unit_norm: bool = True
+    """draw embeddings of unit norm; false for an encoder that keeps their length, which training
+    sees to by itself"""
     checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
 
@@ -191,6 +197,8 @@ class DecoderConfig:
     """blocks of the own text transformer"""
     text_heads: int = 8
     """attention heads of the own text transformer"""
+    empty_caption: bool = False
+    """a dropped caption is the empty one, as in diffusers' pipelines; else it is hidden"""
     schedule: ScheduleName = "cosine"
     """noise schedule"""
     num_timesteps: int = 1000

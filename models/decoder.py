@@ -94,12 +94,22 @@ class _EmbedToGrid(nn.Sequential):
         )
 
 
+def dropped_captions(config: DecoderConfig, keys: Tensor) -> Tensor:
+    """Say which samples' captions training drops: bool [B]."""
+    return keyed_random.uniform(keys, "text_drop") < config.text_drop
+
+
 def _require_sense(config: DecoderConfig) -> None:
     """Refuse options that would do nothing."""
     if config.text_embed_cond and (config.text_tokens or not config.use_text):
         raise ValueError(
             "text_embed_cond: found true for a decoder that does not read CLIP's captions, "
             "expected false: z_t comes with CLIP's token states"
+        )
+    if config.empty_caption and (config.text_tokens or not config.use_text):
+        raise ValueError(
+            "empty_caption: found true for a decoder that does not read CLIP's captions, expected "
+            "false"
         )
     if config.text_tokens and not config.use_text:
         raise ValueError("text_tokens: found some with use_text false, expected 0")
@@ -238,15 +248,17 @@ class Decoder(nn.Module):
         """Return {"loss": [B]} for image [B, 3, H, W] in [-1, 1]; randomness comes from the
         sample `keys`.
 
-        With a learned variance the loss is L_hybrid (Nichol & Dhariwal 2021, eq. 16), and "bound"
-        its second part, in bits a dimension.
+        With `config.empty_caption` the caller has put the empty caption where one is dropped; else
+        it is hidden here. With a learned variance the loss is L_hybrid (Nichol & Dhariwal 2021,
+        eq. 16), and "bound" its second part, in bits a dimension.
         """
         config = self.config
         t = draw_timesteps(self.schedule, keys, config.noise_bias)
         eps = keyed_random.normal(keys, "eps", image.shape[1:])
         x_t = self.schedule.q_sample(image, t, eps)
         image_drop = keyed_random.uniform(keys, "image_embed_drop") < config.image_embed_drop
-        text_drop = keyed_random.uniform(keys, "text_drop") < config.text_drop
+        hidden = torch.zeros_like(image_drop)
+        text_drop = hidden if config.empty_caption else dropped_captions(config, keys)
         output = self(x_t, t, self._noised(keys, condition), image_drop, text_drop)
         output, fraction = output[:, :3], output[:, 3:]
         target = self.schedule.target(config.prediction, image, t, eps)

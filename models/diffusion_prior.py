@@ -9,7 +9,7 @@ from models import keyed_random
 from models.configs import DiffusionPriorConfig
 from models.losses import draw_timesteps, timestep_weight
 from models.priors import EmbedScale, PriorSampling, PriorText
-from models.samplers import analytic_ddpm, gaussian_posterior_variance, guided
+from models.samplers import analytic_ddpm, clipped, gaussian_posterior_variance, guided
 from models.schedule import NoiseSchedule
 from models.text import TextInput
 from models.transformer import TRIM_MULTIPLE, Block, TimestepMLP, causal_mask
@@ -112,14 +112,16 @@ class DiffusionPrior(nn.Module):
 
     @torch.no_grad()
     def sample(self, keys: Tensor, text: PriorText, options: PriorSampling) -> Tensor:
-        """Draw z_i [B, E], unit norm: of `best_of` draws the one with the largest z_i . z_t
-        (section 2.2)."""
+        """Draw z_i [B, E], of unit norm if `config.unit_norm`: of `best_of` draws the one with the
+        largest z_i . z_t (section 2.2)."""
         never, always = torch.zeros_like(keys, dtype=torch.bool), torch.ones_like(keys).bool()
         denoise = guided(
             lambda x, t: self(x, t, text, never),
             lambda x, t: self(x, t, text, always),
             options.cfg_scale,
         )
+        if self.config.clip_x0:
+            denoise = clipped(denoise, self.config.clip_x0)
         sampler = options.sampler
         if sampler == "analytic_ddpm":
             unknown = gaussian_posterior_variance(self.schedule, self.scale.spectrum.clamp(min=0))
@@ -129,7 +131,7 @@ class DiffusionPrior(nn.Module):
             x = keyed_random.normal(keys, f"prior_{draw}", (self.embed_dim,))
             noise = _fresh_noise(keys, draw, x)
             x0 = sampler(denoise, x, schedule, options.sample_steps, noise)
-            draws.append(self.scale.restore(x0))
+            draws.append(self.scale.restore(x0, unit_norm=self.config.unit_norm))
         z = torch.stack(draws)  # [D, B, E]
         best = (z * text.text_embed).sum(-1).argmax(0)  # [B]
         return z[best, torch.arange(len(keys), device=keys.device)]

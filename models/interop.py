@@ -8,6 +8,7 @@ is, as many sinusoids as channels. It has no learned null caption: pipelines gui
 encoding of the empty one, which `null` gives.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from models.priors import PriorText
 
 CLASS_NAME = "PriorTransformer"
 HEAD_CHANNELS = "attention_head_dim"
+CLIP_RANGE = 5.0
 # what diffusers can vary and a prior of the paper's shape does not have
 REQUIRED = {
     "added_emb_type": "prd",
@@ -55,10 +57,13 @@ _BLOCK_NAMES = {
 _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
 
-def prior_from_diffusers(folder: Path | str, null: PriorText | None = None) -> DiffusionPrior:
+def prior_from_diffusers(
+    folder: Path | str, null: PriorText | None = None, *, unit_norm: bool = True
+) -> DiffusionPrior:
     """Load a diffusion prior from diffusers' layout.
 
-    null: the empty caption, one row; None keeps an untrained null, which guidance must not use.
+    null: the empty caption, one row; None keeps an untrained null, which guidance must not use;
+    unit_norm: of the encoder's embeddings, which diffusers' own draws do not have.
     Raises ValueError for another class, shape of network or set of tensors.
     """
     folder = Path(folder)
@@ -68,7 +73,7 @@ def prior_from_diffusers(folder: Path | str, null: PriorText | None = None) -> D
     sizes = DiffusionPriorConfig(
         width=heads * head, depth=told["num_layers"], num_heads=heads,
         dropout=told.get("dropout", 0.0), qk_norm=False, scale_text=False,
-        time_channels=heads * head,
+        time_channels=heads * head, unit_norm=unit_norm, clip_x0=_clip_range(folder),
     )  # fmt: skip
     dim = told["embedding_dim"]
     prior = DiffusionPrior(
@@ -87,6 +92,15 @@ def prior_from_diffusers(folder: Path | str, null: PriorText | None = None) -> D
     if null is not None:
         _set_null(prior, null)
     return prior.eval()
+
+
+def _clip_range(folder: Path) -> float:
+    """Return the bound on x0 that the pipeline's scheduler tells of; without one, UnCLIPScheduler's
+    of Karlo."""
+    path = folder.parent / "prior_scheduler" / "scheduler_config.json"
+    told = json.loads(path.read_text()) if path.is_file() else {}
+    bound = told.get("clip_sample_range", CLIP_RANGE)
+    return float(bound) if told.get("clip_sample", True) else 0.0
 
 
 def _set_null(prior: DiffusionPrior, null: PriorText) -> None:

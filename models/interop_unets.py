@@ -72,6 +72,7 @@ def decoder_from_diffusers(folder: Path | str) -> Decoder:
         context_width=option(of_decoder, told, "cross_attention_dim"),
         norm_embed_tokens=False,
         text_embed_cond=True,
+        empty_caption=True,
         schedule="cosine",
         prediction="eps",
         weighting="simple",

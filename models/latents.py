@@ -29,7 +29,7 @@ PARALLEL = 1e-4  # sine of the angle below which two vectors are one
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """Of B images: image_embed [B, E], unit norm; start, x_T [B, 3, S, S]."""
+    """Of B images: image_embed [B, E], z_i; start, x_T [B, 3, S, S]."""
 
     image_embed: Tensor
     start: Tensor
@@ -120,7 +120,8 @@ def text_diffs(
     """
     embed = chain.describe([caption, without])[1]
     difference = embed[:1] - (embed[1:] if without else 0)
-    toward = F.normalize(difference, dim=1)
+    length = latents.image_embed.norm(dim=1, keepdim=True)  # 1, but for an encoder that keeps it
+    toward = F.normalize(difference, dim=1) * length
     turned = [slerp(latents.image_embed, toward, theta) for theta in thetas]
     return latents.with_embeds(torch.cat(turned))
 
@@ -136,7 +137,8 @@ def pca_images(
     mean, basis = mean.to(latents.image_embed), basis.to(latents.image_embed)
     y = (latents.image_embed - mean) @ basis  # [1, E]
     kept = [mean + y[:, :count] @ basis[:, :count].T for count in num_components]
-    return latents.with_embeds(F.normalize(torch.cat(kept), dim=1))
+    length = latents.image_embed.norm(dim=1, keepdim=True)  # 1, but for an encoder that keeps it
+    return latents.with_embeds(F.normalize(torch.cat(kept), dim=1) * length)
 
 
 def _told(image_embed: Tensor) -> Condition:

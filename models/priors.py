@@ -101,6 +101,8 @@ class EmbedScale(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return (z - self.mean) / self.std
 
-    def restore(self, x: Tensor) -> Tensor:
-        """Undo `forward` and return to the unit sphere, where CLIP embeddings live."""
-        return F.normalize(x * self.std + self.mean, dim=-1)
+    def restore(self, x: Tensor, *, unit_norm: bool = True) -> Tensor:
+        """Undo `forward` and return to the unit sphere, where CLIP embeddings live unless their
+        length is kept."""
+        z = x * self.std + self.mean
+        return F.normalize(z, dim=-1) if unit_norm else z

@@ -219,10 +219,14 @@ class UnClip:
         """Draw images [B, 3, S, S] in [-1, 1] by the base decoder alone; see `Decoder.sample`."""
         keys = keys.to(self.device)
         known = known and (known[0].to(self.device), known[1].to(self.device))
+        empty = None
+        if self.base.config.empty_caption and not condition.without_text:
+            empty = self.condition([""] * len(keys), condition.image_embed)
         with sampling.autocast(keys):
             return self.base.sample(
-                keys, condition, sampling.decoder, start=start, guide=self.guide, known=known
-            )
+                keys, condition, sampling.decoder, start=start, empty=empty, guide=self.guide,
+                known=known,
+            )  # fmt: skip
 
     def enlarge(self, keys: Tensor, image: Tensor, sampling: Sampling) -> Tensor:
         """Raise the base decoder's images through every upsampler there is."""

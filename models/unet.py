@@ -94,7 +94,8 @@ class UNet(nn.Module):
             )
 
     def _require_attended(self, image_size: int) -> None:
-        """Refuse attention at a resolution that the network does not have: it would have none."""
+        """Refuse attention at a resolution that the network does not have: it would have none; and
+        heads that do not divide the channels they share."""
         config = self.config
         sides = [self.grid // 2**i for i in range(len(config.channel_mult))]
         unknown = [side for side in config.attn_resolutions if side not in sides]
@@ -104,6 +105,13 @@ class UNet(nn.Module):
                 f"{', '.join(map(str, sides))}: the sides in cells of images of {image_size} px "
                 f"with patch_size {config.patch_size} and {len(sides)} resolutions"
             )
+        for mult, side in zip(config.channel_mult, sides, strict=True):
+            width, head = mult * config.channels, config.head_channels
+            if side in config.attn_resolutions and width > head and width % head:
+                raise ValueError(
+                    f"head_channels: found {head} with {width} channels at side {side}, expected a "
+                    "divisor of the channels wherever there is attention"
+                )
 
     def _level(
         self,

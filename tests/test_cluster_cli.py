@@ -79,6 +79,63 @@ def test_a_flag_like_nothing_lists_them_all():
         read("--zzz")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refusing:
+    """A configuration with a law of its own."""
+
+    inner: Inner = field(default_factory=Inner)
+    """sizes"""
+    num_steps: int = 10
+    """steps"""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps: found {self.num_steps}, " + "expected at least 1 " * 20)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--num-steps", "0"], "num_steps: found 0, expected at least 1"),
+        (["--num-steps", "x"], "--num-steps: invalid literal"),
+        (["--num-steps"], "Missing value for argument '--num-steps'"),
+        (["--inner.kind", "c"], "invalid choice 'c' for argument '--inner.kind'"),
+        (["stray"], "Unrecognized options: stray"),
+    ],
+)
+def test_a_refused_value_is_told_in_one_line_without_a_box(argv, told, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: parse(Refusing, argv=argv) and 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"error: {told}")
+    assert not set(lines[0]) & set("│╭╮─") and "help" not in lines[0]
+
+
+def test_a_nested_refusal_names_its_field_once(capsys):
+    argv = ["--train.global-batch-size", "7", "--train.num-workers", "2"]
+    with pytest.raises(ValueError) as caught:
+        parse(PriorRunConfig, presets=PRESETS / "prior", argv=argv)
+    told = "train.global_batch_size: found 7, expected a multiple of 2 workers"
+    assert str(caught.value) == told and capsys.readouterr() == ("", "")
+
+
+def test_any_script_can_be_run_dry(capsys, tmp_path: Path):
+    with pytest.raises(SystemExit) as caught:
+        read("--rate", "0.5", "--dry-run", "--inner.width=16")
+    path = tmp_path / "told.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert caught.value.code == 0
+    assert read("--config", str(path)) == Outer(inner=Inner(width=16), rate=0.5)
+
+    def refuse(config: Outer) -> None:
+        raise ValueError(f"rate: found {config.rate}")
+
+    with pytest.raises(ValueError, match="rate: found 0.5"):
+        parse(Outer, argv=["--rate", "0.5", "--dry-run"], check=refuse)
+    assert capsys.readouterr().out == "" and parse(Outer, argv=[], check=refuse) == Outer()
+
+
 # -- YAML ------------------------------------------------------------------------------------------
 
 

@@ -71,8 +71,15 @@ def test_labels_come_from_small_closed_sets():
             assert len(set(values)) == len(values)
 
 
-def test_every_counter_is_served_from_zero(port: int):
-    text = scrape(port)
+def test_every_counter_is_served_from_zero():
+    """In a process of its own, where nothing was counted before."""
+    code = (
+        "import urllib.request\nfrom cluster.metrics import serve\n"
+        "url = f'http://127.0.0.1:{serve(0)}/metrics'\n"
+        "print(urllib.request.urlopen(url, timeout=5).read().decode())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    text = done.stdout
     for metric in metrics.METRICS.values():
         assert f"# HELP {metric.name.removesuffix('_total')}" in text or metric.name in text
         if metric.kind == "counter":
@@ -80,6 +87,8 @@ def test_every_counter_is_served_from_zero(port: int):
                 metric.combinations()
             )
     assert value(text, 'minidalle2_train_nonfinite_steps_total{model="upsampler"}') == 0
+    values = re.findall(r"^minidalle2_.* (\S+)$", text, re.MULTILINE)
+    assert {float(each) for each in values} == {0}, "no gauge is there before it is set"
 
 
 def test_a_gauge_is_absent_until_it_is_set(port: int):

@@ -1,58 +1,45 @@
 """Laws of the report: one file that loads nothing, holds every number and escapes its quotes."""
 
 import base64
+import copy
 import html
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from _report_run import HOSTILE, SCORES, picture, write_plain_run, write_rich_run
 from PIL import Image
 
-from eval.charts import MAX_POINTS, line_chart, linear_ticks, log_ticks, short, smoothed, thinned
-from eval.report import duration, flatten, judged_by, number, size, write_report
+from eval.charts import (
+    MAX_POINTS,
+    line_chart,
+    linear_ticks,
+    log_ticks,
+    point_chart,
+    short,
+    smoothed,
+    thinned,
+)
+from eval.formats import duration, flatten, number, size
+from eval.headlines import headlines, judged_by
+from eval.page import write_report
+from eval.pictures import inline
+from eval.score_table import described, entries, score_table
 
-CELL = {"all": 0.512, "attribute": 0.913, "relation": 0.987}
-SCORES = {
-    "seconds": {"download": 7.25, "prior": 81.5},
-    "clip": {"retrieval_at_1": 0.876, "n": 500},
-    "prior": {"cos": 0.765, "cos_shuffled": 0.123, "retrieval_at_1": 0.432},
-    "images": {
-        "n": 1024,
-        "fd_clip": 0.0987,
-        "fd_clip_real_halves": 0.0123,
-        "clip_score": 0.654,
-        "clip_score_shuffled": 0.321,
-        "judge": "the CLIP the model was trained on",
-    },
-    "shapes": {
-        "single": {
-            "all": 0.75,
-            "attribute": 0.9,
-            "attribute_error": 0.0171,
-            "real": 0.97,
-            "n": 100,
-        },
-        "seen": {**CELL, "real": 0.96, "n": 100},
-        "held_out": {**CELL, "real": {"all": 0.951, "attribute": 0.99, "relation": 1.0}, "n": 100},
-    },
-    "ablation": {
-        "true_image_embed": {"single": {"all": 0.811}, "seen": CELL, "held_out": CELL},
-        "prior": {"single": {"all": 0.75}, "seen": CELL, "held_out": CELL},
-        "text_embed": {"single": {"all": 0.399}, "seen": CELL, "held_out": CELL},
-    },
-}
-HOSTILE = '<script>alert("1")</script> & a "red" cube'
+ROOT = Path(__file__).parent.parent
 
 
 class Tags(HTMLParser):
     """Collects a page's tags with their attributes, and whether they nest."""
 
-    VOID = ("meta", "img", "line", "path", "link", "br")
+    VOID = ("meta", "img", "line", "path", "link", "br", "circle")
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -72,48 +59,9 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag, self.getpos()
 
 
-def picture(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 16, 3), dtype=np.uint8)
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_run(root: Path) -> Path:
-    run = root / "demo"
-    (run / "samples").mkdir(parents=True)
-    (run / "eval.json").write_text(json.dumps(SCORES))
-    command = "python training/prior.py --run 'runs/<demo>'"
-    rows = [
-        {
-            "stage": "prior",
-            "seconds": 81.5,
-            "images_per_second": 1234.5,
-            "peak_memory_bytes": 3 * 2**30,
-            "command": command,
-        },
-        {"stage": "download", "seconds": 725, "images_per_second": None},
-    ]
-    (run / "timings.json").write_text(json.dumps(rows))
-    provenance = {"commit": "abc123", "snapshots": {"images": "f00d"}, "config_hash": HOSTILE}
-    (run / "provenance.json").write_text(json.dumps(provenance))
-    (run / "samples" / "grid.png").write_bytes(picture(0))
-    (run / "samples" / "grid.json").write_text(json.dumps({"captions": [HOSTILE, "a blue ring"]}))
-    (run / "samples" / "ablation.png").write_bytes(picture(1))
-    for name in ("prior", "clip", "extra"):
-        (run / name).mkdir()
-        lines = [
-            {"step": i, "samples_seen": 64 * i, "loss": 2 / i, "samples_per_second": 100 + i}
-            for i in range(1, 40)
-        ]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (run / name / "metrics.jsonl").write_text(text + '{"step": 40, "samp')
-    return run
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs"))
+    return write_plain_run(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +75,12 @@ def test_the_page_loads_nothing(page: str):
     tags = Tags(page)
     assert tags.open == []
     assert {tag for tag, _ in tags.found}.isdisjoint({"script", "link", "iframe", "object", "base"})
-    sources = [a[k] or "" for _, a in tags.found for k in ("src", "href", "srcset") if k in a]
+    sources = [a[k] or "" for _, a in tags.found for k in ("src", "srcset") if k in a]
     assert len(sources) == 2
     assert all(source.startswith("data:image/png;base64,") for source in sources)
+    places = {attributes["id"] for _, attributes in tags.found if "id" in attributes}
+    links = [a["href"] or "" for _, a in tags.found if "href" in a]
+    assert links and {link.removeprefix("#") for link in links} == places
     assert not re.search(r"https?://|@import|url\(", page)
 
 
@@ -197,7 +148,7 @@ def test_real_pictures_need_no_shapes_and_parts_may_be_absent(tmp_path: Path):
     (tmp_path / "eval.json").write_text(json.dumps({"images": images}))
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "scored by a second CLIP" in page
-    for absent in ("<table", "<svg", "<img", "Ablation", "Training curves", "Stages", "Prior cos"):
+    for absent in ("<tr><td", "<svg", "<img", "Ablation", "Training curves", "Stages", "Prior cos"):
         assert absent not in page
     assert Tags(page).open == []
 
@@ -211,8 +162,116 @@ def test_the_ablation_of_real_pictures_shows_the_scores_it_has(tmp_path: Path):
     assert "<td>0.522</td></tr>" in page
 
 
+def test_a_rich_run_shows_each_part_once_and_escapes_every_quote(tmp_path: Path):
+    page = write_report(write_rich_run(tmp_path)).read_text(encoding="utf-8")
+    assert Tags(page).open == []
+    assert "<script" not in page
+    ids = re.findall(r'<section id="([a-z]+)">', page)
+    assert ids == [
+        "samples", "scores", "drawings", "guidance", "ablation", "edits", "neighbours", "curves",
+        "stages", "provenance",
+    ]  # fmt: skip
+    assert page.count("<figcaption>&lt;script&gt;") == 1  # the caption under its own sample
+    assert page.count('class="name">&lt;script&gt;') == 2  # a row of each strip
+    assert page.index("Guidance</h2>") < page.index("What the embedding holds</h2>")
+    assert "num_steps: 39 # &lt;script&gt;" in page  # a configuration
+    assert "prior_weights.sha256" in page and "left out" not in page
+    assert "best 10.6 at 2" in page  # of the sweep: lower is better
+
+
+def test_a_training_run_alone_has_its_curves(tmp_path: Path):
+    run = write_rich_run(tmp_path) / "base"
+    page = write_report(run).read_text(encoding="utf-8")
+    assert page.count("<svg") == 4  # loss, samples/s, and two scores over the checkpoints
+    assert "num_steps: 39" in page
+
+
+def test_scores_stand_beside_an_earlier_run_s_only_where_made_alike(tmp_path: Path):
+    other = copy.deepcopy(SCORES)
+    other["images"]["clip_score"] = 0.7
+    other["images"]["fd_clip"] = 0.2
+    other["features"]["inception"] |= {"n": 2500, "fd": 3.0, "digest": "another"}
+    other["prior"]["cos_shuffled"] = 0.4
+    other["memorisation"]["nearest"] = []
+    del other["clip"]
+    table = score_table(SCORES, {"before": other})
+    cells = {row.path: row.others[0] for group in table.groups for row in group.rows}
+    assert cells["images.clip_score"].better is False
+    assert cells["images.clip_score"].difference == pytest.approx(-0.046)
+    assert cells["images.fd_clip"].better is True
+    assert cells["features.inception.fd"].unlike == "n = 2,500"
+    assert cells["features.inception.fd"].difference is None
+    assert cells["clip.retrieval_at_1"].value is None
+    assert cells["shapes.single.all"].difference == 0 and cells["shapes.single.all"].better is None
+    assert cells["novel_measure.something_new"].better is None  # nobody knows which way is better
+
+
+def test_every_number_is_a_row_or_stands_in_one():
+    found = entries(SCORES)
+    paths = {entry.path for entry in found}
+    spread = {entry.path: entry.spread for entry in found}
+    assert spread["features.inception.fd"] == "95 %: 12.10 to 12.60"
+    assert spread["features.inception.kid"] == "± 2.0e-04"
+    assert spread["images.clip_score"] == "shuffled captions 0.321"
+    assert spread["shapes.held_out.relation"] == "true drawings 1.000"
+    assert spread["shapes.seen.all"] == "true drawings 0.960"
+    numbers = {path for path, value in flatten(SCORES).items() if isinstance(value, float)}
+    folded = {path for path in numbers - paths if not path.startswith("memorisation.nearest")}
+    ends = ("_ci95_low", "_ci95_high", "_std", "_error", "_shuffled", "_real_halves")
+    assert all(path.endswith(ends) or ".real" in path for path in folded)
+
+
+def test_a_distance_is_fid_only_where_it_may_be_quoted():
+    assert described("features.inception.fd", {"quotable": True})[0] == "FID"
+    assert described("features.inception.fd", {"quotable": False})[0] == "Fréchet distance"
+    assert described("features.inception.fd")[0] == "Fréchet distance"
+    small = copy.deepcopy(SCORES)
+    small["features"]["inception"]["quotable"] = False
+    assert "FID" in {headline.name for headline in headlines(SCORES)}
+    assert "FID" not in {headline.name for headline in headlines(small)}
+    relation = {"judge": "clip X", "judge_relation": "another CLIP than the model was trained on"}
+    told = judged_by({"images": relation})
+    assert told == "scored by clip X; another CLIP than the model was trained on"
+
+
+def test_large_pictures_are_reduced_and_others_stay_bit_for_bit(tmp_path: Path):
+    for side, kept in ((64, True), (1024, False)):
+        path = tmp_path / f"{side}.png"
+        Image.new("RGB", (side, side // 2), "red").save(path)
+        shown = inline(path)
+        content = base64.b64decode(shown.source.partition(",")[2])
+        assert (content == path.read_bytes()) is kept
+        with Image.open(BytesIO(content)) as image:
+            assert image.size == (shown.width, shown.height)
+            assert max(image.size) <= 384 and image.width == 2 * image.height
+
+
+def test_a_list_names_no_file_outside_its_folder(tmp_path: Path):
+    run = write_rich_run(tmp_path)
+    (tmp_path / "secret.png").write_bytes(picture(5))
+    line = {"file": "../../secret.png", "caption": "x", "seed": 0}
+    (run / "samples" / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match="expected a file in that folder"):
+        write_report(run)
+
+
+def test_the_script_reports_beside_earlier_runs(tmp_path: Path):
+    run = write_rich_run(tmp_path)
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "eval.json").write_text(json.dumps(SCORES))
+    script = [sys.executable, str(ROOT / "eval" / "report.py"), "--run", str(run)]
+    both = ["--against", str(tmp_path / "before"), "--against", str(run / "eval.json")]
+    done = subprocess.run([*script, *both], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"report: {run / 'report.html'}"
+    assert "<th>before</th><th>demo</th>" in (run / "report.html").read_text()
+    done = subprocess.run([*script, "--against", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nowhere: found no such file, expected the scores")
+
+
 def test_mistakes_are_named(tmp_path: Path):
-    with pytest.raises(ValueError, match="found no eval.json"):
+    with pytest.raises(ValueError, match="found no eval.json and no metrics.jsonl"):
         write_report(tmp_path)
     (tmp_path / "eval.json").write_text("{")
     with pytest.raises(ValueError, match=r"eval\.json: .*expected JSON"):
@@ -252,6 +311,15 @@ def test_charts_stay_inside_their_box_and_keep_their_order():
     assert chart.top - 0.1 <= min(ys) and max(ys) <= chart.bottom + 0.1
 
 
+def test_points_keep_their_places_and_say_which_is_best():
+    chart = point_chart("fd", [(4, 13.0), (1, 14.0), (2, 10.6), (3, math.nan)], better=-1)
+    assert chart and chart.told == "best 10.6 at 2" and len(chart.dots) == 3
+    xs, ys = zip(*chart.dots, strict=True)
+    assert list(xs) == sorted(xs) and xs[0] == chart.left and xs[-1] == pytest.approx(chart.right)
+    assert max(ys) == chart.dots[1][1]  # the lowest value stands lowest
+    assert point_chart("fd", [(1, 2.0)], better=1) is None
+
+
 def test_charts_skip_what_is_not_finite():
     assert line_chart("loss", [(1, math.nan), (2, 1.0)]) is None
     chart = line_chart("loss", [(1, 3.0), (2, math.inf), (3, 3.0)])
@@ -267,14 +335,9 @@ def test_smoothing_keeps_a_constant_and_thinning_keeps_the_mean():
 
 
 def test_formats():
-    assert [number(v) for v in (None, 1234, 0.5, 0.00012, 123.456, "x")] == [
-        "–",
-        "1,234",
-        "0.500",
-        "1.2e-04",
-        "123.5",
-        "x",
-    ]
+    told = {None: "–", 1234: "1,234", 0.5: "0.500", 0.00012: "1.2e-04", 0.00456: "0.00456"}
+    told |= {12.3456: "12.35", 123.456: "123.5", "x": "x", 0.0: "0.000", -0.5: "-0.500"}
+    assert {value: number(value) for value in told} == told
     assert [duration(v) for v in (None, 7.46, 725, 7380)] == [
         "–",
         "7.5 s",

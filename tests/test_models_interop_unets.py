@@ -42,7 +42,9 @@ def random(model: Any) -> Any:
     return model.eval()
 
 
-def their_decoder(layers: int = 1, variance: bool = True, seed: int = 0) -> tuple[Any, Any]:
+def their_decoder(
+    layers: int = 1, variance: bool = True, seed: int = 0, embed: int = EMBED
+) -> tuple[Any, Any]:
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=SIZE, in_channels=3, out_channels=6 if variance else 3,
@@ -51,7 +53,7 @@ def their_decoder(layers: int = 1, variance: bool = True, seed: int = 0) -> tupl
         attention_head_dim=32, resnet_time_scale_shift="scale_shift", class_embed_type="identity",
     )  # fmt: skip
     project = UnCLIPTextProjModel(
-        clip_extra_context_tokens=3, clip_embeddings_dim=EMBED, time_embed_dim=512,
+        clip_extra_context_tokens=3, clip_embeddings_dim=embed, time_embed_dim=512,
         cross_attention_dim=CONTEXT,
     )  # fmt: skip
     return random(unet), random(project)

@@ -102,6 +102,14 @@ def test_attention_where_there_is_no_such_resolution_is_refused(
         UNet(config, image_size=32, in_channels=3, out_channels=3)
 
 
+def test_heads_that_do_not_divide_their_channels_are_refused():
+    config = dataclasses.replace(UNET, channels=12)
+    with pytest.raises(ValueError, match="head_channels: found 8 with 12 channels at side 8"):
+        UNet(dataclasses.replace(config, attn_resolutions=(8, 4)), image_size=8, in_channels=3,
+             out_channels=3)  # fmt: skip
+    UNet(config, image_size=8, in_channels=3, out_channels=3)  # 24 channels where it attends
+
+
 def test_every_parameter_gets_a_gradient():
     model = awake(decoder(embed_grid=True))
     model.losses(torch.arange(32), images(32), condition(32))["loss"].sum().backward()

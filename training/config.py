@@ -68,6 +68,8 @@ class TrainConfig:
     """training processes under Ray; 0 = this very process, without Ray and DeepSpeed"""
     min_workers: int = 0
     """fewest of them that go on where nodes are lost, until there is room for all again; 0 = all"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU for each worker where there are any; cuda: or else refuse; cpu: none"""
     num_threads: int = 2
     """threads a worker on the CPU"""
     max_failures: int = 3
@@ -96,6 +98,11 @@ class TrainConfig:
     manufacturer's figure for dense bf16, where the device is a known GPU"""
     profile: str = ""
     """steps to profile, "first:count" such as 20:3: traces for chrome://tracing in <run>/profile"""
+    validator: str = ""
+    """command that Ray starts after each checkpoint, beside the steps, with --run and --once added,
+    such as "python eval/watch.py --prior runs/prior"; empty = none; num_workers 1 or more"""
+    validator_gpus: Annotated[float, UNLISTED] = 0.0
+    """GPUs, or a share of one, that the validator is given"""
 
     def __post_init__(self) -> None:
         workers = max(1, self.num_workers)
@@ -135,6 +142,11 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}: found {getattr(self, name)}, expected at least 0")
         self._require_averages()
+        if self.validator and not self.num_workers:
+            raise ValueError(
+                "train.validator: found a command with num_workers 0, expected 1 or more: Ray "
+                "starts it; without Ray, run eval/watch.py beside the training"
+            )
 
     def _require_averages(self) -> None:
         if self.snapshot_every and not self.power_ema:
@@ -315,6 +327,11 @@ class DecoderRunConfig(RunConfig):
     """start from the weights of a finished run of this stage and these sizes"""
     stage: Literal["base", "up256", "up1024"] = "base"
     """stage of the cascade"""
+    validation: tuple[str, ...] = ()
+    """folders of held-out image shards: their loss, and a picture in <run>/validation, at each
+    checkpoint"""
+    validation_embeds: tuple[str, ...] = ()
+    """folders of their embeddings, of the same encoder; base only"""
     image_size: int = 64
     """side of this stage's images in px"""
     low_res_size: int = 0

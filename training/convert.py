@@ -1,10 +1,13 @@
 """Published pipelines in diffusers' layout, to and from finished runs.
 
-python training/convert.py --diffusers karlo/ --part decoder --clip ViT-L-14-quickgelu:clip.safetensors --run runs/karlo_base
+python training/convert.py --diffusers karlo/ --part decoder --clip ViT-L-14-quickgelu:clip.safetensors+raw --run runs/karlo_base
 python training/decoder.py --init runs/karlo_base ...           # fine-tune it
 python training/convert.py --export --run runs/tuned --part decoder --diffusers karlo_tuned/
 
     <diffusers>/prior/  decoder/  text_proj/  super_res_first/  super_res_last/
+
+Published pipelines were trained on embeddings as CLIP's towers make them, not brought to unit norm:
++raw says so. Embed images anew with the same name before fine-tuning.
 
 Karlo's last step of its upsampler is a network of its own, which stays behind: `--part upsampler`
 reads the first, and writes what it has as both.
@@ -32,7 +35,8 @@ class ConvertConfig:
     run: str = ""
     """folder of the run: written new, or with --export a finished one"""
     clip: str = ""
-    """encoder that the part was trained on, as in ingest/embed.py; not for upsamplers"""
+    """encoder that the part was trained on, as in ingest/embed.py, with +raw behind where it was
+    trained on embeddings of other than unit norm; not for upsamplers"""
     factor: int = 4
     """by which an upsampler enlarges"""
     export: bool = False
@@ -85,6 +89,11 @@ def _of_encoder(config: ConvertConfig) -> tuple[Any, dict[str, Any]]:
     from models.priors import PriorText
 
     encoder, folder = load_clip(config.clip), Path(config.diffusers)
+    if encoder.unit_norm:
+        print(
+            f"{config.clip}: embeddings of unit norm; for a pipeline that was trained on them as "
+            f"CLIP makes them take --clip {config.clip}+raw"
+        )
     told = {"encoder_id": encoder.encoder_id, "clip": config.clip}
     if config.part == "decoder":
         model: Any = decoder_from_diffusers(folder)
@@ -94,7 +103,7 @@ def _of_encoder(config: ConvertConfig) -> tuple[Any, dict[str, Any]]:
         words = torch.from_numpy(encoder.tokenize([""]))
         embed, states = encoder.encode_text(words)
         null = PriorText(text_embed=embed, text=states, token_mask=token_mask(words))
-        model = prior_from_diffusers(folder / "prior", null)
+        model = prior_from_diffusers(folder / "prior", null, unit_norm=encoder.unit_norm)
         found = model.embed_dim
         told |= {"kind": "diffusion_prior", "context_length": encoder.context_length}
     if (found, found) != (encoder.embed_dim, encoder.text_width):

@@ -13,7 +13,7 @@ from ingest.embed_statistics import NAME as STATISTICS
 from ingest.embed_statistics import EmbedStatistics
 from ingest.shards import Snapshot, load_snapshot, read_manifest
 from ingest.storage import absolute_root
-from models.clip import FrozenClip, load_clip
+from models.clip import FrozenClip, absolute_spec, load_clip
 from models.weights import exported, load_config, load_weights
 from training.batches import Reader
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
@@ -32,8 +32,7 @@ def prepare_data(config: Config) -> Config:
         changes["images"] = tuple(ensure_images(root) for root in config.images)
     if isinstance(config, (PriorRunConfig, DecoderRunConfig)) and not _upsampler(config):
         changes["embeds"] = tuple(ensure_embeds(root) for root in config.embeds)
-        if Path(config.clip).is_dir() and config.clip:  # a worker has a folder of its own
-            changes["clip"] = str(Path(config.clip).absolute())
+        changes["clip"] = absolute_spec(config.clip)
     if config.init and Path(config.init).is_dir():
         changes["init"] = str(Path(config.init).absolute())
     if isinstance(config, PriorRunConfig):
@@ -41,12 +40,26 @@ def prepare_data(config: Config) -> Config:
     if isinstance(config, DecoderRunConfig):
         for images in changes["images"]:
             require_size(images, config.image_size)
-        if not _upsampler(config) and len(config.images) != len(config.embeds):
-            raise ValueError(
-                f"embeds: found {len(config.embeds)} folders for {len(config.images)} of images, "
-                "expected one for each, in the same order"
-            )
+        changes["validation"] = tuple(absolute_root(root) for root in config.validation)
+        embeds = tuple(absolute_root(root) for root in config.validation_embeds)
+        changes["validation_embeds"] = embeds
+        _require_paired("embeds", config.images, config.embeds, config)
+        _require_paired("validation_embeds", config.validation, embeds, config)
     return dataclasses.replace(config, **changes)
+
+
+def _require_paired(
+    name: str, images: tuple[str, ...], embeds: tuple[str, ...], config: DecoderRunConfig
+) -> None:
+    """Raise ValueError unless the base decoder has embeddings for each folder of images, and an
+    upsampler none, which it would not read."""
+    if _upsampler(config) and name == "validation_embeds" and embeds:
+        raise ValueError(f"{name}: found {len(embeds)} folders for an upsampler, expected none")
+    if not _upsampler(config) and len(images) != len(embeds):
+        raise ValueError(
+            f"{name}: found {len(embeds)} folders for {len(images)} of images, expected one for "
+            "each, in the same order"
+        )
 
 
 def _upsampler(config: PriorRunConfig | DecoderRunConfig) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from training.config import TrainConfig
 from training.incidents import report_incident
 from training.timeline import note
+from training.validator import validation_config
 from training.watchdog import last_step
 
 RAY_TIMES = {
@@ -47,7 +48,7 @@ def fit(
     """
     for name, value in RAY_TIMES.items():
         os.environ.setdefault(name, value)
-    from cluster.session import ensure_ray
+    from cluster.session import ensure_ray, placed_on
 
     ensure_ray()
     import ray.train
@@ -64,6 +65,7 @@ def fit(
         scaling_config=ray.train.ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=use_gpu,
+            resources_per_worker={"GPU" if use_gpu else "CPU": 1, **placed_on("gpu_group")},
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=ray.train.RunConfig(
@@ -73,6 +75,7 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             callbacks=[_losses_of(run)],
         ),
+        validation_config=validation_config(settings, run),
     )
     try:
         trainer.fit()
@@ -83,14 +86,17 @@ def fit(
 
 
 def _use_gpu(settings: TrainConfig) -> bool:
-    """Say whether workers get a GPU each; ValueError where there are too few."""
+    """Say whether workers get a GPU each; ValueError where there are too few, and will be."""
     import ray
 
+    from cluster.session import has_gpus, placed_on
+
+    wished = settings.device == "cuda" or settings.device == "auto" and has_gpus()
     gpus = int(ray.cluster_resources().get("GPU", 0))
     fewest = settings.min_workers or settings.num_workers
-    if 0 < gpus < fewest:
+    if wished and gpus < fewest and not placed_on("gpu_group"):  # a group of nodes may grow
         raise ValueError(f"train.num_workers: found {fewest} for {gpus} GPUs, expected no more")
-    return gpus > 0
+    return wished
 
 
 def _losses_of(run: Path) -> Any:

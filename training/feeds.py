@@ -85,6 +85,8 @@ class RayFeed:
         """Yield the columns of each step."""
         import ray.data
 
+        from cluster.session import placed_on
+
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
@@ -95,6 +97,7 @@ class RayFeed:
             read,
             fn_constructor_args=(self._plan(), self.build_reader, self._place()),
             num_cpus=1,
+            resources=placed_on("cpu_group"),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self.num_readers),
         )
         for row in rows.iter_rows():

@@ -1,7 +1,7 @@
 """What each training script trains: model, objective and data, built anew in every worker."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from open_clip import CLIP
 from torch import Tensor
 
+from ingest.shards import Snapshot, load_snapshot
 from models import keyed_random
 from models.clip import (
     MAX_LOGIT_SCALE,
@@ -22,7 +23,7 @@ from models.clip import (
     token_mask,
     tokenizer,
 )
-from models.decoder import Condition, Decoder
+from models.decoder import Condition, Decoder, dropped_captions
 from models.losses import contrastive
 from models.transformer import attention_kernels, trimmed_length
 from models.upsampler import Upsampler
@@ -38,7 +39,9 @@ from training.data_sets import (
     pin_snapshots,
     start_from,
 )
+from training.decoder_validation import Validation
 from training.loop import Job, as_it_is
+from training.pictures import pixels
 from training.precision import autocast
 from training.readers import CaptionReader, ImageReader, JoinedReader
 from training.sam import perturbed
@@ -150,18 +153,18 @@ def build_decoder(config: DecoderRunConfig) -> Job:
     return _build_base(config) if config.stage == "base" else _build_upsampler(config)
 
 
-def pixels(image: Tensor) -> Tensor:
-    """Map uint8 [B, 3, H, W] to float32 in [-1, 1]."""
-    return image.float() / 127.5 - 1
-
-
 def _build_base(config: DecoderRunConfig) -> Job:
     if config.flip:
         raise ValueError(
             "flip: found true for stage base, expected false: its image embeddings and captions "
             "are of the images as they are"
         )
-    encoder = encoder_of(config.embeds, config.clip)
+    encoder = encoder_of((*config.embeds, *config.validation_embeds), config.clip)
+    if config.base.embed_noise and not encoder.unit_norm:
+        raise ValueError(
+            f"base.embed_noise: found {config.base.embed_noise} for embeddings that keep their "
+            "length, expected 0: what it makes of them is of unit norm"
+        )
     export = {
         "kind": "decoder",
         "model": dataclasses.asdict(config.base),
@@ -173,47 +176,94 @@ def _build_base(config: DecoderRunConfig) -> Job:
     }
 
     def objective(model: Decoder, batch: Batch) -> dict[str, Tensor]:
-        condition = decoder_condition(encoder, config, batch)
+        drop = None
+        if config.base.empty_caption:
+            drop = dropped_captions(config.base, batch.keys)
+        condition = decoder_condition(encoder, config, batch, drop)
         return model.losses(batch.keys, pixels(batch["image"]), condition)
 
-    model = start_from(decoder_model(config), config.init, config.run, export)
-    reader = partial(decoder_reader, config)
-    return Job(model=model, objective=objective, build_reader=reader, export=export)
+    return _stage_job(config, objective, export, partial(decoder_condition, encoder, config))
 
 
-def decoder_condition(encoder: FrozenClip, config: DecoderRunConfig, batch: Batch) -> Condition:
-    """Return what a base decoder is told of a batch."""
+def _stage_job(
+    config: DecoderRunConfig, objective: Callable, export: dict[str, Any], condition: Any
+) -> Job:
+    """Describe the training of a stage; condition: what a base decoder is told of a batch, None for
+    an upsampler."""
+    build, validate = partial(decoder_model, config), None
+    if config.validation:
+        reader = stage_reader(config, latest(config.validation), latest(config.validation_embeds))
+        validate = Validation(build=build, objective=objective, condition=condition, reader=reader)
+    model = start_from(build(), config.init, config.run, export)
+    return Job(
+        model=model,
+        objective=objective,
+        build_reader=partial(decoder_reader, config),
+        export=export,
+        validate=validate,
+    )
+
+
+def latest(roots: tuple[str, ...]) -> list[Snapshot]:
+    """Load the latest snapshot of each folder."""
+    return [load_snapshot(root) for root in roots]
+
+
+def decoder_condition(
+    encoder: FrozenClip, config: DecoderRunConfig, batch: Batch, drop: Tensor | None = None
+) -> Condition:
+    """Return what a base decoder is told of a batch; drop: bool [B], whose captions are to be the
+    empty one."""
     if not config.base.use_text:
         return Condition(image_embed=batch["image_embed"])
     words: dict[str, Any]
+    text_embed = batch["text_embed"]
     if config.base.text_tokens:
         tokens = batch["caption_tokens"]
         tokens = tokens[:, : trimmed_length(token_mask(tokens))]
         words = {"tokens": tokens}
     else:
-        tokens = encoder.trimmed(batch["tokens"])
-        words = {"text_states": encoder.to(batch.keys.device).encode_text(tokens)[1]}
+        tokens = batch["tokens"]
+        if drop is not None:
+            empty = torch.from_numpy(encoder.tokenize([""])).to(tokens)
+            tokens = torch.where(drop[:, None], empty, tokens)
+        tokens = encoder.trimmed(tokens)
+        embed, states = encoder.to(batch.keys.device).encode_text(tokens)
+        words = {"text_states": states}
+        if drop is not None:
+            text_embed = torch.where(drop[:, None], embed, text_embed)
     return Condition(
         image_embed=batch["image_embed"],
-        text_embed=batch["text_embed"],
+        text_embed=text_embed,
         token_mask=token_mask(tokens),
         **words,
     )
 
 
 def decoder_reader(config: DecoderRunConfig) -> Reader:
-    """Read images; for the base decoder with their embeddings and tokens."""
+    """Read the run's images; for the base decoder with their embeddings and tokens."""
     images = pin_snapshots(config.run, "images", config.images)
+    base = config.stage == "base"
+    embeds = pin_snapshots(config.run, "embeds", config.embeds) if base else []
+    return stage_reader(config, images, embeds, config.data.weights)
+
+
+def stage_reader(
+    config: DecoderRunConfig,
+    images: Sequence[Snapshot],
+    embeds: Sequence[Snapshot],
+    weights: tuple[float, ...] = (),
+) -> Reader:
+    """Read images as a stage does; embeds: of the base decoder's, one for each of `images`."""
     size, threads = config.image_size, config.data.num_threads
     if config.stage == "base":
-        embeds = pin_snapshots(config.run, "embeds", config.embeds)
         pairs = zip(images, embeds, strict=True)
         own = config.base.text_tokens
         tokenize = tokenizer(own) if own and config.base.use_text else None
         readers = [JoinedReader(one, its, size, threads, tokenize) for one, its in pairs]
     else:
         readers = [ImageReader(one, size, threads) for one in images]
-    return mixed(readers, config.data.weights)
+    return mixed(readers, weights)
 
 
 def cascade_sizes(config: DecoderRunConfig) -> tuple[int, int]:
@@ -243,9 +293,7 @@ def _build_upsampler(config: DecoderRunConfig) -> Job:
         image = keyed_crops(pixels(batch["image"]), batch.keys, crop)
         return model.losses(batch.keys, keyed_flips(image, batch.keys) if config.flip else image)
 
-    model = start_from(decoder_model(config), config.init, config.run, export)
-    reader = partial(decoder_reader, config)
-    return Job(model=model, objective=objective, build_reader=reader, export=export)
+    return _stage_job(config, objective, export, None)
 
 
 def keyed_crops(image: Tensor, keys: Tensor, crop: int) -> Tensor:

@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+METRICS_NAME = "metrics.jsonl"
+VALIDATION_NAME = "validation.jsonl"  # {"step", scores}: one line a validation
+
 
 def add_line(path: Path, told: dict[str, Any]) -> None:
     """Add a line, in one write: it outlives this process at once.

@@ -41,7 +41,8 @@ class Job:
     objective(model, batch) -> {"loss": [B], other scores: [B]}; build_reader: makes its reader,
     here or in a process of Ray's; export: what config.json tells of the model; validate: scores of
     the averaged weights in a checkpoint's folder, None: there is nothing to validate on; around:
-    holds the model otherwise while the gradient is taken, see training/sam.py.
+    holds the model otherwise while the gradient is taken, see training/sam.py; hand_over: is told
+    of each whole checkpoint's folder, by every rank.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Job:
     block_size: int = 1
     validate: Callable[[Path], dict[str, float]] | None = None
     around: Callable[[Any, list[Batch]], AbstractContextManager] = as_it_is
+    hand_over: Callable[[Path], None] | None = None
 
 
 def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Reporter) -> Progress:
@@ -99,7 +101,7 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         for capture in _captures(run, engine, averages, progress, job, config, copies, stop=stop):
             with reporter.checkpointing(step, writer):
                 writer.begin(capture)
-        if job.validate is not None and _due(progress, config):
+        if (job.validate or job.hand_over) and _due(progress, config):
             writer.finish()
             _validate(job, run, engine, progress, reporter)
 
@@ -195,10 +197,13 @@ def _stepped(engine: Engine, scores: dict[str, Tensor], ratio: float, *, finite:
 
 
 def _validate(job: Job, run: Path, engine: Engine, progress: Progress, reporter: Reporter) -> None:
-    """Score a checkpoint, where the job knows how; one rank does, and the others wait for it."""
+    """Score a checkpoint, where the job knows how; one rank does, and the others wait for it. Hand
+    it over where somebody else is to."""
     if job.validate is not None and engine.rank == 0:
         with reporter.validating(progress.step):
             reporter.validated(progress, job.validate(checkpoint.step_folder(run, progress.step)))
+    if job.hand_over is not None:
+        job.hand_over(checkpoint.step_folder(run, progress.step))
 
 
 def _due(progress: Progress, config: TrainConfig) -> bool:

@@ -74,7 +74,7 @@ def build_prior(config: PriorRunConfig) -> Job:
     encoder = encoder_of(config.embeds, config.clip)
     sizes = encoder_sizes(config.embeds)
     statistics = pin_statistics(config.run, config.embeds, config.data.weights)
-    config = with_codes(config, statistics)
+    config = with_codes(with_length(config, encoder), statistics)
     model = prior_model(config, sizes)
     set_statistics(model, statistics, whiten=config.whiten)
     export = {
@@ -94,6 +94,22 @@ def build_prior(config: PriorRunConfig) -> Job:
         export=export,
         validate=partial(validate_prior, config, encoder, sizes) if config.validation else None,
     )
+
+
+def with_length(config: PriorRunConfig, encoder: FrozenClip) -> PriorRunConfig:
+    """Return the configuration of a prior that draws embeddings as long as the encoder's are.
+
+    Raises ValueError where the prior can only draw such of unit norm.
+    """
+    if config.prior == "diffusion":
+        sizes = dataclasses.replace(config.diffusion, unit_norm=encoder.unit_norm)
+        return dataclasses.replace(config, diffusion=sizes)
+    if not encoder.unit_norm:
+        raise ValueError(
+            f"prior: found {config.prior} for embeddings that keep their length, expected "
+            "diffusion: the others draw embeddings of unit norm"
+        )
+    return config
 
 
 def with_codes(config: PriorRunConfig, statistics: EmbedStatistics) -> PriorRunConfig:

@@ -20,15 +20,13 @@ from training.batches import Batch
 from training.checkpoint import Progress
 from training.config import TrainConfig
 from training.incidents import INCIDENTS_NAME, LossWatch, report_incident
-from training.lines import add_line, read_lines
+from training.lines import METRICS_NAME, VALIDATION_NAME, add_line, read_lines
 from training.profiling import Profiler
 from training.samples import SampleLog
 from training.timeline import TIMELINE_NAME, note
 from training.watchdog import Watchdog
 from training.writing import Writer
 
-METRICS_NAME = "metrics.jsonl"
-VALIDATION_NAME = "validation.jsonl"  # {"step", scores}: one line a validation
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -187,6 +185,7 @@ class Follower:
     Prometheus always."""
 
     def __init__(self, run: Path, model: str) -> None:
+        self._run = run
         self._path, self._validation = run / METRICS_NAME, run / VALIDATION_NAME
         self._incidents, self._told = run / INCIDENTS_NAME, len(read_lines(run / INCIDENTS_NAME))
         self._timeline, self._noted = run / TIMELINE_NAME, len(read_lines(run / TIMELINE_NAME))
@@ -199,12 +198,22 @@ class Follower:
         self._thread = threading.Thread(target=self._work, name="follow", daemon=True)
 
     def __enter__(self) -> "Follower":
+        now = time.time()  # the age of what is still to come is told from here on
+        self._set("train_running", 1)
+        self._set("train_report_timestamp_seconds", now)
+        self._set("checkpoint_timestamp_seconds", now)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._set("train_running", 0)
+
+    def _set(self, name: str, value: float) -> None:
+        from cluster.metrics import gauge
+
+        gauge(f"minidalle2_{name}").set(value, model=self._model)
 
     def _work(self) -> None:
         from rich.console import Console
@@ -222,6 +231,7 @@ class Follower:
                 tell = partial(console.print, soft_wrap=True, markup=False)
                 self._tell_validations(tell)
                 self._tell_incidents(tell)
+                self._look_around()
                 if line is not None:
                     done, total = line["step"], line["num_steps"]
                     bar.update(task, total=total, completed=done, note=describe(line))
@@ -250,6 +260,7 @@ class Follower:
             for name, value in scores.items():
                 if f"{self._model}.{name}" in SCORES:
                     gauge("minidalle2_eval_score").set(value, metric=f"{self._model}.{name}")
+            gauge("minidalle2_eval_timestamp_seconds").set(time.time(), of=self._model)
 
     def _tell_incidents(self, tell: Callable[[str], None]) -> None:
         """Print and count the incidents that are new, and where the run went on after them."""
@@ -263,9 +274,17 @@ class Follower:
         lines = read_lines(self._timeline)
         new, self._noted = lines[self._noted :], len(lines)
         for line in new:
+            if line["event"] == "restored":
+                self._set("train_start_timestamp_seconds", line["time"])
             if line["event"] == "restored" and line["attempt"]:
                 workers = f"{line['num_workers']} worker{'s' * (line['num_workers'] > 1)}"
                 tell(f"{self._model}: goes on from step {line['step']} with {workers}")
+
+    def _look_around(self) -> None:
+        """Publish the space that the run's disk has left."""
+        from cluster.metrics import storage_space
+
+        storage_space(self._run, holds="runs")
 
     def _say(self, line: dict, *, at_once: bool, silent: bool) -> None:
         if silent or not (at_once or time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
@@ -274,7 +293,7 @@ class Follower:
         print(f"{self._model}: {describe(line)}", flush=True)
 
     def _publish(self, line: dict) -> None:
-        from cluster.metrics import counter, gauge, histogram
+        from cluster.metrics import counter, histogram
 
         for name in (
             "loss",
@@ -283,17 +302,20 @@ class Follower:
             "data_wait_ratio",
             "grad_norm",
             "learning_rate_ratio",
+            "device_memory_bytes",
             "mfu",
             "eta_seconds",
         ):
             if line.get(name) is not None:
-                gauge(f"minidalle2_train_{name}").set(line[name], model=self._model)
+                self._set(f"train_{name}", line[name])
+        self._set("train_report_timestamp_seconds", time.time())
         counter("minidalle2_train_samples_total").inc(line["reported_samples"], model=self._model)
         skipped = line["nonfinite_steps"] - self._nonfinite
         if skipped > 0:
             counter("minidalle2_train_nonfinite_steps_total").inc(skipped, model=self._model)
         self._nonfinite = line["nonfinite_steps"]
         if line["checkpoint_seconds"]:
+            self._set("checkpoint_timestamp_seconds", time.time())
             counter("minidalle2_checkpoints_total").inc(1, model=self._model)
             seconds = histogram("minidalle2_checkpoint_seconds")
             seconds.observe(line["checkpoint_seconds"], model=self._model)

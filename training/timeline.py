@@ -7,6 +7,7 @@ lost       what watches over the workers has noticed that one is gone
 placed     the first rank runs our code, in an attempt that has just begun
 restored   it has read its checkpoint, and is about to train on: attempt, step, num_workers
 stepped    the first step of the attempt is done
+validator failed    the command that was to validate a checkpoint did not
 """
 
 import time

@@ -7,11 +7,13 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from cluster.cli import DONE, INCOMPLETE, read_yaml, to_yaml
 from models.weights import FINAL_NAME
+from training.cards import ensure_cards, record_code
 from training.config import RunConfig, TrainConfig
 from training.precision import native_bf16, settled
 from training.stopping import forget_stop, stopping_on_sigterm
@@ -31,13 +33,15 @@ TOLD = (ValueError, FloatingPointError, OSError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of what a disk says, the same in every attempt
 CONFIG_NAME = "config.yaml"  # also the mark by which --fresh knows that a folder is ours
 MAY_CHANGE = {
-    "train.num_workers", "train.min_workers", "train.num_threads", "train.max_failures",
+    "train.device", "train.num_workers", "train.min_workers", "train.num_threads",
+    "train.max_failures",
     "train.log_samples", "train.keep_checkpoints",
     "train.async_checkpoints", "train.keep_every", "train.checkpoint_every",
     "train.snapshot_every", "train.report_every",
     "train.compile", "train.micro_batch_size", "train.zero_stage", "train.offload",
     "train.spike_deviations",
-    "train.hang_seconds", "train.peak_tflops", "train.profile",
+    "train.hang_seconds", "train.peak_tflops", "train.profile", "train.validator",
+    "train.validator_gpus",
     "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh",
     "dry_run", "run",
 }  # fmt: skip
@@ -53,7 +57,9 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
     config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
     if (run / FINAL_NAME).is_file():
         print(f"{run}: finished already; --fresh starts over")
+        ensure_cards(run)
         return 0
+    record_code(run)
     from training.profiling import window
     from training.reporting import Follower
 
@@ -68,6 +74,7 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
         else:
             _train_under_ray(config, run, build)
     if (run / FINAL_NAME).is_file():
+        ensure_cards(run)
         return DONE
     forget_stop(run)
     print(f"{run}: stopped, as was wished, at a checkpoint; rerun the same command to continue")
@@ -83,33 +90,30 @@ def with_precision(config: RunConfig, run: Path) -> RunConfig:
         return config
     began = run / CONFIG_NAME
     kept = _flat(read_yaml(began)).get("train.precision") if began.is_file() else None
-    found = kept if kept and not config.fresh else _precision_here(config.train.num_workers)
+    here = _device(config.train)
+    elsewhere = _gpus_elsewhere(config.train)
+    settles = "bf16" if elsewhere else settled("auto", here)
+    found = kept if kept and not config.fresh else settles
     note = ""
-    elsewhere = _gpus_elsewhere(config.train.num_workers)
-    if found == "bf16" and not elsewhere and not native_bf16(_device_here()):
+    if found == "bf16" and not elsewhere and not native_bf16(here):
         note = ", as the run began; this device only emulates it, many times slower"
     print(f"precision: {found}{note}", flush=True)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=found))
 
 
-def _precision_here(num_workers: int) -> str:
-    return "bf16" if _gpus_elsewhere(num_workers) else settled("auto", _device_here())
+def _device(settings: TrainConfig) -> str:
+    """Return the kind of device that this process would train on."""
+    return "cuda" if settings.device != "cpu" and _has_cuda() else "cpu"
 
 
-def _device_here() -> str:
-    return "cuda" if _has_cuda() else "cpu"
-
-
-def _gpus_elsewhere(num_workers: int) -> bool:
+def _gpus_elsewhere(settings: TrainConfig) -> bool:
     """Say whether the workers have GPUs of a cluster, of which this machine may have none."""
-    if not num_workers or not os.environ.get("RAY_ADDRESS"):
+    if not settings.num_workers or settings.device == "cpu" or not os.environ.get("RAY_ADDRESS"):
         return False
-    from cluster.session import ensure_ray
+    from cluster.session import ensure_ray, has_gpus
 
     ensure_ray()
-    import ray
-
-    return ray.cluster_resources().get("GPU", 0) > 0
+    return has_gpus()
 
 
 def prepare_run(config: RunConfig, run_folder: str) -> Path:
@@ -217,17 +221,20 @@ def _train(
 
     keep_freed_memory()
     settings: TrainConfig = config.train
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    kind = _device(settings)
+    if settings.device not in ("auto", kind):
+        raise ValueError(f"train.device: found {settings.device} without a GPU, expected cpu")
+    device = torch.device(f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind)
     if device.type == "cpu":
         torch.set_num_threads(settings.num_threads)
     watchdog = Watchdog(run, rank, world_size, settings.hang_seconds)
     with _locked(run, rank), watchdog:
         torch.manual_seed(settings.seed)  # every rank draws the same initial weights
         job = build(config)
+        if settings.validator:
+            from training.validator import hand_over
+
+            job = dataclasses.replace(job, hand_over=partial(hand_over, rank=rank))
         peak = world_size * _peak_samples(job.model, settings, device)
         if settings.compile:
             compile_model(job.model)
@@ -282,8 +289,8 @@ def _worker(arguments: dict) -> None:
     """
     import torch.distributed as dist
 
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
     run, config, build = Path(arguments["run"]), arguments["config"], arguments["build"]
+    os.environ.setdefault("DS_ACCELERATOR", _device(config.train))
     if not dist.get_rank():
         note(run, "placed")
     from training.zero import ZeroEngine

@@ -1,0 +1,181 @@
+"""Build what Prometheus and Grafana read: recording rules and three dashboards.
+
+python cluster/dashboards.py
+
+They are cluster/prometheus/recording.yaml and cluster/grafana/dashboards/*.json. The metrics stand
+in cluster/metrics.py and the panels in cluster/panels.py: edit those.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.cli import DONE, INCOMPLETE, parse, run_script
+
+if TYPE_CHECKING:
+    from cluster.panels import Dashboard, Panel
+
+HERE = Path(__file__).resolve().parent
+RAYS_OWN = {  # Ray writes these dashboards itself, under these addresses
+    "Ray: nodes and tasks": "rayDefaultDashboard",
+    "Ray Data": "rayDataDashboard",
+    "Ray Train": "rayTrainDashboard",
+}
+HEADER = "# Made by cluster/dashboards.py from the table in cluster/metrics.py: edit that.\n"
+WIDTH, COLUMNS, HEIGHT = 24, 3, 8  # of Grafana's grid, and of a panel in it
+DATA_SOURCE = "${source}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DashboardsConfig:
+    """Both kinds of files are in the repository: a run that changes them is to be committed."""
+
+    out: str = str(HERE)
+    """folder that holds prometheus/ and grafana/"""
+    check: bool = False
+    """write nothing; exit code 1 where a file is missing or not as it would be written"""
+
+
+def main(config: DashboardsConfig) -> int:
+    """Write every file, or compare it."""
+    root, stale = Path(config.out), []
+    for name, text in files().items():
+        path = root / name
+        if path.is_file() and path.read_text() == text:
+            continue
+        stale.append(name)
+        if not config.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(path.name + ".part")
+            part.write_text(text)
+            part.replace(path)
+    word = "not as it should be" if config.check else "written"
+    print("\n".join(f"{root / name}: {word}" for name in stale) or f"{root}: nothing to change")
+    return INCOMPLETE if config.check and stale else DONE
+
+
+def files() -> dict[str, str]:
+    """Return the text of each file, by its name below the folder."""
+    import yaml
+
+    from cluster.panels import DASHBOARDS
+    from cluster.rules import recording_rules
+
+    made = {"prometheus/recording.yaml": HEADER + yaml.safe_dump(
+        recording_rules(), sort_keys=False, width=10_000)}  # fmt: skip
+    for dashboard in DASHBOARDS:
+        made[f"grafana/dashboards/{dashboard.name}.json"] = grafana_json(dashboard)
+    return made
+
+
+def address(dashboard: "Dashboard") -> str:
+    """Return what Grafana knows a dashboard by."""
+    return f"minidalle2-{dashboard.name}"
+
+
+def grafana_json(dashboard: "Dashboard") -> str:
+    """Return a dashboard as Grafana's JSON."""
+    from grafana_foundation_sdk.builders import dashboard as builders
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+    board = (
+        builders.Dashboard(dashboard.title)
+        .uid(address(dashboard))
+        .tags(["minidalle2"])
+        .time("now-3h", "now")
+        .refresh("30s")
+        .timezone("browser")
+        .tooltip(_shared_crosshair())
+        .with_variable(
+            builders.DatasourceVariable("source").label("Prometheus").type("prometheus")
+        )
+    )
+    for link in _links(dashboard):
+        board = board.link(link)
+    top = 0
+    for title, panels in dashboard.rows.items():
+        board = board.with_row(builders.Row(title).grid_pos(_place(0, top, WIDTH, 1)))
+        for number, panel in enumerate(panels):
+            line, column = divmod(number, COLUMNS)
+            width = WIDTH // COLUMNS
+            at = _place(column * width, top + 1 + line * HEIGHT, width, HEIGHT)
+            board = board.with_panel(_chart(panel).grid_pos(at))
+        top += 1 + -(-len(panels) // COLUMNS) * HEIGHT
+    return json.dumps(json.loads(JSONEncoder().encode(board.build())), indent=1) + "\n"
+
+
+def _shared_crosshair() -> Any:
+    from grafana_foundation_sdk.models.dashboard import DashboardCursorSync
+
+    return DashboardCursorSync.CROSSHAIR
+
+
+def _place(x: int, y: int, width: int, height: int) -> Any:
+    from grafana_foundation_sdk.models.dashboard import GridPos
+
+    return GridPos(x=x, y=y, w=width, h=height)
+
+
+def _links(dashboard: "Dashboard") -> list[Any]:
+    """Link to the other dashboards, and to those that Ray brings."""
+    from grafana_foundation_sdk.builders.dashboard import DashboardLink
+    from grafana_foundation_sdk.models.dashboard import DashboardLinkType
+
+    from cluster.panels import DASHBOARDS
+
+    others = {each.title: address(each) for each in DASHBOARDS if each is not dashboard}
+    return [
+        DashboardLink(title)
+        .type(DashboardLinkType.LINK)
+        .url(f"/d/{uid}")
+        .keep_time(True)
+        .target_blank(uid in RAYS_OWN.values())
+        for title, uid in {**others, **RAYS_OWN}.items()
+    ]
+
+
+def _chart(panel: "Panel") -> Any:
+    """Return the builder of a panel: lines over time, with a table of their last values."""
+    from grafana_foundation_sdk.builders import common, prometheus, timeseries
+    from grafana_foundation_sdk.models.common import (
+        LegendDisplayMode,
+        LegendPlacement,
+        TooltipDisplayMode,
+        VisibilityMode,
+    )
+    from grafana_foundation_sdk.models.dashboard import DataSourceRef
+
+    source = DataSourceRef(type_val="prometheus", uid=DATA_SOURCE)
+    query = (
+        prometheus.Dataquery()
+        .ref_id("A")
+        .expr(panel.query)
+        .legend_format(panel.legend)
+        .datasource(source)
+    )
+    legend = (
+        common.VizLegendOptions()
+        .display_mode(LegendDisplayMode.LIST)
+        .placement(LegendPlacement.BOTTOM)
+        .show_legend(True)
+        .calcs(["lastNotNull"])
+    )
+    chart = (
+        timeseries.Panel()
+        .title(panel.title)
+        .description(panel.help)
+        .datasource(source)
+        .with_target(query)
+        .unit("bool_yes_no" if panel.unit == "bool" else panel.unit)
+        .fill_opacity(8)
+        .line_width(2)
+        .show_points(VisibilityMode.NEVER)
+        .tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
+        .legend(legend)
+    )
+    return chart.min(0).max(1) if panel.unit == "bool" else chart
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(DashboardsConfig)))

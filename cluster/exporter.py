@@ -1,0 +1,194 @@
+"""Where values go: to an HTTP server of this process, or to Ray's exporter of its node.
+
+`cluster/metrics.py` is the façade over this, and the only importer beside `cluster/cli.py`.
+"""
+
+import functools
+import socketserver
+import sys
+import threading
+import time
+import wsgiref.simple_server
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.metrics import Metric
+
+MAX_WAIT_SECONDS = 30.0
+UNKNOWN_INTERVAL_SECONDS = 15.0  # between two scrapes, where there was but one
+
+_servers: dict[int, Any] = {}
+_series: dict[str, Any] = {}  # by the metric's name, here and
+_mirrors: dict[str, Any] = {}  # in Ray
+_recording = threading.Lock()
+
+
+class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
+    daemon_threads = True
+
+
+class _Handler(wsgiref.simple_server.WSGIRequestHandler):
+    timeout = 10  # of a client that says nothing
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: a scrape every few seconds is no news."""
+
+
+class _Scrapes:
+    """When the last two answers were out, by the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._known = threading.Condition()
+        self._last: list[float] = []
+
+    def add(self) -> None:
+        with self._known:
+            self._last = [*self._last[-1:], time.monotonic()]
+            self._known.notify_all()
+
+    def wait(self) -> None:
+        """Wait for one more answer, if one is to be expected: not for longer than 1.5 intervals
+        after the last, nor than MAX_WAIT_SECONDS."""
+        with self._known:
+            before = list(self._last)
+            if not before:
+                return
+            interval = before[-1] - before[0] or UNKNOWN_INTERVAL_SECONDS
+            left = min(before[-1] + 1.5 * interval - time.monotonic(), MAX_WAIT_SECONDS)
+            self._known.wait_for(lambda: self._last != before, timeout=max(0.0, left))
+
+
+_scrapes = _Scrapes()
+
+
+def await_scrape() -> None:
+    """Stay until whoever scrapes this process has seen its last values.
+
+    Without that a run's end, and the scores of a short job, would be in no one's records. Nobody
+    is waited for who never came, or who stopped coming.
+    """
+    _scrapes.wait()
+
+
+def serve(metrics: "Mapping[str, Metric]", port: int | None) -> int | None:
+    """Serve `metrics` on the loopback; see `cluster.metrics.serve`."""
+    if port is None:
+        return None
+    if port not in _servers and (port or not _servers):
+        server = _start_server(port)
+        with _recording:
+            for metric in metrics.values():
+                _exported(metric)
+        _servers[server.server_port] = server
+        return server.server_port
+    return port or next(iter(_servers))
+
+
+def _start_server(port: int) -> _Server:
+    from prometheus_client import make_wsgi_app
+
+    answer = make_wsgi_app(_registry())
+
+    def counted(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        yield from answer(environ, start_response)
+        _scrapes.add()
+
+    try:
+        server = wsgiref.simple_server.make_server(
+            "127.0.0.1", port, counted, server_class=_Server, handler_class=_Handler
+        )
+    except (OSError, OverflowError) as error:
+        found = getattr(error, "strerror", None) or error
+        remedy = "expected a free one; 0 takes any"
+        raise ValueError(f"metrics port {port}: found {found}, {remedy}") from error
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server
+
+
+def record(metric: "Metric", method: str, value: float, labels: dict[str, str]) -> None:
+    """Call `method` of the series with `labels`, here and, where it goes there, in Ray."""
+    with _recording:
+        series = _exported(metric)
+        getattr(series.labels(**labels) if labels else series, method)(value)
+        if not _servers and _in_ray():
+            if metric.kind == "histogram":
+                _mirrored(metric).observe(value, tags=labels)
+            else:
+                _copy_to_ray(metric)
+
+
+def hand_over_to_ray(metrics: "Mapping[str, Metric]") -> None:
+    """Give Ray what this process has counted before it joined, and every counter that is still 0.
+
+    A rate over a series that begins with its first increment would miss that one.
+    """
+    with _recording:
+        if _servers or not _in_ray():
+            return
+        for metric in metrics.values():
+            if metric.kind != "histogram":
+                _copy_to_ray(metric)
+
+
+@functools.cache
+def _registry() -> Any:
+    from prometheus_client import CollectorRegistry, disable_created_metrics
+
+    disable_created_metrics()  # a second series for every counter, which no one reads
+    return CollectorRegistry()
+
+
+def _exported(metric: "Metric") -> Any:
+    """Return the prometheus_client metric; counters and histograms begin with every series at 0,
+    since a rate misses the first increment of a new series."""
+    import prometheus_client
+
+    from cluster.metrics import SECONDS_BUCKETS
+
+    if metric.name in _series:
+        return _series[metric.name]
+    kinds = {"counter": "Counter", "gauge": "Gauge", "histogram": "Histogram"}
+    extra = {"buckets": SECONDS_BUCKETS} if metric.kind == "histogram" else {}
+    make = getattr(prometheus_client, kinds[metric.kind])
+    series = make(metric.name, metric.help, tuple(metric.labels), registry=_registry(), **extra)
+    if metric.kind != "gauge" and metric.labels:
+        for labels in metric.combinations():
+            series.labels(**labels)
+    _series[metric.name] = series
+    return series
+
+
+def _in_ray() -> bool:
+    """Say whether this process is part of a Ray, as a driver or a worker; never imports it."""
+    ray = sys.modules.get("ray")
+    return ray is not None and hasattr(ray, "is_initialized") and ray.is_initialized()
+
+
+def _copy_to_ray(metric: "Metric") -> None:
+    """Set Ray's series to what this process exports."""
+    for family in _exported(metric).collect():
+        for sample in family.samples:
+            _mirrored(metric).set(sample.value, tags=sample.labels)
+
+
+def _mirrored(metric: "Metric") -> Any:
+    """Return the Ray metric of that name; its exporter prefixes the name with `ray_`.
+
+    Ray's own counter refuses to begin at 0, so a counter is one of its gauges there: its value is
+    the same, and Prometheus takes rates of either.
+    """
+    import ray.util.metrics
+
+    from cluster.metrics import SECONDS_BUCKETS
+
+    if metric.name not in _mirrors:
+        labels = tuple(metric.labels)
+        if metric.kind == "histogram":
+            made: Any = ray.util.metrics.Histogram(
+                metric.name, metric.help, list(SECONDS_BUCKETS), labels
+            )
+        else:
+            made = ray.util.metrics.Gauge(metric.name, metric.help, labels)
+        _mirrors[metric.name] = made
+    return _mirrors[metric.name]

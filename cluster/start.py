@@ -1,0 +1,158 @@
+"""Start Ray on this machine with its token on: the head of a cluster, or a node that joins one.
+
+    python cluster/start.py --head-works                   # a cluster of this machine alone
+    python cluster/start.py --bind 10.0.0.5                # the head of several machines
+    python cluster/start.py --bind 10.0.0.6 --join 10.0.0.5:6379
+
+The head makes the token, ~/.ray/auth_token, if there is none; whoever joins, or submits a job,
+needs a copy of it. Ray is started in the project's root, so that
+`ray job submit -- python training/prior.py` finds the scripts. docs/cluster.md has the firewall's
+table of ports.
+"""
+
+import ipaddress
+import json
+import os
+import secrets
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cluster.cli import DONE, parse, run_script
+from cluster.session import GROUPS
+
+ROOT = Path(__file__).resolve().parent.parent
+NVIDIA = Path("/proc/driver/nvidia/gpus")  # there where NVIDIA's driver is, in containers too
+SHARES = 1  # of a group's resource that a node offers; work asks for a thousandth
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """How this machine takes part in a cluster."""
+
+    bind: str = "127.0.0.1"
+    """this machine's own address, by which others reach it; loopback = this machine alone"""
+    join: str = ""
+    """HOST:PORT of the head; empty = be the head"""
+    group: Literal["auto", "cpu_group", "gpu_group"] = "auto"
+    """what a node that joins is for: downloads and decoding, or encoders and training; auto:
+    gpu_group where NVIDIA's driver is"""
+    head_works: bool = False
+    """the head runs tasks as well, and the cluster has no groups"""
+    port: int = 6379
+    """of the head"""
+    dashboard_port: int = 8265
+    """of the dashboard and of job submission, on the head"""
+    metrics_export_port: int = 8080
+    """of Ray's metrics on this machine; it asks for no token: keep it behind the firewall"""
+    autoscaling_config: str = ""
+    """file by which the head starts and ends nodes; `ray up` hands one over"""
+    block: bool = False
+    """stay until Ray ends"""
+    dry_run: bool = False
+    """print the command and stop"""
+
+
+def main(config: StartConfig) -> int:
+    """Become `ray start`, in the project's root, with the token on."""
+    command = _command(config)
+    _require_token(config)
+    print(f"$ RAY_AUTH_MODE=token {shlex.join(command)}", flush=True)
+    if config.dry_run:
+        return DONE
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.chdir(ROOT)
+    os.execve(_ray(), command, environment)
+
+
+def _command(config: StartConfig) -> list[str]:
+    """Return the arguments of `ray start`."""
+    command = ["ray", "start", f"--node-ip-address={config.bind}"]
+    command.append(f"--metrics-export-port={config.metrics_export_port}")
+    if config.join:
+        offered = {_group(config): SHARES}
+        command += [f"--address={config.join}", f"--resources={json.dumps(offered)}"]
+    else:
+        command += ["--head", f"--port={config.port}", f"--dashboard-host={config.bind}"]
+        command += [f"--dashboard-port={config.dashboard_port}"]
+        if not config.head_works:
+            command += ["--num-cpus=0", "--num-gpus=0", f"--resources={json.dumps({GROUPS: 1})}"]
+        if config.autoscaling_config:
+            command.append(f"--autoscaling-config={config.autoscaling_config}")
+    return [*command, "--block"] if config.block else command
+
+
+def _group(config: StartConfig) -> str:
+    if config.group != "auto":
+        return config.group
+    return "gpu_group" if NVIDIA.is_dir() else "cpu_group"
+
+
+def _ray() -> str:
+    beside = Path(sys.executable).parent / "ray"
+    found = str(beside) if beside.is_file() else shutil.which("ray")
+    if not found:
+        raise ValueError(f"ray: found none beside {sys.executable}; `make setup` installs it")
+    return found
+
+
+# -- who may come in -------------------------------------------------------------------------------
+
+
+def _require_token(config: StartConfig) -> None:
+    """Find the token, or make the one of a head that only its own network can reach."""
+    inner = _is_inner(config.bind)
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode != "token":
+        raise ValueError(f"RAY_AUTH_MODE: found {mode}, expected token, or none set")
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if path.is_file() and path.read_text().strip():
+        _require_private(path)
+        return
+    if config.join:
+        raise ValueError(f"{path}: found no token, expected a copy of the head's")
+    if not inner:
+        raise ValueError(
+            f"--bind {config.bind}: found no token in {path} for an address that anyone can reach, "
+            "expected one: `ray get-auth-token --generate` makes it, `chmod 600` keeps it"
+        )
+    if not config.dry_run:
+        _make_token(path)
+
+
+def _is_inner(bind: str) -> bool:
+    """Say whether an address is loopback, or of a network that the Internet does not reach.
+
+    Raises ValueError for what is no address of one machine.
+    """
+    try:
+        address = ipaddress.ip_address(bind)
+    except ValueError:
+        address = None
+    if address is None or address.is_unspecified or address.is_multicast:
+        raise ValueError(f"--bind: found {bind!r}, expected an IP address of this machine")
+    return address.is_private
+
+
+def _require_private(path: Path) -> None:
+    if path.stat().st_mode & 0o077 and path.stat().st_uid == os.getuid():
+        raise ValueError(f"{path}: found a token that others can read; run chmod 600 {path}")
+
+
+def _make_token(path: Path) -> None:
+    """Write a new token that its owner alone can read; `ray get-auth-token --generate` makes one
+    that everybody on the machine can."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # an empty file
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    print(f"made a token: {path}", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(StartConfig)))

@@ -1,0 +1,248 @@
+"""A live page of what runs, drawn from Prometheus, where there is no Grafana.
+
+python cluster/watch.py --prometheus http://127.0.0.1:9090       # then http://127.0.0.1:9480
+python cluster/watch.py --address 10.0.0.5 --token-file watch.token
+
+It asks for the panels of cluster/panels.py and for alerts, and passes no other query on.
+"""
+
+import base64
+import hashlib
+import hmac
+import http.server
+import ipaddress
+import json
+import re
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qs, urlsplit
+
+from tyro.conf import UseAppendAction
+
+from cluster.cli import DONE, parse, run_script
+from cluster.feed import PANELS, WINDOWS, Feed, FeedError, layout
+
+PAGE = Path(__file__).with_name("watch.html")
+COOKIE = "minidalle2_watch"
+MIN_TOKEN = 16  # characters
+MAX_AT_ONCE = 16  # requests being answered
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """Served on the loopback unless --address says otherwise, which takes a token."""
+
+    prometheus: str = "http://127.0.0.1:9090"
+    """where Prometheus answers"""
+    address: str = "127.0.0.1"
+    """to listen on; one that is not the loopback's needs --token-file"""
+    port: int = 9480
+    """to listen on; 0 = any free one"""
+    token_file: str = ""
+    """file of a token, 16 characters or more; a browser is given it once: http://.../?token=TOKEN"""
+    allow_host: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """further name, without the port, that browsers may call this machine; repeatable"""
+    every: float = 5.0
+    """seconds between two looks"""
+
+
+def main(config: WatchConfig) -> int:
+    """Serve the page until interrupted."""
+    server = open_server(config)
+    print(f"watch: http://{server.shown}/", flush=True)
+    try:
+        server.serve_forever(poll_interval=0.2)
+    except KeyboardInterrupt:
+        print("watch: ended")
+    finally:
+        server.server_close()
+    return DONE
+
+
+def open_server(config: WatchConfig) -> "WatchServer":
+    """Check the configuration and listen; raises ValueError where that cannot be."""
+    if config.every <= 0:
+        raise ValueError(f"--every: found {config.every}, expected seconds above 0")
+    parts = urlsplit(config.prometheus)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"--prometheus: found {config.prometheus!r}, expected http://HOST:PORT")
+    token = _token(config)
+    try:
+        return WatchServer(config, token)
+    except (OSError, OverflowError) as error:
+        found = getattr(error, "strerror", None) or error
+        where = f"{config.address} port {config.port}"
+        raise ValueError(
+            f"{where}: found {found}, expected an address of this machine and a free port"
+        ) from error
+
+
+def _token(config: WatchConfig) -> str:
+    """Read the token; ValueError where there must be one, or it is short."""
+    if not config.token_file:
+        if not is_loopback(config.address):
+            raise ValueError(
+                f"--address: found {config.address}, which others can reach, without "
+                "--token-file, expected both; ssh -L 9480:127.0.0.1:9480 needs neither"
+            )
+        return ""
+    path = Path(config.token_file)
+    token = path.read_text().strip() if path.is_file() else ""
+    if len(token) < MIN_TOKEN or not re.fullmatch(r"[\w.~-]+", token, re.ASCII):
+        raise ValueError(
+            f"--token-file: found {len(token)} characters in {path}, expected {MIN_TOKEN} or more "
+            "letters and digits, as `openssl rand -hex 16` makes them"
+        )
+    return token
+
+
+def is_loopback(address: str) -> bool:
+    """Say whether only this machine can reach an address that one listens on."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+class WatchServer(http.server.ThreadingHTTPServer):
+    """Knows who may ask, by which name and with which token, and what it answers."""
+
+    daemon_threads = True
+
+    def __init__(self, config: WatchConfig, token: str) -> None:
+        super().__init__((config.address, config.port), Handler)
+        self.token = token
+        self.feed = Feed(config.prometheus.rstrip("/"))
+        self.layout = {"dashboards": layout(), "every": config.every, "windows": list(WINDOWS)}
+        self.free = threading.BoundedSemaphore(MAX_AT_ONCE)
+        port = self.server_address[1]
+        self.shown = f"{config.address}:{port}"
+        names = {config.address, *config.allow_host}
+        if is_loopback(config.address):
+            names |= {"127.0.0.1", "localhost"}
+        # A page of another site that has its name point here is told apart by that name.
+        self.hosts = {f"{name.lower()}:{port}" for name in names}
+        if port == 80:
+            self.hosts |= {name.lower() for name in names}
+        self.page, self.policy = read_page()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: browsers hang up all the time."""
+
+
+def read_page() -> tuple[bytes, str]:
+    """Return the page and the policy that lets a browser run its own script and style alone."""
+    text = PAGE.read_text(encoding="utf-8")
+
+    def digest(tag: str) -> str:
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        found = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        return f"'sha256-{found}'"
+
+    policy = (
+        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    return text.encode(), policy
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers GET: the page, its layout, lines of a panel, runs and alerts."""
+
+    server: WatchServer
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "watch", ""
+    timeout = 20
+
+    def do_GET(self) -> None:
+        """Refuse, or answer."""
+        with self.server.free:
+            refusal = self._refusal()
+            if refusal:
+                self._send(*refusal)
+            else:
+                self._answer()
+
+    def _refusal(self) -> tuple[int, bytes] | None:
+        """Return why this request is not answered: a status and a line."""
+        if self.headers.get("Host", "").lower() not in self.server.hosts:
+            return 403, b"this name is not allowed; see --allow-host\n"
+        link = self.headers.get("Sec-Fetch-Mode") == "navigate" and self._path() == "/"
+        if self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none") and not link:
+            return 403, b"not from another site\n"
+        if self.server.token and not self._bears_token():
+            return 401, b"open http://.../?token=TOKEN once\n"
+        return None
+
+    def _path(self) -> str:
+        return urlsplit(self.path).path
+
+    def _bears_token(self) -> bool:
+        header = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        pairs = (part.strip().partition("=") for part in self.headers.get("Cookie", "").split(";"))
+        cookies = {name: value for name, _, value in pairs}
+        asked = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
+        wanted = self.server.token.encode()
+        given = (header, cookies.get(COOKIE, ""), asked if self._path() == "/" else "")
+        return any(hmac.compare_digest(each.encode(), wanted) for each in given)
+
+    def _answer(self) -> None:
+        asked = parse_qs(urlsplit(self.path).query)
+        match self._path():
+            case "/" if "token" in asked:  # into a cookie, and out of the address
+                cookie = f"{COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
+                more = {"Location": "/", "Set-Cookie": cookie} if self.server.token else {}
+                self._send(303 if more else 200, b"" if more else self.server.page, "html", more)
+            case "/":
+                self._send(200, self.server.page, "html")
+            case "/api/layout":
+                self._send_json(lambda: self.server.layout)
+            case "/api/lines":
+                key, window = (asked.get(name, [""])[0] for name in ("panel", "window"))
+                if key in PANELS and window in WINDOWS:
+                    self._send_json(lambda: self.server.feed.lines(key, window, time.time()))
+                else:
+                    self._send(400, b"no such panel or window\n")
+            case "/api/runs":
+                self._send_json(self.server.feed.runs)
+            case "/api/alerts":
+                self._send_json(self.server.feed.alerts)
+            case _:
+                self._send(404, b"no such page\n")
+
+    def _send_json(self, make: Any) -> None:
+        try:
+            body = json.dumps(make()).encode()
+            self._send(200, body, "json")
+        except FeedError as error:
+            self._send(502, json.dumps({"error": str(error)}).encode(), "json")
+
+    def _send(
+        self, status: int, body: bytes, kind: str = "plain", more: dict[str, str] | None = None
+    ) -> None:
+        media = {"html": "text/html", "json": "application/json", "plain": "text/plain"}[kind]
+        self.send_response(status)
+        headers = {
+            "Content-Type": f"{media}; charset=utf-8",
+            "Content-Length": str(len(body)),
+            "Content-Security-Policy": self.server.policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cache-Control": "no-store",
+        }
+        for name, value in (headers | (more or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing: a look every few seconds is no news."""
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(WatchConfig)))

@@ -1,0 +1,240 @@
+"""Laws of the alert rules: each fires, stays silent and resolves when it should, in and outside
+Ray, and a test of it fails when its threshold or its `for` is another."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+PROMETHEUS = Path(__file__).parent.parent / "cluster" / "prometheus"
+ALERTS = yaml.safe_load((PROMETHEUS / "alerts.yaml").read_text())
+RULES = {rule["alert"]: rule for group in ALERTS["groups"] for rule in group["rules"]}
+RECORDED = yaml.safe_load((PROMETHEUS / "recording.yaml").read_text())["groups"][0]["rules"]
+THRESHOLD = re.compile(r"(>=|<=|==|>|<) (-?[\d.]+)")
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="Debian's package prometheus is absent"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What Prometheus sees, from minute 0 on, and what becomes of one alert.
+
+    series: values in promtool's notation, one a minute, by name without the prefix; times before
+    minute 0 are negative. silent, fires, resolved: minutes, the first two one evaluation apart, so
+    that neither threshold nor `for` can be another.
+    """
+
+    alert: str
+    series: dict[str, str]
+    silent: int
+    fires: int
+    resolved: int
+    labels: str = ""
+
+
+PRIOR, CLIP = '{model="prior"}', '{model="clip"}'
+CASES = [
+    Case(  # clip is silent as well, but does not run
+        alert="TrainingStalled",
+        series={
+            f"train_running{PRIOR}": "1x60",
+            f"train_report_timestamp_seconds{PRIOR}": "0x29 1800x30",
+            f"train_running{CLIP}": "0x60", f"train_report_timestamp_seconds{CLIP}": "0x60",
+        },
+        silent=20, fires=21, resolved=30, labels='model="prior"',
+    ),
+    Case(  # clip was nearly done, the decoder said that it ended
+        alert="TrainingLost",
+        series={
+            f"train_running{PRIOR}": "1x10 stale _x13 1x20",
+            f"train_eta_seconds{PRIOR}": "310x10 stale",
+            f"train_running{CLIP}": "1x10 stale", f"train_eta_seconds{CLIP}": "290x10 stale",
+            'train_running{model="decoder"}': "1x9 0x0 stale",
+            'train_eta_seconds{model="decoder"}': "900x10 stale",
+        },
+        silent=15, fires=16, resolved=25, labels='model="prior"',
+    ),
+    Case(
+        alert="TrainingRestarting",
+        series={f"train_start_timestamp_seconds{PRIOR}": "1x9 2x9 3x9 4x90",
+                f"train_start_timestamp_seconds{CLIP}": "1x9 2x9 3x99"},
+        silent=31, fires=32, resolved=71, labels='model="prior"',
+    ),
+    Case(
+        alert="LossNotFinite",
+        series={f"train_nonfinite_steps_total{PRIOR}": "0x9 1x90",
+                f"train_nonfinite_steps_total{CLIP}": "0x99"},
+        silent=11, fires=12, resolved=71, labels='model="prior"',
+    ),
+    Case(
+        alert="LossSpikes",
+        series={'train_incidents_total{model="prior",kind="spike"}': "0x9 1x4 2x4 3x90",
+                'train_incidents_total{model="clip",kind="spike"}': "0x9 1x4 2x90",
+                'train_incidents_total{model="clip",kind="hang"}': "0x9 9x90"},
+        silent=21, fires=22, resolved=71, labels='model="prior"',
+    ),
+    Case(
+        alert="GpuStarved",
+        series={
+            f"train_running{PRIOR}": "1x60", f"train_data_wait_ratio{PRIOR}": "0.005+0.01x39 0x20",
+            f"train_running{CLIP}": "0x60", f"train_data_wait_ratio{CLIP}": "0.9x60",
+        },
+        silent=29, fires=30, resolved=40, labels='model="prior"',
+    ),
+    Case(
+        alert="CheckpointStale",
+        series={
+            f"train_running{PRIOR}": "1x50",
+            f"checkpoint_timestamp_seconds{PRIOR}": "-5430x39 2400x10",
+            f"train_running{CLIP}": "0x50", f"checkpoint_timestamp_seconds{CLIP}": "-9000x50",
+        },
+        silent=34, fires=35, resolved=40, labels='model="prior"',
+    ),
+    Case(  # six rows of ten, then eight: two minutes until their mean over five is above .7
+        alert="IngestFailing",
+        series={'ingest_rows_total{outcome="stored"}': "0+20x30 620+20x29 1220+1000x30",
+                'ingest_rows_total{outcome="filtered"}': "0+20x30 620+20x29 1220+20x30",
+                'ingest_rows_total{outcome="failed"}': "0+60x30 1960+160x29 6600+60x30"},
+        silent=46, fires=47, resolved=70,
+    ),
+    Case(
+        alert="EmbeddingFailing",
+        series={"embed_failed_shards_total": "0x9 1x90"},
+        silent=11, fires=12, resolved=71,
+    ),
+    Case(  # downloads elsewhere: one shard in half an hour; nothing to do; just begun
+        alert="ShardBacklog",
+        series={'backlog_shards{stage="embed"}': "1x49 0x20",
+                'backlog_shards{stage="download",at="slow"}': "9x14 8x28 7x28",
+                'backlog_shards{stage="download",at="idle"}': "0x70",
+                'backlog_shards{stage="download",at="new"}': "0x19 5x27 0x20"},
+        silent=34, fires=35, resolved=50, labels='stage="embed"',
+    ),
+    Case(
+        alert="DiskLow",
+        series={'storage_size_bytes{folder="runs"}': "100x60",
+                'storage_free_bytes{folder="runs"}': "20.5-1x19 50x40"},
+        silent=15, fires=16, resolved=20, labels='folder="runs"',
+    ),
+    Case(  # 33 of 10,000 a minute; the images' disk fills faster, but was just mounted
+        alert="DiskFilling",
+        series={'storage_size_bytes{folder="runs"}': "10000x160",
+                'storage_free_bytes{folder="runs"}': "10010-33x90 10010x60",
+                'storage_size_bytes{folder="images"}': "_x75 10000x20",
+                'storage_free_bytes{folder="images"}': "_x75 10000-330x20"},
+        silent=70, fires=71, resolved=95, labels='folder="runs"',
+    ),
+    Case(
+        alert="TargetDown",
+        series={'up{job="a"}': "1x9 0x19 1x9", 'up{job="b"}': "1x60"},
+        silent=14, fires=15, resolved=30, labels='job="a"',
+    ),
+    Case(
+        alert="EvaluationStale",
+        series={'eval_timestamp_seconds{of="chain"}': "-83000x79 4800x10",
+                f"train_start_timestamp_seconds{PRIOR}": "-90000x89",
+                f"train_running{PRIOR}": "1x89"},
+        silent=71, fires=72, resolved=80,
+    ),
+]  # fmt: skip
+NAMES = [case.alert for case in CASES]
+
+
+def raw(name: str, *, ray: bool) -> str:
+    """Name a series as a script serves it, or as Ray's exporter does."""
+    if name.startswith("up{"):
+        return name
+    metric, _, labels = name.rstrip("}").partition("{")
+    labels, at = re.subn(r',?at="(\w+)"', "", labels), re.findall(r'at="(\w+)"', labels)
+    given = [labels[0], f'instance="{at[0] if at else "host"}"', 'WorkerId="ab"' if ray else ""]
+    prefix = "ray_minidalle2_" if ray else "minidalle2_"
+    return f"{prefix}{metric}{{{', '.join(part for part in given if part)}}}"
+
+
+def written(case: Case, *, ray: bool = False) -> dict[str, Any]:
+    """Return the case as a test of promtool's."""
+    by = f" by ({case.labels.split('=')[0]})" if case.labels else ""
+    firing = f'count{by} (ALERTS{{alertname="{case.alert}", alertstate="firing"}})'
+    none = list[dict[str, Any]]()
+    one = [{"labels": f"{{{case.labels}}}", "value": 1}]
+    expected = {0: none, case.silent: none, case.fires: one, case.resolved: none}
+    return {
+        "interval": "1m",
+        "input_series": [
+            {"series": raw(name, ray=ray), "values": values} for name, values in case.series.items()
+        ],
+        "promql_expr_test": [
+            {"expr": firing, "eval_time": f"{minute}m", "exp_samples": samples}
+            for minute, samples in expected.items()
+        ],
+    }
+
+
+def promtool(folder: Path, case: Case, *, ray: bool = False, **changes: str) -> str:
+    """Run a case, with fields of its rule changed; return what promtool says if it fails."""
+    rule = {**RULES[case.alert], **changes}
+    read = [each for each in RECORDED if re.search(rf"{each['record']}\b", rule["expr"])]
+    for name, rules in (("recording", read), ("alerts", [rule])):
+        content: dict[str, Any] = {"groups": [{"name": name, "rules": rules}]}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    content = {
+        "rule_files": ["recording.yaml", "alerts.yaml"],
+        "evaluation_interval": "1m",
+        "group_eval_order": ["recording", "alerts"],
+        "tests": [written(case, ray=ray)],
+    }
+    (folder / "tests.yaml").write_text(yaml.safe_dump(content))
+    done = subprocess.run(
+        ["promtool", "test", "rules", "tests.yaml"], cwd=folder, capture_output=True, text=True
+    )
+    return done.stdout + done.stderr if done.returncode else ""
+
+
+def mutations(alert: str) -> list[tuple[str, str]]:
+    """Return what another threshold or `for` would be: (field, its text). Small whole numbers
+    become their neighbours, others half as much again and half."""
+    rule, found = RULES[alert], []
+    for match in THRESHOLD.finditer(rule["expr"]):
+        number = float(match[2])
+        small = number == int(number) and abs(number) <= 5
+        for other in (number - 1, number + 1) if small else (number * 0.5, number * 1.5):
+            start, end = match.span(2)
+            found.append(("expr", f"{rule['expr'][:start]}{other:g}{rule['expr'][end:]}"))
+    length, unit = int(rule["for"][:-1]), rule["for"][-1]
+    assert unit == "m" and length
+    return [*found, ("for", f"{length * 30}s"), ("for", f"{length * 2}m")]
+
+
+def test_every_alert_has_a_case():
+    assert sorted(NAMES) == sorted(RULES)
+
+
+@needs_promtool
+@pytest.mark.parametrize("ray", [False, True], ids=["scripts", "ray"])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_alerts_fire_stay_silent_and_resolve(tmp_path: Path, case: Case, ray: bool):
+    assert promtool(tmp_path, case, ray=ray) == ""
+
+
+@needs_promtool
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_another_threshold_or_duration_fails_its_case(tmp_path: Path, case: Case):
+    changed = mutations(case.alert)
+    assert len({field for field, _ in changed}) == 2
+    for field, text in changed:
+        said = promtool(tmp_path, case, **{field: text})
+        assert case.alert in said, f"{field}: {text}"
+
+
+def test_every_alert_says_what_is_wrong_and_what_helps():
+    for name, rule in RULES.items():
+        assert rule["labels"]["severity"] in ("critical", "warning"), name
+        assert set(rule["annotations"]) == {"summary", "description"}, name
+        assert len(rule["annotations"]["description"].split()) >= 5, name

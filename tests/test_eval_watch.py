@@ -1,0 +1,255 @@
+"""Laws of the watch and the sweep: each checkpoint and each scale is scored once, whatever is
+pruned, killed or written beside it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval import rounds, sweep, watch
+from eval.page import write_report
+from eval.rounds import run_command
+from eval.sweep import SweepConfig
+from eval.watch import WatchConfig
+from ingest.commits import digest_file
+from models.clip import load_clip
+from models.weights import exported
+from training.lines import read_lines
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_step(run: Path, step: int, kind: str = "decoder") -> Path:
+    """Write what a checkpoint leaves for inference; state.json last."""
+    folder = run / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    (run / "config.yaml").write_text("train: {}\n")
+    (folder / "config.json").write_text(json.dumps({"kind": kind}))
+    (folder / "ema.safetensors").write_bytes(f"weights {step}".encode())
+    (folder / "state.json").write_text(json.dumps({"step": step, "samples_seen": 8 * step}))
+    return folder
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> list[tuple[WatchConfig, str]]:
+    """Rounds as `play` was asked for them: the configuration, and the weights' content then."""
+    asked: list[tuple[WatchConfig, str]] = []
+
+    def play(config: Any, folder: Path, more: Any = ()) -> dict[str, Any]:
+        step = exported(Path(config.decoder))
+        asked.append((config, (step / "ema.safetensors").read_text()))
+        (folder / "samples").mkdir()
+        for name in ("000000.png", "grid.png"):
+            (folder / "samples" / name).write_bytes(b"png")
+        return {"images": {"clip_score": len(asked) / 10, "n": 4}}
+
+    monkeypatch.setattr(watch, "play", play)
+    return asked
+
+
+def test_each_whole_checkpoint_is_scored_once(tmp_path: Path, played: list):
+    run = tmp_path / "base"
+    for step in (2, 4):
+        write_step(run, step)
+    (run / "step_00000006").mkdir()  # still being written
+    (run / "step_00000002.bak").mkdir()
+    config = WatchConfig(run=str(run), once=True)
+    assert watch.main(config) == 0
+    lines = read_lines(run / "watch.jsonl")
+    assert [(line["step"], line["samples_seen"]) for line in lines] == [(2, 16), (4, 32)]
+    assert lines[0]["ema_sha256"] == digest_file(run / "step_00000002" / "ema.safetensors")
+    assert lines[1]["scores"]["images"]["clip_score"] == 0.2
+    assert [weights for _, weights in played] == ["weights 2", "weights 4"]
+    watch.main(config)
+    assert len(played) == 2
+    left = sorted(path.name for path in (run / "watch" / "step_00000002").rglob("*"))
+    assert left == ["grid.png", "samples"]  # not the weights, and no image but the grid
+
+
+def test_a_checkpoint_that_is_pruned_while_another_is_scored_is_scored_still(
+    tmp_path: Path, played: list, monkeypatch: pytest.MonkeyPatch
+):
+    run = tmp_path / "base"
+    for step in (2, 4):
+        write_step(run, step)
+    play = watch.play
+
+    def pruning(*arguments: Any) -> dict[str, Any]:
+        for step in run.glob("step_*"):
+            shutil.rmtree(step)
+        return play(*arguments)
+
+    monkeypatch.setattr(watch, "play", pruning)
+    watch.main(WatchConfig(run=str(run), once=True))
+    assert [weights for _, weights in played] == ["weights 2", "weights 4"]
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_taken_is_left_and_said(
+    tmp_path: Path, played: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    run = tmp_path / "base"
+    gone, _ = write_step(run, 2), write_step(run, 4)
+    link = watch._link
+
+    def racing(source: Path, target: Path) -> None:
+        if source == gone / "ema.safetensors":
+            shutil.rmtree(gone)
+        link(source, target)
+
+    monkeypatch.setattr(watch, "_link", racing)
+    assert watch.main(WatchConfig(run=str(run), once=True)) == 0
+    assert [line["step"] for line in read_lines(run / "watch.jsonl")] == [4]
+    assert "step_00000002: pruned before it was taken" in capsys.readouterr().out
+    assert not (run / "watch" / "step_00000002").exists()
+
+
+def test_killed_between_two_checkpoints_it_goes_on_with_the_second(
+    tmp_path: Path, played: list, monkeypatch: pytest.MonkeyPatch
+):
+    run = tmp_path / "base"
+    for step in (2, 4):
+        write_step(run, step)
+    play, config = watch.play, WatchConfig(run=str(run), once=True)
+
+    def dying(config: WatchConfig, folder: Path) -> dict[str, Any]:
+        if folder.name == "step_00000004":
+            raise KeyboardInterrupt
+        return play(config, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "play", dying)
+        with pytest.raises(KeyboardInterrupt):
+            watch.main(config)
+    shutil.rmtree(run / "step_00000004")  # training goes on, and prunes
+    watch.main(config)
+    assert [line["step"] for line in read_lines(run / "watch.jsonl")] == [2, 4]
+    assert [weights for _, weights in played] == ["weights 2", "weights 4"]
+
+
+def test_it_follows_a_run_to_its_end(tmp_path: Path, played: list, monkeypatch: pytest.MonkeyPatch):
+    run = tmp_path / "base"
+    write_step(run, 2)
+    naps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        write_step(run, 2 + 2 * len(naps))
+        if len(naps) == 2:
+            (run / "final.json").write_text("{}")
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    assert watch.main(WatchConfig(run=str(run), poll_seconds=7)) == 0
+    assert [line["step"] for line in read_lines(run / "watch.jsonl")] == [2, 4, 6]
+    assert naps == [7, 7]
+
+
+def test_a_run_stands_where_its_kind_belongs(tmp_path: Path):
+    config = WatchConfig(run="runs/up", prior="p", decoder="d", upsampler=("runs/other", "runs/up"))
+    view, weights = tmp_path / "view", tmp_path
+    expected = {
+        "decoder": replace(config, decoder=str(view)),
+        "diffusion_prior": replace(config, prior=str(view)),
+        "upsampler": replace(config, upsampler=("runs/other", str(view))),
+    }
+    for kind, wanted in expected.items():
+        (weights / "config.json").write_text(json.dumps({"kind": kind}))
+        assert watch._with(config, view, weights) == wanted
+    with pytest.raises(ValueError, match="expected runs/lone in its place in the cascade"):
+        (weights / "config.json").write_text('{"kind": "upsampler"}')
+        watch._with(replace(config, run="runs/lone"), view, weights)
+    with pytest.raises(ValueError, match=r"eval/clip\.py scores a CLIP"):
+        (weights / "config.json").write_text('{"kind": "clip"}')
+        watch._with(config, view, weights)
+
+
+def test_two_watchers_of_one_run_are_refused(tmp_path: Path, played: list):
+    run = tmp_path / "base"
+    write_step(run, 2)
+    with watch._alone(run), pytest.raises(ValueError, match="another process watches it"):
+        watch.main(WatchConfig(run=str(run), once=True))
+    with pytest.raises(ValueError, match="found no run, expected one with config.yaml"):
+        watch.main(WatchConfig(run=str(tmp_path / "none"), once=True))
+    assert played == []
+
+
+def test_a_script_s_mistake_is_told_by_its_own_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    (tmp_path / "wrong.py").write_text("import sys\nprint('error: a: found b', file=sys.stderr)\n"
+                                       "sys.exit(int(sys.argv[1]))\n")  # fmt: skip
+    monkeypatch.setattr(rounds, "ROOT", tmp_path)
+    run_command(["wrong.py", "0"])
+    with pytest.raises(ValueError, match=r"wrong\.py: exit code 2: a: found b"):
+        run_command(["wrong.py", "2"])
+    with pytest.raises(OSError, match=r"wrong\.py: exit code 1: a: found b"):
+        run_command(["wrong.py", "1"])
+
+
+def test_a_scale_is_scored_again_only_where_something_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+    weights = {"decoder_weights": {"sha256": "a"}}
+
+    def play(config: SweepConfig, folder: Path, more: list[str]) -> dict[str, Any]:
+        asked.append(more[1])
+        return {"images": {"clip_score": float(more[1]), "fd_clip": 1.0, "n": 4}}
+
+    monkeypatch.setattr(sweep, "play", play)
+    monkeypatch.setattr("eval.chain.chain_weights", lambda *_: weights)
+    config = SweepConfig(run=str(tmp_path), scales=(1.0, 2.0))
+    sweep.main(config)
+    sweep.main(replace(config, scales=(1.0, 2.0, 4.0)))
+    assert asked == ["1.0", "2.0", "4.0"]
+    assert [line["cfg_scale"] for line in read_lines(tmp_path / "sweep.jsonl")] == [1, 2, 4]
+    page = write_report_of(tmp_path)
+    assert "best 4 at 4" in page and "Scores over guidance" in page
+    weights["decoder_weights"] = {"sha256": "b"}  # trained anew: the old curve must not be mixed in
+    sweep.main(config)
+    assert asked[3:] == ["1.0", "2.0"]
+    assert [line["cfg_scale"] for line in read_lines(tmp_path / "sweep.jsonl")] == [1, 2]
+    with pytest.raises(ValueError, match="expected different scales"):
+        sweep.main(replace(config, scales=(1.0, 1.0)))
+
+
+def write_report_of(folder: Path) -> str:
+    (folder / "eval.json").write_text("{}")
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_watch_and_sweep_with_the_real_scripts(
+    tmp_path: Path, write_data: Callable[..., Path], write_chain: Callable[..., dict[str, Path]]
+):
+    data = write_data(tmp_path / "data", num_shards=1, samples_per_shard=6)
+    chain = write_chain(tmp_path / "runs", load_clip("tiny:random"), 32)
+    run = chain["decoder"]
+    (run / "config.yaml").write_text("train: {}\n")
+    (exported(run) / "state.json").write_text('{"step": 4, "samples_seen": 64}')
+    images = str(data / "images")
+    told = [
+        "--prior", str(chain["prior"]), "--captions", images, "--real", images, "--limit", "6",
+        "--upsampler", str(chain["upsampler"]), "--sample-options",
+        "--decoder-steps 2 --prior-steps 2 --upsampler-steps 1 --num-threads 1",
+    ]  # fmt: skip
+    command = [sys.executable, str(ROOT / "eval" / "watch.py"), "--run", str(run), "--once", *told]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (line,) = read_lines(run / "watch.jsonl")
+    assert line["step"] == 4 and line["scores"]["images"]["n"] == 6
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 0 and "$ python" not in again.stdout  # nothing is left to do
+    command[1] = str(ROOT / "eval" / "sweep.py")
+    flags = ["--run", str(tmp_path / "out"), "--decoder", str(run), "--scales", "1", "2"]
+    done = subprocess.run([*command[:2], *flags, *told], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = read_lines(tmp_path / "out" / "sweep.jsonl")
+    assert (first["cfg_scale"], second["cfg_scale"]) == (1, 2)
+    assert first["scores"]["images"] != second["scores"]["images"]
+    assert (tmp_path / "out" / "sweep" / "scale_2" / "samples" / "grid.png").is_file()

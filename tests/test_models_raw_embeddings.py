@@ -1,0 +1,120 @@
+"""Encoders whose embeddings keep their length ("+raw"), and captions that are dropped to the empty
+one: what published unCLIP pipelines were trained with."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ingest.shards import EmbedShard, load_snapshot
+from models.clip import absolute_spec, load_clip
+from models.configs import DecoderConfig, UNetConfig
+from models.decoder import dropped_captions
+from training import demo_data, jobs, prior_job
+from training.batches import as_batch
+from training.config import DecoderRunConfig, PriorRunConfig
+from training.loop import Job
+
+SPEC = "tiny:random"
+UNET = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=(2,),
+                  head_channels=8, patch_size=8)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, and their embeddings at full length."""
+    root = tmp_path_factory.mktemp("raw")
+    (root / "run").mkdir()
+    demo_data.draw_images(root / "images", num_shards=1, samples_per_shard=40)
+    demo_data.embed_here(str(root / "images"), root / "embeds", f"{SPEC}+raw")
+    return root
+
+
+def decoder(data: Path, **options: object) -> DecoderRunConfig:
+    return DecoderRunConfig(
+        images=(str(data / "images"),), embeds=(str(data / "embeds"),), run=str(data / "run"),
+        image_size=16, base=DecoderConfig(unet=UNET, context_width=8, **options),
+    )  # fmt: skip
+
+
+def test_a_raw_encoder_is_another_encoder_of_the_same_directions():
+    unit, raw = load_clip(SPEC), load_clip(f"{SPEC}+raw")
+    assert raw.encoder_id == f"{unit.encoder_id}+raw"
+    tokens = torch.from_numpy(unit.tokenize(["a red cube", "a circle"]))
+    found, states = raw.encode_text(tokens)
+    expected, same = unit.encode_text(tokens)
+    torch.testing.assert_close(F.normalize(found, dim=1), expected)
+    assert torch.equal(states, same) and (found.norm(dim=1) - 1).abs().min() > 1e-3
+
+
+def test_embeddings_at_full_length_are_committed_and_read(data: Path):
+    (entry,) = load_snapshot(data / "embeds").shards
+    shard = EmbedShard(str(data / "embeds"), entry.name, digest=entry.digest)
+    expected = load_clip(f"{SPEC}+raw").encode_text(torch.from_numpy(np.array(shard.tokens)))[0]
+    np.testing.assert_allclose(shard.text_embed, expected.numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_only_a_prior_that_can_draw_any_length_is_trained_on_them(data: Path):
+    config = PriorRunConfig(embeds=(str(data / "embeds"),), run=str(data / "prior"))
+    job = prior_job.build_prior(config)
+    assert job.export["model"]["unit_norm"] is False
+    for kind in ("regression", "autoregressive"):
+        with pytest.raises(ValueError, match=f"prior: found {kind} for embeddings that keep"):
+            prior_job.build_prior(dataclasses.replace(config, prior=kind))
+    with pytest.raises(ValueError, match="base.embed_noise: found 0.3 for embeddings that keep"):
+        jobs.build_decoder(decoder(data, embed_noise=0.3))
+
+
+def test_a_run_s_path_is_made_absolute_before_its_suffix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "clip").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert absolute_spec("clip+raw") == f"{tmp_path}/clip+raw"
+    assert absolute_spec("clip") == f"{tmp_path}/clip"
+    assert absolute_spec("ViT-B-32:openai+raw") == "ViT-B-32:openai+raw" and absolute_spec("") == ""
+
+
+def test_a_dropped_caption_is_the_empty_one_where_that_is_asked_for(data: Path):
+    config = decoder(data, empty_caption=True, text_embed_cond=True)
+    encoder = load_clip(f"{SPEC}+raw")
+    reader, index = jobs.decoder_reader(config), torch.arange(40)
+    batch = as_batch(reader.read(index.numpy()), index).to(torch.device("cpu"))
+    drop = dropped_captions(config.base, batch.keys)
+    assert 8 < int(drop.sum()) < 32
+    told = jobs.decoder_condition(encoder, config, batch, drop)
+    embed, states = encoder.encode_text(torch.from_numpy(encoder.tokenize([""])))
+    assert told.token_mask is not None and told.text_states is not None
+    assert (told.token_mask.sum(1) == 2).equal(drop)  # start and end of text
+    count = int(drop.sum())
+    read = told.text_states[drop][:, :2]
+    torch.testing.assert_close(read, states[:, :2].expand(count, -1, -1))
+    torch.testing.assert_close(told.text_embed[drop], embed.expand(count, -1))
+    kept = jobs.decoder_condition(encoder, config, batch)
+    assert torch.equal(told.text_embed[~drop], kept.text_embed[~drop])
+
+
+@pytest.mark.parametrize("empty_caption", [False, True])
+def test_what_is_not_dropped_is_read_and_what_is_dropped_is_not(data: Path, empty_caption: bool):
+    """Another caption changes the loss of the samples that keep theirs, and of no other."""
+    config = decoder(data, empty_caption=empty_caption, text_embed_cond=True)
+    job: Job = jobs.build_decoder(config)
+    torch.manual_seed(0)
+    for parameter in job.model.parameters():
+        parameter.data.normal_(std=0.1)
+    index = torch.arange(40)
+    batch = as_batch(jobs.decoder_reader(config).read(index.numpy()), index)
+    batch = batch.to(torch.device("cpu"))
+    other = as_batch({name: value.numpy() for name, value in batch.columns.items()}, batch.keys)
+    other.columns["tokens"] = batch["tokens"].roll(1, 0)
+    other.columns["text_embed"] = batch["text_embed"].roll(1, 0)
+    with torch.no_grad():
+        losses = [job.objective(job.model, each)["loss"] for each in (batch, other)]
+    changed = (losses[0] - losses[1]).abs() > 1e-6
+    drop = dropped_captions(config.base, batch.keys)
+    assert not changed[drop].any() and changed[~drop].float().mean() > 0.8
+
+

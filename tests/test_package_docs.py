@@ -1,0 +1,126 @@
+"""Laws of docs/: every command parses, every path is there, and what is counted is what is."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+FOLDERS = "ingest|models|training|eval|cluster|tests|benchmarks|docs"
+MADE = ("data/", "runs/")  # what a user's commands make
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Yield every command of a page: lines that start one, with those that continue it, and
+    commands quoted in the text or inside another."""
+    text = re.sub(r"\\\n\s+", "", page.read_text(encoding="utf-8"))
+    for line in text.splitlines():
+        yield from (found.strip() for found in re.findall(rf"python (?:{FOLDERS})/[^`;]*", line))
+        yield from re.findall(r'"(python [^"]+)"', line)
+
+
+def config_of(words: list[str]) -> Any:
+    """Parse a command as its script does, without running it."""
+    from cluster.cli import parse
+    from eval import clip as eval_clip
+    from eval import fid, report, sample, sweep, watch
+    from eval.edits import COMMANDS
+    from ingest import download, embed
+    from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
+
+    script, argv = words[1], words[2:]
+    if script == "eval/sample.py" and argv and argv[0] in COMMANDS:
+        return parse(COMMANDS[argv[0]][0], argv=argv[1:])
+    classes: dict[str, tuple[type, Path | None]] = {
+        "ingest/download.py": (download.DownloadConfig, None),
+        "ingest/embed.py": (embed.EmbedConfig, None),
+        "training/clip.py": (ClipRunConfig, PRESETS / "clip"),
+        "training/prior.py": (PriorRunConfig, PRESETS / "prior"),
+        "training/decoder.py": (DecoderRunConfig, PRESETS / "decoder"),
+        "eval/sample.py": (sample.SampleConfig, None),
+        "eval/fid.py": (fid.FidConfig, None),
+        "eval/clip.py": (eval_clip.ClipScoreConfig, None),
+        "eval/report.py": (report.ReportConfig, None),
+        "eval/watch.py": (watch.WatchConfig, None),
+        "eval/sweep.py": (sweep.SweepConfig, None),
+    }
+    kind, presets = classes[script]
+    return parse(kind, presets=presets, argv=argv)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_parses(page: Path):
+    found = list(commands(page))
+    assert found or page.stem == "language-model"
+    for command in found:
+        words = shlex.split(command.partition(" -- ")[0])
+        try:
+            config_of(words)
+        except (ValueError, SystemExit, KeyError) as error:
+            pytest.fail(f"{page.name}: {command}: {error!r}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_path_exists(page: Path):
+    text = page.read_text(encoding="utf-8")
+    quoted = re.findall(r"`([^`\n]+)`", text)
+    paths = [word for part in quoted for word in part.split() if "/" in word]
+    inside = [path for path in paths if re.match(rf"(?:{FOLDERS})/", path)]
+    inside += re.findall(r"\]\(([^)]+)\)", text.replace("](", "](docs/"))
+    assert [
+        path for path in inside if not path.startswith(MADE) and not (ROOT / path).exists()
+    ] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_flag_that_a_text_names_is_one_of_the_script_it_names(page: Path):
+    """`--flag` in the running text belongs to some script; its own is the one named after `of`."""
+    text = " ".join(page.read_text(encoding="utf-8").split())
+    for flags, script in re.findall(
+        r"((?:`--[^`]+`(?: and |, )?)+) of `([a-z]+/[a-z]+\.py)`", text
+    ):
+        for flag in re.findall(r"`(--[^`]+)`", flags):
+            words = shlex.split(f"python {script} {flag}")
+            try:
+                config_of([*words, *(["1"] if len(words) == 3 else [])])
+            except (ValueError, SystemExit) as error:
+                assert "unknown flag" not in str(error), f"{page.name}: {flag} of {script}"
+
+
+def test_tokens_are_those_that_the_page_on_text_shows():
+    from models.clip import VOCAB_SIZE, tokenizer
+
+    text = (ROOT / "docs" / "text.md").read_text(encoding="utf-8")
+    short, long = tokenizer(77), tokenizer(256)
+    shown = [int(word) for word in re.findall(r"\n    (49406 [\d ]+)\n", text)[0].split()]
+    for caption in ("a red cube", "A Red  Cube"):
+        row = short([caption])[0]
+        assert row[row != 0].tolist() == shown
+    assert f"{VOCAB_SIZE:,}" in text
+    assert len([token for token in short(["minidalle2"])[0] if token]) == 4 + 2
+    many = " ".join(["cube"] * 100)
+    assert short([many])[0][-1] == shown[-1] and (long([many])[0] != 0).sum() == 102
+
+
+def test_sizes_are_those_that_the_page_on_smaller_models_shows():
+    import torch
+
+    from cluster.cli import parse
+    from models.flops import num_parameters
+    from training.config import PRESETS, DecoderRunConfig, PriorRunConfig
+    from training.jobs import decoder_model
+    from training.prior_job import prior_model
+
+    text = (ROOT / "docs" / "smaller-model.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \|", text)
+    assert [name for name, *_ in rows] == ["debug", "demo", "mini", "modern", "paper"]
+    for name, *shown in rows[:3]:  # the large ones take a minute to be laid out
+        prior = parse(PriorRunConfig, presets=PRESETS / "prior", argv=["--preset", name])
+        decoder = parse(DecoderRunConfig, presets=PRESETS / "decoder", argv=["--preset", name])
+        with torch.device("meta"):
+            found = [num_parameters(prior_model(prior)), num_parameters(decoder_model(decoder))]
+        assert [f"{count:,}" for count in found] == shown, name

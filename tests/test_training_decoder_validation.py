@@ -1,0 +1,94 @@
+"""Held-out images at each checkpoint of a stage of the cascade: their loss, and a picture."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
+from models.unclip import load_model
+from training import jobs
+from training.batches import as_batch
+from training.config import DecoderRunConfig, TrainConfig
+from training.data_sets import prepare_data
+from training.worker import launch
+
+UNET = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=(),
+                  patch_size=8)  # fmt: skip
+TRAIN = TrainConfig(
+    num_steps=2, checkpoint_every=1, global_batch_size=8, num_workers=0, num_threads=1,
+    report_every=1, precision="fp32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=10)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
+    return write_data(tmp_path_factory.mktemp("held_out"), num_shards=1, samples_per_shard=12)
+
+
+def base(data: Path, held_out: Path, run: Path) -> DecoderRunConfig:
+    return DecoderRunConfig(
+        images=(str(data / "images"),), embeds=(str(data / "embeds"),), run=str(run), image_size=16,
+        validation=(str(held_out / "images"),), validation_embeds=(str(held_out / "embeds"),),
+        base=DecoderConfig(unet=UNET, context_width=8), train=TRAIN,
+    )  # fmt: skip
+
+
+def upsampler(data: Path, held_out: Path, run: Path) -> DecoderRunConfig:
+    return DecoderRunConfig(
+        images=(str(data / "images"),), run=str(run), stage="up256", image_size=32, low_res_size=16,
+        crop_size=16, validation=(str(held_out / "images"),), up=UpsamplerConfig(unet=UNET),
+        train=TRAIN,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "num_rows", "size"), [(base, 2, 16), (upsampler, 3, 32)])
+def test_each_checkpoint_tells_the_loss_on_held_out_images_and_draws(
+    make: Callable, num_rows: int, size: int, data: Path, held_out: Path, tmp_path: Path
+):
+    config = prepare_data(make(data, held_out, tmp_path / "run"))
+    assert launch(config, config.run, jobs.build_decoder, "decoder") == 0
+    run = Path(config.run)
+    told = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told] == [1, 2]
+    for line in told:
+        with Image.open(run / "validation" / f"step_{line['step']:08d}.png") as picture:
+            assert picture.height > num_rows * size and picture.width > 8 * size
+    job = jobs.build_decoder(dataclasses.replace(config, validation=(), validation_embeds=()))
+    model, _ = load_model(run, "decoder" if make is base else "upsampler")
+    images, embeds = jobs.latest(config.validation), jobs.latest(config.validation_embeds)
+    reader = jobs.stage_reader(config, images, embeds)
+    index = torch.arange(12)
+    with torch.no_grad():
+        losses = job.objective(model, as_batch(reader.read(index.numpy()), index))["loss"]
+    assert told[-1]["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+def test_held_out_embeddings_are_of_the_run_s_encoder_and_one_folder_for_each_of_images(
+    data: Path, held_out: Path, tmp_path: Path
+):
+    config = base(data, held_out, tmp_path / "run")
+    with pytest.raises(ValueError, match="validation_embeds: found 0 folders for 1 of images"):
+        prepare_data(dataclasses.replace(config, validation_embeds=()))
+    with pytest.raises(ValueError, match="validation_embeds: found 1 .* upsampler"):
+        told = {"validation_embeds": config.validation_embeds}
+        prepare_data(dataclasses.replace(upsampler(data, held_out, tmp_path / "up"), **told))
+    manifest = held_out / "embeds" / "_manifest.json"
+    original = manifest.read_text()
+    content = json.loads(original)
+    content["encoder_id"] = "another"
+    manifest.write_text(json.dumps(content))
+    try:
+        with pytest.raises(ValueError, match="found embeddings of encoder another"):
+            jobs.build_decoder(config)
+    finally:
+        manifest.write_text(original)

@@ -1,0 +1,88 @@
+"""Laws of the validator: a command that the caller hands in runs on each checkpoint beside the
+steps, whatever becomes of it, and training imports no evaluation."""
+
+import ast
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from models.configs import DiffusionPriorConfig
+from training.config import PriorRunConfig, TrainConfig
+from training.prior_job import build_prior
+from training.timeline import read_timeline
+from training.validator import validate, validation_config
+from training.worker import launch
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = """import sys
+from pathlib import Path
+run = Path(sys.argv[sys.argv.index("--run") + 1])
+assert sys.argv[-1] == "--once"
+whole = sorted(step.parent.name for step in run.glob("step_*/state.json"))
+with (run / "told.txt").open("a") as file:
+    file.write(f"{sys.argv[1]} {whole[-1]}\\n")
+print("looked at", whole)
+"""
+
+
+def told(run: Path, command: str) -> dict:
+    return {"command": command, "run": str(run), "here": str(run.parent)}
+
+
+def test_a_command_runs_where_the_caller_stood_and_its_words_are_kept(tmp_path: Path):
+    run = tmp_path / "run"
+    (run / "step_00000002").mkdir(parents=True)
+    (run / "step_00000002" / "state.json").write_text("{}")
+    (tmp_path / "look.py").write_text(SCRIPT)
+    checkpoint: object = None  # what Ray hands over is a pointer that the command has no need of
+    assert validate(checkpoint, **told(run, "python look.py 'a b'")) == {"exit_code": 0}
+    assert (run / "told.txt").read_text() == "a b step_00000002\n"
+    assert "looked at ['step_00000002']" in (run / "validator.log").read_text()
+
+
+def test_a_command_that_fails_is_told_in_the_timeline(tmp_path: Path):
+    checkpoint: object = None
+    with pytest.raises(OSError, match="validator: exit code 3"):
+        validate(checkpoint, **told(tmp_path, 'python -c "import sys; sys.exit(3)"'))
+    (line,) = read_timeline(tmp_path)
+    assert line["event"] == "validator failed" and line["told"].startswith("exit code 3")
+
+
+def test_without_a_command_ray_validates_nothing(tmp_path: Path):
+    assert validation_config(TrainConfig(), tmp_path) is None
+    config = validation_config(TrainConfig(validator="x", validator_gpus=0.5), tmp_path)
+    assert config is not None
+    assert config.ray_remote_kwargs == {"num_cpus": 0, "num_gpus": 0.5}
+    with pytest.raises(ValueError, match=r"train\.validator: found a command with num_workers 0"):
+        TrainConfig(validator="x", num_workers=0)
+
+
+def test_training_imports_no_evaluation():
+    for path in (ROOT / "training").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        modules += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+        assert [m for m in modules if m.partition(".")[0] == "eval"] == [], path.name
+
+
+@pytest.mark.slow
+def test_ray_train_runs_the_command_after_each_checkpoint(
+    tmp_path: Path, write_data: Callable[..., Path]
+):
+    data = write_data(tmp_path / "data", num_shards=1, samples_per_shard=16)
+    script, run = tmp_path / "look.py", tmp_path / "run"
+    script.write_text(SCRIPT)
+    train = TrainConfig(
+        num_steps=4, checkpoint_every=2, global_batch_size=4, num_workers=2, num_threads=1,
+        precision="fp32", validator=f"{sys.executable} {script} seen",
+    )  # fmt: skip
+    config = PriorRunConfig(
+        embeds=(str(data / "embeds"),), run=str(run), train=train,
+        diffusion=DiffusionPriorConfig(width=16, depth=1, num_heads=2),
+    )  # fmt: skip
+    assert launch(config, str(run), build_prior, "prior") == 0
+    seen = (run / "told.txt").read_text().splitlines()
+    assert len(seen) == 2 and seen[-1] == "seen step_00000004"  # the last one is waited for
+    assert [line for line in read_timeline(run) if line["event"] == "validator failed"] == []

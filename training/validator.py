@@ -1,0 +1,82 @@
+"""Validation beside a training under Ray Train, by a command that the caller hands in.
+
+    python training/decoder.py --train.num-workers 4 \\
+        --train.validator "python eval/watch.py --prior runs/prior --captions data/test/images" ...
+
+After each checkpoint Ray Train starts `COMMAND --run RUN --once` as a task of its own (its
+ValidationConfig), one at a time, while the workers train on; the last one is waited for. Training
+knows a command, and nothing of evaluation. This module imports no torch: Ray's controller does it.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.config import TrainConfig
+from training.timeline import note
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint, ValidationConfig
+
+LOG_NAME = "validator.log"
+POINTER_NAME = "checkpoint.json"  # {"folder"}: ours, which Ray is only told of
+
+
+def validation_config(settings: TrainConfig, run: Path) -> "ValidationConfig | None":
+    """Return what Ray Train is to do with each checkpoint; None where no command is handed in.
+
+    The task asks for no CPU: where workers hold them all, it would wait for the run to end.
+    """
+    if not settings.validator:
+        return None
+    from ray.train import ValidationConfig, ValidationTaskConfig
+
+    told = {"command": settings.validator, "run": str(run), "here": os.getcwd()}
+    return ValidationConfig(
+        fn=validate,
+        task_config=ValidationTaskConfig(fn_kwargs=told),
+        ray_remote_kwargs={"num_cpus": 0, "num_gpus": settings.validator_gpus},
+    )
+
+
+def hand_over(folder: Path, rank: int) -> None:
+    """Tell Ray Train of a checkpoint; every rank calls this, and waits a moment for the others.
+
+    Ray is given a pointer: the fragments stay where they are, and are ours to prune.
+    """
+    import ray.train
+
+    if rank:
+        ray.train.report({})
+        return
+    with tempfile.TemporaryDirectory() as pointer:
+        (Path(pointer) / POINTER_NAME).write_text(json.dumps({"folder": str(folder)}))
+        ray.train.report(
+            {"step": folder.name},
+            checkpoint=ray.train.Checkpoint.from_directory(pointer),
+            checkpoint_dir_name=folder.name,
+            validation=True,
+        )
+
+
+def validate(checkpoint: "Checkpoint", *, command: str, run: str, here: str) -> dict[str, Any]:
+    """Run the command on a run's checkpoints; its words go to <run>/validator.log.
+
+    Raises OSError where it fails, which Ray logs, and the timeline tells; training goes on.
+    """
+    words = shlex.split(command)
+    words[0] = sys.executable if words[0] in ("python", "python3") else words[0]
+    with (Path(run) / LOG_NAME).open("a") as log:
+        log.write(f"$ {command} --run {run} --once\n")
+        log.flush()
+        done = subprocess.run([*words, "--run", run, "--once"], cwd=here, stdout=log, stderr=log)
+    if done.returncode:
+        told = f"exit code {done.returncode}; see {LOG_NAME}"
+        note(Path(run), "validator failed", told=told)
+        raise OSError(f"{run}: validator: {told}")
+    return {"exit_code": done.returncode}
