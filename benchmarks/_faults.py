@@ -146,14 +146,17 @@ class Training:
         self.await_that(f"step {step}", lambda: self.step >= step)
 
     def ranks(self) -> dict[int, int]:
-        """Return the process id of each rank of the present attempt, once all have told it."""
+        """Return the process id of each rank of the present attempt, none while it is not whole."""
         found: dict[int, int] = {}
-        begun = self.attempts()
+        lines = read_timeline(self.run)
+        begun = next((n for n in range(len(lines))[::-1] if lines[n]["event"] == "restored"), None)
+        if begun is None or any(x["event"] in ("lost", "launched") for x in lines[begun:]):
+            return {}
         for path in (self.run / HEARTBEATS).glob("rank_*.json"):
             beat = json.loads(path.read_text())
-            if begun and beat["at"] > begun[-1]["time"] and _alive(beat["pid"]):
+            if _alive(beat["pid"]):
                 found[beat["rank"]] = beat["pid"]
-        return found if begun and len(found) == begun[-1]["num_workers"] else {}
+        return found if len(found) == lines[begun]["num_workers"] else {}
 
     def committed(self) -> int:
         """Return the step of the newest checkpoint that is whole."""

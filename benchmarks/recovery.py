@@ -9,7 +9,7 @@ another befalls them, at a random step:
     worker    a worker is killed
     writing   a worker is killed while it writes its part of a checkpoint
     damaged   the newest checkpoint is truncated, a bit of it flipped or a part deleted; then worker
-    raylet    a node's raylet is killed, where a third node is free
+    raylet    a node's raylet is killed, where another node is free
     driver    the driver is killed, and its command given again at once
     hang      a worker stands still; counted from the end of the time that a step is given
     elastic   a node of two is lost, and then comes back: goes on with one worker, and with two
@@ -74,6 +74,8 @@ def main(config: Config) -> int:
         raise ValueError(
             f"faults: found {sorted(unknown)[0]}, expected some of {', '.join(KINDS)}"
         )
+    if config.together and "elastic" in config.faults:
+        raise ValueError("together: found elastic, expected other faults: it takes all spare nodes")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(config.keep or folder).absolute()
         root.mkdir(parents=True, exist_ok=True)
@@ -126,18 +128,18 @@ def disturb(
     seconds: dict[str, list],
 ) -> None:  # fmt: skip
     """Train to the end under faults, and add the seconds of their recoveries."""
-    cluster.have(2)
+    num_nodes = 2 + kinds.count("raylet")
+    cluster.have(num_nodes)
     training.start()
     for kind in kinds:
         training.await_that("two ranks train", lambda: len(training.ranks()) == 2)
         training.await_step(training.step + dice.randrange(5, 25))
-        if kind == "raylet":
-            cluster.have(3)
         step, committed = training.step, training.committed()
         fault = _befall(training, kind, dice, cluster)
         seconds.setdefault(kind, []).append(_recovered(training, kind, fault, committed))
         seconds[kind][-1]["redone_steps"] = max(0, step - training.attempts()[-1]["step"])
-        cluster.have(2)
+        if kind == "elastic":
+            cluster.have(num_nodes)
     if kinds[-1] == "elastic":
         training.await_that("two ranks train", lambda: len(training.ranks()) == 2)
     training.finish()

@@ -61,6 +61,29 @@ def test_a_checkpoint_is_of_its_step_however_late_it_is_written(tmp_path: Path):
     assert found is not None and found[0].optimizer_step == 0
 
 
+def test_copies_are_made_in_the_memory_of_those_before(tmp_path: Path):
+    """Each checkpoint has the bits of its own step; a tensor of another size gets room of its own,
+    and what is not there any more is not written."""
+    copies = checkpoint.Copies()
+    first = copies.of([("a", torch.ones(3)), ("b", torch.zeros(2))])
+    places = {name: tensor.data_ptr() for name, tensor in first.items()}
+    second = copies.of([("a", torch.full((3,), 2.0)), ("b", torch.full((5,), 3.0))])
+    assert second["a"].tolist() == [2.0] * 3 and second["b"].tolist() == [3.0] * 5
+    assert second["a"].data_ptr() == places["a"]
+    assert copies.of([("a", torch.ones(3, dtype=torch.int64))])["a"].dtype == torch.int64
+
+    model = network()
+    engine = PlainEngine(model, squared_error, CONFIG, torch.device("cpu"))
+    averages = Averages(engine.fragments(), 0.9, ())
+    for step in (1, 2):
+        with torch.no_grad():
+            model.get_parameter("weight").fill_(step)
+        checkpoint.capture(tmp_path, engine, averages, Progress(step=step), {}, copies)()
+    for step in (1, 2):
+        stored = load_file(str(step_folder(tmp_path, step) / "model.safetensors"))
+        assert stored["weight"].item() == step
+
+
 def held(gate: threading.Event, done: list[str], name: str) -> Callable[[], Callable[[], None]]:
     """A write that waits for `gate`; its capture says so as well."""
 

@@ -162,17 +162,43 @@ def _optimizer_step(engine: Engine) -> int:
     return max(steps, default=0)
 
 
+class Copies:
+    """Memory in which the state of one checkpoint after the other is copied.
+
+    It is kept between them: on a CPU most of a copy's time goes to pages that are touched for the
+    first time, and a GPU copies to memory that is pinned, which takes long to get, several times
+    faster. Its size is that of a rank's part of a checkpoint, from the first one on.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def of(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return copies of named flat tensors; those before them of the same names are gone."""
+        copied = {}
+        for name, tensor in tensors:
+            kept = self._kept.get(name)
+            if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+                pin = tensor.is_cuda
+                kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
+                self._kept[name] = kept
+            copied[name] = kept.copy_(tensor.detach())
+        return copied
+
+
 def capture(
-    run: Path, engine: Engine, averages: Averages, progress: Progress, config: dict
-) -> Callable[[], Path]:
+    run: Path, engine: Engine, averages: Averages, progress: Progress, config: dict,
+    copies: Copies | None = None,
+) -> Callable[[], Path]:  # fmt: skip
     """Copy the state of a checkpoint; every rank calls this.
 
-    Returns what writes it, without communication, so that a thread can while training goes on; the
-    first rank's then waits for the others' parts to appear, and returns the folder when it is
-    whole.
+    copies: where to, in the place of what was captured there before and must have been written;
+    None: new memory. Returns what writes it, without communication, so that a thread can while
+    training goes on; the first rank's then waits for the others' parts to appear, and returns the
+    folder when it is whole.
     """
     folder = step_folder(run, progress.step)
-    write = _captured(folder, engine, _tensors(engine, averages), progress)
+    write = _captured(folder, engine, _tensors(engine, averages), progress, copies or Copies())
     if engine.rank:
         return write
     shapes = engine.shapes  # a partitioned parameter of the model's is empty
@@ -202,12 +228,13 @@ def snapshot(
     """Copy the power-function averages for a snapshot; every rank calls this. Returns what writes
     it, as `capture` does."""
     folder = step_folder(run / SNAPSHOTS, progress.step)
-    return _captured(folder, engine, _power_tensors(engine, averages), progress)
+    return _captured(folder, engine, _power_tensors(engine, averages), progress, Copies())
 
 
 def _captured(
-    folder: Path, engine: Engine, tensors: Iterable[tuple[str, Tensor]], progress: Progress
-) -> Callable[[], Path]:
+    folder: Path, engine: Engine, tensors: Iterable[tuple[str, Tensor]], progress: Progress,
+    copies: Copies,
+) -> Callable[[], Path]:  # fmt: skip
     """Return what writes this rank's `tensors`, copied now, to a folder of all ranks' fragments.
 
     A folder left by a killed run at the same step is replaced, a valid one is kept: it holds the
@@ -217,7 +244,7 @@ def _captured(
     if engine.rank == 0 and folder.is_dir() and not kept:
         shutil.rmtree(folder)
     kept = bool(agreed(engine, int(kept)))  # the first rank's view; no one writes before it
-    mine = {} if kept else dict(tensors)
+    mine = {} if kept else copies.of(tensors)
     optimizer_step = _optimizer_step(engine)
 
     def write() -> Path:
@@ -259,20 +286,20 @@ def _power_tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Te
     for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):
         for section, shadow in shadows.items():
             if section.startswith(POWER):
-                yield f"{section}/{fragment.name}/{fragment.offset}", shadow.cpu().clone()
+                yield f"{section}/{fragment.name}/{fragment.offset}", shadow
 
 
 def _tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]:
     for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):
         where = f"{fragment.name}/{fragment.offset}"
-        yield f"{MASTER}/{where}", fragment.master.detach().cpu().clone()
+        yield f"{MASTER}/{where}", fragment.master
         for section, shadow in shadows.items():
-            yield f"{section}/{where}", shadow.cpu().clone()
+            yield f"{section}/{where}", shadow
         for key, value in fragment.state.items():
-            yield f"{key}/{where}", value.detach().cpu().clone()
+            yield f"{key}/{where}", value
     if engine.rank == 0:
         for name, buffer in engine.model.named_buffers():
-            yield f"{BUFFER}/{name}/0", buffer.detach().cpu().reshape(-1).clone()
+            yield f"{BUFFER}/{name}/0", buffer.reshape(-1)
 
 
 def restore(run: Path, step: int, engine: Engine, averages: Averages) -> Progress:

@@ -60,12 +60,12 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
     config = whole.train
     feed = make_feed(job, whole, engine.rank, engine.world_size)
     averages = Averages(engine.fragments(), config.ema_decay, config.power_ema)
-    writer = Writer(beside=config.async_checkpoints)
+    writer, copies = Writer(beside=config.async_checkpoints), checkpoint.Copies()
     progress = _resume(run, engine, averages)
     attempt = checkpoint.agreed(engine, num_attempts(run))
     reporter.started(progress, num_workers=engine.world_size, attempt=attempt)
     if progress.step == config.num_steps:  # killed between its last checkpoint and its end
-        writer.begin(partial(_checkpoint, run, engine, averages, progress, job, config))
+        writer.begin(partial(_checkpoint, run, engine, averages, progress, job, config, copies))
     batches = feed.iterate(progress.step, config.num_steps)
     in_a_row = 0
     engine.model.train()
@@ -98,7 +98,7 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         reporter.step(progress, scores if finite else {}, ratio)
 
         # Checkpoint
-        for capture in _captures(run, engine, averages, progress, job, config, stop=stop):
+        for capture in _captures(run, engine, averages, progress, job, config, copies, stop=stop):
             with reporter.checkpointing(step, writer):
                 writer.begin(capture)
         if (job.validate or job.hand_over) and _due(progress, config):
@@ -119,14 +119,14 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
 
 def _captures(
     run: Path, engine: Engine, averages: Averages, progress: Progress, job: Job,
-    config: TrainConfig, *, stop: bool,
+    config: TrainConfig, copies: checkpoint.Copies, *, stop: bool,
 ) -> list[Callable]:  # fmt: skip
     """Return what is to be captured and written after a step."""
     due: list[Callable] = []
     if _snapshot_due(progress, config):
         due.append(partial(checkpoint.snapshot, run, engine, averages, progress))
     if stop or _due(progress, config):
-        due.append(partial(_checkpoint, run, engine, averages, progress, job, config))
+        due.append(partial(_checkpoint, run, engine, averages, progress, job, config, copies))
     return due
 
 
@@ -211,10 +211,11 @@ def _due(progress: Progress, config: TrainConfig) -> bool:
 
 
 def _checkpoint(
-    run: Path, engine: Engine, averages: Averages, progress: Progress, job: Job, config: TrainConfig
-) -> Callable[[], None]:
+    run: Path, engine: Engine, averages: Averages, progress: Progress, job: Job,
+    config: TrainConfig, copies: checkpoint.Copies,
+) -> Callable[[], None]:  # fmt: skip
     """Copy a checkpoint; returns what writes it, drops older ones and marks the end of the run."""
-    write = checkpoint.capture(run, engine, averages, replace(progress), job.export)
+    write = checkpoint.capture(run, engine, averages, replace(progress), job.export, copies)
     done = progress.step == config.num_steps
 
     def finish() -> None:

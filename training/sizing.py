@@ -13,6 +13,8 @@ from models.configs import ClipConfig
 from models.flops import num_parameters, offloaded_bytes, state_bytes
 from training.config import RunConfig
 
+COPIED_BYTES = 16  # a parameter: master weight, two moments, average
+
 
 def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
     """Print the merged configuration, the parameter count and the memory of weights and
@@ -36,6 +38,8 @@ def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
             f"offloaded: {gigabytes:.3f} GB of each worker's in master weights, gradients, moments "
             "and averages, on the CPU"
         )
+    copy = (COPIED_BYTES * num_parameters(model) // workers + powers) / 1e9
+    print(f"checkpoints: {copy:.3f} GB of CPU memory for each worker's copy of its part")
     print(
         f"batch: {train.global_batch_size} = {workers} workers x {train.grad_accum_steps} "
         f"micro-batches"

@@ -76,6 +76,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self._seconds:
             (self._run / HEARTBEATS).mkdir(exist_ok=True)
+            self._write(self._mine)
             self._thread.start()
         return self
 

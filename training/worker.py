@@ -219,6 +219,8 @@ def _train(
     from training.reporting import Reporter
     from training.watchdog import Watchdog
 
+    if not rank:
+        note(run, "placed")
     keep_freed_memory()
     settings: TrainConfig = config.train
     kind = _device(settings)
@@ -291,8 +293,6 @@ def _worker(arguments: dict) -> None:
 
     run, config, build = Path(arguments["run"]), arguments["config"], arguments["build"]
     os.environ.setdefault("DS_ACCELERATOR", _device(config.train))
-    if not dist.get_rank():
-        note(run, "placed")
     from training.zero import ZeroEngine
 
     if any(run.glob(ERROR_NAMES)):  # Ray tries again what no attempt can do
