@@ -6,8 +6,9 @@ For the drawn set, and for Fluent emoji where ../shared/data holds them: a CLIP 
 training pairs, then each prior on its embeddings, for the same steps and batch. Scores are on
 captions whose combination of things, or whose emoji, was never seen: the mean cosine of the draw to
 the true image embedding, that to other captions' images, and how often the draw finds its own image
-first. `z_t` is the caption's embedding taken for the image's. The autoregressive prior is quoted at
-temperature 0, each code at its expected value; a draw of all its codes is shown beside it.
+first. `z_t` is the caption's embedding taken for the image's. Of the autoregressive prior the mean
+of several draws is quoted, its estimate of E[z_i | caption], which the regression prior gives at
+once; a single draw, and the codes at their expected values, are shown beside it.
 """
 
 import dataclasses
@@ -25,11 +26,13 @@ from _pairs import EMOJI, write_sets
 from cluster.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS: dict[str, dict[str, dict[str, float]]] = {  # by kind: names, and changes of the sampling
+NUM_AVERAGED = 16
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {  # by kind: names, and changes of the sampling
     "diffusion": {"diffusion": {}},
     "autoregressive": {
         "autoregressive, drawn": {},
-        "autoregressive": {"temperature": 0.0, "cfg_scale": 1.0},
+        "autoregressive, expected codes": {"temperature": 0.0, "cfg_scale": 1.0},
+        "autoregressive": {"cfg_scale": 1.0, "mean_of": NUM_AVERAGED},
     },
     "regression": {"regression": {}},
 }
@@ -121,7 +124,7 @@ def _train(what: str, root: Path, config: Config, *arguments: str) -> None:
 
 
 def _draws(
-    root: Path, kind: str, captions: list[str], changes: dict[str, float]
+    root: Path, kind: str, captions: list[str], changes: dict[str, Any]
 ) -> tuple[Any, float]:
     """Return a draw for each caption, [N, E], and the milliseconds of one, in batches of 100."""
     import torch

@@ -50,6 +50,7 @@ class SamplingSettings:
     best_of: int = 2
     temperature: float = 1.0
     top_share: float = 0.5
+    mean_of: int = 1
     precision: Precision = "auto"
 
     def build(self) -> Sampling:
@@ -71,6 +72,7 @@ class SamplingSettings:
                 cfg_scale=self.prior_cfg_scale,
                 temperature=self.temperature,
                 top_share=self.top_share,
+                mean_of=self.mean_of,
             ),
             decoder=ImageSampling(
                 sampler=base,

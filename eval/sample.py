@@ -82,6 +82,8 @@ class SampleConfig:
     nearer to the image than a draw"""
     top_share: float = 0.5
     """an autoregressive prior draws its dot-product token from this top part of its distribution"""
+    mean_of: int = 1
+    """draws of an autoregressive prior whose mean is taken: nearer to the image, and less varied"""
     precision: Precision = "auto"
     """of the networks; the samples themselves stay fp32; auto: bf16 where the device computes in
     it"""

@@ -216,7 +216,16 @@ class AutoregressivePrior(nn.Module):
     @torch.no_grad()
     def sample(self, keys: Tensor, text: PriorText, options: PriorSampling) -> Tensor:
         """Draw z_i [B, E], unit norm: the dot-product token from the top of its distribution, then
-        code after code (section 2.2)."""
+        code after code (section 2.2); with `options.mean_of` > 1 the mean of as many draws."""
+        if options.mean_of < 1:
+            raise ValueError(f"mean_of: found {options.mean_of}, expected 1 or more draws")
+        draws = [self._draw(keys, text, options)]
+        for number in range(1, options.mean_of):
+            others = keyed_random.bits(keys, f"draw_{number}", 1)[:, 0]
+            draws.append(self._draw(others, text, options))
+        return draws[0] if len(draws) == 1 else F.normalize(torch.stack(draws).mean(0), dim=-1)
+
+    def _draw(self, keys: Tensor, text: PriorText, options: PriorSampling) -> Tensor:
         return self.codes.decode(self.sample_codes(keys, text, options)[1])
 
     @torch.no_grad()

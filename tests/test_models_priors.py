@@ -1,5 +1,6 @@
 """Laws of the autoregressive and the regression prior, and of what all priors share."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -292,6 +293,23 @@ def test_at_temperature_0_each_code_is_its_expected_value_and_keys_do_not_matter
     below = dot_logits.double().softmax(-1).cumsum(-1)
     rows = torch.arange(4)
     assert (below[rows, dot] > 0.75).all() and (below[rows, (dot - 1).clamp(min=0)] <= 0.75).all()
+
+
+def test_the_mean_of_draws_is_nearer_to_all_draws_than_a_draw_is():
+    """And of unit norm, the same in any batch, and of other draws for another key."""
+    model, count = autoregressive().eval(), 64
+    text = rows(captions(1), torch.zeros(count, dtype=torch.long))
+    one = PriorSampling(sampler=SAMPLERS["ddim"])
+    several, keys = dataclasses.replace(one, mean_of=8), torch.arange(count)
+    draws, means = (model.sample(keys, text, how) for how in (one, several))
+    centre = F.normalize(model.sample(keys + 1000, text, one).mean(0), dim=0)
+    assert (means @ centre).mean() > (draws @ centre).mean() + 0.5 * (1 - (draws @ centre).mean())
+    torch.testing.assert_close(means.norm(dim=1), torch.ones(count))
+    alone = model.sample(keys[5:6], rows(text, slice(5, 6)), several)
+    torch.testing.assert_close(alone[0], means[5], atol=1e-5, rtol=0)
+    assert means.unique(dim=0).shape[0] == count
+    with pytest.raises(ValueError, match="mean_of: found 0"):
+        model.sample(keys, text, dataclasses.replace(one, mean_of=0))
 
 
 @pytest.mark.parametrize("told", [True, False])
