@@ -115,7 +115,7 @@ class _Crew:
             return ray.get(done)
         except ray.exceptions.RayTaskError as error:
             raise _own(error) from None
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             self.deaths[block] = self.deaths.get(block, 0) + 1
             reason = " ".join(str(error).split())[:200]
             if self.deaths[block] >= MAX_DEATHS:

@@ -45,7 +45,14 @@ class Side:
                 f"{self.source}: found statistics of {known}, expected {spec.space}; choose by "
                 "--features"
             )
-        return None, self.statistics[spec.space]
+        known = self.statistics[spec.space]
+        for name, expected in (("extractor", spec.name), ("resize", spec.resize)):
+            if getattr(known, name) != expected:
+                raise ValueError(
+                    f"{name}: found {getattr(known, name)!r} for {self.source}, expected "
+                    f"{expected!r}; score with what the statistics were made with"
+                )
+        return None, known
 
 
 def space_scores(

@@ -77,7 +77,7 @@ def test_statistics_stand_for_either_side(config: FidConfig, tmp_path: Path):
         found = evaluated(config, real=str(real))["features"]["clip"]
         assert found["fd"] == pytest.approx(whole["features"]["clip"]["fd"], rel=1e-12)
         assert found["digest_real"] == whole["features"]["clip"]["digest_real"]
-        assert "kid" not in found and "precision" not in found and "fd_infinity" in found
+        assert "kid" not in found and "precision" not in found and "fd_resamples" in found
     turned = evaluated(config, real=config.fake, fake=str(tmp_path / "statistics" / "clip.npz"))
     assert turned["features"]["clip"]["fd"] == pytest.approx(found["fd"], rel=1e-6)
 
@@ -91,11 +91,11 @@ def test_unlike_statistics_are_refused_naming_the_field(config: FidConfig, tmp_p
     np.savez(path, **parts)
     with pytest.raises(ValueError, match="^extractor: found 'clip tiny@"):
         evaluated(config, real=str(path))
+    (tmp_path / "w.pth").write_bytes(b"never read")
     with pytest.raises(ValueError, match="found statistics of clip, expected inception"):
-        weights, digest = write_inception(tmp_path / "w.pth")
         evaluated(
-            config, real=str(path), features=("inception",), inception_weights=str(weights),
-            inception_sha256=digest,
+            config, real=str(path), fake=str(path), features=("inception",), clip="",
+            inception_weights=str(tmp_path / "w.pth"), inception_sha256="0" * 64,
         )  # fmt: skip
 
 

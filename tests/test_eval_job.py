@@ -98,7 +98,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(runner: Path, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(runner), *map(str, arguments)], capture_output=True, text=True,
-        timeout=SECONDS, cwd=runner.parent,
+        timeout=SECONDS, cwd=runner.parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
