@@ -38,6 +38,8 @@ STAGES = ("download", "clip", "judge", "embed", "prior", "base", "up", "sample",
 SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # histograms
 SHAPE_SETS = ("single", "seen", "held_out")
 SHAPE_SCORES = ("all", "attribute", "relation", "real")
+SPACES = ("clip", "inception", "inception_clean", "dinov2")
+SPACE_SCORES = ("fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage")
 SCORES = (  # spelled as their paths in eval.json
     "clip.retrieval_at_1",
     "prior.mse",
@@ -50,6 +52,9 @@ SCORES = (  # spelled as their paths in eval.json
     "images.fd_clip_real_halves",
     "images.clip_score",
     "images.clip_score_shuffled",
+    *(f"features.{space}.{score}" for space, score in itertools.product(SPACES, SPACE_SCORES)),
+    "features.clip.cmmd",
+    "memorisation.share_closer",
     *(f"shapes.{drawn}.{score}" for drawn, score in itertools.product(SHAPE_SETS, SHAPE_SCORES)),
 )
 

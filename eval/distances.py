@@ -5,8 +5,8 @@ Every draw is seeded: the same features give the same number, always.
 
 import numpy as np
 
+from eval.blocks import Features
 from eval.frechet import Reference
-from eval.store import Features
 
 SEED = 0
 KID_SEED = 2020  # torch-fidelity's, whose subsets these are: RandomState's stream never changes

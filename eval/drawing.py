@@ -175,7 +175,8 @@ def _settings(
     model: Model, captions: list[str], options: dict[str, Any], device: str
 ) -> dict[str, Any]:
     """Return what the images depend on: options, captions, and the weights that draw them."""
-    from eval.chain import chain_weights, device_named
+    from eval.chain import chain_weights
+    from eval.devices import device_named
     from models.clip import load_clip
     from models.weights import exported, load_config
 

@@ -163,7 +163,8 @@ def run_edit(command: str, config: EditConfig) -> int:
     """Run a sub-command and write its images."""
     import torch
 
-    from eval.chain import device_named, load_chain
+    from eval.chain import load_chain
+    from eval.devices import device_named
     from eval.generate import sampling_of
 
     torch.set_num_threads(config.num_threads)

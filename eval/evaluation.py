@@ -14,10 +14,11 @@ from eval.measure import QUOTABLE, Side, memorisation, space_scores
 from eval.protocol import Prepared, prepare
 from eval.reference import load_statistics
 from eval.samples import ImageSet, Incomplete, open_images
-from eval.weights import DINOV2, INCEPTION, find_weights
+from eval.weights import DINOV2, INCEPTION, find_weights, require_local_clip
 from ingest.commits import digest_of
 from models.clip import FrozenClip, load_clip
 
+DEFAULT_CLIP = "runs/clip"
 JUDGES = {  # whether the judge is the model's own CLIP
     True: "the CLIP that the model was trained on",
     False: "another CLIP than the model was trained on",
@@ -61,10 +62,14 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Two sides, the spaces in which they are compared, and who judges."""
+    """Two sides, the spaces in which they are compared, and who judges.
+
+    real: by reference, the first one being the headline's; specs: of the spaces, and of the judge.
+    """
 
     fake: Side
     real: dict[str, Side]
+    spaces: tuple[str, ...]
     specs: dict[str, ExtractorSpec]
     place: Place
     model: Model
@@ -95,14 +100,10 @@ class Evaluation:
         prepared = None
         if order.protocol:
             prepared = prepare(order.protocol, order.protocol_data, place.folder)
-            spaces = list(dict.fromkeys([*prepared.features, *spaces]))
-        size = order.image_size or (prepared.image_size if prepared else 0)
-        chosen = str(Path(clip).absolute()) if Path(clip).is_dir() else clip
+        spaces = tuple(dict.fromkeys(spaces or (prepared and prepared.features) or ("clip",)))
         specs = {space: weights.spec(space) for space in spaces if space != "clip"}
-        encoder = load_clip(chosen) if chosen else None
-        if encoder is not None:
-            specs["clip"] = clip_spec(encoder, chosen)
-        named = {space: specs[space] for space in [*spaces, *specs] if space in specs}
+        encoder = _encoder(clip or (DEFAULT_CLIP if "clip" in spaces else ""), specs, place)
+        size = order.image_size or (prepared.image_size if prepared else 0)
         if prepared is None:
             real = {"": _side(order.real, size)}
         else:
@@ -116,24 +117,24 @@ class Evaluation:
             about["protocol"] = prepared.about
         fake = _side(order.fake, size)
         _require_count(fake, prepared)
-        measured = dict.fromkeys([s for s in spaces if s in named])
         return cls(
             fake=fake,
             real=real,
-            specs=dict(sorted(named.items(), key=lambda pair: pair[0] not in measured)),
+            spaces=spaces,
+            specs=specs,
             place=place,
             model=model,
             encoder=encoder,
             train=training,
             num_resamples=num_resamples,
-            about={**about, "spaces": list(measured)},
+            about=about,
         )
 
     def scores(self, embeds: str) -> dict[str, Any]:
         """Return all scores by their paths in eval.json."""
         from eval.chain_scores import chain_scores
 
-        (first, *others), spaces = self.real, self.about["spaces"]
+        (first, *others), spaces = self.real, self.spaces
         features = {space: self._compared(space, first) for space in spaces}
         found: dict[str, Any] = {"images": self._images(features), "features": features}
         fake, real = self.fake.images, self.real[first].images
@@ -187,7 +188,7 @@ class Evaluation:
         if self.encoder is None:
             print("clip_score: left out: no --clip")
             return found
-        embeds, _ = self.place.features_of(fake, self.specs["clip"])
+        _, embeds = self.place.extracted(fake, self.specs["clip"])
         return found | embed_scores(embeds.all(), fake.captions, self.encoder)
 
     def _own_judge(self) -> bool | None:
@@ -205,18 +206,35 @@ class Evaluation:
     def save_statistics(self, folder: Path) -> None:
         """Write what was measured of the real images, an npz a space."""
         side = next(iter(self.real.values()))
-        for space in self.about["spaces"]:
+        for space in self.spaces:
             path = side.measured(self.specs[space], self.place)[1].save(folder)
             print(f"{path}: statistics of {side.source} for {space}")
+
+
+def _encoder(clip: str, specs: dict[str, ExtractorSpec], place: Place) -> FrozenClip | None:
+    """Load the judge, where there is one, and add its image tower to `specs`."""
+    from eval.devices import device_named
+
+    if not clip:
+        return None
+    chosen = str(Path(clip).absolute()) if Path(clip).is_dir() else clip
+    require_local_clip(chosen)
+    encoder = load_clip(chosen).to(device_named(place.workers.device))
+    specs["clip"] = clip_spec(encoder, chosen)
+    return encoder
 
 
 def _side(source: str, size: int) -> Side:
     """Open images, or statistics: a file of them, or a folder of such files and nothing else."""
     path = Path(source)
-    files = sorted(path.glob("*.npz")) if path.is_dir() else []
-    if path.suffix == ".npz" or files and not (path / "_manifest.json").is_file():
+    files = sorted(path.iterdir()) if path.is_dir() else []
+    if path.suffix == ".npz" or files and all(file.suffix == ".npz" for file in files):
         found = [load_statistics(file) for file in files or [path]]
-        return Side(source=source, images=None, statistics={s.space: s for s in found})
+        statistics = {known.space: known for known in found}
+        if len(statistics) < len(found):
+            spaces = ", ".join(known.space for known in found)
+            raise ValueError(f"{source}: space: found {spaces}, expected each once")
+        return Side(source=source, images=None, statistics=statistics)
     images = open_images(source).fitted(size)
     return Side(source=source, images=images, statistics={})
 
@@ -303,7 +321,7 @@ def _forget(folder: Path) -> None:
 def _provenance(place: Place) -> dict[str, Any]:
     from importlib.metadata import version
 
-    from eval.chain import device_named
+    from eval.devices import device_named
 
     workers = place.workers
     names = ("torch", "numpy", "torch-fidelity", "open-clip-torch", "timm", "pillow")

@@ -10,7 +10,7 @@ No weights are ever fetched here: a missing file is an error that says where it 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from PIL import Image
 
 from eval.networks import DINOV2_MODEL, DINOV2_SIDE, INCEPTION_SIDE, DinoV2, InceptionPool
 from eval.weights import WeightsFile
-from models.clip import FrozenClip, load_clip
+
+if TYPE_CHECKING:
+    from models.clip import FrozenClip  # whose open_clip takes seconds to import
 
 BATCH_SIZE = 64  # images a forward pass; fixed, since a product's last bits depend on it
 Item = TypeVar("Item")
@@ -63,6 +65,8 @@ class ExtractorSpec:
     def build(self, device: str | torch.device) -> Extractor:
         """Load the weights and return the extractor on `device`; ValueError for wrong weights."""
         if self.space == "clip":
+            from models.clip import load_clip
+
             return ClipFeatures(load_clip(self.clip).to(torch.device(device)))
         assert self.weights is not None
         state = self.weights.load()
@@ -75,7 +79,7 @@ class ExtractorSpec:
         )
 
 
-def clip_spec(encoder: FrozenClip, clip: str) -> ExtractorSpec:
+def clip_spec(encoder: "FrozenClip", clip: str) -> ExtractorSpec:
     """Describe the image tower of `encoder`, which `clip` names."""
     return ExtractorSpec(
         space="clip",
@@ -117,7 +121,7 @@ def dinov2_spec(weights: WeightsFile, model: str = DINOV2_MODEL) -> ExtractorSpe
 class ClipFeatures:
     """Unit-norm CLIP image embeddings, through the encoder's own preprocessing."""
 
-    encoder: FrozenClip
+    encoder: "FrozenClip"
     any_size = True
 
     @property

@@ -10,6 +10,7 @@ captions.
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from eval.drawing import Model
     from eval.evaluation import Evaluation
 
-DEFAULT_CLIP = "runs/clip"
 Space = Literal["clip", "inception", "inception_clean", "dinov2"]
 
 
@@ -36,8 +36,8 @@ class FidConfig:
     fake: str = "samples"
     """generated images: a folder of eval/sample.py, or any of those; with --captions or a model for
     --protocol, where they are drawn"""
-    features: tuple[Space, ...] = ("clip",)
-    """spaces of the distances; FID proper is inception's"""
+    features: tuple[Space, ...] = ()
+    """spaces of the distances; FID proper is inception's; empty = the protocol's, or clip"""
     image_size: int = 0
     """crop the centre square of all images and resize it to this side in px; 0 = as they are"""
     weights_dir: str = ""
@@ -107,6 +107,7 @@ class FidConfig:
 
 def main(config: FidConfig) -> int:
     """Draw and score, print and write what was asked for."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # weights are never downloaded here
     import torch
 
     from cluster.metrics import serve
@@ -193,10 +194,10 @@ def _evaluation(config: FidConfig, model: "Model") -> "Evaluation":
         dinov2=(config.dinov2_weights, config.dinov2_sha256),
         dinov2_model=config.dinov2_model,
     )
-    clip = config.judge or config.clip or (DEFAULT_CLIP if "clip" in config.features else "")
     return Evaluation.opened(
         order, model, Place(folder=folder, workers=workers), weights=weights,
-        spaces=config.features, clip=clip, train=config.train, num_resamples=config.num_resamples,
+        spaces=config.features, clip=config.judge or config.clip, train=config.train,
+        num_resamples=config.num_resamples,
     )  # fmt: skip
 
 

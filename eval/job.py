@@ -115,7 +115,7 @@ class _Crew:
             return ray.get(done)
         except ray.exceptions.RayTaskError as error:
             raise _own(error) from None
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             self.deaths[block] = self.deaths.get(block, 0) + 1
             reason = " ".join(str(error).split())[:200]
             if self.deaths[block] >= MAX_DEATHS:
@@ -161,7 +161,7 @@ class Extraction:
     device: str
 
     def build(self) -> Callable[[int], int]:
-        from eval.chain import device_named
+        from eval.devices import device_named
 
         extractor = self.store.spec.build(device_named(self.device))
         return lambda block: self.store.make(block, extractor)
@@ -175,17 +175,21 @@ class Place:
     workers: Workers
     block_size: int | None = None
 
-    def features_of(self, images: Any, spec: Any) -> tuple[Any, Any]:
-        """Return the features of `images` and their statistics; only what is missing is made."""
-        from eval.store import BLOCK_SIZE, open_store
+    def extracted(self, images: Any, spec: Any) -> tuple[Any, Any]:
+        """Return the store of `images` and its features; only what is missing is made."""
+        from eval.blocks import BLOCK_SIZE
+        from eval.store import open_store
 
         store = open_store(self.folder, images, spec, self.block_size or BLOCK_SIZE)
         if images.parent is not None:
-            whole, _ = self.features_of(images.parent, spec)
-            store.take_from(whole, images.numbers)
+            store.take_from(self.extracted(images.parent, spec)[1], images.numbers)
         blocks = store.pending()
         count = sum(len(store.numbers(block)) for block in blocks)
         work = Extraction(store=store, device=self.workers.device)
         self.workers.run(f"{spec.space} features of {images.source}", work, blocks, count)
-        features = store.features()
+        return store, store.features()
+
+    def measured(self, images: Any, spec: Any) -> tuple[Any, Any]:
+        """Return the features of `images` and their statistics."""
+        store, features = self.extracted(images, spec)
         return features, store.statistics(features)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from eval.blocks import Features
 from eval.distances import (
     bootstrap_error,
     cmmd,
@@ -17,7 +18,6 @@ from eval.job import Place
 from eval.neighbours import K_DENSITY, K_PRECISION, manifold_scores, nearest_rows
 from eval.reference import Statistics
 from eval.samples import ImageSet
-from eval.store import Features
 
 QUOTABLE = 2049  # with fewer images a covariance of 2,048 features is singular
 NUM_NEAREST = 8  # pairs of a generated image and the training image next to it
@@ -38,14 +38,21 @@ class Side:
     def measured(self, spec: ExtractorSpec, place: Place) -> tuple[Features | None, Statistics]:
         """Return features, where there are images, and statistics in the space of `spec`."""
         if self.images is not None:
-            return place.features_of(self.images, spec)
+            return place.measured(self.images, spec)
         if spec.space not in self.statistics:
             known = ", ".join(sorted(self.statistics))
             raise ValueError(
                 f"{self.source}: found statistics of {known}, expected {spec.space}; choose by "
                 "--features"
             )
-        return None, self.statistics[spec.space]
+        known = self.statistics[spec.space]
+        for name, expected in (("extractor", spec.name), ("resize", spec.resize)):
+            if getattr(known, name) != expected:
+                raise ValueError(
+                    f"{name}: found {getattr(known, name)!r} for {self.source}, expected "
+                    f"{expected!r}; score with what the statistics were made with"
+                )
+        return None, known
 
 
 def space_scores(
@@ -134,7 +141,7 @@ def memorisation(
             f"--train: found the very images of --real, {train.source}; expected real images that "
             "training never saw"
         )
-    known, _ = place.features_of(train, spec)
+    _, known = place.extracted(train, spec)
     found: dict[str, Any] = {
         "space": spec.space,
         "extractor": spec.name,
@@ -169,7 +176,7 @@ def memorisation(
 
 
 def _distances(images: ImageSet, train: Features, spec: ExtractorSpec, place: Place) -> Any:
-    features, _ = place.features_of(images, spec)
+    _, features = place.extracted(images, spec)
     distances, which = nearest_rows(features, train)
     # of unit vectors |x - y|^2 / 2 is 1 - x.y
     return (distances**2 / 2 if spec.space == "clip" else distances), which

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from eval.store import Features
+from eval.blocks import Features
 
 K_PRECISION = 3  # Kynkaanniemi et al. 2019, section 3
 K_DENSITY = 5  # Naeem et al. 2020, section 4

@@ -104,7 +104,8 @@ def main(config: SampleConfig) -> int:
     import torch
 
     from cluster.metrics import serve
-    from eval.chain import device_named, load_chain
+    from eval.chain import load_chain
+    from eval.devices import device_named
     from eval.drawing import grid_of_samples, list_samples, open_samples
     from eval.samples import SAMPLES_NAME
 

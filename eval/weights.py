@@ -107,3 +107,39 @@ def _given(flag: str, file: str, digest: str, official: Official) -> WeightsFile
         raise ValueError(f"--{flag}-sha256: found {digest!r}, expected 64 hex digits")
     same = digest == official.sha256
     return WeightsFile(path=str(Path(file).absolute()), sha256=digest, official=same)
+
+
+def require_local_clip(clip: str) -> None:
+    """Raise ValueError for an ARCHITECTURE:TAG whose weights open_clip would download.
+
+    Runs, files and untrained encoders pass, as does what `load_clip` knows better to refuse.
+    """
+    architecture, _, tag = clip.partition(":")
+    if Path(clip).is_dir() or not tag or tag == "random" or tag.endswith(".safetensors"):
+        return
+    from open_clip.pretrained import get_pretrained_cfg
+
+    told: dict[str, Any] = get_pretrained_cfg(architecture, tag)
+    hub, address = told.get("hf_hub", ""), told.get("url", "")
+    if not told or (_in_hub_cache(hub) if hub else _in_clip_cache(address)):
+        return
+    where = " or ".join([f"https://huggingface.co/{hub}"] * bool(hub) + [address] * bool(address))
+    raise ValueError(
+        f"clip {clip}: found no weights of it on this machine, expected them in open_clip's cache; "
+        f"get them from {where}, and name a file as {architecture}:FILE.safetensors; nothing is "
+        "downloaded here"
+    )
+
+
+def _in_hub_cache(hub: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    repository, _, file = hub.rpartition("/")
+    names = (file,) if file else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
+    return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
+
+
+def _in_clip_cache(address: str) -> bool:
+    name = address.rpartition("/")[2]
+    return bool(name) and (Path.home() / ".cache" / "clip" / name).is_file()

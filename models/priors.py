@@ -43,9 +43,9 @@ class PriorSampling:
     """How to sample a prior: of each field, the priors that know it.
 
     sampler, sample_steps, spacing, best_of: diffusion; temperature, top_share, mean_of:
-    autoregressive; cfg_scale: both. mean_of: so many draws are averaged, an estimate of E[z_i |
-    caption], which is nearer to z_i than a draw is, and less varied. sampler "analytic_ddpm" takes the prior's own statistics; temperature 0 draws
-    nothing, see `AutoregressivePrior.sample_codes`.
+    autoregressive; cfg_scale: both. sampler "analytic_ddpm" takes the prior's own statistics;
+    temperature 0 draws nothing, see `AutoregressivePrior.sample_codes`; mean_of: so many draws are
+    averaged, an estimate of E[z_i | caption], which is nearer to z_i than a draw and less varied.
     """
 
     sampler: Sampler | Literal["analytic_ddpm"]

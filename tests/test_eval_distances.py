@@ -13,6 +13,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from eval.blocks import Features
 from eval.distances import (
     bootstrap_error,
     cmmd,
@@ -23,7 +24,6 @@ from eval.distances import (
 )
 from eval.frechet import Moments, Reference, frechet_distance
 from eval.neighbours import manifold_scores, nearest_rows
-from eval.store import Features
 
 WIDTH = 48
 
