@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import parse, run_script
+from cluster.cli import parse, require_lasting, run_script
 from models.configs import Spacing
 from training.precision import Precision, settled
 
@@ -104,6 +104,7 @@ def main(config: SampleConfig) -> int:
     from eval.chain import device_named, load_chain
     from eval.samples import SAMPLES_NAME
 
+    require_lasting("--out", config.out)
     started = time.perf_counter()
     device = device_named(config.device)
     config = dataclasses.replace(config, precision=settled(config.precision, device.type))

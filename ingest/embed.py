@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli import DONE, INCOMPLETE, parse, run_script
+from cluster.cli import DONE, INCOMPLETE, parse, require_lasting, run_script
 
 if TYPE_CHECKING:
     from ingest.shards import ShardEntry, Snapshot
@@ -158,6 +158,7 @@ def _quarantine(out: str, failed: dict[str, str]) -> None:
 
 
 def _check(config: EmbedConfig) -> None:
+    require_lasting("--out", config.out)
     for name in ("num_actors", "max_actors", "num_readers", "num_threads", "batch_size"):
         value = getattr(config, name)
         if value is not None and value < 1:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import merged, read_yaml
+from cluster.cli import JOB_VARIABLE, merged, read_yaml
 from models.configs import DiffusionPriorConfig
 from training.config import PriorRunConfig, TrainConfig
-from training.worker import JOB_VARIABLE, _locked, _try_lock, launch, prepare_run
+from training.worker import _locked, _try_lock, launch, prepare_run
 
 CONFIG = PriorRunConfig(embeds=("/data/embeds",), diffusion=DiffusionPriorConfig(width=32))
 
