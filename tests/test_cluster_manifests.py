@@ -21,6 +21,7 @@ import yaml
 
 from cluster.manifests import SOURCES, ManifestsConfig, main
 from cluster.session import GROUPS
+from cluster.start import StartConfig
 
 ROOT = Path(__file__).parent.parent
 CRDS = ROOT.parent / "shared" / "data" / "crds"
@@ -291,6 +292,33 @@ def test_a_misspelt_flag_in_a_job_would_be_found(capsys):
         run_dry("python ingest/embed.py --imgs /data/images", capsys)
 
 
+def documented() -> list[str]:
+    """Return the project's commands in docs/cluster.md, what `ray job submit` runs included."""
+    text = (ROOT / "docs" / "cluster.md").read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    lines = [line.rpartition(" -- ")[2].partition("#")[0] for line in lines]
+    return [line.replace('"$PWD', '"/work') for line in lines if line.startswith("python ")]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_every_documented_command_can_be_run_dry(command: str, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = command.replace("training/presets", str(ROOT / "training" / "presets"))
+    assert run_dry(command, capsys) and list(tmp_path.iterdir()) == []
+
+
+def test_what_the_page_says_of_ports_and_manifests_is_so():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    starting = StartConfig()
+    for port in (starting.port, starting.dashboard_port, starting.metrics_export_port):
+        assert f"| {port} " in page
+    named = set(re.findall(r"`(?:cluster/kuberay/)?([a-z]+\.yaml)`", page)) - {"config.yaml"}
+    assert named == {p.name for p in KUBERAY if p.parent.name == "kuberay"}
+    [listed] = re.findall(r"a RayJob each: (.*) \|", page)
+    assert set(listed.split(", ")) == set(JOBS)
+
+
 def start_commands(path: Path) -> list[str]:
     config = load(path)
     return [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
@@ -360,7 +388,11 @@ def test_the_images_commands_run_in_a_plain_shell(tmp_path: Path):
     """Without a container engine: pip's steps for real, in an environment of their own over the
     packages that are here; what needs a container's root is only recorded."""
     root, site = tmp_path / "root", Path(jsonschema.__file__).parent.parent
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    bare = [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")]
+    subprocess.run(bare, check=True)
+    pip = tmp_path / "venv" / "bin" / "pip"
+    pip.write_text('#!/bin/sh\nexec python -m pip "$@"\n')
+    pip.chmod(0o755)
     [own] = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
     (own / "here.pth").write_text(str(site))
     root.mkdir()
