@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 Config = TypeVar("Config")
 DONE, INCOMPLETE, WRONG_REQUEST = 0, 1, 2
 DRY_RUN = "--dry-run"
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a job
 UNLISTED = "unlisted"  # Annotated[Sizes, UNLISTED]: flags that work, and that --help leaves out
 
 
@@ -115,6 +116,18 @@ def _require_known(arguments: list[str], known: list[str]) -> None:
         if positive not in known:
             more = sorted({"--config", "--preset", DRY_RUN} - {*known})
             raise ValueError(f"unknown flag {flag}{_nearest(flag, [*known, *more])}")
+
+
+def require_lasting(name: str, path: str) -> None:
+    """Refuse a relative local path for what a script writes, where that script is a Ray job's.
+
+    A job's working directory is a copy of the submitter's, which goes away with the job.
+    """
+    if os.environ.get(JOB_VARIABLE) and "://" not in path and not os.path.isabs(path):
+        raise ValueError(
+            f"{name}: found the relative path {path}, expected an absolute one, or a URL: a Ray "
+            "job's folder is a copy that goes away"
+        )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import parse, run_script
+from cluster.cli import parse, require_lasting, run_script
 from models.configs import Spacing
 from training.precision import Precision, settled
 
@@ -109,6 +109,7 @@ def main(config: SampleConfig) -> int:
     from eval.drawing import grid_of_samples, list_samples, open_samples
     from eval.samples import SAMPLES_NAME
 
+    require_lasting("--out", config.out)
     started = time.perf_counter()
     device = device_named(config.device)
     config = dataclasses.replace(config, precision=settled(config.precision, device.type))

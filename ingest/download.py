@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import UNLISTED, parse, run_script
+from cluster.cli import UNLISTED, parse, require_lasting, run_script
 from ingest.decode import ResizeMode
 from ingest.filters import FilterConfig
 
@@ -182,6 +182,7 @@ def _forget(config: DownloadConfig) -> int:
 def _check(config: DownloadConfig) -> None:
     from ingest.dial import proxy_named
 
+    require_lasting("--out", config.out)
     proxy_named(config.proxy)
     if config.verify and config.forget:
         raise ValueError("--verify and --forget: found both, expected one of them")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli import DONE, INCOMPLETE, parse, run_script
+from cluster.cli import DONE, INCOMPLETE, parse, require_lasting, run_script
 
 if TYPE_CHECKING:
     from ingest.shards import ShardEntry, Snapshot
@@ -162,6 +162,7 @@ def _quarantine(out: str, failed: dict[str, str]) -> None:
 
 
 def _check(config: EmbedConfig) -> None:
+    require_lasting("--out", config.out)
     for name in ("num_actors", "max_actors", "num_readers", "num_threads", "batch_size"):
         value = getattr(config, name)
         if value is not None and value < 1:

@@ -1,6 +1,7 @@
-"""A job on a local Ray head with its token on: accepted with the token, refused without it."""
+"""Jobs on a local Ray head with its token on: accepted with the token, refused without it."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -10,8 +11,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -34,29 +40,66 @@ def run(*command: str, env: dict[str, str], seconds: int) -> subprocess.Complete
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Head:
+    """A running head: where its jobs go, what a client with the token has, and its metrics."""
+
+    address: str
+    env: dict[str, str]
+    metrics: int
+    pid: int
+
+    def submit(self, *script: str, env: dict[str, str] | None = None, folder: str = ".") -> Any:
+        """Submit a job and wait for its end, its agent's first seconds included."""
+        where = ("--working-dir", folder) if folder else ()
+        job = ("ray", "job", "submit", "--address", self.address, *where, "--", *script)
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            done = run(*job, env=env or self.env, seconds=JOB_SECONDS)
+            if "No available agent" not in done.stderr or time.monotonic() > deadline:
+                return done  # the head answers before its agent, which starts jobs, is there
+            time.sleep(1)
+
+    def succeed(self, *script: str, folder: str = ".") -> str:
+        """Submit a job that is to succeed; returns what it logged."""
+        done = self.submit(*script, folder=folder)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def submissions(self) -> set[str]:
+        """Return the entry points of all jobs so far."""
+        token = (Path(self.env["HOME"]) / ".ray" / "auth_token").read_text()
+        bearer = {"Authorization": f"Bearer {token}"}
+        request = urllib.request.Request(f"{self.address}/api/jobs/", headers=bearer)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return {job["entrypoint"] for job in json.load(answer)}
+
+
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
-    """Start a head, its token made in an empty HOME; yields its address and environment."""
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """Start a head in the project's root, its token made in an empty HOME."""
     home = tmp_path_factory.mktemp("home")
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     env |= {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"}
     env |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     made = run("ray", "get-auth-token", "--generate", env=env, seconds=60)
     assert made.returncode == 0 and (home / ".ray" / "auth_token").is_file(), made.stderr
-    port, dashboard = free_port(), free_port()
+    port, dashboard, metrics = free_port(), free_port(), free_port()
     server = subprocess.Popen(
         [
             str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
             f"--dashboard-port={dashboard}", "--object-store-memory=500000000",
             f"--dashboard-agent-listen-port={free_port()}",  # another Ray here has the usual one
+            f"--metrics-export-port={metrics}",
             "--node-ip-address=127.0.0.1", f"--temp-dir=/tmp/r{os.getpid()}",
         ],
-        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )  # fmt: skip
     address = f"http://127.0.0.1:{dashboard}"
     try:
         wait_for(address, server)
-        yield address, env
+        yield Head(address, env, metrics, server.pid)
     finally:
         stop(server)
 
@@ -79,9 +122,12 @@ def wait_for(address: str, server: subprocess.Popen) -> None:
         time.sleep(1)
 
 
-def status(url: str) -> int | None:
+def status(url: str, method: str = "GET", body: dict | None = None) -> int | None:
+    """Ask as someone who has no token; returns the status, None if nobody answers."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=5) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -89,26 +135,142 @@ def status(url: str) -> int | None:
         return None
 
 
-def test_a_job_without_the_token_is_refused(head: tuple[str, dict[str, str]], tmp_path: Path):
-    address, env = head
-    assert status(f"{address}/api/jobs/") == 401
-    stranger = {**env, "HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
-    listed = run("ray", "job", "list", "--address", address, env=stranger, seconds=120)
-    assert listed.returncode != 0 and "token" in (listed.stdout + listed.stderr)
+# -- who has the token -----------------------------------------------------------------------------
 
 
-def test_the_readmes_job_trains(head: tuple[str, dict[str, str]], tmp_path: Path):
-    address, env = head
+def test_the_readmes_job_trains(head: Head, tmp_path: Path):
     trained = tmp_path / "run"
     script = ("python", "training/prior.py", "--config", "training/presets/prior_debug.yaml")
-    job = ("ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *script)
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        done = run(*job, "--run", str(trained), env=env, seconds=JOB_SECONDS)
-        if "No available agent" not in done.stderr or time.monotonic() > deadline:
-            break  # the head answers some seconds before its agent, which starts jobs, is there
-        time.sleep(1)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert (trained / "final.json").is_file()
-    relative = run(*job, "--run", "runs/lost", env=env, seconds=JOB_SECONDS)
-    assert relative.returncode != 0 and "absolute" in relative.stdout + relative.stderr
+    told = head.succeed(*script, "--run", str(trained))
+    assert "prior: step 20/20, loss" in told and (trained / "final.json").is_file()
+
+
+def test_every_stage_is_a_job(head: Head, site, tmp_path: Path):
+    """From a URL list to scores; one is submitted bare, as on an image with the project in it."""
+    images, embeds, base = (str(tmp_path / name) for name in ("images", "embeds", "base"))
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    urls = [site.put(f"/{i}.png", site.picture(40, 36, 10 * i)) for i in range(24)]
+    for number in range(24):
+        (fake / f"{number:06d}.png").write_bytes(site.picture(36, 36, 10 * number + 5))
+    captions = [f"caption {i}" for i in range(24)]
+    listed = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"url": urls, "caption": captions}), listed)
+
+    told = head.succeed(
+        "python", "ingest/download.py", "--urls", str(listed), "--out", images,
+        "--image-size", "32", "--samples-per-shard", "12", "--allow-address", site.address,
+        "--num-processes", "1", "--no-robots", folder="",
+    )  # fmt: skip
+    assert "download: " in told and "24 rows = 24 stored" in told
+    told = head.succeed(
+        "python", "ingest/embed.py", "--images", images, "--clip", "tiny:random", "--out", embeds
+    )
+    assert "embed: 2 shards" in told and "embed: 24 samples in 2 shards" in told
+    told = head.succeed(
+        "python", "training/decoder.py", "--preset", "debug", "--images", images,
+        "--embeds", embeds, "--run", base, "--train.num-workers", "0", "--train.num-steps", "5",
+    )  # fmt: skip
+    assert "decoder: step 5/5, loss" in told and (Path(base) / "final.json").is_file()
+    told = head.succeed(
+        "python", "eval/fid.py", "--real", images, "--fake", str(fake), "--clip", "tiny:random",
+        "--out", str(tmp_path / "eval.json"),
+    )  # fmt: skip
+    assert "fd_clip" in told
+    assert json.loads((tmp_path / "eval.json").read_text())["images"]["fd_clip"] > 0
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        ("training/prior.py", "--preset", "debug", "--run", "../../outside"),
+        ("ingest/download.py", "--urls", "list.txt", "--out", "../outside"),
+        ("ingest/embed.py", "--images", "/images", "--clip", "tiny:random", "--out", "outside"),
+    ],
+    ids=lambda script: script[0],
+)
+def test_what_a_job_writes_is_refused_below_or_beside_its_copy(script, head: Head):
+    done = head.submit("python", *script)
+    told = done.stdout + done.stderr
+    assert done.returncode != 0 and "expected an absolute one, or a URL" in told
+    assert "Traceback" not in done.stdout
+
+
+# -- who has not -----------------------------------------------------------------------------------
+
+
+def test_a_job_without_the_token_is_refused(head: Head, tmp_path: Path):
+    for mode in ("disabled", "token"):
+        stranger = {**head.env, "HOME": str(tmp_path), "RAY_AUTH_MODE": mode}
+        if mode == "token":
+            stranger["RAY_AUTH_TOKEN"] = "0" * 64
+        done = head.submit("touch", str(tmp_path / "in"), env=stranger, folder="")
+        assert done.returncode != 0 and "token" in (done.stdout + done.stderr).lower()
+    assert not (tmp_path / "in").exists()
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["ingest/download.py", "ingest/embed.py", "training/prior.py", "training/decoder.py",
+     "eval/fid.py"],
+)  # fmt: skip
+def test_no_stage_can_be_posted_without_the_token(script: str, head: Head):
+    entry = f"python {script} --stranger"
+    for path in ("/api/jobs/", "/api/job_agent/jobs/"):
+        code = status(f"{head.address}{path}", "POST", {"entrypoint": entry, "runtime_env": {}})
+        assert code in (401, 404, 405) and (path != "/api/jobs/" or code == 401)
+    assert entry not in head.submissions()
+
+
+def test_the_dashboard_tells_a_stranger_nothing(head: Head):
+    """Only the page that asks for the token, and whether Ray lives, are there for everybody."""
+    paths = (
+        "/api/jobs/", "/nodes?view=summary", "/api/cluster_status", "/api/v0/nodes",
+        "/api/v0/actors", "/api/v0/logs", "/api/v0/tasks", "/logical/actors",
+        "/api/v0/logs/file?filename=raylet.out",
+        "/api/component_activities", "/events", "/api/packages/gcs/_ray_pkg_0.zip",
+        "/worker/traceback?pid=1", "/task/traceback", "/memory_profile?pid=1", "/api/snapshot",
+    )  # fmt: skip
+    codes = {path: status(f"{head.address}{path}") for path in paths}
+    assert {path: code for path, code in codes.items() if code not in (401, 404, 405)} == {}
+    assert codes["/api/jobs/"] == codes["/nodes?view=summary"] == codes["/api/v0/tasks"] == 401
+    package = f"{head.address}/api/packages/gcs/_ray_pkg_0123456789abcdef.zip"
+    assert status(package, "PUT", {}) == 401
+    for method in ("DELETE", "POST"):
+        assert status(f"{head.address}/api/jobs/raysubmit_0/stop", method, {}) in (401, 405)
+
+
+def test_no_driver_joins_without_the_token(head: Head, tmp_path: Path):
+    [gcs] = [c.laddr.port for c in listening(head) if "gcs_server" in c.what]
+    code = f"import ray; ray.init('127.0.0.1:{gcs}', log_to_driver=False); print('joined')"
+    stranger = {**head.env, "HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    done = run("python", "-c", code, env=stranger, seconds=JOB_SECONDS)
+    assert done.returncode != 0 and "joined" not in done.stdout
+
+
+@dataclass(frozen=True)
+class Listening:
+    laddr: Any
+    what: str
+
+
+def listening(head: Head) -> list[Listening]:
+    """Return the sockets on which the head's processes wait for connections."""
+    home, found = head.env["HOME"], []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("HOME") != home:
+                continue
+            what = " ".join(process.cmdline())
+            sockets = process.net_connections(kind="tcp")
+            found += [Listening(s.laddr, what) for s in sockets if s.status == "LISTEN"]
+    return found
+
+
+def test_a_head_bound_to_the_loopback_listens_nowhere_else(head: Head):
+    """The metrics answer without a token: what protects them is the address, or the firewall."""
+    found = listening(head)
+    assert len(found) > 3
+    outside = {(s.laddr, s.what[:80]) for s in found if s.laddr.ip not in ("127.0.0.1", "::1")}
+    assert outside == set()
+    assert status(f"http://127.0.0.1:{head.metrics}/metrics") == 200

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from cluster.cli import merged, read_yaml
+from cluster.cli import JOB_VARIABLE, merged, read_yaml
 from models.configs import DiffusionPriorConfig
 from training.config import PriorRunConfig, TrainConfig
-from training.worker import JOB_VARIABLE, _locked, _try_lock, launch, prepare_run
+from training.worker import _locked, _try_lock, launch, prepare_run
 
 CONFIG = PriorRunConfig(embeds=("/data/embeds",), diffusion=DiffusionPriorConfig(width=32))
 
@@ -146,3 +147,16 @@ def test_one_process_trains_where_ray_and_deepspeed_are_not_installed(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "final.json").is_file()
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_built(tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here: nothing to refuse")
+    train = TrainConfig(num_workers=0, device="cuda", precision="fp32")
+    config = dataclasses.replace(CONFIG, train=train)
+
+    def build(config: PriorRunConfig):
+        raise AssertionError("built")
+
+    with pytest.raises(ValueError, match="train.device: found cuda without a GPU, expected cpu"):
+        launch(config, str(tmp_path / "run"), build, "prior")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from cluster.cli import DONE, INCOMPLETE, read_yaml, to_yaml
+from cluster.cli import DONE, INCOMPLETE, read_yaml, require_lasting, to_yaml
 from models.weights import FINAL_NAME
 from training.cards import ensure_cards, record_code
 from training.config import RunConfig, TrainConfig
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 LOCK_SECONDS = 60
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a job
 ERROR_NAMES = "error_*.txt"  # why a rank stopped, by rank
 HANG_UP_SECONDS = 5
 # A wrong request, or a training that diverges: the same in every attempt. A subclass of ValueError
@@ -118,13 +117,8 @@ def _gpus_elsewhere(settings: TrainConfig) -> bool:
 
 def prepare_run(config: RunConfig, run_folder: str) -> Path:
     """Create or reopen the folder of a run and write its configuration."""
-    run = Path(run_folder)
-    if os.environ.get(JOB_VARIABLE) and not run.is_absolute():
-        raise ValueError(
-            f"run: found the relative path {run}, expected an absolute one: a Ray job's folder "
-            f"is a copy that goes away"
-        )
-    run = run.absolute()
+    require_lasting("run", run_folder)
+    run = Path(run_folder).absolute()
     # config.yaml is a common name: only one with our section marks a folder that --fresh may delete
     ours = (run / CONFIG_NAME).is_file() and "train" in read_yaml(run / CONFIG_NAME)
     if run.is_dir() and any(run.iterdir()) and not ours:

@@ -1,0 +1,61 @@
+"""Write cluster/kuberay/rules.yaml: Prometheus's rules as its Kubernetes operator reads them.
+
+    python cluster/manifests.py
+
+The rules stand in cluster/prometheus/recording.yaml and alerts.yaml: edit those.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.cli import DONE, INCOMPLETE, parse, read_yaml, run_script
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ("recording.yaml", "alerts.yaml")
+HEADER = "# Made by cluster/manifests.py from cluster/prometheus: edit that.\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestsConfig:
+    """The file is in the repository: a run that changes it is to be committed."""
+
+    prometheus: str = str(HERE / "prometheus")
+    """folder of the rules"""
+    out: str = str(HERE / "kuberay" / "rules.yaml")
+    """file to write"""
+    check: bool = False
+    """write nothing; exit code 1 where the file is not as it would be written"""
+
+
+def main(config: ManifestsConfig) -> int:
+    """Write the manifest, or compare it."""
+    path, text = Path(config.out), prometheus_rule(Path(config.prometheus))
+    if path.is_file() and path.read_text() == text:
+        print(f"{path}: nothing to change")
+        return DONE
+    if config.check:
+        print(f"{path}: not as it should be")
+        return INCOMPLETE
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+    print(f"{path}: written")
+    return DONE
+
+
+def prometheus_rule(folder: Path) -> str:
+    """Return the manifest of a PrometheusRule with the groups of a folder's rule files."""
+    import yaml
+
+    groups = [group for name in SOURCES for group in read_yaml(folder / name)["groups"]]
+    manifest = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "minidalle2"},
+        "spec": {"groups": groups},
+    }
+    return HEADER + yaml.safe_dump(manifest, sort_keys=False, width=10_000)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(ManifestsConfig)))

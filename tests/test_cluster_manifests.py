@@ -1,0 +1,419 @@
+"""Manifests, cluster configurations and the image: valid, whole, and their commands can be run."""
+
+import copy
+import functools
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+from cluster.manifests import SOURCES, ManifestsConfig, main
+from cluster.session import GROUPS
+from cluster.start import StartConfig
+
+ROOT = Path(__file__).parent.parent
+CRDS = ROOT.parent / "shared" / "data" / "crds"
+KUBERAY = sorted((ROOT / "cluster" / "kuberay").rglob("*.yaml"))
+RAY_UP = sorted((ROOT / "cluster" / "ray-up").glob("*.yaml"))
+DOCKERFILE = ROOT / "cluster" / "Dockerfile"
+RAY_SCHEMA = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
+OWN_KINDS = {"RayCluster", "RayJob", "PodMonitor", "PrometheusRule"}
+ENTRY_POINTS = "download embed clip prior decoder up256 up1024 sample fid"
+TRAINED_ON_GPUS = {"clip", "prior", "decoder", "up256", "up1024"}
+ROOTS_ONLY = ("apt-get", "useradd", "install", "rm")  # need a container of their own
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "cluster").as_posix()
+
+
+def load(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def manifest(name: str) -> dict[str, Any]:
+    return load(ROOT / "cluster" / "kuberay" / name)
+
+
+def walk(value: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every key's path and value, in lists too."""
+    children = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, child in children:
+        yield (*path, str(key)), child
+        if isinstance(child, (dict, list)):
+            yield from walk(child, *path, str(key))
+
+
+def values(value: Any, key: str) -> list[Any]:
+    return [found for path, found in walk(value) if path[-1] == key]
+
+
+# -- against schemas -------------------------------------------------------------------------------
+
+
+def closed(schema: Any) -> Any:
+    """Make a schema of Kubernetes one of plain JSON, in which a misspelt field is an error.
+
+    The API server drops fields that a schema does not know, in silence.
+    """
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: closed(value) for key, value in schema.items()}
+    if made.pop("x-kubernetes-int-or-string", False):
+        made.pop("type", None)
+        made["anyOf"] = [{"type": "integer"}, {"type": "string"}]
+    if made.pop("nullable", False) and isinstance(made.get("type"), str):
+        made["type"] = [made["type"], "null"]
+    keeps = made.pop("x-kubernetes-preserve-unknown-fields", False)
+    if isinstance(made.get("properties"), dict) and "type" in schema and not keeps:
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+@functools.cache
+def validator(api_version: str, kind: str) -> jsonschema.Draft202012Validator:
+    group, _, version = api_version.partition("/")
+    path = CRDS / f"{group}_{kind.lower()}s.yaml"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here: a custom resource definition to validate against")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte takes the other ten seconds
+    versions = {v["name"]: v for v in yaml.load(path.read_text(), loader)["spec"]["versions"]}
+    schema = closed(versions[version]["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    return jsonschema.Draft202012Validator(schema)
+
+
+def check(document: dict[str, Any]) -> None:
+    """Raise ValidationError unless the custom resource's definition admits the document."""
+    validator(document["apiVersion"], document["kind"]).validate(document)
+
+
+@pytest.mark.parametrize("path", KUBERAY, ids=name_of)
+def test_every_manifest_is_what_its_definition_admits(path: Path):
+    document = load(path)
+    if document["kind"] in OWN_KINDS:
+        check(document)
+    else:
+        assert document["apiVersion"] and document["kind"] in (
+            "PersistentVolumeClaim", "NetworkPolicy", "Kustomization"
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("spec", "workerGroupSpecs", 1, "template", "spec", "toleration"), []),
+        (("spec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
+        (("spec", "workerGroupSpecs", 0, "minReplicas"), "none"),
+        (("spec", "authOptions", "mode"), "open"),
+        (("spec", "authOptions", "secret"), "x"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(path: tuple, value: Any):
+    document = copy.deepcopy(manifest("cluster.yaml"))
+    check(document)
+    at: Any = document
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        check(document)
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=name_of)
+def test_every_cluster_is_what_rays_launcher_admits(path: Path):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config, schema = load(path), json.loads(RAY_SCHEMA.read_text())
+    jsonschema.validate(config, schema)
+    validate_config(prepare_config(copy.deepcopy(config)))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**config, "head_start_commands": []}, schema)
+
+
+# -- what they name --------------------------------------------------------------------------------
+
+
+def pods() -> list[dict[str, Any]]:
+    return [group["template"]["spec"] for group in node_groups()]
+
+
+def node_groups() -> list[dict[str, Any]]:
+    spec = manifest("cluster.yaml")["spec"]
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def built_images() -> set[str]:
+    """Return the images that the Dockerfile's own commands build, each of a stage that it has."""
+    text = DOCKERFILE.read_text()
+    found = re.findall(r"docker build .*--build-arg DEVICE=(\w+) -t (\S+) \.", text)
+    stages = set(re.findall(r"^FROM \S+ AS (\w+)", text, re.MULTILINE))
+    assert found and {device for device, _ in found} <= stages
+    return {image for _, image in found}
+
+
+def test_every_image_named_is_one_that_the_dockerfile_builds():
+    named = [found for path in KUBERAY for found in values(load(path), "image")]
+    for path in RAY_UP:
+        named += [v for p, v in walk(load(path)) if p[-1] == "image" or p[-1].endswith("_image")]
+    assert set(named) == built_images() and not [n for n in named if n.endswith(":latest")]
+    [listed] = manifest("kustomization.yaml")["images"]
+    assert {image.rpartition(":")[0] for image in named} == {listed["name"]}
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version and {n.rpartition(":")[2].partition("-")[0] for n in named} == {version[1]}
+
+
+def test_every_mount_volume_and_secret_named_exists():
+    claims = {manifest("storage.yaml")["metadata"]["name"]}
+    secrets = {s["name"] for s in manifest("kustomization.yaml")["secretGenerator"]}
+    for pod in pods():
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        mounted = [m["name"] for c in pod["containers"] for m in c["volumeMounts"]]
+        assert set(mounted) == volumes and len(set(mounted)) == len(mounted)
+        assert set(values(pod["volumes"], "claimName")) <= claims
+    for path in KUBERAY:
+        document = load(path)
+        named = {*values(document, "secretName")}
+        named |= {ref["name"] for ref in values(document, "secretKeyRef")}
+        assert named <= secrets
+    assert manifest("cluster.yaml")["spec"]["authOptions"]["secretName"] in secrets
+
+
+def test_the_kustomization_lists_every_manifest_but_the_jobs():
+    here = {p.name for p in KUBERAY if p.parent.name == "kuberay"} - {"kustomization.yaml"}
+    assert set(manifest("kustomization.yaml")["resources"]) == here
+
+
+def test_no_pod_is_root_and_each_asks_for_what_it_needs():
+    for pod in pods():
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"]
+        for container in pod["containers"]:
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+    gpus = [p for p in pods() if values(p, "nvidia.com/gpu")]
+    [pod] = gpus
+    assert values(pod, "tolerations")[0][0]["key"] == "nvidia.com/gpu"
+    assert set(values(pod, "image")) == {i for i in built_images() if i.endswith("gpu")}
+
+
+def test_the_groups_are_those_that_work_asks_for():
+    starts = [group["rayStartParams"] for group in node_groups()]
+    offered = [json.loads(json.loads(start["resources"])) for start in starts]
+    assert offered == [{GROUPS: 1}, {"cpu_group": 1}, {"gpu_group": 1}]
+    assert starts[0]["num-cpus"] == starts[0]["num-gpus"] == "0"
+    types = load(ROOT / "cluster" / "ray-up" / "aws.yaml")["available_node_types"]
+    assert types["head"]["resources"] == {"CPU": 0, GROUPS: 1}
+    assert "cpu_group" in types["cpu"]["resources"]
+    assert {"gpu_group", "GPU"} <= types["gpu"]["resources"].keys()
+
+
+def test_prometheus_reaches_the_metrics_port_and_no_other():
+    ports = {p["name"]: p["containerPort"] for pod in pods() for p in values(pod, "ports")[0]}
+    [endpoint] = manifest("monitor.yaml")["spec"]["podMetricsEndpoints"]
+    selector = manifest("monitor.yaml")["spec"]["selector"]["matchLabels"]
+    policy = manifest("network.yaml")["spec"]
+    assert policy["podSelector"]["matchLabels"] == selector
+    assert selector == {"ray.io/cluster": manifest("cluster.yaml")["metadata"]["name"]}
+    own, operator, prometheus = policy["ingress"]
+    assert own == {"from": [{"podSelector": {"matchLabels": selector}}]}
+    assert operator["ports"] == [{"port": ports["dashboard"]}]
+    assert prometheus["ports"] == [{"port": ports[endpoint["port"]]}]
+    for group in values(manifest("cluster.yaml"), "rayStartParams"):
+        assert group["metrics-export-port"] == str(ports["metrics"])
+
+
+def test_the_operators_rules_are_prometheus_own(tmp_path: Path, capsys):
+    rules = ROOT / "cluster" / "prometheus"
+    if not rules.is_dir():
+        pytest.skip(f"{rules} is not here: the rules that the manifest repeats")
+    assert main(ManifestsConfig(check=True)) == 0, "run `python cluster/manifests.py`"
+    found = manifest("rules.yaml")["spec"]["groups"]
+    assert found == [g for name in SOURCES for g in load(rules / name)["groups"]] and found
+    copied = tmp_path / "rules.yaml"
+    assert main(ManifestsConfig(out=str(copied), check=True)) == 1 and not copied.exists()
+    assert main(ManifestsConfig(out=str(copied))) == 0
+    assert copied.read_text() == (ROOT / "cluster" / "kuberay" / "rules.yaml").read_text()
+
+
+# -- what they run ---------------------------------------------------------------------------------
+
+JOBS = {path.stem: load(path) for path in KUBERAY if path.parent.name == "jobs"}
+
+
+def run_dry(command: str, capsys: pytest.CaptureFixture) -> str:
+    """Run `python SCRIPT ...` with --dry-run in this process; return what it printed."""
+    python, script, *arguments = shlex.split(command)
+    assert python == "python" and (ROOT / script).is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(ROOT / script), *arguments, "--dry-run"])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    told = capsys.readouterr()
+    assert caught.value.code == 0, told.err
+    return told.out
+
+
+def test_there_is_a_job_for_every_stage():
+    assert set(JOBS) == set(ENTRY_POINTS.split())
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_jobs_command_can_be_run_dry(name: str, capsys, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = JOBS[name]["spec"]
+    assert spec["clusterSelector"] == {"ray.io/cluster": "minidalle2"}
+    told = run_dry(spec["entrypoint"], capsys)
+    if name in TRAINED_ON_GPUS:
+        assert "\nparameters: " in told and "device: cuda" in told
+    on_gpu = name in ("sample", "fid")  # these do their work in the entry point itself
+    assert ("entrypointNumGpus" in spec) == on_gpu and list(tmp_path.iterdir()) == []
+    if on_gpu:
+        assert json.loads(spec["entrypointResources"]) == {"gpu_group": 0.001}
+
+
+def test_a_misspelt_flag_in_a_job_would_be_found(capsys):
+    with pytest.raises(AssertionError, match="unknown flag --imgs"):
+        run_dry("python ingest/embed.py --imgs /data/images", capsys)
+
+
+def documented() -> list[str]:
+    """Return the project's commands in docs/cluster.md, what `ray job submit` runs included."""
+    text = (ROOT / "docs" / "cluster.md").read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    lines = [line.rpartition(" -- ")[2].partition("#")[0] for line in lines]
+    return [line.replace('"$PWD', '"/work') for line in lines if line.startswith("python ")]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_every_documented_command_can_be_run_dry(command: str, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = command.replace("training/presets", str(ROOT / "training" / "presets"))
+    assert run_dry(command, capsys) and list(tmp_path.iterdir()) == []
+
+
+def test_what_the_page_says_of_ports_and_manifests_is_so():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    starting = StartConfig()
+    for port in (starting.port, starting.dashboard_port, starting.metrics_export_port):
+        assert f"| {port} " in page
+    named = set(re.findall(r"`(?:cluster/kuberay/)?([a-z]+\.yaml)`", page)) - {"config.yaml"}
+    assert named == {p.name for p in KUBERAY if p.parent.name == "kuberay"}
+    [listed] = re.findall(r"a RayJob each: (.*) \|", page)
+    assert set(listed.split(", ")) == set(JOBS)
+
+
+def start_commands(path: Path) -> list[str]:
+    config = load(path)
+    return [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=name_of)
+def test_every_start_command_can_be_run_dry(path: Path, tmp_path: Path):
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("a token")
+    starts = [command for command in start_commands(path) if command != "ray stop"]
+    assert len(starts) == 2
+    bin_folder = Path(sys.executable).parent
+    for command, kind in zip(starts, ("--head", "--address=10.0.0.5:6379"), strict=True):
+        here = command.replace("/opt/minidalle2", str(ROOT)) + " --dry-run"
+        env = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
+        env |= {"HOME": str(tmp_path), "PATH": f"{bin_folder}:{env['PATH']}"}
+        env |= {"RAY_HEAD_IP": "10.0.0.5"}
+        done = subprocess.run(["bash", "-c", here], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "RAY_AUTH_MODE=token ray start" in done.stdout and kind in done.stdout
+    assert token.stat().st_mode & 0o077 == 0
+    mounts = load(path)["file_mounts"]
+    assert mounts == {"/home/minidalle2/.ray/auth_token": "~/.ray/auth_token"}
+
+
+# -- the image -------------------------------------------------------------------------------------
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Return the Dockerfile's instructions and their arguments."""
+    lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#")]
+    whole = "\n".join(lines).replace("\\\n", " ")
+    pairs = (line.partition(" ") for line in whole.splitlines() if line.strip())
+    return [(word, rest.strip()) for word, _, rest in pairs]
+
+
+def test_the_image_is_pinned_whole_and_not_roots(capsys, tmp_path: Path, monkeypatch):
+    found = instructions()
+    arguments = dict(rest.split("=", 1) for word, rest in found if word == "ARG")
+    assert re.fullmatch(r"python:3\.1[12]\.\d+-slim-\w+", arguments["BASE"])
+    bases = [rest.split()[0] for word, rest in found if word == "FROM"]
+    stages = [rest.split()[-1] for word, rest in found if word == "FROM"][:-1]
+    assert bases == ["${BASE}", "common", "common", "${DEVICE}"] and "gpu" in stages
+    assert found[-2] == ("USER", "minidalle2") and found[-1][0] == "CMD"
+    for word, rest in found:
+        if word == "COPY":
+            assert all((ROOT / source).exists() for source in rest.split()[:-1])
+        if word == "RUN":
+            assert subprocess.run(["bash", "-n", "-c", rest]).returncode == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    told = run_dry(shlex.join(json.loads(found[-1][1])), capsys)
+    assert "--node-ip-address=127.0.0.1" in told and list(tmp_path.iterdir()) == []
+
+
+def test_the_image_takes_the_packages_and_no_secret():
+    ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line]
+    assert {"**/auth_token", "**/*.pem", ".git", "data", "runs"} <= set(ignored)
+    needed = {"ingest", "models", "training", "eval", "cluster", "pyproject.toml", "README.md"}
+    assert not needed & set(ignored)
+    assert "cluster/kuberay/auth_token" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_the_images_commands_run_in_a_plain_shell(tmp_path: Path):
+    """Without a container engine: pip's steps for real, in an environment of their own over the
+    packages that are here; what needs a container's root is only recorded."""
+    root, site = tmp_path / "root", Path(jsonschema.__file__).parent.parent
+    bare = [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")]
+    subprocess.run(bare, check=True)
+    pip = tmp_path / "venv" / "bin" / "pip"
+    pip.write_text('#!/bin/sh\nexec python -m pip "$@"\n')
+    pip.chmod(0o755)
+    [own] = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
+    (own / "here.pth").write_text(str(site))
+    root.mkdir()
+    for folder in ("ingest", "models", "training", "eval", "cluster"):
+        skipped = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, root / folder, ignore=skipped)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.lock"):
+        shutil.copy(ROOT / name, root / name)
+    (tmp_path / "bin").mkdir()
+    for name in ROOTS_ONLY:
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/told\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}/bin:{tmp_path}/venv/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
+    for word, rest in instructions():
+        if word == "RUN":
+            command = ["bash", "-euc", rest]
+            done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+            assert done.returncode == 0, f"{rest}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    recorded = (tmp_path / "told").read_text()
+    assert "apt-get install -y --no-install-recommends libgomp1" in recorded
+    code = "import training, sys; print(training.__file__)"
+    command = [str(tmp_path / "venv" / "bin" / "python"), "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == str(root / "training" / "__init__.py"), done.stderr
