@@ -39,6 +39,20 @@ class Model:
     guide: str = ""
     clip: str = ""
 
+    def absolute(self) -> "Model":
+        """Return the same runs by paths that mean the same in any process."""
+
+        def whole(run: str) -> str:
+            return str(Path(run).absolute()) if run and Path(run).is_dir() else run
+
+        return Model(
+            prior=whole(self.prior),
+            decoder=whole(self.decoder),
+            upsampler=tuple(map(whole, self.upsampler)),
+            guide=whole(self.guide),
+            clip=whole(self.clip),
+        )
+
 
 def image_name(number: int) -> str:
     """Return the name of the file of image `number`."""
@@ -159,7 +173,11 @@ def draw(
         (out / SAMPLES_NAME).unlink(missing_ok=True)
     count = sum(len(captions[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]) for b in blocks)
     work = Drawing(
-        out=out, model=model, captions=captions, settings=settings, device=workers.device
+        out=out.absolute(),
+        model=model.absolute(),
+        captions=captions,
+        settings=settings,
+        device=workers.device,
     )
     made = workers.run("sample", work, blocks, count)
     found = sum(commit.num_samples for commit in committed(out).values())

@@ -173,7 +173,7 @@ def damaged(images: list[Image.Image], kind: str, level: float) -> list[Image.Im
 @pytest.mark.slow
 def test_the_distance_rises_with_damage(extractor: Any):
     """Blur, JPEG and noise, the worse the further; and fewer kinds of images than there are."""
-    images = drawings(0, 24)
+    images = drawings(0)
     features = extractor(images)
     reference = Reference.of(Moments.of(features))
     assert reference.distance(Moments.of(features)) < 1e-6
@@ -183,7 +183,7 @@ def test_the_distance_rises_with_damage(extractor: Any):
             for level in levels
         )
         assert 0 < mild < strong, kind
-    kinds = [np.repeat(features[:count], 24 // count, axis=0) for count in (12, 3)]
+    kinds = [np.repeat(features[:count], COUNT // count, axis=0) for count in (6, 2)]
     some, few = (reference.distance(Moments.of(kind)) for kind in kinds)
     assert 0 < some < few, "modes were dropped"
 
