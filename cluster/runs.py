@@ -106,7 +106,7 @@ def _number(value: Any) -> str:
 
 
 def _flat(value: Any) -> dict[str, Any]:
-    from eval.report import flatten
+    from eval.formats import flatten
 
     return flatten(value) if value else {}
 
