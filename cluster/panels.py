@@ -135,7 +135,7 @@ TRAINING = Dashboard(
             _panel("Skipped steps in the last hour", "minidalle2:train_nonfinite_steps:increase1h",
                    "{{model}}", "Loss or gradient not finite."),
             _panel("Incidents in the last hour", "minidalle2:train_incidents:increase1h",
-                   "{{model}} {{kind}}", "Spikes of the loss, hung ranks, lost workers."),
+                   "{{model}} {{kind}}", "Spikes of the loss; ranks that hung or were lost."),
             _panel("Starts in the last hour",
                    "changes(minidalle2:train_start_timestamp_seconds[1h])",
                    "{{model}} {{instance}}", "How often the workers began again."),

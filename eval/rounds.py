@@ -8,6 +8,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,3 +103,4 @@ def publish(scores: dict[str, Any]) -> None:
     for name, value in flatten(scores).items():
         if name in SCORES and value is not None:
             gauge("minidalle2_eval_score").set(value, metric=name)
+    gauge("minidalle2_eval_timestamp_seconds").set(time.time(), of="chain")
