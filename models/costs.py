@@ -33,77 +33,88 @@ def training_flops(model: nn.Module, num_words: int = CAPTION_TOKENS) -> float:
 def macs_a_sample(model: nn.Module, num_words: int = CAPTION_TOKENS) -> int:
     """Return the multiply-accumulates of a forward pass on one sample with so many words, or as
     many as the model has room for."""
-    counter = next((f for kind, f in _COUNTERS.items() if isinstance(model, kind)), None)
-    if counter is None:
-        raise ValueError(f"costs: found a {type(model).__name__}, expected a model of this project")
-    # a twin without memory: every tensor is already "copied", to one of its shape alone
+    forward = forward_of(twin_of(model).eval(), num_words)
+    with torch.device("meta"):
+        return forward_macs(forward)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` on the meta device, without memory."""
+    # every tensor is already "copied", to one of its shape alone
     tensors = (*model.parameters(), *model.buffers())
     memo = {id(each): torch.empty_like(each, device="meta") for each in tensors}
-    twin = copy.deepcopy(model, memo).eval()
+    return copy.deepcopy(model, memo)
+
+
+def forward_of(twin: nn.Module, num_words: int = CAPTION_TOKENS, batch: int = 1) -> Callable:
+    """Return a function of nothing that runs a model of the meta device forward, on a batch of so
+    many samples with so many words. Raises ValueError for an unknown model."""
+    counter = next((f for kind, f in _COUNTERS.items() if isinstance(twin, kind)), None)
+    if counter is None:
+        raise ValueError(f"costs: found a {type(twin).__name__}, expected a model of this project")
     with torch.device("meta"):
-        return forward_macs(counter(twin, num_words))
+        return counter(twin, num_words, batch)
 
 
-def _caption(model: Any, width: int, words: int) -> tuple[Tensor, Tensor]:
+def _caption(model: Any, width: int, words: int, batch: int) -> tuple[Tensor, Tensor]:
     """Return what a model is told of a caption, CLIP's states or tokens of its own, and a mask."""
     if model.config.text_tokens:
         words = min(words, model.config.text_tokens)
-        tokens = torch.ones(1, words, dtype=torch.long)
+        tokens = torch.ones(batch, words, dtype=torch.long)
         return tokens, tokens > 0
-    return torch.zeros(1, words, width), torch.ones(1, words, dtype=torch.bool)
+    return torch.zeros(batch, words, width), torch.ones(batch, words, dtype=torch.bool)
 
 
-def _text(model: Any, embed_dim: int, width: int, words: int) -> PriorText:
-    told, mask = _caption(model, width, words)
-    return PriorText(text_embed=torch.zeros(1, embed_dim), text=told, token_mask=mask)
+def _text(model: Any, embed_dim: int, told: tuple[Tensor, Tensor]) -> PriorText:
+    text, mask = told
+    return PriorText(text_embed=torch.zeros(len(text), embed_dim), text=text, token_mask=mask)
 
 
-def _diffusion(prior: DiffusionPrior, words: int) -> Callable[[], object]:
+def _diffusion(prior: DiffusionPrior, words: int, batch: int) -> Callable[[], object]:
     states, room = prior.text_in.states, prior.length - NUM_EXTRA_TOKENS
     width = 0 if states is None else states.in_features
-    text = _text(prior, prior.embed_dim, width, min(words, room))
-    x, t = torch.zeros(1, prior.embed_dim), torch.zeros(1, dtype=torch.long)
+    text = _text(prior, prior.embed_dim, _caption(prior, width, min(words, room), batch))
+    x, t = torch.zeros(batch, prior.embed_dim), torch.zeros(batch, dtype=torch.long)
     return lambda: prior(x, t, text, t.bool())
 
 
-def _autoregressive(prior: AutoregressivePrior, words: int) -> Callable[[], object]:
-    text = _text(prior, prior.embed_dim, prior.pool.kv.in_features, words)
-    dot = torch.zeros(1, dtype=torch.long)
-    codes = torch.zeros(1, prior.config.num_codes, dtype=torch.long)
+def _autoregressive(prior: AutoregressivePrior, words: int, batch: int) -> Callable[[], object]:
+    told = _caption(prior, prior.pool.kv.in_features, words, batch)
+    text, dot = _text(prior, prior.embed_dim, told), torch.zeros(batch, dtype=torch.long)
+    codes = torch.zeros(batch, prior.config.num_codes, dtype=torch.long)
     return lambda: prior(text, dot, codes, dot.bool())
 
 
-def _regression(prior: RegressionPrior, words: int) -> Callable[[], object]:
+def _regression(prior: RegressionPrior, words: int, batch: int) -> Callable[[], object]:
     states, room = prior.text_in.states, prior.position.shape[1] - 2  # z_t, query
     width = 0 if states is None else states.in_features
-    text = _text(prior, prior.embed_dim, width, min(words, room))
+    text = _text(prior, prior.embed_dim, _caption(prior, width, min(words, room), batch))
     return lambda: prior(text)
 
 
-def _decoder(decoder: Decoder, words: int) -> Callable[[], object]:
+def _decoder(decoder: Decoder, words: int, batch: int) -> Callable[[], object]:
     size = decoder.image_size
-    told, mask = _caption(
-        decoder, 0 if decoder.text_in is None else decoder.text_in.in_features, words
-    )
+    width = 0 if decoder.text_in is None else decoder.text_in.in_features
+    told, mask = _caption(decoder, width, words, batch)
     dim = len(decoder.null_image_embed)
     condition = Condition(
-        image_embed=torch.zeros(1, dim), text_embed=torch.zeros(1, dim), token_mask=mask,
+        image_embed=torch.zeros(batch, dim), text_embed=torch.zeros(batch, dim), token_mask=mask,
         tokens=told, text_states=told,
     )  # fmt: skip
-    x, t = torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.long)
+    x, t = torch.zeros(batch, 3, size, size), torch.zeros(batch, dtype=torch.long)
     return lambda: decoder(x, t, condition, t.bool(), t.bool())
 
 
-def _upsampler(upsampler: Upsampler, words: int) -> Callable[[], object]:
+def _upsampler(upsampler: Upsampler, words: int, batch: int) -> Callable[[], object]:
     crop = upsampler.crop_size
-    x, t = torch.zeros(1, 3, crop, crop), torch.zeros(1, dtype=torch.long)
-    low = torch.zeros(1, 3, crop // upsampler.factor, crop // upsampler.factor)
+    x, t = torch.zeros(batch, 3, crop, crop), torch.zeros(batch, dtype=torch.long)
+    low = torch.zeros(batch, 3, crop // upsampler.factor, crop // upsampler.factor)
     return lambda: upsampler(x, t, low)
 
 
-def _clip(clip: CLIP, words: int) -> Callable[[], object]:
+def _clip(clip: CLIP, words: int, batch: int) -> Callable[[], object]:
     size, context = model_sizes(clip)
-    image, tokens = torch.zeros(1, 3, size, size), torch.ones(1, context, dtype=torch.long)
+    image, tokens = torch.zeros(batch, 3, size, size), torch.ones(batch, context, dtype=torch.long)
     return lambda: (clip.encode_image(image), clip.encode_text(tokens))
 
 

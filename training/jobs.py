@@ -138,10 +138,13 @@ def clip_objective(model, batch: Batch, gathered: Gathered = gathered) -> dict[s
 # -- decoder cascade -------------------------------------------------------------------------------
 
 
-def decoder_model(config: DecoderRunConfig) -> Decoder | Upsampler:
-    """Build the model of one stage."""
+def decoder_model(
+    config: DecoderRunConfig, sizes: dict[str, int] | None = None
+) -> Decoder | Upsampler:
+    """Build the model of one stage for an encoder of these sizes; None for that of its
+    embeddings."""
     if config.stage == "base":
-        sizes = encoder_sizes(config.embeds)
+        sizes = dict(sizes or encoder_sizes(config.embeds))
         del sizes["context_length"]
         return Decoder(config.base, image_size=config.image_size, **sizes, vocab_size=VOCAB_SIZE)
     factor, crop = cascade_sizes(config)

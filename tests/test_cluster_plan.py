@@ -1,0 +1,390 @@
+"""The plan: the very models that are trained, what fits, what it costs, and what is refused."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import parse
+from cluster.plan import main
+from cluster.planning import fitting, flows
+from cluster.planning.devices import GPUS, find_gpu
+from cluster.planning.efficiency import Layout, Load, efficiency, read_measured, step_time
+from cluster.planning.report import Planner
+from cluster.planning.request import PRESETS, PlanRequest
+from cluster.planning.stages import CHAINS, build_stages
+from training.profiling import PEAK_TFLOPS
+
+ROOT = Path(__file__).parent.parent
+DEMO = PlanRequest(chain="demo", gpu="cpu", num_gpus=1, images=8000.0, train_clip=True,
+                   simulations=2, eval_images=16)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Planner(DEMO)
+
+
+@pytest.fixture(scope="module")
+def told(demo):
+    return demo.plan()
+
+
+# -- the models are those that are trained ---------------------------------------------------------
+
+
+def dry_run_parameters(kind: str, preset: str, sizes: dict, folder: Path, capsys) -> int:
+    """What --dry-run prints for a preset beside embeddings of an encoder of these sizes."""
+    from cluster.planning.stages import read_preset
+    from training.jobs import clip_model, decoder_model
+    from training.prior_job import prior_model
+    from training.sizing import dry_run
+
+    folder.mkdir(exist_ok=True)
+    (folder / "_manifest.json").write_text(json.dumps(sizes))
+    more = () if kind == "clip" else ("--embeds", str(folder))
+    build = {"clip": clip_model, "prior": prior_model, "decoder": decoder_model}[kind]
+    capsys.readouterr()
+    assert dry_run(read_preset(kind, preset, *more), build) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("parameters: ")]
+    return int(line.removeprefix("parameters: ").replace(",", ""))
+
+
+@pytest.mark.parametrize("chain", ["paper", "modern", "mini", "demo", "debug"])
+def test_parameters_are_those_of_the_dry_run(chain: str, tmp_path: Path, capsys):
+    trains = CHAINS[chain].encoder.startswith("clip_")
+    encoder, stages = build_stages(PlanRequest(chain=chain, train_clip=trains))  # type: ignore[arg-type]
+    assert [stage.name for stage in stages][: 1 + trains][-1] == "prior"
+    for stage in stages:
+        found = dry_run_parameters(
+            stage.kind, stage.preset, encoder.sizes, tmp_path / "embeds", capsys
+        )
+        assert stage.parameters == found, stage.name
+
+
+def test_every_chain_names_presets_that_are_shipped():
+    shipped = {path.stem for path in (ROOT / "training" / "presets").glob("*.yaml")}
+    for chain in CHAINS.values():
+        names = {f"prior_{chain.prior}", f"prior_{chain.ar}"}
+        assert names | {f"decoder_{name}" for name in chain.decoders} <= shipped
+    for path in PRESETS.parent.glob("plan_*.yaml"):
+        name = path.stem.removeprefix("plan_")
+        assert parse(PlanRequest, presets=PRESETS, argv=["--preset", name]).chain == name
+
+
+# -- devices and efficiencies ----------------------------------------------------------------------
+
+
+def test_peaks_are_those_that_training_tells_its_use_by():
+    names = {"a100-40": "A100", "a100-80": "A100", "h100": "H100", "h200": "H200", "b200": "B200",
+             "l40s": "L40S"}  # fmt: skip
+    for name, known in names.items():
+        assert GPUS[name].peak_tflops == PEAK_TFLOPS[known]
+    assert set(GPUS) == {*names, "cpu"}
+
+
+def test_an_unknown_gpu_names_the_nearest():
+    with pytest.raises(ValueError, match="gpu: found 'h2000', expected one of .*mean h200"):
+        find_gpu("h2000")
+    with pytest.raises(ValueError, match="found 'A100-80', .*did you mean a100-80"):
+        find_gpu("A100-80")
+
+
+def test_measured_speeds_go_before_published_ones(tmp_path: Path):
+    path = tmp_path / "measured.jsonl"
+    lines = [
+        {"device": "NVIDIA H200", "preset": "mini", "mfu": 0.2},
+        {"device": "NVIDIA H200", "preset": "paper", "mfu": 0.3},
+        {"device": "NVIDIA A100-SXM4-80GB", "preset": "mini", "mfu": 0.4},
+        {"device": "cpu", "preset": "mini", "mfu": None},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    measured = read_measured(str(path))
+    request = PlanRequest()
+
+    def found(gpu: str, network: str, preset: str):
+        return efficiency(network, GPUS[gpu], request, measured, preset)
+
+    assert found("h200", "unet", "paper").mfu == 0.3  # its own
+    assert found("h200", "unet", "karlo").mfu == 0.3  # the newest of its kind
+    assert "measured.jsonl, line 2" in found("h200", "unet", "karlo").source
+    assert found("a100-80", "unet", "mini").mfu == 0.4
+    assert "Mosaic" in found("a100-40", "unet", "mini").source.replace("mosaicml", "Mosaic")
+    assert "NeMo" in found("h200", "transformer", "paper").source
+    asked = dataclasses.replace(request, mfu=0.45)
+    assert efficiency("unet", GPUS["h200"], asked, measured).mfu == 0.45
+    assert read_measured("") == []  # none are shipped yet
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"device": "x"}',
+                                  '{"device": "x", "preset": "mini", "mfu": 7}',
+                                  '{"device": "x", "preset": "nothing", "mfu": 0.1}'])  # fmt: skip
+def test_a_wrong_line_of_measured_speeds_is_named(line: str, tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    path.write_text(line)
+    with pytest.raises(ValueError, match="measured: m.jsonl, line 1: found .*, expected device"):
+        read_measured(str(path))
+    with pytest.raises(ValueError, match="measured: found no file"):
+        read_measured(str(tmp_path / "none"))
+
+
+# -- a step ----------------------------------------------------------------------------------------
+
+LOAD = Load(parameters=10**9, flops=1e12, share=32)
+
+
+def seconds(zero: int = 0, workers: int = 64, micro: int = 32, **more) -> float:
+    layout = Layout(zero_stage=zero, micro_batch=micro, checkpointing=False, **more)
+    return step_time(LOAD, GPUS["h100"], workers, layout, 0.2).seconds
+
+
+def test_a_step_alone_is_its_flops():
+    layout = Layout(zero_stage=0, micro_batch=8, checkpointing=False)
+    found = step_time(LOAD, GPUS["h100"], 1, layout, 0.2)
+    assert found.compute == pytest.approx(32 * 1e12 / (0.2 * 989e12)) and found.wait == 0.0
+    again = step_time(LOAD, GPUS["h100"], 1, dataclasses.replace(layout, checkpointing=True), 0.2)
+    assert again.compute == pytest.approx(4 / 3 * found.compute)
+
+
+def test_communication_hides_behind_the_last_micro_batchs_backward_pass():
+    slow = dataclasses.replace(GPUS["h100"], network=1e9)
+    layout = Layout(zero_stage=0, micro_batch=32, checkpointing=False)
+    fast = step_time(LOAD, GPUS["h100"], 64, layout, 0.2)
+    assert fast.wait == 0.0  # 4 GB x 63 / 64 over 50 GB/s is less than two thirds of .16 s
+    found = step_time(LOAD, slow, 64, layout, 0.2)
+    assert found.wait == pytest.approx(4.0 * 63 / 64 - found.compute * 2 / 3)
+    # in one machine, over its links
+    assert step_time(LOAD, slow, 8, layout, 0.2).wait == 0.0
+
+
+def test_more_partitioning_costs_more_time():
+    times = [seconds(zero, micro=8) for zero in range(4)]
+    assert times[0] <= times[1] <= times[2] <= times[3]
+    assert seconds(2, offload=True) > seconds(2)
+
+
+# -- memory and what fits --------------------------------------------------------------------------
+
+
+def paper_like(demo, name: str):
+    return next(stage for stage in demo.stages if stage.name == name)
+
+
+def test_memory_falls_with_partitioning_and_grows_with_the_micro_batch(demo):
+    stage = paper_like(demo, "base")
+    for micro in (1, 4):
+        totals = [
+            fitting.memory_of(
+                stage, 64, Layout(zero_stage=zero, micro_batch=micro, checkpointing=False)
+            ).state
+            for zero in range(4)
+        ]
+        assert totals == sorted(totals, reverse=True)
+    one, four = (
+        fitting.memory_of(stage, 64, Layout(zero_stage=1, micro_batch=n, checkpointing=False))
+        for n in (1, 4)
+    )
+    line = stage.activations[False]
+    assert four.total - one.total == pytest.approx(3 * line.each)
+    assert stage.activations[True].each < line.each
+
+
+def test_state_is_what_the_engine_says_it_keeps(demo):
+    from models.flops import state_bytes
+
+    stage = paper_like(demo, "prior")
+    for zero in range(4):
+        layout = Layout(zero_stage=zero, micro_batch=1, checkpointing=False)
+        assert fitting.memory_of(stage, 4, layout).state == state_bytes(stage.model, zero, 4)
+
+
+def tiny_gpu(gib: float):
+    return dataclasses.replace(GPUS["a100-80"], name="tiny", memory_gib=gib)
+
+
+def adamw(stage):
+    """The stage with an optimizer that ZeRO partitions."""
+    train = dataclasses.replace(stage.config.train, optimizer="adamw")
+    return dataclasses.replace(stage, config=dataclasses.replace(stage.config, train=train))
+
+
+def test_what_fits_is_the_quickest_and_what_does_not_names_the_nearest(demo):
+    stage = adamw(paper_like(demo, "base"))
+    roomy = fitting.place(stage, tiny_gpu(80), 4, 0.2, 0.1)
+    assert roomy[0].fits
+    assert roomy[0].layout.micro_batch == 16 and not roomy[0].layout.checkpointing
+    limit = 40 / 1024
+    tight = fitting.place(stage, tiny_gpu(limit), 4, 0.2, 0.1)
+    best = next(one for one in tight if one.fits)
+    assert best.memory.total <= limit * 0.9 * 2**30
+    assert best.layout != roomy[0].layout
+    assert all(one.step.seconds >= best.step.seconds for one in tight if one.fits)
+    nothing = fitting.place(stage, tiny_gpu(0.001), 4, 0.2, 0.1)
+    assert not any(one.fits for one in nothing)
+    (other,) = fitting.nearest(stage, tiny_gpu(0.001), 4, 0.2, 0.1)
+    assert other.startswith("4 x a100-40 with ZeRO ")
+
+
+def test_flags_make_the_training_script_take_the_placement(demo):
+    from cluster.planning.stages import read_preset
+
+    stage = adamw(paper_like(demo, "base"))
+    for zero, micro, again in ((0, 16, False), (2, 4, True)):
+        layout = Layout(zero_stage=zero, micro_batch=micro, checkpointing=again)
+        placement = dataclasses.replace(
+            fitting.place(stage, tiny_gpu(80), 4, 0.2, 0.1)[0], layout=layout
+        )
+        words = fitting.flags(stage, placement).split()
+        config = read_preset("decoder", "demo", "--train.optimizer", "adamw", *words)
+        assert fitting.preset_layout(dataclasses.replace(stage, config=config), 4) == Layout(
+            zero_stage=zero, micro_batch=micro, checkpointing=stage.checkpointing[0]
+        )
+        assert config.train.num_workers == 4
+        assert config.base.unet.checkpointing == again
+
+
+def test_workers_share_the_global_batch_out_evenly(demo):
+    stage = paper_like(demo, "base")  # batches of 64
+    found = [fitting.usable_workers(stage, n) for n in (1, 3, 48, 64, 1000)]
+    assert found == [1, 2, 32, 64, 64]
+
+
+def test_muon_stays_whole_and_clip_takes_its_share_at_once(demo):
+    clip = paper_like(demo, "clip")
+    (only,) = fitting.layouts(clip, 2, offload=False)
+    assert only == Layout(zero_stage=0, micro_batch=64, checkpointing=False)
+    assert list(fitting.layouts(clip, 2, offload=True)) == []
+
+
+# -- the plan as a whole ---------------------------------------------------------------------------
+
+
+def test_parts_add_up(told):
+    stages = told["stages"]
+    assert [stage["name"] for stage in stages] == ["clip", "prior", "base", "up64"]
+    assert told["fits"] and all(stage["fits"] for stage in stages)
+    whole = told["download"]["cost"] + told["embed"]["cost"] + told["evaluation"]["cost"]
+    assert told["cost"] == pytest.approx(whole + sum(stage["cost"] for stage in stages))
+    storage = dict(told["storage_bytes"])
+    assert storage.pop("all") == pytest.approx(sum(storage.values()))
+    for stage in stages:
+        assert stage["samples"] == stage["num_steps"] * stage["global_batch_size"]
+        assert stage["epochs"] == pytest.approx(stage["samples"] / 8000)
+        least = stage["num_steps"] * stage["step_seconds"]["all"] / 86_400
+        assert stage["days"] == pytest.approx(least / stage["failures"]["goodput"])
+        assert stage["gpu_hours"] == pytest.approx(24 * stage["days"] * stage["workers"])
+    pipeline = told["pipeline"]
+    assert pipeline["days"] >= pipeline["days_without_failures"] * (1 - 1e-9)
+    assert list(pipeline["stages"]) == ["download", "embed", "clip", "prior", "base", "up64"]
+
+
+def test_a_checkpoints_size_is_what_training_writes(demo):
+    """Master weights, two moments and the average in fragments; model and ema.safetensors."""
+    stage = paper_like(demo, "prior")
+    assert flows.checkpoint_bytes(stage) == stage.parameters * 24
+
+
+def test_rows_of_embeddings_are_what_shards_hold(demo, tmp_path: Path):
+    import numpy as np
+
+    from ingest.shards import write_embed_shard
+
+    sizes, n = demo.encoder.sizes, 1000
+    write_embed_shard(
+        tmp_path, "000000", image_embed=np.zeros((n, sizes["embed_dim"])),
+        text_embed=np.zeros((n, sizes["embed_dim"])),
+        tokens=np.zeros((n, sizes["context_length"])),
+        keys=[f"{i:09d}" for i in range(n)], captions=[f"a picture of {i}" for i in range(n)],
+    )  # fmt: skip
+    npy = sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
+    row = 4 * sizes["embed_dim"] + 4 * sizes["context_length"]
+    assert npy == pytest.approx(n * row, rel=0.01)
+    found = flows.storage_bytes(DEMO, demo.encoder, [])["embeddings, tokens and keys"]
+    assert found == pytest.approx(8000 * (row + flows.KEYS_BYTES))
+
+
+def test_the_download_is_done_in_the_days_allowed():
+    request = PlanRequest(images=5e9, download_days=7.0)
+    found = flows.plan_download(request)
+    assert found.days <= 7.0 and found.bound == "vCPUs"
+    fewer = flows.plan_download(dataclasses.replace(request, download_days=found.days * 1.5))
+    assert fewer.nodes < found.nodes
+    narrow = flows.plan_download(dataclasses.replace(request, node_gbits=0.5))
+    assert narrow.bound == "network" and narrow.nodes > found.nodes
+    assert found.images_per_second * 86_400 * found.days == pytest.approx(5e9)
+
+
+def test_the_script_prints_tables_and_json_and_exits_by_the_budget(told, capsys, monkeypatch):
+    monkeypatch.setattr(Planner, "plan", lambda self: told)
+    monkeypatch.setattr(Planner, "__init__", lambda self, request: None)
+    assert main(DEMO) == 0
+    shown = capsys.readouterr().out
+    for words in ("Models", "Memory of base", "Time and cost", "Failures and checkpoints",
+                  "Storage and networks", "efficiency, unet: ", "1,578,625",
+                  "--preset demo --train.num-workers 1"):  # fmt: skip
+        assert words in shown
+    assert main(dataclasses.replace(DEMO, json=True)) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(told))
+    assert main(dataclasses.replace(DEMO, budget=1e-9)) == 1
+    assert "over the budget: $" in capsys.readouterr().err
+    stage = {**told["stages"][0], "fits": False, "least_bytes": 2**40, "least_layout": "ZeRO 3",
+             "nearest": ["8 x h200 with ZeRO 3"]}  # fmt: skip
+    bad = {**told, "fits": False, "stages": [stage, *told["stages"][1:]], "pipeline": {}}
+    monkeypatch.setattr(Planner, "plan", lambda self: bad)
+    assert main(DEMO) == 1
+    found = capsys.readouterr()
+    assert "nearest that does: 8 x h200 with ZeRO 3" in found.out
+    assert found.err == "does not fit: clip\n"
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("num_gpus", 0, "num_gpus: found 0, expected 1 to 100000"),
+        ("num_gpus", -3, "num_gpus: found -3"),
+        ("images", -1.0, "images: found -1, expected 1 to 1e"),
+        ("images", 1e30, "images: found 1e"),
+        ("images", float("nan"), "images: found nan"),
+        ("budget", -5.0, "budget: found -5"),
+        ("budget", float("inf"), "budget: found inf"),
+        ("headroom", 1.5, "headroom: found 1.5"),
+        ("node_mtbf_hours", 0.0, "node_mtbf_hours: found 0"),
+        ("success", 0.0, "success: found 0"),
+        ("caption_tokens", 1000, "caption_tokens: found 1000"),
+        ("mfu", 1.5, "mfu: found 1.5"),
+    ],
+)
+def test_a_wrong_figure_is_one_line(field: str, value, problem: str):
+    with pytest.raises(ValueError) as caught:
+        PlanRequest(**{field: value})
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(ValueError, match="effective_tflops: found 200 with mfu 0.3"):
+        PlanRequest(mfu=0.3, effective_tflops=200.0)
+    with pytest.raises(ValueError, match="effective_tflops: found 5000, expected at most the 989"):
+        efficiency("unet", GPUS["h200"], PlanRequest(effective_tflops=5000.0), [])
+    with pytest.raises(ValueError, match="train_clip: found true for the preset mini"):
+        build_stages(PlanRequest(chain="mini", train_clip=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--preset", "papre"), "preset: found 'papre', expected one of debug, demo"),
+        (("--gpus", "3"), "unknown flag --gpus"),
+        (("--num-gpus", "0"), "num_gpus: found 0"),
+    ],
+)
+def test_the_script_says_what_is_wrong_and_exits_2(arguments: tuple[str, ...], problem: str):
+    command = [sys.executable, str(ROOT / "cluster" / "plan.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and problem in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
