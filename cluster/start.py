@@ -6,8 +6,9 @@
 
 The head makes the token, ~/.ray/auth_token, if there is none; whoever joins, or submits a job,
 needs a copy of it. Ray is started in the project's root, so that
-`ray job submit -- python training/prior.py` finds the scripts. docs/cluster.md has the firewall's
-table of ports.
+`ray job submit -- python training/prior.py` finds the scripts. It binds the dashboard to --bind;
+its ports for other nodes listen on every interface, and that of its metrics without the token:
+docs/cluster.md has the firewall's table of ports.
 """
 
 import ipaddress
@@ -34,7 +35,8 @@ class StartConfig:
     """How this machine takes part in a cluster."""
 
     bind: str = "127.0.0.1"
-    """this machine's own address, by which others reach it; loopback = this machine alone"""
+    """this machine's own address, by which other nodes reach it, and that of the dashboard;
+    loopback = jobs from this machine alone"""
     join: str = ""
     """HOST:PORT of the head; empty = be the head"""
     group: Literal["auto", "cpu_group", "gpu_group"] = "auto"
@@ -58,11 +60,12 @@ class StartConfig:
 
 def main(config: StartConfig) -> int:
     """Become `ray start`, in the project's root, with the token on."""
-    command = _command(config)
     _require_token(config)
+    command = _command(config)
     print(f"$ RAY_AUTH_MODE=token {shlex.join(command)}", flush=True)
     if config.dry_run:
         return DONE
+    print(f"metrics: port {config.metrics_export_port} asks for no token: firewall it", flush=True)
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     os.chdir(ROOT)
     os.execve(_ray(), command, environment)
@@ -70,8 +73,9 @@ def main(config: StartConfig) -> int:
 
 def _command(config: StartConfig) -> list[str]:
     """Return the arguments of `ray start`."""
-    command = ["ray", "start", f"--node-ip-address={config.bind}"]
-    command.append(f"--metrics-export-port={config.metrics_export_port}")
+    command = ["ray", "start", f"--metrics-export-port={config.metrics_export_port}"]
+    if not ipaddress.ip_address(config.bind).is_loopback:  # Ray has its own idea of this one
+        command.append(f"--node-ip-address={config.bind}")
     if config.join:
         offered = {_group(config): SHARES}
         command += [f"--address={config.join}", f"--resources={json.dumps(offered)}"]

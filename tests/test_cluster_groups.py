@@ -106,7 +106,9 @@ class Stage:
                 command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT
             )
 
-    def run(self, lose: tuple[str, str] | None = None, when: Callable[[], bool] = bool) -> None:
+    def run(
+        self, lose: tuple[str, str] | None = None, when: Callable[[], bool] = lambda: True
+    ) -> None:
         """Wait for the end; lose: the kind of a node to lose, and a word of what is to run there at
         that moment, once `when` says so too."""
         deadline, lost = time.monotonic() + STAGE_SECONDS, None

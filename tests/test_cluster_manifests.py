@@ -372,7 +372,7 @@ def test_the_image_is_pinned_whole_and_not_roots(capsys, tmp_path: Path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     told = run_dry(shlex.join(json.loads(found[-1][1])), capsys)
-    assert "--node-ip-address=127.0.0.1" in told and list(tmp_path.iterdir()) == []
+    assert "--dashboard-host=127.0.0.1" in told and list(tmp_path.iterdir()) == []
 
 
 def test_the_image_takes_the_packages_and_no_secret():
