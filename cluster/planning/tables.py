@@ -78,17 +78,17 @@ def _times(plan: dict[str, Any]) -> Table:
     table = Table(title="Time and cost", title_justify="left")
     table.add_column("stage")
     table.add_column("where, and how")
-    for name in ("MFU", "samples/s", "step", "days", "GPU-hours", "cost"):
+    for name in ("MFU", "samples/s", "step", "time", "GPU-hours", "cost"):
         table.add_column(name, justify="right")
     download, embed, evaluation = (plan[key] for key in ("download", "embed", "evaluation"))
     table.add_row(
         "download", f"{download['nodes']} CPU nodes, bound by {download['bound']}", "-",
-        f"{download['images_per_second']:,.0f}", "-", f"{download['days']:.3g}", "-",
+        f"{download['images_per_second']:,.0f}", "-", _time(download['days']), "-",
         _dollars(download["cost"]),
     )  # fmt: skip
     table.add_row(
         "embed", f"{plan['gpu']['num_gpus']} GPUs, {embed['decode_nodes']} nodes that decode",
-        f"{embed['mfu']:.1%}", f"{embed['images_per_second']:,.0f}", "-", f"{embed['days']:.3g}",
+        f"{embed['mfu']:.1%}", f"{embed['images_per_second']:,.0f}", "-", _time(embed['days']),
         f"{embed['gpu_hours']:,.0f}", _dollars(embed["cost"]),
     )  # fmt: skip
     for stage in plan["stages"]:
@@ -99,18 +99,18 @@ def _times(plan: dict[str, Any]) -> Table:
             stage["name"], f"{stage['workers']} GPUs, {stage['layout_told']}: "
             f"{stage['total_bytes'] / GIB:.3g} GiB", f"{stage['mfu']:.1%}",
             f"{stage['samples_per_second']:,.0f}", f"{stage['step_seconds']['all']:.3g} s",
-            f"{stage['days']:.3g}", f"{stage['gpu_hours']:,.0f}", _dollars(stage["cost"]),
+            _time(stage['days']), f"{stage['gpu_hours']:,.0f}", _dollars(stage["cost"]),
         )  # fmt: skip
     table.add_row(
         "evaluate", f"{evaluation['images']:,} images", "-",
         f"{plan['gpu']['num_gpus'] / evaluation['gpu_seconds_an_image']:,.3g}", "-",
-        f"{evaluation['days']:.3g}", f"{evaluation['gpu_hours']:,.0f}",
+        _time(evaluation['days']), f"{evaluation['gpu_hours']:,.0f}",
         _dollars(evaluation["cost"]),
     )  # fmt: skip
     whole = plan["pipeline"].get("days")
     table.add_row(
         "[bold]all[/bold]", "one after the other, simulated with failures", "-", "-", "-",
-        f"{whole:.3g}" if whole else "-", "-", _dollars(plan["cost"]),
+        _time(whole) if whole else "-", "-", _dollars(plan["cost"]),
     )  # fmt: skip
     return table
 
@@ -144,7 +144,7 @@ def _data(plan: dict[str, Any]) -> Table:
     table.add_column("what")
     table.add_column("figure", justify="right")
     for what, size in plan["storage_bytes"].items():
-        table.add_row(what, f"{size / 1e12:,.4g} TB")
+        table.add_row(what, _size(size))
     download, embed = plan["download"], plan["embed"]
     table.add_row("rows of the URL list", f"{download['rows'] / 1e6:,.4g} M")
     table.add_row("download from the web", f"{download['gbits_per_second']:,.3g} Gb/s")
@@ -174,7 +174,7 @@ def remarks(plan: dict[str, Any]) -> list[str]:
                 f"{stage['name']}: the preset as it is ({own['layout']}) takes "
                 f"{own['bytes'] / GIB:.3g} GiB and does not fit"
             )
-        if stage["network"] == "unet":
+        if stage["network"] == "unet" and plan["gpu"]["name"] != "cpu":
             found.append(
                 f"{stage['name']}: channels_last, which the preset leaves off, would train it some "
                 f"{CHANNELS_LAST:.2f} times as fast (see efficiency)"
@@ -217,4 +217,17 @@ def print_comparisons(rows: list[Row], console: Console) -> None:
 
 
 def _dollars(value: float) -> str:
-    return f"${value:,.0f}"
+    return f"${value:,.0f}" if value >= 10 else f"${value:,.2g}"
+
+
+def _time(days: float) -> str:
+    if days >= 1:
+        return f"{days:,.3g} days"
+    return f"{24 * days:.3g} h" if days >= 1 / 24 else f"{1440 * days:.2g} min"
+
+
+def _size(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9)):
+        if count >= size:
+            return f"{count / size:,.4g} {unit}"
+    return f"{count / 1e6:,.3g} MB"
