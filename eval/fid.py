@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import DONE, parse, run_script
+from cluster.cli import DONE, parse, require_lasting, run_script
 
 if TYPE_CHECKING:
     from eval.drawing import Model
@@ -112,8 +112,8 @@ def main(config: FidConfig) -> int:
 
     from cluster.metrics import serve
 
-    model = _model(config)
-    _require_together(config, model)
+    require_lasting("--out", config.out)
+    model = _checked(config)
     serve(config.metrics_port)
     torch.set_num_threads(config.num_threads)
     evaluation = _evaluation(config, model)
@@ -127,6 +127,13 @@ def main(config: FidConfig) -> int:
     part.replace(out)
     _show(scores)
     return DONE
+
+
+def _checked(config: FidConfig) -> "Model":
+    """Return the runs that draw, once the request makes sense."""
+    model = _model(config)
+    _require_together(config, model)
+    return model
 
 
 def _model(config: FidConfig) -> "Model":
@@ -222,4 +229,4 @@ def _show(scores: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(FidConfig)))
+    run_script(lambda: main(parse(FidConfig, check=_checked)))
