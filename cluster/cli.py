@@ -60,7 +60,7 @@ def parse(
     *,
     presets: Path | None = None,
     argv: Sequence[str] | None = None,
-    check: Callable[[Config], None] | None = None,
+    check: Callable[[Config], object] | None = None,
 ) -> Config:
     """Read a configuration: the class's defaults, then --preset or --config, then flags.
 
