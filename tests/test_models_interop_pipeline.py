@@ -130,7 +130,7 @@ def test_a_converted_chain_draws_the_pipelines_images(
     up = their_upsampler(1)
     for name in ("super_res_first", "super_res_last"):
         up.save_pretrained(tmp_path / name)
-    fixed = {"variance_type": "fixed_small_log"}
+    fixed: dict[str, Any] = {"variance_type": "fixed_small_log"}
     of_prior = Scheduler(**fixed, prediction_type="sample", clip_sample_range=5.0)
     of_prior.save_pretrained(tmp_path / "prior_scheduler")
     parts = {

@@ -3,6 +3,7 @@ one: what published unCLIP pipelines were trained with."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def decoder(data: Path, **options: object) -> DecoderRunConfig:
+def decoder(data: Path, **options: Any) -> DecoderRunConfig:
     return DecoderRunConfig(
         images=(str(data / "images"),), embeds=(str(data / "embeds"),), run=str(data / "run"),
         image_size=16, base=DecoderConfig(unet=UNET, context_width=8, **options),
@@ -86,6 +87,7 @@ def test_a_dropped_caption_is_the_empty_one_where_that_is_asked_for(data: Path):
     drop = dropped_captions(config.base, batch.keys)
     assert 8 < int(drop.sum()) < 32
     told = jobs.decoder_condition(encoder, config, batch, drop)
+    assert told.text_embed is not None
     embed, states = encoder.encode_text(torch.from_numpy(encoder.tokenize([""])))
     assert told.token_mask is not None and told.text_states is not None
     assert (told.token_mask.sum(1) == 2).equal(drop)  # start and end of text
@@ -94,6 +96,7 @@ def test_a_dropped_caption_is_the_empty_one_where_that_is_asked_for(data: Path):
     torch.testing.assert_close(read, states[:, :2].expand(count, -1, -1))
     torch.testing.assert_close(told.text_embed[drop], embed.expand(count, -1))
     kept = jobs.decoder_condition(encoder, config, batch)
+    assert kept.text_embed is not None
     assert torch.equal(told.text_embed[~drop], kept.text_embed[~drop])
 
 

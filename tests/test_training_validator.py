@@ -5,6 +5,7 @@ import ast
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,14 +37,14 @@ def test_a_command_runs_where_the_caller_stood_and_its_words_are_kept(tmp_path: 
     (run / "step_00000002").mkdir(parents=True)
     (run / "step_00000002" / "state.json").write_text("{}")
     (tmp_path / "look.py").write_text(SCRIPT)
-    checkpoint: object = None  # what Ray hands over is a pointer that the command has no need of
+    checkpoint: Any = None  # what Ray hands over is a pointer that the command has no need of
     assert validate(checkpoint, **told(run, "python look.py 'a b'")) == {"exit_code": 0}
     assert (run / "told.txt").read_text() == "a b step_00000002\n"
     assert "looked at ['step_00000002']" in (run / "validator.log").read_text()
 
 
 def test_a_command_that_fails_is_told_in_the_timeline(tmp_path: Path):
-    checkpoint: object = None
+    checkpoint: Any = None
     with pytest.raises(OSError, match="validator: exit code 3"):
         validate(checkpoint, **told(tmp_path, 'python -c "import sys; sys.exit(3)"'))
     (line,) = read_timeline(tmp_path)

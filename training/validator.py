@@ -37,8 +37,9 @@ def validation_config(settings: TrainConfig, run: Path) -> "ValidationConfig | N
     from ray.train import ValidationConfig, ValidationTaskConfig
 
     told = {"command": settings.validator, "run": str(run), "here": os.getcwd()}
+    fn: Any = validate  # Ray's type wants any keyword; ours are those of fn_kwargs
     return ValidationConfig(
-        fn=validate,
+        fn=fn,
         task_config=ValidationTaskConfig(fn_kwargs=told),
         ray_remote_kwargs={"num_cpus": 0, "num_gpus": settings.validator_gpus},
     )
