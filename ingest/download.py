@@ -60,7 +60,7 @@ class DownloadConfig:
     """Connections at once per shard in work."""
     timeout: float = 10.0
     """Of one try at one URL, redirects included, seconds."""
-    retries: int = 2
+    retries: Annotated[int, UNLISTED] = 2
     """Further tries after a failure that may pass; a 404 or 403 is not tried again."""
     shard_timeout: float = 1800.0
     """Of all of a shard's rows, seconds; those left over count as failed: shard_deadline."""

@@ -17,6 +17,7 @@ EVERY_FILE = sorted([*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/
 SCRIPTS = [path for path in SOURCES if "\nif __name__ ==" in path.read_text(encoding="utf-8")]
 
 MAX_FILE_LINES = 400
+MAX_FLAGS = 40  # that --help lists; see cluster.cli.UNLISTED
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 MAX_NESTING = 3
@@ -160,6 +161,8 @@ def test_help_answers_before_anything_heavy_is_imported(script: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "heavy: []"
     assert "usage:" in done.stdout and "--" in done.stdout
+    flags = set(re.findall(r"^[ │]+(--[a-z][a-z.-]+)", done.stdout, flags=re.M))
+    assert 0 < len(flags) <= MAX_FLAGS, f"{len(flags)} flags listed"
 
 
 def lock_lines() -> list[str]:

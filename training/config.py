@@ -33,9 +33,9 @@ class TrainConfig:
     zero_stage 0"""
     learning_rate: float = 1e-3
     """peak learning rate of AdamW"""
-    matrix_learning_rate: float = 0.02
+    matrix_learning_rate: Annotated[float, UNLISTED] = 0.02
     """peak learning rate of Muon"""
-    beta2: float = 0.99
+    beta2: Annotated[float, UNLISTED] = 0.99
     """decay of AdamW's second moment"""
     adam_eps: Annotated[float, UNLISTED] = 1e-8
     """added to the root of AdamW's second moment"""
@@ -45,14 +45,14 @@ class TrainConfig:
     """share of the steps in which the learning rate rises linearly"""
     decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
     """learning rate after the warm-up; inverse_sqrt: as the root of warm-up over step"""
-    grad_clip: float = 1.0
+    grad_clip: Annotated[float, UNLISTED] = 1.0
     """largest global gradient norm; 0 = no clipping"""
     ema_decay: float = 0.999
     """decay of the averaged weights; the first steps use (1 + step) / (10 + step)"""
-    power_ema: tuple[float, ...] = ()
+    power_ema: Annotated[tuple[float, ...], UNLISTED] = ()
     """relative widths of power-function averages kept beside that one, to make one of any width
     from after the run (training/ema.py); 0.05 0.10 are the paper's; 4 bytes a parameter each"""
-    snapshot_every: int = 0
+    snapshot_every: Annotated[int, UNLISTED] = 0
     """steps between snapshots of those averages, one at the last step too; 0 = none"""
     precision: Precision = "auto"
     """bf16: fp32 weights under autocast; fp32: no autocast; auto: bf16 where the device computes in
@@ -72,31 +72,31 @@ class TrainConfig:
     """auto: a GPU for each worker where there are any; cuda: or else refuse; cpu: none"""
     num_threads: int = 2
     """threads a worker on the CPU"""
-    max_failures: int = 3
+    max_failures: Annotated[int, UNLISTED] = 3
     """restarts of the worker group before giving up"""
-    log_samples: bool = False
+    log_samples: Annotated[bool, UNLISTED] = False
     """log which samples each step trained on, by their keys, to <run>/samples"""
     seed: int = 0
     """of weights, sample order and every sample's noise"""
     checkpoint_every: int = 200
     """steps between checkpoints"""
-    async_checkpoints: bool = True
+    async_checkpoints: Annotated[bool, UNLISTED] = True
     """write checkpoints beside the steps, which wait for a copy in memory alone"""
     keep_checkpoints: int = 2
     """newest checkpoints kept"""
-    keep_every: int = 0
+    keep_every: Annotated[int, UNLISTED] = 0
     """checkpoints at multiples of this many steps are kept as well; 0 = none"""
     report_every: int = 10
     """steps between lines of metrics.jsonl"""
-    spike_deviations: float = 8.0
+    spike_deviations: Annotated[float, UNLISTED] = 8.0
     """deviations above the last steps' median at which a loss is reported as a spike; 0 = never"""
-    hang_seconds: float = 600.0
+    hang_seconds: Annotated[float, UNLISTED] = 600.0
     """a worker that takes longer over a step, checkpoints and validation apart, is taken to hang:
     the workers are ended and begin again at the newest checkpoint; 0 = never"""
-    peak_tflops: float = 0.0
+    peak_tflops: Annotated[float, UNLISTED] = 0.0
     """teraFLOPs a second that a worker's device can do, by which its use is told; 0 = the
     manufacturer's figure for dense bf16, where the device is a known GPU"""
-    profile: str = ""
+    profile: Annotated[str, UNLISTED] = ""
     """steps to profile, "first:count" such as 20:3: traces for chrome://tracing in <run>/profile"""
     validator: str = ""
     """command that Ray starts after each checkpoint, beside the steps, with --run and --once added,
@@ -216,11 +216,11 @@ class DataConfig:
     num_streams: int = 1
     """virtual streams that shards are dealt to: a multiple of the number of workers, where a
     worker is to open its own shards only"""
-    window: int = 16
+    window: Annotated[int, UNLISTED] = 16
     """shards of a stream that are shuffled together"""
-    num_threads: int = 2
+    num_threads: Annotated[int, UNLISTED] = 2
     """threads of a worker that decode images ahead of the step"""
-    prefetch: int = 3
+    prefetch: Annotated[int, UNLISTED] = 3
     """batches read ahead of the step"""
 
     def __post_init__(self) -> None:
