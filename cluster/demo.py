@@ -237,6 +237,8 @@ def _stages(config: DemoConfig, run: Path, counts: dict[str, int], drawn: bool) 
 def _run_stage(stage: Stage, timings: Timings, port: int | None) -> int:
     """Print the stage's command and run its `main` with the configuration that this command
     gives, unless its output is there already."""
+    from training.config import RunConfig
+
     shown = " ".join(_short(argument) for argument in stage.arguments)
     command = f"python {stage.script} {shown}"
     print(f"\n$ {command}", flush=True)
@@ -244,7 +246,7 @@ def _run_stage(stage: Stage, timings: Timings, port: int | None) -> int:
     config = parse(config_class, presets=presets, argv=stage.arguments)
     config = dataclasses.replace(config, metrics_port=port)
     images = stage.num_images
-    if hasattr(config, "train"):
+    if isinstance(config, RunConfig):
         images = config.train.num_steps * config.train.global_batch_size
     with timings.attempt(stage.name, command, images) as attempt:
         code = DONE if _is_current(stage) else run_main(config)
