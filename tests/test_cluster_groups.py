@@ -78,12 +78,16 @@ class Nodes:
 
 
 def _titles(raylet: int) -> Iterator[str]:
+    """Yield what the workers below a raylet call themselves while they work."""
+    below: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
-        for process in psutil.Process(raylet).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                title = " ".join(process.cmdline())
-                if title.startswith("ray::") and not title.startswith("ray::IDLE"):
-                    yield title
+        below = psutil.Process(raylet).children(recursive=True)
+    for process in below:
+        title = ""
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+        if title.startswith("ray::") and not title.startswith("ray::IDLE"):
+            yield title
 
 
 @pytest.fixture(scope="module")

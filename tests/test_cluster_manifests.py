@@ -1,4 +1,4 @@
-"""Manifests, cluster configurations and the image: valid, whole, and their commands can be run."""
+"""Manifests and cluster configurations: valid, whole, and their commands can be run."""
 
 import copy
 import functools
@@ -7,7 +7,6 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,12 +26,10 @@ ROOT = Path(__file__).parent.parent
 CRDS = ROOT.parent / "shared" / "data" / "crds"
 KUBERAY = sorted((ROOT / "cluster" / "kuberay").rglob("*.yaml"))
 RAY_UP = sorted((ROOT / "cluster" / "ray-up").glob("*.yaml"))
-DOCKERFILE = ROOT / "cluster" / "Dockerfile"
 RAY_SCHEMA = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
 OWN_KINDS = {"RayCluster", "RayJob", "PodMonitor", "PrometheusRule"}
 ENTRY_POINTS = "download embed clip prior decoder up256 up1024 sample fid"
 TRAINED_ON_GPUS = {"clip", "prior", "decoder", "up256", "up1024"}
-ROOTS_ONLY = ("apt-get", "useradd", "install", "rm")  # need a container of their own
 
 
 def name_of(path: Path) -> str:
@@ -343,77 +340,3 @@ def test_every_start_command_can_be_run_dry(path: Path, tmp_path: Path):
     assert token.stat().st_mode & 0o077 == 0
     mounts = load(path)["file_mounts"]
     assert mounts == {"/home/minidalle2/.ray/auth_token": "~/.ray/auth_token"}
-
-
-# -- the image -------------------------------------------------------------------------------------
-
-
-def instructions() -> list[tuple[str, str]]:
-    """Return the Dockerfile's instructions and their arguments."""
-    lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#")]
-    whole = "\n".join(lines).replace("\\\n", " ")
-    pairs = (line.partition(" ") for line in whole.splitlines() if line.strip())
-    return [(word, rest.strip()) for word, _, rest in pairs]
-
-
-def test_the_image_is_pinned_whole_and_not_roots(capsys, tmp_path: Path, monkeypatch):
-    found = instructions()
-    arguments = dict(rest.split("=", 1) for word, rest in found if word == "ARG")
-    assert re.fullmatch(r"python:3\.1[12]\.\d+-slim-\w+", arguments["BASE"])
-    bases = [rest.split()[0] for word, rest in found if word == "FROM"]
-    stages = [rest.split()[-1] for word, rest in found if word == "FROM"][:-1]
-    assert bases == ["${BASE}", "common", "common", "${DEVICE}"] and "gpu" in stages
-    assert found[-2] == ("USER", "minidalle2") and found[-1][0] == "CMD"
-    for word, rest in found:
-        if word == "COPY":
-            assert all((ROOT / source).exists() for source in rest.split()[:-1])
-        if word == "RUN":
-            assert subprocess.run(["bash", "-n", "-c", rest]).returncode == 0
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    told = run_dry(shlex.join(json.loads(found[-1][1])), capsys)
-    assert "--dashboard-host=127.0.0.1" in told and list(tmp_path.iterdir()) == []
-
-
-def test_the_image_takes_the_packages_and_no_secret():
-    ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line]
-    assert {"**/auth_token", "**/*.pem", ".git", "data", "runs"} <= set(ignored)
-    needed = {"ingest", "models", "training", "eval", "cluster", "pyproject.toml", "README.md"}
-    assert not needed & set(ignored)
-    assert "cluster/kuberay/auth_token" in (ROOT / ".gitignore").read_text().splitlines()
-
-
-@pytest.mark.slow
-def test_the_images_commands_run_in_a_plain_shell(tmp_path: Path):
-    """Without a container engine: pip's steps for real, in an environment of their own over the
-    packages that are here; what needs a container's root is only recorded."""
-    root, site = tmp_path / "root", Path(jsonschema.__file__).parent.parent
-    bare = [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")]
-    subprocess.run(bare, check=True)
-    pip = tmp_path / "venv" / "bin" / "pip"
-    pip.write_text('#!/bin/sh\nexec python -m pip "$@"\n')
-    pip.chmod(0o755)
-    [own] = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
-    (own / "here.pth").write_text(str(site))
-    root.mkdir()
-    for folder in ("ingest", "models", "training", "eval", "cluster"):
-        skipped = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / folder, root / folder, ignore=skipped)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.lock"):
-        shutil.copy(ROOT / name, root / name)
-    (tmp_path / "bin").mkdir()
-    for name in ROOTS_ONLY:
-        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/told\n')
-        (tmp_path / "bin" / name).chmod(0o755)
-    env = {"PATH": f"{tmp_path}/bin:{tmp_path}/venv/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
-    for word, rest in instructions():
-        if word == "RUN":
-            command = ["bash", "-euc", rest]
-            done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
-            assert done.returncode == 0, f"{rest}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    recorded = (tmp_path / "told").read_text()
-    assert "apt-get install -y --no-install-recommends libgomp1" in recorded
-    code = "import training, sys; print(training.__file__)"
-    command = [str(tmp_path / "venv" / "bin" / "python"), "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.strip() == str(root / "training" / "__init__.py"), done.stderr

@@ -1,7 +1,9 @@
 """Laws of docs/: every command parses, every path is there, and what is counted is what is."""
 
 import re
+import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FOLDERS = "ingest|models|training|eval|cluster|tests|benchmarks|docs"
-MADE = ("data/", "runs/")  # what a user's commands make
+MADE = ("data/", "runs/", "benchmarks/measured.jsonl")  # what a user's commands make
 
 
 def commands(page: Path) -> Iterator[str]:
@@ -21,6 +23,16 @@ def commands(page: Path) -> Iterator[str]:
     for line in text.splitlines():
         yield from (found.strip() for found in re.findall(rf"python (?:{FOLDERS})/[^`;]*", line))
         yield from re.findall(r'"(python [^"]+)"', line)
+
+
+def run_dry(script: str, argv: list[str]) -> None:
+    """Run a script's own command line with --dry-run; ValueError unless it ends well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(ROOT / script), *argv, "--dry-run"])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    if caught.value.code:
+        raise ValueError(f"exit code {caught.value.code}")
 
 
 def config_of(words: list[str]) -> Any:
@@ -33,6 +45,8 @@ def config_of(words: list[str]) -> Any:
     from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 
     script, argv = words[1], words[2:]
+    if script.startswith("cluster/"):
+        return run_dry(script, argv)
     if script == "eval/sample.py" and argv and argv[0] in COMMANDS:
         return parse(COMMANDS[argv[0]][0], argv=argv[1:])
     classes: dict[str, tuple[type, Path | None]] = {

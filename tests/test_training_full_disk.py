@@ -51,7 +51,9 @@ def fill(disk: Path, leave: int = 0) -> Path:
 
 def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(disk: Path, tmp_path: Path):
     """Full from the fifth step on, for the checkpoint of the sixth; then there is room again."""
-    config = dataclasses.replace(CONFIG, checkpoint_every=2, report_every=3)
+    config = dataclasses.replace(
+        CONFIG, checkpoint_every=2, report_every=3, async_checkpoints=False
+    )
     calls = iter(range(100))
 
     def filling(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
