@@ -10,10 +10,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from test_cluster_manifests import run_dry
+from test_cluster_manifests import DOCKERFILE, run_dry
 
 ROOT = Path(__file__).parent.parent
-DOCKERFILE = ROOT / "cluster" / "Dockerfile"
 ROOTS_ONLY = ("apt-get", "useradd", "install", "rm")  # need a container of their own
 
 

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 CRDS = ROOT.parent / "shared" / "data" / "crds"
 KUBERAY = sorted((ROOT / "cluster" / "kuberay").rglob("*.yaml"))
 RAY_UP = sorted((ROOT / "cluster" / "ray-up").glob("*.yaml"))
+DOCKERFILE = ROOT / "cluster" / "Dockerfile"
 RAY_SCHEMA = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
 OWN_KINDS = {"RayCluster", "RayJob", "PodMonitor", "PrometheusRule"}
 ENTRY_POINTS = "download embed clip prior decoder up256 up1024 sample fid"

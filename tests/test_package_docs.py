@@ -71,7 +71,7 @@ def test_every_command_parses(page: Path):
     found = list(commands(page))
     assert found or page.stem == "language-model"
     for command in found:
-        words = shlex.split(command.partition(" -- ")[0])
+        words = shlex.split(command.partition(" -- ")[0], comments=True)
         try:
             config_of(words)
         except (ValueError, SystemExit, KeyError) as error:
