@@ -4,6 +4,7 @@ import re
 import runpy
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def commands(page: Path) -> Iterator[str]:
 
 def run_dry(script: str, argv: list[str]) -> None:
     """Run a script's own command line with --dry-run; ValueError unless it ends well."""
-    with pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", home)  # where a token would be looked for
         patch.setattr(sys, "argv", [str(ROOT / script), *argv, "--dry-run"])
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(sys.argv[0], run_name="__main__")
