@@ -12,6 +12,7 @@ import torch
 
 from cluster.cli import JOB_VARIABLE, merged, read_yaml
 from models.configs import DiffusionPriorConfig
+from training.cards import DATA_CARD
 from training.config import PriorRunConfig, TrainConfig
 from training.worker import _locked, _try_lock, launch, prepare_run
 
@@ -104,13 +105,17 @@ def test_inside_a_ray_job_a_relative_run_is_refused(
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture):
-    (prepare_run(CONFIG, str(tmp_path)) / "final.json").write_text('{"step": "step_00000001"}')
+    run = prepare_run(CONFIG, str(tmp_path))
+    (run / "final.json").write_text('{"step": "step_00000001"}')
+    (run / "step_00000001").mkdir()
+    (run / "step_00000001" / DATA_CARD).write_text("as it was")
 
     def build(config: PriorRunConfig):
         raise AssertionError("a finished run was built again")
 
     assert launch(CONFIG, str(tmp_path), build, "prior") == 0
     assert "finished already; --fresh starts over" in capsys.readouterr().out
+    assert (run / "step_00000001" / DATA_CARD).read_text() == "as it was"
 
 
 def test_two_processes_do_not_train_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
