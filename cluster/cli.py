@@ -110,7 +110,8 @@ def _require_known(arguments: list[str], known: list[str]) -> None:
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
         plain = flag.replace("--no-", "--", 1).rpartition(".")
-        if not flag.startswith("--") or flag in ("--help", "--"):
+        # words with spaces are values: options to hand on, such as "--prior-steps 2 --seed 1"
+        if not flag.startswith("--") or flag in ("--help", "--") or " " in flag:
             continue
         positive = flag if flag in known else f"{plain[0]}{plain[1]}{plain[2].removeprefix('no-')}"
         if positive not in known:

@@ -74,6 +74,20 @@ def test_an_unknown_flag_names_the_nearest(flag: str, nearest: str):
     assert str(caught.value).endswith(f"did you mean {nearest}?")
 
 
+@dataclass(frozen=True, kw_only=True)
+class HandingOn:
+    """A script that calls another."""
+
+    options: str = ""
+    """of the other"""
+
+
+@pytest.mark.parametrize("options", ["--prior-steps 2 --seed 1", "--seed 1"])
+def test_options_to_hand_on_are_a_value(options: str):
+    assert parse(HandingOn, argv=["--options", options]).options == options
+    assert parse(HandingOn, argv=[f"--options={options}"]).options == options
+
+
 def test_a_flag_like_nothing_lists_them_all():
     with pytest.raises(ValueError, match="unknown flag --zzz; known: --inner.width, .*--num-steps"):
         read("--zzz")

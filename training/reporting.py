@@ -224,7 +224,7 @@ class Follower:
         hidden = not console.is_terminal
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as bar:
             task = bar.add_task(self._model, total=None, note="starting")
-            stopped = False
+            stopped, unsaid = False, None
             while not stopped:
                 stopped = self._stop.wait(1.0)
                 line = self._catch_up()
@@ -235,7 +235,9 @@ class Follower:
                 if line is not None:
                     done, total = line["step"], line["num_steps"]
                     bar.update(task, total=total, completed=done, note=describe(line))
-                    self._say(line, at_once=stopped, silent=not hidden)
+                    unsaid = line
+                if unsaid is not None and self._say(unsaid, at_once=stopped, silent=not hidden):
+                    unsaid = None
 
     def _catch_up(self) -> dict | None:
         """Publish the lines that are new; returns the last of them."""
@@ -286,11 +288,15 @@ class Follower:
 
         storage_space(self._run, holds="runs")
 
-    def _say(self, line: dict, *, at_once: bool, silent: bool) -> None:
-        if silent or not (at_once or time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
-            return
+    def _say(self, line: dict, *, at_once: bool, silent: bool) -> bool:
+        """Print a line unless another was printed just now; whether it was, or never will be."""
+        if silent:
+            return True
+        if not (at_once or time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
+            return False
         self._said = time.monotonic()
         print(f"{self._model}: {describe(line)}", flush=True)
+        return True
 
     def _publish(self, line: dict) -> None:
         from cluster.metrics import counter, histogram
