@@ -79,6 +79,7 @@ def parse(
     if dry_run:
         arguments = [argument for argument in arguments if argument != DRY_RUN]
     _require_known(arguments, known)
+    arguments = _with_values(arguments)
     help_asked = "--help" in arguments or "-h" in arguments
     with _listed(config_class, help_asked), nullcontext() if help_asked else _told_in_one_line():
         config = _read_flags(default, arguments, _also(presets, DRY_RUN not in known))
@@ -117,6 +118,17 @@ def _require_known(arguments: list[str], known: list[str]) -> None:
         if positive not in known:
             more = sorted({"--config", "--preset", DRY_RUN} - {*known})
             raise ValueError(f"unknown flag {flag}{_nearest(flag, [*known, *more])}")
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """Tie values that look like flags, such as "--prior-steps 2 --seed 1", to the flag before."""
+    tied: list[str] = []
+    for argument in arguments:
+        if tied and argument.startswith("--") and " " in argument.split("=")[0]:
+            tied[-1] += f"={argument}"
+        else:
+            tied.append(argument)
+    return tied
 
 
 def require_lasting(name: str, path: str) -> None:
