@@ -1,6 +1,6 @@
 """Real stages in one process that Prometheus is to watch; run by test_cluster_watch.py.
 
-python tests/_stages.py FOLDER PORT URL_LIST SITE       # ends when its input does
+python tests/_stages.py FOLDER PORT URL_LIST SITE       # begins at a line of input, ends with it
 
 Downloads from the site, trains a prior until somebody makes FOLDER/run/stop, draws, evaluates.
 """
@@ -21,6 +21,7 @@ def main(folder: Path, port: int, urls: str, site: str) -> int:
     from training import prior
 
     serve(port)
+    sys.stdin.readline()  # of whoever has seen the counters at 0: what grew before is no growth
     timings = Timings(folder / "timings.json")
     data, chain = folder / "data", folder / "chain"
     parts = [

@@ -84,6 +84,10 @@ def live(
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
         found = Live(watching, process, folder)
         try:
+            wait_for(lambda: watching.now("minidalle2_ingest_rows_total"), "a scrape", 120)
+            assert process.stdin is not None
+            process.stdin.write(b"\n")
+            process.stdin.flush()
             found.wait_until_done("download")
             wait_for(lambda: watching.now("minidalle2:train_step > 1"), "a few steps", 300)
             yield found
