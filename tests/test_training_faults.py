@@ -28,7 +28,7 @@ def campaign(keep: Path, *arguments: str, timeout: float) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_that_loses_a_worker_a_raylet_and_its_driver_ends_as_if_it_had_not(tmp_path: Path):
     found = campaign(
         tmp_path, "--faults", "writing", "raylet", "driver", "--together", "--repeats", "1",
