@@ -319,15 +319,3 @@ def test_hostile_names_are_shown_and_do_nothing(fake: FakePrometheus, page: Watc
         assert view.tab.locator("script").count() == 1
         assert view.tab.evaluate("document.documentElement.scrollWidth") <= 390
         assert view.said == []
-
-
-@pytest.mark.slow
-@needs_chromium
-def test_a_line_that_differs_in_its_last_digits_is_level(fake: FakePrometheus, page: WatchServer):
-    labels = dict.fromkeys(("model", "instance", "metric", "outcome", "of", "stage"), "one")
-    values = [[0, "0.7"], [1, "0.7000000000000001"]]
-    fake.tell({"result": [{"metric": labels, "value": values[0], "values": values}], "alerts": []})
-    with browsing(width=390) as view:
-        view.tab.goto(f"http://{page.shown}/")
-        view.tab.wait_for_selector(".card:not(.none) path", state="attached")
-        assert view.said == []
