@@ -10,18 +10,22 @@ SIZE = 64  # px
 PER_SHARD = 500
 
 
-def write_sets(root: Path, pairs: Path | None, num_train: int, num_test: int) -> None:
+def write_sets(
+    root: Path, pairs: Path | None, num_train: int, num_test: int, seed: int = 0
+) -> None:
     """Write `root`/train and `root`/test as image shards.
 
     pairs: a Parquet file of images and captions, split by base name; None: the drawn set, whose
-    test set holds out combinations of shape, colour and relation.
+    test set holds out combinations of shape, colour and relation. seed: another one draws other
+    scenes, and splits a file otherwise.
     """
     from cluster.demo_data import drawn_pairs, given_pairs
 
     if pairs is None:
-        sets = drawn_pairs(root / "pairs", num_train, num_test // 3, 0)
+        sets = drawn_pairs(root / "pairs", num_train, num_test // 3, seed)
     else:
-        sets = given_pairs(root / "pairs", pairs, num_train + num_test)
+        salt = f"{seed} " if seed else ""
+        sets = given_pairs(root / "pairs", pairs, num_train + num_test, salt)
     for name, found in sets.items():
         _write_shards(root / name, [(row["image"], row["caption"]) for row in found.read()])
 

@@ -40,6 +40,8 @@ class Config:
     """steps of the CLIP"""
     compile: bool = False
     """compile the decoder"""
+    channels_last: bool = False
+    """keep the decoder's activations channels-last, where the preset does not"""
     out: str = "gpu_grid.png"
     """file of the grid"""
     num_threads: int = 2
@@ -77,6 +79,8 @@ def _trained(root: Path, config: Config) -> list[dict[str, Any]]:
         embed_here(str(root / part), root / f"{part}_embeds", str(root / "clip"))
     base = (*images, "--embeds", str(root / "train_embeds"), "--train.report-every", "5")
     compiled = ("--train.compile",) if config.compile else ()
+    if config.channels_last:
+        compiled += ("--base.unet.channels-last",)
     trial = root / "trial"
     _train("decoder", config, config.decoder, *base, *compiled, "--run", str(trial),
            "--train.num-steps", str(TRIAL))  # fmt: skip
@@ -108,6 +112,7 @@ def _figures(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
         "device": device,
         "preset": config.decoder,
         "compiled": config.compile,
+        "channels_last": config.channels_last,
         "images_per_second": float(np.median([line["samples_per_second"] for line in steady])),
         "mfu": float(np.median([line["mfu"] for line in steady])) if "mfu" in steady[0] else None,
         "device_memory_bytes": lines[-1].get("device_memory_bytes"),

@@ -53,6 +53,8 @@ class Config:
     """steps of the CLIP"""
     sets: tuple[str, ...] = ("shapes", "emoji")
     """data sets"""
+    seed: int = 0
+    """of the split, the drawings, the weights and the draws"""
     num_threads: int = 2
     """threads on the CPU"""
 
@@ -90,7 +92,7 @@ def _compare(root: Path, source: Path | None, config: Config) -> dict[str, dict[
     from models.scores import prior_scorecard
     from training.demo_data import embed_here
 
-    write_sets(root, source, config.num_train, config.num_test)
+    write_sets(root, source, config.num_train, config.num_test, config.seed)
     drawn = source is None
     _train("clip", root, config, "--images", str(root / "train"), "--run", str(root / "clip"),
            "--train.num-steps", str(config.clip_steps), "--block-size", "4" if drawn else "1",
@@ -107,7 +109,7 @@ def _compare(root: Path, source: Path | None, config: Config) -> dict[str, dict[
                )  # fmt: skip
         seconds = time.perf_counter() - started
         for name, changes in VARIANTS[kind].items():
-            draws, milliseconds = _draws(root, kind, captions, changes)
+            draws, milliseconds = _draws(root, kind, captions, changes, config.seed)
             figures[name] = {
                 **prior_scorecard(draws, image, text, meanings),
                 "train_seconds": seconds,
@@ -119,25 +121,25 @@ def _compare(root: Path, source: Path | None, config: Config) -> dict[str, dict[
 def _train(what: str, root: Path, config: Config, *arguments: str) -> None:
     script = str(ROOT / "training" / f"{what}.py")
     threads = ("--train.num-workers", "0", "--train.num-threads", str(config.num_threads))
-    command = [sys.executable, script, "--preset", "demo", *threads, *arguments]
+    seed = ("--train.seed", str(config.seed))
+    command = [sys.executable, script, "--preset", "demo", *threads, *seed, *arguments]
     subprocess.run(command, check=True, timeout=3600, stdout=subprocess.DEVNULL)
 
 
 def _draws(
-    root: Path, kind: str, captions: list[str], changes: dict[str, Any]
+    root: Path, kind: str, captions: list[str], changes: dict[str, Any], seed: int
 ) -> tuple[Any, float]:
     """Return a draw for each caption, [N, E], and the milliseconds of one, in batches of 100."""
     import torch
 
+    from eval.chain import load_chain
     from eval.generate import caption_keys, default_sampling
-    from models.clip import load_clip
-    from models.unclip import UnClip
 
-    chain = UnClip.load(load_clip(str(root / "clip")), str(root / kind))
+    chain = load_chain(str(root / "clip"), str(root / kind), "", (), device="auto")
     sampling = default_sampling()
     prior = dataclasses.replace(sampling.prior, **changes)
     sampling = dataclasses.replace(sampling, precision="fp32", prior=prior)
-    keys = caption_keys(captions, 0)
+    keys = caption_keys(captions, seed)
     chain.imagine(keys[:100], captions[:100], sampling)
     started = time.perf_counter()
     parts = [
@@ -145,7 +147,7 @@ def _draws(
         for start in range(0, len(captions), 100)
     ]
     seconds = time.perf_counter() - started
-    return torch.cat(parts), 1000 * seconds / len(captions)
+    return torch.cat(parts).cpu(), 1000 * seconds / len(captions)
 
 
 if __name__ == "__main__":

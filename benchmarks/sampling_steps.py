@@ -1,6 +1,7 @@
 """Is a sample of 20 steps as good as one of 250? Frechet distance and images/s of both.
 
     python benchmarks/sampling_steps.py        # after make demo; some forty minutes on two cores
+    python benchmarks/sampling_steps.py --run FOLDER        # which holds such runs, clip and base
 
 The demo's base decoder draws the same new scenes twice, from the same starting noise under their
 true image embeddings and captions, unguided: by DPM-Solver++ 2M in 20 steps, the default, and by
@@ -37,6 +38,8 @@ class Config:
     """of the scenes; the demo's own is 0"""
     num_threads: int = 2
     """threads on the CPU"""
+    device: str = "auto"
+    """auto: the first GPU where there is one; cpu, cuda:0, ..."""
 
 
 def main(config: Config) -> int:
@@ -51,9 +54,12 @@ def main(config: Config) -> int:
 
     torch.set_num_threads(config.num_threads)
     run = config.run
-    if not Path(run, "eval.json").is_file():
-        raise ValueError(f"{run}: found no finished demo, expected one; run make demo first")
-    chain = load_chain(f"{run}/clip", "", f"{run}/base", ())
+    for part in ("clip", "base"):
+        if not Path(run, part).is_dir():
+            raise ValueError(
+                f"{run}: found no {part}, expected a finished demo; run make demo first"
+            )
+    chain = load_chain(f"{run}/clip", "", f"{run}/base", (), device=config.device)
     features = ClipFeatures(chain.clip)
     captions, pictures = _scenes(config)
     real = extract(features, pictures)
@@ -86,9 +92,7 @@ def _scenes(config: Config) -> tuple[list[str], list[Any]]:
     from ingest.shapes import make_pairs
 
     half = config.num_samples // 2
-    pairs = [
-        pair for split in ("single", "seen") for pair in make_pairs(half, config.seed, split)
-    ]
+    pairs = [pair for split in ("single", "seen") for pair in make_pairs(half, config.seed, split)]
     pictures = [Image.open(io.BytesIO(pair.image_bytes)).convert("RGB") for pair in pairs]
     return [pair.caption for pair in pairs], pictures
 

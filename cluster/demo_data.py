@@ -61,8 +61,9 @@ def drawn_pairs(folder: Path, num_train: int, num_test: int, seed: int) -> dict[
     return found
 
 
-def given_pairs(folder: Path, source: Path, limit: int) -> dict[str, Pairs]:
+def given_pairs(folder: Path, source: Path, limit: int, salt: str = "") -> dict[str, Pairs]:
     """Split a user's Parquet file by base name, so that no variant of a test picture is trained on.
+    salt: another one makes another split.
 
     What was split stays as it is. Raises ValueError as `_read_given` does, for a picture that does
     not decode, and for too few pairs.
@@ -74,7 +75,7 @@ def given_pairs(folder: Path, source: Path, limit: int) -> dict[str, Pairs]:
     # a stable shuffle by base name: variants stay together, and a limit takes whole names
     rows.sort(
         key=lambda row: (
-            zlib.crc32(base_name(row["name"]).encode()),
+            zlib.crc32(f"{salt}{base_name(row['name'])}".encode()),
             base_name(row["name"]),
             row["caption"],
         )
@@ -83,7 +84,7 @@ def given_pairs(folder: Path, source: Path, limit: int) -> dict[str, Pairs]:
     _require_pictures(source, rows)
     split: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for row in rows:
-        held_out = zlib.crc32(f"test {base_name(row['name'])}".encode()) % TEST_ONE_IN == 0
+        held_out = zlib.crc32(f"{salt}test {base_name(row['name'])}".encode()) % TEST_ONE_IN == 0
         split["test" if held_out else "train"].append(
             {"image": row["image"], "caption": row["caption"]}
         )

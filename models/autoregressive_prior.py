@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import keyed_random
+from models.autocast import in_fp32
 from models.configs import AutoregressivePriorConfig
 from models.priors import PriorSampling, PriorText
 from models.text import TextEncoder
@@ -29,6 +30,7 @@ class PcaCodes(nn.Module):
     """Embeddings to codes and back: uniform buckets of the principal components.
 
     Half a bucket, RANGE / C standard deviations, bounds the error of each component within range.
+    Always in fp32: bf16 tells at most 256 values of a component apart, and would move codes.
     """
 
     mean: Tensor
@@ -51,7 +53,8 @@ class PcaCodes(nn.Module):
 
     def components(self, z: Tensor) -> Tensor:
         """Return the principal components [B, K] of z [B, E], in standard deviations."""
-        return (z.float() - self.mean) @ self.basis / self.std
+        with in_fp32(z):
+            return (z.float() - self.mean) @ self.basis / self.std
 
     def encode(self, z: Tensor) -> Tensor:
         """Return codes int64 [B, K] of z [B, E]."""
@@ -60,7 +63,8 @@ class PcaCodes(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Return the unit vectors [B, E] at the buckets' middles."""
         y = _middle(codes, self.codebook_size) * RANGE * self.std
-        return F.normalize(self.mean + y @ self.basis.T, dim=-1)
+        with in_fp32(y):
+            return F.normalize(self.mean + y @ self.basis.T, dim=-1)
 
 
 def _bucket(x: Tensor, count: int) -> Tensor:

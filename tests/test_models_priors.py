@@ -185,6 +185,16 @@ def test_a_round_trip_errs_by_half_a_bucket_at_most(codebook_size: int):
     assert ((y - middle).abs()[within] <= RANGE / codebook_size * (1 + 1e-3)).all()
 
 
+def test_codes_are_the_same_under_autocast():
+    """bf16's 8 bits would move most codes of 1,024 to a neighbour."""
+    z = low_rank(200, 20, 48)
+    codes = fitted(z, 20)
+    found, back = codes.encode(z), codes.decode(codes.encode(z))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codes.encode(z), found)
+        assert torch.equal(codes.decode(found), back)
+
+
 def test_a_low_rank_set_is_kept_within_a_percent():
     """The paper's 319 of 1024 lose less than 1 % of the mean squared error."""
     z = low_rank(3000, 319, 1024)

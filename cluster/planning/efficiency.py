@@ -109,7 +109,7 @@ def read_measured(path: str) -> list[Measured]:
 
 
 def _measured(where: str, line: str) -> Measured | None:
-    """Read a line as benchmarks/gpu.py prints; None for a device without a known peak."""
+    """Read a line as benchmarks/preset_step.py prints; None for a device without a known peak."""
     try:
         told = json.loads(line)
         device, preset, mfu = told["device"], told["preset"], told["mfu"]
@@ -125,7 +125,7 @@ def _measured(where: str, line: str) -> Measured | None:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"measured: {where}: found {error}, expected device, preset and mfu as "
-            "benchmarks/gpu.py prints them"
+            "benchmarks/preset_step.py prints them"
         ) from None
 
 

@@ -37,7 +37,7 @@ class PlanRequest:
     effective_tflops: float = 0.0
     """teraFLOPs a second that training reaches on each GPU, instead of mfu; 0 = by mfu"""
     measured: str = ""
-    """file of measured speeds, one JSON object a line as benchmarks/gpu.py prints; empty =
+    """file of measured speeds, one JSON object a line as benchmarks/preset_step.py prints; empty =
     benchmarks/measured.jsonl of the project, where there is one"""
     headroom: float = 0.1
     """share of a GPU's memory left to kernels' workspaces, NCCL and the allocator"""

@@ -1,0 +1,300 @@
+"""Training steps of the presets on this device: samples/s, MFU, and memory beside the plan's.
+
+    python benchmarks/preset_step.py                                    # minutes, on a GPU or not
+    python benchmarks/preset_step.py --stages decoder/karlo:64 --variants plain channels_last
+
+A step is a whole one of the plain engine: noise, conditioning drops, forward, loss, backward, the
+clipped norm, AdamW and EMA, on pictures, embeddings and token states of noise that are on the
+device already, 32 words a caption. A frozen CLIP's text tower, data and networks are not in it.
+MFU counts the model's own FLOPs (six a multiply-accumulate) against the data sheet's dense bf16.
+Memory is the most that torch's allocator gave out, on a GPU, beside what cluster/plan.py reckons
+with. A batch that does not fit is halved until it does. `--jsonl FILE` appends the lines that plans
+read.
+"""
+
+import gc
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.cli import parse, run_script
+
+WARMING_STEPS = 3
+WORDS = 32  # tokens of a caption, of which a web list's have about so many
+GPU_STAGES = (
+    "decoder/mini:256", "decoder/karlo:64", "prior/paper:128", "decoder/modern:128",
+    "decoder/paper_up256:64", "prior/paper_ar:64", "decoder/paper_up1024:8", "prior/modern:512",
+    "prior/mini:1024", "decoder/mini_up:256", "decoder/paper:16",
+)  # fmt: skip
+CPU_STAGES = ("prior/demo:64", "decoder/demo:64", "decoder/demo_up:64")
+# what is added to a preset: its flags for a U-Net, and whether it is compiled
+VARIANTS: dict[str, tuple[bool, bool]] = {
+    "plain": (False, False),
+    "channels_last": (True, False),
+    "compiled": (False, True),
+    "channels_last_compiled": (True, True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to measure."""
+
+    stages: tuple[str, ...] = ()
+    """script/preset:batch; empty = all presets of a GPU, or the demo's on a CPU"""
+    variants: tuple[str, ...] = ("plain",)
+    """of plain, channels_last, compiled, channels_last_compiled; a prior has no channels"""
+    num_steps: int = 8
+    """steps of a measurement, after three that warm up"""
+    repeats: int = 3
+    """parts of a measurement, of so many steps each: the middle one counts"""
+    num_threads: int = 2
+    """threads on the CPU"""
+    jsonl: str = ""
+    """file to append a line for each measurement to"""
+
+
+def main(config: Config) -> int:
+    """Print a table, and one JSON object as the last line."""
+    unknown = set(config.variants) - set(VARIANTS)
+    if unknown:
+        names = ", ".join(VARIANTS)
+        raise ValueError(f"variants: found {min(unknown)!r}, expected some of {names}")
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    torch.set_num_threads(config.num_threads)
+    stages = config.stages or (GPU_STAGES if torch.cuda.is_available() else CPU_STAGES)
+    columns = (
+        "stage", "variant", "parameters", "batch", "ms a step", "spread", "samples/s", "MFU",
+        "memory, GiB", "predicted",
+    )  # fmt: skip
+    pairs = [
+        (stage, variant)
+        for stage in stages
+        for variant in config.variants
+        if not (stage.startswith("prior") and VARIANTS[variant][0])
+    ]
+    table, found = Table(*columns), []
+    for stage, variant in pairs:
+        told = _largest_that_fits(config, stage, variant)
+        print(json.dumps(told), flush=True)
+        found.append(told)
+        table.add_row(*_row(told))
+        if config.jsonl and "mfu" in told:
+            with Path(config.jsonl).open("a") as file:
+                file.write(json.dumps(told) + "\n")
+    Console(width=140).print(table)
+    print(json.dumps({"measured": found}))
+    return 0
+
+
+def _row(told: dict[str, Any]) -> list[str]:
+    head = [f"{told['script']}/{told['preset']}", told["variant"]]
+    if "mfu" not in told:
+        return [*head, "does not fit"]
+    mfu = "" if told["mfu"] is None else f"{100 * told['mfu']:.1f} %"
+    memory = "" if told["memory_bytes"] is None else f"{told['memory_bytes'] / 2**30:.2f}"
+    return [
+        *head, f"{told['parameters']:,}", str(told["batch"]), f"{told['ms']:.1f}",
+        f"{told['ms_spread']:.1f}", f"{told['samples_per_second']:,.1f}", mfu, memory,
+        f"{told['predicted_bytes'] / 2**30:.2f}",
+    ]  # fmt: skip
+
+
+def _largest_that_fits(config: Config, stage: str, variant: str) -> dict[str, Any]:
+    """Measure a stage, at half the batch where it does not fit."""
+    import torch
+
+    name, batch = stage.split(":")
+    script, preset = name.split("/")
+    size = int(batch)
+    while size:
+        try:
+            return _figures(config, script, preset, variant, size)
+        except torch.cuda.OutOfMemoryError:
+            size //= 2
+        finally:
+            _let_go()
+    return {"script": script, "preset": preset, "variant": variant}
+
+
+def _let_go() -> None:
+    """Free what a measurement held, compiled code too, so that the next one starts alike."""
+    import torch
+
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _figures(config: Config, script: str, preset: str, variant: str, batch: int) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    from cluster.planning.stages import CHAINS, build_encoder
+    from models.costs import training_flops
+    from models.flops import num_parameters
+    from training.precision import settled
+    from training.profiling import peak_tflops
+    from training.worker import compile_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    channels_last, compiled = VARIANTS[variant]
+    chain = next(
+        (c for c in CHAINS.values() if preset in (c.prior, c.ar, *c.decoders)), CHAINS["mini"]
+    )
+    encoder = build_encoder(chain.encoder)
+    told, build = _config(script, preset, channels_last, encoder.sizes)
+    predicted = _predicted(told, build, script, preset, encoder, batch)
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    with device:
+        model = build()
+    flops = training_flops(model, WORDS)
+    if compiled:
+        compile_model(model)
+    columns = _columns(model, encoder.sizes, batch, device)
+    parts = _times(config, model, columns, told.train, device)
+    peak = peak_tflops(device) * 1e12
+    rate, on_gpu = batch / float(np.median(parts)), device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "script": script, "preset": preset, "variant": variant, "compiled": compiled,
+        "network": _network(model), "parameters": num_parameters(model), "batch": batch,
+        "ms": 1000 * batch / rate, "ms_spread": 1000 * float(np.ptp(parts)),
+        "samples_per_second": rate, "tflops": rate * flops / 1e12,
+        "mfu": rate * flops / peak if peak else None,
+        "memory_bytes": torch.cuda.max_memory_allocated() - before if on_gpu else None,
+        "predicted_bytes": predicted,
+        "precision": settled(told.train.precision, device.type), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def _times(config: Config, model: Any, columns: Any, settings: Any, device: Any) -> list[float]:
+    """Return the seconds of a step, by parts of `num_steps` steps."""
+    from training.averages import Averages
+    from training.loop import _forward_backward
+    from training.zero import PlainEngine
+
+    engine = PlainEngine(model, _objective, settings, device)
+    averages = Averages(engine.fragments(), settings.ema_decay)
+    model.train()
+
+    def step(number: int) -> None:
+        _forward_backward(engine, [columns])
+        engine.step(1e-3)
+        averages.update(number, 0)
+
+    for number in range(WARMING_STEPS):
+        step(number)
+    parts = []
+    for _ in range(config.repeats):
+        _wait(device)
+        started = time.perf_counter()
+        for number in range(config.num_steps):
+            step(number)
+        _wait(device)
+        parts.append((time.perf_counter() - started) / config.num_steps)
+    return parts
+
+
+def _config(script: str, preset: str, channels_last: bool, sizes: dict[str, int]) -> Any:
+    """Return a preset's configuration for one process, and what builds its model."""
+    from dataclasses import replace
+
+    from cluster.planning.stages import read_preset
+    from training.jobs import decoder_model
+    from training.prior_job import prior_model
+
+    more = ["--train.num-workers", "0", "--train.zero-stage", "0"]
+    if script == "prior":
+        told = read_preset(script, preset, *more)
+        return told, lambda: prior_model(told, sizes)
+    told = read_preset(script, preset, *more)
+    part = "base" if told.stage == "base" else "up"
+    half = getattr(told, part)
+    unet = replace(half.unet, channels_last=channels_last or half.unet.channels_last)
+    told = replace(told, **{part: replace(half, unet=unet)})
+    return told, lambda: decoder_model(told, sizes)
+
+
+def _predicted(told: Any, build: Any, script: str, preset: str, encoder: Any, batch: int) -> float:
+    """Return the bytes that a plan reckons with: state, and activations of the batch."""
+    import torch
+
+    from cluster.planning.stages import Stage
+    from models.flops import state_bytes
+
+    with torch.device("meta"):
+        model = build()
+    stage = Stage(
+        name=preset, kind=script, preset=preset, config=told, model=model,
+        words=min(WORDS, encoder.sizes["context_length"]),
+    )  # fmt: skip
+    return state_bytes(model) + stage.activations[stage.checkpointing[0]].of(batch)
+
+
+def _columns(model: Any, sizes: dict[str, int], count: int, device: Any) -> Any:
+    """Return a batch of noise: pictures, unit embeddings, and captions of `WORDS` words, or as
+    many as the encoder has room for."""
+    import torch
+    import torch.nn.functional as F
+
+    from training.batches import Batch
+
+    side = getattr(model, "image_size", None) or getattr(model, "crop_size", 1)
+    dim, words = sizes["embed_dim"], min(WORDS, sizes["context_length"])
+    columns = {
+        "image": torch.rand(count, 3, side, side) * 2 - 1,
+        "image_embed": F.normalize(torch.randn(count, dim), dim=1),
+        "text_embed": F.normalize(torch.randn(count, dim), dim=1),
+        "states": torch.randn(count, words, sizes["text_width"]),
+        "tokens": torch.randint(1, 1000, (count, words)),
+    }
+    keys, weight = torch.arange(count), torch.ones(count)
+    return Batch(keys=keys, weight=weight, num_real=count, columns=columns).to(device)
+
+
+def _objective(model: Any, batch: Any) -> dict[str, Any]:
+    """Return a model's own losses of a batch of noise."""
+    from models.decoder import Condition, Decoder
+    from models.priors import PriorText
+    from models.upsampler import Upsampler
+
+    if isinstance(model, Upsampler):
+        return model.losses(batch.keys, batch["image"])
+    own = model.config.text_tokens
+    mask = batch["tokens"] > 0
+    if not isinstance(model, Decoder):
+        words = batch["tokens"] if own else batch["states"]
+        text = PriorText(text_embed=batch["text_embed"], text=words, token_mask=mask)
+        return model.losses(batch.keys, batch["image_embed"], text)
+    words = {"tokens": batch["tokens"]} if own else {"text_states": batch["states"]}
+    told = Condition(
+        image_embed=batch["image_embed"], text_embed=batch["text_embed"], token_mask=mask, **words
+    )
+    return model.losses(batch.keys, batch["image"], told)
+
+
+def _network(model: Any) -> str:
+    """Return the kind of network whose efficiency a plan takes this for."""
+    unet = getattr(model, "unet", None)
+    if unet is None:
+        return "transformer"
+    return "unet_channels_last" if unet.config.channels_last else "unet"
+
+
+def _wait(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(Config)))

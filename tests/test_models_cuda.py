@@ -1,0 +1,254 @@
+"""On a GPU the networks compute what they compute on a CPU: run where there is one.
+
+python -m pytest tests/test_models_cuda.py
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import keyed_random
+from models.activations import peak_bytes
+from models.autoregressive_prior import AutoregressivePrior
+from models.configs import (
+    AutoregressivePriorConfig,
+    DecoderConfig,
+    DiffusionPriorConfig,
+    RegressionPriorConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
+from models.costs import forward_of
+from models.decoder import Condition, Decoder, ImageSampling
+from models.diffusion_prior import DiffusionPrior
+from models.priors import PriorSampling, PriorText
+from models.regression_prior import RegressionPrior
+from models.samplers import SAMPLERS
+from models.upsampler import Upsampler
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+DRAWN = PriorSampling(sampler=SAMPLERS["ddim"])
+COUNT, WORDS, DIM, SIZE = 6, 9, 64, 32
+UNET = UNetConfig(
+    channels=64, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=(16,), head_channels=32
+)
+PRIORS = ("diffusion", "regression", "autoregressive")
+DECODERS = {
+    "as it is": UNET,
+    "folded": replace(UNET, patch_size=2),
+    "qk_norm": replace(UNET, qk_norm=True),
+    "checkpointing": replace(UNET, checkpointing=True),
+    "magnitude_preserving": replace(UNET, magnitude_preserving=True),
+    "channels_last": replace(UNET, channels_last=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """Convolutions and products in fp32, as on the CPU, not in TF32."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [each.allow_tf32 for each in backends]
+    for each in backends:
+        each.allow_tf32 = False
+    yield
+    for each, allowed in zip(backends, before, strict=True):
+        each.allow_tf32 = allowed
+
+
+def decoder(unet: UNetConfig) -> Decoder:
+    torch.manual_seed(0)
+    config = DecoderConfig(unet=unet, context_width=64)
+    return stirred(Decoder(config, image_size=SIZE, embed_dim=DIM, text_width=DIM))
+
+
+def upsampler() -> Upsampler:
+    torch.manual_seed(0)
+    unet = replace(UNET, attn_resolutions=())
+    return stirred(Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=SIZE))
+
+
+def prior(kind: str) -> Any:
+    torch.manual_seed(0)
+    sizes = {"embed_dim": DIM, "text_width": DIM, "context_length": 20}
+    if kind == "diffusion":
+        config = DiffusionPriorConfig(width=64, depth=2, num_heads=2)
+        return stirred(DiffusionPrior(config, **sizes))
+    if kind == "regression":
+        return stirred(RegressionPrior(RegressionPriorConfig(width=64, depth=2), **sizes))
+    config = AutoregressivePriorConfig(width=64, depth=2, num_heads=2, num_codes=24)
+    return stirred(AutoregressivePrior(config, **sizes))
+
+
+def stirred(model):
+    """Give layers that begin at zero something to say."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def told() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    mask = torch.arange(WORDS) < torch.linspace(3, WORDS, COUNT).long()[:, None]
+    return {
+        "keys": torch.arange(COUNT),
+        "image": noise(COUNT, 3, SIZE, SIZE).clamp(-1, 1),
+        "image_embed": F.normalize(noise(COUNT, DIM), dim=1),
+        "text_embed": F.normalize(noise(COUNT, DIM), dim=1),
+        "states": noise(COUNT, WORDS, DIM) * mask[..., None],
+        "mask": mask,
+    }
+
+
+def text_of(batch: dict[str, Tensor]) -> PriorText:
+    return PriorText(text_embed=batch["text_embed"], text=batch["states"], token_mask=batch["mask"])
+
+
+def condition_of(batch: dict[str, Tensor]) -> Condition:
+    return Condition(
+        image_embed=batch["image_embed"], text_embed=batch["text_embed"],
+        text_states=batch["states"], token_mask=batch["mask"],
+    )  # fmt: skip
+
+
+def losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    if isinstance(model, Upsampler):
+        return model.losses(batch["keys"], batch["image"])["loss"]
+    if isinstance(model, Decoder):
+        return model.losses(batch["keys"], batch["image"], condition_of(batch))["loss"]
+    return model.losses(batch["keys"], batch["image_embed"], text_of(batch))["loss"]
+
+
+def stepped(
+    model: nn.Module, device: str, *, bf16: bool = False, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the samples' losses, and the gradient of their mean as one vector, on the CPU."""
+    model.to(device).zero_grad(set_to_none=True)
+    if compiled:
+        model.compile()
+    batch = {name: value.to(device) for name, value in told().items()}
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        found = losses(model, batch)
+    found.mean().backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return found.detach().float().cpu(), torch.cat(gradients).float().cpu()
+
+
+def require_close(found: Tensor, expected: Tensor, within: float) -> None:
+    wrong = (found - expected).norm() / expected.norm()
+    assert wrong < within, f"relative error {wrong:.2e}, expected below {within:.0e}"
+
+
+MODELS = {
+    **{f"decoder, {name}": lambda unet=unet: decoder(unet) for name, unet in DECODERS.items()},
+    "upsampler": upsampler,
+    **{
+        kind: lambda kind=kind: prior(kind)
+        for kind in ("diffusion", "regression", "autoregressive")
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_that_of_the_cpu(name: str):
+    expected = stepped(MODELS[name](), "cpu")
+    for found, wanted in zip(stepped(MODELS[name](), "cuda"), expected, strict=True):
+        require_close(found, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bf16_is_fp32_up_to_rounding(name: str):
+    expected = stepped(MODELS[name](), "cuda")
+    found = stepped(MODELS[name](), "cuda", bf16=True)
+    require_close(found[0], expected[0], 0.02)
+    require_close(found[1], expected[1], 0.1)
+
+
+@pytest.mark.parametrize("name", ["decoder, as it is", "decoder, channels_last", "diffusion"])
+def test_a_compiled_network_steps_alike(name: str):
+    expected = stepped(MODELS[name](), "cuda")
+    for found, wanted in zip(stepped(MODELS[name](), "cuda", compiled=True), expected, strict=True):
+        require_close(found, wanted, 1e-3)
+
+
+def test_a_sample_s_random_numbers_are_its_own_on_every_device():
+    keys = torch.arange(1000)
+    here, there = keys, keys.cuda()
+    assert torch.equal(keyed_random.bits(here, "a", 7), keyed_random.bits(there, "a", 7).cpu())
+    uniform = [keyed_random.uniform(each, "b", (3, 5)).cpu() for each in (here, there)]
+    assert torch.equal(*uniform)
+    normal = [keyed_random.normal(each, "c", (3, 5)).cpu() for each in (here, there)]
+    assert (normal[0] - normal[1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "ddpm"])
+def test_a_picture_is_that_of_the_cpu(sampler: str):
+    options = ImageSampling(sampler=SAMPLERS[sampler], sample_steps=8, cfg_scale=2.0)
+    pictures = []
+    for device in ("cpu", "cuda"):
+        model = decoder(UNET).to(device).eval()
+        batch = {name: value.to(device) for name, value in told().items()}
+        pictures.append(model.sample(batch["keys"], condition_of(batch), options).cpu())
+    require_close(pictures[1], pictures[0], 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "regression"])
+def test_a_prior_s_draw_is_that_of_the_cpu(kind: str):
+    draws = []
+    for device in ("cpu", "cuda"):
+        model = prior(kind).to(device).eval()
+        batch = {name: value.to(device) for name, value in told().items()}
+        draws.append(model.sample(batch["keys"], text_of(batch), DRAWN).cpu())
+    require_close(draws[1], draws[0], 1e-3)
+
+
+def test_codes_are_drawn_alike_with_and_without_the_cache():
+    model = prior("autoregressive").cuda().eval()
+    batch = {name: value.cuda() for name, value in told().items()}
+    text, options = text_of(batch), DRAWN
+    cached, whole = (
+        model.sample_codes(batch["keys"], text, options, cached=each)[1]
+        for each in (True, False)
+    )
+    assert (cached == whole).float().mean() > 0.9, "but for ties that rounding breaks"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_is_what_was_counted_on_the_meta_device(checkpointing: bool):
+    """Weights, gradients and activations of a bf16 step; a kernel's workspace comes on top."""
+    unet = replace(
+        UNET, channels=192, num_res_blocks=2, head_channels=64, checkpointing=checkpointing
+    )
+    count, model = 64, decoder(unet)
+    with torch.device("meta"):
+        twin = decoder(unet).train()
+    counted = peak_bytes(twin, forward_of(twin, WORDS, count))
+    model.cuda()
+    batch = {
+        name: value.repeat(count // COUNT + 1, *[1] * (value.ndim - 1))[:count].cuda()
+        for name, value in told().items()
+    }
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = losses(model, batch).mean()
+        loss.backward()
+
+    step()  # which allocates the gradients
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    held = torch.cuda.max_memory_allocated() - before
+    assert 0.8 < held / counted < 1.25, (
+        f"held {held / 2**20:.0f} MiB, counted {counted / 2**20:.0f}"
+    )
