@@ -43,6 +43,22 @@ def test_any_and_all_right_answers_differ_where_captions_repeat():
     assert found["text_to_image_r@2_all"] == pytest.approx((0.5 + 0.5 + 1) / 3)
 
 
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_retrieval_is_what_plain_loops_count(k: int):
+    image, text = random(40, 8).numpy(), random(40, 8, seed=1).numpy()
+    captions = [f"caption {i * i % 23}" for i in range(40)]
+    found = retrieval_both_ways(torch.from_numpy(image), torch.from_numpy(text), captions, ks=(k,))
+    for way, queries, gallery in (("text_to_image", text, image), ("image_to_text", image, text)):
+        hits, shares = 0, 0.0
+        for query, caption in zip(queries, captions, strict=True):
+            cosines = [np.dot(query, one) / np.linalg.norm(one) for one in gallery]
+            nearest = sorted(range(40), key=lambda j: -cosines[j])[:k]
+            right = sum(captions[j] == caption for j in nearest)
+            hits, shares = hits + (right > 0), shares + right / min(k, captions.count(caption))
+        assert found[f"{way}_r@{k}_any"] == pytest.approx(hits / 40)
+        assert found[f"{way}_r@{k}_all"] == pytest.approx(shares / 40)
+
+
 def test_zero_shot_averages_the_sentences_of_a_class():
     image, labels = torch.eye(3), torch.tensor([0, 1, 2])
     told = torch.eye(3)[:, None].repeat(1, 2, 1) + 0.3 * random(3, 2, 3)
