@@ -1,4 +1,4 @@
-"""What must not be rounded to bf16, wherever training or sampling runs under autocast."""
+"""What keeps its numbers as they are, wherever training or sampling runs under autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def in_fp32(like: Tensor) -> AbstractContextManager:
-    """Return the block in which products of fp32 tensors on `like`'s device stay in fp32.
+def without_autocast(like: Tensor) -> AbstractContextManager:
+    """Return the block in which tensors on `like`'s device keep their types.
 
-    bf16 has 8 bits of precision: it moves codes to their neighbours and tells no logits near 100
-    apart. The meta device, where costs are counted, knows no autocast.
+    For products that bf16's 8 bits would spoil: codes move to their neighbours, and logits near 100
+    are not told apart. The meta device, where costs are counted, knows no autocast.
     """
     if like.is_meta:
         return nullcontext()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import keyed_random
-from models.autocast import in_fp32
+from models.autocast import without_autocast
 from models.configs import AutoregressivePriorConfig
 from models.priors import PriorSampling, PriorText
 from models.text import TextEncoder
@@ -53,7 +53,7 @@ class PcaCodes(nn.Module):
 
     def components(self, z: Tensor) -> Tensor:
         """Return the principal components [B, K] of z [B, E], in standard deviations."""
-        with in_fp32(z):
+        with without_autocast(z):
             return (z.float() - self.mean) @ self.basis / self.std
 
     def encode(self, z: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class PcaCodes(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Return the unit vectors [B, E] at the buckets' middles."""
         y = _middle(codes, self.codebook_size) * RANGE * self.std
-        with in_fp32(y):
+        with without_autocast(y):
             return F.normalize(self.mean + y @ self.basis.T, dim=-1)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import keyed_random
-from models.autocast import in_fp32
+from models.autocast import without_autocast
 from models.configs import Prediction, Weighting
 from models.samplers import learned_log_variance
 from models.schedule import NoiseSchedule
@@ -81,7 +81,7 @@ def variational_bound(
     gradient (Nichol & Dhariwal 2021, section 3.1).
     """
     parts = (part.float() for part in (x0, x_t, x0_pred.detach(), fraction))
-    with in_fp32(x0):
+    with without_autocast(x0):
         x0, x_t, x0_pred, fraction = parts
         true_mean, variance, beta = schedule.posterior(x0, x_t, t, t - 1)
         mean = schedule.posterior(x0_pred, x_t, t, t - 1)[0]
@@ -124,7 +124,7 @@ def contrastive(
     temperature; negative: bool [B, B], True where image i and text j are to be told apart; its
     diagonal is not read.
     """
-    with in_fp32(image_embed):  # bf16 cannot tell logits near 100 apart
+    with without_autocast(image_embed):  # bf16 cannot tell logits near 100 apart
         logits = logit_scale * image_embed.float() @ text_embed.float().T
     itself = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     logits = logits.masked_fill(~(negative | itself), float("-inf"))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.autocast import in_fp32
+from models.autocast import without_autocast
 from models.configs import RegressionPriorConfig
 from models.losses import contrastive
 from models.priors import EmbedScale, PriorSampling, PriorText
@@ -87,7 +87,7 @@ class RegressionPrior(nn.Module):
         x = self(text)
         mse = (x - self.scale(image_embed)).square().mean(1)
         (z, mine), (z_t, _) = gathered(self.scale.restore(x)), gathered(text.text_embed)
-        with in_fp32(z_t):  # bf16 has no number between .996 and 1
+        with without_autocast(z_t):  # bf16 has no number between .996 and 1
             same = (z_t @ z_t.T) > 1 - 1e-4  # one caption twice is no negative
         scale = torch.tensor(CONTRASTIVE_SCALE, device=x.device)
         told, accuracy = (each[mine] for each in contrastive(z, z_t, scale, ~same))

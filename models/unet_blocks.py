@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.autocast import without_autocast
 from models.transformer import TimestepMLP, attend
 
 
@@ -103,11 +104,17 @@ def _zeroed(layer: nn.Module) -> nn.Module:
 
 
 class _GroupNorm(nn.GroupNorm):
-    """Group norm that leaves its input's memory format alone: torch's on GPUs makes it
-    contiguous."""
+    """Group norm that leaves its input's type and memory format alone.
+
+    Autocast would make fp32 of a bf16 image, and of all that follows up to the next convolution:
+    four tenths of a step's activations. torch's kernels keep the sums in fp32 by themselves, as
+    ADM's half precision does. On GPUs they make their input contiguous.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        out = super().forward(input)
+        weight, bias = (each.to(input.dtype) for each in (self.weight, self.bias))
+        with without_autocast(input):
+            out = torch.group_norm(input, self.num_groups, weight, bias, self.eps)
         if in_channels_last(input):
             return out.contiguous(memory_format=torch.channels_last)
         return out

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import keyed_random
-from models.autocast import in_fp32
+from models.autocast import without_autocast
 from models.configs import UpsamplerConfig
 from models.decoder import ImageSampling
 from models.degrade import bsr, gaussian_blur, shrink
@@ -100,7 +100,7 @@ class Upsampler(nn.Module):
         """Return the low resolution that training sees of crops [B, 3, H, W], and the standard
         deviation [B] of the noise in it."""
         config = self.config
-        with in_fp32(image):  # levels of 255 have no room in bf16
+        with without_autocast(image):  # levels of 255 have no room in bf16
             if config.degradation == "bsr":
                 low_res = bsr(image, keys, self.factor)
             else:

@@ -13,6 +13,7 @@ from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
 from models.decoder import Condition, Decoder, ImageSampling
 from models.samplers import SAMPLERS
 from models.unet import UNet
+from models.unet_blocks import _norm
 from models.upsampler import Upsampler
 
 EMBED, TEXT, LENGTH, SIZE = 8, 12, 5, 8
@@ -108,6 +109,24 @@ def test_heads_that_do_not_divide_their_channels_are_refused():
         UNet(dataclasses.replace(config, attn_resolutions=(8, 4)), image_size=8, in_channels=3,
              out_channels=3)  # fmt: skip
     UNet(config, image_size=8, in_channels=3, out_channels=3)  # 24 channels where it attends
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_keeps_types_and_sums_in_fp32_under_autocast(dtype: torch.dtype):
+    """The type comes out that went in; the sums are those of fp32, though 4,096 values of about 3
+    lie far beyond bf16's 256 steps."""
+    norm = _norm(32)
+    nn.init.normal_(norm.weight)
+    x = (torch.randn(2, 32, 64, 64) + 3).to(dtype).requires_grad_()
+    weight, bias = norm.weight.to(dtype).float(), norm.bias.to(dtype).float()
+    exact = F.group_norm(x.float(), norm.num_groups, weight, bias, norm.eps)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x)
+    assert found.dtype == dtype
+    bound = 1e-5 if dtype == torch.float32 else 2**-7
+    assert torch.allclose(found.float(), exact, rtol=bound, atol=bound)
+    found.float().square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all() and norm.weight.grad is not None
 
 
 def test_every_parameter_gets_a_gradient():
