@@ -42,7 +42,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -m "not slow and not soak" $(ARGS)
-	$(VENV)/bin/python -m pytest -m "slow and not soak" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "slow and not soak" --durations=12 $(ARGS)
 
 # What some tests drive: a browser, Prometheus with promtool, Alertmanager. For root, on Debian and its kin.
 SYSTEM_PACKAGES := chromium prometheus prometheus-alertmanager
