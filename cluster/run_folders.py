@@ -18,7 +18,8 @@ from typing import Any, Literal
 State = Literal["finished", "running", "failed", "stopped", "damaged"]
 
 CONFIG, DEMO = "config.yaml", "demo.json"  # the marks of what is ours
-FINAL, METRICS, EVAL, LOCK = "final.json", "metrics.jsonl", "eval.json", ".lock"
+FINAL, METRICS, EVAL = "final.json", "metrics.jsonl", "eval.json"
+LOCKS = ".launch", ".lock"  # of the driver, and of its first rank
 VALIDATION, INCIDENTS = "validation.jsonl", "incidents.jsonl"
 STEP, ERROR, SNAPSHOT = "step_", "error_", "snapshot_"
 TAIL_BYTES, MOST_BYTES = 1 << 16, 1 << 20  # of a file of lines, and of any other
@@ -141,9 +142,12 @@ class RunsFolder:
             names = () if self._is_file(f"{name}/{FINAL}") else (CONFIG, METRICS)
             found = [self._age(f"{name}/{file}") for file in names]
             return any(age is not None and age < RECENT_SECONDS for age in found)
-        if not self._is_file(f"{name}/{LOCK}"):
+        return any(self._is_held(f"{name}/{lock}") for lock in LOCKS)
+
+    def _is_held(self, lock: str) -> bool:
+        if not self._is_file(lock):
             return False
-        with open(self._path(f"{name}/{LOCK}")) as file:
+        with open(self._path(lock)) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -188,6 +192,8 @@ class RunsFolder:
     def _delete(self, name: str) -> None:
         path = self._path(name)
         if not self.is_local:
+            if any(letter in path for letter in "*?["):  # fsspec would take it for a pattern
+                raise ValueError(f"{name}: found * ? or [, expected none: delete it by hand")
             if self._files.exists(path):
                 self._files.rm(path, recursive=True)
         elif os.path.isdir(path) and not os.path.islink(path):

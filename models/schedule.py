@@ -4,7 +4,7 @@ x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps              (Ho et al. 2
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -58,6 +58,9 @@ class NoiseSchedule:
 
     alpha_bar: Tensor
     spacing: Spacing = "trailing"
+    _tables: dict[torch.device, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def build(
@@ -124,8 +127,15 @@ class NoiseSchedule:
         return alpha_bar.sqrt().to(dtype), (1 - alpha_bar).sqrt().to(dtype)
 
     def _alpha_bar(self, t: Tensor, like: Tensor) -> Tensor:
-        table = torch.cat([self.alpha_bar, torch.ones(1, dtype=torch.float64)]).to(t.device)
-        return table[t].reshape(-1, *[1] * (like.ndim - 1))
+        return self._table(t.device)[t].reshape(-1, *[1] * (like.ndim - 1))
+
+    def _table(self, device: torch.device) -> Tensor:
+        """Return alpha_bar and the clean end's 1 behind it, [T + 1], kept where it is wanted: a
+        copy to a GPU would wait for all that the GPU still has to do."""
+        if device not in self._tables:
+            ends = torch.ones(1, dtype=self.alpha_bar.dtype, device=self.alpha_bar.device)
+            self._tables[device] = torch.cat([self.alpha_bar, ends]).to(device)
+        return self._tables[device]
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Diffuse `x0` to timestep `t` in one step.
@@ -180,5 +190,5 @@ class NoiseSchedule:
 
     def snr(self, t: Tensor) -> Tensor:
         """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar) of `t` as float32 [B]."""
-        alpha_bar = self.alpha_bar.to(t.device)[t]
+        alpha_bar = self._table(t.device)[t]
         return (alpha_bar / (1 - alpha_bar)).float()

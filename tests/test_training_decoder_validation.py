@@ -15,6 +15,8 @@ from training import jobs
 from training.batches import as_batch
 from training.config import DecoderRunConfig, TrainConfig
 from training.data_sets import prepare_data
+from training.decoder_validation import Validation
+from training.precision import device_of_run
 from training.worker import launch
 
 UNET = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=(),
@@ -71,6 +73,26 @@ def test_each_checkpoint_tells_the_loss_on_held_out_images_and_draws(
     with torch.no_grad():
         losses = job.objective(model, as_batch(reader.read(index.numpy()), index))["loss"]
     assert told[-1]["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+def test_a_kill_during_validation_loses_no_scores(data: Path, held_out: Path, tmp_path: Path):
+    """What a run killed there leaves: a whole checkpoint, no line of it, no mark of the end."""
+    config = prepare_data(base(data, held_out, tmp_path / "run"))
+    run, lines = tmp_path / "run", tmp_path / "run" / "validation.jsonl"
+    assert launch(config, config.run, jobs.build_decoder, "decoder") == 0
+    expected = lines.read_text()
+    lines.write_text(expected.splitlines(keepends=True)[0])
+    (run / "final.json").unlink()
+    assert launch(config, config.run, jobs.build_decoder, "decoder") == 0
+    assert lines.read_text() == expected and (run / "final.json").is_file()
+
+
+def test_validation_is_where_training_is(data: Path, held_out: Path, tmp_path: Path):
+    config = base(data, held_out, tmp_path / "run")
+    train = dataclasses.replace(TRAIN, device="cpu")
+    job = jobs.build_decoder(prepare_data(dataclasses.replace(config, train=train)))
+    assert isinstance(job.validate, Validation) and job.validate.device == "cpu"
+    assert device_of_run("cpu").type == "cpu"
 
 
 def test_held_out_embeddings_are_of_the_run_s_encoder_and_one_folder_for_each_of_images(

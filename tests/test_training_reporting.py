@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import metrics
+from training.lines import NewLines
 from training.reporting import METRICS_NAME, Follower, read_lines
 
 
@@ -29,6 +30,21 @@ def follow(run: Path, *lines: dict, model: str = "clip", rest: str = "") -> None
     """Follow a run that writes `lines` meanwhile."""
     with Follower(run, model):
         write(run, *lines, rest=rest)
+
+
+def test_only_what_a_file_has_got_since_is_new(tmp_path: Path):
+    write(tmp_path, line(10), line(20))
+    new = NewLines(tmp_path / METRICS_NAME)
+    assert [one["step"] for one in new.before] == [10, 20] and new.read() == []
+    write(tmp_path, line(10), line(20), line(30), rest='{"step": 4')
+    assert [one["step"] for one in new.read()] == [30]
+    assert new.read() == [], "the line that is cut short waits"
+    part = tmp_path / "part"
+    part.write_text(json.dumps(line(10)) + "\n")
+    part.replace(tmp_path / METRICS_NAME)  # a run that goes back to a checkpoint
+    assert new.read() == []
+    write(tmp_path, line(10), line(20))
+    assert [one["step"] for one in new.read()] == [20]
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ print("looked at", whole)
 """
 
 
-def told(run: Path, command: str) -> dict:
-    return {"command": command, "run": str(run), "here": str(run.parent)}
+def told(run: Path, command: str, seconds: float = 60.0) -> dict:
+    return {"command": command, "run": str(run), "here": str(run.parent), "seconds": seconds}
 
 
 def test_a_command_runs_where_the_caller_stood_and_its_words_are_kept(tmp_path: Path):
@@ -49,6 +49,15 @@ def test_a_command_that_fails_is_told_in_the_timeline(tmp_path: Path):
         validate(checkpoint, **told(tmp_path, 'python -c "import sys; sys.exit(3)"'))
     (line,) = read_timeline(tmp_path)
     assert line["event"] == "validator failed" and line["told"].startswith("exit code 3")
+
+
+def test_a_command_that_does_not_end_is_killed_with_its_children(tmp_path: Path):
+    checkpoint: Any = None
+    child = "import os; os.system('sleep 60')"
+    with pytest.raises(OSError, match="validator: no end after 0.5 s"):
+        validate(checkpoint, **told(tmp_path, f'python -c "{child}"', seconds=0.5))
+    (line,) = read_timeline(tmp_path)
+    assert line["event"] == "validator failed"
 
 
 def test_without_a_command_ray_validates_nothing(tmp_path: Path):

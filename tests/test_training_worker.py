@@ -14,7 +14,14 @@ from cluster.cli import JOB_VARIABLE, merged, read_yaml
 from models.configs import DiffusionPriorConfig
 from training.cards import DATA_CARD
 from training.config import PriorRunConfig, TrainConfig
-from training.worker import _locked, _try_lock, launch, prepare_run
+from training.worker import (
+    LAUNCH_LOCK,
+    _launched_alone,
+    _locked,
+    _try_lock,
+    launch,
+    prepare_run,
+)
 
 CONFIG = PriorRunConfig(embeds=("/data/embeds",), diffusion=DiffusionPriorConfig(width=32))
 
@@ -118,10 +125,30 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
     assert (run / "step_00000001" / DATA_CARD).read_text() == "as it was"
 
 
+def test_a_run_under_way_is_left_alone(tmp_path: Path):
+    """Neither another launch nor --fresh touches it; once it has ended, --fresh clears it."""
+    prepare_run(CONFIG, str(tmp_path))
+    (tmp_path / "step_00000001").mkdir()
+
+    def build(config: PriorRunConfig):
+        raise AssertionError("built beside another process")
+
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with _launched_alone(tmp_path):
+        for fresh in (False, True):
+            config = dataclasses.replace(CONFIG, fresh=fresh)
+            with pytest.raises(ValueError, match="another process trains here"):
+                launch(config, str(tmp_path), build, "prior")
+    after = sorted(path.name for path in tmp_path.iterdir() if path.name != LAUNCH_LOCK)
+    assert after == before
+    prepare_run(dataclasses.replace(CONFIG, fresh=True), str(tmp_path))
+    assert not (tmp_path / "step_00000001").exists()
+
+
 def test_two_processes_do_not_train_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("training.worker.LOCK_SECONDS", 0)
     with _locked(tmp_path, rank=0):
-        with pytest.raises(ValueError, match="another process trains here"), _locked(tmp_path, 0):
+        with pytest.raises(OSError, match="still trains here"), _locked(tmp_path, 0):
             raise AssertionError("both hold the lock")
         with _locked(tmp_path, rank=1):  # the other ranks of the same run
             pass

@@ -55,6 +55,14 @@ class Progress:
         """Steps that moved the weights: the time of power-function averages."""
         return self.step - self.nonfinite_steps
 
+    def after(self, num_real: int, *, finite: bool) -> "Progress":
+        """Return the progress after one more step, of so many samples."""
+        return Progress(
+            step=self.step + 1,
+            samples_seen=self.samples_seen + num_real,
+            nonfinite_steps=self.nonfinite_steps + (not finite),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:

@@ -103,6 +103,8 @@ class TrainConfig:
     such as "python eval/watch.py --prior runs/prior"; empty = none; num_workers 1 or more"""
     validator_gpus: Annotated[float, UNLISTED] = 0.0
     """GPUs, or a share of one, that the validator is given"""
+    validator_seconds: Annotated[float, UNLISTED] = 43_200.0
+    """after which a validator is killed: the end of the run waits for the last one"""
 
     def __post_init__(self) -> None:
         workers = max(1, self.num_workers)

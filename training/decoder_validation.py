@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from models.samplers import dpmpp_2m
 from models.weights import load_weights
 from training.batches import Batch, Reader, as_batch
 from training.pictures import grid, pixels, save_png, to_uint8
+from training.precision import device_of_run
 
 FOLDER = "validation"
 MAX_VALIDATED = 512  # held-out images, the first ones
@@ -30,13 +31,15 @@ class Validation:
     """What scoring a checkpoint takes beside its weights.
 
     build: makes the model; objective: training's; condition: what the base decoder is told of a
-    batch, None for an upsampler; reader: of the held-out samples, as many as it has at most 512.
+    batch, None for an upsampler; reader: of the held-out samples, as many as it has at most 512;
+    device: as of training.
     """
 
     build: Callable[[], nn.Module]
     objective: Callable[[Any, Batch], dict[str, Tensor]]
     condition: Callable[[Batch], Condition] | None
     reader: Reader
+    device: Literal["auto", "cpu", "cuda"]
 
     @torch.no_grad()
     def __call__(self, folder: Path) -> dict[str, float]:
@@ -44,7 +47,7 @@ class Validation:
         <run>/validation/<step>.png: images, and below what the base decoder draws under their
         embeddings and captions, or an upsampler of them made small."""
         model: Any = load_weights(self.build(), folder / "ema.safetensors")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_of_run(self.device)
         model.to(device)
         count = min(MAX_VALIDATED, sum(sum(sizes) for sizes in self.reader.data_sets))
         losses = []

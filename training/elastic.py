@@ -111,8 +111,11 @@ def _losses_of(run: Path) -> Any:
                 f"rank {rank}: {_what(error)}"
                 for rank, error in sorted(worker_exceptions.items(), key=_dead_first)
             )
-            note(run, "lost", told=told)
-            report_incident(run, "lost", last_step(run), told)
+            try:
+                note(run, "lost", told=told)
+                report_incident(run, "lost", last_step(run), told)
+            except OSError as error:  # the restart matters more than its record
+                print(f"{run}: lost, and not noted ({error}): {told}", flush=True)
 
     return Losses()
 

@@ -196,7 +196,10 @@ def _stage_job(
     build, validate = partial(decoder_model, config), None
     if config.validation:
         reader = stage_reader(config, latest(config.validation), latest(config.validation_embeds))
-        validate = Validation(build=build, objective=objective, condition=condition, reader=reader)
+        validate = Validation(
+            build=build, objective=objective, condition=condition, reader=reader,
+            device=config.train.device,
+        )  # fmt: skip
     model = start_from(build(), config.init, config.run, export)
     return Job(
         model=model,

@@ -25,13 +25,43 @@ def add_line(path: Path, told: dict[str, Any]) -> None:
 
 def read_lines(path: Path) -> list[dict]:
     """Read the whole lines of a file; what a kill or a full disk cut short is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    found = []
-    for line in text[: text.rfind("\n") + 1].splitlines():
+    return _lines_of(path.read_bytes())[0] if path.is_file() else []
+
+
+def _lines_of(data: bytes) -> tuple[list[dict], int]:
+    """Return the whole lines of a file's bytes, and how many bytes they are."""
+    end, found = data.rfind(b"\n") + 1, []
+    for line in data[:end].decode().splitlines():
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return found, end
+
+
+class NewLines:
+    """The lines that a file has got since it was last looked at, at the cost of those alone.
+
+    What is there already when this is made is not new. Where a file was replaced by a shorter one,
+    as by a run that goes back to a checkpoint, what lies beyond the lines known before is new.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._count, self._end, self._file = path, 0, 0, -1
+        self.before = self.read()
+
+    def read(self) -> list[dict]:
+        """Return the new lines; none where there is no file."""
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            told, known = os.fstat(file.fileno()), self._count
+            if told.st_ino != self._file or told.st_size < self._end:
+                self._file, self._end, self._count = told.st_ino, 0, 0
+            file.seek(self._end)
+            found, size = _lines_of(file.read())
+        start = max(0, known - self._count)
+        self._end, self._count = self._end + size, self._count + len(found)
+        return found[start:]

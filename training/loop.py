@@ -61,11 +61,13 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
     feed = make_feed(job, whole, engine.rank, engine.world_size)
     averages = Averages(engine.fragments(), config.ema_decay, config.power_ema)
     writer, copies = Writer(beside=config.async_checkpoints), checkpoint.Copies()
-    progress = _resume(run, engine, averages)
-    attempt = checkpoint.agreed(engine, num_attempts(run))
-    reporter.started(progress, num_workers=engine.world_size, attempt=attempt)
+    save = partial(_checkpoint, run, engine, averages, job=job, config=config, copies=copies)
+    progress = _begun(run, engine, averages, reporter)
     if progress.step == config.num_steps:  # killed between its last checkpoint and its end
-        writer.begin(partial(_checkpoint, run, engine, averages, progress, job, config, copies))
+        writer.begin(partial(save, progress))
+        writer.finish()
+    if progress.step and _due(progress, config):  # killed between a checkpoint and its scores
+        _validate(job, run, engine, progress, reporter)
     batches = feed.iterate(progress.step, config.num_steps)
     in_a_row = 0
     engine.model.train()
@@ -89,21 +91,17 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
 
         # Report
         in_a_row = 0 if finite else in_a_row + 1
-        progress = Progress(
-            step=step + 1,
-            samples_seen=progress.samples_seen + micro_batches[0].num_real,
-            nonfinite_steps=progress.nonfinite_steps + (not finite),
-        )
+        progress = progress.after(micro_batches[0].num_real, finite=finite)
         reporter.trained(progress, micro_batches)
         reporter.step(progress, scores if finite else {}, ratio)
 
         # Checkpoint
-        for capture in _captures(run, engine, averages, progress, job, config, copies, stop=stop):
+        for capture in _captures(run, engine, averages, progress, save, config, stop=stop):
             with reporter.checkpointing(step, writer):
                 writer.begin(capture)
         if (job.validate or job.hand_over) and _due(progress, config):
             writer.finish()
-            _validate(job, run, engine, progress, reporter)
+            _judge(job, run, engine, progress, reporter)
 
         # Stop?
         if stop:
@@ -114,19 +112,34 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
                 "--fresh and a lower learning rate"
             )
     writer.finish()
+    _end(run, engine, progress, config)
+    return progress
+
+
+def _end(run: Path, engine: Engine, progress: Progress, config: TrainConfig) -> None:
+    """Mark a run that has done all its steps as finished, scores and all."""
+    if engine.rank == 0 and progress.step == config.num_steps:
+        checkpoint.finish(run, checkpoint.step_folder(run, progress.step))
+
+
+def _begun(run: Path, engine: Engine, averages: Averages, reporter: Reporter) -> Progress:
+    """Continue from the newest checkpoint, and say so."""
+    progress = _resume(run, engine, averages)
+    attempt = checkpoint.agreed(engine, num_attempts(run))
+    reporter.started(progress, num_workers=engine.world_size, attempt=attempt)
     return progress
 
 
 def _captures(
-    run: Path, engine: Engine, averages: Averages, progress: Progress, job: Job,
-    config: TrainConfig, copies: checkpoint.Copies, *, stop: bool,
+    run: Path, engine: Engine, averages: Averages, progress: Progress, save: Callable,
+    config: TrainConfig, *, stop: bool,
 ) -> list[Callable]:  # fmt: skip
-    """Return what is to be captured and written after a step."""
+    """Return what is to be captured and written after a step; save: makes a checkpoint."""
     due: list[Callable] = []
     if _snapshot_due(progress, config):
         due.append(partial(checkpoint.snapshot, run, engine, averages, progress))
     if stop or _due(progress, config):
-        due.append(partial(_checkpoint, run, engine, averages, progress, job, config, copies))
+        due.append(partial(save, progress))
     return due
 
 
@@ -168,8 +181,11 @@ def _forward_backward(engine: Engine, micro_batches: list[Batch]) -> dict[str, T
         means = {name: (value * batch.weight).sum() * share for name, value in scores.items()}
         engine.backward(means["loss"])
         for name, value in means.items():
-            sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu() / len(micro_batches)
-    return sums
+            mine = value.detach() / len(micro_batches)
+            sums[name] = sums[name] + mine if name in sums else mine
+    # read once, at the end: a GPU is not waited for between micro-batches
+    packed = torch.stack([value.float() for value in sums.values()]).cpu()
+    return dict(zip(sums, packed, strict=True))
 
 
 def _agreed(engine: Engine, scores: dict[str, Tensor], stop: bool) -> tuple[bool, bool]:
@@ -196,14 +212,20 @@ def _stepped(engine: Engine, scores: dict[str, Tensor], ratio: float, *, finite:
     return math.isfinite(norm)
 
 
-def _validate(job: Job, run: Path, engine: Engine, progress: Progress, reporter: Reporter) -> None:
-    """Score a checkpoint, where the job knows how; one rank does, and the others wait for it. Hand
-    it over where somebody else is to."""
-    if job.validate is not None and engine.rank == 0:
-        with reporter.validating(progress.step):
-            reporter.validated(progress, job.validate(checkpoint.step_folder(run, progress.step)))
+def _judge(job: Job, run: Path, engine: Engine, progress: Progress, reporter: Reporter) -> None:
+    """Score a new checkpoint, and hand it over where somebody else is to."""
+    _validate(job, run, engine, progress, reporter)
     if job.hand_over is not None:
         job.hand_over(checkpoint.step_folder(run, progress.step))
+
+
+def _validate(job: Job, run: Path, engine: Engine, progress: Progress, reporter: Reporter) -> None:
+    """Score a checkpoint that has no scores yet, where the job knows how; one rank does, and the
+    others wait for it."""
+    if job.validate is None or engine.rank or reporter.is_validated(progress):
+        return
+    with reporter.validating(progress.step):
+        reporter.validated(progress, job.validate(checkpoint.step_folder(run, progress.step)))
 
 
 def _due(progress: Progress, config: TrainConfig) -> bool:
@@ -211,18 +233,15 @@ def _due(progress: Progress, config: TrainConfig) -> bool:
 
 
 def _checkpoint(
-    run: Path, engine: Engine, averages: Averages, progress: Progress, job: Job,
-    config: TrainConfig, copies: checkpoint.Copies,
+    run: Path, engine: Engine, averages: Averages, progress: Progress, *,
+    job: Job, config: TrainConfig, copies: checkpoint.Copies,
 ) -> Callable[[], None]:  # fmt: skip
-    """Copy a checkpoint; returns what writes it, drops older ones and marks the end of the run."""
+    """Copy a checkpoint; returns what writes it and drops older ones."""
     write = checkpoint.capture(run, engine, averages, replace(progress), job.export, copies)
-    done = progress.step == config.num_steps
 
     def finish() -> None:
         folder = write()
         if engine.rank == 0:
             checkpoint.prune(run, config.keep_checkpoints, folder, config.keep_every)
-            if done:
-                checkpoint.finish(run, folder)
 
     return finish

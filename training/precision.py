@@ -1,10 +1,22 @@
 """In which numbers a network computes, where the user leaves that to the device."""
 
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["auto", "bf16", "fp32"]
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # as torch names what x86 and ARM processors have
+
+
+def device_of_run(choice: Literal["auto", "cpu", "cuda"]) -> "torch.device":
+    """Return the device that this process trains on, by `train.device`."""
+    import torch
+
+    if choice != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def native_bf16(device_type: str) -> bool:

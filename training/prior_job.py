@@ -33,6 +33,7 @@ from training.data_sets import (
     start_from,
 )
 from training.loop import Job
+from training.precision import device_of_run
 from training.readers import EmbedReader, captions_of
 from training.sizing import encoder_sizes
 
@@ -160,7 +161,8 @@ def validate_prior(
     """Return the scorecard of a checkpoint's averaged weights on held-out captions."""
     encoder_of(config.validation, config.clip)
     model: Any = load_weights(prior_model(config, sizes), folder / "ema.safetensors")
-    model.to(next(encoder.parameters()).device)
+    device = device_of_run(config.train.device)
+    model.to(device)
     tokens = getattr(config, config.prior).text_tokens
     snapshots = [load_snapshot(root) for root in config.validation]
     reader = mixed([EmbedReader(one, _tokenize(tokens)) for one in snapshots], ())
@@ -169,7 +171,7 @@ def validate_prior(
     for start in range(0, count, VALIDATED_AT_ONCE):
         index = np.arange(start, min(start + VALIDATED_AT_ONCE, count))
         batch = as_batch(reader.read(index), torch.from_numpy(index))
-        batch = batch.to(next(encoder.parameters()).device)
+        batch = batch.to(device)
         told = prior_text(encoder, batch, bool(tokens))
         drawn.append(model.sample(batch.keys, told, VALIDATION_SAMPLING).cpu())
         image.append(batch["image_embed"].cpu())

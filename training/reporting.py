@@ -20,7 +20,7 @@ from training.batches import Batch
 from training.checkpoint import Progress
 from training.config import TrainConfig
 from training.incidents import INCIDENTS_NAME, LossWatch, report_incident
-from training.lines import METRICS_NAME, VALIDATION_NAME, add_line, read_lines
+from training.lines import METRICS_NAME, VALIDATION_NAME, NewLines, add_line, read_lines
 from training.profiling import Profiler
 from training.samples import SampleLog
 from training.timeline import TIMELINE_NAME, note
@@ -85,10 +85,12 @@ class Reporter:
             note(self._run, "stepped", step=progress.step)
             self._first = False
 
+    def is_validated(self, progress: Progress) -> bool:
+        """Say whether a checkpoint has its scores."""
+        return any(line["step"] == progress.step for line in read_lines(self._validation))
+
     def validated(self, progress: Progress, scores: dict[str, float]) -> None:
-        """Write the scores of a checkpoint, once however often it is validated."""
-        if any(line["step"] == progress.step for line in read_lines(self._validation)):
-            return
+        """Write the scores of a checkpoint."""
         add_line(self._validation, {"step": progress.step, **scores})
 
     def enters(self, step: int, phase: str) -> None:
@@ -186,12 +188,11 @@ class Follower:
 
     def __init__(self, run: Path, model: str) -> None:
         self._run = run
-        self._path, self._validation = run / METRICS_NAME, run / VALIDATION_NAME
-        self._incidents, self._told = run / INCIDENTS_NAME, len(read_lines(run / INCIDENTS_NAME))
-        self._timeline, self._noted = run / TIMELINE_NAME, len(read_lines(run / TIMELINE_NAME))
-        self._model = model
-        before = read_lines(self._path)
-        self._seen, self._validated = len(before), len(read_lines(self._validation))
+        self._metrics = NewLines(run / METRICS_NAME)
+        self._validation = NewLines(run / VALIDATION_NAME)
+        self._incidents = NewLines(run / INCIDENTS_NAME)
+        self._timeline = NewLines(run / TIMELINE_NAME)
+        self._model, before = model, self._metrics.before
         self._nonfinite = before[-1]["nonfinite_steps"] if before else 0
         self._said = 0.0
         self._stop = threading.Event()
@@ -227,11 +228,14 @@ class Follower:
             stopped, unsaid = False, None
             while not stopped:
                 stopped = self._stop.wait(1.0)
-                line = self._catch_up()
-                tell = partial(console.print, soft_wrap=True, markup=False)
-                self._tell_validations(tell)
-                self._tell_incidents(tell)
-                self._look_around()
+                line, tell = None, partial(console.print, soft_wrap=True, markup=False)
+                try:
+                    line = self._catch_up()
+                    self._tell_validations(tell)
+                    self._tell_incidents(tell)
+                    self._look_around()
+                except OSError as error:  # of a storage that may answer the next time
+                    tell(f"{self._model}: not followed for a moment: {error}")
                 if line is not None:
                     done, total = line["step"], line["num_steps"]
                     bar.update(task, total=total, completed=done, note=describe(line))
@@ -241,10 +245,7 @@ class Follower:
 
     def _catch_up(self) -> dict | None:
         """Publish the lines that are new; returns the last of them."""
-        lines = read_lines(self._path)
-        # a run that went back to a checkpoint dropped what came after it
-        new = lines[self._seen :] if len(lines) >= self._seen else []
-        self._seen = len(lines)
+        new = self._metrics.read()
         for line in new:
             self._publish(line)
         return new[-1] if new else None
@@ -253,9 +254,7 @@ class Follower:
         """Print and publish the validations that are new."""
         from cluster.metrics import SCORES, gauge
 
-        lines = read_lines(self._validation)
-        new, self._validated = lines[self._validated :], len(lines)
-        for line in new:
+        for line in self._validation.read():
             scores = {name: value for name, value in line.items() if name != "step"}
             told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
             tell(f"{self._model}: validation at step {line['step']}: {told}")
@@ -268,14 +267,10 @@ class Follower:
         """Print and count the incidents that are new, and where the run went on after them."""
         from cluster.metrics import counter
 
-        lines = read_lines(self._incidents)
-        new, self._told = lines[self._told :], len(lines)
-        for line in new:
+        for line in self._incidents.read():
             tell(f"{self._model}: {line['kind']} at step {line['step']}: {line['told']}")
             counter("minidalle2_train_incidents_total").inc(1, model=self._model, kind=line["kind"])
-        lines = read_lines(self._timeline)
-        new, self._noted = lines[self._noted :], len(lines)
-        for line in new:
+        for line in self._timeline.read():
             if line["event"] == "restored":
                 self._set("train_start_timestamp_seconds", line["time"])
             if line["event"] == "restored" and line["attempt"]:

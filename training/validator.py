@@ -11,6 +11,7 @@ knows a command, and nothing of evaluation. This module imports no torch: Ray's 
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,10 @@ def validation_config(settings: TrainConfig, run: Path) -> "ValidationConfig | N
         return None
     from ray.train import ValidationConfig, ValidationTaskConfig
 
-    told = {"command": settings.validator, "run": str(run), "here": os.getcwd()}
+    told = {
+        "command": settings.validator, "run": str(run), "here": os.getcwd(),
+        "seconds": settings.validator_seconds,
+    }  # fmt: skip
     fn: Any = validate  # Ray's type wants any keyword; ours are those of fn_kwargs
     return ValidationConfig(
         fn=fn,
@@ -65,19 +69,30 @@ def hand_over(folder: Path, rank: int) -> None:
         )
 
 
-def validate(checkpoint: "Checkpoint", *, command: str, run: str, here: str) -> dict[str, Any]:
+def validate(
+    checkpoint: "Checkpoint", *, command: str, run: str, here: str, seconds: float
+) -> dict[str, Any]:
     """Run the command on a run's checkpoints; its words go to <run>/validator.log.
 
-    Raises OSError where it fails, which Ray logs, and the timeline tells; training goes on.
+    Raises OSError where it fails or takes longer than `seconds`, which Ray logs, and the timeline
+    tells; training goes on.
     """
     words = shlex.split(command)
     words[0] = sys.executable if words[0] in ("python", "python3") else words[0]
     with (Path(run) / LOG_NAME).open("a") as log:
         log.write(f"$ {command} --run {run} --once\n")
         log.flush()
-        done = subprocess.run([*words, "--run", run, "--once"], cwd=here, stdout=log, stderr=log)
-    if done.returncode:
-        told = f"exit code {done.returncode}; see {LOG_NAME}"
+        words += ["--run", run, "--once"]
+        options: Any = {"cwd": here, "stdout": log, "stderr": log, "start_new_session": True}
+        with subprocess.Popen(words, **options) as child:
+            try:
+                code = child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)  # with what it started itself
+                code = None
+    if code != 0:
+        told = f"no end after {seconds:g} s" if code is None else f"exit code {code}"
+        told = f"{told}; see {LOG_NAME}"
         note(Path(run), "validator failed", told=told)
         raise OSError(f"{run}: validator: {told}")
-    return {"exit_code": done.returncode}
+    return {"exit_code": code}

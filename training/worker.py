@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-LOCK_SECONDS = 60
+LOCK_SECONDS = 180  # a lost node's lock on a shared folder lasts as long as its lease there
+LOCKS = LAUNCH_LOCK, TRAIN_LOCK = ".launch", ".lock"  # the driver's, and its first rank's
 ERROR_NAMES = "error_*.txt"  # why a rank stopped, by rank
 HANG_UP_SECONDS = 5
 # A wrong request, or a training that diverges: the same in every attempt. A subclass of ValueError
@@ -40,7 +41,7 @@ MAY_CHANGE = {
     "train.compile", "train.micro_batch_size", "train.zero_stage", "train.offload",
     "train.spike_deviations",
     "train.hang_seconds", "train.peak_tflops", "train.profile", "train.validator",
-    "train.validator_gpus",
+    "train.validator_gpus", "train.validator_seconds",
     "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh",
     "dry_run", "run",
 }  # fmt: skip
@@ -51,9 +52,19 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
 
     A finished run is left as it is. Raises ValueError when the folder holds another configuration.
     """
-    config = with_precision(config, Path(run_folder))
-    run = prepare_run(config, run_folder)
-    config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
+    with ExitStack() as held:
+        if (Path(run_folder) / CONFIG_NAME).is_file():  # before anything in it is touched
+            held.enter_context(_launched_alone(Path(run_folder)))
+        config = with_precision(config, Path(run_folder))
+        run = prepare_run(config, run_folder)
+        if not (run / LAUNCH_LOCK).exists():
+            held.enter_context(_launched_alone(run))
+        config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
+        return _launch(config, run, build, model_name)
+
+
+def _launch(config: RunConfig, run: Path, build: Callable, model_name: str) -> int:
+    """Train in a folder that this process alone has."""
     if (run / FINAL_NAME).is_file():
         print(f"{run}: finished already; --fresh starts over")
         ensure_cards(run)
@@ -127,7 +138,7 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
             f"another --run"
         )
     if config.fresh and ours:
-        shutil.rmtree(run)
+        _clear(run)
         ours = False
     if ours:
         _require_same(run, config)
@@ -137,6 +148,25 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
     part.write_text(to_yaml(dataclasses.replace(config, fresh=False, dry_run=False)))
     part.replace(run / CONFIG_NAME)
     return run
+
+
+def _clear(run: Path) -> None:
+    """Delete all of a run but its locks, which are held."""
+    for path in run.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in LOCKS:
+            path.unlink()
+
+
+@contextmanager
+def _launched_alone(run: Path):
+    """Hold a run's folder; ValueError where another driver does: two would mix what they write, and
+    --fresh would delete what the other trains on."""
+    with (run / LAUNCH_LOCK).open("w") as file:
+        if not _try_lock(file):
+            raise ValueError(f"{run}: another process trains here; wait for it or end it")
+        yield
 
 
 def _require_same(run: Path, config: RunConfig) -> None:
@@ -172,15 +202,15 @@ def _flat(nested: dict, prefix: str = "") -> dict:
 @contextmanager
 def _locked(run: Path, rank: int):
     """Hold the run: a worker that outlives its killed driver by a moment must not write beside
-    its successor."""
+    its successor. OSError where it does not go away, so that Ray tries again."""
     if rank:
         yield
         return
-    with (run / ".lock").open("w") as file:
+    with (run / TRAIN_LOCK).open("w") as file:
         deadline = time.monotonic() + LOCK_SECONDS
         while not _try_lock(file):
             if time.monotonic() > deadline:
-                raise ValueError(f"{run}: another process trains here; wait for it or end it")
+                raise OSError(f"{run}: a worker of an earlier launch still trains here; end it")
             time.sleep(0.5)
         yield
 

@@ -15,12 +15,14 @@ from safetensors import SafetensorError
 def whole_or_not_at_all(path: Path) -> Iterator[Path]:
     """Give the path of a part to write, which becomes `path` where the block ends well.
 
-    Else there is neither: half a file would keep a full disk full. Raises OSError where safetensors
-    meets one.
+    Else there is neither: half a file would keep a full disk full. It is on the disk before it has
+    its name, as the records that vouch for it are. Raises OSError where safetensors meets one.
     """
     part = path.with_suffix(".part")
     try:
         yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         part.replace(path)
     except SafetensorError as error:
         part.unlink(missing_ok=True)
