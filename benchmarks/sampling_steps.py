@@ -64,6 +64,8 @@ def main(config: Config) -> int:
     captions, pictures = _scenes(config)
     real = extract(features, pictures)
     drawn, rates = {}, {}
+    for warm in ("dpmpp_2m", "ddpm"):
+        _draw(chain, captions[:1], real[:1], (SAMPLERS[warm], 2), config)
     for name, steps in (("dpmpp_2m", 20), ("ddpm", 250)):
         started = time.perf_counter()
         images = _draw(chain, captions, real, (SAMPLERS[name], steps), config)
@@ -107,7 +109,7 @@ def _draw(
     from eval.generate import caption_keys, default_sampling
     from training.pictures import to_uint8
 
-    default = default_sampling()
+    default = default_sampling(chain.device.type)
     decoder = replace(default.decoder, sampler=by[0], sample_steps=by[1], cfg_scale=1.0)
     sampling = replace(default, decoder=decoder)
     found = []

@@ -143,6 +143,14 @@ def require_lasting(name: str, path: str) -> None:
         )
 
 
+def require_local(name: str, path: str) -> None:
+    """Refuse a URL, too, for what is written to local or shared folders alone."""
+    if "://" in path:
+        raise ValueError(f"{name}: found {path}, expected a local or a shared folder, no URL")
+    if path:
+        require_lasting(name, path)
+
+
 @contextmanager
 def _told_in_one_line() -> Iterator[None]:
     """Raise as a ValueError of one line what tyro would print in a box before it exits."""

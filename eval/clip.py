@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli import DONE, parse, run_script
+from cluster.cli import DONE, parse, require_local, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +47,8 @@ class ClipScoreConfig:
 
 def main(config: ClipScoreConfig) -> int:
     """Print the scores, one a line, and write them."""
+    require_local("--out", config.out)
+    require_local("--export", config.export)
     if config.export:
         return _export(config)
     if not config.embeds:

@@ -42,8 +42,7 @@ class Model:
     def absolute(self) -> "Model":
         """Return the same runs by paths that mean the same in any process."""
 
-        def whole(run: str) -> str:
-            return str(Path(run).absolute()) if run and Path(run).is_dir() else run
+        from models.clip import absolute_spec as whole
 
         return Model(
             prior=whole(self.prior),

@@ -16,7 +16,7 @@ from eval.reference import load_statistics
 from eval.samples import ImageSet, Incomplete, open_images
 from eval.weights import DINOV2, INCEPTION, find_weights, require_local_clip
 from ingest.commits import digest_of
-from models.clip import FrozenClip, load_clip
+from models.clip import RAW, FrozenClip, absolute_spec, load_clip
 
 DEFAULT_CLIP = "runs/clip"
 JUDGES = {  # whether the judge is the model's own CLIP
@@ -103,7 +103,12 @@ class Evaluation:
         spaces = tuple(dict.fromkeys(spaces or (prepared and prepared.features) or ("clip",)))
         specs = {space: weights.spec(space) for space in spaces if space != "clip"}
         encoder = _encoder(clip or (DEFAULT_CLIP if "clip" in spaces else ""), specs, place)
-        size = order.image_size or (prepared.image_size if prepared else 0)
+        if prepared and order.image_size not in (0, prepared.image_size):
+            raise ValueError(
+                f"image_size: found {order.image_size} with the protocol {order.protocol}, "
+                f"expected none: its pictures are of {prepared.image_size} px"
+            )
+        size = prepared.image_size if prepared else order.image_size
         if prepared is None:
             real = {"": _side(order.real, size)}
         else:
@@ -217,7 +222,7 @@ def _encoder(clip: str, specs: dict[str, ExtractorSpec], place: Place) -> Frozen
 
     if not clip:
         return None
-    chosen = str(Path(clip).absolute()) if Path(clip).is_dir() else clip
+    chosen = absolute_spec(clip.removesuffix(RAW))  # judges compare directions alone
     require_local_clip(chosen)
     encoder = load_clip(chosen).to(device_named(place.workers.device))
     specs["clip"] = clip_spec(encoder, chosen)

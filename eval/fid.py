@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import DONE, parse, require_lasting, run_script
+from cluster.cli import DONE, parse, require_local, run_script
 
 if TYPE_CHECKING:
     from eval.drawing import Model
@@ -112,8 +112,12 @@ def main(config: FidConfig) -> int:
 
     from cluster.metrics import serve
 
-    require_lasting("--out", config.out)
+    require_local("--out", config.out)
+    require_local("--features-dir", config.features_dir)
+    require_local("--save-statistics", config.save_statistics)
     model = _checked(config)
+    if model.decoder:  # what it draws goes there
+        require_local("--fake", config.fake)
     serve(config.metrics_port)
     torch.set_num_threads(config.num_threads)
     evaluation = _evaluation(config, model)

@@ -53,8 +53,9 @@ class SamplingSettings:
     mean_of: int = 1
     precision: Precision = "auto"
 
-    def build(self) -> Sampling:
-        """Return the settings of the three parts; ValueError for an unknown sampler."""
+    def build(self, device_type: str = "cpu") -> Sampling:
+        """Return the settings of the three parts, for networks on such a device; ValueError for an
+        unknown sampler."""
         learned: Any = "learned_ddpm"
         base = learned if self.sampler == learned else sampler_named(self.sampler)
         if not self.upsampler_sampler and self.sampler == learned:
@@ -88,7 +89,7 @@ class SamplingSettings:
                 spacing=self.spacing,
                 tile=self.upsampler_tile,
             ),
-            precision=settled(self.precision, "cpu"),
+            precision=settled(self.precision, device_type),
         )
 
     def _interval(self) -> tuple[float, float] | None:
@@ -101,9 +102,9 @@ class SamplingSettings:
         return None if (low, high) == (0, 1) else (low, high)
 
 
-def default_sampling() -> Sampling:
-    """Return the default settings of the three parts."""
-    return SamplingSettings().build()
+def default_sampling(device_type: str = "cpu") -> Sampling:
+    """Return the default settings of the three parts, for networks on such a device."""
+    return SamplingSettings().build(device_type)
 
 
 def _prior_sampler(name: str) -> Sampler | Literal["analytic_ddpm"]:

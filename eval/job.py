@@ -72,6 +72,7 @@ class _Crew:
     blocks: list[int]
     busy: dict[Any, tuple[Any, int]] = field(default_factory=dict)  # result -> (actor, block)
     deaths: dict[int, int] = field(default_factory=dict)
+    have: dict[str, float] = field(default_factory=dict)  # what the actors share out
 
     def counts(self) -> Iterator[int]:
         """Yield the images of each block as it is done; leaves no actor behind."""
@@ -99,8 +100,8 @@ class _Crew:
     def _hire(self) -> Any:
         import ray
 
-        have, number = ray.cluster_resources(), self.workers.number
-        cpus, gpus = (min(1.0, have.get(kind, 0) / number) for kind in ("CPU", "GPU"))
+        self.have, number = self.have or _room(), self.workers.number
+        cpus, gpus = (min(1.0, self.have[kind] / number) for kind in ("CPU", "GPU"))
         worker = ray.remote(_Worker).options(
             num_cpus=_share(cpus), num_gpus=_share(gpus), max_restarts=0
         )
@@ -125,6 +126,24 @@ class _Crew:
             print(f"a worker died; block {block} is done again", flush=True)
             self.blocks.append(block)
             return None
+
+
+def _room() -> dict[str, float]:
+    """Return the CPUs and GPUs that are free now: a job may hold some itself, which its actors
+    would wait for without end. Where there are some and none is free, all of them, and says so."""
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    found = {}
+    for kind in ("CPU", "GPU"):
+        found[kind] = free.get(kind, 0.0) or total.get(kind, 0.0)
+        if total.get(kind) and not free.get(kind):
+            print(
+                f"workers: wait for a {kind}: all {total[kind]:g} are held, maybe by this very job "
+                "(--entrypoint-num-gpus)",
+                flush=True,
+            )
+    return found
 
 
 def _share(amount: float) -> float:

@@ -6,6 +6,7 @@ killed one left. eval/watch.py makes a round of each checkpoint, eval/sweep.py o
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -40,13 +41,26 @@ class RoundConfig:
     clip: str = ""
     """encoder that scores; empty = the one that the chain was trained on"""
     sample_options: str = ""
-    """more flags of eval/sample.py, as one string such as "--cfg-scale 2 --decoder-steps 50" """
+    """more flags of eval/sample.py, as one string such as "--decoder-steps 50 --seed 1" """
     score_options: str = ""
     """more flags of eval/fid.py, as one string"""
     keep_samples: bool = False
     """keep all images of a round, not its grid alone"""
     metrics_port: int | None = None
     """serve Prometheus metrics on this loopback port; 0 = any free one"""
+
+
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Continue a round of these settings; what one of others drew and scored is deleted."""
+    mark = folder / "settings.json"
+    if mark.is_file() and json.loads(mark.read_text()) == settings:
+        return
+    for name in ("samples", "eval_features"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "eval.json").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.with_suffix(".part").write_text(json.dumps(settings))
+    mark.with_suffix(".part").replace(mark)
 
 
 def play(config: RoundConfig, folder: Path, more: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,7 +75,7 @@ def play(config: RoundConfig, folder: Path, more: Sequence[str] = ()) -> dict[st
     limit = ["--limit", str(config.limit)] if config.limit else []
     run_command([
         "eval/sample.py", *chain, "--captions", config.captions, *limit, "--out", str(samples),
-        *more, *shlex.split(config.sample_options),
+        *shlex.split(config.sample_options), *more,
     ])  # fmt: skip
     run_command([
         "eval/fid.py", "--real", config.real, "--fake", str(samples), "--out", str(out),

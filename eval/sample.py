@@ -10,6 +10,7 @@ Sub-commands edit images: variations, interpolate, textdiff, inpaint, pca, guida
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import parse, require_lasting, run_script
+from cluster.cli import parse, require_local, run_script
 from models.configs import Spacing
 from training.precision import Precision, settled
 
@@ -109,7 +110,7 @@ def main(config: SampleConfig) -> int:
     from eval.drawing import grid_of_samples, list_samples, open_samples
     from eval.samples import SAMPLES_NAME
 
-    require_lasting("--out", config.out)
+    require_local("--out", config.out)
     started = time.perf_counter()
     device = device_named(config.device)
     config = dataclasses.replace(config, precision=settled(config.precision, device.type))
@@ -182,7 +183,7 @@ def _save(paths: list[Path], images: Any) -> None:
     from PIL import Image
 
     for path, image in zip(paths, images, strict=True):
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")  # a rerun may overtake one that lives on
         Image.fromarray(image).save(part, format="png")
         part.replace(path)
 
@@ -196,7 +197,9 @@ def command(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise ValueError(f"found {argv[0]!r}, expected options or one of {known}")
-    return run_edit(argv[0], parse(COMMANDS[argv[0]][0], argv=argv[1:]))
+    config = parse(COMMANDS[argv[0]][0], argv=argv[1:])
+    require_local("--out", config.out)
+    return run_edit(argv[0], config)
 
 
 if __name__ == "__main__":

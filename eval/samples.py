@@ -127,6 +127,8 @@ def open_images(folder: str) -> ImageSet:
     Raises ValueError for an unfinished folder of samples, and where there are no images;
     Incomplete where listed samples are missing.
     """
+    if "://" in folder:
+        raise ValueError(f"{folder}: found a URL, expected a local or a shared folder of images")
     root = Path(folder).absolute()  # other processes open it too
     if (root / "_manifest.json").is_file():
         return _open_shards(root, load_snapshot(root))

@@ -79,14 +79,24 @@ def prior_scores(
 
 
 def shape_scores(captions: list[str], images: Iterable[np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Score drawings against their captions: {set: what `summarise` returns}."""
+    """Score drawings against their captions: {set: what `summarise` returns}.
+
+    Squares of another size, such as a base decoder's own, are brought to the scorer's 64 px:
+    drawings that went through 32 px are read as well as others.
+    """
     found: dict[str, list] = {}
     for caption, image in zip(captions, images, strict=True):
-        found.setdefault(shape_set(caption), []).append(score(image, caption))
+        found.setdefault(shape_set(caption), []).append(score(_at_64_px(image), caption))
     summaries = {name: dict(summarise(scores)) for name, scores in found.items()}
     if "single" in summaries:
         summaries["single"].pop("relation", None)
     return summaries
+
+
+def _at_64_px(image: np.ndarray) -> np.ndarray:
+    if image.shape[0] != image.shape[1] or image.shape[0] == 64:
+        return image
+    return np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC))
 
 
 def arrays(images: Iterable[Image.Image]) -> Iterable[np.ndarray]:

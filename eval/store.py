@@ -114,12 +114,14 @@ class Store:
         """Return the moments of all features, with what they are of."""
         width, height = self.images.size(0)
         resolution = f"{width} x {height} px, {self.images.fit}"
+        if self.spec.any_size and not self.images.side:
+            resolution = ANY_SIZE
         return Statistics(
             moments=features.moments(),
             space=self.spec.space,
             extractor=self.spec.name,
             resize=self.spec.resize,
-            resolution=ANY_SIZE if self.spec.any_size else resolution,
+            resolution=resolution,
             source=self.images.source,
             digest=self.images.digest,
         )

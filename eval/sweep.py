@@ -12,13 +12,12 @@ weights or a flag changed. eval/report.py draws the curves.
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli import parse, run_script
-from eval.rounds import RoundConfig, play, publish, tidy
+from cluster.cli import parse, require_local, run_script
+from eval.rounds import RoundConfig, begin, play, publish, tidy
 from eval.run_curves import SWEEP_NAME as LINES_NAME
 from training.lines import read_lines
 
@@ -42,6 +41,7 @@ def main(config: SweepConfig) -> int:
 
     if not config.scales or len(set(config.scales)) < len(config.scales):
         raise ValueError(f"--scales: found {config.scales}, expected different scales")
+    require_local("--run", config.run)
     run = Path(config.run)
     run.mkdir(parents=True, exist_ok=True)
     serve(config.metrics_port)
@@ -53,7 +53,7 @@ def main(config: SweepConfig) -> int:
             print(f"sweep: scale {scale:g} is scored")
             continue
         folder = run / "sweep" / f"scale_{scale:g}"
-        _begin(folder, settings)
+        begin(folder, settings)
         scores = play(config, folder, ["--cfg-scale", str(scale)])
         _replace_line(
             run / LINES_NAME, {"cfg_scale": scale, "settings": settings, "scores": scores}
@@ -69,17 +69,6 @@ def _is_scored(run: Path, scale: float, settings: dict[str, Any]) -> bool:
         line["cfg_scale"] == scale and line["settings"] == settings
         for line in read_lines(run / LINES_NAME)
     )
-
-
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Continue a round of these settings; one of others is deleted."""
-    mark = folder / "settings.json"
-    if mark.is_file() and json.loads(mark.read_text()) == settings:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    mark.with_suffix(".part").write_text(json.dumps(settings))
-    mark.with_suffix(".part").replace(mark)
 
 
 def _replace_line(path: Path, line: dict[str, Any]) -> None:

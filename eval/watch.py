@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli import parse, run_script
-from eval.rounds import RoundConfig, play, publish, tidy
+from eval.rounds import RoundConfig, begin, play, publish, tidy
 from eval.run_curves import WATCH_NAME as LINES_NAME
 from training.lines import add_line, read_lines
 
+ASIDE = ("run", "once", "poll_seconds", "keep_samples", "metrics_port")  # change no score
 WEIGHTS = ("config.json", "ema.safetensors", "state.json")
 
 
@@ -142,6 +143,8 @@ def _score(config: WatchConfig, run: Path, folder: Path) -> None:
     started = time.perf_counter()
     weights = folder / "run" / folder.name
     state = json.loads((weights / "state.json").read_text())
+    told = {k: v for k, v in dataclasses.asdict(config).items() if k not in ASIDE}
+    begin(folder, json.loads(json.dumps(told)))  # a rerun may come with other flags
     scores = play(_with(config, folder / "run", weights), folder)
     line = {
         "step": int(folder.name.removeprefix("step_")),

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+QUERIES_AT_ONCE = 2048
+
 
 def mean_cosine(a: Tensor, b: Tensor) -> float:
     """Return the mean cosine between row i of `a` and row i of `b`, both [N, E]."""
@@ -21,14 +23,24 @@ def shuffled_cosine(a: Tensor, b: Tensor) -> float:
     return (total / (n * (n - 1))).item()
 
 
+def _nearest(query: Tensor, gallery: Tensor, k: int) -> Tensor:
+    """Return the k rows of `gallery` nearest to each of `query` by cosine, int64 [N, k], nearest
+    first; a part of the queries at a time, so that memory grows with N and not its square."""
+    rows = F.normalize(gallery.double(), dim=1)
+    parts = [
+        (F.normalize(part.double(), dim=1) @ rows.T).topk(min(k, len(rows)), dim=1).indices
+        for part in query.split(QUERIES_AT_ONCE)
+    ]
+    return torch.cat(parts)
+
+
 def retrieval_at_k(query: Tensor, gallery: Tensor, captions: list[str], k: int = 1) -> float:
     """Return the share of `query` rows with a right answer among the k nearest `gallery` rows.
 
     query, gallery: [N, E], row i of both belongs to captions[i]. Rows that share a caption are
     all right answers ("any of the same caption"): the drawn set repeats captions.
     """
-    similarity = F.normalize(query.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T
-    nearest = similarity.topk(min(k, len(gallery)), dim=1).indices.tolist()
+    nearest = _nearest(query, gallery, k).tolist()
     hits = [any(captions[i] == captions[j] for j in row) for i, row in enumerate(nearest)]
     return torch.tensor(hits, dtype=torch.float64).mean().item()
 
@@ -61,16 +73,16 @@ def retrieval_both_ways(
     among the k nearest (of several captions of an image, any one); "all": the share of the right
     answers that are, of as many as k can hold.
     """
-    similarity = F.normalize(text.double(), dim=1) @ F.normalize(image.double(), dim=1).T
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     own = torch.tensor([numbers[caption] for caption in captions])
-    right = own[:, None] == own
+    repeats = own.bincount()[own]
     found: dict[str, float] = {}
-    for way, scores in (("text_to_image", similarity), ("image_to_text", similarity.T)):
+    ways = {"text_to_image": (text, image), "image_to_text": (image, text)}
+    for way, (query, gallery) in ways.items():
+        nearest = _nearest(query, gallery, max(ks)).cpu()
         for k in ks:
-            nearest = scores.topk(min(k, len(captions)), dim=1).indices
-            hits = right.gather(1, nearest).sum(1).double()
-            wanted = right.sum(1).clamp(max=k).double()
+            hits = (own[nearest[:, :k]] == own[:, None]).sum(1).double()
+            wanted = repeats.clamp(max=k).double()
             found[f"{way}_r@{k}_any"] = (hits > 0).double().mean().item()
             found[f"{way}_r@{k}_all"] = (hits / wanted).mean().item()
     return found

@@ -168,6 +168,14 @@ def test_the_kernel_distance_is_torch_fidelitys():
     assert (ours["kid_subsets"], ours["kid_subset_size"]) == (100, 1000)
 
 
+@pytest.mark.parametrize(("n_fake", "n_real", "subsets"), [(60, 60, 1), (60, 80, 100)])
+def test_a_side_that_every_subset_holds_whole_has_no_deviation(n_fake, n_real, subsets):
+    fake, real = Features.of(draws(n_fake, seed=1)), Features.of(draws(n_real, seed=2))
+    found = kernel_distance(fake, real)
+    assert "kid_std" not in found and found["kid_subsets"] == subsets
+    assert found["kid_subset_size"] == 60
+
+
 def test_cmmd_is_its_formula():
     x, y = (unit(draws(n, seed=n, shift=s)).astype(np.float64) for n, s in ((90, 0.5), (70, 0.0)))
 

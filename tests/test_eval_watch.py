@@ -14,7 +14,7 @@ import pytest
 
 from eval import rounds, sweep, watch
 from eval.page import write_report
-from eval.rounds import run_command
+from eval.rounds import begin, run_command
 from eval.sweep import SweepConfig
 from eval.watch import WatchConfig
 from ingest.commits import digest_file
@@ -53,6 +53,19 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[tuple[WatchConfig, str]]:
     return asked
 
 
+def test_a_round_of_other_settings_is_begun_anew(tmp_path: Path):
+    folder = tmp_path / "step_00000001"
+    (folder / "run").mkdir(parents=True)
+    begin(folder, {"limit": 4})
+    for name in ("samples", "eval_features"):
+        (folder / name).mkdir()
+    (folder / "eval.json").write_text("{}")
+    begin(folder, {"limit": 4})
+    assert (folder / "eval.json").is_file() and (folder / "samples").is_dir()
+    begin(folder, {"limit": 8})
+    assert sorted(path.name for path in folder.iterdir()) == ["run", "settings.json"]
+
+
 def test_each_whole_checkpoint_is_scored_once(tmp_path: Path, played: list):
     run = tmp_path / "base"
     for step in (2, 4):
@@ -69,7 +82,8 @@ def test_each_whole_checkpoint_is_scored_once(tmp_path: Path, played: list):
     watch.main(config)
     assert len(played) == 2
     left = sorted(path.name for path in (run / "watch" / "step_00000002").rglob("*"))
-    assert left == ["grid.png", "samples"]  # not the weights, and no image but the grid
+    # not the weights, and no image but the grid
+    assert left == ["grid.png", "samples", "settings.json"]
 
 
 def test_a_checkpoint_that_is_pruned_while_another_is_scored_is_scored_still(

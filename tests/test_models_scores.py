@@ -35,6 +35,14 @@ def test_retrieval_counts_the_nearest_row_of_the_right_caption():
     assert retrieval_at_k(gallery.flip(0), gallery, ["a", "b", "a"]) == 1  # either "a" will do
 
 
+def test_parts_of_the_queries_make_no_difference(monkeypatch: pytest.MonkeyPatch):
+    query, gallery = torch.randn(50, 8), torch.randn(50, 8)
+    captions = [f"caption {i % 20}" for i in range(50)]
+    whole = retrieval_at_k(query, gallery, captions, 3)
+    monkeypatch.setattr("models.scores.QUERIES_AT_ONCE", 7)
+    assert retrieval_at_k(query, gallery, captions, 3) == whole
+
+
 def test_scale_does_not_matter():
     a, b = random(10), random(10, seed=1)
     names = [str(i) for i in range(10)]
