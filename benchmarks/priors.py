@@ -1,6 +1,6 @@
 """The three priors on held-out captions, beside the caption's embedding in their place.
 
-    python benchmarks/priors.py        # some twenty minutes on two cores
+    python benchmarks/priors.py        # some forty minutes on two cores
 
 For the drawn set, and for Fluent emoji where ../shared/data holds them: a CLIP is trained on the
 training pairs, then each prior on its embeddings, for the same steps and batch. Scores are on
@@ -115,6 +115,7 @@ def _compare(root: Path, source: Path | None, config: Config) -> dict[str, dict[
                 "train_seconds": seconds,
                 "ms_a_draw": milliseconds,
             }
+            print(json.dumps({name: figures[name]}), flush=True)  # a run that is ended leaves these
     return figures
 
 
