@@ -99,6 +99,32 @@ def test_unlike_statistics_are_refused_naming_the_field(config: FidConfig, tmp_p
         )  # fmt: skip
 
 
+def test_a_size_that_images_were_brought_to_is_told_in_clip_space_too(
+    config: FidConfig, tmp_path: Path
+):
+    statistics = tmp_path / "statistics"
+    small = evaluated(config, image_size=16, save_statistics=str(statistics))
+    assert small["features"]["clip"]["resolution"] == "16 x 16 px, centre crop, bicubic to 16 px"
+    with pytest.raises(ValueError, match="^resolution: found 'any' for"):
+        evaluated(config, real=str(statistics))
+    again = evaluated(config, real=str(statistics), image_size=16)
+    assert again["features"]["clip"]["fd"] == pytest.approx(small["features"]["clip"]["fd"])
+
+
+def test_a_judge_compares_directions_whatever_its_name(config: FidConfig):
+    plain, raw = evaluated(config), evaluated(config, clip="tiny:random+raw")
+    assert raw["features"]["clip"]["extractor"] == plain["features"]["clip"]["extractor"]
+    assert raw["features"]["clip"]["cmmd"] == plain["features"]["clip"]["cmmd"]
+
+
+def test_a_url_is_refused_for_what_lies_in_folders(config: FidConfig):
+    for changes in ({"out": "s3://bucket/eval.json"}, {"features_dir": "s3://bucket/features"}):
+        with pytest.raises(ValueError, match="expected a local or a shared folder, no URL"):
+            evaluated(config, **changes)
+    with pytest.raises(ValueError, match="s3://bucket/real: found a URL"):
+        evaluated(config, real="s3://bucket/real")
+
+
 @pytest.mark.slow
 def test_random_weights_run_the_whole_path_under_their_own_name(
     config: FidConfig, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -167,6 +167,20 @@ def test_a_block_that_kills_every_worker_is_held_at_fault(monkeypatch: pytest.Mo
         list(crew.counts())
 
 
+def test_workers_share_what_is_free_and_say_what_they_wait_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    from eval.job import _room
+
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 6.0, "GPU": 0.5})
+    assert _room() == {"CPU": 6.0, "GPU": 0.5} and capsys.readouterr().out == ""
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 6.0})
+    assert _room() == {"CPU": 6.0, "GPU": 1.0}
+    assert "wait for a GPU: all 1 are held" in capsys.readouterr().out
+
+
 # -- the store, in this process --------------------------------------------------------------------
 
 

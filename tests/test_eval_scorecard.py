@@ -12,7 +12,7 @@ from PIL import Image
 from eval import scorecard
 from eval.generate import default_sampling
 from eval.samples import ImageSet
-from eval.scorecard import caption_scores, prior_scores, shapes_with_real
+from eval.scorecard import caption_scores, prior_scores, shape_scores, shapes_with_real
 from ingest.shapes import make_pairs
 from models.clip import load_clip
 
@@ -36,6 +36,16 @@ def test_a_set_of_shapes_without_true_drawings_has_none_to_compare(tmp_path: Pat
         "single": 1.0, "seen": 1.0, "held_out": None,
     }  # fmt: skip
     assert found["held_out"]["all"] == 1.0
+
+
+def test_drawings_of_a_base_decoder_s_size_are_read(tmp_path: Path):
+    drawings = drawn(tmp_path / "drawings", "single", "seen")
+    small = (np.asarray(image.resize((32, 32), Image.Resampling.BOX)) for image in drawings)
+    found = shape_scores(drawings.captions, small)
+    assert {name: cell["all"] for name, cell in found.items()} == {"single": 1.0, "seen": 1.0}
+    oblong = [np.zeros((32, 48, 3), np.uint8)]
+    with pytest.raises(ValueError, match=r"found uint8 \[32, 48, 3\]"):
+        shape_scores(drawings.captions[:1], oblong)
 
 
 # -- captions in batches ---------------------------------------------------------------------------

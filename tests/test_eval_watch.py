@@ -66,6 +66,15 @@ def test_a_round_of_other_settings_is_begun_anew(tmp_path: Path):
     assert sorted(path.name for path in folder.iterdir()) == ["run", "settings.json"]
 
 
+def test_a_sweep_s_own_flags_go_before_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    commands: list[list[str]] = []
+    monkeypatch.setattr(rounds, "run_command", commands.append)
+    (tmp_path / "eval.json").write_text("{}")
+    config = SweepConfig(clip="tiny:random", sample_options="--cfg-scale 2")
+    rounds.play(config, tmp_path, ["--cfg-scale", "3"])
+    assert commands[0][-4:] == ["--cfg-scale", "2", "--cfg-scale", "3"]  # the last one counts
+
+
 def test_each_whole_checkpoint_is_scored_once(tmp_path: Path, played: list):
     run = tmp_path / "base"
     for step in (2, 4):

@@ -145,6 +145,26 @@ def test_a_run_under_way_is_left_alone(tmp_path: Path):
     assert not (tmp_path / "step_00000001").exists()
 
 
+def test_of_two_first_launches_one_trains(tmp_path: Path):
+    """The other has the folder, and has written nothing in it yet."""
+    run = tmp_path / "new"
+    run.mkdir()
+
+    def build(config: PriorRunConfig):
+        raise AssertionError("built beside another process")
+
+    with _launched_alone(run), pytest.raises(ValueError, match="another process trains here"):
+        launch(CONFIG, str(run), build, "prior")
+    assert [path.name for path in run.iterdir()] == [LAUNCH_LOCK]
+
+
+def test_a_folder_of_somebody_else_gets_nothing(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("theirs: true")
+    with pytest.raises(ValueError, match="expected a run or nothing"):
+        launch(dataclasses.replace(CONFIG, fresh=True), str(tmp_path), None, "prior")  # type: ignore
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_two_processes_do_not_train_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("training.worker.LOCK_SECONDS", 0)
     with _locked(tmp_path, rank=0):

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -15,7 +15,7 @@ from cluster.cli import DONE, INCOMPLETE, read_yaml, require_lasting, to_yaml
 from models.weights import FINAL_NAME
 from training.cards import ensure_cards, record_code
 from training.config import RunConfig, TrainConfig
-from training.precision import native_bf16, settled
+from training.precision import device_of_run, native_bf16, settled
 from training.stopping import forget_stop, stopping_on_sigterm
 from training.timeline import note
 
@@ -52,19 +52,17 @@ def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str)
 
     A finished run is left as it is. Raises ValueError when the folder holds another configuration.
     """
-    with ExitStack() as held:
-        if (Path(run_folder) / CONFIG_NAME).is_file():  # before anything in it is touched
-            held.enter_context(_launched_alone(Path(run_folder)))
-        config = with_precision(config, Path(run_folder))
-        run = prepare_run(config, run_folder)
-        if not (run / LAUNCH_LOCK).exists():
-            held.enter_context(_launched_alone(run))
-        config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
+    run = _folder_of(run_folder)
+    run.mkdir(parents=True, exist_ok=True)
+    with _launched_alone(run):  # before anything in it is touched
         return _launch(config, run, build, model_name)
 
 
 def _launch(config: RunConfig, run: Path, build: Callable, model_name: str) -> int:
-    """Train in a folder that this process alone has."""
+    """Train in a folder that no other driver has."""
+    config = with_precision(config, run)
+    prepare_run(config, str(run))
+    config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
     if (run / FINAL_NAME).is_file():
         print(f"{run}: finished already; --fresh starts over")
         ensure_cards(run)
@@ -128,15 +126,8 @@ def _gpus_elsewhere(settings: TrainConfig) -> bool:
 
 def prepare_run(config: RunConfig, run_folder: str) -> Path:
     """Create or reopen the folder of a run and write its configuration."""
-    require_lasting("run", run_folder)
-    run = Path(run_folder).absolute()
-    # config.yaml is a common name: only one with our section marks a folder that --fresh may delete
-    ours = (run / CONFIG_NAME).is_file() and "train" in read_yaml(run / CONFIG_NAME)
-    if run.is_dir() and any(run.iterdir()) and not ours:
-        raise ValueError(
-            f"{run}: found a folder without {CONFIG_NAME}, expected a run or nothing; name "
-            f"another --run"
-        )
+    run = _folder_of(run_folder)
+    ours = _is_ours(run)
     if config.fresh and ours:
         _clear(run)
         ours = False
@@ -148,6 +139,25 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
     part.write_text(to_yaml(dataclasses.replace(config, fresh=False, dry_run=False)))
     part.replace(run / CONFIG_NAME)
     return run
+
+
+def _folder_of(run_folder: str) -> Path:
+    """Return the folder of a run; ValueError for one that holds something else."""
+    require_lasting("run", run_folder)
+    run = Path(run_folder).absolute()
+    others = run.is_dir() and any(path.name not in LOCKS for path in run.iterdir())
+    if others and not _is_ours(run):
+        raise ValueError(
+            f"{run}: found a folder without {CONFIG_NAME}, expected a run or nothing; name "
+            f"another --run"
+        )
+    return run
+
+
+def _is_ours(run: Path) -> bool:
+    """Say whether a folder is a run: config.yaml is a common name, and only one with our section
+    marks a folder that --fresh may delete."""
+    return (run / CONFIG_NAME).is_file() and "train" in read_yaml(run / CONFIG_NAME)
 
 
 def _clear(run: Path) -> None:
@@ -250,7 +260,7 @@ def _train(
     kind = _device(settings)
     if settings.device not in ("auto", kind):
         raise ValueError(f"train.device: found {settings.device} without a GPU, expected cpu")
-    device = torch.device(f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind)
+    device = device_of_run(settings.device)
     if device.type == "cpu":
         torch.set_num_threads(settings.num_threads)
     watchdog = Watchdog(run, rank, world_size, settings.hang_seconds)
