@@ -284,7 +284,7 @@ def _checkpointed(engine: Any, averages: Any) -> dict[str, float]:
     from functools import partial
 
     from training import checkpoint
-    from training.checkpoint import Progress
+    from training.records import Progress
     from training.writing import Writer
 
     writer, copies, blocked = Writer(beside=True), checkpoint.Copies(), []

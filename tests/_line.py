@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from training.batches import Batch
-from training.checkpoint import Progress
 from training.config import RunConfig, TrainConfig
 from training.loop import Job, train
+from training.records import Progress
 from training.reporting import Reporter
 from training.zero import PlainEngine
 

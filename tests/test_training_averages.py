@@ -12,9 +12,10 @@ import torch
 from models.power_average import gamma_of
 from training import checkpoint
 from training.averages import Averages, PowerEma
-from training.checkpoint import SNAPSHOTS, Progress, records, step_folder
+from training.checkpoint import SNAPSHOTS
 from training.config import TrainConfig
 from training.fragments import Fragments
+from training.records import FORMAT, Progress, Record, records, step_folder
 from training.zero import Fragment
 
 SIGMAS = (0.05, 0.1)
@@ -97,7 +98,7 @@ def write_by_two(run: Path) -> None:
             (step_folder(run / SNAPSHOTS, 3), checkpoint._power_tensors(engine, averages)),
         ):
             record = partial(
-                checkpoint.Record, format=checkpoint.FORMAT, rank=rank, world_size=2,
+                Record, format=FORMAT, rank=rank, world_size=2,
                 optimizer_step=3, progress=asdict(Progress(step=3)),
             )  # fmt: skip
             checkpoint._write_fragments(folder / "fragments", rank, dict(tensors), record)

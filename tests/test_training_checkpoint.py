@@ -21,9 +21,9 @@ from models.configs import (
 )
 from models.weights import FINAL_NAME
 from training import checkpoint, jobs, prior_job
-from training.checkpoint import Progress, Record, newest_valid, records, step_folder
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig, TrainConfig
 from training.fragments import Fragments
+from training.records import FORMAT, Progress, Record, newest_valid, records, step_folder
 from training.worker import prepare_run, train_here
 
 HALF, WHOLE = 3, 6
@@ -327,7 +327,7 @@ def write_by_three_ranks(folder: Path, whole: torch.Tensor) -> list[Record]:
         }
         save_file(mine, str(path))
         record = Record(
-            format=checkpoint.FORMAT, rank=rank, world_size=3, optimizer_step=5,
+            format=FORMAT, rank=rank, world_size=3, optimizer_step=5,
             sha256=checkpoint.digest_file(path), progress=dataclasses.asdict(Progress(step=5)),
         )  # fmt: skip
         path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(record)))

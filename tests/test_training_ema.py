@@ -18,10 +18,11 @@ from models.unclip import load_model
 from models.weights import load_config, save_config, save_weights
 from training import checkpoint, ema, prior_job
 from training.averages import Averages
-from training.checkpoint import SNAPSHOTS, Progress, newest_valid, step_folder
+from training.checkpoint import SNAPSHOTS
 from training.config import PriorRunConfig, TrainConfig
 from training.ema import EmaConfig
 from training.post_hoc_ema import reconstruct
+from training.records import Progress, newest_valid, step_folder
 from training.worker import prepare_run, train_here
 from training.zero import Fragment
 

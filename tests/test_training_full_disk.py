@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from training import checkpoint
 from training.batches import Batch
-from training.checkpoint import newest_valid, records, step_folder
+from training.records import newest_valid, records, step_folder
 from training.reporting import read_lines
 from training.writing import whole_or_not_at_all
 

@@ -29,13 +29,13 @@ from models.configs import (
 from models.costs import training_flops
 from models.decoder import Decoder
 from training.batches import Batch
-from training.checkpoint import Progress, newest_valid
 from training.config import ClipRunConfig, PriorRunConfig
 from training.incidents import ENOUGH, LossWatch, report_incident
 from training.jobs import clip_model
 from training.loop import _agreed
 from training.prior_job import prior_model
 from training.profiling import peak_tflops, window
+from training.records import Progress, newest_valid
 from training.reporting import Follower, Reporter, describe, read_lines
 from training.stopping import forget_stop, stop_wanted, stopping_on_sigterm
 from training.watchdog import HEARTBEATS, Heartbeat, Watchdog

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from training.averages import Ema
 from training.batches import Batch
-from training.checkpoint import Progress
 from training.config import TrainConfig
 from training.loop import MAX_NONFINITE_IN_A_ROW, _seed_dropout
 from training.optimizer import learning_rate_ratio
+from training.records import Progress
 from training.reporting import read_lines
 from training.zero import Fragment
 

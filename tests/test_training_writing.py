@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from training import checkpoint
 from training.averages import Averages
-from training.checkpoint import Progress, records, step_folder
+from training.records import Progress, records, step_folder
 from training.writing import Writer
 from training.zero import PlainEngine
 

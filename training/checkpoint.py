@@ -13,14 +13,11 @@ pickled.
 
 import json
 import os
-import re
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -32,63 +29,25 @@ from ingest.commits import digest_file
 from models.weights import FINAL_NAME, save_config, save_weights
 from training.averages import EMA, POWER, Averages
 from training.fragments import MASTER, Fragments
+from training.records import (
+    FORMAT,
+    VERSION,
+    Progress,
+    Record,
+    agreed,
+    record_name,
+    records,
+    step_folder,
+    step_folders,
+    step_of,
+    told_of,
+)
 from training.writing import whole_or_not_at_all
 from training.zero import Engine, Fragment
 
-FORMAT = 1
 AWAIT_SECONDS = 3600  # for the other ranks' parts of a checkpoint
-VERSION = version("minidalle2")
 BUFFER = "buffer"
 SNAPSHOTS = "ema_snapshots"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What a run has done: all that is needed beside tensors to continue it."""
-
-    step: int = 0
-    samples_seen: int = 0
-    nonfinite_steps: int = 0
-
-    @property
-    def updates(self) -> int:
-        """Steps that moved the weights: the time of power-function averages."""
-        return self.step - self.nonfinite_steps
-
-    def after(self, num_real: int, *, finite: bool) -> "Progress":
-        """Return the progress after one more step, of so many samples."""
-        return Progress(
-            step=self.step + 1,
-            samples_seen=self.samples_seen + num_real,
-            nonfinite_steps=self.nonfinite_steps + (not finite),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One rank's part of a checkpoint; version: of the project, which wrote it."""
-
-    format: int
-    rank: int
-    world_size: int
-    optimizer_step: int
-    sha256: str
-    progress: dict[str, int]
-    version: str = ""
-
-
-def _record_name(rank: int) -> str:
-    return f"rank_{rank:04d}.json"
-
-
-def step_folders(run: Path) -> list[Path]:
-    """Return the folders of a run's checkpoints, whole or not, by step; a copy under another name
-    is none."""
-    return sorted(path for path in run.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
-
-
-def step_folder(run: Path, step: int) -> Path:
-    return run / f"step_{step:08d}"
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -99,65 +58,6 @@ def _write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-
-
-def records(folder: Path) -> list[Record] | None:
-    """Return the records of a valid checkpoint in rank order, or None, with a warning that says
-    what is wrong."""
-    fragments = folder / "fragments"
-    found: list[Record] = []
-    try:
-        for path in sorted(fragments.glob("rank_*.json")):
-            told = json.loads(path.read_text())
-            if told.get("format") != FORMAT:
-                raise ValueError(_other_format(path, told))
-            record = Record(**told)
-            if digest_file(path.with_suffix(".safetensors")) != record.sha256:
-                warnings.warn(
-                    f"{path.with_suffix('.safetensors')}: digest differs from its record",
-                    stacklevel=2,
-                )
-                return None
-            found.append(record)
-    except (OSError, json.JSONDecodeError, TypeError) as error:
-        warnings.warn(f"{folder}: unreadable checkpoint ({error})", stacklevel=2)
-        return None
-    if not found or [r.rank for r in found] != list(range(found[0].world_size)):
-        warnings.warn(
-            f"{folder}: found the records of {len(found)} ranks, incomplete; skipped", stacklevel=2
-        )
-        return None
-    if any(r.progress != found[0].progress for r in found):
-        warnings.warn(f"{folder}: its ranks disagree about their progress; skipped", stacklevel=2)
-        return None
-    return found
-
-
-def _other_format(path: Path, told: dict) -> str:
-    """Say whose checkpoint it is: to skip it would be to begin a long run anew."""
-    who = f"version {told['version']}" if told.get("version") else "another version"
-    return (
-        f"{path}: found a checkpoint of format {told.get('format')}, expected {FORMAT}: {who} of "
-        "minidalle2 wrote it; continue with that one, or start over with --fresh"
-    )
-
-
-def newest_valid(run: Path) -> tuple[Path, Progress] | None:
-    """Return the newest valid checkpoint of `run`; broken ones are skipped with a warning."""
-    for folder in reversed(step_folders(run)):
-        found = records(folder)
-        if found:
-            return folder, Progress(**found[0].progress)
-    return None
-
-
-def agreed(engine: Engine, value: int) -> int:
-    """Return the first rank's value; every rank calls this, and waits for it."""
-    if engine.world_size == 1:
-        return value
-    told = torch.tensor(value, dtype=torch.int64, device=engine.device)
-    dist.broadcast(told, src=0)
-    return int(told)
 
 
 def _barrier(engine: Engine) -> None:
@@ -271,7 +171,7 @@ def _await_ranks(folder: Path, world_size: int) -> None:
     """Wait until every rank's record is there. A rank that fails ends the group, and this wait."""
     deadline, missing = time.monotonic() + AWAIT_SECONDS, list(range(world_size))
     while missing:
-        missing = [r for r in missing if not (folder / "fragments" / _record_name(r)).is_file()]
+        missing = [r for r in missing if not (folder / "fragments" / record_name(r)).is_file()]
         if missing and time.monotonic() > deadline:
             told = ", ".join(map(str, missing))
             raise OSError(f"{folder}: found no record of rank {told} in {AWAIT_SECONDS} s")
@@ -311,14 +211,11 @@ def _tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]
 
 
 def restore(run: Path, step: int, engine: Engine, averages: Averages) -> Progress:
-    """Read a checkpoint into the engine and the averages; every rank reads what it owns now.
-
-    Raises OSError where this rank does not find it whole.
-    """
+    """Read a checkpoint that `newest_agreed` found into the engine and the averages; every rank
+    reads what it owns now."""
     folder = step_folder(run, step)
-    found = records(folder)
-    if not found:
-        raise OSError(f"{folder}: found no whole checkpoint, expected the one that rank 0 found")
+    found = told_of(folder)
+    assert found, f"{folder} was verified a moment ago"
     stored = Fragments(folder, len(found))
     stored.require_parameters(set(engine.shapes))
     stored.require_averages(averages.sections())
@@ -347,7 +244,7 @@ def _export(
 ) -> None:
     """Assemble inference weights from all ranks' fragments: read from storage, without
     communication. others: the tensors that are not trained."""
-    found = records(folder)
+    found = told_of(folder)
     assert found, f"{folder} was written a moment ago"
     stored = Fragments(folder, len(found))
     for section, file in ((MASTER, "model.safetensors"), (EMA, "ema.safetensors")):
@@ -377,7 +274,7 @@ def prune(run: Path, keep: int, newest: Path, keep_every: int = 0) -> None:
     whole = [folder for folder in folders if folder.name <= newest.name]
     kept = whole[-keep:]
     if keep_every:
-        kept += [f for f in whole if int(f.name.removeprefix("step_")) % keep_every == 0]
+        kept += [f for f in whole if step_of(f) % keep_every == 0]
     for folder in folders:
         if folder not in kept:
             shutil.rmtree(folder)

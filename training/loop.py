@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from training import checkpoint
 from training.averages import Averages
 from training.batches import Batch, Reader
-from training.checkpoint import Progress
 from training.config import RunConfig, TrainConfig
 from training.feeds import make_feed
 from training.optimizer import learning_rate_ratio
+from training.records import Progress, agreed, newest_agreed, step_folder
 from training.reporting import Reporter
 from training.stopping import stop_wanted
 from training.timeline import num_attempts
@@ -119,13 +119,14 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
 def _end(run: Path, engine: Engine, progress: Progress, config: TrainConfig) -> None:
     """Mark a run that has done all its steps as finished, scores and all."""
     if engine.rank == 0 and progress.step == config.num_steps:
-        checkpoint.finish(run, checkpoint.step_folder(run, progress.step))
+        checkpoint.finish(run, step_folder(run, progress.step))
 
 
 def _begun(run: Path, engine: Engine, averages: Averages, reporter: Reporter) -> Progress:
     """Continue from the newest checkpoint, and say so."""
-    progress = _resume(run, engine, averages)
-    attempt = checkpoint.agreed(engine, num_attempts(run))
+    step = newest_agreed(run, engine)
+    progress = checkpoint.restore(run, step, engine, averages) if step >= 0 else Progress()
+    attempt = agreed(engine, num_attempts(run))
     reporter.started(progress, num_workers=engine.world_size, attempt=attempt)
     return progress
 
@@ -152,14 +153,6 @@ def _snapshot_due(progress: Progress, config: TrainConfig) -> bool:
     if not config.snapshot_every or not progress.updates:
         return False
     return progress.step % config.snapshot_every == 0 or progress.step == config.num_steps
-
-
-def _resume(run: Path, engine: Engine, averages: Averages) -> Progress:
-    """Continue from the newest valid checkpoint, the one that the first rank sees: two ranks whose
-    views of a storage differ must not begin at two steps."""
-    found = checkpoint.newest_valid(run) if engine.rank == 0 else None
-    step = checkpoint.agreed(engine, found[1].step if found else -1)
-    return checkpoint.restore(run, step, engine, averages) if step >= 0 else Progress()
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -216,7 +209,7 @@ def _judge(job: Job, run: Path, engine: Engine, progress: Progress, reporter: Re
     """Score a new checkpoint, and hand it over where somebody else is to."""
     _validate(job, run, engine, progress, reporter)
     if job.hand_over is not None:
-        job.hand_over(checkpoint.step_folder(run, progress.step))
+        job.hand_over(step_folder(run, progress.step))
 
 
 def _validate(job: Job, run: Path, engine: Engine, progress: Progress, reporter: Reporter) -> None:
@@ -225,7 +218,7 @@ def _validate(job: Job, run: Path, engine: Engine, progress: Progress, reporter:
     if job.validate is None or engine.rank or reporter.is_validated(progress):
         return
     with reporter.validating(progress.step):
-        reporter.validated(progress, job.validate(checkpoint.step_folder(run, progress.step)))
+        reporter.validated(progress, job.validate(step_folder(run, progress.step)))
 
 
 def _due(progress: Progress, config: TrainConfig) -> bool:

@@ -26,8 +26,9 @@ from models.weights import (
     save_config,
 )
 from training.averages import POWER
-from training.checkpoint import SNAPSHOTS, Progress, records, step_folder
+from training.checkpoint import SNAPSHOTS
 from training.fragments import Fragments
+from training.records import Progress, records, step_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from training.batches import Batch
-from training.checkpoint import Progress
 from training.config import TrainConfig
 from training.incidents import INCIDENTS_NAME, LossWatch, report_incident
 from training.lines import METRICS_NAME, VALIDATION_NAME, NewLines, add_line, read_lines
 from training.profiling import Profiler
+from training.records import Progress
 from training.samples import SampleLog
 from training.timeline import TIMELINE_NAME, note
 from training.watchdog import Watchdog
