@@ -256,7 +256,7 @@ def _engine(model: Any, engine: str, batch_size: int) -> tuple[Callable, Callabl
 
     def step() -> None:
         scores = _forward_backward(made, [batch])
-        finite, _ = _agreed(made, scores, False)
+        finite, _, _ = _agreed(made, scores, stop=False, written=True)
         if not finite:
             raise FloatingPointError("a loss that is not finite")
         made.step(1.0)

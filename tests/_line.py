@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +43,11 @@ def network() -> nn.Module:
 
 
 def run(
-    path: Path, config: TrainConfig = CONFIG, objective: Objective = squared_error
+    path: Path, config: TrainConfig = CONFIG, objective: Objective = squared_error, **told: Any
 ) -> tuple[nn.Module, Progress]:
+    """told: what else the job knows to do."""
     path.mkdir(exist_ok=True)
-    job = Job(model=network(), objective=objective, build_reader=Line, export={"kind": "line"})
+    export = {"kind": "line"}
+    job = Job(model=network(), objective=objective, build_reader=Line, export=export, **told)
     engine = PlainEngine(job.model, job.objective, config, torch.device("cpu"))
     return job.model, train(job, RunConfig(train=config), engine, path, Reporter(path, config, 0))

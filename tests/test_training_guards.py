@@ -354,12 +354,15 @@ def test_a_profile_that_reaches_past_the_end_is_written(tmp_path: Path):
 def test_one_ranks_wish_is_all_ranks_and_scores_are_means(
     theirs: float, monkeypatch: pytest.MonkeyPatch
 ):
-    """The other rank brings a loss of 3 and its wish to the sum, as a second process would."""
+    """The other rank brings a loss of 3, its wish to stop and word of its write to the sum, as a
+    second process would: one that wants to stop stops all, and all wait for every write."""
     engine = PlainEngine(network(), squared_error, CONFIG, torch.device("cpu"))
     cast(Any, engine).world_size = 2
-    other = torch.tensor([3.0, theirs])
+    other = torch.tensor([3.0, theirs, theirs])
     monkeypatch.setattr("training.loop.dist.all_reduce", lambda packed: packed.add_(other))
     scores = {"loss": torch.tensor(1.0)}
-    assert _agreed(engine, scores, False) == (True, bool(theirs))
+    expected = (True, bool(theirs), bool(theirs))
+    assert _agreed(engine, scores, stop=False, written=True) == expected
     assert scores["loss"].item() == 2.0
-    assert _agreed(engine, {"loss": torch.tensor(torch.nan)}, False)[0] is False
+    broken = {"loss": torch.tensor(torch.nan)}
+    assert _agreed(engine, broken, stop=False, written=False)[::2] == (False, False)

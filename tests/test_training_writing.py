@@ -171,3 +171,35 @@ def test_the_first_rank_waits_for_the_parts_of_all(tmp_path: Path):
     exported = load_file(str(tmp_path / "step_00000001" / "model.safetensors"))
     expected = network().state_dict()
     assert all(torch.equal(exported[name], value) for name, value in expected.items())
+
+
+def test_steps_go_on_while_a_checkpoint_that_is_to_be_judged_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The write of step 2 lasts until step 4 is done; it is judged before the next one is begun,
+    and each once."""
+    gate, order = threading.Event(), list[str]()
+    whole = checkpoint._await_ranks
+
+    def held_up(folder: Path, world_size: int) -> None:
+        assert gate.wait(30)
+        whole(folder, world_size)
+
+    monkeypatch.setattr(checkpoint, "_await_ranks", held_up)
+
+    def objective(model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        order.append("step")
+        if order.count("step") == 4:
+            gate.set()
+        return squared_error(model, batch)
+
+    def judged(folder: Path) -> None:
+        assert records(folder) is not None
+        order.append(folder.name)
+
+    config = dataclasses.replace(CONFIG, checkpoint_every=2)
+    run(tmp_path / "run", config, objective, hand_over=judged)
+    assert [each for each in order if each != "step"] == [
+        f"step_{step:08d}" for step in (2, 4, 6, 7)
+    ]
+    assert order.index("step_00000002") >= 4  # steps 3 and 4 were taken meanwhile

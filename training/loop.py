@@ -69,7 +69,7 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
     if progress.step and _due(progress, config):  # killed between a checkpoint and its scores
         _validate(job, run, engine, progress, reporter)
     batches = feed.iterate(progress.step, config.num_steps)
-    in_a_row = 0
+    judge, in_a_row = _Judge(partial(_judge, job, run, engine, reporter), writer), 0
     engine.model.train()
     for step in range(progress.step, config.num_steps):
         # Fetch
@@ -80,7 +80,8 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         _seed_dropout(config.seed, step, engine.rank)
         with job.around(engine.model, micro_batches):
             scores = _forward_backward(engine, micro_batches)
-        finite, stop = _agreed(engine, scores, stop_wanted(run, engine.rank))
+        stop, written = stop_wanted(run, engine.rank), writer.idle
+        finite, stop, written = _agreed(engine, scores, stop=stop, written=written)
         reporter.enters(step, "step")
         ratio = learning_rate_ratio(config, step)
         finite = _stepped(engine, scores, ratio, finite=finite)
@@ -96,12 +97,14 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         reporter.step(progress, scores if finite else {}, ratio)
 
         # Checkpoint
-        for capture in _captures(run, engine, averages, progress, save, config, stop=stop):
+        captures = _captures(run, engine, averages, progress, save, config, stop=stop)
+        if written or captures:
+            judge.now()
+        for capture in captures:
             with reporter.checkpointing(step, writer):
                 writer.begin(capture)
         if (job.validate or job.hand_over) and _due(progress, config):
-            writer.finish()
-            _judge(job, run, engine, progress, reporter)
+            judge.later(progress)
 
         # Stop?
         if stop:
@@ -112,8 +115,28 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
                 "--fresh and a lower learning rate"
             )
     writer.finish()
+    judge.now()
     _end(run, engine, progress, config)
     return progress
+
+
+class _Judge:
+    """Lets a checkpoint be judged once it is written, while training goes on: by all ranks after
+    the same step, since handing over lets them meet."""
+
+    def __init__(self, judge: Callable[[Progress], None], writer: Writer) -> None:
+        self._judge, self._writer = judge, writer
+        self._due: Progress | None = None
+
+    def later(self, progress: Progress) -> None:
+        self._due = progress
+
+    def now(self) -> None:
+        """Judge what is to be judged, if anything is; it is written before it is read."""
+        due, self._due = self._due, None
+        if due is not None:
+            self._writer.finish()
+            self._judge(due)
 
 
 def _end(run: Path, engine: Engine, progress: Progress, config: TrainConfig) -> None:
@@ -181,17 +204,20 @@ def _forward_backward(engine: Engine, micro_batches: list[Batch]) -> dict[str, T
     return dict(zip(sums, packed, strict=True))
 
 
-def _agreed(engine: Engine, scores: dict[str, Tensor], stop: bool) -> tuple[bool, bool]:
-    """Say whether every rank's loss is finite, and whether any rank wants to stop; turn `scores`
-    into means over ranks."""
+def _agreed(
+    engine: Engine, scores: dict[str, Tensor], *, stop: bool, written: bool
+) -> tuple[bool, bool, bool]:
+    """Say whether every rank's loss is finite, whether any rank wants to stop, and whether every
+    rank has written its part of the last checkpoint; turn `scores` into means over ranks."""
     if engine.world_size > 1:
-        mine = [*scores.values(), torch.tensor(float(stop))]
+        mine = [*scores.values(), torch.tensor(float(stop)), torch.tensor(float(written))]
         packed = torch.stack([value.to(engine.device) for value in mine])
         dist.all_reduce(packed)
-        for name, value in zip(scores, packed[:-1] / engine.world_size, strict=True):
-            scores[name] = value.cpu()
-        stop = packed[-1].item() > 0
-    return math.isfinite(scores["loss"].item()), stop
+        packed = packed.cpu()
+        for name, value in zip(scores, packed[:-2] / engine.world_size, strict=True):
+            scores[name] = value
+        stop, written = packed[-2].item() > 0, packed[-1].item() == engine.world_size
+    return math.isfinite(scores["loss"].item()), stop, written
 
 
 def _stepped(engine: Engine, scores: dict[str, Tensor], ratio: float, *, finite: bool) -> bool:
@@ -205,7 +231,7 @@ def _stepped(engine: Engine, scores: dict[str, Tensor], ratio: float, *, finite:
     return math.isfinite(norm)
 
 
-def _judge(job: Job, run: Path, engine: Engine, progress: Progress, reporter: Reporter) -> None:
+def _judge(job: Job, run: Path, engine: Engine, reporter: Reporter, progress: Progress) -> None:
     """Score a new checkpoint, and hand it over where somebody else is to."""
     _validate(job, run, engine, progress, reporter)
     if job.hand_over is not None:

@@ -59,6 +59,11 @@ class Writer:
         else:
             self._pending = self._pool.submit(self._timed, write)
 
+    @property
+    def idle(self) -> bool:
+        """Say whether the last write has ended."""
+        return self._pending is None or self._pending.done()
+
     def finish(self) -> None:
         """Wait for the write that is under way; raises what it raised."""
         pending, self._pending = self._pending, None
