@@ -3,21 +3,22 @@
 import ctypes
 import platform
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 KEPT_BYTES = 1 << 30
-DOCUMENTED_BYTES = 32 << 20  # the most that mallopt(3) promises to take
+ALL = -1  # as mallopt(3) puts it
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep up to a gigabyte of what is freed, instead of returning it to the system.
+def keep_freed_memory(kept_bytes: int = KEPT_BYTES) -> bool:
+    """Let glibc keep up to so many bytes of what is freed, instead of returning them to the system;
+    say whether it will.
 
     Else every batch comes in pages that the system clears anew, which costs more than what is
-    copied into them. Other C libraries have their own ways and are left alone.
+    copied into them. ALL is for steps on the CPU, which need as much again each time: of those of
+    ZeRO, with their flat buffers, clearing was a fifth. Other C libraries have their own ways and
+    are left alone.
     """
     if platform.libc_ver()[0] != "glibc":
-        return
+        return False
     libc = ctypes.CDLL(None)
-    # of larger pieces first: to set one ends glibc's own adjustment of both. 0 is its refusal
-    sizes = (KEPT_BYTES, DOCUMENTED_BYTES)
-    if any(libc.mallopt(M_MMAP_THRESHOLD, size) for size in sizes):
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    # the heap alone, since pieces with a mapping of their own go back at once; 0 is a refusal
+    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, kept_bytes))

@@ -248,19 +248,19 @@ def _train(
 ) -> None:
     import torch
 
-    from training.allocator import keep_freed_memory
+    from training.allocator import ALL, KEPT_BYTES, keep_freed_memory
     from training.loop import train
     from training.reporting import Reporter
     from training.watchdog import Watchdog
 
     if not rank:
         note(run, "placed")
-    keep_freed_memory()
     settings: TrainConfig = config.train
     kind = _device(settings)
     if settings.device not in ("auto", kind):
         raise ValueError(f"train.device: found {settings.device} without a GPU, expected cpu")
     device = device_of_run(settings.device)
+    keep_freed_memory(ALL if device.type == "cpu" else KEPT_BYTES)
     if device.type == "cpu":
         torch.set_num_threads(settings.num_threads)
     watchdog = Watchdog(run, rank, world_size, settings.hang_seconds)
