@@ -85,7 +85,8 @@ class DownloadConfig:
     retry_failed: bool = False
     """Fetch rows that failed for passing reasons once more, into new shards."""
     verify: bool = False
-    """Fetch nothing: read every shard in --out again, and set damaged ones aside."""
+    """Fetch nothing: read every shard in --out again, images' or embeddings', and set damaged ones
+    aside."""
     forget: str = ""
     """Fetch nothing: remove samples from --out, and from the embeddings made of it, for good; a
     text file of URLs and sha256 digests of images, one a line."""
@@ -148,6 +149,7 @@ def _make_missing(
 
 
 def _verify(config: DownloadConfig) -> int:
+    from ingest.manifests import read_manifest
     from ingest.shards import committed_names
     from ingest.upkeep import strangers, verify
 
@@ -162,7 +164,9 @@ def _verify(config: DownloadConfig) -> int:
         f"{len(committed_names(config.out))} shards are whole, {len(problems)} were not", flush=True
     )
     if problems:
-        print("incomplete: rerun the download to fetch them again", flush=True)
+        embeds = read_manifest(config.out).get("kind") == "embeds"
+        what = "ingest/embed.py to make" if embeds else "the download to fetch"
+        print(f"incomplete: rerun {what} them again", flush=True)
     return 1 if problems else 0
 
 

@@ -154,7 +154,8 @@ def _quarantine(out: str, failed: dict[str, str]) -> None:
 
     storage = storage_of(out)
     for name in storage.names("_quarantine"):
-        if name.removesuffix(".json") not in failed:
+        # what --verify set aside is in folders there, for whoever wants to look
+        if name.endswith(".json") and name.removesuffix(".json") not in failed:
             storage.delete(f"_quarantine/{name}")
     for shard, problem in failed.items():
         storage.replace(f"_quarantine/{shard}.json", canonical_json({"problem": problem}))
