@@ -131,14 +131,15 @@ def _with_values(arguments: list[str]) -> list[str]:
     return tied
 
 
-def require_lasting(name: str, path: str) -> None:
+def require_lasting(name: str, path: str, *, or_url: str = ", or a URL") -> None:
     """Refuse a relative local path for what a script writes, where that script is a Ray job's.
 
-    A job's working directory is a copy of the submitter's, which goes away with the job.
+    A job's working directory is a copy of the submitter's, which goes away with the job. or_url:
+    what else the refusal offers.
     """
     if os.environ.get(JOB_VARIABLE) and "://" not in path and not os.path.isabs(path):
         raise ValueError(
-            f"{name}: found the relative path {path}, expected an absolute one, or a URL: a Ray "
+            f"{name}: found the relative path {path}, expected an absolute one{or_url}: a Ray "
             "job's folder is a copy that goes away"
         )
 
@@ -148,7 +149,7 @@ def require_local(name: str, path: str) -> None:
     if "://" in path:
         raise ValueError(f"{name}: found {path}, expected a local or a shared folder, no URL")
     if path:
-        require_lasting(name, path)
+        require_lasting(name, path, or_url="")
 
 
 @contextmanager

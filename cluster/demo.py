@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli import DONE, parse, run_script
+from cluster.cli import DONE, parse, require_local, run_script
 from cluster.timings import Timings
 
 CONFIG_NAME = "demo.json"  # also the mark by which --fresh knows that a folder is ours
@@ -91,7 +91,9 @@ def main(config: DemoConfig) -> int:
 
 
 def _open(config: DemoConfig) -> Path:
-    """Create or reopen the demo's folder; another data set or seed in it is a ValueError."""
+    """Create or reopen the demo's folder; another data set or seed in it is a ValueError, and so
+    is a folder that would not last."""
+    require_local("--run", config.run)
     run = Path(config.run).absolute()
     mark = run / CONFIG_NAME
     wanted = {

@@ -1,4 +1,5 @@
-"""Images for captions, in batches; an image depends on its seed and caption, never on its batch."""
+"""Images for captions, in batches; an image depends on its seed, its caption and its place in the
+list, never on its batch."""
 
 import zlib
 from collections.abc import Mapping
@@ -20,8 +21,8 @@ from training.precision import Precision, settled
 
 
 def caption_keys(captions: list[str], seed: int, offset: int = 0) -> Tensor:
-    """Return the random key int64 [B] of each (seed, caption, position): repeats of a caption
-    differ."""
+    """Return the random key int64 [B] of each (seed, caption, place in the list): repeats of a
+    caption differ, and so does a caption at another place."""
     words = torch.tensor([zlib.crc32(c.encode()) for c in captions], dtype=torch.int64)
     places = torch.arange(offset, offset + len(captions), dtype=torch.int64)
     return sample_keys(seed, places, words)

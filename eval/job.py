@@ -98,12 +98,20 @@ class _Crew:
         self.busy[actor.do.remote(block)] = (actor, block)
 
     def _hire(self) -> Any:
+        """Start an actor where the cluster has evaluation: on its GPU group, if it has groups."""
         import ray
+
+        from cluster.session import placed_on
 
         self.have, number = self.have or _room(), self.workers.number
         cpus, gpus = (min(1.0, self.have[kind] / number) for kind in ("CPU", "GPU"))
+        group = placed_on("gpu_group")
+        if self.workers.device == "cpu":
+            gpus = 0.0
+        elif group and not self.have["GPU"]:  # an autoscaler starts what is asked for
+            gpus = 1.0
         worker = ray.remote(_Worker).options(
-            num_cpus=_share(cpus), num_gpus=_share(gpus), max_restarts=0
+            num_cpus=_share(cpus), num_gpus=_share(gpus), resources=group, max_restarts=0
         )
         return worker.remote(self.work, self.workers.num_threads)
 

@@ -46,7 +46,8 @@ class SampleConfig:
     out: str = "samples"
     """folder of the images"""
     seed: int = 0
-    """of all noise: the same seed and caption give the same image in any batch"""
+    """of all noise: the same seed, caption and place in the list give the same image, in any
+    batch"""
     sampler: str = "dpmpp_2m"
     """sampler of the decoder: ddim, ddpm, heun, dpmpp_2m, or learned_ddpm, the paper's, for one
     that learned its variance"""

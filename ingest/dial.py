@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 NAT64 = ipaddress.ip_network("64:ff9b::/32")
 NAMES_KEPT_SECONDS = 60.0
@@ -110,13 +110,13 @@ class Tunnel:
     """
 
     def __init__(self, proxy: str) -> None:
-        found = urlsplit(proxy)
-        if found.scheme != "http" or not found.hostname or not found.port or found.path.strip("/"):
+        found, host, port = _split(proxy)
+        if found is None or not host or not port:
             raise ValueError(
-                f"--proxy: found {proxy!r}, expected http://HOST:PORT, or environment with "
-                "HTTPS_PROXY set to one"
+                f"--proxy: found {_without_password(proxy)!r}, expected http://HOST:PORT, or "
+                "environment with HTTPS_PROXY set to one"
             )
-        self._host, self._port, self._greeting = found.hostname, found.port, ""
+        self._host, self._port, self._greeting = host, port, ""
         if found.username is not None:
             pair = f"{unquote(found.username)}:{unquote(found.password or '')}"
             told = base64.b64encode(pair.encode()).decode()
@@ -142,6 +142,25 @@ class Tunnel:
         if answer[1:2] == [b"407"]:
             raise OSError(errno.ENETUNREACH, "the proxy asks for other credentials")
         raise ConnectionRefusedError(f"the proxy does not connect to {there}")
+
+
+def _split(proxy: str) -> tuple[SplitResult | None, str | None, int | None]:
+    """Return the parts of a proxy's URL, its host and its port; None for all that is none."""
+    try:
+        found = urlsplit(proxy)
+        port = found.port
+    except ValueError:  # whose message may hold a part of a password
+        return None, None, None
+    fits = found.scheme == "http" and not found.path.strip("/")
+    return (found, found.hostname, port) if fits else (None, None, None)
+
+
+def _without_password(proxy: str) -> str:
+    """Return a proxy's URL, or what was given for one, without user and password."""
+    scheme, slashes, _ = proxy.partition("://")
+    plain = f"{scheme}{slashes}" if slashes and scheme.isalnum() else ""
+    user, _, place = proxy.rpartition("@")
+    return f"{plain}{place}" if user else place
 
 
 def _head(sock: socket.socket) -> bytes:

@@ -55,7 +55,8 @@ class DownloadConfig:
     samples_per_shard: int = 1000
     """Rows of the list per shard."""
     num_processes: int | None = None
-    """Shards in work at once; None: one per CPU that Ray has; 0: in this process, without Ray."""
+    """Shards in work at once; None: one per CPU that Ray has; 0: in this process, without Ray.
+    Never more than host_connections."""
     num_threads: int = 32
     """Connections at once per shard in work."""
     timeout: float = 10.0
@@ -65,9 +66,11 @@ class DownloadConfig:
     shard_timeout: float = 1800.0
     """Of all of a shard's rows, seconds; those left over count as failed: shard_deadline."""
     host_connections: int = 4
-    """Connections at once per host, over all shards in work."""
+    """Connections at once per host, over all shards in work: these share them, so no more than
+    this many are in work, which a cluster wants larger."""
     host_rate: float = 10.0
-    """Requests per second and host, over all shards in work; 0: any number."""
+    """Requests per second and host, over all shards in work, after a burst of a second's, or of
+    one from each; 0: any number."""
     robots: bool = True
     """Keep to robots.txt."""
     contact: str = ""
@@ -82,7 +85,8 @@ class DownloadConfig:
     retry_failed: bool = False
     """Fetch rows that failed for passing reasons once more, into new shards."""
     verify: bool = False
-    """Fetch nothing: read every shard in --out again, and set damaged ones aside."""
+    """Fetch nothing: read every shard in --out again, images' or embeddings', and set damaged ones
+    aside."""
     forget: str = ""
     """Fetch nothing: remove samples from --out, and from the embeddings made of it, for good; a
     text file of URLs and sha256 digests of images, one a line."""
@@ -145,6 +149,7 @@ def _make_missing(
 
 
 def _verify(config: DownloadConfig) -> int:
+    from ingest.manifests import read_manifest
     from ingest.shards import committed_names
     from ingest.upkeep import strangers, verify
 
@@ -159,7 +164,9 @@ def _verify(config: DownloadConfig) -> int:
         f"{len(committed_names(config.out))} shards are whole, {len(problems)} were not", flush=True
     )
     if problems:
-        print("incomplete: rerun the download to fetch them again", flush=True)
+        embeds = read_manifest(config.out).get("kind") == "embeds"
+        what = "ingest/embed.py to make" if embeds else "the download to fetch"
+        print(f"incomplete: rerun {what} them again", flush=True)
     return 1 if problems else 0
 
 

@@ -30,7 +30,7 @@ class EmbedConfig:
     out: str = "data/embeds"
     """folder of the embeddings, local or a URL"""
     num_actors: int = 1
-    """encoders side by side; each takes a GPU where there is one"""
+    """encoders side by side; where there are GPUs each takes one, and there are no more of them"""
     max_actors: int | None = None
     """encoders side by side at most, where a cluster grows; None: num_actors"""
     num_readers: int | None = None
@@ -154,7 +154,8 @@ def _quarantine(out: str, failed: dict[str, str]) -> None:
 
     storage = storage_of(out)
     for name in storage.names("_quarantine"):
-        if name.removesuffix(".json") not in failed:
+        # what --verify set aside is in folders there, for whoever wants to look
+        if name.endswith(".json") and name.removesuffix(".json") not in failed:
             storage.delete(f"_quarantine/{name}")
     for shard, problem in failed.items():
         storage.replace(f"_quarantine/{shard}.json", canonical_json({"problem": problem}))
@@ -243,8 +244,7 @@ def _encoded_rows(
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it narrates each plan
-    there, scaled = ray.cluster_resources().get("GPU", 0), placed_on("gpu_group")
-    gpus = 1 if scaled or there >= config.num_actors else 0
+    num_actors, gpus = _encoders(config, int(ray.cluster_resources().get("GPU", 0)))
     read = Reader(images.root, encoder.preprocessing, config.batch_size)
     rows = [vars(entry) for entry in pending]
     shards = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -266,11 +266,31 @@ def _encoded_rows(
         num_cpus=1,
         resources=placed_on("gpu_group"),
         compute=ray.data.ActorPoolStrategy(
-            min_size=config.num_actors,
-            max_size=config.max_actors or config.num_actors,
-            initial_size=config.num_actors,
+            min_size=num_actors,
+            max_size=config.max_actors or num_actors,
+            initial_size=num_actors,
         ),
     )
+
+
+def _encoders(config: EmbedConfig, gpus_there: int) -> tuple[int, int]:
+    """Return how many encoders begin, and the GPUs that each takes, 1 or 0.
+
+    Where there are GPUs, two encoders would crowd on one, or one be slow on a CPU; so there are as
+    many encoders as GPUs, and that is said. Groups of nodes start GPUs as they are asked for.
+    """
+    from cluster.session import placed_on
+
+    if placed_on("gpu_group"):
+        return config.num_actors, 1
+    if 0 < gpus_there < config.num_actors:
+        wait = f"; up to {config.max_actors} as GPUs come" if config.max_actors else ""
+        print(
+            f"embed: {gpus_there} of --num-actors {config.num_actors} encoders, one for each GPU "
+            f"that there is{wait}",
+            flush=True,
+        )
+    return min(config.num_actors, gpus_there or config.num_actors), min(gpus_there, 1)
 
 
 def _settle(out: str, images: str, entry: "ShardEntry", parts: list[Any], outcome: Outcome) -> None:

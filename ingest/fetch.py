@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin
@@ -66,8 +66,8 @@ class FetchPolicy:
     """Requests per second and host; 0: any number."""
     allow_addresses: tuple[tuple[str, int], ...] = ()
     """(host, port) pairs, as a URL spells them, that need not be public."""
-    proxy: str = ""
-    """URL of an HTTP proxy to connect through; empty: none."""
+    proxy: str = field(default="", repr=False)
+    """URL of an HTTP proxy to connect through, maybe with a password; empty: none."""
     contact: str = ""
     """Where the operator of a host can complain: part of the user agent."""
 

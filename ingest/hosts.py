@@ -41,6 +41,13 @@ class HostLimits:
         self._burst = max(1.0, rate)
         self._hosts: OrderedDict[str, _Host] = OrderedDict()
 
+    def change(self, connections: int, rate: float) -> None:
+        """Go on with other limits: what is open or paused, and what was sent, stays known."""
+        with self.condition:
+            self._connections, self._rate = connections, rate
+            self._burst = max(1.0, rate)
+            self.condition.notify_all()
+
     def try_acquire(self, host: str) -> float:
         """Take a connection and a token and return 0; or return the seconds after which to ask
         again, inf for when a connection is given back."""

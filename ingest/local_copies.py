@@ -71,8 +71,9 @@ class LocalCopies:
                     target.write(block)
             if digest.hexdigest() != sha256:
                 raise ValueError(
-                    f"{join_root(root, name)}: differs from its committed sha256; find out what "
-                    "else does with --verify, and rerun its stage"
+                    f"{join_root(root, name)}: differs from its committed sha256; set aside what "
+                    f"is damaged by ingest/download.py --out {root} --verify, then rerun the stage "
+                    "that made it"
                 )
             os.replace(part, path)
         finally:

@@ -1,5 +1,7 @@
 """Make many shards, in this process or on Ray: a bounded number at once, dead workers replaced.
 
+The limits per host are a whole, of which every shard in work holds a share: so there are never more
+of them than connections that one host may have, however many CPUs a cluster has.
 A shard that fails for a reason that may pass is tried again after a pause; a full disk ends the
 run, since no other shard would fare better.
 """
@@ -10,11 +12,11 @@ import heapq
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ingest.fetch import FetchPolicy
-from ingest.shard_task import NetworkDown, ShardJob, make_shard
+from ingest.shard_task import NetworkDown, ShardJob, make_shard, process_fetcher
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,8 +70,8 @@ def _patiently(job: ShardJob, item: Todo) -> Made:
 def on_ray(job: ShardJob, todo: Iterator[Todo], num_processes: int | None) -> Iterator[Made]:
     """Make each shard in a Ray task; num_processes: at once, None for as many as there are CPUs.
 
-    One more than can run is always submitted: no CPU idles while rows are read, and a cluster that
-    scales by demand sees some.
+    One more than can run is submitted where the limits per host have a share for it: no CPU idles
+    while rows are read, and a cluster that scales by demand sees some.
     """
     from cluster.session import ensure_ray, placed_on
 
@@ -78,38 +80,53 @@ def on_ray(job: ShardJob, todo: Iterator[Todo], num_processes: int | None) -> It
 
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     at_once = num_processes or cpus
-    shared = replace(job, policy=_shared(job.policy, at_once))
     asked = {"num_cpus": min(1.0, cpus / at_once), "resources": placed_on("cpu_group")}
     task = ray.remote(**asked, max_retries=0)(_supervised)
-    yield from _Supervisor(task, shared, todo, num_processes).run()
+    yield from _Supervisor(task, job, todo, num_processes).run()
 
 
-def _shared(policy: FetchPolicy, at_once: int) -> FetchPolicy:
-    """Deal the limits per host to the processes that may ask it at the same time."""
-    return replace(
-        policy,
-        host_connections=max(1, policy.host_connections // at_once),
-        host_rate=policy.host_rate / at_once,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one shard in work may do at one host; rate: requests a second, 0 for any number."""
+
+    connections: int
+    rate: float
 
 
-def _supervised(job: ShardJob, number: int, rows: "pa.Table") -> "Commit":
+def share_of(policy: FetchPolicy, held: int, places: int) -> Share | None:
+    """Deal a shard its share of the limits per host; None while there is nothing left.
+
+    held: connections of the shards in work; places: for how many more shards there is room, this
+    one among them. A share once dealt is kept until its shard ends.
+    """
+    left = policy.host_connections - held
+    if left < 1:
+        return None
+    connections = max(1, left // max(1, places))
+    rate = policy.host_rate * connections / policy.host_connections
+    return Share(connections=connections, rate=rate)
+
+
+def _supervised(job: ShardJob, number: int, rows: "pa.Table", share: Share) -> "Commit":
     """Make a shard in a worker that ends itself, with its stacks in the log, should it hang."""
+    fetcher = process_fetcher(job.policy)  # what it knows of hosts outlives its shares
+    fetcher.limits.change(share.connections, share.rate)
     limit = job.harvest.deadline_seconds
     if limit is not None:
         faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True)
     try:
-        return make_shard(job, number, rows)
+        return make_shard(job, number, rows, fetcher=fetcher)
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
 @dataclass(kw_only=True)
 class _Running:
-    """A submitted shard. tries: before this one."""
+    """A shard that is submitted, or is to be again. tries: before this one; connections: held."""
 
     item: Todo
     tries: int
+    connections: int = 0
 
 
 @dataclass
@@ -123,6 +140,7 @@ class _Supervisor:
     running: dict[Any, _Running] = field(default_factory=dict)
     later: list[tuple[float, int, _Running]] = field(default_factory=list)
     exhausted: bool = False
+    told: bool = False
 
     def run(self) -> Iterator[Made]:
         """Yield shards as they end; raise ConnectionError when this node is no part of Ray."""
@@ -151,20 +169,39 @@ class _Supervisor:
         import ray
 
         now = time.monotonic()
-        while self.later and self.later[0][0] <= now:
-            self._start(heapq.heappop(self.later)[2])
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # a cluster may have grown
         room = self.num_processes or cpus
+        self._tell(room)
+        while self.later and self.later[0][0] <= now and (share := self._share(room)):
+            self._start(heapq.heappop(self.later)[2], share)
         while not self.exhausted and len(self.running) + len(self.later) <= room:
+            share = self._share(room)
+            if share is None:
+                return
             item = next(self.todo, None)
             if item is None:
                 self.exhausted = True
             else:
-                self._start(_Running(item=item, tries=0))
+                self._start(_Running(item=item, tries=0), share)
 
-    def _start(self, running: _Running) -> None:
-        item = running.item
-        self.running[self.task.remote(self.job, item.number, item.rows)] = running
+    def _share(self, room: int) -> Share | None:
+        held = sum(running.connections for running in self.running.values())
+        return share_of(self.job.policy, held, room + 1 - len(self.running))
+
+    def _tell(self, room: int) -> None:
+        """Say once that the limits per host, not the CPUs, bound the shards in work."""
+        most = self.job.policy.host_connections
+        if room > most and not self.told:
+            self.told = True
+            print(
+                f"shards in work: {most} where {room} have room, since each needs one of the "
+                f"{most} connections that a host may have; more by --host-connections",
+                flush=True,
+            )
+
+    def _start(self, running: _Running, share: Share) -> None:
+        item, running.connections = running.item, share.connections
+        self.running[self.task.remote(self.job, item.number, item.rows, share)] = running
 
     def _settle(self, running: _Running, reference: Any) -> Made | None:
         """Return what became of a task that ended; None if it is tried again."""

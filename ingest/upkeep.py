@@ -46,7 +46,8 @@ Root = str | os.PathLike[str]
 def verify(root: Root) -> dict[str, str]:
     """Read every file of every commit again; put damaged shards into quarantine.
 
-    Returns what was wrong with each, by name. A snapshot without them is published.
+    Returns what was wrong with each, by name. A snapshot without them is published, and without
+    what the last publication of embeddings left out.
     """
     recover(root)
     problems = {}
@@ -56,7 +57,9 @@ def verify(root: Root) -> dict[str, str]:
                 problems[commit.shard] = problem
                 _quarantine(root, commit)
             advance(note=f"{len(problems)} damaged")
-    if problems:
+    if problems and read_manifest(root).get("kind") == "embeds":
+        publish_embeds(root)
+    elif problems:
         publish_snapshot(root)
     return problems
 

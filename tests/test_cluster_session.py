@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from cluster.cli import JOB_VARIABLE, require_lasting
+from cluster.cli import JOB_VARIABLE, require_lasting, require_local
 from cluster.session import GROUPS, has_gpus, placed_on
 from training.config import TrainConfig
 from training.elastic import _use_gpu
@@ -57,3 +57,13 @@ def test_what_a_job_writes_must_outlast_its_copy(monkeypatch: pytest.MonkeyPatch
     for path in ("data/images", "../images", ""):
         with pytest.raises(ValueError, match="--out: found the relative path"):
             require_lasting("--out", path)
+
+
+def test_what_needs_a_file_system_is_offered_no_url(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    require_local("--run", "/data/runs/base")
+    with pytest.raises(ValueError) as caught:
+        require_local("--run", "runs/base")
+    assert "expected an absolute one: a Ray job's folder" in str(caught.value)
+    with pytest.raises(ValueError, match="--run: found s3://bucket/runs/base, expected a local"):
+        require_local("--run", "s3://bucket/runs/base")

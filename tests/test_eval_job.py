@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluster.session import GROUPS
 from eval.features import ExtractorSpec, clip_spec
 from eval.job import MAX_DEATHS, Place, Workers
 from eval.samples import Incomplete, open_images
@@ -179,6 +180,39 @@ def test_workers_share_what_is_free_and_say_what_they_wait_for(
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 6.0})
     assert _room() == {"CPU": 6.0, "GPU": 1.0}
     assert "wait for a GPU: all 1 are held" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("device", "resources", "group", "gpus"),
+    [
+        ("auto", {"CPU": 4.0}, {}, 0),
+        ("auto", {"CPU": 4.0, "GPU": 1.0}, {}, 0.5),
+        ("auto", {"CPU": 4.0, "GPU": 1.0, GROUPS: 1.0}, {"gpu_group": 0.001}, 0.5),
+        ("auto", {"CPU": 4.0, GROUPS: 1.0}, {"gpu_group": 0.001}, 1),  # all scaled away
+        ("cpu", {"CPU": 4.0, "GPU": 1.0, GROUPS: 1.0}, {"gpu_group": 0.001}, 0),
+    ],
+)
+def test_workers_are_placed_on_the_gpu_group_where_there_are_groups(
+    device: str, resources: dict, group: dict, gpus: float, monkeypatch: pytest.MonkeyPatch
+):
+    from eval.job import _Crew
+
+    asked: dict[str, float] = {}
+
+    class Actor:
+        def options(self, **told: float) -> "Actor":
+            asked.update(told)
+            return self
+
+        def remote(self, *_: object) -> None:
+            return None
+
+    ray = pytest.importorskip("ray")
+    for name in ("cluster_resources", "available_resources"):
+        monkeypatch.setattr(ray, name, lambda: resources)
+    monkeypatch.setattr(ray, "remote", lambda _: Actor())
+    _Crew(Workers(number=2, device=device), None, [0])._hire()  # type: ignore[arg-type]
+    assert asked == {"num_cpus": 1, "num_gpus": gpus, "resources": group, "max_restarts": 0}
 
 
 # -- the store, in this process --------------------------------------------------------------------

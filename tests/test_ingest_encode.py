@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import ray
 import torch
 from PIL import Image
 
+from cluster.session import GROUPS
 from ingest import embed
 from ingest.commits import committed
 from ingest.embed import EmbedConfig
@@ -164,6 +166,23 @@ def test_a_shard_that_cannot_be_read_is_one_chunk_that_says_why(encoder, tmp_pat
     (tmp_path / "images" / "000000.tar").write_bytes(b"short")
     chunks = list(read_chunks(str(tmp_path / "images"), entry, encoder.preprocessing, 4))
     assert len(chunks) == 1 and "000000.tar has 5 bytes" in chunks[0].problem
+
+
+@pytest.mark.parametrize(
+    ("gpus", "groups", "begin", "each"),
+    [(0, False, 4, 0), (1, False, 1, 1), (3, False, 3, 1), (4, False, 4, 1), (9, False, 4, 1),
+     (0, True, 4, 1), (1, True, 4, 1)],
+)  # fmt: skip
+def test_an_encoder_has_a_gpu_of_its_own_wherever_there_are_any(
+    gpus: int, groups: bool, begin: int, each: int,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+):  # fmt: skip
+    """Groups of nodes start what is asked for; elsewhere as many encoders begin as have a GPU."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {GROUPS: 1.0} if groups else {})
+    assert embed._encoders(EmbedConfig(num_actors=4), gpus) == (begin, each)
+    told = capsys.readouterr().out
+    assert bool(told) is (begin < 4)
+    assert not told or f"{gpus} of --num-actors 4 encoders, one for each GPU" in told
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from ingest import download, embed
 from ingest import near_duplicates as nd
+from ingest.download import DownloadConfig
 from ingest.embed_statistics import COSINE_EDGES, EmbedStatistics
 from ingest.exclusions import Rules, publish_embeds
 from ingest.near_duplicates import near_duplicates
@@ -113,6 +115,27 @@ def test_the_snapshot_bears_what_readers_leave_out(embeds):
         ("000001", 7, "near_duplicate"),
     ]
     assert table["similarity"][1] == pytest.approx(-0.6, abs=0.01)
+
+
+def test_verify_sets_embeddings_aside_and_what_is_left_out_stays_out(embeds, capsys):
+    rules = Rules(min_similarity=0.3, dedup=0.95)
+    strict, _ = publish_embeds(embeds, rules)
+    check = DownloadConfig(out=str(embeds), verify=True)
+    assert download.main(check) == 0 and load_snapshot(embeds) == strict
+    damaged = embeds / "000001.text_embed.npy"
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    capsys.readouterr()
+    assert download.main(check) == 1
+    assert "rerun ingest/embed.py to make them again" in capsys.readouterr().out
+    left = load_snapshot(embeds)
+    assert [(entry.name, entry.excluded) for entry in left.shards] == [
+        ("000000", (3, 5)), ("000002", (3, 5, 9)),
+    ]  # fmt: skip
+    assert EmbedStatistics.read(embeds).snapshot == left.digest
+    aside = list((embeds / "_quarantine").iterdir())
+    embed._quarantine(str(embeds), {})  # as the rerun does with its own records there
+    assert [path.name[:6] for path in aside] == ["000001"] and aside[0].is_dir()
 
 
 def test_readers_read_all_the_rest_once_an_epoch(embeds):

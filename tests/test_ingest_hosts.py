@@ -51,6 +51,21 @@ def test_the_wait_that_is_told_is_enough():
     assert limits.try_acquire("a") == 0
 
 
+def test_changed_limits_hold_from_then_on_and_nothing_is_forgotten():
+    clock = Clock()
+    limits = HostLimits(3, 8.0, clock=clock)
+    assert [limits.try_acquire("a") for _ in range(3)] == [0, 0, 0]
+    limits.pause("b", 30)
+    limits.change(1, 1.0)
+    for _ in range(2):
+        limits.release("a")
+        assert limits.try_acquire("a") == math.inf, "what was open counts on"
+    limits.release("a")
+    assert limits.try_acquire("a") == 0 and limits.try_acquire("b") == 30
+    limits.release("a")
+    assert limits.try_acquire("a") == 1, "the five of the larger bucket are no burst of this one"
+
+
 def test_a_paused_host_is_left_alone():
     clock = Clock()
     limits = HostLimits(10, 0, clock=clock)

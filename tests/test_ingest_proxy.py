@@ -169,6 +169,20 @@ def test_what_is_no_proxy_is_refused(proxy: str):
         proxy_named(proxy)
 
 
+@pytest.mark.parametrize(
+    "proxy",
+    ["https://me:secret@a.example:1", "http://me:secret@a.example", "me:secret@a.example:1",
+     "http://me:secret@a.example:1/x", "http://me:secret/@a.example:1", "http://me:secret@a.example:b",
+     "http://me:se@secret@a.example", "http://[me:secret@a.example:1"],
+)  # fmt: skip
+def test_no_refusal_tells_a_password(proxy: str):
+    with pytest.raises(ValueError, match=r"--proxy: found .*a\.example.*, expected") as caught:
+        proxy_named(proxy)
+    assert "secret" not in str(caught.value) and "me:" not in str(caught.value)
+    assert caught.value.__context__ is None, "urllib's own words may hold a part of it"
+    assert "secret" not in repr(FetchPolicy(proxy=proxy))
+
+
 def test_an_environment_without_a_proxy_is_refused(monkeypatch):
     monkeypatch.delenv("HTTPS_PROXY", raising=False)
     monkeypatch.delenv("https_proxy", raising=False)

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from cluster.session import GROUPS
 from models.configs import DiffusionPriorConfig
 from training.config import PriorRunConfig, TrainConfig
+from training.elastic import fit
 from training.prior_job import build_prior
 from training.timeline import read_timeline
 from training.validator import validate, validation_config
@@ -61,12 +63,31 @@ def test_a_command_that_does_not_end_is_killed_with_its_children(tmp_path: Path)
 
 
 def test_without_a_command_ray_validates_nothing(tmp_path: Path):
-    assert validation_config(TrainConfig(), tmp_path) is None
-    config = validation_config(TrainConfig(validator="x", validator_gpus=0.5), tmp_path)
-    assert config is not None
-    assert config.ray_remote_kwargs == {"num_cpus": 0, "num_gpus": 0.5}
+    assert validation_config(TrainConfig(), tmp_path, {}) is None
     with pytest.raises(ValueError, match=r"train\.validator: found a command with num_workers 0"):
         TrainConfig(validator="x", num_workers=0)
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_a_validator_is_placed_where_the_workers_are(
+    groups: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A head that does not work offers as many CPUs as a validator asks for: none."""
+    import ray
+    import ray.train.torch
+
+    asked: dict[str, Any] = {}
+    trainer = type("Trainer", (), {"__init__": lambda self, *_, **told: asked.update(told),
+                                   "fit": lambda self: None})  # fmt: skip
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", trainer)
+    monkeypatch.setattr("cluster.session.ensure_ray", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {GROUPS: 1.0} if groups else {"CPU": 4.0})
+    settings = TrainConfig(validator="x", validator_gpus=0.5, num_workers=2)
+    fit(lambda arguments: None, {}, settings, tmp_path)
+    where = {"gpu_group": 0.001} if groups else {}
+    told = asked["validation_config"].ray_remote_kwargs
+    assert told == {"num_cpus": 0, "num_gpus": 0.5, "resources": where}
+    assert where.items() <= asked["scaling_config"].resources_per_worker.items()
 
 
 def test_training_imports_no_evaluation():

@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster import demo
 from cluster.cli import JOB_VARIABLE, merged, read_yaml
+from cluster.demo import DemoConfig
 from models.configs import DiffusionPriorConfig
+from training import convert, ema
 from training.cards import DATA_CARD
 from training.config import PriorRunConfig, TrainConfig
+from training.convert import ConvertConfig
+from training.ema import EmaConfig
 from training.worker import (
     LAUNCH_LOCK,
     _launched_alone,
@@ -163,6 +168,35 @@ def test_a_folder_of_somebody_else_gets_nothing(tmp_path: Path):
     with pytest.raises(ValueError, match="expected a run or nothing"):
         launch(dataclasses.replace(CONFIG, fresh=True), str(tmp_path), None, "prior")  # type: ignore
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_run_in_a_bucket_is_refused_and_no_folder_is_made_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It would be <here>/s3:/bucket/run, and in a Ray job go away with it."""
+    monkeypatch.chdir(tmp_path)
+    url = "s3://bucket/run"
+    for start in (
+        lambda: launch(CONFIG, url, None, "prior"),  # type: ignore
+        lambda: prepare_run(CONFIG, url),
+        lambda: convert.main(ConvertConfig(diffusers="karlo", run=url)),
+        lambda: ema.main(EmaConfig(run=url)),
+        lambda: demo.main(DemoConfig(run=url)),
+    ):
+        with pytest.raises(ValueError, match=rf"--\w+: found {url}, expected a local or a shared"):
+            start()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("start", [lambda: demo.main(DemoConfig()), lambda: ema.main(EmaConfig())])
+def test_a_default_folder_is_refused_in_a_job(
+    start: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    with pytest.raises(ValueError, match="found the relative path runs/"):
+        start()
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_do_not_train_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.cli import parse, run_script
+from cluster.cli import parse, require_local, run_script
 
 STEP = "step_00000000"
 
@@ -48,6 +48,8 @@ def main(config: ConvertConfig) -> int:
     for name in ("diffusers", "run"):
         if not getattr(config, name):
             raise ValueError(f"--{name}: found none, expected a folder")
+    written = "diffusers" if config.export else "run"
+    require_local(f"--{written}", getattr(config, written))
     if config.export:
         _export(config)
         print(f"{config.diffusers}: {config.part} of {config.run}")

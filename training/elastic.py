@@ -75,7 +75,7 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             callbacks=[_losses_of(run)],
         ),
-        validation_config=validation_config(settings, run),
+        validation_config=validation_config(settings, run, placed_on("gpu_group")),
     )
     try:
         trainer.fit()

@@ -11,7 +11,7 @@ how near the combination of snapshots comes to it. What is written is a finished
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.cli import parse, run_script
+from cluster.cli import parse, require_local, run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ def main(config: EmaConfig) -> int:
 
     width = f"{config.sigma_rel:.15f}".rstrip("0").replace(".", "")
     out = Path(config.out or f"{config.run.rstrip('/')}_ema{width}")
+    require_local("--out", config.out or config.run)
     fit = reconstruct(Path(config.run), config.sigma_rel, config.step, out)
     print(
         f"{out}: a finished run, sigma_rel {config.sigma_rel} at step {fit['step']} from "

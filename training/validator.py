@@ -28,10 +28,13 @@ LOG_NAME = "validator.log"
 POINTER_NAME = "checkpoint.json"  # {"folder"}: ours, which Ray is only told of
 
 
-def validation_config(settings: TrainConfig, run: Path) -> "ValidationConfig | None":
+def validation_config(
+    settings: TrainConfig, run: Path, group: dict[str, float]
+) -> "ValidationConfig | None":
     """Return what Ray Train is to do with each checkpoint; None where no command is handed in.
 
-    The task asks for no CPU: where workers hold them all, it would wait for the run to end.
+    group: resources by which the task is placed among the workers' nodes. It asks for no CPU: where
+    workers hold them all, it would wait for the run to end.
     """
     if not settings.validator:
         return None
@@ -45,8 +48,10 @@ def validation_config(settings: TrainConfig, run: Path) -> "ValidationConfig | N
     return ValidationConfig(
         fn=fn,
         task_config=ValidationTaskConfig(fn_kwargs=told),
-        ray_remote_kwargs={"num_cpus": 0, "num_gpus": settings.validator_gpus},
-    )
+        ray_remote_kwargs={
+            "num_cpus": 0, "num_gpus": settings.validator_gpus, "resources": group,
+        },
+    )  # fmt: skip
 
 
 def hand_over(folder: Path, rank: int) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from cluster.cli import DONE, INCOMPLETE, read_yaml, require_lasting, to_yaml
+from cluster.cli import DONE, INCOMPLETE, read_yaml, require_local, to_yaml
 from models.weights import FINAL_NAME
 from training.cards import ensure_cards, record_code
 from training.config import RunConfig, TrainConfig
@@ -143,7 +143,7 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
 
 def _folder_of(run_folder: str) -> Path:
     """Return the folder of a run; ValueError for one that holds something else."""
-    require_lasting("run", run_folder)
+    require_local("--run", run_folder)  # locks, renames and hard links are a file system's
     run = Path(run_folder).absolute()
     others = run.is_dir() and any(path.name not in LOCKS for path in run.iterdir())
     if others and not _is_ours(run):
