@@ -13,11 +13,19 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import UseAppendAction
-
-from training.precision import Precision, settled
+from eval.edit_configs import (
+    EditConfig,
+    GuidanceConfig,
+    ImagesConfig,
+    InpaintConfig,
+    InterpolateConfig,
+    PcaConfig,
+    TextDiffConfig,
+    VariationsConfig,
+)
+from training.precision import settled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,127 +35,6 @@ if TYPE_CHECKING:
     from models.unclip import Sampling, UnClip
 
 EDITS_NAME = "edits.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EditConfig:
-    """What every sub-command takes. Images are cut square; those of the grid are one a row."""
-
-    decoder: str = "runs/base"
-    """finished run of training/decoder.py --stage base"""
-    upsampler: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """finished run of an upsampler, in order of the cascade; repeatable"""
-    clip: str = ""
-    """encoder; empty = the one the decoder was trained on"""
-    out: str = "edits"
-    """folder of the images, grid.png and edits.jsonl; written over"""
-    seed: int = 0
-    """of all noise"""
-    decoder_steps: int = 50
-    """sampling steps of the decoder, and of its inversion"""
-    upsampler_steps: int = 8
-    """sampling steps of an upsampler"""
-    upsampler_tile: int = 0
-    """side in px of the overlapping parts in which an upsampler works, where its whole image does
-    not fit the memory; 0 = whole"""
-    precision: Precision = "fp32"
-    """of the networks; inversion wants fp32"""
-    device: str = "auto"
-    """auto: a GPU where there is one; cpu, cuda or cuda:N"""
-    num_threads: int = 2
-    """threads on the CPU"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImagineConfig(EditConfig):
-    """What the sub-commands take that ask a prior."""
-
-    prior: str = ""
-    """finished run of training/prior.py"""
-    prior_steps: int = 16
-    """sampling steps of the prior"""
-    prior_cfg_scale: float = 1.5
-    """guidance of the prior; 1 = off, as in the paper"""
-    best_of: int = 2
-    """draws of a diffusion prior, of which the one nearest to the caption is kept"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImagesConfig(EditConfig):
-    """What the sub-commands take that begin with images."""
-
-    images: tuple[str, ...] = ()
-    """image files"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VariationsConfig(ImagesConfig):
-    """Vary what z_i leaves open: DDIM from the image's own x_T, with fresh noise (figure 3)."""
-
-    count: int = 5
-    """variations of each image, after its reconstruction"""
-    eta: float = 1.0
-    """share of fresh noise at each step; 0 = the image itself"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InterpolateConfig(ImagesConfig):
-    """Blend from each image to the next (figure 4)."""
-
-    count: int = 7
-    """images of a row, ends included"""
-    noise: bool = True
-    """blend x_T as well, so that the ends are the images; else it is the first one's"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextDiffConfig(ImagesConfig):
-    """Turn images toward what one caption says beyond another (figure 5)."""
-
-    caption: str = ""
-    """what they are to become"""
-    without: str = ""
-    """what they are, or a plain caption such as "a photo"; empty = nothing"""
-    max_theta: float = 0.4
-    """how far at the end of the row, of 1; the paper's are .25 to .5"""
-    count: int = 5
-    """images of a row, the image itself included"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InpaintConfig(ImagesConfig, ImagineConfig):
-    """Draw part of images anew, under their own embedding or, with a prior, a caption's."""
-
-    mask: str = ""
-    """image file: white where to draw, black where to keep; one for all images"""
-    caption: str = ""
-    """of the whole image as it is to become; needs a prior"""
-    cfg_scale: float = 1.5
-    """guidance of the decoder; 1 = off"""
-    count: int = 4
-    """draws of each image"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PcaConfig(ImagesConfig):
-    """Draw images from the first principal components of their embeddings (figure 7)."""
-
-    embeds: str = "data/embeds"
-    """folder of the embeddings whose components these are"""
-    components: tuple[int, ...] = (20, 30, 40, 80, 120, 160, 200, 320)
-    """how many of them, one an image; the whole embedding follows"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuidanceConfig(ImagineConfig):
-    """Draw captions at several scales of the decoder's guidance, from one z_i each (figure 9)."""
-
-    prompts: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """caption to draw; repeatable"""
-    prior: str = "runs/prior"
-    """finished run of training/prior.py"""
-    scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
-    """scales, one an image"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +63,12 @@ def run_edit(command: str, config: EditConfig) -> int:
     chain = load_chain(*parts, device=config.device)
     rows = COMMANDS[command][1](config, chain, sampling_of(settings))
     keys = _keys(config.seed, len(rows.pixels))
-    enlarged = chain.enlarge(keys, rows.pixels, sampling_of(settings))
+    sampling = sampling_of(settings)
+    enlarged = _in_batches(
+        config.batch_size,
+        len(keys),
+        lambda part: chain.enlarge(keys[part], rows.pixels[part], sampling),
+    )
     _write(command, config, dataclasses.replace(rows, pixels=enlarged))
     print(f"{command}: {len(rows.pixels)} images -> {config.out}")
     return 0
@@ -202,7 +94,9 @@ def _check(config: EditConfig) -> None:
             raise ValueError("--mask: found none, expected an image file, white where to draw")
         if bool(config.caption) != bool(config.prior):
             raise ValueError("found one of --caption and --prior, expected both or none")
-    for name in ("count", "decoder_steps", "upsampler_steps", "prior_steps", "num_threads"):
+    for name in (
+        "count", "decoder_steps", "upsampler_steps", "prior_steps", "batch_size", "num_threads",
+    ):  # fmt: skip
         spread = isinstance(config, (InterpolateConfig, TextDiffConfig))
         least = 2 if name == "count" and spread else 1
         if getattr(config, name, least) < least:
@@ -236,11 +130,26 @@ def _keys(seed: int, count: int) -> "Tensor":
     return sample_keys(seed, torch.zeros_like(places), places)
 
 
+def _in_batches(size: int, count: int, make: "Callable[[slice], Tensor]") -> "Tensor":
+    """Join what `make` returns for one part of `count` rows after the other, on the CPU.
+
+    What it draws is keyed by the place in the whole, so that no split changes a row.
+    """
+    import torch
+
+    parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    return torch.cat([make(part).cpu() for part in parts])
+
+
 def _encoded(config: ImagesConfig, chain: "UnClip", sampling: "Sampling") -> "list[Latents]":
     from models.latents import encode
 
-    latents = encode(chain, _opened(config.images), sampling)
-    return [latents.row(number) for number in range(len(latents))]
+    images, size = _opened(config.images), config.batch_size
+    found = []
+    for start in range(0, len(images), size):
+        latents = encode(chain, images[start : start + size], sampling)
+        found += [latents.row(number) for number in range(len(latents))]
+    return found
 
 
 def _decoded(
@@ -251,11 +160,15 @@ def _decoded(
 
     from models.latents import Latents, reconstructions
 
-    whole = Latents(
-        image_embed=torch.cat([part.image_embed for part in parts]),
-        start=torch.cat([part.start for part in parts]),
-    )
-    return reconstructions(chain, _keys(config.seed, len(whole)), whole, sampling, eta)
+    embeds = torch.cat([part.image_embed for part in parts])
+    starts = torch.cat([part.start for part in parts])
+    keys = _keys(config.seed, len(embeds))
+
+    def draw(part: slice) -> "Tensor":
+        latents = Latents(image_embed=embeds[part], start=starts[part])
+        return reconstructions(chain, keys[part], latents, sampling, eta)
+
+    return _in_batches(config.batch_size, len(keys), draw)
 
 
 def _names(config: ImagesConfig) -> list[str]:
@@ -341,14 +254,18 @@ def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> Row
     keys = _keys(config.seed, count)
     known = pixels_of(images, size).repeat_interleave(config.count, dim=0)
     mask = (pixels_of(_opened([config.mask]), size).mean(1, keepdim=True) < 0).float()
-    mask = mask.expand(count, -1, -1, -1)
-    if config.caption:
-        captions = [config.caption] * count
-        told = chain.condition(captions, chain.imagine(keys, captions, sampling))
-    else:
-        embed = embed_images(chain, images).repeat_interleave(config.count, dim=0)
-        told = Condition(image_embed=embed, without_text=True)
-    drawn = chain.draw(keys, told, sampling, known=(known, mask)).cpu()
+
+    def draw(part: slice) -> "Tensor":
+        captions = [config.caption] * (part.stop - part.start)
+        if config.caption:
+            told = chain.condition(captions, chain.imagine(keys[part], captions, sampling))
+        else:
+            own = [images[number // config.count] for number in range(part.start, part.stop)]
+            told = Condition(image_embed=embed_images(chain, own), without_text=True)
+        masks = mask.expand(len(captions), -1, -1, -1)
+        return chain.draw(keys[part], told, sampling, known=(known[part], masks))
+
+    drawn = _in_batches(config.batch_size, count, draw)
     rows = known.unflatten(0, (len(images), -1))[:, :1], drawn.unflatten(0, (len(images), -1))
     columns = ["image", *(f"{number + 1}" for number in range(config.count))]
     return Rows(pixels=torch.cat(rows, dim=1).flatten(0, 1), rows=_names(config), columns=columns)
@@ -357,15 +274,21 @@ def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> Row
 def guidance(config: GuidanceConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
     import torch
 
-    captions, drawn = list(config.prompts), []
+    captions = list(config.prompts)
     keys = _keys(config.seed, len(captions))
-    embed = chain.imagine(keys, captions, sampling)
-    told = chain.condition(captions, embed)
-    for scale in config.scales:
-        options = dataclasses.replace(sampling.decoder, cfg_scale=scale)
-        drawn.append(chain.draw(keys, told, dataclasses.replace(sampling, decoder=options)))
+
+    def draw(part: slice) -> "Tensor":
+        told = chain.condition(captions[part], chain.imagine(keys[part], captions[part], sampling))
+        drawn = []
+        for scale in config.scales:
+            options = dataclasses.replace(sampling.decoder, cfg_scale=scale)
+            one = dataclasses.replace(sampling, decoder=options)
+            drawn.append(chain.draw(keys[part], told, one))
+        return torch.stack(drawn, dim=1)
+
+    drawn = _in_batches(config.batch_size, len(captions), draw)
     columns = [f"{scale:g}" for scale in config.scales]
-    return Rows(pixels=torch.stack(drawn, dim=1).flatten(0, 1), rows=captions, columns=columns)
+    return Rows(pixels=drawn.flatten(0, 1), rows=captions, columns=columns)
 
 
 COMMANDS: dict[str, tuple[type[EditConfig], Callable[[Any, Any, Any], Rows]]] = {

@@ -196,6 +196,35 @@ def test_every_edit_writes_its_rows(files, tmp_path):
     assert [len(row) for row in rows] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("variations", ["--count", "2"]),
+        ("inpaint", ["--count", "2"]),
+        ("inpaint", ["--count", "2", "--caption", "a hat"]),
+        ("guidance", [*sum((["--prompts", f"{n} hats"] for n in range(4)), []), "--scales", "2"]),
+    ],
+)
+def test_no_split_into_batches_changes_an_edit(command, arguments, files, tmp_path, monkeypatch):
+    rows, most, draw, enlarge = {}, [], UnClip.draw, UnClip.enlarge
+    for name, real in (("draw", draw), ("enlarge", enlarge)):
+        def seen(chain, keys, *told, real=real, **more):  # fmt: skip
+            most.append(len(keys))
+            return real(chain, keys, *told, **more)
+
+        monkeypatch.setattr(UnClip, name, seen)
+    more = [] if command == "guidance" else ["--images", *files["images"]]
+    more += ["--mask", str(files["root"] / "m.png")] if command == "inpaint" else []
+    more += ["--prior", str(files["runs"]["prior"])] if "hat" in " ".join(arguments) else []
+    for size in (3, 50):
+        most.clear()
+        split = ["--batch-size", str(size)]
+        rows[size] = edited(files, tmp_path / str(size), command, *arguments, *more, *split)
+        assert max(most) <= size and (size < 50 or max(most) > 3)
+    for found, whole in zip(sum(rows[3], []), sum(rows[50], []), strict=True):
+        assert abs(found - whole).max() <= 1
+
+
 def test_the_image_itself_is_the_same_in_every_edit(files, tmp_path):
     """A variation's first, a blend's ends, theta 0 and all components are one reconstruction."""
     images = ["--images", *files["images"]]
@@ -245,6 +274,7 @@ def test_inpainting_keeps_what_is_masked_out(files, tmp_path):
         (["pca", "--images", "a.png", "--components", "-3"], "--components: found -3"),
         (["variations", "--images", "broken.png"], "broken.png: found no image"),
         (["variations", "--images", "a.png", "--count", "0"], "--count: found 0, expected 1"),
+        (["variations", "--images", "a.png", "--batch-size", "0"], "--batch-size: found 0, expect"),
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_one_line(files, tmp_path, monkeypatch, arguments, problem):
