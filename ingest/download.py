@@ -55,8 +55,7 @@ class DownloadConfig:
     samples_per_shard: int = 1000
     """Rows of the list per shard."""
     num_processes: int | None = None
-    """Shards in work at once; None: one per CPU that Ray has; 0: in this process, without Ray.
-    Never more than host_connections."""
+    """Shards in work at once; None: one per CPU that Ray has; 0: in this process, without Ray."""
     num_threads: int = 32
     """Connections at once per shard in work."""
     timeout: float = 10.0
@@ -66,8 +65,7 @@ class DownloadConfig:
     shard_timeout: float = 1800.0
     """Of all of a shard's rows, seconds; those left over count as failed: shard_deadline."""
     host_connections: int = 4
-    """Connections at once per host, over all shards in work: these share them, so no more than
-    this many are in work, which a cluster wants larger."""
+    """Connections at once per host, over all shards in work; each has one at least."""
     host_rate: float = 10.0
     """Requests per second and host, over all shards in work, after a burst of a second's, or of
     one from each; 0: any number."""

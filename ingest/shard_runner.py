@@ -1,7 +1,8 @@
 """Make many shards, in this process or on Ray: a bounded number at once, dead workers replaced.
 
-The limits per host are a whole, of which every shard in work holds a share: so there are never more
-of them than connections that one host may have, however many CPUs a cluster has.
+The limits per host are a whole, of which every shard in work holds a share, however a cluster grows
+and shrinks. The least of connections is one: only where there are more shards in work than a host
+may have connections does it meet as many as there are shards.
 A shard that fails for a reason that may pass is tried again after a pause; a full disk ends the
 run, since no other shard would fare better.
 """
@@ -29,6 +30,7 @@ GRACE_SECONDS = 60.0  # after a shard's deadline, for the tries in progress and 
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 WAIT_SECONDS = 1.0  # how often the supervisor looks up, though nothing ended
 LOOK_SECONDS = 5.0  # how often it asks whether its own node is alive
+LEAST_PART = 1e-9  # of the limits per host: less is nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,24 +89,29 @@ def on_ray(job: ShardJob, todo: Iterator[Todo], num_processes: int | None) -> It
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one shard in work may do at one host; rate: requests a second, 0 for any number."""
+    """What one shard in work may do at one host; part: of the whole, rate: requests a second, 0 for
+    any number."""
 
+    part: float
     connections: int
     rate: float
 
 
-def share_of(policy: FetchPolicy, held: int, places: int) -> Share | None:
-    """Deal a shard its share of the limits per host; None while there is nothing left.
+def share_of(policy: FetchPolicy, held: list[Share], room: int) -> Share | None:
+    """Deal one more shard its share of the limits per host; None while there is nothing left.
 
-    held: connections of the shards in work; places: for how many more shards there is room, this
-    one among them. A share once dealt is kept until its shard ends.
+    held: of the shards in work; room: for how many there is some. A share once dealt is kept until
+    its shard ends, so that after growth the new ones wait for, at most, the end of the first ones.
     """
-    left = policy.host_connections - held
-    if left < 1:
+    most = max(policy.host_connections, len(held) + 1)
+    connections_left = most - sum(share.connections for share in held)
+    left = 1 - sum(share.part for share in held)
+    places = room - len(held)
+    if places < 1 or connections_left < 1 or left < LEAST_PART:
         return None
-    connections = max(1, left // max(1, places))
-    rate = policy.host_rate * connections / policy.host_connections
-    return Share(connections=connections, rate=rate)
+    part = min(1 / room, left / places)
+    connections = max(1, connections_left // places)
+    return Share(part=part, connections=connections, rate=part * policy.host_rate)
 
 
 def _supervised(job: ShardJob, number: int, rows: "pa.Table", share: Share) -> "Commit":
@@ -122,11 +129,11 @@ def _supervised(job: ShardJob, number: int, rows: "pa.Table", share: Share) -> "
 
 @dataclass(kw_only=True)
 class _Running:
-    """A shard that is submitted, or is to be again. tries: before this one; connections: held."""
+    """A shard that is submitted, or is to be again. tries: before this one."""
 
     item: Todo
     tries: int
-    connections: int = 0
+    share: Share | None = None
 
 
 @dataclass
@@ -140,7 +147,6 @@ class _Supervisor:
     running: dict[Any, _Running] = field(default_factory=dict)
     later: list[tuple[float, int, _Running]] = field(default_factory=list)
     exhausted: bool = False
-    told: bool = False
 
     def run(self) -> Iterator[Made]:
         """Yield shards as they end; raise ConnectionError when this node is no part of Ray."""
@@ -171,7 +177,6 @@ class _Supervisor:
         now = time.monotonic()
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # a cluster may have grown
         room = self.num_processes or cpus
-        self._tell(room)
         while self.later and self.later[0][0] <= now and (share := self._share(room)):
             self._start(heapq.heappop(self.later)[2], share)
         while not self.exhausted and len(self.running) + len(self.later) <= room:
@@ -185,22 +190,11 @@ class _Supervisor:
                 self._start(_Running(item=item, tries=0), share)
 
     def _share(self, room: int) -> Share | None:
-        held = sum(running.connections for running in self.running.values())
-        return share_of(self.job.policy, held, room + 1 - len(self.running))
-
-    def _tell(self, room: int) -> None:
-        """Say once that the limits per host, not the CPUs, bound the shards in work."""
-        most = self.job.policy.host_connections
-        if room > most and not self.told:
-            self.told = True
-            print(
-                f"shards in work: {most} where {room} have room, since each needs one of the "
-                f"{most} connections that a host may have; more by --host-connections",
-                flush=True,
-            )
+        held = [running.share for running in self.running.values() if running.share]
+        return share_of(self.job.policy, held, room + 1)  # one more than can run is submitted
 
     def _start(self, running: _Running, share: Share) -> None:
-        item, running.connections = running.item, share.connections
+        item, running.share = running.item, share
         self.running[self.task.remote(self.job, item.number, item.rows, share)] = running
 
     def _settle(self, running: _Running, reference: Any) -> Made | None:
