@@ -40,6 +40,8 @@ class Case:
 
 
 PRIOR, CLIP = '{model="prior"}', '{model="clip"}'
+OTHER = '{model="prior",at="other"}'  # a run of the same model on another machine, which goes well
+HERE = 'instance="host",model="prior"'
 CASES = [
     Case(  # clip is silent as well, but does not run
         alert="TrainingStalled",
@@ -47,8 +49,9 @@ CASES = [
             f"train_running{PRIOR}": "1x60",
             f"train_report_timestamp_seconds{PRIOR}": "0x29 1800x30",
             f"train_running{CLIP}": "0x60", f"train_report_timestamp_seconds{CLIP}": "0x60",
+            f"train_running{OTHER}": "1x60", f"train_report_timestamp_seconds{OTHER}": "0+60x60",
         },
-        silent=20, fires=21, resolved=30, labels='model="prior"',
+        silent=20, fires=21, resolved=30, labels=HERE,
     ),
     Case(  # clip was nearly done, the decoder said that it ended
         alert="TrainingLost",
@@ -58,14 +61,16 @@ CASES = [
             f"train_running{CLIP}": "1x10 stale", f"train_eta_seconds{CLIP}": "290x10 stale",
             'train_running{model="decoder"}': "1x9 0x0 stale",
             'train_eta_seconds{model="decoder"}': "900x10 stale",
+            f"train_running{OTHER}": "1x60", f"train_eta_seconds{OTHER}": "900x60",
         },
-        silent=15, fires=16, resolved=25, labels='model="prior"',
+        silent=15, fires=16, resolved=25, labels=HERE,
     ),
     Case(
         alert="TrainingRestarting",
         series={f"train_start_timestamp_seconds{PRIOR}": "1x9 2x9 3x9 4x90",
-                f"train_start_timestamp_seconds{CLIP}": "1x9 2x9 3x99"},
-        silent=31, fires=32, resolved=71, labels='model="prior"',
+                f"train_start_timestamp_seconds{CLIP}": "1x9 2x9 3x99",
+                f"train_start_timestamp_seconds{OTHER}": "9x99"},
+        silent=31, fires=32, resolved=71, labels=HERE,
     ),
     Case(
         alert="LossNotFinite",
@@ -85,8 +90,9 @@ CASES = [
         series={
             f"train_running{PRIOR}": "1x60", f"train_data_wait_ratio{PRIOR}": "0.005+0.01x39 0x20",
             f"train_running{CLIP}": "0x60", f"train_data_wait_ratio{CLIP}": "0.9x60",
+            f"train_running{OTHER}": "1x60", f"train_data_wait_ratio{OTHER}": "0.01x60",
         },
-        silent=29, fires=30, resolved=40, labels='model="prior"',
+        silent=29, fires=30, resolved=40, labels=HERE,
     ),
     Case(
         alert="CheckpointStale",
@@ -94,8 +100,9 @@ CASES = [
             f"train_running{PRIOR}": "1x50",
             f"checkpoint_timestamp_seconds{PRIOR}": "-5430x39 2400x10",
             f"train_running{CLIP}": "0x50", f"checkpoint_timestamp_seconds{CLIP}": "-9000x50",
+            f"train_running{OTHER}": "1x50", f"checkpoint_timestamp_seconds{OTHER}": "0+60x50",
         },
-        silent=34, fires=35, resolved=40, labels='model="prior"',
+        silent=34, fires=35, resolved=40, labels=HERE,
     ),
     Case(  # six rows of ten, then eight: two minutes until their mean over five is above .7
         alert="IngestFailing",
@@ -160,7 +167,8 @@ def raw(name: str, *, ray: bool) -> str:
 
 def written(case: Case, *, ray: bool = False) -> dict[str, Any]:
     """Return the case as a test of promtool's."""
-    by = f" by ({case.labels.split('=')[0]})" if case.labels else ""
+    names = ", ".join(re.findall(r"(\w+)=", case.labels))
+    by = f" by ({names})" if names else ""
     firing = f'count{by} (ALERTS{{alertname="{case.alert}", alertstate="firing"}})'
     none = list[dict[str, Any]]()
     one = [{"labels": f"{{{case.labels}}}", "value": 1}]

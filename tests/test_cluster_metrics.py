@@ -64,7 +64,7 @@ def test_every_counter_is_served_from_zero():
             assert len(re.findall(rf"^{metric.name}[ {{]", text, re.MULTILINE)) == len(
                 metric.combinations()
             )
-    assert value(text, 'minidalle2_train_nonfinite_steps_total{model="upsampler"}') == 0
+    assert value(text, 'minidalle2_train_nonfinite_steps_total{model="up256"}') == 0
     values = re.findall(r"^minidalle2_.* (\S+)$", text, re.MULTILINE)
     assert {float(each) for each in values} == {0}, "no gauge is there before it is set"
 
@@ -97,7 +97,7 @@ def test_a_histogram_counts_into_its_bucket(port: int):
 
 def test_mistakes_are_named():
     loss = metrics.gauge("minidalle2_train_loss")
-    with pytest.raises(ValueError, match="model='unet'.*clip, prior, decoder, upsampler"):
+    with pytest.raises(ValueError, match="model='unet'.*clip, prior, decoder, up256, up1024"):
         loss.set(1.0, model="unet")
     with pytest.raises(ValueError, match="found labels none"):
         loss.set(1.0)
@@ -132,11 +132,16 @@ def test_importing_it_imports_nothing_heavy():
 
 
 def test_closed_sets_are_those_of_the_code():
+    from typing import get_args, get_type_hints
+
     from ingest.filters import FAILED
+    from training.config import DecoderRunConfig
     from training.incidents import KINDS
 
     assert set(metrics.FAILURES) == set(FAILED)
     assert set(metrics.INCIDENTS) == set(KINDS)
+    stages = set(get_args(get_type_hints(DecoderRunConfig)["stage"]))
+    assert set(metrics.MODELS) == {"clip", "prior", "decoder"} | stages - {"base"}
 
 
 def test_hostile_rows_make_no_series(port: int, tmp_path: Path):
