@@ -29,7 +29,8 @@ RAY_UP = sorted((ROOT / "cluster" / "ray-up").glob("*.yaml"))
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
 RAY_SCHEMA = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
 OWN_KINDS = {"RayCluster", "RayJob", "PodMonitor", "PrometheusRule"}
-ENTRY_POINTS = "download embed clip prior decoder up256 up1024 sample fid"
+DOWNLOADS = "download download_test download_1024"
+ENTRY_POINTS = f"{DOWNLOADS} embed clip prior decoder up256 up1024 sample fid"
 TRAINED_ON_GPUS = {"clip", "prior", "decoder", "up256", "up1024"}
 
 
@@ -210,6 +211,32 @@ def test_no_pod_is_root_and_each_asks_for_what_it_needs():
     assert set(values(pod, "image")) == {i for i in built_images() if i.endswith("gpu")}
 
 
+def test_only_the_heads_autoscaler_has_rights_in_kubernetes():
+    """KubeRay makes an account for a head that names none, and binds the autoscaler's role to it;
+    bound to an account that is named, every pod of the namespace might have it."""
+    head, *workers = pods()
+    assert "serviceAccountName" not in head and "automountServiceAccountToken" not in head
+    for pod in workers:
+        assert pod["automountServiceAccountToken"] is False and "serviceAccountName" not in pod
+
+
+def test_ray_finds_room_for_its_objects():
+    """By Ray's own reckoning, which goes to /tmp where /dev/shm is smaller than it takes."""
+    from ray._private import ray_constants, utils
+
+    gib = 2**30
+    for pod in pods():
+        [limit] = [v["emptyDir"]["sizeLimit"] for v in pod["volumes"] if v["name"] == "shm"]
+        [container] = pod["containers"]
+        memory = int(container["resources"]["limits"]["memory"].removesuffix("Gi")) * gib
+        room = int(limit.removesuffix("Gi")) * gib
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utils, "get_shared_memory_bytes", lambda room=room: room)
+            taken = utils.resolve_object_store_memory(memory)
+        assert taken <= room
+        assert room >= memory * ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
+
+
 def test_the_groups_are_those_that_work_asks_for():
     starts = [group["rayStartParams"] for group in node_groups()]
     offered = [json.loads(json.loads(start["resources"])) for start in starts]
@@ -283,6 +310,23 @@ def test_every_jobs_command_can_be_run_dry(name: str, capsys, tmp_path: Path, mo
     assert ("entrypointNumGpus" in spec) == on_gpu and list(tmp_path.iterdir()) == []
     if on_gpu:
         assert json.loads(spec["entrypointResources"]) == {"gpu_group": 0.001}
+
+
+def test_every_folder_that_a_job_reads_is_one_that_another_makes():
+    flags = {name: shlex.split(job["spec"]["entrypoint"])[2:] for name, job in JOBS.items()}
+    pairs = {name: set(zip(words, words[1:], strict=False)) for name, words in flags.items()}
+    made = {
+        folder: name for name, each in pairs.items() for flag, folder in each
+        if flag in ("--out", "--run")
+    }  # fmt: skip
+    for name, each in pairs.items():
+        read = {folder for flag, folder in each if folder.startswith("/data/") and flag != "--urls"}
+        assert read <= set(made), name
+    assert ("--images", "/data/images_1024") in pairs["up1024"]
+    wanted = {("--image-size", "1024"), ("--min-image-side", "1024")}
+    assert wanted <= pairs[made["/data/images_1024"]], "an upsampler learns nothing of less"
+    lists = [folder for each in pairs.values() for flag, folder in each if flag == "--urls"]
+    assert len(lists) == len(set(lists)) == 3, "what scores is not what trains"
 
 
 def test_a_misspelt_flag_in_a_job_would_be_found(capsys):
