@@ -3,6 +3,7 @@
 `cluster/metrics.py` is the façade over this, and the only importer beside `cluster/cli.py`.
 """
 
+import atexit
 import functools
 import socketserver
 import sys
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 MAX_WAIT_SECONDS = 30.0
 UNKNOWN_INTERVAL_SECONDS = 15.0  # between two scrapes, where there was but one
+REFRESH_SECONDS = 5.0  # a quarter of the time that Ray keeps a gauge without news of it
 
 _servers: dict[int, Any] = {}
 _series: dict[str, Any] = {}  # by the metric's name, here and
@@ -106,12 +108,58 @@ def _start_server(port: int) -> _Server:
     return server
 
 
+class _Refresher:
+    """Sets Ray's gauges again and again, as long as values go there.
+
+    Ray's exporter forgets a gauge that was not set for twice metrics_report_interval_ms (2.60: its
+    open_telemetry_metric_recorder.py). What is set once, such as that a run is under way, would
+    vanish after 20 s, while its process lives.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Begin, unless it has begun; the caller holds `_recording`."""
+        if self._thread is None and not self._ended.is_set():
+            self._thread = threading.Thread(target=self._work, name="metrics in Ray", daemon=True)
+            self._thread.start()
+            atexit.register(self._end)  # before Ray's own, and the interpreter's end
+
+    def _end(self) -> None:
+        self._ended.set()
+        thread = self._thread
+        if thread is not None:
+            thread.join(REFRESH_SECONDS)
+
+    def _work(self) -> None:
+        told = False
+        while not self._ended.wait(REFRESH_SECONDS):
+            with _recording:
+                if not _goes_to_ray():
+                    self._thread = None
+                    return
+                try:
+                    _copy_all_to_ray()
+                    told = False
+                except Exception as error:  # the next round may succeed, whatever Ray raised
+                    if not told:
+                        found = f"{type(error).__name__}: {error}"
+                        print(f"metrics: Ray took none: {found}", file=sys.stderr, flush=True)
+                    told = True
+
+
+_refresher = _Refresher()
+
+
 def record(metric: "Metric", method: str, value: float, labels: dict[str, str]) -> None:
     """Call `method` of the series with `labels`, here and, where it goes there, in Ray."""
     with _recording:
         series = _exported(metric)
         getattr(series.labels(**labels) if labels else series, method)(value)
-        if not _servers and _in_ray():
+        if _goes_to_ray():
+            _refresher.start()
             if metric.kind == "histogram":
                 _mirrored(metric).observe(value, tags=labels)
             else:
@@ -124,8 +172,9 @@ def hand_over_to_ray(metrics: "Mapping[str, Metric]") -> None:
     A rate over a series that begins with its first increment would miss that one.
     """
     with _recording:
-        if _servers or not _in_ray():
+        if not _goes_to_ray():
             return
+        _refresher.start()
         for metric in metrics.values():
             if metric.kind != "histogram":
                 _copy_to_ray(metric)
@@ -159,10 +208,21 @@ def _exported(metric: "Metric") -> Any:
     return series
 
 
-def _in_ray() -> bool:
-    """Say whether this process is part of a Ray, as a driver or a worker; never imports it."""
+def _goes_to_ray() -> bool:
+    """Say whether this process is part of a Ray, as a driver or a worker, and serves no port of its
+    own; never imports Ray."""
     ray = sys.modules.get("ray")
-    return ray is not None and hasattr(ray, "is_initialized") and ray.is_initialized()
+    joined = ray is not None and hasattr(ray, "is_initialized") and ray.is_initialized()
+    return joined and not _servers
+
+
+def _copy_all_to_ray() -> None:
+    """Set again every series that Ray was given before; a histogram's Ray keeps by itself."""
+    from cluster.metrics import METRICS
+
+    for name in list(_mirrors):
+        if METRICS[name].kind != "histogram":
+            _copy_to_ray(METRICS[name])
 
 
 def _copy_to_ray(metric: "Metric") -> None:

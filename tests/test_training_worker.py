@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, what may change in it, and who may write to it."""
 
 import dataclasses
+import fcntl
 import os
 import subprocess
 import sys
@@ -130,8 +131,9 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
     assert (run / "step_00000001" / DATA_CARD).read_text() == "as it was"
 
 
-def test_a_run_under_way_is_left_alone(tmp_path: Path):
+def test_a_run_under_way_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Neither another launch nor --fresh touches it; once it has ended, --fresh clears it."""
+    monkeypatch.setattr("training.worker.LAUNCH_SECONDS", 0)
     prepare_run(CONFIG, str(tmp_path))
     (tmp_path / "step_00000001").mkdir()
 
@@ -150,8 +152,28 @@ def test_a_run_under_way_is_left_alone(tmp_path: Path):
     assert not (tmp_path / "step_00000001").exists()
 
 
-def test_of_two_first_launches_one_trains(tmp_path: Path):
+def test_a_launch_waits_for_who_only_looks_at_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / LAUNCH_LOCK).touch()
+    with (tmp_path / LAUNCH_LOCK).open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as cluster/run_folders.py asks who holds it
+        waits = list[float]()
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+        monkeypatch.setattr("training.worker.time.sleep", sleep)
+        with _launched_alone(tmp_path):
+            assert len(waits) == 1
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_of_two_first_launches_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The other has the folder, and has written nothing in it yet."""
+    monkeypatch.setattr("training.worker.LAUNCH_SECONDS", 0)
     run = tmp_path / "new"
     run.mkdir()
 

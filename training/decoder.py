@@ -20,9 +20,8 @@ def main(config: DecoderRunConfig) -> int:
         return dry_run(config, decoder_model)
     serve(config.metrics_port)
     config = prepare_data(config)
-    return launch(
-        config, config.run, build_decoder, "decoder" if config.stage == "base" else "upsampler"
-    )
+    told = "decoder" if config.stage == "base" else config.stage
+    return launch(config, config.run, build_decoder, told)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+LAUNCH_SECONDS = 2.0  # cluster/runs.py holds the lock for a moment where it looks who has it
 LOCK_SECONDS = 180  # a lost node's lock on a shared folder lasts as long as its lease there
 LOCKS = LAUNCH_LOCK, TRAIN_LOCK = ".launch", ".lock"  # the driver's, and its first rank's
 ERROR_NAMES = "error_*.txt"  # why a rank stopped, by rank
@@ -174,8 +175,11 @@ def _launched_alone(run: Path):
     """Hold a run's folder; ValueError where another driver does: two would mix what they write, and
     --fresh would delete what the other trains on."""
     with (run / LAUNCH_LOCK).open("w") as file:
-        if not _try_lock(file):
-            raise ValueError(f"{run}: another process trains here; wait for it or end it")
+        deadline = time.monotonic() + LAUNCH_SECONDS
+        while not _try_lock(file):
+            if time.monotonic() > deadline:
+                raise ValueError(f"{run}: another process trains here; wait for it or end it")
+            time.sleep(0.05)
         yield
 
 

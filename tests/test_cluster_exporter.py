@@ -1,0 +1,152 @@
+"""Laws of the mirror inside Ray: values reach its exporter, and stay as long as their process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster import exporter
+
+WORKER = """
+import json, time, urllib.request
+import ray
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
+         _system_config={"metrics_report_interval_ms": 500})
+
+@ray.remote
+class Worker:
+    def count(self):
+        from cluster.metrics import counter, gauge, histogram
+        counter("minidalle2_ingest_rows_total").inc(0, outcome="failed")
+        counter("minidalle2_ingest_rows_total").inc(3, outcome="stored")
+        gauge("minidalle2_train_loss").set(0.5, model="prior")
+        histogram("minidalle2_checkpoint_seconds").observe(0.5, model="prior")
+
+from cluster.metrics import counter, gauge, hand_over_to_ray
+counter("minidalle2_embed_images_total").inc(5)
+counter("minidalle2_train_incidents_total")
+hand_over_to_ray()
+gauge("minidalle2_train_loss").set(0.25, model="clip")
+worker = Worker.remote()
+ray.get(worker.count.remote())
+node = ray.nodes()[0]
+url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+deadline, text = time.monotonic() + 60, ""
+
+def told():
+    rows = [line for line in text.splitlines() if "ingest_rows_total" in line and "stored" in line]
+    stored = sum(float(line.split()[-1]) for line in rows)
+    return stored == 3 and text.count("ray_minidalle2_train_loss{") >= 2
+
+while not told() and time.monotonic() < deadline:
+    time.sleep(0.2)
+    text = urllib.request.urlopen(url, timeout=5).read().decode()
+print(json.dumps([line for line in text.splitlines() if line.startswith("ray_minidalle2")]))
+"""
+
+SET_ONCE = """
+import json, time, urllib.request
+import ray
+from cluster import exporter
+exporter.REFRESH_SECONDS = 0.5
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+
+@ray.remote
+class Worker:
+    def begin(self):
+        from cluster import exporter
+        from cluster.metrics import gauge
+        exporter.REFRESH_SECONDS = 0.5
+        gauge("minidalle2_train_running").set(1, model="prior")
+
+from cluster.metrics import gauge
+gauge("minidalle2_train_running").set(1, model="clip")
+worker = Worker.remote()
+ray.get(worker.begin.remote())
+node = ray.nodes()[0]
+url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+def running():
+    lines = urllib.request.urlopen(url, timeout=5).read().decode().splitlines()
+    told = [line for line in lines if line.startswith("ray_minidalle2_train_running{")]
+    return sorted(m for m in ("clip", "prior") if any(f'model="{m}"' in line for line in told))
+
+def seen(expected, seconds):
+    deadline = time.monotonic() + seconds
+    while running() != expected and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return running()
+
+first, least, end = seen(["clip", "prior"], 60), ["clip", "prior"], time.monotonic() + 8
+while time.monotonic() < end:
+    least = [each for each in least if each in running()]
+    time.sleep(0.2)
+ray.kill(worker)
+print(json.dumps({"first": first, "kept": least, "killed": seen(["clip"], 30)}))
+"""
+
+
+def test_ray_is_told_again_until_it_is_left_and_an_error_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    rounds, errors = list[int](), [RuntimeError("gone"), RuntimeError("gone"), None, None]
+
+    def copy() -> None:
+        rounds.append(len(rounds))
+        error = errors[len(rounds) - 1]
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(exporter, "REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr(exporter, "_copy_all_to_ray", copy)
+    monkeypatch.setattr(exporter, "_goes_to_ray", lambda: len(rounds) < len(errors))
+    refresher = exporter._Refresher()
+    with exporter._recording:
+        refresher.start()
+        thread = refresher._thread
+        refresher.start()
+        assert refresher._thread is thread, "one is enough"
+    assert thread is not None
+    thread.join(10)
+    assert not thread.is_alive() and refresher._thread is None, "the next record starts another"
+    assert rounds == [0, 1, 2, 3]
+    assert capsys.readouterr().err == "metrics: Ray took none: RuntimeError: gone\n"
+
+
+@pytest.mark.slow
+def test_inside_ray_values_reach_the_exporter_of_the_node(tmp_path: Path):
+    environment = {**os.environ, "HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for line in json.loads(done.stdout.splitlines()[-1]):
+        name, labels, number = re.findall(r"^(\w+)\{(.*)\} (\S+)$", line)[0]
+        if not name.endswith("_bucket"):
+            label = re.findall(r'(?:outcome|model|kind)="\w+"', labels)
+            found[name, *label] = found.get((name, *label), 0) + float(number)  # of all processes
+    assert found["ray_minidalle2_ingest_rows_total", 'outcome="stored"'] == 3
+    assert found["ray_minidalle2_train_loss", 'model="prior"'] == 0.5
+    assert found["ray_minidalle2_train_loss", 'model="clip"'] == 0.25, "the driver's"
+    assert found["ray_minidalle2_embed_images_total",] == 5, "counted before it joined"
+    assert found["ray_minidalle2_train_incidents_total", 'kind="hang"', 'model="prior"'] == 0
+    assert found["ray_minidalle2_checkpoint_seconds_count", 'model="prior"'] == 1
+
+
+@pytest.mark.slow
+def test_inside_ray_a_value_that_was_set_once_stays_as_long_as_its_process(tmp_path: Path):
+    """Ray forgets a gauge that is not recorded again; what a run sets as it begins is an alert's
+    condition for days."""
+    environment = {**os.environ, "HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"RAY_metrics_report_interval_ms": "1000"}  # forgotten after twice as long
+    command = [sys.executable, "-c", SET_ONCE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    both = ["clip", "prior"]
+    assert found == {"first": both, "kept": both, "killed": ["clip"]}
