@@ -127,12 +127,13 @@ def clip_objective(model, batch: Batch, gathered: Gathered = gathered) -> dict[s
         image, mine = gathered(model.encode_image(normalise_pixels(batch["image"]), normalize=True))
         text, _ = gathered(model.encode_text(batch["tokens"].long(), normalize=True))
     scale = model.logit_scale.clamp(max=float(torch.tensor(MAX_LOGIT_SCALE).log())).exp()
-    keep, tokens = gathered(batch.weight)[0] > 0, gathered(batch["tokens"])[0]
+    keep = gathered(batch.weight)[0] > 0
+    words = gathered(keyed_random.row_hashes(batch["tokens"]))[0]
     # A caption that comes twice in a batch fits both images: neither is a negative of the other.
     # Two captions of one meaning are known for the same by their words alone.
-    negative = keep[:, None] & keep & (tokens[:, None] != tokens).any(2)
-    loss, accuracy = contrastive(image, text, scale, negative)
-    return {"loss": loss[mine], "accuracy": accuracy[mine].detach()}
+    negative = keep[mine, None] & keep & (words[mine, None] != words)
+    loss, accuracy = contrastive(image, text, scale, negative, mine)
+    return {"loss": loss, "accuracy": accuracy.detach()}
 
 
 # -- decoder cascade -------------------------------------------------------------------------------
