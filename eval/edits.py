@@ -333,7 +333,6 @@ def pca(config: PcaConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
 def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
     import torch
 
-    from models.decoder import Condition
     from models.latents import embed_images, pixels_of
 
     images, size = _opened(config.images), chain.base.image_size
@@ -347,7 +346,7 @@ def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> Row
         told = chain.condition(captions, chain.imagine(keys, captions, sampling))
     else:
         embed = embed_images(chain, images).repeat_interleave(config.count, dim=0)
-        told = Condition(image_embed=embed, without_text=True)
+        told = chain.wordless(embed)
     drawn = chain.draw(keys, told, sampling, known=(known, mask)).cpu()
     rows = known.unflatten(0, (len(images), -1))[:, :1], drawn.unflatten(0, (len(images), -1))
     columns = ["image", *(f"{number + 1}" for number in range(config.count))]
