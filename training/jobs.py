@@ -14,10 +14,13 @@ from ingest.shards import Snapshot, load_snapshot
 from models import keyed_random
 from models.clip import (
     MAX_LOGIT_SCALE,
+    PIXEL_MEAN,
+    PIXEL_STD,
     VOCAB_SIZE,
     FrozenClip,
     build_clip,
     load_clip,
+    model_options,
     model_sizes,
     normalise_pixels,
     token_mask,
@@ -80,18 +83,30 @@ def build_clip_job(config: ClipRunConfig) -> Job:
 
 
 def _start_from(model: CLIP, spec: str) -> None:
-    """Take over the weights of another CLIP; ValueError naming the first tensor that differs."""
-    state = dict(load_clip(spec).clip.state_dict())
+    """Take over the weights of another CLIP; ValueError naming the first tensor that differs, or
+    the first option that shapes do not tell."""
+    other = load_clip(spec)
+    state = dict(other.clip.state_dict())
     state["logit_scale"] = state["logit_scale"].reshape(1)  # see build_clip
     wanted = model.state_dict()
-    for name in sorted(wanted.keys() | state.keys()):
-        shapes = [list(each[name].shape) if name in each else "none" for each in (state, wanted)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"init: {spec}: tensor {name}: found {shapes[0]}, expected {shapes[1]}; pass the "
-                "sizes, or the --model.architecture, of those weights"
-            )
+    shapes = [{name: list(value.shape) for name, value in each.items()} for each in (state, wanted)]
+    _require_equal(spec, "tensor ", *shapes)
+    options = [model_options(clip) for clip in (other.clip, model)]
+    _require_equal(spec, "", *options)
+    statistics = [{"pixels": value} for value in ((other.pixel_mean, other.pixel_std),
+                                                  (PIXEL_MEAN, PIXEL_STD))]  # fmt: skip
+    _require_equal(spec, "mean and deviation of ", *statistics)
     model.load_state_dict(state)
+
+
+def _require_equal(spec: str, what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in sorted(found.keys() | wanted.keys()):
+        theirs, ours = found.get(name, "none"), wanted.get(name, "none")
+        if theirs != ours:
+            raise ValueError(
+                f"init: {spec}: {what}{name}: found {theirs}, expected {ours}; pass the sizes, or "
+                "the --model.architecture, of those weights"
+            )
 
 
 def _around_clip(config: ClipRunConfig, model: Any, batches: list[Batch]) -> AbstractContextManager:
