@@ -3,6 +3,7 @@ nothing."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,30 @@ def draw_timesteps(schedule: NoiseSchedule, keys: Tensor, noise_bias: float = 0.
     """
     time = keyed_random.uniform(keys, "t") ** (1 / (1 + noise_bias))
     return (time * schedule.num_timesteps).long().clamp(max=schedule.num_timesteps - 1)
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bound = bound
+        return x.clamp(max=bound)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        return torch.where((x <= ctx.bound) | (grad > 0), grad, 0.0), None
+
+
+def bounded(x: Tensor, bound: float) -> Tensor:
+    """Return x, at most `bound`; above it only gradients that lead back down reach x.
+
+    A plain clamp has none there, and a parameter that one step took beyond would stay for ever.
+    Putting it back after the step, as open_clip does, would have to find it among partitions.
+    """
+    found = _Bounded.apply(x, bound)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def contrastive(

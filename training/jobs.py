@@ -1,6 +1,7 @@
 """What each training script trains: model, objective and data, built anew in every worker."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -27,7 +28,7 @@ from models.clip import (
     tokenizer,
 )
 from models.decoder import Condition, Decoder, dropped_captions
-from models.losses import contrastive
+from models.losses import bounded, contrastive
 from models.transformer import attention_kernels, trimmed_length
 from models.upsampler import Upsampler
 from training.batches import Batch, Reader
@@ -141,7 +142,7 @@ def clip_objective(model, batch: Batch, gathered: Gathered = gathered) -> dict[s
     with attention_kernels(batch.keys):
         image, mine = gathered(model.encode_image(normalise_pixels(batch["image"]), normalize=True))
         text, _ = gathered(model.encode_text(batch["tokens"].long(), normalize=True))
-    scale = model.logit_scale.clamp(max=float(torch.tensor(MAX_LOGIT_SCALE).log())).exp()
+    scale = bounded(model.logit_scale, math.log(MAX_LOGIT_SCALE)).exp()
     keep = gathered(batch.weight)[0] > 0
     words = gathered(keyed_random.row_hashes(batch["tokens"]))[0]
     # A caption that comes twice in a batch fits both images: neither is a negative of the other.
