@@ -246,7 +246,6 @@ def pca(config: PcaConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
 def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
     import torch
 
-    from models.decoder import Condition
     from models.latents import embed_images, pixels_of
 
     images, size = _opened(config.images), chain.base.image_size
@@ -261,7 +260,7 @@ def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> Row
             told = chain.condition(captions, chain.imagine(keys[part], captions, sampling))
         else:
             own = [images[number // config.count] for number in range(part.start, part.stop)]
-            told = Condition(image_embed=embed_images(chain, own), without_text=True)
+            told = chain.wordless(embed_images(chain, own))
         masks = mask.expand(len(captions), -1, -1, -1)
         return chain.draw(keys[part], told, sampling, known=(known[part], masks))
 

@@ -25,6 +25,7 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, kept by op
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 VOCAB_SIZE = 49408  # of CLIP's BPE: words, then start and end of text
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
+_OPTIONS = ("num_heads", "eps", "pool_type", "text_pool_type", "text_eos_id")  # open_clip's names
 RAW = "+raw"  # ends the name of an encoder whose embeddings keep their length
 
 
@@ -95,6 +96,21 @@ def model_sizes(clip: open_clip.CLIP) -> tuple[int, int]:
     """Return the side of the input in px and the length of a caption in tokens."""
     size = clip.visual.image_size
     return int(size[0] if isinstance(size, tuple) else size), int(clip.context_length)
+
+
+def model_options(clip: open_clip.CLIP) -> dict[str, Any]:
+    """Return what a CLIP computes with beside its weights: "module.option" -> value.
+
+    The kind of each module, which tells GELU from QuickGELU, and the options that no shape tells,
+    such as the number of heads.
+    """
+    found: dict[str, Any] = {}
+    for name, module in clip.named_modules():
+        prefix = f"{name}." if name else ""
+        found[f"{prefix}type"] = type(module).__name__
+        told = {option: getattr(module, option, None) for option in _OPTIONS}
+        found |= {f"{prefix}{option}": value for option, value in told.items() if value is not None}
+    return found
 
 
 def tokenizer(

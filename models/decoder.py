@@ -32,7 +32,7 @@ class Condition:
 
     image_embed [B, E]; text_states [B, L, W] of CLIP, or tokens int [B, L] of a decoder that reads
     its own, with token_mask [B, L]; text_embed [B, E], z_t. without_text: z_i alone, as where
-    training dropped the caption.
+    training dropped the caption; not of a decoder with `empty_caption`: see `UnClip.wordless`.
     """
 
     image_embed: Tensor
@@ -182,6 +182,11 @@ class Decoder(nn.Module):
     def read(self, condition: Condition) -> Read:
         """Read the caption; ValueError if the condition lacks what this decoder was trained
         with."""
+        if condition.without_text and self.config.empty_caption:
+            raise ValueError(
+                "decoder: found no caption for a decoder that was trained on the empty one where "
+                "it was told none, expected that one; take UnClip.wordless"
+            )
         if not self.config.use_text or condition.without_text:
             return Read(image_embed=condition.image_embed)
         wanted = {"token_mask": condition.token_mask}

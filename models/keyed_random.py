@@ -69,3 +69,13 @@ def normal(keys: Tensor, purpose: str, shape: Sequence[int]) -> Tensor:
 def sample_keys(seed: int, epoch: Tensor, sample: Tensor) -> Tensor:
     """Return the int64 key [B] of each (epoch, sample) pair under `seed`; both int64 [B]."""
     return _mix(_mix(epoch * _GOLDEN + seed) + sample * _MIX_1)
+
+
+def row_hashes(rows: Tensor) -> Tensor:
+    """Return an int64 [B] for each row of int [B, L], the same for equal rows.
+
+    A sum of one word for each value at each place (Zobrist 1970): two different rows share theirs
+    once in 2^64.
+    """
+    place = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.int64) * _GOLDEN
+    return _mix(_mix(rows.long() * _MIX_2) + place).sum(1)

@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 
 from models.clip import preprocess
-from models.decoder import Condition
 from models.samplers import ddim
 from models.unclip import Sampling, UnClip
 
@@ -65,7 +64,7 @@ def encode(chain: UnClip, images: Sequence[Image.Image], sampling: Sampling) -> 
     them."""
     image_embed = embed_images(chain, images)
     image = pixels_of(images, chain.base.image_size).to(chain.device)
-    told = _told(image_embed)
+    told = chain.wordless(image_embed)
     with sampling.autocast(image_embed):
         start = chain.base.invert(image, told, sampling.decoder.sample_steps)
     return Latents(image_embed=image_embed, start=start)
@@ -80,7 +79,7 @@ def reconstructions(
     """
     plain = replace(sampling.decoder, sampler=ddim(eta), cfg_scale=1.0)
     plain = replace(sampling, decoder=plain)
-    return chain.draw(keys, _told(latents.image_embed), plain, start=latents.start)
+    return chain.draw(keys, chain.wordless(latents.image_embed), plain, start=latents.start)
 
 
 def slerp(a: Tensor, b: Tensor, theta: float) -> Tensor:
@@ -139,7 +138,3 @@ def pca_images(
     kept = [mean + y[:, :count] @ basis[:, :count].T for count in num_components]
     length = latents.image_embed.norm(dim=1, keepdim=True)  # 1, but for an encoder that keeps it
     return latents.with_embeds(F.normalize(torch.cat(kept), dim=1) * length)
-
-
-def _told(image_embed: Tensor) -> Condition:
-    return Condition(image_embed=image_embed, without_text=True)

@@ -3,6 +3,7 @@ nothing."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,21 +115,55 @@ def draw_timesteps(schedule: NoiseSchedule, keys: Tensor, noise_bias: float = 0.
     return (time * schedule.num_timesteps).long().clamp(max=schedule.num_timesteps - 1)
 
 
-def contrastive(
-    image_embed: Tensor, text_embed: Tensor, logit_scale: Tensor, negative: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return CLIP's symmetric cross-entropy [B] and top-1 accuracy [B] (Radford et al. 2021,
-    figure 3).
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bound = bound
+        return x.clamp(max=bound)
 
-    image_embed, text_embed: [B, E] unit norm, row i of both one pair; logit_scale: scalar, 1 /
-    temperature; negative: bool [B, B], True where image i and text j are to be told apart; its
-    diagonal is not read.
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        return torch.where((x <= ctx.bound) | (grad > 0), grad, 0.0), None
+
+
+def bounded(x: Tensor, bound: float) -> Tensor:
+    """Return x, at most `bound`; above it only gradients that lead back down reach x.
+
+    A plain clamp has none there, and a parameter that one step took beyond would stay for ever.
+    Putting it back after the step, as open_clip does, would have to find it among partitions.
     """
-    with without_autocast(image_embed):  # bf16 cannot tell logits near 100 apart
-        logits = logit_scale * image_embed.float() @ text_embed.float().T
-    itself = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    logits = logits.masked_fill(~(negative | itself), float("-inf"))
-    labels = torch.arange(len(logits), device=logits.device)
-    to_text = F.cross_entropy(logits, labels, reduction="none")
-    to_image = F.cross_entropy(logits.T, labels, reduction="none")
-    return (to_text + to_image) / 2, (logits.argmax(1) == labels).float()
+    found = _Bounded.apply(x, bound)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def contrastive(
+    image_embed: Tensor,
+    text_embed: Tensor,
+    logit_scale: Tensor,
+    negative: Tensor,
+    mine: slice = slice(None),
+) -> tuple[Tensor, Tensor]:
+    """Return CLIP's symmetric cross-entropy [b] and top-1 accuracy [b] (Radford et al. 2021,
+    figure 3) of the rows `mine` among all G.
+
+    image_embed, text_embed: [G, E] unit norm, row i of both one pair; logit_scale: scalar, 1 /
+    temperature; negative: bool [b, G], True where a pair of `mine` and another are to be told
+    apart, image from text and text from image; whether a pair is its own is not read. Each worker
+    asks for its own rows: all workers together compute the G x G logits once, and none holds them.
+    """
+    labels = torch.arange(len(image_embed), device=image_embed.device)
+    itself = labels[mine, None] == labels
+    apart = negative | itself
+
+    def told(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        with without_autocast(rows):  # bf16 cannot tell logits near 100 apart
+            logits = logit_scale * rows[mine].float() @ columns.float().T
+        logits = logits.masked_fill(~apart, float("-inf"))
+        return F.cross_entropy(logits, labels[mine], reduction="none"), logits.argmax(1)
+
+    to_text, found = told(image_embed, text_embed)
+    to_image, _ = told(text_embed, image_embed)
+    return (to_text + to_image) / 2, (found == labels[mine]).float()

@@ -88,9 +88,9 @@ class RegressionPrior(nn.Module):
         mse = (x - self.scale(image_embed)).square().mean(1)
         (z, mine), (z_t, _) = gathered(self.scale.restore(x)), gathered(text.text_embed)
         with without_autocast(z_t):  # bf16 has no number between .996 and 1
-            same = (z_t @ z_t.T) > 1 - 1e-4  # one caption twice is no negative
+            same = (z_t[mine] @ z_t.T) > 1 - 1e-4  # one caption twice is no negative
         scale = torch.tensor(CONTRASTIVE_SCALE, device=x.device)
-        told, accuracy = (each[mine] for each in contrastive(z, z_t, scale, ~same))
+        told, accuracy = contrastive(z, z_t, scale, ~same, mine)
         loss = mse + self.config.contrastive_weight * told
         return {"loss": loss, "mse": mse.detach(), "accuracy": accuracy.detach()}
 

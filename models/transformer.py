@@ -78,6 +78,10 @@ class KeyValues:
         self._k[:, :, start : self.length], self._v[:, :, start : self.length] = k, v
         return self._k[:, :, : self.length], self._v[:, :, : self.length]
 
+    def back_to(self, length: int) -> None:
+        """Forget all tokens but the first `length`."""
+        self.length = length
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention over [B, N, width], with optional QK-norm (Dehghani et al.

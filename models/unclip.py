@@ -199,6 +199,13 @@ class UnClip:
         z = image_embed.to(self.device)
         return Condition(image_embed=z, text_embed=embed, token_mask=mask, **words)
 
+    def wordless(self, image_embed: Tensor) -> Condition:
+        """Return what the decoder is told of embeddings [B, E] alone, as where training dropped the
+        caption: no caption, or the empty one of a decoder with `empty_caption`."""
+        if self.base.config.empty_caption:
+            return self.condition([""] * len(image_embed), image_embed)
+        return Condition(image_embed=image_embed.to(self.device), without_text=True)
+
     def render(
         self, keys: Tensor, captions: list[str], image_embed: Tensor, sampling: Sampling
     ) -> Tensor:
@@ -220,8 +227,8 @@ class UnClip:
         keys = keys.to(self.device)
         known = known and (known[0].to(self.device), known[1].to(self.device))
         empty = None
-        if self.base.config.empty_caption and not condition.without_text:
-            empty = self.condition([""] * len(keys), condition.image_embed)
+        if self.base.config.empty_caption:
+            empty = self.wordless(condition.image_embed)
         with sampling.autocast(keys):
             return self.base.sample(
                 keys, condition, sampling.decoder, start=start, empty=empty, guide=self.guide,

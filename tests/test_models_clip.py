@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.clip import (
     PIXEL_MEAN,
@@ -275,3 +277,66 @@ def test_one_caption_of_two_images_is_a_negative_of_neither():
     assert torch.allclose(twice[0], first[0], atol=1e-5)
     assert torch.allclose(twice[2], second[1], atol=1e-5)
     assert (twice[[1, 3]] > torch.stack([first[[1, 2]], second[[0, 2]]]).amax(0) - 1e-5).all()
+
+
+def whole_matrix(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, negative: torch.Tensor
+) -> torch.Tensor:
+    """The formula over all pairs at once: [G]."""
+    own = torch.eye(len(image), dtype=torch.bool)
+    logits = (scale * image @ text.T).masked_fill(~(negative | own), float("-inf"))
+    return -(logits.log_softmax(1) + logits.log_softmax(0)).diagonal() / 2
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_workers_that_each_compute_their_rows_are_the_whole_matrix(twice: bool):
+    """Losses and gradients, those of the rows that others own and of the temperature included."""
+    image, text = unit_rows(0).requires_grad_(), unit_rows(1).requires_grad_()
+    scale = torch.tensor(20.0, requires_grad=True)
+    words = torch.tensor([0, 1, 2, 1, 4, 0]) if twice else torch.arange(6)
+    negative = words[:, None] != words
+    parts = [
+        contrastive(image, text, scale, negative[mine], mine)[0]
+        for mine in (slice(0, 2), slice(2, 4), slice(4, 6))
+    ]
+    found = torch.cat(parts)
+    expected = whole_matrix(image, text, scale, negative)
+    torch.testing.assert_close(found, expected)
+    if not twice:
+        torch.testing.assert_close(found.mean(), open_clip.ClipLoss()(image, text, scale))
+    given = (image, text, scale)
+    mine, theirs = (torch.autograd.grad(loss.mean(), given) for loss in (found, expected))
+    torch.testing.assert_close(mine, theirs)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor had."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def test_a_worker_never_holds_the_whole_batchs_matrix():
+    """Of 2,000 samples, 2 its own: nothing is larger than all embeddings, of 8 dimensions."""
+    total, own, dim = 2000, 2, 8
+    image, text = (F.normalize(torch.randn(own, dim), dim=1) for _ in range(2))
+    clip = SimpleNamespace(
+        encode_image=lambda pixels, normalize: image,
+        encode_text=lambda tokens, normalize: text,
+        logit_scale=torch.zeros(1),
+    )
+    columns = {
+        "image": torch.zeros(own, 3, 2, 2, dtype=torch.uint8),
+        "tokens": torch.tensor([[1, 2], [1, 3]]),
+    }
+    batch = Batch(keys=torch.arange(own), weight=torch.ones(own), num_real=total, columns=columns)
+    with Largest() as largest:
+        found = clip_objective(
+            clip, batch, lambda rows: (torch.cat([rows] * (total // own)), slice(4, 4 + own))
+        )
+    assert found["loss"].shape == (own,) and largest.numel == total * dim

@@ -144,6 +144,26 @@ def test_best_of_takes_the_larger_dot_product():
     torch.testing.assert_close(three[kept], one[kept])
 
 
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False, "scale_text": False}, {"depth": 1}])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun", "ddpm"])
+def test_a_caption_that_is_read_once_is_one_that_is_read_at_every_step(
+    changes: dict, sampler: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Guided, the best of three draws, captions of one to five tokens with rubbish behind them."""
+    prior, keys, given = tiny(**changes).eval(), torch.arange(8), inputs(8)
+    given["text_embed"] = F.normalize(given["text_embed"], dim=1)
+    given["token_mask"] = torch.arange(LENGTH) <= (keys % LENGTH)[:, None]
+    how = options(sampler=SAMPLERS[sampler], cfg_scale=3.0, best_of=3)
+    found = prior.sample(keys, text_of(given), how)
+    words: list[int] = []
+    prior.text_in.register_forward_hook(lambda module, args, output: words.append(1))
+    assert torch.equal(prior.sample(keys, text_of(given), how), found) and len(words) == 2
+    monkeypatch.setattr(prior, "read", lambda text, drop: text)
+    expected = prior.sample(keys, text_of(given), how)
+    assert len(words) > 2 + 3 * 2 * 3
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_analytic_variances_come_from_the_data(monkeypatch: pytest.MonkeyPatch):
     """Of Gaussian data by a perfect denoiser, few steps keep the spread that DDPM's own lose."""
     rng = torch.Generator().manual_seed(0)

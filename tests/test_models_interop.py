@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from models.configs import DiffusionPriorConfig
 from models.diffusers_files import WEIGHTS_NAME
-from models.diffusion_prior import DiffusionPrior
+from models.diffusion_prior import DiffusionPrior, Read
 from models.interop import prior_from_diffusers, prior_to_diffusers
 from models.priors import PriorText
 
@@ -59,7 +59,9 @@ def theirs(model: Any, x: torch.Tensor, t: torch.Tensor, text: PriorText) -> tor
 
 
 @torch.no_grad()
-def ours(prior: DiffusionPrior, x: torch.Tensor, t: torch.Tensor, text: PriorText) -> torch.Tensor:
+def ours(
+    prior: DiffusionPrior, x: torch.Tensor, t: torch.Tensor, text: PriorText | Read
+) -> torch.Tensor:
     return prior(x, t, text, torch.zeros(len(x), dtype=torch.bool))
 
 
@@ -71,6 +73,10 @@ def test_a_converted_prior_says_what_diffusers_does(shape: tuple[int, ...], tmp_
     x, t, text = asked(shape)
     expected = theirs(model, x, t, text)
     torch.testing.assert_close(ours(prior, x, t, text), expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        told = prior.read(text, torch.zeros(len(x), dtype=torch.bool))
+    for _ in "ab":  # what is read once serves every step
+        torch.testing.assert_close(ours(prior, x, t, told), expected, atol=1e-5, rtol=1e-5)
     z = prior.scale.restore(x)
     whole = model.post_process_latents(x)
     torch.testing.assert_close(z, torch.nn.functional.normalize(whole, dim=1))

@@ -101,3 +101,12 @@ def test_sample_keys_part_seeds_epochs_and_samples():
 def test_shapes_are_as_asked(shape: tuple[int, ...]):
     assert keyed_random.uniform(KEYS[:5], "t", shape).shape == (5, *shape)
     assert keyed_random.normal(KEYS[:5], "t", shape).shape == (5, *shape)
+
+
+def test_rows_share_a_hash_where_they_are_equal_and_nowhere_else():
+    """All rows of few values: neighbours, permutations and shifts of each other among them."""
+    rows = torch.cartesian_prod(*[torch.arange(6)] * 6)
+    twice = torch.cat([rows, rows.flip(0)]).int()
+    found = keyed_random.row_hashes(twice)
+    assert torch.equal(found, found.flip(0)) and len(found.unique()) == len(rows)
+    assert torch.equal(found[5:6], keyed_random.row_hashes(twice[5:6]))

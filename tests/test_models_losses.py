@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from models.losses import variational_bound
+from models.losses import bounded, variational_bound
 from models.samplers import learned_ddpm, learned_log_variance
 from models.schedule import NoiseSchedule
 
@@ -99,3 +99,14 @@ def test_sampling_with_a_learned_variance_is_diffusers():
     sampler = learned_ddpm(lambda: fraction)
     found = sampler(denoise, noise(1), SCHEDULE, 10, lambda step: noise(100 + step))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_temperature_beyond_its_bound_comes_back_and_goes_no_further():
+    """SGD from above: gradients that point down move it, those that point up do not."""
+    for start, slope, end in ((5.0, 1.0, 4.9), (5.0, -1.0, 5.0), (3.0, 1.0, 2.9), (3.0, -1.0, 3.1)):
+        x = torch.tensor([start], requires_grad=True)
+        y = bounded(x, 4.6)
+        assert y.item() == pytest.approx(min(start, 4.6))
+        (slope * y).sum().backward()
+        assert x.grad is not None
+        assert (x - 0.1 * x.grad).item() == pytest.approx(end)

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from eval.generate import sampling_of
 from ingest.shards import EmbedShard, load_snapshot
 from models.clip import absolute_spec, load_clip
 from models.configs import DecoderConfig, UNetConfig
-from models.decoder import dropped_captions
+from models.decoder import Condition, Decoder, dropped_captions
+from models.latents import encode, reconstructions
+from models.unclip import UnClip
 from training import demo_data, jobs, prior_job
 from training.batches import as_batch
 from training.config import DecoderRunConfig, PriorRunConfig
@@ -121,3 +125,42 @@ def test_what_is_not_dropped_is_read_and_what_is_dropped_is_not(data: Path, empt
     assert not changed[drop].any() and changed[~drop].float().mean() > 0.8
 
 
+
+
+@pytest.mark.parametrize("empty_caption", [False, True])
+def test_edits_tell_a_decoder_what_training_told_it_where_it_dropped_the_caption(
+    data: Path, empty_caption: bool
+):
+    """Words and z_t of the empty caption, or neither; every latent is under that."""
+    config = decoder(data, empty_caption=empty_caption, text_embed_cond=True)
+    encoder, model = load_clip(f"{SPEC}+raw"), jobs.decoder_model(config)
+    assert isinstance(model, Decoder)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)
+    index = torch.arange(4)
+    batch = as_batch(jobs.decoder_reader(config).read(index.numpy()), index)
+    batch = batch.to(torch.device("cpu"))
+    x, t, never = torch.randn(4, 3, 16, 16), torch.full((4,), 500), torch.zeros(4).bool()
+    trained = jobs.decoder_condition(encoder, config, batch, ~never if empty_caption else None)
+    chain = UnClip(clip=encoder, prior=None, decoder=model)
+    z = batch["image_embed"]
+    with torch.no_grad():
+        expected = model(x, t, trained, never, never if empty_caption else ~never)
+        found = model(x, t, chain.wordless(z), never, never)
+        pooled = model.read(chain.wordless(z[:1])).pooled
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    seen: list[Any] = []
+    model.register_forward_hook(lambda module, args, output: seen.append(args[2].pooled))
+    how = sampling_of({"decoder_steps": 2, "precision": "fp32", "upsampler_steps": 1})
+    latents = encode(chain, [Image.new("RGB", (20, 20), "red")], how)
+    count = len(seen)
+    reconstructions(chain, index[:1], latents, how)
+    assert len(seen) > count > 0
+    if empty_caption:
+        assert pooled is not None and all(each.allclose(pooled, atol=1e-6) for each in seen)
+        with pytest.raises(ValueError, match="decoder: found no caption for a decoder that was"):
+            model.read(Condition(image_embed=z, without_text=True))
+    else:
+        assert pooled is None and seen == [None] * len(seen)

@@ -145,6 +145,17 @@ def test_training_starts_from_a_run(
     ):
         with pytest.raises(ValueError, match=problem):
             start_from(fresh, init, new, {**export, **changes})
+    unet = {**export["model"]["unet"], "head_channels": 4}
+    several = {**export["model"], "num_embed_tokens": 2, "unet": {**unet, "qk_norm": True}}
+    with pytest.raises(ValueError, match="num_embed.*; unet.head_ch.*; unet.qk_norm: found False"):
+        start_from(fresh, init, new, {**export, "model": several})
+    free = {"weighting": "edm", "text_drop": 0.9, "unet": {**export["model"]["unet"], "dropout": 1}}
+    start_from(fresh, init, new, {**export, "model": {**export["model"], **free}})
+    prior: Any = load_model(runs["prior"].run, "prior")[0]
+    told = {**dataclasses.asdict(prior.config), "num_heads": 1, "qk_norm": True, "clip_x0": 1.0}
+    export = {"kind": "diffusion_prior", "encoder_id": encoder.encoder_id, "model": told}
+    with pytest.raises(ValueError, match=": num_heads: found .*, expected 1; qk_norm: found False"):
+        start_from(prior, runs["prior"].run, new, export)
     assert start_from(fresh, "", new, export) is fresh
     (tmp_path / "step_00000003").mkdir()  # a run that goes on no longer needs what it began from
     assert start_from(fresh, str(tmp_path / "deleted"), new, export) is fresh

@@ -1,14 +1,17 @@
 """The optimizer against torch's AdamW and linear algebra, and the learning rate's shape."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from models.configs import AutoregressivePriorConfig, UNetConfig
+from models.clip import build_clip
+from models.configs import AutoregressivePriorConfig, ClipConfig, UNetConfig
 from models.unet import UNet
+from training import checkpoint
 from training.config import PriorRunConfig, TrainConfig
 from training.optimizer import (
     build_optimizer,
@@ -95,6 +98,31 @@ def test_muon_leaves_tables_and_outer_layers_of_priors_alone(kind: Any):
     groups = build_optimizer(model, TrainConfig(optimizer="muon")).param_groups
     hidden = {names[p].split(".")[0] for p in groups[0]["params"]}
     assert hidden <= {"blocks", "pool", "component_in"}, hidden
+
+
+def test_muon_leaves_tables_and_outer_layers_of_a_clip_alone():
+    """Both projections into the joint space, the patches, the places and the words are AdamW's."""
+    clip = build_clip(ClipConfig(embed_dim=32, vision_depth=1, text_depth=1, vocab_size=512))
+    names = {parameter: name for name, parameter in clip.named_parameters()}
+    groups = build_optimizer(clip, TrainConfig(optimizer="muon")).param_groups
+    hidden, others = ({names[p] for p in group["params"]} for group in groups)
+    assert all("resblocks.0" in name for name in hidden) and len(hidden) == 2 * 4
+    outer = {"text_projection", "visual.proj", "visual.conv1.weight", "token_embedding.weight"}
+    assert outer | {"positional_embedding", "visual.positional_embedding"} <= others
+
+
+def test_a_matrix_that_was_muons_begins_with_its_momentum_squared():
+    """A checkpoint from before a parameter was AdamW's has no second moment of it."""
+    stored = {"master/w": 3.0, "exp_avg/w": -2.0}
+    state = {"exp_avg_sq": torch.zeros(2), "exp_avg": torch.zeros(2)}
+    fragment: Any = SimpleNamespace(name="w", offset=0, master=torch.zeros(2), state=state)
+    held: Any = SimpleNamespace(
+        folder="run", holds=stored.__contains__,
+        read=lambda name, offset, target: target.fill_(stored[name]),
+    )  # fmt: skip
+    checkpoint._restore_fragment(held, fragment, {})
+    assert fragment.master.tolist() == [3, 3] and state["exp_avg"].tolist() == [-2, -2]
+    assert state["exp_avg_sq"].tolist() == [4, 4]
 
 
 def test_muon_takes_the_same_matrices_of_every_kind_of_unet():

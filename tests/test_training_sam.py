@@ -126,6 +126,11 @@ def test_a_clip_starts_from_anothers_weights(data: Path, tmp_path: Path):
     found = dict(jobs.build_clip_job(again).model.state_dict())
     expected = load_file(str(tmp_path / "first" / "step_00000004" / "ema.safetensors"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+    heads = dataclasses.replace(first.model, head_channels=16)
+    with pytest.raises(ValueError, match=r"init: .*attn.num_heads: found 1, expected 2"):
+        jobs.build_clip_job(dataclasses.replace(again, model=heads))
+    warmer = dataclasses.replace(first.model, temperature=0.5)
+    jobs.build_clip_job(dataclasses.replace(again, model=warmer))
     other = dataclasses.replace(again, init="tiny:random")
     with pytest.raises(ValueError, match="init: tiny:random: tensor .*: found .*, expected"):
         jobs.build_clip_job(other)

@@ -210,6 +210,9 @@ def _tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]
             yield f"{BUFFER}/{name}/0", buffer.reshape(-1)
 
 
+MOMENTUM, SQUARES = "exp_avg", "exp_avg_sq"  # as the optimizer names them
+
+
 def restore(run: Path, step: int, engine: Engine, averages: Averages) -> Progress:
     """Read a checkpoint that `newest_agreed` found into the engine and the averages; every rank
     reads what it owns now."""
@@ -235,7 +238,16 @@ def restore(run: Path, step: int, engine: Engine, averages: Averages) -> Progres
 
 def _restore_fragment(stored: Fragments, fragment: Fragment, shadows: dict[str, Tensor]) -> None:
     stored.read(f"{MASTER}/{fragment.name}", fragment.offset, fragment.master)
-    for key, value in {**shadows, **fragment.state}.items():
+    state, name = dict(fragment.state), fragment.name
+    has = [stored.holds(f"{key}/{name}") for key in (MOMENTUM, SQUARES)]
+    if SQUARES in state and has == [True, False]:
+        # Muon's when it was written, AdamW's now, as CLIP's text_projection: its momentum tells how
+        # large its gradients were
+        squares = state.pop(SQUARES)
+        stored.read(f"{MOMENTUM}/{name}", fragment.offset, squares)
+        squares.square_()
+        print(f"{stored.folder}: {name}: no {SQUARES}, begins at {MOMENTUM} squared", flush=True)
+    for key, value in {**shadows, **state}.items():
         stored.read(f"{key}/{fragment.name}", fragment.offset, value)
 
 

@@ -111,7 +111,16 @@ def encoder_of(embeds: Sequence[str], clip: str) -> FrozenClip:
     return encoder
 
 
-MEANINGS = ("prediction", "schedule", "num_timesteps", "zero_terminal")  # shapes do not tell them
+# of a model's options, those that say how it learns or is drawn from: the same weights compute the
+# same whatever they are
+FREE = frozenset({
+    "dropout", "text_drop", "image_embed_drop", "embed_noise", "weighting", "noise_bias",
+    "bound_weight", "contrastive_weight", "degradation", "low_res_noise", "clip_x0", "energy",
+    "checkpointing", "channels_last",
+})  # fmt: skip
+# options that say nothing where another one is off
+IDLE = {"attn_resolutions": ("head_channels", "qk_norm"),
+        "text_tokens": ("text_width", "text_depth", "text_heads")}  # fmt: skip
 
 
 def start_from(model: Model, init: str, run: str, export: dict[str, Any]) -> Model:
@@ -119,20 +128,42 @@ def start_from(model: Model, init: str, run: str, export: dict[str, Any]) -> Mod
     has a checkpoint of its own.
 
     export: what the new run tells of its model. Raises ValueError naming the first tensor that
-    differs, or what else does: the kind of model, its encoder, what it predicts and over which
-    schedule.
+    differs, or what else does: the kind of model, its encoder, and every option but those that are
+    `FREE`, of which shapes do not tell all.
     """
     if not init or any(Path(run).glob("step_*")):
         return model
     step = exported(Path(init))
     found = load_config(step)
+    usual: Any = type(model.config)()  # has the options that are newer than those weights
+    theirs, ours = (_meanings(dataclasses.asdict(usual), each["model"]) for each in (found, export))
     pairs = [(name, found.get(name), export.get(name)) for name in ("kind", "encoder_id", "factor")]
-    pairs += [(name, found["model"].get(name), export["model"].get(name)) for name in MEANINGS]
-    for name, theirs, ours in pairs:
-        if theirs != ours:
-            raise ValueError(f"init: {init}: {name}: found {theirs!r}, expected {ours!r}")
+    if found.get("kind") == export.get("kind"):
+        names = sorted(theirs.keys() | ours.keys())
+        pairs += [(name, theirs.get(name), ours.get(name)) for name in names]
+    differ = [each for each in pairs if each[1] != each[2]]
+    if differ:
+        told = "; ".join(f"{name}: found {old!r}, expected {new!r}" for name, old, new in differ)
+        raise ValueError(f"init: {init}: {told}; pass the options of those weights")
     load_weights(model, step / "ema.safetensors")
     return model.train()
+
+
+def _meanings(usual: dict[str, Any], told: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the options of a model that its weights are for, those of its U-Net as unet.NAME.
+
+    usual: the default of each, for a model that was told before there was such an option.
+    """
+    whole = {**usual, **told}
+    off = {name for other, names in IDLE.items() if other in whole and not whole[other]
+           for name in names}  # fmt: skip
+    found = {}
+    for name, value in whole.items():
+        if isinstance(value, dict):
+            found |= _meanings(usual.get(name, {}), value, f"{name}.")
+        elif name not in FREE | off:
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def pin_snapshots(run: str, kind: str, roots: Sequence[str]) -> list[Snapshot]:

@@ -33,6 +33,10 @@ class Fragments:
             found.setdefault(section, set()).add(name)
         return found
 
+    def holds(self, name: str) -> bool:
+        """Say whether any of "section/parameter" is stored."""
+        return name in self._parts
+
     def require_averages(self, expected: set[str]) -> None:
         """Raise ValueError where other averages are stored than the run keeps: one that begins
         in the middle of a run would be of another profile than its name says."""

@@ -1,6 +1,7 @@
 """What each training script trains: model, objective and data, built anew in every worker."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -14,17 +15,20 @@ from ingest.shards import Snapshot, load_snapshot
 from models import keyed_random
 from models.clip import (
     MAX_LOGIT_SCALE,
+    PIXEL_MEAN,
+    PIXEL_STD,
     VOCAB_SIZE,
     FrozenClip,
     build_clip,
     load_clip,
+    model_options,
     model_sizes,
     normalise_pixels,
     token_mask,
     tokenizer,
 )
 from models.decoder import Condition, Decoder, dropped_captions
-from models.losses import contrastive
+from models.losses import bounded, contrastive
 from models.transformer import attention_kernels, trimmed_length
 from models.upsampler import Upsampler
 from training.batches import Batch, Reader
@@ -80,18 +84,30 @@ def build_clip_job(config: ClipRunConfig) -> Job:
 
 
 def _start_from(model: CLIP, spec: str) -> None:
-    """Take over the weights of another CLIP; ValueError naming the first tensor that differs."""
-    state = dict(load_clip(spec).clip.state_dict())
+    """Take over the weights of another CLIP; ValueError naming the first tensor that differs, or
+    the first option that shapes do not tell."""
+    other = load_clip(spec)
+    state = dict(other.clip.state_dict())
     state["logit_scale"] = state["logit_scale"].reshape(1)  # see build_clip
     wanted = model.state_dict()
-    for name in sorted(wanted.keys() | state.keys()):
-        shapes = [list(each[name].shape) if name in each else "none" for each in (state, wanted)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"init: {spec}: tensor {name}: found {shapes[0]}, expected {shapes[1]}; pass the "
-                "sizes, or the --model.architecture, of those weights"
-            )
+    shapes = [{name: list(value.shape) for name, value in each.items()} for each in (state, wanted)]
+    _require_equal(spec, "tensor ", *shapes)
+    options = [model_options(clip) for clip in (other.clip, model)]
+    _require_equal(spec, "", *options)
+    statistics = [{"pixels": value} for value in ((other.pixel_mean, other.pixel_std),
+                                                  (PIXEL_MEAN, PIXEL_STD))]  # fmt: skip
+    _require_equal(spec, "mean and deviation of ", *statistics)
     model.load_state_dict(state)
+
+
+def _require_equal(spec: str, what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in sorted(found.keys() | wanted.keys()):
+        theirs, ours = found.get(name, "none"), wanted.get(name, "none")
+        if theirs != ours:
+            raise ValueError(
+                f"init: {spec}: {what}{name}: found {theirs}, expected {ours}; pass the sizes, or "
+                "the --model.architecture, of those weights"
+            )
 
 
 def _around_clip(config: ClipRunConfig, model: Any, batches: list[Batch]) -> AbstractContextManager:
@@ -126,13 +142,14 @@ def clip_objective(model, batch: Batch, gathered: Gathered = gathered) -> dict[s
     with attention_kernels(batch.keys):
         image, mine = gathered(model.encode_image(normalise_pixels(batch["image"]), normalize=True))
         text, _ = gathered(model.encode_text(batch["tokens"].long(), normalize=True))
-    scale = model.logit_scale.clamp(max=float(torch.tensor(MAX_LOGIT_SCALE).log())).exp()
-    keep, tokens = gathered(batch.weight)[0] > 0, gathered(batch["tokens"])[0]
+    scale = bounded(model.logit_scale, math.log(MAX_LOGIT_SCALE)).exp()
+    keep = gathered(batch.weight)[0] > 0
+    words = gathered(keyed_random.row_hashes(batch["tokens"]))[0]
     # A caption that comes twice in a batch fits both images: neither is a negative of the other.
     # Two captions of one meaning are known for the same by their words alone.
-    negative = keep[:, None] & keep & (tokens[:, None] != tokens).any(2)
-    loss, accuracy = contrastive(image, text, scale, negative)
-    return {"loss": loss[mine], "accuracy": accuracy[mine].detach()}
+    negative = keep[mine, None] & keep & (words[mine, None] != words)
+    loss, accuracy = contrastive(image, text, scale, negative, mine)
+    return {"loss": loss, "accuracy": accuracy.detach()}
 
 
 # -- decoder cascade -------------------------------------------------------------------------------

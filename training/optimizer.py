@@ -161,17 +161,21 @@ def _is_hidden(name: str) -> bool:
         "x_in",
         "text_in",
         "text_embed_in",
-        "embedding",
         "null",
         "query",
         "position",
         "dot_",
         "code_",
+        "token_embedding",
+        "conv1",
+        "proj",
+        "text_projection",
+        "time_in",
+        "noise_in",
     )
-    ends = ("token_embedding", "positional", "conv1", "proj", "projection", "time_in", "noise_in")
     if name == "out.weight":  # a prior's own last layer
         return False
-    return not any(part.startswith(outer + ends) for part in name.split("."))
+    return not any(part.startswith(outer) for part in name.split("."))
 
 
 def set_learning_rate(groups: list[dict], ratio: float) -> None:
