@@ -45,7 +45,9 @@ from cluster.cli import DONE, INCOMPLETE, parse, run_script
 LIMITS = {"worker": 90.0, "raylet": 150.0, "driver": 90.0}  # seconds, of the medians
 KINDS = ("worker", "raylet", "driver", "hang", "elastic", "writing", "damaged")
 PARTS = ("detection", "restart", "restore", "step")
-ELASTIC_STEPS = 2000  # more, since Ray takes a minute to see that a node has come back
+# More for a node, since Ray takes a while to see that one is gone, when its workers still step, and
+# a minute to see that one has come back.
+UNSEEN_STEPS = {"raylet": 2000, "elastic": 2000}
 ELASTIC_TOLERANCE = 1e-3  # of weights that another order of sums has led elsewhere
 
 
@@ -99,7 +101,8 @@ def campaign(
     seconds: dict[str, list] = {}
     lawful = {}
     for name, kinds in plan.items():
-        num_steps = config.steps_a_fault * (1 + len(kinds)) + ELASTIC_STEPS * kinds.count("elastic")
+        num_steps = config.steps_a_fault * (1 + len(kinds))
+        num_steps += sum(UNSEEN_STEPS.get(kind, 0) for kind in kinds)
         reference, disturbed = (
             Training(run=root / each, embeds=embeds, address=cluster.address, num_steps=num_steps)
             for each in (f"undisturbed_{num_steps}", name)
