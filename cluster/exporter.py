@@ -134,20 +134,26 @@ class _Refresher:
             thread.join(REFRESH_SECONDS)
 
     def _work(self) -> None:
-        told = False
+        failed = False
         while not self._ended.wait(REFRESH_SECONDS):
             with _recording:
                 if not _goes_to_ray():
                     self._thread = None
                     return
-                try:
-                    _copy_all_to_ray()
-                    told = False
-                except Exception as error:  # the next round may succeed, whatever Ray raised
-                    if not told:
-                        found = f"{type(error).__name__}: {error}"
-                        print(f"metrics: Ray took none: {found}", file=sys.stderr, flush=True)
-                    told = True
+                failed = not self._copied(tell=not failed)
+
+    @staticmethod
+    def _copied(*, tell: bool) -> bool:
+        """Set every value in Ray again; say whether Ray took them. The next round may succeed,
+        whatever Ray raised, so that a run of errors is told once."""
+        try:
+            _copy_all_to_ray()
+        except Exception as error:
+            if tell:
+                found = f"{type(error).__name__}: {error}"
+                print(f"metrics: Ray took none: {found}", file=sys.stderr, flush=True)
+            return False
+        return True
 
 
 _refresher = _Refresher()

@@ -109,15 +109,20 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         # Stop?
         if stop:
             break
-        if in_a_row >= MAX_NONFINITE_IN_A_ROW:
-            raise FloatingPointError(
-                f"{run}: the loss was not finite {in_a_row} steps in a row; start over with "
-                "--fresh and a lower learning rate"
-            )
+        _require_finite(run, in_a_row)
     writer.finish()
     judge.now()
     _end(run, engine, progress, config)
     return progress
+
+
+def _require_finite(run: Path, in_a_row: int) -> None:
+    """Raise FloatingPointError where too many steps in a row moved nothing."""
+    if in_a_row >= MAX_NONFINITE_IN_A_ROW:
+        raise FloatingPointError(
+            f"{run}: the loss was not finite {in_a_row} steps in a row; start over with --fresh "
+            "and a lower learning rate"
+        )
 
 
 class _Judge:
