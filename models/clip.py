@@ -242,10 +242,16 @@ def token_mask(tokens: Tensor) -> Tensor:
 
 
 def absolute_spec(spec: str) -> str:
-    """Return the name of an encoder with a run folder's path made absolute, for processes that have
-    another working directory."""
+    """Return the name of an encoder with the path of its run folder, or of its file of weights
+    (ARCH:FILE), made absolute, for processes that have another working directory."""
     name = spec.removesuffix(RAW)
-    return str(Path(name).absolute()) + spec[len(name) :] if name and Path(name).is_dir() else spec
+    raw = spec[len(name) :]
+    if name and Path(name).is_dir():
+        return str(Path(name).absolute()) + raw
+    arch, colon, weights = name.partition(":")
+    if colon and Path(weights).is_file():
+        return f"{arch}:{Path(weights).absolute()}{raw}"
+    return spec
 
 
 def load_clip(spec: str) -> FrozenClip:

@@ -17,6 +17,7 @@ from models.schedule import NoiseSchedule
 
 MIN_SNR_GAMMA = 5.0
 EARLY_FLOOR = 0.25
+LARGEST_WEIGHT = 1e6
 EDM_SIGMA_DATA = 0.5  # of pixels in [-1, 1]
 
 
@@ -68,6 +69,24 @@ def timestep_weight(
     if weighting == "simple" or prediction == "x0":
         return weight
     return weight / (snr if prediction == "eps" else snr + 1)
+
+
+def require_weights(
+    schedule: NoiseSchedule, weighting: Weighting, prediction: Prediction
+) -> None:
+    """Raise ValueError where a timestep has no weight, or one that leaves the others none.
+
+    At the end without signal, `min_snr` and `p2` are 0: what samplers start from would not be
+    learned. `edm` and `early` in units of eps are over 1e8 where the cosine schedule ends.
+    """
+    t = torch.arange(schedule.num_timesteps, device=schedule.alpha_bar.device)
+    weight = timestep_weight(schedule, weighting, prediction, t)
+    if weight.min() <= 0 or weight.max() > LARGEST_WEIGHT:
+        raise ValueError(
+            f"weighting: found {weighting}, which weighs timesteps from {weight.min():.2g} to "
+            f"{weight.max():.2g} with prediction {prediction} and this schedule, expected weights "
+            "that are all positive and none overwhelming: take simple, or prediction v"
+        )
 
 
 def variational_bound(

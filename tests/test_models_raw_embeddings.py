@@ -80,6 +80,10 @@ def test_a_run_s_path_is_made_absolute_before_its_suffix(
     monkeypatch.chdir(tmp_path)
     assert absolute_spec("clip+raw") == f"{tmp_path}/clip+raw"
     assert absolute_spec("clip") == f"{tmp_path}/clip"
+    (tmp_path / "weights.safetensors").touch()
+    for raw in ("", "+raw"):
+        whole = f"ViT-B-32:{tmp_path}/weights.safetensors{raw}"
+        assert absolute_spec(f"ViT-B-32:weights.safetensors{raw}") == whole
     assert absolute_spec("ViT-B-32:openai+raw") == "ViT-B-32:openai+raw" and absolute_spec("") == ""
 
 

@@ -105,6 +105,8 @@ def test_a_part_goes_back_as_it_came(
         assert before.keys() == after.keys()
         for name, tensor in before.items():
             torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=1e-6, msg=name)
+    with pytest.raises(ValueError, match=f"{folders[0]}: found a folder with files, expected none"):
+        convert.main(back)  # a published pipeline is never written over
 
 
 def test_guidance_leads_away_from_the_empty_caption(

@@ -22,6 +22,11 @@ from typing import Any, Literal
 from cluster.cli import parse, require_local, run_script
 
 STEP = "step_00000000"
+FOLDERS = {  # of a pipeline, that each part is written to
+    "prior": ("prior",),
+    "decoder": ("decoder", "text_proj"),
+    "upsampler": ("super_res_first", "super_res_last"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,7 @@ def _of_encoder(config: ConvertConfig) -> tuple[Any, dict[str, Any]]:
     """Load a prior or a decoder, and say for which encoder; ValueError for one of other sizes."""
     import torch
 
-    from models.clip import load_clip, token_mask
+    from models.clip import absolute_spec, load_clip, token_mask
     from models.interop import prior_from_diffusers
     from models.interop_unets import decoder_from_diffusers
     from models.priors import PriorText
@@ -96,7 +101,7 @@ def _of_encoder(config: ConvertConfig) -> tuple[Any, dict[str, Any]]:
             f"{config.clip}: embeddings of unit norm; for a pipeline that was trained on them as "
             f"CLIP makes them take --clip {config.clip}+raw"
         )
-    told = {"encoder_id": encoder.encoder_id, "clip": config.clip}
+    told = {"encoder_id": encoder.encoder_id, "clip": absolute_spec(config.clip)}
     if config.part == "decoder":
         model: Any = decoder_from_diffusers(folder)
         found = len(model.null_image_embed)
@@ -136,12 +141,18 @@ def _export(config: ConvertConfig) -> None:
     model: Any
     model, told = load_model(config.run, kind)
     folder = Path(config.diffusers)
+    for name in FOLDERS[config.part]:
+        if (folder / name).is_dir() and any((folder / name).iterdir()):
+            raise ValueError(
+                f"{folder / name}: found a folder with files, expected none: what is there would "
+                "be lost; name another --diffusers"
+            )
     if config.part == "prior":
         prior_to_diffusers(model, folder / "prior")
     elif config.part == "decoder":
         decoder_to_diffusers(model, folder)
     else:
-        for part in ("super_res_first", "super_res_last"):
+        for part in FOLDERS["upsampler"]:
             upsampler_to_diffusers(model, folder / part, told["image_size"])
 
 
