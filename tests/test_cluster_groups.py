@@ -26,7 +26,7 @@ pytestmark = pytest.mark.soak
 ROOT = Path(__file__).parent.parent
 NUM_IMAGES, SHARD = 48, 6
 STAGE_SECONDS = 900.0
-SMALL: dict[str, Any] = {"object_store_memory": 80 << 20, "node_ip_address": "127.0.0.1"}
+SMALL: dict[str, Any] = {"object_store_memory": 80 << 20}
 KINDS: dict[str, dict[str, Any]] = {
     "cpu": {"num_cpus": 1, "num_gpus": 0, "resources": {"cpu_group": 1}},
     "gpu": {"num_cpus": 1, "num_gpus": 1, "resources": {"gpu_group": 1}},  # a GPU in name only

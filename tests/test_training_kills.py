@@ -13,20 +13,22 @@ import pytest
 
 from training.reporting import read_lines
 
+NUM_STEPS = 31
 # A process that has imported everything forks a child for each attempt: the child is what dies.
 ATTEMPTS = """
 import dataclasses, itertools, json, os, shutil, signal, sys
 from pathlib import Path
 import torch
 from _line import CONFIG, run, squared_error
-from training import checkpoint
+from training import checkpoint, records
 
 folder, beside, moments = Path(sys.argv[1]), sys.argv[2] == "beside", json.loads(sys.argv[3])
 config = dataclasses.replace(
-    CONFIG, num_steps=9, checkpoint_every=2, keep_checkpoints=1, power_ema=(0.1,), snapshot_every=3,
-    async_checkpoints=beside,
+    CONFIG, num_steps=int(sys.argv[4]), checkpoint_every=2, keep_checkpoints=1, power_ema=(0.1,),
+    snapshot_every=3, async_checkpoints=beside,
 )
-CALLS = ("save_file", "digest_file", "_write_text", "save_weights", "save_config", "prune")
+NAMES = ("save_file", "digest_file", "_write_text", "save_weights", "save_config", "prune")
+CALLS = [*((checkpoint, name) for name in NAMES), (records, "digest_file")]
 
 
 def told(model, batch):
@@ -35,8 +37,8 @@ def told(model, batch):
     return squared_error(model, batch)
 
 
-def dying(name, calls, moment):
-    real = getattr(checkpoint, name)
+def dying(module, name, calls, moment):
+    real = getattr(module, name)
 
     def call(*arguments, **more):
         if next(calls) == moment:
@@ -55,8 +57,8 @@ for moment in [*moments, -1]:
     child = os.fork()
     if child == 0:
         calls = itertools.count()
-        for name in CALLS:
-            setattr(checkpoint, name, dying(name, calls, moment))
+        for module, name in CALLS:
+            setattr(module, name, dying(module, name, calls, moment))
         run(folder, config, told)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -68,7 +70,8 @@ def attempts(folder: Path, beside: str, moments: list[int]) -> list[tuple[int, i
     """Train in `folder`, killed at each of the moments in turn and then left alone; returns how
     each attempt ended."""
     tests = Path(__file__).parent
-    command = [sys.executable, "-c", ATTEMPTS, str(folder), beside, json.dumps(moments)]
+    told = [str(folder), beside, json.dumps(moments), str(NUM_STEPS)]
+    command = [sys.executable, "-c", ATTEMPTS, *told]
     environment = {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=tests.parent, env=environment
@@ -101,12 +104,12 @@ def test_killed_at_every_moment_of_a_checkpoint_it_ends_the_same(beside: str, tm
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     assert not list((tmp_path / "killed").rglob("*.part"))
     whole = steps_of(tmp_path / "whole")
-    assert len(whole) == 9
+    assert len(whole) == NUM_STEPS
     again = steps_of(tmp_path / "killed")
     assert {json.dumps(step) for step in again} == {json.dumps(step) for step in whole}
     assert again[-1] == whole[-1]
     lines = [line["step"] for line in read_lines(tmp_path / "killed" / "metrics.jsonl")]
-    assert lines == list(range(1, 10)), "each step is told once"
+    assert lines == list(range(1, NUM_STEPS + 1)), "each step is told once"
 
 
 @pytest.mark.parametrize("moment", [10, 30, 45])
@@ -115,5 +118,5 @@ def test_a_kill_costs_no_more_than_the_steps_since_a_checkpoint(moment: int, tmp
     that was trained, or the one that was being written."""
     ended = attempts(tmp_path / "killed", "between", [moment])
     steps = steps_of(tmp_path / "killed")
-    repeated = len(steps) - 9
+    repeated = len(steps) - NUM_STEPS
     assert ended[0][1] == 9 and 0 <= repeated <= 2

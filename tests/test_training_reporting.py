@@ -78,17 +78,17 @@ def test_a_report_of_skipped_steps_alone_has_no_loss_to_tell(
 
 def test_every_report_is_counted_once(tmp_path: Path, port: int):
     """Also by a driver that continues a run, which finds the lines that its predecessor told."""
-    samples = 'train_samples_total{model="upsampler"}'
-    skipped = 'train_nonfinite_steps_total{model="upsampler"}'
+    samples = 'train_samples_total{model="up256"}'
+    skipped = 'train_nonfinite_steps_total{model="up256"}'
     before = served(port, samples), served(port, skipped)
     lines = [line(10, nonfinite_steps=1), line(20, nonfinite_steps=3)]
-    follow(tmp_path, *lines, model="upsampler")
+    follow(tmp_path, *lines, model="up256")
     assert served(port, samples) - before[0] == 160
     assert served(port, skipped) - before[1] == 3
-    follow(tmp_path, *lines, line(30, nonfinite_steps=4), model="upsampler")
+    follow(tmp_path, *lines, line(30, nonfinite_steps=4), model="up256")
     assert served(port, samples) - before[0] == 240
     assert served(port, skipped) - before[1] == 4
-    assert served(port, 'train_step{model="upsampler"}') == 30
+    assert served(port, 'train_step{model="up256"}') == 30
 
 
 def test_a_run_that_went_back_to_a_checkpoint_is_followed_on(
