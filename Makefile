@@ -40,13 +40,13 @@ $(STAMP):
 demo: $(STAMP)
 	$(VENV)/bin/python cluster/demo.py $(ARGS)
 
-# Files of tests run side by side, one thread each: the fast ones compute, the slow ones mostly wait
-# for Ray to start and for processes to end.
+# Files of fast tests run side by side, one thread each. The slow ones come one by one: each starts
+# Ray with all its processes, and some have deadlines.
 JOBS ?= 2
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not soak" $(ARGS)
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not soak" --durations=12 $(ARGS)
+	$(VENV)/bin/python -m pytest -m "slow and not soak" --durations=12 $(ARGS)
 
 # What some tests drive: a browser, Prometheus with promtool, Alertmanager. For root, on Debian and its kin.
 SYSTEM_PACKAGES := chromium prometheus prometheus-alertmanager
