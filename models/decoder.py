@@ -9,12 +9,7 @@ from torch import Tensor, nn
 
 from models import keyed_random
 from models.configs import DecoderConfig, Spacing
-from models.losses import (
-    draw_timesteps,
-    require_weights,
-    timestep_weight,
-    variational_bound,
-)
+from models.losses import draw_timesteps, timestep_weight, variational_bound
 from models.samplers import (
     Denoiser,
     Sampler,
@@ -144,7 +139,6 @@ class Decoder(nn.Module):
             zero_terminal=config.zero_terminal,
             prediction=config.prediction,
         )
-        require_weights(self.schedule, config.weighting, config.prediction)
         context = config.context_width
         self.unet = UNet(
             config.unet,

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models import keyed_random
 from models.configs import DiffusionPriorConfig
-from models.losses import draw_timesteps, require_weights, timestep_weight
+from models.losses import draw_timesteps, timestep_weight
 from models.priors import EmbedScale, PriorSampling, PriorText
 from models.samplers import analytic_ddpm, clipped, gaussian_posterior_variance, guided
 from models.schedule import NoiseSchedule
@@ -59,7 +59,6 @@ class DiffusionPrior(nn.Module):
         self.schedule = NoiseSchedule.build(
             config.schedule, config.num_timesteps, zero_terminal=config.zero_terminal
         )
-        require_weights(self.schedule, config.weighting, "x0")
         num_words = config.text_tokens or context_length
         self.length = num_words + NUM_EXTRA_TOKENS
         self.text_in = TextInput(

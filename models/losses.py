@@ -74,7 +74,8 @@ def timestep_weight(
 def require_weights(
     schedule: NoiseSchedule, weighting: Weighting, prediction: Prediction
 ) -> None:
-    """Raise ValueError where a timestep has no weight, or one that leaves the others none.
+    """Raise ValueError where a timestep has no weight, or one that leaves the others none: asked
+    before training, since finished weights may be drawn from whatever they learned by.
 
     At the end without signal, `min_snr` and `p2` are 0: what samplers start from would not be
     learned. `edm` and `early` in units of eps are over 1e8 where the cosine schedule ends.

@@ -12,7 +12,7 @@ from models.autocast import without_autocast
 from models.configs import UpsamplerConfig
 from models.decoder import ImageSampling
 from models.degrade import bsr, gaussian_blur, shrink
-from models.losses import draw_timesteps, require_weights, timestep_weight
+from models.losses import draw_timesteps, timestep_weight
 from models.samplers import clipped
 from models.schedule import NoiseSchedule
 from models.transformer import TimestepMLP
@@ -40,7 +40,6 @@ class Upsampler(nn.Module):
             zero_terminal=config.zero_terminal,
             prediction=config.prediction,
         )
-        require_weights(self.schedule, config.weighting, config.prediction)
         self.unet = UNet(config.unet, image_size=crop_size, in_channels=6, out_channels=3)
         width = config.unet.channels
         self.noise_in = TimestepMLP(width, self.unet.cond_width) if config.tell_noise else None

@@ -10,12 +10,18 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from models.losses import bounded, variational_bound
+from models.configs import DecoderConfig, DiffusionPriorConfig, UNetConfig
+from models.decoder import Decoder
+from models.losses import bounded, require_weights, variational_bound
 from models.samplers import learned_ddpm, learned_log_variance
 from models.schedule import NoiseSchedule
+from training.config import DecoderRunConfig, PriorRunConfig
+from training.jobs import decoder_model
+from training.prior_job import prior_model
 
 SCHEDULE = NoiseSchedule.build("cosine", 1000)
 SHAPE = (4, 3, 8, 8)
+UNET = UNetConfig(channels=16, channel_mult=(1,), num_res_blocks=1, attn_resolutions=())
 
 
 def noise(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
@@ -110,3 +116,36 @@ def test_a_temperature_beyond_its_bound_comes_back_and_goes_no_further():
         (slope * y).sum().backward()
         assert x.grad is not None
         assert (x - 0.1 * x.grad).item() == pytest.approx(end)
+
+
+@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
+@pytest.mark.parametrize("weighting", ["simple", "min_snr", "p2", "edm", "early"])
+def test_weights_that_cancel_or_overwhelm_are_refused_and_no_others(
+    weighting: Any, prediction: Any, zero_terminal: bool
+):
+    """Without signal at the end, whatever is proportional to it there is 0; in units of eps, what
+    is not is divided by it."""
+    if zero_terminal and prediction == "eps":
+        return  # there is no such schedule
+    schedule = NoiseSchedule.build("cosine", 1000, zero_terminal=zero_terminal)
+    cancels = zero_terminal and weighting in ("min_snr", "p2")
+    overwhelms = prediction == "eps" and weighting in ("edm", "early")
+    if cancels or overwhelms:
+        with pytest.raises(ValueError, match=f"weighting: found {weighting}, which weighs"):
+            require_weights(schedule, weighting, prediction)
+    else:
+        require_weights(schedule, weighting, prediction)
+
+
+def test_training_asks_for_weights_and_drawing_does_not():
+    """A run that was trained with others, before they were refused, is still drawn from."""
+    base = DecoderConfig(unet=UNET, prediction="v", zero_terminal=True, weighting="min_snr")
+    sizes = {"embed_dim": 8, "text_width": 8}
+    Decoder(base, image_size=8, **sizes)
+    config = DecoderRunConfig(base=base, image_size=8)
+    with pytest.raises(ValueError, match="weighting: found min_snr"):
+        decoder_model(config, {**sizes, "context_length": 8})
+    prior = DiffusionPriorConfig(width=16, num_heads=2, depth=1, zero_terminal=True, weighting="p2")
+    with pytest.raises(ValueError, match="weighting: found p2"):
+        prior_model(PriorRunConfig(diffusion=prior), {**sizes, "context_length": 8})

@@ -48,6 +48,7 @@ from training.zero import Engine, Fragment
 AWAIT_SECONDS = 3600  # for the other ranks' parts of a checkpoint
 BUFFER = "buffer"
 SNAPSHOTS = "ema_snapshots"
+MOMENTUM, SQUARES = "exp_avg", "exp_avg_sq"  # as the optimizer names them
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -208,9 +209,6 @@ def _tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]
     if engine.rank == 0:
         for name, buffer in engine.model.named_buffers():
             yield f"{BUFFER}/{name}/0", buffer.reshape(-1)
-
-
-MOMENTUM, SQUARES = "exp_avg", "exp_avg_sq"  # as the optimizer names them
 
 
 def restore(run: Path, step: int, engine: Engine, averages: Averages) -> Progress:

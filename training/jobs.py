@@ -28,7 +28,7 @@ from models.clip import (
     tokenizer,
 )
 from models.decoder import Condition, Decoder, dropped_captions
-from models.losses import bounded, contrastive
+from models.losses import bounded, contrastive, require_weights
 from models.transformer import attention_kernels, trimmed_length
 from models.upsampler import Upsampler
 from training.batches import Batch, Reader
@@ -160,12 +160,16 @@ def decoder_model(
 ) -> Decoder | Upsampler:
     """Build the model of one stage for an encoder of these sizes; None for that of its
     embeddings."""
+    model: Decoder | Upsampler
     if config.stage == "base":
         sizes = dict(sizes or encoder_sizes(config.embeds))
         del sizes["context_length"]
-        return Decoder(config.base, image_size=config.image_size, **sizes, vocab_size=VOCAB_SIZE)
-    factor, crop = cascade_sizes(config)
-    return Upsampler(config.up, factor=factor, crop_size=crop)
+        model = Decoder(config.base, image_size=config.image_size, **sizes, vocab_size=VOCAB_SIZE)
+    else:
+        factor, crop = cascade_sizes(config)
+        model = Upsampler(config.up, factor=factor, crop_size=crop)
+    require_weights(model.schedule, model.config.weighting, model.config.prediction)
+    return model
 
 
 def build_decoder(config: DecoderRunConfig) -> Job:

@@ -15,6 +15,7 @@ from ingest.shards import load_snapshot
 from models.autoregressive_prior import AutoregressivePrior
 from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
 from models.diffusion_prior import DiffusionPrior
+from models.losses import require_weights
 from models.priors import PriorSampling, PriorText
 from models.regression_prior import RegressionPrior
 from models.samplers import ddim
@@ -51,7 +52,10 @@ def prior_model(config: PriorRunConfig, sizes: dict[str, int] | None = None) -> 
     """Build the prior for an encoder of these sizes; None for that of its embeddings."""
     sizes = sizes or encoder_sizes(config.embeds)
     kind: Any = PRIORS[config.prior]
-    return kind(_sizes_of(config, sizes["embed_dim"]), **sizes, vocab_size=VOCAB_SIZE)
+    model = kind(_sizes_of(config, sizes["embed_dim"]), **sizes, vocab_size=VOCAB_SIZE)
+    if isinstance(model, DiffusionPrior):
+        require_weights(model.schedule, model.config.weighting, "x0")
+    return model
 
 
 def _sizes_of(config: PriorRunConfig, embed_dim: int) -> Any:
