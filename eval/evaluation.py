@@ -9,6 +9,7 @@ from typing import Any
 from eval.captions import read_captions
 from eval.drawing import Model, draw, read_options
 from eval.features import ExtractorSpec, clip_spec, dinov2_spec, inception_spec
+from eval.formats import CAPTIONS_KEY
 from eval.job import Place
 from eval.measure import QUOTABLE, Side, memorisation, space_scores
 from eval.protocol import Prepared, prepare
@@ -194,6 +195,7 @@ class Evaluation:
             print("clip_score: left out: no --clip")
             return found
         _, embeds = self.place.extracted(fake, self.specs["clip"])
+        found[CAPTIONS_KEY] = digest_of(fake.captions)
         return found | embed_scores(embeds.all(), fake.captions, self.encoder)
 
     def _own_judge(self) -> bool | None:

@@ -1,7 +1,10 @@
-"""How the report shows values: scores, counts, durations, sizes, and nested objects as one."""
+"""How the report shows values: scores, counts, durations, sizes, and nested objects as one; and
+what stands beside scores and tells them apart."""
 
 import math
 from typing import Any
+
+CAPTIONS_KEY = "captions_sha256"  # beside scores: only those of the same captions are compared
 
 
 def number(value: Any) -> str:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
-from eval.formats import number
+from eval.formats import CAPTIONS_KEY, number
 
 GROUPS = {  # by the head of a score's path, in this order
     "images": "Images",
@@ -290,6 +290,9 @@ def unlike_of(ours: Entry, theirs: Entry) -> str:
     for key in sorted(ours.made.keys() | theirs.made.keys()):
         of_another = key.startswith(("kid_", "fd_", "k_")) and key.split("_")[0] not in last
         mine, other = ours.made.get(key), theirs.made.get(key)
-        if key not in OWN and not of_another and mine != other:
-            return f"{_word(key)} {number(other)}"
+        if key in OWN or of_another or mine == other:
+            continue
+        if key == CAPTIONS_KEY:
+            return "other captions" if other else "captions not told"
+        return f"{_word(key)} {number(other)}"
     return ""

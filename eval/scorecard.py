@@ -10,9 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from eval.features import ClipFeatures, extract, in_batches
+from eval.formats import CAPTIONS_KEY
 from eval.generate import caption_keys, render_all, sampling_of
 from eval.samples import ImageSet
 from eval.shapes import score, summarise
+from ingest.commits import digest_of
 from ingest.shapes import is_held_out, parse
 from ingest.shards import EmbedShard, load_snapshot
 from models.clip import FrozenClip
@@ -65,7 +67,11 @@ def shape_set(caption: str) -> str:
 def clip_scores(captions: list[str], image: Tensor, text: Tensor) -> dict[str, Any]:
     """Score an encoder by retrieval: the share of captions whose nearest image is theirs."""
     meanings = [meaning(caption) for caption in captions]
-    return {"retrieval_at_1": retrieval_at_k(text, image, meanings), "n": len(captions)}
+    return {
+        "retrieval_at_1": retrieval_at_k(text, image, meanings),
+        "n": len(captions),
+        CAPTIONS_KEY: digest_of(captions),
+    }
 
 
 def prior_scores(
@@ -75,7 +81,8 @@ def prior_scores(
     keys = caption_keys(captions, 0).split(BATCH_SIZE)
     parts = zip(keys, in_batches(captions, BATCH_SIZE), strict=True)
     drawn = torch.cat([chain.imagine(mine, part, sampling).cpu() for mine, part in parts])
-    return prior_scorecard(drawn, image, text, [meaning(caption) for caption in captions])
+    scores = prior_scorecard(drawn, image, text, [meaning(caption) for caption in captions])
+    return {**scores, CAPTIONS_KEY: digest_of(captions)}
 
 
 def shape_scores(captions: list[str], images: Iterable[np.ndarray]) -> dict[str, dict[str, Any]]:
@@ -108,8 +115,16 @@ def shapes_with_real(fake: ImageSet, real: ImageSet) -> dict[str, dict[str, Any]
     None for a set that `real` has no drawing of."""
     scores = shape_scores(fake.captions, arrays(fake))
     truth = shape_scores(real.captions, arrays(real))
+    captions: dict[str, list[str]] = {}
+    for caption in fake.captions:
+        captions.setdefault(shape_set(caption), []).append(caption)
     return {
-        name: {**values, "real": truth.get(name, {}).get("all")} for name, values in scores.items()
+        name: {
+            **values,
+            "real": truth.get(name, {}).get("all"),
+            CAPTIONS_KEY: digest_of(captions[name]),
+        }
+        for name, values in scores.items()
     }
 
 

@@ -197,9 +197,19 @@ class FrozenClip(nn.Module):
         """Where it encodes: inputs are brought there, and what comes out is there."""
         return self.clip.positional_embedding.device
 
+    def drop_vision(self) -> None:
+        """Let go of the vision tower, most of the weights: what encodes captions alone, as training
+        does, need not hold it on every GPU."""
+        self.clip.visual = None
+
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
-        """Encode uint8 [B, 3, S, S] to float32 [B, E], of unit norm if `unit_norm`."""
+        """Encode uint8 [B, 3, S, S] to float32 [B, E], of unit norm if `unit_norm`.
+
+        Raises ValueError after `drop_vision`.
+        """
+        if self.clip.visual is None:
+            raise ValueError("encoder: found no vision tower any more, expected one; load it anew")
         pixels = normalise_pixels(image.to(self.device), self.pixel_mean, self.pixel_std)
         return self._of_length(self.clip.encode_image(pixels).float())
 

@@ -9,16 +9,19 @@ encoding of the empty one, which `null` gives.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from models.configs import DiffusionPriorConfig
 from models.diffusers_files import (
+    option,
     read_folder,
     require,
     require_option,
     require_used,
+    taken,
     write_folder,
 )
 from models.diffusion_prior import NUM_EXTRA_TOKENS, DiffusionPrior
@@ -69,23 +72,25 @@ def prior_from_diffusers(
     folder = Path(folder)
     told, found = read_folder(folder, CLASS_NAME)
     require(folder, told, REQUIRED)
-    heads, head = told["num_attention_heads"], told[HEAD_CHANNELS]
+    heads, head, depth, dim, context = (
+        option(folder, told, name)
+        for name in (
+            "num_attention_heads", HEAD_CHANNELS, "num_layers", "embedding_dim", "num_embeddings",
+        )
+    )  # fmt: skip
     sizes = DiffusionPriorConfig(
-        width=heads * head, depth=told["num_layers"], num_heads=heads,
+        width=heads * head, depth=depth, num_heads=heads,
         dropout=told.get("dropout", 0.0), qk_norm=False, scale_text=False,
         time_channels=heads * head, unit_norm=unit_norm, clip_x0=_clip_range(folder),
     )  # fmt: skip
-    dim = told["embedding_dim"]
-    prior = DiffusionPrior(
-        sizes, embed_dim=dim, text_width=dim, context_length=told["num_embeddings"]
-    )
-    state = prior.state_dict()
-    wanted = {name: found.pop(other) for name, other in _pairs(sizes.depth)}
-    for i in range(sizes.depth):
+    prior = DiffusionPrior(sizes, embed_dim=dim, text_width=dim, context_length=context)
+    state, take = prior.state_dict(), partial(taken, folder, found)
+    wanted = {name: take(other) for name, other in _pairs(depth)}
+    for i in range(depth):
         for kind in ("weight", "bias"):
-            parts = [found.pop(f"transformer_blocks.{i}.{part}.{kind}") for part in _QKV]
+            parts = [take(f"transformer_blocks.{i}.{part}.{kind}") for part in _QKV]
             wanted[f"blocks.{i}.attention.qkv.{kind}"] = torch.cat(parts)
-    wanted["scale.mean"], wanted["scale.std"] = (found.pop(f"clip_{n}")[0] for n in ("mean", "std"))
+    wanted["scale.mean"], wanted["scale.std"] = (take(f"clip_{n}")[0] for n in ("mean", "std"))
     wanted["scale.spectrum"] = torch.ones(dim)  # whitened
     require_used(folder, found)
     prior.load_state_dict({**state, **wanted})

@@ -15,7 +15,7 @@ from cluster.planning.devices import GPUS, find_gpu
 from cluster.planning.efficiency import Layout, Load, efficiency, read_measured, step_time
 from cluster.planning.report import Planner
 from cluster.planning.request import PRESETS, PlanRequest
-from cluster.planning.stages import CHAINS, build_stages
+from cluster.planning.stages import CHAINS, build_stages, read_preset
 from training.profiling import PEAK_TFLOPS
 
 ROOT = Path(__file__).parent.parent
@@ -200,6 +200,17 @@ def test_state_is_what_the_engine_says_it_keeps(demo):
     for zero in range(4):
         layout = Layout(zero_stage=zero, micro_batch=1, checkpointing=False)
         assert fitting.memory_of(stage, 4, layout).state == state_bytes(stage.model, zero, 4)
+
+
+def test_of_the_encoder_a_gpu_holds_what_training_holds(demo):
+    from models.clip import FrozenClip, build_clip
+
+    stage = paper_like(demo, "base")
+    encoder = FrozenClip(build_clip(read_preset("clip", "demo").model), "demo")
+    encoder.drop_vision()
+    held = sum(p.numel() * p.element_size() for p in encoder.parameters())
+    layout = Layout(zero_stage=1, micro_batch=1, checkpointing=False)
+    assert fitting.memory_of(stage, 4, layout).frozen == held > 0
 
 
 def tiny_gpu(gib: float):

@@ -195,7 +195,10 @@ def test_scores_stand_beside_an_earlier_run_s_only_where_made_alike(tmp_path: Pa
     other["prior"]["cos_shuffled"] = 0.4
     other["memorisation"]["nearest"] = []
     del other["clip"]
-    table = score_table(SCORES, {"before": other})
+    mine = copy.deepcopy(SCORES)
+    for run, words in ((mine, "one"), (other, "two")):
+        run["shapes"]["seen"] = {**SCORES["shapes"]["single"], "captions_sha256": words}
+    table = score_table(mine, {"before": other})
     cells = {row.path: row.others[0] for group in table.groups for row in group.rows}
     assert cells["images.clip_score"].better is False
     assert cells["images.clip_score"].difference == pytest.approx(-0.046)
@@ -203,6 +206,7 @@ def test_scores_stand_beside_an_earlier_run_s_only_where_made_alike(tmp_path: Pa
     assert cells["features.inception.fd"].unlike == "n = 2,500"
     assert cells["features.inception.fd"].difference is None
     assert cells["clip.retrieval_at_1"].value is None
+    assert cells["shapes.seen.all"].unlike == "other captions"
     assert cells["shapes.single.all"].difference == 0 and cells["shapes.single.all"].better is None
     assert cells["novel_measure.something_new"].better is None  # nobody knows which way is better
 

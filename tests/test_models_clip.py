@@ -105,6 +105,20 @@ def test_a_frozen_clip_trains_nothing(tiny: FrozenClip):
     assert not tiny.encode_image(pixels(1, tiny.image_size)).requires_grad
 
 
+def test_without_its_vision_tower_it_reads_captions_as_before_and_refuses_pictures():
+    whole, half = load_clip("tiny:random"), load_clip("tiny:random")
+    half.drop_vision()
+    tokens = torch.from_numpy(whole.tokenize(["a red cube", "a blue ball"]))
+    for ours, theirs in zip(half.encode_text(tokens), whole.encode_text(tokens), strict=True):
+        assert torch.equal(ours, theirs)
+    assert half.encoder_id == whole.encoder_id and half.trimmed(tokens).equal(whole.trimmed(tokens))
+    held = sum(p.numel() for p in half.parameters())
+    vision = sum(p.numel() for p in whole.clip.visual.parameters())
+    assert held == sum(p.numel() for p in whole.parameters()) - vision and vision > 0
+    with pytest.raises(ValueError, match="found no vision tower any more"):
+        half.encode_image(pixels(1, half.image_size))
+
+
 def test_one_spec_is_one_encoder_and_leaves_the_generator_alone(tiny: FrozenClip):
     before = torch.get_rng_state()
     assert load_clip("tiny:random").encoder_id == tiny.encoder_id

@@ -151,6 +151,13 @@ def test_what_is_no_such_prior_is_refused(tmp_path: Path):
     save_file({**tensors, "extra": torch.zeros(1)}, str(tmp_path / WEIGHTS_NAME))
     with pytest.raises(ValueError, match="found tensors without a place: extra"):
         prior_from_diffusers(tmp_path)
+    save_file(dict(list(tensors.items())[1:]), str(tmp_path / WEIGHTS_NAME))
+    with pytest.raises(ValueError, match=f"tensor {next(iter(tensors))}: found none, expected it"):
+        prior_from_diffusers(tmp_path)
+    del config["num_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="num_layers: found none in config.json"):
+        prior_from_diffusers(tmp_path)
 
 
 def test_what_diffusers_cannot_be_is_not_written(tmp_path: Path):

@@ -95,7 +95,8 @@ def clip_of(embeds: Sequence[str], clip: str) -> str:
 
 
 def encoder_of(embeds: Sequence[str], clip: str) -> FrozenClip:
-    """Load the encoder that made all of `embeds`: `clip`, or the one the first's manifest names.
+    """Load the encoder that made all of `embeds`: `clip`, or the one the first's manifest names;
+    its text tower alone, since the images' embeddings are there.
 
     Raises ValueError where one was made by another.
     """
@@ -108,6 +109,7 @@ def encoder_of(embeds: Sequence[str], clip: str) -> FrozenClip:
                 f"{encoder.encoder_id} of {clip_of(embeds, clip)}; embed again with this encoder "
                 "or pass the other one"
             )
+    encoder.drop_vision()
     return encoder
 
 

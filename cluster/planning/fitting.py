@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from cluster.planning.devices import GPUS, Gpu
 from cluster.planning.efficiency import Layout, Step, load_of, step_time
 from cluster.planning.stages import Stage
-from models.flops import num_parameters, offloaded_bytes, state_bytes
+from models.flops import offloaded_bytes, state_bytes
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size and allgather_bucket_size
 MAX_LIVE = 1_000_000_000  # elements of weights that stage 3 keeps gathered
@@ -16,7 +16,8 @@ MOST_GPUS = 8192  # looked at for the nearest that fits
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes on one GPU. state: weights, gradients, moments, averages; buffers: what ZeRO reduces
-    and gathers in; activations: with autocast's copies of weights; frozen: the encoder."""
+    and gathers in; activations: with autocast's copies of weights; frozen: the encoder's text
+    tower."""
 
     state: float
     buffers: float
@@ -51,7 +52,7 @@ def memory_of(stage: Stage, workers: int, layout: Layout) -> Memory:
         state=state + (0 if layout.offload else power),
         buffers=buffers,
         activations=stage.activations[layout.checkpointing].of(layout.micro_batch),
-        frozen=4.0 * num_parameters(stage.frozen.model) if stage.frozen else 0.0,
+        frozen=4.0 * stage.frozen.text_parameters if stage.frozen else 0.0,
     )
 
 

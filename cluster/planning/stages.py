@@ -91,6 +91,12 @@ class Encoder:
             "context_length": model_sizes(self.model)[1],
         }
 
+    @property
+    def text_parameters(self) -> int:
+        """What is left of it without its vision tower, as training holds it."""
+        model: Any = self.model
+        return num_parameters(self.model) - num_parameters(model.visual)
+
     @cached_property
     def macs(self) -> tuple[int, int]:
         """Multiply-accumulates of an image and of a caption."""
