@@ -16,6 +16,8 @@ from cluster.planning.efficiency import Layout, Load, efficiency, read_measured,
 from cluster.planning.report import Planner
 from cluster.planning.request import PRESETS, PlanRequest
 from cluster.planning.stages import CHAINS, build_stages, read_preset
+from models.clip import FrozenClip, build_clip
+from models.flops import state_bytes
 from training.profiling import PEAK_TFLOPS
 
 ROOT = Path(__file__).parent.parent
@@ -194,8 +196,6 @@ def test_memory_falls_with_partitioning_and_grows_with_the_micro_batch(demo):
 
 
 def test_state_is_what_the_engine_says_it_keeps(demo):
-    from models.flops import state_bytes
-
     stage = paper_like(demo, "prior")
     for zero in range(4):
         layout = Layout(zero_stage=zero, micro_batch=1, checkpointing=False)
@@ -203,14 +203,12 @@ def test_state_is_what_the_engine_says_it_keeps(demo):
 
 
 def test_of_the_encoder_a_gpu_holds_what_training_holds(demo):
-    from models.clip import FrozenClip, build_clip
-
     stage = paper_like(demo, "base")
     encoder = FrozenClip(build_clip(read_preset("clip", "demo").model), "demo")
-    encoder.drop_vision()
-    held = sum(p.numel() * p.element_size() for p in encoder.parameters())
+    encoder.drop_vision()  # as training does
     layout = Layout(zero_stage=1, micro_batch=1, checkpointing=False)
-    assert fitting.memory_of(stage, 4, layout).frozen == held > 0
+    found = fitting.memory_of(stage, 4, layout).frozen
+    assert found == sum(p.nbytes for p in encoder.parameters()) > 0
 
 
 def tiny_gpu(gib: float):

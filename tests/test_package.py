@@ -192,7 +192,8 @@ def test_what_is_imported_is_declared_and_explained():
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     declared = {re.split(r"[\[<>=]", name)[0] for name in project()["dependencies"]}
     assert [name for name in sorted(declared) if f"`{name}`" not in contributing] == []
-    modules = {"open-clip-torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
+    modules = {"open-clip-torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml",
+               "tensorboardx": "tensorboardX"}  # fmt: skip
     known = {modules.get(name, name.replace("-", "_")) for name in declared}
     used = {module.partition(".")[0] for path in SOURCES for module in imported(path)}
     assert used - sys.stdlib_module_names - set(FOLDERS) <= known

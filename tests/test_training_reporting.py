@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import metrics
-from training.lines import NewLines
+from training.lines import VALIDATION_NAME, NewLines, add_line
 from training.reporting import METRICS_NAME, Follower, read_lines
 
 
@@ -105,3 +105,44 @@ def test_a_line_cut_short_is_not_read(tmp_path: Path):
     write(tmp_path, line(10), rest='{"step": 2')
     assert [found["step"] for found in read_lines(tmp_path / METRICS_NAME)] == [10]
     assert read_lines(tmp_path / "none") == []
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """The scalars of a run's event files: TFRecords (length, crc, event, crc) of protocol
+    buffers."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted((run / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+            at += size + 16
+    return found
+
+
+def test_tensorboard_is_told_each_line_once_also_of_before(tmp_path: Path):
+    validation = tmp_path / VALIDATION_NAME
+    write(tmp_path, line(10))
+    add_line(validation, {"step": 10, "cos": 0.5})
+    with Follower(tmp_path, "prior", tensorboard=True):
+        write(tmp_path, line(10), line(20))
+        add_line(validation, {"step": 20, "cos": 0.75})
+    assert scalars(tmp_path)["validation/cos"] == [(10, 0.5), (20, 0.75)]
+    with Follower(tmp_path, "prior", tensorboard=True):  # killed, and back at a checkpoint
+        write(tmp_path, line(10))
+        write(tmp_path, line(10), line(20), line(30, eta_seconds=None))
+    found = scalars(tmp_path)
+    for name in ("train/loss", "train/samples_per_second", "train/nonfinite_steps"):
+        told = [line(step)[name.removeprefix("train/")] for step in (10, 20, 30)]
+        assert [step for step, _ in found[name]] == [10, 20, 30]
+        assert [value for _, value in found[name]] == pytest.approx(told)
+    assert "train/step" not in found and "train/eta_seconds" not in found
+
+
+def test_no_events_are_written_unasked(tmp_path: Path):
+    follow(tmp_path, line(10))
+    assert not (tmp_path / "tensorboard").exists()

@@ -88,6 +88,8 @@ class TrainConfig:
     """checkpoints at multiples of this many steps are kept as well; 0 = none"""
     report_every: int = 10
     """steps between lines of metrics.jsonl"""
+    tensorboard: Annotated[bool, UNLISTED] = False
+    """write those lines as TensorBoard events, too, to <run>/tensorboard"""
     spike_deviations: Annotated[float, UNLISTED] = 8.0
     """deviations above the last steps' median at which a loss is reported as a spike; 0 = never"""
     hang_seconds: Annotated[float, UNLISTED] = 600.0

@@ -23,6 +23,7 @@ from training.lines import METRICS_NAME, VALIDATION_NAME, NewLines, add_line, re
 from training.profiling import Profiler
 from training.records import Progress
 from training.samples import SampleLog
+from training.tensorboard import Events
 from training.timeline import TIMELINE_NAME, note
 from training.watchdog import Watchdog
 from training.writing import Writer
@@ -186,7 +187,8 @@ class Follower:
     """Shows a run's progress on the driver: a bar on a terminal, plain lines elsewhere,
     Prometheus always."""
 
-    def __init__(self, run: Path, model: str) -> None:
+    def __init__(self, run: Path, model: str, *, tensorboard: bool = False) -> None:
+        """tensorboard: write what is followed as its events, too."""
         self._run = run
         self._metrics = NewLines(run / METRICS_NAME)
         self._validation = NewLines(run / VALIDATION_NAME)
@@ -194,6 +196,7 @@ class Follower:
         self._timeline = NewLines(run / TIMELINE_NAME)
         self._model, before = model, self._metrics.before
         self._nonfinite = before[-1]["nonfinite_steps"] if before else 0
+        self._events = Events(run, before, self._validation.before) if tensorboard else None
         self._said = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="follow", daemon=True)
@@ -209,6 +212,8 @@ class Follower:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        if self._events is not None:
+            self._events.close()
         self._set("train_running", 0)
 
     def _set(self, name: str, value: float) -> None:
@@ -248,13 +253,18 @@ class Follower:
         new = self._metrics.read()
         for line in new:
             self._publish(line)
+        if self._events is not None:
+            self._events.add(new)
         return new[-1] if new else None
 
     def _tell_validations(self, tell: Callable[[str], None]) -> None:
         """Print and publish the validations that are new."""
         from cluster.metrics import SCORES, gauge
 
-        for line in self._validation.read():
+        new = self._validation.read()
+        if self._events is not None:
+            self._events.add(new, "validation")
+        for line in new:
             scores = {name: value for name, value in line.items() if name != "step"}
             told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
             tell(f"{self._model}: validation at step {line['step']}: {told}")

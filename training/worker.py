@@ -38,7 +38,7 @@ MAY_CHANGE = {
     "train.max_failures",
     "train.log_samples", "train.keep_checkpoints",
     "train.async_checkpoints", "train.keep_every", "train.checkpoint_every",
-    "train.snapshot_every", "train.report_every",
+    "train.snapshot_every", "train.report_every", "train.tensorboard",
     "train.compile", "train.micro_batch_size", "train.zero_stage", "train.offload",
     "train.spike_deviations",
     "train.hang_seconds", "train.peak_tflops", "train.profile", "train.validator",
@@ -77,7 +77,7 @@ def _launch(config: RunConfig, run: Path, build: Callable, model_name: str) -> i
     note(run, "launched")
     if config.train.num_workers == 0 and config.train.zero_stage:
         print(f"zero_stage: {config.train.zero_stage} has no part in one process, which keeps all")
-    with Follower(run, model_name):
+    with Follower(run, model_name, tensorboard=config.train.tensorboard):
         if config.train.num_workers == 0:
             train_here(config, run, build)
         else:
