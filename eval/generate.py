@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.configs import Spacing
+from models.configs import SpacingChoice
 from models.decoder import ImageSampling
 from models.keyed_random import sample_keys
 from models.priors import PriorSampling
-from models.samplers import SAMPLERS, Sampler, sampler_named
+from models.samplers import SAMPLERS, Sampler, sampler_named, suited
 from models.unclip import Sampling, UnClip
 from training.pictures import to_uint8
 from training.precision import Precision, settled
@@ -39,7 +39,7 @@ class SamplingSettings:
     sampler: str = "dpmpp_2m"
     prior_sampler: str = "ddpm"
     upsampler_sampler: str = ""
-    spacing: Spacing = "trailing"
+    spacing: SpacingChoice = "auto"
     prior_steps: int = 16
     decoder_steps: int = 16
     upsampler_steps: int = 8
@@ -64,12 +64,13 @@ class SamplingSettings:
                 "upsampler_sampler: found none with sampler learned_ddpm, which upsamplers do not "
                 f"have, expected one of {', '.join(SAMPLERS)}"
             )
-        enlarging = sampler_named(self.upsampler_sampler or self.sampler)
+        name_above = self.upsampler_sampler or self.sampler
+        enlarging = sampler_named(name_above)
         return Sampling(
             prior=PriorSampling(
                 sampler=_prior_sampler(self.prior_sampler),
                 sample_steps=self.prior_steps,
-                spacing=self.spacing,
+                spacing=suited(self.spacing, self.prior_sampler),
                 best_of=self.best_of,
                 cfg_scale=self.prior_cfg_scale,
                 temperature=self.temperature,
@@ -79,7 +80,7 @@ class SamplingSettings:
             decoder=ImageSampling(
                 sampler=base,
                 sample_steps=self.decoder_steps,
-                spacing=self.spacing,
+                spacing=suited(self.spacing, self.sampler),
                 cfg_scale=self.cfg_scale,
                 guidance_interval=self._interval(),
                 guidance_rescale=self.guidance_rescale,
@@ -87,7 +88,7 @@ class SamplingSettings:
             upsampler=ImageSampling(
                 sampler=enlarging,
                 sample_steps=self.upsampler_steps,
-                spacing=self.spacing,
+                spacing=suited(self.spacing, name_above),
                 tile=self.upsampler_tile,
             ),
             precision=settled(self.precision, device_type),

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from tyro.conf import UseAppendAction
 
 from cluster.cli import parse, require_local, run_script
-from models.configs import Spacing
+from models.configs import SpacingChoice
 from training.precision import Precision, settled
 
 
@@ -53,8 +53,9 @@ class SampleConfig:
     that learned its variance"""
     upsampler_sampler: str = ""
     """sampler of upsamplers: the same but the last; empty = the decoder's"""
-    spacing: Spacing = "trailing"
-    """timesteps that samplers visit: trailing, or strided, the paper's"""
+    spacing: SpacingChoice = "auto"
+    """timesteps that samplers visit: trailing; strided, the paper's; karras, more of them where
+    little noise is left; auto: karras for heun and dpmpp_2m, trailing for the others"""
     prior_sampler: str = "ddpm"
     """sampler of a diffusion prior: those, or analytic_ddpm, the paper's"""
     prior_steps: int = 16

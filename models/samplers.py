@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.configs import Spacing, SpacingChoice
 from models.schedule import NoiseSchedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -215,6 +216,20 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
 }
+
+
+SECOND_ORDER = ("heun", "dpmpp_2m")
+
+
+def suited(spacing: SpacingChoice, name: str) -> Spacing:
+    """Return the spacing in the place of "auto" for the sampler called `name`.
+
+    Those of order 2, in few steps, follow the flow of a decoder three times as closely in `karras`,
+    which looks more often where the last details are settled (`benchmarks/results.md`).
+    """
+    if spacing != "auto":
+        return spacing
+    return "karras" if name in SECOND_ORDER else "trailing"
 
 
 def sampler_named(name: str) -> Sampler:

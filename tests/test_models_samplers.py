@@ -20,6 +20,7 @@ from models.samplers import (
     gaussian_posterior_variance,
     guided,
     sampler_named,
+    suited,
 )
 from models.schedule import NoiseSchedule
 
@@ -117,7 +118,7 @@ def of_mixture(x: Tensor, t: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "sample_steps"), [("ddim", 200), ("ddpm", 200), ("heun", 40), ("dpmpp_2m", 60)]
 )
-@pytest.mark.parametrize("spacing", ["trailing", "strided"])
+@pytest.mark.parametrize("spacing", get_args(Spacing))
 def test_samples_of_a_mixture_have_its_shares_mean_and_covariance(
     name: str, sample_steps: int, spacing: Spacing
 ):
@@ -273,11 +274,37 @@ def test_timesteps_fall_from_the_end_without_repeats():
             found = SCHEDULE.spaced(spacing).timesteps(count)
             assert len(found) == count and found[0] == 999 and found[-1] >= 0
             assert found == sorted(set(found), reverse=True)
-            last = 0 if spacing == "strided" else round(1000 / count) - 1
+            last = round(1000 / count) - 1 if spacing == "trailing" else 0
             assert count == 1 or found[-1] == last
     for count in (0, 1001):
         with pytest.raises(ValueError, match=f"sample_steps: found {count}, expected 1 to 1000"):
             SCHEDULE.timesteps(count)
+
+
+@pytest.mark.parametrize("steps", [5, 20, 60])
+def test_karras_timesteps_are_diffusers_own(steps: int):
+    """Which rounds the paper's sigmas to timesteps otherwise: by their logarithms."""
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    theirs = DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, use_karras_sigmas=True
+    )  # ends in a sigma of 14.6: below the paper's largest, which diffusers does not know
+    theirs.set_timesteps(steps)
+    ours = NoiseSchedule.build("scaled_linear").spaced("karras").timesteps(steps)
+    assert max(abs(a - b) for a, b in zip(ours, theirs.timesteps.tolist(), strict=True)) <= 1
+
+
+def test_karras_begins_where_no_signal_is_left_and_stays_within_the_paper_s_sigmas():
+    schedule = NoiseSchedule.build("cosine", 1000, zero_terminal=True).spaced("karras")
+    first, second, *_, last = schedule.timesteps(20)
+    sigma = ((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt()
+    assert (first, last) == (999, 0) and 40 < sigma[second] < 80
+
+
+@pytest.mark.parametrize(("name", "spacing"), [("dpmpp_2m", "karras"), ("heun", "karras"),
+                                               ("ddim", "trailing"), ("ddpm", "trailing")])
+def test_a_sampler_has_the_spacing_that_suits_it_unless_told(name: str, spacing: Spacing):
+    assert suited("auto", name) == spacing and suited("strided", name) == "strided"
 
 
 def test_guidance_is_off_at_one_and_affine_elsewhere():
