@@ -331,13 +331,16 @@ class Decoder(nn.Module):
         return sampler(denoise, x, schedule, options.sample_steps, noise).clamp(-1, 1)
 
     @torch.no_grad()
-    def invert(self, image: Tensor, condition: Condition, sample_steps: int) -> Tensor:
-        """Return the x_T [B, 3, H, W] from which DDIM, unguided, comes back to an image.
+    def invert(
+        self, image: Tensor, condition: Condition, sample_steps: int, spacing: Spacing = "trailing"
+    ) -> Tensor:
+        """Return the x_T [B, 3, H, W] from which DDIM, unguided and at the same timesteps, comes
+        back to an image.
 
         (Ramesh et al. 2022, section 3: the second half of an image's latent, beside z_i.)
         """
         denoise = clipped(self._to_x0(self._network(condition, dropped=False)), 1.0)
-        return ddim_invert(denoise, image, self.schedule, sample_steps)
+        return ddim_invert(denoise, image, self.schedule.spaced(spacing), sample_steps)
 
     def _to_x0(self, network: Denoiser) -> Denoiser:
         prediction = self.config.prediction

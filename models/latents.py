@@ -65,8 +65,9 @@ def encode(chain: UnClip, images: Sequence[Image.Image], sampling: Sampling) -> 
     image_embed = embed_images(chain, images)
     image = pixels_of(images, chain.base.image_size).to(chain.device)
     told = chain.wordless(image_embed)
+    how = sampling.decoder
     with sampling.autocast(image_embed):
-        start = chain.base.invert(image, told, sampling.decoder.sample_steps)
+        start = chain.base.invert(image, told, how.sample_steps, how.spacing)
     return Latents(image_embed=image_embed, start=start)
 
 

@@ -1,8 +1,9 @@
 """Laws of the two latents: end points, norms, and what a decoder under them does."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from eval.generate import sampling_of
 from models.clip import load_clip
+from models.configs import Spacing
 from models.latents import (
     Latents,
     blends,
@@ -136,6 +138,21 @@ def test_reconstructions_are_of_the_start_and_variations_of_the_keys(chain: UnCl
     other = Latents(image_embed=found.image_embed.flip(0), start=found.start)
     assert not torch.allclose(reconstructions(chain, keys, other, HOW), exact, atol=1e-3)
     assert math.isfinite(exact.sum()) and exact.abs().max() <= 1
+
+
+@pytest.mark.parametrize("spacing", get_args(Spacing))
+def test_the_way_back_visits_the_timesteps_of_the_way_there(chain: UnClip, spacing: Spacing):
+    small, keys = replace(chain, upsamplers=()), torch.arange(2)
+    told = {"decoder_steps": 12, "precision": "fp32"}
+    how = sampling_of({**told, "spacing": spacing})
+    error = {}
+    for way in get_args(Spacing):
+        found = encode(chain, pictures(), sampling_of({**told, "spacing": way}))
+        back = reconstructions(small, keys, found, how)
+        error[way] = (back - pixels_of(pictures(), SIZE)).square().mean().item()
+    assert error[spacing] < 1e-3
+    other = "trailing" if spacing == "karras" else "karras"  # the other two differ by little
+    assert error[other] > 2e-3
 
 
 # -- the sub-commands ------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ FOLDER = "validation"
 MAX_VALIDATED = 512  # held-out images, the first ones
 VALIDATED_AT_ONCE = 32
 NUM_DRAWN = 8
-DRAWING = ImageSampling(sampler=dpmpp_2m, sample_steps=16)
+DRAWING = ImageSampling(sampler=dpmpp_2m, sample_steps=16, spacing="karras")
 
 
 @dataclass(frozen=True, kw_only=True)
