@@ -171,7 +171,12 @@ class Evaluation:
         least = min(scores["n"], scores["n_real"])
         if least < QUOTABLE and space != "clip":
             print(f"warning: {least} images are too few to quote an FID; it takes {QUOTABLE}")
-        return scores
+        return scores | self._words()
+
+    def _words(self) -> dict[str, str]:
+        """Name the captions of the generated images, where they have any."""
+        fake = self.fake.images
+        return {CAPTIONS_KEY: digest_of(fake.captions)} if fake and fake.captions else {}
 
     def _images(self, features: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Return what is said of the images as such, and of the judge."""
@@ -179,6 +184,7 @@ class Evaluation:
 
         main = next(iter(features.values()))
         found = {"n": main["n"], "n_real": main["n_real"], "features": main["extractor"]}
+        found |= self._words()
         for space, scores in reversed(features.items()):
             name = "fd_clip" if space == "clip" else "fd"
             found[name] = scores["fd"]
@@ -195,7 +201,6 @@ class Evaluation:
             print("clip_score: left out: no --clip")
             return found
         _, embeds = self.place.extracted(fake, self.specs["clip"])
-        found[CAPTIONS_KEY] = digest_of(fake.captions)
         return found | embed_scores(embeds.all(), fake.captions, self.encoder)
 
     def _own_judge(self) -> bool | None:

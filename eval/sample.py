@@ -54,8 +54,8 @@ class SampleConfig:
     upsampler_sampler: str = ""
     """sampler of upsamplers: the same but the last; empty = the decoder's"""
     spacing: SpacingChoice = "auto"
-    """timesteps that samplers visit: trailing; strided, the paper's; karras, more of them where
-    little noise is left; auto: karras for heun and dpmpp_2m, trailing for the others"""
+    """timesteps that samplers visit: trailing; strided, the paper's; karras, more of them at both
+    ends; auto: karras for heun and dpmpp_2m, trailing for the others"""
     prior_sampler: str = "ddpm"
     """sampler of a diffusion prior: those, or analytic_ddpm, the paper's"""
     prior_steps: int = 16

@@ -287,12 +287,13 @@ def unlike_of(ours: Entry, theirs: Entry) -> str:
     """Name the first thing by which two scores were made differently; empty where they may be
     compared."""
     last = ours.path.rpartition(".")[2]
-    for key in sorted(ours.made.keys() | theirs.made.keys()):
+    keys = sorted(ours.made.keys() | theirs.made.keys(), key=lambda key: (key == CAPTIONS_KEY, key))
+    for key in keys:
         of_another = key.startswith(("kid_", "fd_", "k_")) and key.split("_")[0] not in last
         mine, other = ours.made.get(key), theirs.made.get(key)
         if key in OWN or of_another or mine == other:
             continue
         if key == CAPTIONS_KEY:
-            return "other captions" if other else "captions not told"
+            return "other captions" if mine and other else "captions not told"
         return f"{_word(key)} {number(other)}"
     return ""

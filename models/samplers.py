@@ -6,7 +6,7 @@ samplers ignore it. Which timesteps they visit, the schedule says.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -224,10 +224,14 @@ SECOND_ORDER = ("heun", "dpmpp_2m")
 def suited(spacing: SpacingChoice, name: str) -> Spacing:
     """Return the spacing in the place of "auto" for the sampler called `name`.
 
-    Those of order 2, in few steps, follow the flow of a decoder three times as closely in `karras`,
-    which looks more often where the last details are settled (`benchmarks/results.md`).
+    Those of order 2, in few steps, follow the flow of a decoder and an upsampler three times as
+    closely in `karras`, which looks more often at both ends (`benchmarks/results.md`). Raises
+    ValueError for an unknown one.
     """
     if spacing != "auto":
+        if spacing not in get_args(Spacing):
+            known = ", ".join((*get_args(Spacing), "auto"))
+            raise ValueError(f"spacing: found {spacing!r}, expected one of {known}")
         return spacing
     return "karras" if name in SECOND_ORDER else "trailing"
 

@@ -191,6 +191,8 @@ def test_captions_are_drawn_and_measured_in_one_job(
     assert scores["sampling"]["n"] == COUNT and scores["sampling"]["seed"] == 5
     images = scores["images"]
     assert images["judge_relation"] == JUDGES[True] and "clip_score_shuffled" in images
+    of_captions = scores["sampling"]["captions_sha256"]
+    assert images["captions_sha256"] == scores["features"]["clip"]["captions_sha256"] == of_captions
     settings = json.loads((tmp_path / "drawn" / "settings.json").read_text())
     assert settings["decoder_steps"] == 1 and settings["seed"] == 5
     assert evaluated(drawing) == scores
@@ -214,6 +216,7 @@ def test_a_protocol_says_what_is_drawn_and_how_many_there_must_be(
     scores = evaluated(drawing)
     assert scores["protocol"]["n"] == 9 and scores["protocol"]["headline"] == "drawn"
     assert set(scores["shapes"]) == {"single", "seen", "held_out"}
+    assert len({told["captions_sha256"] for told in scores["shapes"].values()}) == 3
     with pytest.raises(Incomplete, match="found 5 images, expected 9"):
         few = dataclasses.replace(drawing, model="", sampling="", clip="tiny:random")
         evaluated(few, fake=photos(tmp_path / "few", 4, count=5))

@@ -198,6 +198,8 @@ def test_scores_stand_beside_an_earlier_run_s_only_where_made_alike(tmp_path: Pa
     mine = copy.deepcopy(SCORES)
     for run, words in ((mine, "one"), (other, "two")):
         run["shapes"]["seen"] = {**SCORES["shapes"]["single"], "captions_sha256": words}
+        run["shapes"]["held_out"] = {**SCORES["shapes"]["single"]}
+    mine["shapes"]["held_out"]["captions_sha256"] = "one"
     table = score_table(mine, {"before": other})
     cells = {row.path: row.others[0] for group in table.groups for row in group.rows}
     assert cells["images.clip_score"].better is False
@@ -207,6 +209,7 @@ def test_scores_stand_beside_an_earlier_run_s_only_where_made_alike(tmp_path: Pa
     assert cells["features.inception.fd"].difference is None
     assert cells["clip.retrieval_at_1"].value is None
     assert cells["shapes.seen.all"].unlike == "other captions"
+    assert cells["shapes.held_out.all"].unlike == "captions not told"
     assert cells["shapes.single.all"].difference == 0 and cells["shapes.single.all"].better is None
     assert cells["novel_measure.something_new"].better is None  # nobody knows which way is better
 

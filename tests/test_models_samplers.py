@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -305,6 +305,8 @@ def test_karras_begins_where_no_signal_is_left_and_stays_within_the_paper_s_sigm
                                                ("ddim", "trailing"), ("ddpm", "trailing")])
 def test_a_sampler_has_the_spacing_that_suits_it_unless_told(name: str, spacing: Spacing):
     assert suited("auto", name) == spacing and suited("strided", name) == "strided"
+    with pytest.raises(ValueError, match="spacing: found 'Karras', expected one of trailing"):
+        suited(cast(Any, "Karras"), name)
 
 
 def test_guidance_is_off_at_one_and_affine_elsewhere():

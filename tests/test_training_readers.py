@@ -149,6 +149,12 @@ def test_data_sets_of_two_encoders_are_not_mixed(data: Path, tmp_path: Path, wri
         data_sets.encoder_of([str(data / "embeds"), str(other)], "")
 
 
+def test_training_holds_no_vision_tower(data: Path):
+    encoder = data_sets.encoder_of([str(data / "embeds")], "")
+    assert not any("visual" in name for name, _ in encoder.named_parameters())
+    assert any("transformer" in name for name, _ in encoder.named_parameters())
+
+
 def test_weights_are_one_for_each_data_set(data: Path):
     reader = ImageReader(load_snapshot(data / "images"), SIZE)
     assert data_sets.mixed([reader], ()) is reader

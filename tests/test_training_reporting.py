@@ -1,6 +1,7 @@
 """What a run says while it trains: its driver tells each report once, whatever the file goes
 through."""
 
+import errno
 import json
 import re
 import urllib.request
@@ -11,6 +12,7 @@ import pytest
 from cluster import metrics
 from training.lines import VALIDATION_NAME, NewLines, add_line
 from training.reporting import METRICS_NAME, Follower, read_lines
+from training.tensorboard import Events
 
 
 def line(step: int, **changes) -> dict:
@@ -107,40 +109,68 @@ def test_a_line_cut_short_is_not_read(tmp_path: Path):
     assert read_lines(tmp_path / "none") == []
 
 
-def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """The scalars of a run's event files: TFRecords (length, crc, event, crc) of protocol
-    buffers."""
-    from tensorboardX.proto.event_pb2 import Event
+def scalars(run: Path) -> dict[str, dict[int, float]]:
+    """The scalars of a run's event file as TensorBoard shows them: TFRecords (length, crc, event,
+    crc) of protocol buffers; a session that starts at a step forgets what is there from it on."""
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-    found: dict[str, list[tuple[int, float]]] = {}
-    for path in sorted((run / "tensorboard").iterdir()):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            size = int.from_bytes(data[at : at + 8], "little")
-            event = Event.FromString(data[at + 12 : at + 12 + size])
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value.simple_value))
-            at += size + 16
+    found: dict[str, dict[int, float]] = {}
+    (path,) = (run / "tensorboard").iterdir()
+    data, at = path.read_bytes(), 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        if event.HasField("session_log"):
+            found = {
+                tag: {step: value for step, value in values.items() if step < event.step}
+                for tag, values in found.items()
+            }
+        for value in event.summary.value:
+            assert event.step not in found.get(value.tag, {})
+            found.setdefault(value.tag, {})[event.step] = value.simple_value
+        at += size + 16
     return found
 
 
-def test_tensorboard_is_told_each_line_once_also_of_before(tmp_path: Path):
+def test_tensorboard_is_told_each_line_once_whatever_was_told_before(tmp_path: Path):
     validation = tmp_path / VALIDATION_NAME
     write(tmp_path, line(10))
     add_line(validation, {"step": 10, "cos": 0.5})
     with Follower(tmp_path, "prior", tensorboard=True):
         write(tmp_path, line(10), line(20))
         add_line(validation, {"step": 20, "cos": 0.75})
-    assert scalars(tmp_path)["validation/cos"] == [(10, 0.5), (20, 0.75)]
-    with Follower(tmp_path, "prior", tensorboard=True):  # killed, and back at a checkpoint
-        write(tmp_path, line(10))
-        write(tmp_path, line(10), line(20), line(30, eta_seconds=None))
+    assert scalars(tmp_path)["validation/cos"] == {10: 0.5, 20: 0.75}
+    write(tmp_path, line(10), line(20), line(30))  # followed by nobody, or by one that was killed
+    with Follower(tmp_path, "prior", tensorboard=True):
+        write(tmp_path, line(10), line(20), line(30), line(40, eta_seconds=None))
     found = scalars(tmp_path)
-    for name in ("train/loss", "train/samples_per_second", "train/nonfinite_steps"):
-        told = [line(step)[name.removeprefix("train/")] for step in (10, 20, 30)]
-        assert [step for step, _ in found[name]] == [10, 20, 30]
-        assert [value for _, value in found[name]] == pytest.approx(told)
+    for name in ("loss", "samples_per_second", "nonfinite_steps"):
+        told = {step: line(step)[name] for step in (10, 20, 30, 40)}
+        assert found[f"train/{name}"] == pytest.approx(told)
     assert "train/step" not in found and "train/eta_seconds" not in found
+
+
+def test_tensorboard_forgets_what_a_run_went_back_from(tmp_path: Path):
+    events = Events(tmp_path, [line(10), line(20), line(30)], [])
+    events.add([line(20, loss=5.0)])
+    events.add([line(40)])
+    events.close()
+    expected = {10: 1 / 10, 20: 5.0, 40: 1 / 40}
+    assert scalars(tmp_path)["train/loss"] == pytest.approx(expected)
+
+
+def test_a_full_disk_under_the_events_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Follower(tmp_path, "clip", tensorboard=True):
+        monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.flush", full)
+        write(tmp_path, *(line(step) for step in range(10, 300, 10)))
+        add_line(tmp_path / VALIDATION_NAME, {"step": 20, "cos": 0.75})
+    told = capsys.readouterr().out
+    assert "validation at step 20" in told and "events for TensorBoard are not whole" in told
 
 
 def test_no_events_are_written_unasked(tmp_path: Path):

@@ -212,9 +212,10 @@ class Follower:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self._events is not None:
-            self._events.close()
         self._set("train_running", 0)
+        if self._events is not None:
+            with self._spared():
+                self._events.close()
 
     def _set(self, name: str, value: float) -> None:
         from cluster.metrics import gauge
@@ -248,13 +249,22 @@ class Follower:
                 if unsaid is not None and self._say(unsaid, at_once=stopped, silent=not hidden):
                     unsaid = None
 
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """Say what keeps events from being written, which holds up nothing else."""
+        try:
+            yield
+        except OSError as error:
+            print(f"{self._model}: events for TensorBoard are not whole: {error}", flush=True)
+
     def _catch_up(self) -> dict | None:
         """Publish the lines that are new; returns the last of them."""
         new = self._metrics.read()
         for line in new:
             self._publish(line)
-        if self._events is not None:
-            self._events.add(new)
+        if self._events is not None and new:
+            with self._spared():
+                self._events.add(new)
         return new[-1] if new else None
 
     def _tell_validations(self, tell: Callable[[str], None]) -> None:
@@ -262,8 +272,6 @@ class Follower:
         from cluster.metrics import SCORES, gauge
 
         new = self._validation.read()
-        if self._events is not None:
-            self._events.add(new, "validation")
         for line in new:
             scores = {name: value for name, value in line.items() if name != "step"}
             told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
@@ -272,6 +280,9 @@ class Follower:
                 if f"{self._model}.{name}" in SCORES:
                     gauge("minidalle2_eval_score").set(value, metric=f"{self._model}.{name}")
             gauge("minidalle2_eval_timestamp_seconds").set(time.time(), of=self._model)
+        if self._events is not None and new:
+            with self._spared():
+                self._events.add(new, "validation")
 
     def _tell_incidents(self, tell: Callable[[str], None]) -> None:
         """Print and count the incidents that are new, and where the run went on after them."""
