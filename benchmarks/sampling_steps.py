@@ -53,6 +53,7 @@ def main(config: Config) -> int:
 
     from eval.chain import load_chain
     from eval.features import ClipFeatures, extract
+
     torch.set_num_threads(config.num_threads)
     run = config.run
     for part in ("clip", "base"):

@@ -151,12 +151,15 @@ def test_tensorboard_is_told_each_line_once_whatever_was_told_before(tmp_path: P
 
 
 def test_tensorboard_forgets_what_a_run_went_back_from(tmp_path: Path):
-    events = Events(tmp_path, [line(10), line(20), line(30)], [])
-    events.add([line(20, loss=5.0)])
-    events.add([line(40)])
+    validations = [{"step": step, "cos": 0.5} for step in (10, 30)]
+    events = Events(tmp_path, [line(10), line(20), line(30)], validations)
+    events.trained([line(20, loss=5.0)])
+    events.trained([line(30), line(40)])
+    events.validated([{"step": 30, "cos": 0.75}])
     events.close()
-    expected = {10: 1 / 10, 20: 5.0, 40: 1 / 40}
-    assert scalars(tmp_path)["train/loss"] == pytest.approx(expected)
+    found = scalars(tmp_path)
+    assert found["train/loss"] == pytest.approx({10: 1 / 10, 20: 5.0, 30: 1 / 30, 40: 1 / 40})
+    assert found["validation/cos"] == {10: 0.5, 30: 0.75}
 
 
 def test_a_full_disk_under_the_events_holds_up_nothing(

@@ -213,9 +213,7 @@ class Follower:
         self._stop.set()
         self._thread.join()
         self._set("train_running", 0)
-        if self._events is not None:
-            with self._spared():
-                self._events.close()
+        self._tell_events(Events.close)
 
     def _set(self, name: str, value: float) -> None:
         from cluster.metrics import gauge
@@ -249,11 +247,13 @@ class Follower:
                 if unsaid is not None and self._say(unsaid, at_once=stopped, silent=not hidden):
                     unsaid = None
 
-    @contextmanager
-    def _spared(self) -> Iterator[None]:
-        """Say what keeps events from being written, which holds up nothing else."""
+    def _tell_events(self, tell: Callable[..., None], *lines: list[dict]) -> None:
+        """Tell TensorBoard's events, where they are kept; what keeps them from the disk holds up
+        nothing else."""
+        if self._events is None:
+            return
         try:
-            yield
+            tell(self._events, *lines)
         except OSError as error:
             print(f"{self._model}: events for TensorBoard are not whole: {error}", flush=True)
 
@@ -262,9 +262,8 @@ class Follower:
         new = self._metrics.read()
         for line in new:
             self._publish(line)
-        if self._events is not None and new:
-            with self._spared():
-                self._events.add(new)
+        if new:
+            self._tell_events(Events.trained, new)
         return new[-1] if new else None
 
     def _tell_validations(self, tell: Callable[[str], None]) -> None:
@@ -280,9 +279,8 @@ class Follower:
                 if f"{self._model}.{name}" in SCORES:
                     gauge("minidalle2_eval_score").set(value, metric=f"{self._model}.{name}")
             gauge("minidalle2_eval_timestamp_seconds").set(time.time(), of=self._model)
-        if self._events is not None and new:
-            with self._spared():
-                self._events.add(new, "validation")
+        if new:
+            self._tell_events(Events.validated, new)
 
     def _tell_incidents(self, tell: Callable[[str], None]) -> None:
         """Print and count the incidents that are new, and where the run went on after them."""
