@@ -102,6 +102,8 @@ def test_a_folder_that_is_not_ours_is_left_alone(fresh: bool, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="found a folder without config.yaml"):
         prepare_run(dataclasses.replace(CONFIG, fresh=fresh), str(tmp_path))
+    with pytest.raises(ValueError, match="found a file .*thesis.tex, expected a folder"):
+        prepare_run(dataclasses.replace(CONFIG, fresh=fresh), str(tmp_path / "thesis.tex"))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

@@ -143,9 +143,11 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
 
 
 def _folder_of(run_folder: str) -> Path:
-    """Return the folder of a run; ValueError for one that holds something else."""
+    """Return the folder of a run; ValueError for one that holds something else, or a file."""
     require_local("--run", run_folder)  # locks, renames and hard links are a file system's
     run = Path(run_folder).absolute()
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"--run: found a file {run}, expected a folder, or nothing yet")
     others = run.is_dir() and any(path.name not in LOCKS for path in run.iterdir())
     if others and not _is_ours(run):
         raise ValueError(
