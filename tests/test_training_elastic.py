@@ -1,6 +1,8 @@
 """Workers that come and go: the samples of a step stay, and a log and a timeline tell of it."""
 
 import dataclasses
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from models.keyed_random import sample_keys
 from training.batches import Batch, Feed
 from training.config import TrainConfig
-from training.elastic import RAY_TIMES, _what
+from training.elastic import RAY_TIMES, _interruptible, _what
 from training.incidents import report_incident
 from training.plan import Plan
 from training.reporting import Follower, read_lines
@@ -208,3 +210,14 @@ def test_rays_own_names_of_times_are_those_that_are_set():
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
     assert RAY_TIMES.keys() <= ENV_VARS_TO_PROPAGATE
+
+
+def test_ctrl_c_is_an_interrupt_though_ray_train_takes_it_over_and_remains_one():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), _interruptible():
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(0))  # as Ray Train's fit does
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    with _interruptible():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -5,9 +5,12 @@ module imports no torch, since Ray's controller, which starts first, imports it.
 """
 
 import os
+import signal
 import textwrap
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +81,29 @@ def fit(
         validation_config=validation_config(settings, run, placed_on("gpu_group")),
     )
     try:
-        trainer.fit()
+        with _interruptible():
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         often = f"lost workers more often than train.max_failures {settings.max_failures}; last: "
         lost = isinstance(error, ray.train.WorkerGroupError)
         raise OSError(f"{run}: {often if lost else ''}{_what(error)}") from error
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt, within and afterwards.
+
+    Ray Train takes the signal over and keeps it, for what a process does next, too: once the
+    workers have ended it exits with code 0, as if the training had come to its end.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _use_gpu(settings: TrainConfig) -> bool:
