@@ -4,6 +4,7 @@ touches files."""
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,8 +81,13 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
 
 
 def save_config(folder: Path, config: dict) -> None:
-    """Write `config.json`: what is needed to build the model again."""
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1, sort_keys=True))
+    """Write `config.json`, whole or not at all: what is needed to build the model again."""
+    part = folder / f"{CONFIG_NAME}.part"
+    with part.open("w") as file:
+        file.write(json.dumps(config, indent=1, sort_keys=True))
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(folder / CONFIG_NAME)
 
 
 def load_config(folder: Path) -> dict:

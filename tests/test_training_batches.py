@@ -85,6 +85,14 @@ def test_weights_count_the_real_samples_and_padding_is_readable(shard_sizes: tup
         assert part.index.min() >= 0 and part.index.max() < sum(shard_sizes)
 
 
+@pytest.mark.parametrize("shard_sizes", [(5, 0), (0, 5)])
+def test_a_stream_of_empty_shards_pads_with_what_is_there(shard_sizes: tuple[int, ...]):
+    of = plan(shard_sizes, num_streams=2)
+    slices = [of.slice(step) for step in range(3 * of.steps_per_epoch)]
+    assert all(0 <= index < 5 for part in slices for index in part.index)
+    assert sum(part.weight.sum() for part in slices) == 15
+
+
 def test_a_rank_reads_the_shards_of_its_own_streams_only():
     of = plan((5,) * 8, num_streams=4)
     for number in range(2):

@@ -1,7 +1,9 @@
 """Checkpoints: what was killed continues bit for bit, and what is broken is never read."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,8 @@ from models.weights import FINAL_NAME
 from training import checkpoint, jobs, prior_job
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig, TrainConfig
 from training.fragments import Fragments
+from training.incidents import INCIDENTS_NAME
+from training.lines import read_lines
 from training.records import FORMAT, Progress, Record, newest_valid, records, step_folder
 from training.worker import prepare_run, train_here
 
@@ -260,6 +264,16 @@ def cut_record(folder: Path) -> None:
     (folder / "fragments" / "rank_0000.json").write_text('{"format": 1, "ra')
 
 
+def flip_record(folder: Path) -> None:
+    path = folder / "fragments" / "rank_0000.json"
+    path.write_bytes(path.read_bytes().replace(b"progress", b"prog\xf2ess"))
+
+
+def forget_format(folder: Path) -> None:
+    path = folder / "fragments" / "rank_0000.json"
+    path.write_text(path.read_text().replace('"format"', '"gormat"'))
+
+
 def expect_a_second_rank(folder: Path) -> None:
     edit(folder, world_size=2)
 
@@ -274,6 +288,7 @@ def edit(folder: Path, **changes) -> None:
     [
         (flip, "digest differs"), (truncate, "digest differs"), (lose_tensors, "unreadable"),
         (lose_record, "found the records of 0 ranks"), (cut_record, "unreadable"),
+        (flip_record, "unreadable"), (forget_format, "unreadable"),
         (expect_a_second_rank, "found the records of 1 ranks, incomplete"),
     ],
 )  # fmt: skip
@@ -290,6 +305,9 @@ def test_a_broken_checkpoint_is_skipped_with_a_warning_and_made_again(
     with pytest.warns(UserWarning, match=warning):
         train(prior_run, data, run)
     assert_same(contents(run), expected)
+    (incident,) = read_lines(run / INCIDENTS_NAME)
+    assert (incident["kind"], incident["step"]) == ("broken", HALF)
+    assert incident["told"].startswith(f"{step_folder(run, WHOLE).name}: no whole checkpoint")
 
 
 def test_a_run_whose_checkpoints_are_all_broken_starts_over(data: Path, tmp_path: Path):
@@ -306,9 +324,57 @@ def test_a_run_whose_checkpoints_are_all_broken_starts_over(data: Path, tmp_path
 
 def test_pruning_keeps_the_newest_and_nothing_later(tmp_path: Path):
     for step in (1, 2, 3, 7):
-        step_folder(tmp_path, step).mkdir()
+        write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
     checkpoint.prune(tmp_path, 2, step_folder(tmp_path, 3))  # 7 was broken, so the run went on at 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_not_one_of_those_kept(tmp_path: Path):
+    for step in (4, 8, 10, 12):
+        write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
+    lose_record(step_folder(tmp_path, 10))
+    with pytest.warns(UserWarning, match="found the records of 2 ranks, incomplete"):
+        checkpoint.prune(tmp_path, 2, step_folder(tmp_path, 12))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000008", "step_00000012"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_told_and_is_none_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    for step in (1, 2, 3):
+        write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    checkpoint.prune(tmp_path, 1, step_folder(tmp_path, 3))
+    assert capsys.readouterr().out.count("not deleted, the next checkpoint tries again") == 2
+    with pytest.warns(UserWarning, match="found the records of 0 ranks"):
+        assert records(step_folder(tmp_path, 2)) is None
+    monkeypatch.undo()
+    with pytest.warns(UserWarning):
+        checkpoint.prune(tmp_path, 1, step_folder(tmp_path, 3))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+
+
+def test_a_storage_that_fails_ends_the_attempt_and_costs_no_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It may answer the next attempt: a run that went on from an older one would delete this."""
+    run = train(prior_run, data, tmp_path / "run")
+    expected = contents(run)
+    (run / FINAL_NAME).unlink()
+
+    def fails(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("training.records.digest_file", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        train(prior_run, data, run)
+    monkeypatch.undo()
+    train(prior_run, data, run)
+    assert_same(contents(run), expected)
 
 
 # -- other world sizes -----------------------------------------------------------------------------

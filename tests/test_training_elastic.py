@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from models.keyed_random import sample_keys
 from training.batches import Batch, Feed
 from training.config import TrainConfig
-from training.elastic import RAY_TIMES, _interruptible, _what
+from training.elastic import RAY_TIMES, _interruptible, _losses_of, _what
 from training.incidents import report_incident
 from training.plan import Plan
 from training.reporting import Follower, read_lines
 from training.samples import SAMPLES, SampleLog, trained_samples
 from training.timeline import note, num_attempts, read_timeline, recovery_after
+from training.watchdog import HEARTBEATS
 
 # -- shares of a batch -----------------------------------------------------------------------------
 
@@ -221,3 +222,20 @@ def test_ctrl_c_is_an_interrupt_though_ray_train_takes_it_over_and_remains_one()
     with _interruptible():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_loss_is_told_and_a_heartbeat_cut_short_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """What Ray's controller calls must not raise: it would end the training."""
+    heartbeat = tmp_path / HEARTBEATS / "rank_0000.json"
+    heartbeat.parent.mkdir()
+    heartbeat.write_text('{"step": 7')
+    losses, context = _losses_of(tmp_path), None
+    losses.after_exception(context, {0: RuntimeError("its node is gone")})
+    assert read_timeline(tmp_path)[-1]["told"] == "rank 0: RuntimeError: its node is gone"
+    assert "lost, and not noted" in capsys.readouterr().out
+    heartbeat.write_text('{"step": 7}')
+    losses.after_exception(context, {0: RuntimeError("its node is gone")})
+    (incident,) = read_lines(tmp_path / "incidents.jsonl")
+    assert (incident["kind"], incident["step"]) == ("lost", 7)

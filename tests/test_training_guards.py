@@ -87,15 +87,19 @@ def test_the_first_sigterm_is_a_wish_and_the_second_is_not(tmp_path: Path):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_sigterm_ends_a_training_script_with_a_checkpoint(tmp_path: Path, write_data: Callable):
-    """The whole way: the script says so in a line, exits with 1, and continues to its end."""
+@pytest.mark.parametrize("num_workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_sigterm_ends_a_training_script_with_a_checkpoint(
+    num_workers: str, tmp_path: Path, write_data: Callable
+):
+    """The whole way, in one process and under Ray, which has a handler of its own: the script says
+    so in a line, exits with 1, and leaves a checkpoint of its last step."""
     root = Path(__file__).parent.parent
     data = write_data(tmp_path, num_shards=1, samples_per_shard=16)
     command = [
         sys.executable, str(root / "training" / "prior.py"), "--preset", "debug", "--run",
-        str(tmp_path / "run"), "--embeds", str(data / "embeds"), "--train.num-workers", "0",
-        "--train.num-threads", "1", "--train.num-steps", "100000", "--train.report-every", "1",
-        "--train.global-batch-size", "8",
+        str(tmp_path / "run"), "--embeds", str(data / "embeds"), "--train.num-workers",
+        num_workers, "--train.num-threads", "1", "--train.num-steps", "100000",
+        "--train.report-every", "1", "--train.global-batch-size", "8",
     ]  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

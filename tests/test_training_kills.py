@@ -20,6 +20,7 @@ import dataclasses, itertools, json, os, shutil, signal, sys
 from pathlib import Path
 import torch
 from _line import CONFIG, run, squared_error
+from safetensors.torch import load_file
 from training import checkpoint, records
 
 folder, beside, moments = Path(sys.argv[1]), sys.argv[2] == "beside", json.loads(sys.argv[3])
@@ -35,6 +36,10 @@ def told(model, batch):
     with (folder.parent / f"{folder.name}.ids").open("a") as file:
         file.write(json.dumps(batch.keys.tolist()) + chr(10))
     return squared_error(model, batch)
+
+
+def scored(folder):
+    return {"weight": load_file(str(folder / "ema.safetensors"))["weight"].item()}
 
 
 def dying(module, name, calls, moment):
@@ -59,7 +64,7 @@ for moment in [*moments, -1]:
         calls = itertools.count()
         for module, name in CALLS:
             setattr(module, name, dying(module, name, calls, moment))
-        run(folder, config, told)
+        run(folder, config, told, validate=scored)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     print(json.dumps([moment, status]), flush=True)
@@ -110,6 +115,10 @@ def test_killed_at_every_moment_of_a_checkpoint_it_ends_the_same(beside: str, tm
     assert again[-1] == whole[-1]
     lines = [line["step"] for line in read_lines(tmp_path / "killed" / "metrics.jsonl")]
     assert lines == list(range(1, NUM_STEPS + 1)), "each step is told once"
+    scores = [read_lines(tmp_path / name / "validation.jsonl") for name in ("killed", "whole")]
+    assert scores[0] == scores[1] and [line["step"] for line in scores[0]] == [
+        *range(2, NUM_STEPS, 2), NUM_STEPS,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("moment", [10, 30, 45])

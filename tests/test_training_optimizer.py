@@ -220,6 +220,11 @@ def test_a_run_without_warm_up_starts_at_its_peak(decay: Any):
          "train.offload: found cpu with num_workers 0, expected none"),
         ({"num_steps": 0}, "train.num_steps: found 0, expected at least 1"),
         ({"keep_checkpoints": 0}, "train.keep_checkpoints: found 0, expected at least 1"),
+        ({"hang_seconds": -1.0}, "train.hang_seconds: found -1.0, expected at least 0"),
+        ({"learning_rate": -1e-3}, "train.learning_rate: found -0.001, expected at least 0"),
+        ({"learning_rate": float("nan")}, "train.learning_rate: found nan, expected at least 0"),
+        ({"ema_decay": 2.0}, "train.ema_decay: found 2.0, expected 0 to 1"),
+        ({"warmup": 5.0}, "train.warmup: found 5.0, expected 0 to 1"),
         ({"report_every": 0}, "train.report_every: found 0"),
     ],
 )  # fmt: skip

@@ -37,7 +37,7 @@ def follow(run: Path, *lines: dict, model: str = "clip", rest: str = "") -> None
 def test_only_what_a_file_has_got_since_is_new(tmp_path: Path):
     write(tmp_path, line(10), line(20))
     new = NewLines(tmp_path / METRICS_NAME)
-    assert [one["step"] for one in new.before] == [10, 20] and new.read() == []
+    assert [one["step"] for one in new.read()] == [10, 20] and new.read() == []
     write(tmp_path, line(10), line(20), line(30), rest='{"step": 4')
     assert [one["step"] for one in new.read()] == [30]
     assert new.read() == [], "the line that is cut short waits"

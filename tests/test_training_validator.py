@@ -53,6 +53,20 @@ def test_a_command_that_fails_is_told_in_the_timeline(tmp_path: Path):
     assert line["event"] == "validator failed" and line["told"].startswith("exit code 3")
 
 
+def test_a_command_that_is_not_there_is_told_in_the_timeline(tmp_path: Path):
+    checkpoint: Any = None
+    with pytest.raises(OSError, match="No such file or directory: 'pyhton'"):
+        validate(checkpoint, **told(tmp_path, "pyhton eval/watch.py"))
+    (line,) = read_timeline(tmp_path)
+    assert line["event"] == "validator failed" and "pyhton" in line["told"]
+
+
+@pytest.mark.parametrize("command", ["python 'eval/watch.py", " "])
+def test_a_command_that_is_none_is_refused_before_workers_start(command: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^train\.validator: found "):
+        validation_config(TrainConfig(validator=command), tmp_path, {})
+
+
 def test_a_command_that_does_not_end_is_killed_with_its_children(tmp_path: Path):
     checkpoint: Any = None
     child = "import os; os.system('sleep 60')"

@@ -22,6 +22,7 @@ from training.convert import ConvertConfig
 from training.ema import EmaConfig
 from training.worker import (
     LAUNCH_LOCK,
+    TRAIN_LOCK,
     _launched_alone,
     _locked,
     _try_lock,
@@ -73,7 +74,23 @@ def test_starting_over_deletes_a_run_of_ours(tmp_path: Path):
     (run / "step_00000001").mkdir()
     other = dataclasses.replace(CONFIG, embeds=("/data/other",), fresh=True)
     prepare_run(other, str(run))
-    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    assert {path.name for path in run.iterdir()} == {"config.yaml", TRAIN_LOCK}
+
+
+def test_starting_over_waits_for_a_worker_that_outlives_its_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("training.worker.LOCK_SECONDS", 0)
+    run = prepare_run(CONFIG, str(tmp_path / "run"))
+    (run / "step_00000001").mkdir()
+    fresh = dataclasses.replace(CONFIG, fresh=True)
+    with (run / TRAIN_LOCK).open("w") as file:
+        assert _try_lock(file)
+        with pytest.raises(OSError, match="a worker of an earlier launch still trains here"):
+            prepare_run(fresh, str(run))
+        assert (run / "step_00000001").is_dir()
+    prepare_run(fresh, str(run))
+    assert not (run / "step_00000001").exists()
 
 
 def test_a_runs_own_configuration_continues_it_also_where_it_began_fresh(tmp_path: Path):

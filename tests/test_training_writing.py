@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from training import checkpoint
 from training.averages import Averages
 from training.records import Progress, records, step_folder
+from training.reporting import Reporter
 from training.writing import Writer
 from training.zero import PlainEngine
 
@@ -173,6 +175,48 @@ def test_the_first_rank_waits_for_the_parts_of_all(tmp_path: Path):
     assert all(torch.equal(exported[name], value) for name, value in expected.items())
 
 
+def test_a_checkpoint_that_fewer_ranks_wrote_is_exported_without_waiting_for_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A run killed between its fragments and its weights, and continued by a larger group."""
+    engine: Any = PlainEngine(network(), squared_error, CONFIG, torch.device("cpu"))
+    averages = Averages(engine.fragments(), 0.9, ())
+    save = partial(checkpoint.capture, tmp_path, engine, averages, Progress(step=1), {"kind": "x"})
+    folder = save()()
+    for name in (checkpoint.STATE_NAME, "ema.safetensors", "model.safetensors"):
+        (folder / name).unlink()
+    assert not checkpoint.is_exported(folder)
+    write = save()
+    engine.world_size = 3
+    monkeypatch.setattr(checkpoint, "AWAIT_SECONDS", 0)
+    write()
+    assert checkpoint.is_exported(folder) and (folder / "ema.safetensors").is_file()
+
+
+def test_waiting_for_a_slow_disk_is_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a step may take is limited; what a checkpoint takes that is to be judged is not."""
+    phases = ["start"]
+    monkeypatch.setattr(Reporter, "enters", lambda self, step, phase: phases.append(phase))
+    finish, waits = Writer.finish, list[str]()
+
+    def finishing(self: Writer) -> None:
+        if not self.idle:
+            waits.append(phases[-1])
+        finish(self)
+
+    whole = checkpoint._await_ranks
+
+    def slowly(folder: Path) -> None:
+        time.sleep(0.2)
+        whole(folder)
+
+    monkeypatch.setattr(Writer, "finish", finishing)
+    monkeypatch.setattr(checkpoint, "_await_ranks", slowly)
+    config = dataclasses.replace(CONFIG, checkpoint_every=1)
+    run(tmp_path, config, validate=lambda folder: {"loss": 0.0})
+    assert waits and set(waits) == {"checkpoint"}
+
+
 def test_steps_go_on_while_a_checkpoint_that_is_to_be_judged_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -181,9 +225,9 @@ def test_steps_go_on_while_a_checkpoint_that_is_to_be_judged_is_written(
     gate, order = threading.Event(), list[str]()
     whole = checkpoint._await_ranks
 
-    def held_up(folder: Path, world_size: int) -> None:
+    def held_up(folder: Path) -> None:
         assert gate.wait(30)
-        whole(folder, world_size)
+        whole(folder)
 
     monkeypatch.setattr(checkpoint, "_await_ranks", held_up)
 

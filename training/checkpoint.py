@@ -48,6 +48,7 @@ from training.zero import Engine, Fragment
 AWAIT_SECONDS = 3600  # for the other ranks' parts of a checkpoint
 BUFFER = "buffer"
 SNAPSHOTS = "ema_snapshots"
+STATE_NAME = "state.json"  # written last
 MOMENTUM, SQUARES = "exp_avg", "exp_avg_sq"  # as the optimizer names them
 
 
@@ -116,12 +117,17 @@ def capture(
 
     def whole() -> Path:
         write()
-        _await_ranks(folder, engine.world_size)
+        _await_ranks(folder)
         _export(folder, shapes, others, config)
-        _write_text(folder / "state.json", json.dumps(asdict(progress)))
+        _write_text(folder / STATE_NAME, json.dumps(asdict(progress)))
         return folder
 
     return whole
+
+
+def is_exported(folder: Path) -> bool:
+    """Say whether the weights for inference are there, beside the fragments."""
+    return (folder / STATE_NAME).is_file()
 
 
 def save(run: Path, engine: Engine, averages: Averages, progress: Progress, config: dict) -> Path:
@@ -168,9 +174,12 @@ def _captured(
     return write
 
 
-def _await_ranks(folder: Path, world_size: int) -> None:
-    """Wait until every rank's record is there. A rank that fails ends the group, and this wait."""
-    deadline, missing = time.monotonic() + AWAIT_SECONDS, list(range(world_size))
+def _await_ranks(folder: Path) -> None:
+    """Wait until the records of all that write a checkpoint are there: as many as the first rank's
+    says, which may be of an earlier, larger or smaller, group. A rank that fails ends the group,
+    and this wait."""
+    told = json.loads((folder / "fragments" / record_name(0)).read_text())
+    deadline, missing = time.monotonic() + AWAIT_SECONDS, list(range(told["world_size"]))
     while missing:
         missing = [r for r in missing if not (folder / "fragments" / record_name(r)).is_file()]
         if missing and time.monotonic() > deadline:
@@ -277,14 +286,28 @@ def prune(run: Path, keep: int, newest: Path, keep_every: int = 0) -> None:
     """Delete all checkpoints but `newest`, the `keep` - 1 before it, and those at multiples of
     `keep_every` steps (0: none).
 
-    One after `newest` is broken: the run would have continued from it otherwise. Snapshots of
-    averages lie elsewhere, and stay.
+    One after `newest` is broken: the run would have continued from it otherwise; so is one that a
+    kill has cut short before. Snapshots of averages lie elsewhere, and stay.
     """
     folders = step_folders(run)
-    whole = [folder for folder in folders if folder.name <= newest.name]
+    whole = [f for f in folders if f.name <= newest.name and told_of(f) is not None]
     kept = whole[-keep:]
     if keep_every:
         kept += [f for f in whole if step_of(f) % keep_every == 0]
     for folder in folders:
         if folder not in kept:
-            shutil.rmtree(folder)
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint, its records first: half of one is none.
+
+    What cannot be deleted now, such as a file that somebody has open on NFS, is told, and left to
+    the next time: the training does not need its room yet.
+    """
+    try:
+        for record in (folder / "fragments").glob("rank_*.json"):
+            record.unlink()
+        shutil.rmtree(folder)
+    except OSError as error:
+        print(f"{folder}: not deleted, the next checkpoint tries again: {error}", flush=True)

@@ -142,9 +142,22 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: found {getattr(self, name)}, expected at least 1")
-        for name in ("snapshot_every", "keep_every"):
-            if getattr(self, name) < 0:
+        for name in (
+            "snapshot_every",
+            "keep_every",
+            "micro_batch_size",
+            "learning_rate",
+            "matrix_learning_rate",
+            "weight_decay",
+            "grad_clip",
+            "spike_deviations",
+            "hang_seconds",
+        ):
+            if not getattr(self, name) >= 0:  # nor NaN
                 raise ValueError(f"train.{name}: found {getattr(self, name)}, expected at least 0")
+        for name in ("warmup", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"train.{name}: found {getattr(self, name)}, expected 0 to 1")
         self._require_averages()
         if self.validator and not self.num_workers:
             raise ValueError(

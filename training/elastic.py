@@ -16,6 +16,7 @@ from typing import Any
 
 from training.config import TrainConfig
 from training.incidents import report_incident
+from training.stopping import stopping_on_sigterm
 from training.timeline import note
 from training.validator import validation_config
 from training.watchdog import last_step
@@ -58,6 +59,8 @@ def fit(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     use_gpu = _use_gpu(settings)
+    if not use_gpu:
+        _require_cpus(settings)
     fewest, most = settings.min_workers or settings.num_workers, settings.num_workers
     trainer = TorchTrainer(
         worker,
@@ -81,7 +84,7 @@ def fit(
         validation_config=validation_config(settings, run, placed_on("gpu_group")),
     )
     try:
-        with _interruptible():
+        with _interruptible(), stopping_on_sigterm(run):  # Ray has set its own handlers by now
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         often = f"lost workers more often than train.max_failures {settings.max_failures}; last: "
@@ -120,6 +123,18 @@ def _use_gpu(settings: TrainConfig) -> bool:
     return wished
 
 
+def _require_cpus(settings: TrainConfig) -> None:
+    """Raise ValueError where there are too few CPUs, and will be: Ray would wait for ever."""
+    import ray
+
+    from cluster.session import placed_on
+
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    fewest = settings.min_workers or settings.num_workers
+    if cpus < fewest and not placed_on("gpu_group"):
+        raise ValueError(f"train.num_workers: found {fewest} for {cpus} CPUs, expected no more")
+
+
 def _losses_of(run: Path) -> Any:
     """Return what Ray's controller calls when workers are lost: it says so in the run's folder."""
     from ray.train import UserCallback
@@ -135,7 +150,7 @@ def _losses_of(run: Path) -> Any:
             try:
                 note(run, "lost", told=told)
                 report_incident(run, "lost", last_step(run), told)
-            except OSError as error:  # the restart matters more than its record
+            except (OSError, ValueError) as error:  # the restart matters more than its record
                 print(f"{run}: lost, and not noted ({error}): {told}", flush=True)
 
     return Losses()

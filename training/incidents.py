@@ -1,7 +1,12 @@
 """What went wrong in a run without ending it: incidents.jsonl, which the driver tells and counts.
 
-{"kind": "spike" | "hang" | "lost", "step", "told", "time"}   a line each, of whoever saw it first:
-a rank, or what watches over the ranks, of one that is gone
+{"kind", "step", "told", "time"}   a line each, of whoever saw it first: a rank, or what watches
+over the ranks, of one that is gone
+
+spike    a loss far above the last ones
+hang     a rank that took too long over a step
+lost     workers that are gone
+broken   a checkpoint that was not whole when a run looked for one to go on from
 """
 
 import statistics
@@ -12,7 +17,7 @@ from pathlib import Path
 from training.lines import add_line
 
 INCIDENTS_NAME = "incidents.jsonl"
-KINDS = ("spike", "hang", "lost")
+KINDS = ("spike", "hang", "lost", "broken")
 WINDOW = 64  # losses that a spike is judged by
 ENOUGH = 32  # of them
 NORMAL = 1.4826  # median absolute deviations in a standard deviation

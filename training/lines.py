@@ -42,13 +42,12 @@ def _lines_of(data: bytes) -> tuple[list[dict], int]:
 class NewLines:
     """The lines that a file has got since it was last looked at, at the cost of those alone.
 
-    What is there already when this is made is not new. Where a file was replaced by a shorter one,
-    as by a run that goes back to a checkpoint, what lies beyond the lines known before is new.
+    The first look finds all. Where a file was replaced by a shorter one, as by a run that goes back
+    to a checkpoint, what lies beyond the lines known before is new.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._count, self._end, self._file = path, 0, 0, -1
-        self.before = self.read()
 
     def read(self) -> list[dict]:
         """Return the new lines; none where there is no file."""

@@ -18,8 +18,16 @@ from training.averages import Averages
 from training.batches import Batch, Reader
 from training.config import RunConfig, TrainConfig
 from training.feeds import make_feed
+from training.incidents import report_incident
 from training.optimizer import learning_rate_ratio
-from training.records import Progress, agreed, newest_agreed, step_folder
+from training.records import (
+    Progress,
+    agreed,
+    newest_agreed,
+    step_folder,
+    step_folders,
+    step_of,
+)
 from training.reporting import Reporter
 from training.stopping import stop_wanted
 from training.timeline import num_attempts
@@ -63,13 +71,13 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
     writer, copies = Writer(beside=config.async_checkpoints), checkpoint.Copies()
     save = partial(_checkpoint, run, engine, averages, job=job, config=config, copies=copies)
     progress = _begun(run, engine, averages, reporter)
-    if progress.step == config.num_steps:  # killed between its last checkpoint and its end
+    if agreed(engine, int(_ended_early(run, progress, config))):
         writer.begin(partial(save, progress))
         writer.finish()
     if progress.step and _due(progress, config):  # killed between a checkpoint and its scores
         _validate(job, run, engine, progress, reporter)
     batches = feed.iterate(progress.step, config.num_steps)
-    judge, in_a_row = _Judge(partial(_judge, job, run, engine, reporter), writer), 0
+    judge, in_a_row = _Judge(partial(_judge, job, run, engine, reporter), writer, reporter), 0
     engine.model.train()
     for step in range(progress.step, config.num_steps):
         # Fetch
@@ -129,8 +137,10 @@ class _Judge:
     """Lets a checkpoint be judged once it is written, while training goes on: by all ranks after
     the same step, since handing over lets them meet."""
 
-    def __init__(self, judge: Callable[[Progress], None], writer: Writer) -> None:
-        self._judge, self._writer = judge, writer
+    def __init__(
+        self, judge: Callable[[Progress], None], writer: Writer, reporter: Reporter
+    ) -> None:
+        self._judge, self._writer, self._reporter = judge, writer, reporter
         self._due: Progress | None = None
 
     def later(self, progress: Progress) -> None:
@@ -140,6 +150,7 @@ class _Judge:
         """Judge what is to be judged, if anything is; it is written before it is read."""
         due, self._due = self._due, None
         if due is not None:
+            self._reporter.enters(due.step, "checkpoint")  # no step, however long it is waited for
             self._writer.finish()
             self._judge(due)
 
@@ -150,10 +161,23 @@ def _end(run: Path, engine: Engine, progress: Progress, config: TrainConfig) -> 
         checkpoint.finish(run, step_folder(run, progress.step))
 
 
+def _ended_early(run: Path, progress: Progress, config: TrainConfig) -> bool:
+    """Say whether a run was killed after a checkpoint's fragments and before what follows them:
+    its weights for inference, the deletion of older ones, and the run's end."""
+    if not progress.step:
+        return False
+    whole = checkpoint.is_exported(step_folder(run, progress.step))
+    return progress.step == config.num_steps or not whole
+
+
 def _begun(run: Path, engine: Engine, averages: Averages, reporter: Reporter) -> Progress:
     """Continue from the newest checkpoint, and say so."""
     step = newest_agreed(run, engine)
     progress = checkpoint.restore(run, step, engine, averages) if step >= 0 else Progress()
+    broken = [folder.name for folder in step_folders(run) if step_of(folder) > progress.step]
+    if broken and engine.rank == 0:
+        told = f"{', '.join(broken)}: no whole checkpoint; goes on from step {progress.step}"
+        report_incident(run, "broken", progress.step, told)
     attempt = agreed(engine, num_attempts(run))
     reporter.started(progress, num_workers=engine.world_size, attempt=attempt)
     return progress

@@ -88,9 +88,11 @@ class Order:
         return index, epochs
 
     def _find_padding(self, epoch: int, stream: int) -> int:
-        """Return a sample that may be read in the place of none: one of the stream's own."""
+        """Return a sample that may be read in the place of none: one of the stream's own, or where
+        all its shards are empty, the data set's first."""
         shards = self._dealt(epoch)[stream]
-        return int(self._firsts[shards[np.argmax(self._sizes[shards] > 0)]])
+        filled = shards[self._sizes[shards] > 0]
+        return int(self._firsts[filled[0] if len(filled) else np.argmax(self._sizes > 0)])
 
     def num_real(self, first: int, count: int) -> int:
         """Return how many samples all streams hold in [first, first + count)."""

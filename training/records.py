@@ -19,6 +19,7 @@ from training.zero import Engine
 
 FORMAT = 1
 VERSION = version("minidalle2")
+NOT_A_RECORD = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +84,22 @@ def records(folder: Path) -> list[Record] | None:
 
 def told_of(folder: Path) -> list[Record] | None:
     """Return the records of all ranks where they agree, or None with a warning; the fragments that
-    they vouch for are not read."""
+    they vouch for are not read.
+
+    Raises OSError where a storage fails: what it does not give now it may give to the next attempt,
+    and a run that went on without would delete it.
+    """
     found: list[Record] = []
-    try:
-        for path in sorted((folder / "fragments").glob("rank_*.json")):
+    for path in sorted((folder / "fragments").glob("rank_*.json")):
+        try:
             told = json.loads(path.read_text())
-            if told.get("format") != FORMAT:
-                raise ValueError(_other_format(path, told))
-            found.append(Record(**told))
-    except (OSError, json.JSONDecodeError, TypeError) as error:
-        warnings.warn(f"{folder}: unreadable checkpoint ({error})", stacklevel=2)
-        return None
+            if told["format"] == FORMAT:
+                found.append(Record(**told))
+                continue
+        except (FileNotFoundError, *NOT_A_RECORD) as error:
+            warnings.warn(f"{folder}: unreadable checkpoint ({error})", stacklevel=2)
+            return None
+        raise ValueError(_other_format(path, told))
     if not found or [r.rank for r in found] != list(range(found[0].world_size)):
         warnings.warn(
             f"{folder}: found the records of {len(found)} ranks, incomplete; skipped", stacklevel=2
@@ -112,7 +118,7 @@ def _verify(folder: Path, vouched: Iterable[Record]) -> bool:
         try:
             if digest_file(path) == record.sha256:
                 continue
-        except OSError as error:
+        except FileNotFoundError as error:
             warnings.warn(f"{folder}: unreadable checkpoint ({error})", stacklevel=2)
             return False
         warnings.warn(f"{path}: digest differs from its record", stacklevel=2)

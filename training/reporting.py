@@ -194,9 +194,13 @@ class Follower:
         self._validation = NewLines(run / VALIDATION_NAME)
         self._incidents = NewLines(run / INCIDENTS_NAME)
         self._timeline = NewLines(run / TIMELINE_NAME)
-        self._model, before = model, self._metrics.before
-        self._nonfinite = before[-1]["nonfinite_steps"] if before else 0
-        self._events = Events(run, before, self._validation.before) if tensorboard else None
+        # what was told to an earlier driver is not new
+        trained, validated = self._metrics.read(), self._validation.read()
+        self._incidents.read()
+        self._timeline.read()
+        self._model = model
+        self._nonfinite = trained[-1]["nonfinite_steps"] if trained else 0
+        self._events = Events(run, trained, validated) if tensorboard else None
         self._said = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="follow", daemon=True)
@@ -283,7 +287,8 @@ class Follower:
             self._tell_events(Events.validated, new)
 
     def _tell_incidents(self, tell: Callable[[str], None]) -> None:
-        """Print and count the incidents that are new, and where the run went on after them."""
+        """Print and count the incidents that are new, where the run went on after them, and what
+        kept a validator from its scores."""
         from cluster.metrics import counter
 
         for line in self._incidents.read():
@@ -292,6 +297,8 @@ class Follower:
         for line in self._timeline.read():
             if line["event"] == "restored":
                 self._set("train_start_timestamp_seconds", line["time"])
+            if line["event"] == "validator failed":
+                tell(f"{self._model}: validator: {line['told']}")
             if line["event"] == "restored" and line["attempt"]:
                 workers = f"{line['num_workers']} worker{'s' * (line['num_workers'] > 1)}"
                 tell(f"{self._model}: goes on from step {line['step']} with {workers}")

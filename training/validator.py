@@ -38,6 +38,7 @@ def validation_config(
     """
     if not settings.validator:
         return None
+    _words(settings.validator)  # a slip of the pen is told before workers start
     from ray.train import ValidationConfig, ValidationTaskConfig
 
     told = {
@@ -52,6 +53,18 @@ def validation_config(
             "num_cpus": 0, "num_gpus": settings.validator_gpus, "resources": group,
         },
     )  # fmt: skip
+
+
+def _words(command: str) -> list[str]:
+    """Return the words of a command; ValueError where a quotation does not end, or none is
+    there."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"train.validator: found {command!r} ({error})") from error
+    if not words:
+        raise ValueError(f"train.validator: found {command!r}, expected a command")
+    return words
 
 
 def hand_over(folder: Path, rank: int) -> None:
@@ -79,24 +92,27 @@ def validate(
 ) -> dict[str, Any]:
     """Run the command on a run's checkpoints; its words go to <run>/validator.log.
 
-    Raises OSError where it fails or takes longer than `seconds`, which Ray logs, and the timeline
-    tells; training goes on.
+    Raises OSError where it is not found, fails or takes longer than `seconds`: the driver prints
+    that, from the timeline, and training goes on.
     """
-    words = shlex.split(command)
+    words = _words(command)
     words[0] = sys.executable if words[0] in ("python", "python3") else words[0]
     with (Path(run) / LOG_NAME).open("a") as log:
         log.write(f"$ {command} --run {run} --once\n")
         log.flush()
         words += ["--run", run, "--once"]
         options: Any = {"cwd": here, "stdout": log, "stderr": log, "start_new_session": True}
-        with subprocess.Popen(words, **options) as child:
-            try:
-                code = child.wait(seconds)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)  # with what it started itself
-                code = None
+        try:
+            with subprocess.Popen(words, **options) as child:
+                try:
+                    code = child.wait(seconds)
+                    told = f"exit code {code}"
+                except subprocess.TimeoutExpired:
+                    os.killpg(child.pid, signal.SIGKILL)  # with what it started itself
+                    code, told = None, f"no end after {seconds:g} s"
+        except OSError as error:  # no such program or folder on the node of this task
+            code, told = None, str(error)
     if code != 0:
-        told = f"no end after {seconds:g} s" if code is None else f"exit code {code}"
         told = f"{told}; see {LOG_NAME}"
         note(Path(run), "validator failed", told=told)
         raise OSError(f"{run}: validator: {told}")

@@ -164,12 +164,13 @@ def _is_ours(run: Path) -> bool:
 
 
 def _clear(run: Path) -> None:
-    """Delete all of a run but its locks, which are held."""
-    for path in run.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name not in LOCKS:
-            path.unlink()
+    """Delete all of a run but its locks, once no worker of a killed driver writes there."""
+    with _locked(run, 0):
+        for path in run.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in LOCKS:
+                path.unlink()
 
 
 @contextmanager
@@ -310,8 +311,7 @@ def _train_under_ray(config: RunConfig, run: Path, build: Callable) -> None:
     for told in run.glob(ERROR_NAMES):
         told.unlink()
     try:
-        with stopping_on_sigterm(run):
-            fit(_worker, {"config": config, "run": str(run), "build": build}, config.train, run)
+        fit(_worker, {"config": config, "run": str(run), "build": build}, config.train, run)
     finally:  # where a rank told why, that is what matters, not what Ray made of the others
         _raise_told(run)
 
