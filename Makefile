@@ -26,7 +26,7 @@ setup: $(STAMP)
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "error: found no Python 3.11 or 3.12 with venv," \
 		"expected one on PATH; install python3.11 and python3.11-venv, or name one: make PYTHON=..." >&2; exit 2; }
-	@echo "setting up $(VENV): about three minutes and 6 GB, once"
+	@echo "setting up $(VENV): about three minutes and 6.5 GB, once"
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --no-deps --no-compile --disable-pip-version-check -r requirements.lock
 	$(VENV)/bin/pip install --no-deps --no-build-isolation --quiet --disable-pip-version-check -e .

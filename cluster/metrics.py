@@ -107,7 +107,7 @@ _TABLE: tuple[tuple[str, Kind, Mapping[str, tuple[str, ...]], str], ...] = (
     ("train_grad_norm", "gauge", _MODEL, "Norm of the gradient before clipping."),
     ("train_learning_rate_ratio", "gauge", _MODEL, "Learning rate as a share of its peak."),
     ("train_nonfinite_steps_total", "counter", _MODEL, "Steps skipped: loss not finite."),
-    ("train_incidents_total", "counter", {**_MODEL, "kind": INCIDENTS}, "Spikes, hangs, losses and so on."),
+    ("train_incidents_total", "counter", {**_MODEL, "kind": INCIDENTS}, "Spikes, hangs, losses."),
     ("train_mfu", "gauge", _MODEL, "Share of the devices' peak that the model's products use."),
     ("train_device_memory_bytes", "gauge", _MODEL, "Most memory that the first rank's GPU held."),
     ("train_eta_seconds", "gauge", _MODEL, "Time to the last step at the present rate."),

@@ -9,6 +9,7 @@ from ingest.commits import digest_file
 from models.clip import load_clip
 from models.unclip import UnClip
 from models.weights import exported, load_config
+from training.precision import compute_whole_fp32
 
 
 def load_chain(
@@ -22,6 +23,7 @@ def load_chain(
 ) -> UnClip:
     """Load finished runs; `clip` empty means the encoder that the prior, or without one the
     decoder, was trained on; `decoder` empty the prior alone, `prior` empty none."""
+    compute_whole_fp32()
     where = device_named(device)
     spec = clip or load_config(exported(Path(prior or decoder)))["clip"]
     return UnClip.load(load_clip(spec), prior, decoder, tuple(upsamplers), guide).to(where)
@@ -35,15 +37,16 @@ def chain_weights(
     Returns {prior_weights, decoder_weights: {step, sha256}, upsampler_weights: a list of such}, and
     guide_weights where there is one: the exported step, and the sha256 of its averaged weights.
     """
-
-    def told(run: str) -> dict[str, str]:
-        step = exported(Path(run))
-        return {"step": step.name, "sha256": digest_file(step / "ema.safetensors")}
-
-    of_guide = {"guide_weights": told(guide)} if guide else {}
+    of_guide = {"guide_weights": run_weights(guide)} if guide else {}
     return {
         **of_guide,
-        "prior_weights": told(prior),
-        "decoder_weights": told(decoder),
-        "upsampler_weights": [told(run) for run in upsamplers],
+        "prior_weights": run_weights(prior),
+        "decoder_weights": run_weights(decoder),
+        "upsampler_weights": [run_weights(run) for run in upsamplers],
     }
+
+
+def run_weights(run: str) -> dict[str, str]:
+    """Tell the weights of one finished run: {step, sha256}, as `chain_weights` does."""
+    step = exported(Path(run))
+    return {"step": step.name, "sha256": digest_file(step / "ema.safetensors")}

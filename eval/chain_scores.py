@@ -57,8 +57,10 @@ def chain_scores(
             return shape_scores(captions, images)
         return caption_scores(map(Image.fromarray, images), captions, encoder)
 
-    scores["ablation"], images = ablation(chain, (captions, image, text), fake, judge)
-    _ablation_grid(fake.paths[0].parent, captions, images)
+    step = max(1, len(captions) // 8)
+    shown = range(0, len(captions), step)[:8]
+    scores["ablation"], images = ablation(chain, (captions, image, text), fake, judge, shown)
+    _ablation_grid(fake.paths[0].parent, [captions[i] for i in shown], images)
     return scores
 
 
@@ -71,8 +73,6 @@ def _drew(model: Model, fake: ImageSet, captions: list[str]) -> bool:
 
 def _ablation_grid(folder: Path, captions: list[str], images: dict[str, Any]) -> None:
     """Write ablation.png, and ablation.json with its captions, beside the samples."""
-    step = max(1, len(captions) // 8)
-    chosen = range(0, len(captions), step)[:8]
-    rows = [[images[name][i] for i in chosen] for name in images]
+    rows = [list(each) for each in images.values()]
     save_png(folder / "ablation.png", grid(rows, list(images), []))
-    (folder / "ablation.json").write_text(json.dumps([captions[i] for i in chosen]))
+    (folder / "ablation.json").write_text(json.dumps(captions))

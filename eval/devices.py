@@ -12,7 +12,9 @@ def device_named(name: str) -> torch.device:
     try:
         device = torch.device(found)
     except RuntimeError:
-        raise ValueError(f"device: found {name!r}, expected auto, cpu, cuda or cuda:N") from None
+        device = torch.device("meta")  # none of ours
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: found {name!r}, expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device: found {name!r} on a machine with {torch.cuda.device_count()} GPUs, expected "

@@ -59,27 +59,41 @@ def image_name(number: int) -> str:
 
 
 def open_samples(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
-    """Create the folder, or reopen it if it holds samples of these very settings."""
-    path = out / SETTINGS_NAME
-    if fresh and path.is_file():
+    """Create the folder, or reopen it if it holds samples of these very settings, or none yet.
+
+    fresh: delete it first; only what bears settings of samples, as any tool may write a file of
+    that name.
+    """
+    path, part = out / SETTINGS_NAME, out / "settings.part"
+    found = _settings_in(path)
+    if fresh and found:
         shutil.rmtree(out)
-    if path.is_file():
-        found = json.loads(path.read_text())
-        for name, value in settings.items():
-            if found.get(name) != value:
-                told = f" ({found.get(name)!r}, expected {value!r})" if name != "captions" else ""
-                raise ValueError(
-                    f"{out}: found samples of another {name}{told}; name another folder, or --fresh"
-                )
-        return
-    if out.is_dir() and any(out.iterdir()):
+    others = [each for each in out.iterdir() if each not in (path, part)] if out.is_dir() else []
+    if others and not found:
         raise ValueError(
             f"{out}: found a folder without {SETTINGS_NAME}, expected samples or nothing"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / "settings.part"
-    part.write_text(json.dumps(settings, indent=1))
-    part.replace(path)
+    different = [name for name, value in settings.items() if others and found.get(name) != value]
+    if different:
+        name = different[0]
+        told = f" ({found.get(name)!r}, expected {settings[name]!r})" if name != "captions" else ""
+        raise ValueError(
+            f"{out}: found samples of another {name}{told}; name another folder, or --fresh"
+        )
+    if not others:
+        out.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(settings, indent=1))
+        part.replace(path)
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    """Return the settings of samples that a file holds; none if it is not there, or another's."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    ours = isinstance(found, dict) and {"captions", "decoder_weights"} <= found.keys()
+    return found if ours else {}
 
 
 def list_samples(out: Path, captions: Sequence[str], seed: int) -> None:
@@ -160,6 +174,7 @@ def draw(
     ValueError for a folder of other samples, Incomplete if images are missing in the end.
     """
     settings = _settings(model, captions, options, workers.device)
+    sampling_of(settings)  # what it refuses leaves the folder as it is
     open_samples(out, settings, fresh=fresh)
     if (out / SAMPLES_NAME).is_file() and not committed(out):  # eval/sample.py finished it
         return 0
@@ -251,4 +266,27 @@ def read_options(source: str) -> tuple[dict[str, Any], str]:
         raise ValueError(
             f"--sampling: {source}: found {rest[0]!r}, expected some of {', '.join(sorted(known))}"
         )
-    return {name: found[name] for name in found if name in known}, str(found.get("guide", ""))
+    options = {name: found[name] for name in found if name in known}
+    for name, value in options.items():
+        _require_type(source, name, value, {**asdict(SamplingSettings()), "seed": 0}[name])
+    return options, str(found.get("guide", ""))
+
+
+def _require_type(source: str, name: str, value: Any, default: Any) -> None:
+    """Raise ValueError for an option whose value is not of the type of its default."""
+    wanted = "a number" if isinstance(default, int | float) else f"a {type(default).__name__}"
+    if isinstance(default, tuple):
+        numbers = isinstance(value, list) and all(map(_is_number, value))
+        right = numbers and len(value) == len(default)
+        wanted = f"{len(default)} numbers"
+    elif isinstance(default, float):
+        right = _is_number(value)
+    else:
+        right = type(value) is type(default)
+        wanted = "a whole number" if isinstance(default, int) else wanted
+    if not right:
+        raise ValueError(f"--sampling: {source}: {name}: found {value!r}, expected {wanted}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from eval.networks import DINOV2_MODEL, DINOV2_SIDE, INCEPTION_SIDE, DinoV2, InceptionPool
 from eval.weights import WeightsFile
+from training.precision import compute_whole_fp32
 
 if TYPE_CHECKING:
     from models.clip import FrozenClip  # whose open_clip takes seconds to import
@@ -64,6 +65,7 @@ class ExtractorSpec:
 
     def build(self, device: str | torch.device) -> Extractor:
         """Load the weights and return the extractor on `device`; ValueError for wrong weights."""
+        compute_whole_fp32()  # features of one name are the same from any device
         if self.space == "clip":
             from models.clip import load_clip
 

@@ -168,9 +168,18 @@ def _require_together(config: FidConfig, model: "Model") -> None:
         raise ValueError("--captions: found it without --model, expected what is to draw them")
     if config.captions and config.protocol:
         raise ValueError("--captions: found it with --protocol, which has its own, expected one")
+    if config.protocol and config.limit:
+        raise ValueError(
+            f"--limit: found {config.limit} with --protocol, which says how many, expected 0; "
+            "--captions draws fewer"
+        )
     for name in ("limit", "seed", "sampling"):
         if getattr(config, name) and not (drawing and model.decoder):
             raise ValueError(f"--{name}: found it without anything to draw; leave it out")
+    for name, least in (("limit", 0), ("num_threads", 1), ("num_workers", 0)):
+        if getattr(config, name) < least:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: found {getattr(config, name)}, expected {least} or more")
     if config.protocol_data and not config.protocol:
         raise ValueError("--protocol-data: found it without --protocol, expected both")
     if config.num_resamples < 0 or config.num_resamples == 1:

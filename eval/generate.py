@@ -1,6 +1,7 @@
 """Images for captions, in batches; an image depends on its seed, its caption and its place in the
 list, never on its batch."""
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -53,6 +54,21 @@ class SamplingSettings:
     top_share: float = 0.5
     mean_of: int = 1
     precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        steps = ("prior_steps", "decoder_steps", "upsampler_steps", "best_of", "mean_of")
+        for name, least in (*((name, 1) for name in steps), ("upsampler_tile", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected {least} or more")
+        for name in ("cfg_scale", "prior_cfg_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected a finite number")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature: found {self.temperature}, expected 0 or more")
+        if not 0 < self.top_share <= 1:
+            raise ValueError(
+                f"top_share: found {self.top_share}, expected more than 0 and at most 1"
+            )
 
     def build(self, device_type: str = "cpu") -> Sampling:
         """Return the settings of the three parts, for networks on such a device; ValueError for an

@@ -4,6 +4,7 @@ Each half is the script that one would run by hand, in a process of its own, and
 killed one left. eval/watch.py makes a round of each checkpoint, eval/sweep.py one of each scale.
 """
 
+import argparse
 import json
 import shlex
 import shutil
@@ -89,6 +90,13 @@ def _encoder(config: RoundConfig) -> str:
     from models.weights import exported, load_config
 
     return str(load_config(exported(Path(config.prior)))["clip"])
+
+
+def guide_of(options: str) -> str:
+    """Return the run that guides, by `options` of eval/sample.py; nothing where none does."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--guide", default="")
+    return parser.parse_known_args(shlex.split(options))[0].guide
 
 
 def run_command(arguments: Sequence[str]) -> None:

@@ -101,6 +101,21 @@ class SampleConfig:
     fresh: bool = False
     """delete earlier samples in --out instead of continuing them"""
 
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 0), ("batch_size", 1), ("num_threads", 1)):
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"--{flag}: found {getattr(self, name)}, expected {least} or more"
+                )
+        if self.guide and self.cfg_scale == 1:
+            raise ValueError(
+                f"--guide: found {self.guide} with --cfg-scale 1, which guides nothing, expected "
+                "another scale"
+            )
+        if self.upsampler_tile and not self.upsampler:
+            raise ValueError("--upsampler-tile: found it without --upsampler, expected both")
+
 
 def main(config: SampleConfig) -> int:
     """Draw what is missing in `config.out`, then write grid.png and samples.jsonl."""
@@ -110,6 +125,7 @@ def main(config: SampleConfig) -> int:
     from eval.chain import load_chain
     from eval.devices import device_named
     from eval.drawing import grid_of_samples, list_samples, open_samples
+    from eval.generate import sampling_of
     from eval.samples import SAMPLES_NAME
 
     require_local("--out", config.out)
@@ -118,12 +134,12 @@ def main(config: SampleConfig) -> int:
     config = dataclasses.replace(config, precision=settled(config.precision, device.type))
     serve(config.metrics_port)
     torch.set_num_threads(config.num_threads)
-    captions = _captions(config)
+    captions, sampling = _captions(config), sampling_of(vars(config))
     out = Path(config.out)
     parts = (config.clip, config.prior, config.decoder, config.upsampler)
     chain = load_chain(*parts, guide=config.guide, device=config.device)
     open_samples(out, _settings(config, captions, chain), fresh=config.fresh)
-    made = _draw(out, config, captions, chain)
+    made = _draw(out, config, captions, chain, sampling)
     if made or not (out / SAMPLES_NAME).is_file():
         grid_of_samples(out, captions)
         list_samples(out, captions, config.seed)
@@ -158,21 +174,25 @@ def _settings(config: SampleConfig, captions: list[str], chain: Any) -> dict[str
     return json.loads(json.dumps(settings))
 
 
-def _draw(out: Path, config: SampleConfig, captions: list[str], chain: Any) -> int:
+def _draw(
+    out: Path, config: SampleConfig, captions: list[str], chain: Any, sampling: Any
+) -> int:
     """Draw the batches that are not whole yet; returns the number of images drawn."""
     from cluster.metrics import counter
     from eval.drawing import image_name
-    from eval.generate import render_all, sampling_of
+    from eval.generate import render_all
     from ingest.progress import progress
 
-    sampling = sampling_of(vars(config))
     made = 0
     with progress("sample", len(captions), unit="images") as advance:
         for start in range(0, len(captions), config.batch_size):
             batch = captions[start : start + config.batch_size]
             paths = [out / image_name(start + i) for i in range(len(batch))]
             if not all(path.is_file() for path in paths):
-                images = render_all(chain, batch, None, sampling, seed=config.seed, offset=start)
+                images = render_all(
+                    chain, batch, None, sampling,
+                    seed=config.seed, batch_size=config.batch_size, offset=start,
+                )  # fmt: skip
                 _save(paths, images)
                 made += len(batch)
                 counter("minidalle2_samples_generated_total").inc(len(batch))

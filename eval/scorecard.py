@@ -1,7 +1,8 @@
 """The scores of a chain on held-out captions: of the prior alone, of its images, and with parts
 exchanged."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -156,19 +157,25 @@ def ablation(
     embeds: tuple[list[str], Tensor, Tensor],
     samples: ImageSet,
     judge: Callable[[np.ndarray], dict],
+    shown: Sequence[int],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Decode the true image embedding and the text embedding in place of the prior's (Ramesh et
     al., 5.1).
 
     embeds: as of `read_embeds`. samples: what the chain drew for these captions; the others are
-    drawn as they were. judge: maps images uint8 [N, H, W, 3] to scores. Returns the scores and the
-    images of each variant.
+    drawn as they were. judge: maps images uint8 [N, H, W, 3] to scores. Returns the scores of each
+    variant, and its images at the places `shown`; all images of one are held at a time.
     """
     captions, image, text = embeds
     sampling, seed = sampling_of(samples.settings), samples.settings["seed"]
-    images = {
-        "true_image_embed": render_all(chain, captions, image, sampling, seed=seed),
-        "prior": np.stack(list(arrays(samples))),
-        "text_embed": render_all(chain, captions, text, sampling, seed=seed),
+    variants = {
+        "true_image_embed": partial(render_all, chain, captions, image, sampling, seed=seed),
+        "prior": lambda: np.stack(list(arrays(samples))),
+        "text_embed": partial(render_all, chain, captions, text, sampling, seed=seed),
     }
-    return {name: judge(found) for name, found in images.items()}, images
+    scores, images = {}, {}
+    for name, draw in variants.items():
+        print(f"ablation: {name}: {len(captions)} images", flush=True)
+        found = draw()
+        scores[name], images[name] = judge(found), found[list(shown)]
+    return scores, images

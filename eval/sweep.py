@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli import parse, require_local, run_script
-from eval.rounds import RoundConfig, begin, play, publish, tidy
+from eval.rounds import RoundConfig, begin, guide_of, play, publish, tidy
 from eval.run_curves import SWEEP_NAME as LINES_NAME
 from training.lines import read_lines
 
@@ -46,7 +46,8 @@ def main(config: SweepConfig) -> int:
     run.mkdir(parents=True, exist_ok=True)
     serve(config.metrics_port)
     told = {k: v for k, v in dataclasses.asdict(config).items() if k not in ASIDE}
-    told |= chain_weights(config.prior, config.decoder, config.upsampler)
+    guide = guide_of(config.sample_options)
+    told |= chain_weights(config.prior, config.decoder, config.upsampler, guide)
     settings = json.loads(json.dumps(told))
     for scale in config.scales:
         if _is_scored(run, scale, settings):

@@ -7,7 +7,8 @@ The run stands in the chain where its kind belongs; the other parts are finished
 is taken when it is whole, by hard links, so that training may prune it meanwhile. Each is scored
 once: kill this, run it again, and it goes on. It ends when the run has finished and is scored.
 
-    <run>/watch.jsonl                 {"step", "samples_seen", "ema_sha256", "seconds", "scores"}
+    <run>/watch.jsonl                 {"step", "samples_seen", "ema_sha256", "seconds", "scores",
+                                      "settings"}: flags, and the weights of the other parts
     <run>/watch/step_00001000/        eval.json, samples/grid.png
 """
 
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli import parse, run_script
-from eval.rounds import RoundConfig, begin, play, publish, tidy
+from eval.rounds import RoundConfig, begin, guide_of, play, publish, tidy
 from eval.run_curves import WATCH_NAME as LINES_NAME
 from training.lines import add_line, read_lines
 
@@ -143,21 +144,51 @@ def _score(config: WatchConfig, run: Path, folder: Path) -> None:
     started = time.perf_counter()
     weights = folder / "run" / folder.name
     state = json.loads((weights / "state.json").read_text())
-    told = {k: v for k, v in dataclasses.asdict(config).items() if k not in ASIDE}
-    begin(folder, json.loads(json.dumps(told)))  # a rerun may come with other flags
-    scores = play(_with(config, folder / "run", weights), folder)
+    chain = _with(config, folder / "run", weights)
+    settings = _settings(config, chain, folder / "run")
+    _require_one_curve(run, settings)
+    begin(folder, settings)
+    scores = play(chain, folder)
     line = {
         "step": int(folder.name.removeprefix("step_")),
         "samples_seen": state["samples_seen"],
         "ema_sha256": digest_file(weights / "ema.safetensors"),
         "seconds": round(time.perf_counter() - started, 2),
         "scores": scores,
+        "settings": settings,
     }
     add_line(run / LINES_NAME, line)
     publish(scores)
     shutil.rmtree(folder / "run")
     tidy(folder, keep_samples=config.keep_samples)
     print(f"watch: {folder.name} scored in {line['seconds']:.0f} s", flush=True)
+
+
+def _settings(config: WatchConfig, chain: WatchConfig, view: Path) -> dict[str, Any]:
+    """Return what makes the scores of checkpoints comparable: the flags, and the weights of all
+    parts of the chain but the watched one."""
+    from eval.chain import run_weights
+
+    told = {k: v for k, v in dataclasses.asdict(config).items() if k not in ASIDE}
+    guide = guide_of(chain.sample_options)
+    parts = {"prior": chain.prior, "decoder": chain.decoder, "guide": guide}
+    parts |= {f"upsampler {number}": part for number, part in enumerate(chain.upsampler, 1)}
+    weights = {k: run_weights(part) for k, part in parts.items() if part and part != str(view)}
+    return json.loads(json.dumps({**told, **{f"weights of {k}": v for k, v in weights.items()}}))
+
+
+def _require_one_curve(run: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError where checkpoints were scored otherwise before: one curve must not mix
+    both, and those checkpoints may be pruned."""
+    for line in _lines(run):
+        before = line.get("settings", settings)  # a line may be older than the settings
+        for name in sorted(before.keys() | settings.keys()):
+            if before.get(name) != settings.get(name):
+                raise ValueError(
+                    f"{run / LINES_NAME}: {name}: found {before.get(name)!r} in the scores of step "
+                    f"{line['step']}, expected {settings.get(name)!r}; give it as before, or move "
+                    "that file away to begin another curve"
+                )
 
 
 def _with(config: WatchConfig, view: Path, weights: Path) -> WatchConfig:

@@ -246,9 +246,11 @@ class FrozenClip(nn.Module):
 
 
 def token_mask(tokens: Tensor) -> Tensor:
-    """Return bool [B, L], True where `tokens` are real; 0 pads, and no caption has a real token
-    0."""
-    return tokens != 0
+    """Return bool [B, L], True where `tokens` are real: up to the last that is not 0.
+
+    0 pads; before the end of a caption it is CLIP's "!" within a run of punctuation.
+    """
+    return (tokens != 0).int().flip(1).cummax(1).values.flip(1).bool()
 
 
 def absolute_spec(spec: str) -> str:

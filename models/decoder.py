@@ -24,6 +24,7 @@ from models.text import TextEncoder
 from models.unet import UNet
 
 GRID_FEATURES = 32
+WITH_GUIDE = ["use_text", "text_tokens", "prediction", "schedule", "num_timesteps", "zero_terminal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,14 +347,17 @@ class Decoder(nn.Module):
         prediction = self.config.prediction
         return lambda x, t: self.schedule.to_x0(prediction, network(x, t), x, t)
 
+    def require_guide(self, guide: "Decoder") -> None:
+        """Raise ValueError for a decoder that cannot guide this one: it draws another size, reads
+        another condition, or predicts otherwise."""
+        sizes = {"image_size": (guide.image_size, self.image_size)}
+        shared = {n: (getattr(guide.config, n), getattr(self.config, n)) for n in WITH_GUIDE}
+        for name, (found, expected) in (shared | sizes).items():
+            if found != expected:
+                raise ValueError(f"guide: {name}: found {found!r}, expected {expected!r}")
+
     def _as_guide_of(self, other: "Decoder", condition: Condition) -> Denoiser:
-        same = torch.equal(self.schedule.alpha_bar, other.schedule.alpha_bar)
-        if self.config.prediction != other.config.prediction or not same:
-            raise ValueError(
-                f"guide: found a decoder that predicts {self.config.prediction} over "
-                f"{self.config.schedule}, expected {other.config.prediction} over "
-                f"{other.config.schedule} and the same timesteps, as the one it guides"
-            )
+        other.require_guide(self)
         return self._network(condition, dropped=False)
 
     def _network(

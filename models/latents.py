@@ -116,10 +116,16 @@ def text_diffs(
     """Return one image's latents turned toward `caption` and away from `without`.
 
     z_d = norm(z_t - z_t0), z = slerp(z_i, z_d, theta); the paper's theta ends between .25 and .5.
-    without: a caption of the image as it is, or a plain one; empty for none (z_t0 = 0).
+    without: a caption of the image as it is, or a plain one; empty for none (z_t0 = 0). Raises
+    ValueError where the two captions say the same, and there is no direction.
     """
     embed = chain.describe([caption, without])[1]
     difference = embed[:1] - (embed[1:] if without else 0)
+    if difference.norm() < 1e-5 * embed[:1].norm():
+        raise ValueError(
+            f"text diff: found {caption!r} and {without!r}, which are the same to the encoder, "
+            "expected captions that differ"
+        )
     length = latents.image_embed.norm(dim=1, keepdim=True)  # 1, but for an encoder that keeps it
     toward = F.normalize(difference, dim=1) * length
     turned = [slerp(latents.image_embed, toward, theta) for theta in thetas]

@@ -130,6 +130,8 @@ class UnClip:
                     f"{clip.encoder_id}; "
                     "join only parts that were trained on one encoder"
                 )
+        if guide and decoder:
+            parts["decoder"].require_guide(parts["guide"])
         raised, size = [], parts["decoder"].image_size if decoder else 0
         for run in upsamplers:
             upsampler, config = load_model(run, "upsampler")

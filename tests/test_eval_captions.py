@@ -62,6 +62,13 @@ def test_options_are_those_of_samples(tmp_path: Path):
     path.write_text('{"cfg_scal": 3.0}')
     with pytest.raises(ValueError, match="--sampling: .*found 'cfg_scal', expected some of"):
         read_options(str(path))
+    for name, value in (
+        ("decoder_steps", "5"), ("decoder_steps", 2.5), ("guidance_interval", 0.5),
+        ("guidance_interval", [0.1]), ("cfg_scale", None), ("seed", "x"), ("sampler", 3),
+    ):  # fmt: skip
+        path.write_text(json.dumps({name: value}))
+        with pytest.raises(ValueError, match=f"--sampling: .*: {name}: found .*, expected "):
+            read_options(str(path))
     with pytest.raises(ValueError, match="--sampling: absent.json"):
         read_options("absent.json")
 

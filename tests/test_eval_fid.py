@@ -234,6 +234,8 @@ def test_a_protocol_says_what_is_drawn_and_how_many_there_must_be(
         ({"captions": "a.txt"}, "--captions: found it without --model"),
         ({"limit": 3}, "--limit: found it without anything to draw"),
         ({"sampling": "x.json"}, "--sampling: found it without anything to draw"),
+        ({"protocol": "shapes", "limit": 3}, "--limit: found 3 with --protocol"),
+        ({"num_threads": 0}, "--num-threads: found 0, expected 1 or more"),
         ({"protocol_data": "."}, "--protocol-data: found it without --protocol"),
         ({"model": "."}, "--model: found no finished run prior"),
         ({"num_resamples": 1}, "--num-resamples: found 1, expected 0, 2 or more"),

@@ -20,6 +20,7 @@ from eval.generate import default_sampling, sampling_of
 from eval.sample import SampleConfig
 from eval.samples import open_images
 from models.clip import load_clip
+from models.unclip import UnClip
 from models.weights import exported, save_weights
 
 CAPTIONS = ("a red cube", "a blue cone", "a red cube", "two dogs", "a hat")
@@ -99,11 +100,28 @@ def test_guidance_keeps_to_its_interval(config: SampleConfig, tmp_path: Path):
         drawn(config, tmp_path / "wrong", guidance_interval=(0.5, 0.2))
 
 
+def test_as_many_are_drawn_at_once_as_is_said(
+    config: SampleConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sizes = list[int]()
+    render = UnClip.render
+
+    def counted(self: UnClip, keys: torch.Tensor, *told, **more) -> torch.Tensor:
+        sizes.append(len(keys))
+        return render(self, keys, *told, **more)
+
+    monkeypatch.setattr(UnClip, "render", counted)
+    quick = {"decoder_steps": 1, "prior_steps": 1, "upsampler": ()}
+    drawn(config, tmp_path, prompts=("a cube",) * 70, batch_size=60, **quick)
+    assert sizes == [60, 10]
+
+
 def test_a_device_that_is_not_here_is_refused(config: SampleConfig, tmp_path: Path):
     with pytest.raises(ValueError, match="device: found 'cuda:99' on a machine with"):
         drawn(config, tmp_path, device="cuda:99")
-    with pytest.raises(ValueError, match="device: found 'gpu', expected auto, cpu, cuda"):
-        drawn(config, tmp_path, device="gpu")
+    for name in ("gpu", "mps"):
+        with pytest.raises(ValueError, match=f"device: found '{name}', expected auto, cpu, cuda"):
+            drawn(config, tmp_path, device=name)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +269,8 @@ def test_the_ablation_decodes_as_the_samples_were(
         keys = scorecard.caption_keys(captions[start : start + 2], 5, start)
         places.append(chain.imagine(keys, captions[start : start + 2], sampling))
     embeds = (captions, image, torch.cat(places))
-    _, images = scorecard.ablation(chain, embeds, fake, lambda found: {})
+    shown = range(len(captions))
+    _, images = scorecard.ablation(chain, embeds, fake, lambda found: {}, shown)
     again = images["text_embed"].astype(np.int16)
     assert abs(again - images["prior"].astype(np.int16)).max() <= 2
 

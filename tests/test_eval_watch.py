@@ -50,7 +50,11 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[tuple[WatchConfig, str]]:
         return {"images": {"clip_score": len(asked) / 10, "n": 4}}
 
     monkeypatch.setattr(watch, "play", play)
+    monkeypatch.setattr("eval.chain.run_weights", weights_of_parts.get)
     return asked
+
+
+weights_of_parts = {"runs/prior": "first", "runs/base": "first"}
 
 
 def test_a_round_of_other_settings_is_begun_anew(tmp_path: Path):
@@ -153,6 +157,34 @@ def test_killed_between_two_checkpoints_it_goes_on_with_the_second(
     watch.main(config)
     assert [line["step"] for line in read_lines(run / "watch.jsonl")] == [2, 4]
     assert [weights for _, weights in played] == ["weights 2", "weights 4"]
+
+
+@pytest.mark.parametrize("change", ["flag", "weights"])
+def test_one_curve_holds_no_scores_of_other_settings(
+    change: str, tmp_path: Path, played: list, monkeypatch: pytest.MonkeyPatch
+):
+    run = tmp_path / "base"
+    write_step(run, 2)
+    config = WatchConfig(run=str(run), once=True)
+    watch.main(config)
+    write_step(run, 4)
+    other, before = config, (run / "watch.jsonl").read_text()
+    if change == "flag":
+        other, told = replace(config, limit=3), "limit: found 0 in the scores of step 2, expected 3"
+    else:
+        monkeypatch.setitem(weights_of_parts, "runs/prior", "second")
+        told = "weights of prior: found 'first' in the scores of step 2, expected 'second'"
+    with pytest.raises(ValueError, match=told):
+        watch.main(other)
+    assert (run / "watch.jsonl").read_text() == before
+    if change == "flag":
+        watch.main(config)
+        assert [line["step"] for line in read_lines(run / "watch.jsonl")] == [2, 4]
+
+
+def test_a_guide_is_found_among_options():
+    assert rounds.guide_of("--cfg-scale 2 --guide runs/weak --seed 1") == "runs/weak"
+    assert rounds.guide_of("--guide=a") == "a" and rounds.guide_of("--guidance-rescale 0.5") == ""
 
 
 def test_it_follows_a_run_to_its_end(tmp_path: Path, played: list, monkeypatch: pytest.MonkeyPatch):

@@ -244,6 +244,15 @@ def test_the_mask_keeps_what_is_not_padding():
     assert token_mask(tokens).sum(1).tolist() == [4, 2]
 
 
+def test_a_token_0_within_a_caption_is_one_of_its_words():
+    """CLIP's token 0 is "!" before more punctuation."""
+    tokens = torch.from_numpy(load_clip("tiny:random").tokenize(["wow!( cat", "a cat"]))
+    (end,) = (tokens[0] == tokens[0].max()).nonzero()
+    assert (tokens[0, : int(end)] == 0).any()
+    assert token_mask(tokens)[0].tolist() == [i <= int(end) for i in range(tokens.shape[1])]
+    assert torch.equal(token_mask(tokens)[1], tokens[1] != 0)
+
+
 # -- the contrastive loss --------------------------------------------------------------------------
 
 

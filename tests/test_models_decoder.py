@@ -292,8 +292,12 @@ def test_a_weaker_decoder_guides_as_the_rule_says():
     torch.testing.assert_close(guided[inside], expected[inside], atol=1e-5, rtol=0)
     same = strong.sample(keys, told, replace(how, cfg_scale=1.5), guide=strong)
     torch.testing.assert_close(same, parts[0], atol=1e-5, rtol=0)
-    for other in (decoder(prediction="eps"), decoder(schedule="linear")):
-        with pytest.raises(ValueError, match="guide: found a decoder that predicts"):
+    for other, what in (
+        (decoder(prediction="eps"), "prediction: found 'eps', expected 'v'"),
+        (decoder(use_text=False), "use_text: found False, expected True"),
+        (decoder(schedule="linear"), "schedule: found 'linear', expected 'cosine'"),
+    ):
+        with pytest.raises(ValueError, match=f"guide: {what}"):
             strong.sample(keys, told, replace(how, cfg_scale=1.5), guide=other)
 
 

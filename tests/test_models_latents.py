@@ -103,6 +103,8 @@ def test_a_text_diff_begins_with_the_image_and_turns_toward_the_difference(chain
     alone = text_diffs(chain, one, "a red cube", "", (1.0,))
     torch.testing.assert_close(alone.image_embed, told[:1], atol=1e-5, rtol=0)
     assert torch.equal(found.start[0], found.start[2])
+    with pytest.raises(ValueError, match="'a cube' and 'A cube', which are the same to the enc"):
+        text_diffs(chain, one, "a cube", "A cube", (0.5,))
 
 
 def test_all_components_are_the_embedding_and_fewer_the_nearest_of_their_span():

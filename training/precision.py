@@ -46,3 +46,11 @@ def autocast(device_type: str, precision: Precision) -> AbstractContextManager:
 
     enabled = settled(precision, device_type) == "bf16"
     return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
+
+
+def compute_whole_fp32() -> None:
+    """Let convolutions in fp32 on a GPU be that: unless told so, torch computes them in TF32, with
+    10 of 23 bits."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False

@@ -95,21 +95,13 @@ def validate(
     Raises OSError where it is not found, fails or takes longer than `seconds`: the driver prints
     that, from the timeline, and training goes on.
     """
-    words = _words(command)
-    words[0] = sys.executable if words[0] in ("python", "python3") else words[0]
     with (Path(run) / LOG_NAME).open("a") as log:
         log.write(f"$ {command} --run {run} --once\n")
         log.flush()
-        words += ["--run", run, "--once"]
-        options: Any = {"cwd": here, "stdout": log, "stderr": log, "start_new_session": True}
+        words = [*_words(command), "--run", run, "--once"]
         try:
-            with subprocess.Popen(words, **options) as child:
-                try:
-                    code = child.wait(seconds)
-                    told = f"exit code {code}"
-                except subprocess.TimeoutExpired:
-                    os.killpg(child.pid, signal.SIGKILL)  # with what it started itself
-                    code, told = None, f"no end after {seconds:g} s"
+            code = _run(words, seconds, cwd=here, stdout=log, stderr=log)
+            told = f"exit code {code}" if code is not None else f"no end after {seconds:g} s"
         except OSError as error:  # no such program or folder on the node of this task
             code, told = None, str(error)
     if code != 0:
@@ -117,3 +109,14 @@ def validate(
         note(Path(run), "validator failed", told=told)
         raise OSError(f"{run}: validator: {told}")
     return {"exit_code": code}
+
+
+def _run(words: list[str], seconds: float, **options: Any) -> int | None:
+    """Run a command and return its exit code; None where it took longer, and was killed."""
+    words[0] = sys.executable if words[0] in ("python", "python3") else words[0]
+    with subprocess.Popen(words, start_new_session=True, **options) as child:
+        try:
+            return child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # with what it started itself
+            return None

@@ -15,7 +15,7 @@ from cluster.cli import DONE, INCOMPLETE, read_yaml, require_local, to_yaml
 from models.weights import FINAL_NAME
 from training.cards import ensure_cards, record_code
 from training.config import RunConfig, TrainConfig
-from training.precision import device_of_run, native_bf16, settled
+from training.precision import compute_whole_fp32, device_of_run, native_bf16, settled
 from training.stopping import forget_stop, stopping_on_sigterm
 from training.timeline import note
 
@@ -267,6 +267,7 @@ def _train(
     if settings.device not in ("auto", kind):
         raise ValueError(f"train.device: found {settings.device} without a GPU, expected cpu")
     device = device_of_run(settings.device)
+    compute_whole_fp32()
     keep_freed_memory(ALL if device.type == "cpu" else KEPT_BYTES)
     if device.type == "cpu":
         torch.set_num_threads(settings.num_threads)

@@ -74,7 +74,7 @@ def _published() -> dict[tuple[str, str], Efficiency]:
             mfu=one.mfu * hopper, source=f"assumed that of an H100: {told}"
         )
         found[network, "cpu"] = Efficiency(
-            mfu=0.5, source="benchmarks/results.md, the decoder: 90 to 102 GFLOP a second"
+            mfu=0.5, source="this project's decoder on two cores: 90 to 102 GFLOP a second"
         )
     return found
 

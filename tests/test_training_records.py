@@ -1,0 +1,126 @@
+"""Checkpoints on disk: any number of ranks reads what others wrote, what is not whole is none, and
+older ones go."""
+
+import dataclasses
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from training import checkpoint
+from training.fragments import Fragments
+from training.records import FORMAT, Progress, Record, records, step_folder
+
+# -- other world sizes -----------------------------------------------------------------------------
+
+
+def write_by_three_ranks(folder: Path, whole: torch.Tensor) -> list[Record]:
+    """Three ranks own [0, 2), [2, 7) and [7, 10) of parameter `w`, and share out the rest."""
+    fragments = folder / "fragments"
+    fragments.mkdir(parents=True)
+    for rank, (start, stop) in enumerate([(0, 2), (2, 7), (7, 10)]):
+        path = fragments / f"rank_{rank:04d}.safetensors"
+        mine = {
+            f"master/w/{start}": whole[start:stop].clone(),
+            f"ema/w/{start}": -whole[start:stop],
+            f"master/only_{rank}/0": torch.full((4,), float(rank)),
+        }
+        save_file(mine, str(path))
+        record = Record(
+            format=FORMAT, rank=rank, world_size=3, optimizer_step=5,
+            sha256=checkpoint.digest_file(path), progress=dataclasses.asdict(Progress(step=5)),
+        )  # fmt: skip
+        path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(record)))
+    found = records(folder)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 10])
+def test_any_number_of_ranks_reads_what_three_wrote(world_size: int, tmp_path: Path):
+    whole = torch.arange(10.0)
+    stored = Fragments(tmp_path, len(write_by_three_ranks(tmp_path, whole)))
+    cuts = [10 * rank // world_size for rank in range(world_size + 1)]
+    for section, expected in (("master", whole), ("ema", -whole)):
+        parts = [torch.full((b - a,), torch.nan) for a, b in zip(cuts, cuts[1:], strict=False)]
+        for start, part in zip(cuts, parts, strict=False):
+            stored.read(f"{section}/w", start, part)
+        assert torch.equal(torch.cat(parts), expected)
+    for rank in range(3):
+        target = torch.empty(4)
+        stored.read(f"master/only_{rank}", 0, target)
+        assert (target == rank).all()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_missing_rank_makes_a_checkpoint_invalid(rank: int, tmp_path: Path):
+    write_by_three_ranks(tmp_path, torch.arange(10.0))
+    (tmp_path / "fragments" / f"rank_{rank:04d}.json").unlink()
+    with pytest.warns(UserWarning, match="found the records of 2 ranks, incomplete"):
+        assert records(tmp_path) is None
+
+
+def test_ranks_that_disagree_make_a_checkpoint_invalid(tmp_path: Path):
+    write_by_three_ranks(tmp_path, torch.arange(10.0))
+    path = tmp_path / "fragments" / "rank_0001.json"
+    other = {**json.loads(path.read_text()), "progress": dataclasses.asdict(Progress(step=4))}
+    path.write_text(json.dumps(other))
+    with pytest.warns(UserWarning, match="disagree about their progress"):
+        assert records(tmp_path) is None
+
+
+def test_a_stored_parameter_that_the_model_lacks_is_refused(tmp_path: Path):
+    stored = Fragments(tmp_path, len(write_by_three_ranks(tmp_path, torch.arange(10.0))))
+    own = {"w", "only_0", "only_1", "only_2"}
+    stored.require_parameters(own)
+    with pytest.raises(ValueError, match="parameter only_1: found it stored.*--fresh"):
+        stored.require_parameters(own - {"only_1"})
+
+
+@pytest.mark.parametrize(("name", "found"), [("master/w", 10), ("master/v", 0)])
+def test_tensors_of_another_model_are_refused(name: str, found: int, tmp_path: Path):
+    stored = Fragments(tmp_path, len(write_by_three_ranks(tmp_path, torch.arange(10.0))))
+    with pytest.raises(ValueError, match=f"{name}: found {found} of 11 elements from 0"):
+        stored.read(name, 0, torch.empty(11))
+
+
+# -- pruning ---------------------------------------------------------------------------------------
+
+
+def test_pruning_keeps_the_newest_and_nothing_later(tmp_path: Path):
+    for step in (1, 2, 3, 7):
+        write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
+    checkpoint.prune(tmp_path, 2, step_folder(tmp_path, 3))  # 7 was broken, so the run went on at 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_not_one_of_those_kept(tmp_path: Path):
+    for step in (4, 8, 10, 12):
+        write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
+    (step_folder(tmp_path, 10) / "fragments" / "rank_0000.json").unlink()
+    with pytest.warns(UserWarning, match="found the records of 2 ranks, incomplete"):
+        checkpoint.prune(tmp_path, 2, step_folder(tmp_path, 12))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000008", "step_00000012"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_told_and_is_none_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    for step in (1, 2, 3):
+        write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    checkpoint.prune(tmp_path, 1, step_folder(tmp_path, 3))
+    assert capsys.readouterr().out.count("not deleted, the next checkpoint tries again") == 2
+    with pytest.warns(UserWarning, match="found the records of 0 ranks"):
+        assert records(step_folder(tmp_path, 2)) is None
+    monkeypatch.undo()
+    with pytest.warns(UserWarning):
+        checkpoint.prune(tmp_path, 1, step_folder(tmp_path, 3))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
