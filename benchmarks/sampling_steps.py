@@ -6,9 +6,9 @@
 The demo's base decoder draws the same new scenes from the same starting noise under their true
 image embeddings and captions, unguided: by DPM-Solver++ 2M in 20 steps (the default is 16); at
 evenly spaced timesteps instead of the default's; in 250 steps, which tells what the few cost; and
-by DDPM in 250, the paper's, which tells what drawing no fresh noise costs besides. The distance is in the
-space of the demo's CLIP (its own: it serves to compare them, not to quote), to the true drawings;
-the intervals are bootstraps over scenes, drawn alike for all.
+by DDPM in 250, the paper's, which tells what drawing no fresh noise costs besides. The distance is
+in the space of the demo's CLIP (its own: it serves to compare them, not to quote), to the true
+drawings; the intervals are bootstraps over scenes, drawn alike for all.
 """
 
 import io
