@@ -152,7 +152,7 @@ def status(url: str, method: str = "GET", body: dict | None = None) -> int | Non
 
 def test_the_readmes_job_trains(head: Head, tmp_path: Path):
     trained = tmp_path / "run"
-    script = ("python", "training/prior.py", "--config", "training/presets/prior_debug.yaml")
+    script = ("python", "training/prior.py", "--preset", "debug")
     told = head.succeed(*script, "--run", str(trained))
     assert "prior: step 20/20, loss" in told and (trained / "final.json").is_file()
 
