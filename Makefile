@@ -40,15 +40,15 @@ $(STAMP):
 demo: $(STAMP)
 	$(VENV)/bin/python cluster/demo.py $(ARGS)
 
-# Files run side by side, one thread each: the fast ones fill their core, the slow ones mostly wait
-# for Ray's processes to start and for a killed one's loss to be noticed.
+# Files of fast tests run side by side, one thread each. The slow ones come one by one: each starts
+# Ray with all its processes, and some have deadlines.
 JOBS ?= 2
 # Of two selections one may well be empty, where ARGS selects further: pytest's exit code 5.
 MAY_BE_EMPTY := $(if $(ARGS),|| (( $$? == 5 )))
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not soak" --durations=12 $(ARGS) $(MAY_BE_EMPTY)
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not soak" --durations=12 $(ARGS) $(MAY_BE_EMPTY)
+	$(VENV)/bin/python -m pytest -m "slow and not soak" --durations=12 $(ARGS) $(MAY_BE_EMPTY)
 
 # What some tests drive: a browser, Prometheus with promtool, Alertmanager. For root, on Debian and its kin.
 SYSTEM_PACKAGES := chromium prometheus prometheus-alertmanager
