@@ -152,6 +152,14 @@ def require_local(name: str, path: str) -> None:
         require_lasting(name, path, or_url="")
 
 
+def require_at_least(config: Any, **least: int) -> None:
+    """Refuse a number that is less than `least` says for its field, by the name of its flag."""
+    for name, bound in least.items():
+        if getattr(config, name) < bound:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: found {getattr(config, name)}, expected {bound} or more")
+
+
 @contextmanager
 def _told_in_one_line() -> Iterator[None]:
     """Raise as a ValueError of one line what tyro would print in a box before it exits."""

@@ -1,5 +1,7 @@
 """Devices by name; apart from what takes seconds to import."""
 
+import re
+
 import torch
 
 
@@ -9,12 +11,9 @@ def device_named(name: str) -> torch.device:
     Raises ValueError for one that is not here.
     """
     found = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        device = torch.device(found)
-    except RuntimeError:
-        device = torch.device("meta")  # none of ours
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", found):
         raise ValueError(f"device: found {name!r}, expected auto, cpu, cuda or cuda:N")
+    device = torch.device(found)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device: found {name!r} on a machine with {torch.cuda.device_count()} GPUs, expected "

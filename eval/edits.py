@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.cli import require_at_least
 from eval.edit_configs import (
     EditConfig,
     GuidanceConfig,
@@ -94,14 +95,14 @@ def _check(config: EditConfig) -> None:
             raise ValueError("--mask: found none, expected an image file, white where to draw")
         if bool(config.caption) != bool(config.prior):
             raise ValueError("found one of --caption and --prior, expected both or none")
-    for name in (
-        "count", "decoder_steps", "upsampler_steps", "prior_steps", "batch_size", "num_threads",
-    ):  # fmt: skip
-        spread = isinstance(config, (InterpolateConfig, TextDiffConfig))
-        least = 2 if name == "count" and spread else 1
-        if getattr(config, name, least) < least:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}: found {getattr(config, name)}, expected {least} or more")
+    if isinstance(config, TextDiffConfig) and not 0 < config.max_theta <= 1:
+        raise ValueError(
+            f"--max-theta: found {config.max_theta:g}, expected more than 0 and at most 1"
+        )
+    spread = isinstance(config, (InterpolateConfig, TextDiffConfig))
+    bounds = {"count": 2 if spread else 1, "decoder_steps": 1, "upsampler_steps": 1}
+    bounds |= {"prior_steps": 1, "batch_size": 1, "num_threads": 1}
+    require_at_least(config, **{k: v for k, v in bounds.items() if hasattr(config, k)})
 
 
 def _opened(paths: Sequence[str]) -> "list[Image]":

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import DONE, parse, require_local, run_script
+from cluster.cli import DONE, parse, require_at_least, require_local, run_script
 
 if TYPE_CHECKING:
     from eval.drawing import Model
@@ -176,10 +176,7 @@ def _require_together(config: FidConfig, model: "Model") -> None:
     for name in ("limit", "seed", "sampling"):
         if getattr(config, name) and not (drawing and model.decoder):
             raise ValueError(f"--{name}: found it without anything to draw; leave it out")
-    for name, least in (("limit", 0), ("num_threads", 1), ("num_workers", 0)):
-        if getattr(config, name) < least:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}: found {getattr(config, name)}, expected {least} or more")
+    require_at_least(config, limit=0, num_threads=1, num_workers=0)
     if config.protocol_data and not config.protocol:
         raise ValueError("--protocol-data: found it without --protocol, expected both")
     if config.num_resamples < 0 or config.num_resamples == 1:

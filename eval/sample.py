@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import parse, require_local, run_script
+from cluster.cli import parse, require_at_least, require_local, run_script
 from models.configs import SpacingChoice
 from training.precision import Precision, settled
 
@@ -102,12 +102,7 @@ class SampleConfig:
     """delete earlier samples in --out instead of continuing them"""
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 0), ("batch_size", 1), ("num_threads", 1)):
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise ValueError(
-                    f"--{flag}: found {getattr(self, name)}, expected {least} or more"
-                )
+        require_at_least(self, limit=0, batch_size=1, num_threads=1)
         if self.guide and self.cfg_scale == 1:
             raise ValueError(
                 f"--guide: found {self.guide} with --cfg-scale 1, which guides nothing, expected "

@@ -67,7 +67,12 @@ def normal(keys: Tensor, purpose: str, shape: Sequence[int]) -> Tensor:
 
 
 def sample_keys(seed: int, epoch: Tensor, sample: Tensor) -> Tensor:
-    """Return the int64 key [B] of each (epoch, sample) pair under `seed`; both int64 [B]."""
+    """Return the int64 key [B] of each (epoch, sample) pair under `seed`; both int64 [B].
+
+    Raises ValueError for a seed of more than 64 bits.
+    """
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed: found {seed}, expected a number of 64 bits")
     return _mix(_mix(epoch * _GOLDEN + seed) + sample * _MIX_1)
 
 

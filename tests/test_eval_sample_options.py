@@ -34,6 +34,7 @@ def drawn(config: SampleConfig, out: Path, **changes) -> int:
     [
         ({"sampler": "ddin"}, "sampler: found 'ddin'"),
         ({"decoder_steps": 0}, "decoder_steps: found 0, expected 1 or more"),
+        ({"seed": 10**20}, "seed: found 100000000000000000000, expected a number of 64 bits"),
         ({"best_of": 0}, "best_of: found 0, expected 1 or more"),
         ({"top_share": 5.0}, "top_share: found 5.0, expected more than 0"),
         ({"temperature": -1.0}, "temperature: found -1.0, expected 0 or more"),

@@ -293,6 +293,8 @@ def test_inpainting_keeps_what_is_masked_out(files, tmp_path):
         (["pca", "--images", "a.png", "--components", "-3"], "--components: found -3"),
         (["variations", "--images", "broken.png"], "broken.png: found no image"),
         (["variations", "--images", "a.png", "--count", "0"], "--count: found 0, expected 1"),
+        (["textdiff", "--images", "a.png", "--caption", "x", "--max-theta", "3"],
+         "--max-theta: found 3, expected more than 0"),
         (["variations", "--images", "a.png", "--batch-size", "0"], "--batch-size: found 0, expect"),
     ],
 )  # fmt: skip
