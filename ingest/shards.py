@@ -16,12 +16,13 @@ import io
 import json
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -58,6 +59,7 @@ __all__ = [
 
 MADV_POPULATE_READ = 22  # Linux's sys/mman.h has it, the mmap module not yet
 STORED = "success"  # img2dataset's word in the `status` column for a row that became a sample
+_ONE_HEADER = threading.Lock()  # see `_load_array`
 
 
 def outcome(status: str, error: str | None) -> str:
@@ -168,7 +170,7 @@ class ImageShard:
         self._stored: list[str] | None = None
 
     def _load(self, file: Callable[[str], Path]) -> None:
-        index = np.load(file(f"{self.name}.idx.npy"), allow_pickle=False)
+        index = _load_array(file(f"{self.name}.idx.npy"))
         spans = [slice(start, start + size) for start, size in index.reshape(-1, 2).tolist()]
         self._images, self._captions = spans[::2], spans[1::2]
         with open(file(f"{self.name}.tar"), "rb") as tar:  # never empty: it ends in two blocks
@@ -203,6 +205,16 @@ class ImageShard:
         """Raise ValueError if samples were forgotten since the shard was pinned."""
         if self._rows is not None:
             raise ValueError(f"{self._where}: samples were forgotten; rerun, on the next snapshot")
+
+
+def _load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """Read an array, or map it; one thread at a time.
+
+    numpy parses its header by ast.literal_eval, in which two threads of CPython 3.11 once in a
+    great while disturb each other (SystemError, python/cpython#106905).
+    """
+    with _ONE_HEADER:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
 
 
 def _picked(values: list[str], rows: np.ndarray | None) -> list[str]:
@@ -318,9 +330,7 @@ class EmbedShard:
 
     def _load(self, file: Callable[[str], Path]) -> None:
         paths = {n: file(f"{self.name}.{n}.npy") for n in ("image_embed", "text_embed", "tokens")}
-        self._arrays = {
-            part: np.load(path, mmap_mode="r", allow_pickle=False) for part, path in paths.items()
-        }
+        self._arrays = {part: _load_array(path, mmap_mode="r") for part, path in paths.items()}
         sizes = {len(array) for array in self._arrays.values()}
         if len(sizes) > 1:
             found = f"its arrays have {sorted(sizes)} rows"

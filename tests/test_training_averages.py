@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from _records import write_by_three_ranks
 
 from models.power_average import gamma_of
 from training import checkpoint
@@ -148,7 +149,7 @@ def test_a_checkpoint_of_other_averages_is_refused(sigmas: tuple[float, ...], tm
 
 def test_pruning_keeps_multiples_and_never_a_snapshot(tmp_path: Path):
     for step in (2, 3, 4, 5, 6, 7, 8):
-        step_folder(tmp_path, step).mkdir()
+        write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
         step_folder(tmp_path / SNAPSHOTS, step).mkdir(parents=True)
     checkpoint.prune(tmp_path, 1, step_folder(tmp_path, 7), keep_every=4)  # 8 is broken
     assert [int(p.name[5:]) for p in sorted(tmp_path.glob("step_*"))] == [4, 7]

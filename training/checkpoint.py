@@ -291,7 +291,7 @@ def prune(run: Path, keep: int, newest: Path, keep_every: int = 0) -> None:
     """
     folders = step_folders(run)
     whole = [f for f in folders if f.name <= newest.name and told_of(f) is not None]
-    kept = whole[-keep:]
+    kept = [*whole[-keep:], newest]
     if keep_every:
         kept += [f for f in whole if step_of(f) % keep_every == 0]
     for folder in folders:
