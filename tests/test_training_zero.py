@@ -44,7 +44,19 @@ TWO: dict[str, tuple[dict, int]] = {
     "stage_3_offloaded": ({"zero_stage": 3, "offload": "cpu"}, 0),
     "stage_2_offloaded": ({"zero_stage": 2, "offload": "cpu"}, 0),
 }
-ENGINES = [(2, "none"), (2, "cpu"), (3, "none"), (3, "cpu")]
+# stage, offload, ranks
+ENGINES = [
+    (stage, offload, world_size)
+    for world_size in (1, 2)
+    for stage, offload in (
+        (0, "none"),
+        (1, "none"),
+        (2, "none"),
+        (2, "cpu"),
+        (3, "none"),
+        (3, "cpu"),
+    )
+]
 
 
 def config_of(root: Path, name: str, changes: dict) -> PriorRunConfig:
@@ -133,12 +145,24 @@ def engine_config(stage: int, offload: Any, num_workers: int) -> TrainConfig:
 def save_stepped(folder: Path) -> None:
     """Gradients that are not finite, and parameters that a step does not use."""
     rank = os.environ["RANK"]
-    for stage, offload in ENGINES:
-        config = engine_config(stage, offload, 2)
+    for stage, offload, world_size in ENGINES:
+        if world_size != dist.get_world_size():
+            continue
+        config = engine_config(stage, offload, world_size)
         engine = zero.ZeroEngine(Sometimes(), sometimes_loss, config, torch.device("cpu"))
-        found, moved = stepped(engine, oracle=False)
+        assert shares_weights(engine) == (offload == "none" and stage < 3)
+        found, moved = stepped(engine, oracle=stage == 0)
         assert moved == [True, True, False, True, False, True], moved
-        save_file(found, str(folder / f"stepped_{stage}_{offload}_{rank}.safetensors"))
+        name = f"stepped_{stage}_{offload}_{world_size}_{rank}"
+        save_file(found, str(folder / f"{name}.safetensors"))
+
+
+def shares_weights(engine: zero.ZeroEngine) -> bool:
+    """Say whether a rank's masters are its part of the weights, and no copy of them."""
+    weights = dict(engine.model.named_parameters())
+    places = [(f.master.data_ptr(), weights[f.name].view(-1)[f.offset :].data_ptr())
+              for f in engine.fragments() if weights[f.name].numel() > f.offset]  # fmt: skip
+    return bool(places) and all(mine == theirs for mine, theirs in places)
 
 
 def save_gathered(root: Path, name: str) -> None:
@@ -249,7 +273,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path
            for name, stage in stages.items()]  # fmt: skip
     alone = [["train", f"alone_{stage}", {"num_workers": 1, "zero_stage": stage}, 0]
              for stage in (1, 3)]  # fmt: skip
-    ranks(root, 1, [*one, *alone])
+    ranks(root, 1, [*one, *alone, ["step", "", {}, 0]])
 
     again = [["train", killed_half_way(root, name, f"{name}_again"), changes, whole]
              for _, name, changes, whole in two]  # fmt: skip
@@ -332,9 +356,9 @@ def test_what_is_exported_is_what_layers_compute_with_after_a_restore(name: str,
     assert [key for key, value in gathered.items() if not torch.equal(value, exported[key])] == []
 
 
-@pytest.mark.parametrize(("stage", "offload"), ENGINES)
+@pytest.mark.parametrize(("stage", "offload", "world_size"), ENGINES)
 def test_dropped_gradients_and_unused_parameters_leave_nothing_behind(
-    stage: int, offload: str, root: Path
+    stage: int, offload: str, world_size: int, root: Path
 ):
     """What moves after them is what moves in the plain engine."""
     config = engine_config(0, "none", 0)
@@ -343,8 +367,9 @@ def test_dropped_gradients_and_unused_parameters_leave_nothing_behind(
     expected, moved = stepped(plain, oracle=True)
     assert moved == [True, True, False, True, False, True]
     parts: dict[str, Tensor] = {}
-    for rank in (0, 1):
-        parts |= load_file(str(root / f"stepped_{stage}_{offload}_{rank}.safetensors"))
+    for rank in range(world_size):
+        name = f"stepped_{stage}_{offload}_{world_size}_{rank}"
+        parts |= load_file(str(root / f"{name}.safetensors"))
     for key, value in expected.items():
         name = key.partition("/")[0]
         mine = sorted((int(k.partition("/")[2]), v) for k, v in parts.items()

@@ -1,7 +1,8 @@
 """Shares: what a rank owns of the weights and the optimizer state, by DeepSpeed's stage.
 
 Stage 0 shares out whole parameters, stages 1 and 2 slices of all parameters laid end to end,
-stage 3 an equal part of each. This file alone knows DeepSpeed's optimizers from the inside.
+stage 3 an equal part of each. This file alone knows DeepSpeed's optimizers from the inside, and
+spares them what copies memory for nothing: weights are fp32 here, and a rank may be alone.
 """
 
 import math
@@ -74,6 +75,7 @@ class Replicas:
 
     def __init__(self, model: nn.Module, engine: Any, optimizer: Optimizer) -> None:
         self._model, self._engine, self._optimizer = model, engine, optimizer
+        engine.enable_backward_allreduce = dist.get_world_size() > 1
         optimizer.prepare()
 
     def fragments(self) -> Iterator[Fragment]:
@@ -102,8 +104,28 @@ class Slices:
 
     def __init__(self, model: nn.Module, engine: Any, optimizer: Optimizer) -> None:
         self._model, self._engine, self._zero = model, engine, engine.optimizer
+        if not self._zero.cpu_offload:
+            self._step_in_place()
+            if dist.get_world_size() == 1:
+                self._reduce_with_nobody()
         optimizer.prepare()
         self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _step_in_place(self) -> None:
+        """Let this rank's masters be its slice of the weights, of which DeepSpeed has made a copy:
+        it would hold both, and copy the one to the other after every step."""
+        zero, rank = self._zero, dist.get_rank()
+        slices = [parts[rank] for parts in zero.parallel_partitioned_bit16_groups]
+        for master, mine in zip(zero.single_partition_of_fp32_groups, slices, strict=True):
+            assert master.dtype == mine.dtype, "masters are fp32, and so are the weights"
+            master.data = mine
+        zero._link_all_hp_params()
+
+    def _reduce_with_nobody(self) -> None:
+        """Leave gradients where backward put them: DeepSpeed would copy them to a bucket and back,
+        and divide them by one."""
+        self._zero.reduce_ready_partitions_and_remove_grads = lambda parameter, group: None
+        self._zero.reduce_bucket_size = 1  # element, of a buffer that is allocated at each step
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's part of each parameter; `_hp_mapping` is None where it owns nothing."""
@@ -193,6 +215,15 @@ class Partitions:
         """A parameter that the next step does not use would find its old gradient there."""
         self._zero.grad_partitions_flat_buffer.zero_()
         _clear(self._zero.fp32_partitioned_groups_flat)
+
+
+def take_norms_in_fp32() -> None:
+    """Let DeepSpeed take the norms of gradients as torch does: it would copy each gradient to fp64
+    first, a tenth of a step on two cores, and on a GPU memory for the largest one twice over."""
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module in (stage_1_and_2, stage3):
+        module.get_norm_dtype = lambda: torch.float32
 
 
 def _spoil(zero: Any) -> None:

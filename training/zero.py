@@ -18,11 +18,21 @@ from training.batches import Batch
 from training.config import TrainConfig
 from training.optimizer import Optimizer, build_optimizer, set_learning_rate
 from training.precision import autocast, settled
-from training.shares import SHARES, Fragment, Shares, trained_shapes, whole_parameters
+from training.shares import (
+    SHARES,
+    Fragment,
+    Shares,
+    take_norms_in_fp32,
+    trained_shapes,
+    whole_parameters,
+)
 
 # Elements up to which stage 3 keeps a parameter whole on every rank: gathering norms, biases and
 # other small ones at each use would cost more than they weigh. DeepSpeed's default.
 WHOLE_UP_TO = 100_000
+# Elements that DeepSpeed reduces at once, its default, for which it allocates memory whether or not
+# there are as many.
+BUCKET = 500_000_000
 
 
 class Engine(Protocol):
@@ -125,6 +135,7 @@ class ZeroEngine:
         # On the CPU DeepSpeed would compile a shared-memory collective, minutes of two cores on a
         # fresh machine; gloo, which is there, does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        take_norms_in_fp32()
         self.model, self.device, self._config = model.to(device), device, config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.shapes = trained_shapes(model)
@@ -147,6 +158,7 @@ class ZeroEngine:
             "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
             "zero_optimization": {
                 "stage": config.zero_stage,
+                "reduce_bucket_size": min(BUCKET, sum(map(math.prod, self.shapes.values()))),
                 "stage3_param_persistence_threshold": WHOLE_UP_TO,
                 **({"offload_optimizer": {"device": "cpu"}} if config.offload == "cpu" else {}),
             },
