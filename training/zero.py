@@ -22,6 +22,7 @@ from training.shares import (
     SHARES,
     Fragment,
     Shares,
+    gather_by_broadcasts,
     take_norms_in_fp32,
     trained_shapes,
     whole_parameters,
@@ -136,6 +137,8 @@ class ZeroEngine:
         # fresh machine; gloo, which is there, does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         take_norms_in_fp32()
+        if device.type == "cpu":
+            gather_by_broadcasts()
         self.model, self.device, self._config = model.to(device), device, config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.shapes = trained_shapes(model)
@@ -158,6 +161,8 @@ class ZeroEngine:
             "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
             "zero_optimization": {
                 "stage": config.zero_stage,
+                # between CPUs, one sum for all is quicker than one for each owner
+                "reduce_scatter": self.device.type != "cpu",
                 "reduce_bucket_size": min(BUCKET, sum(map(math.prod, self.shapes.values()))),
                 "stage3_param_persistence_threshold": WHOLE_UP_TO,
                 **({"offload_optimizer": {"device": "cpu"}} if config.offload == "cpu" else {}),
