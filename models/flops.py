@@ -29,9 +29,10 @@ def state_bytes(
     """Return bytes a worker keeps in fp32 weights, gradients, moments and EMA (activations
     excluded), without those of `offloaded_bytes`.
 
-    Stage 1 shares out moments, master weights and EMA, stage 2 the gradients as well
-    (Rajbhandari et al. 2020), stage 3 the weights as well, which are then their own masters; the
-    layers it has gathered at a time, and the small parameters it keeps whole, come on top.
+    Stage 1 shares out moments and EMA, stage 2 the gradients as well (Rajbhandari et al. 2020);
+    either steps along a flat copy of a rank's gradients. Stage 3 shares out the weights as well;
+    the layers it has gathered at a time, and the small parameters it keeps whole, come on top.
+    Weights are their own masters.
     """
     count = num_parameters(model)
     if zero_stage == 0:

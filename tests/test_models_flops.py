@@ -128,8 +128,8 @@ def test_multiplications_are_counted_as_one_would():
 
 
 def test_each_stage_shares_out_more_of_the_state_than_the_one_before():
-    """20 bytes a parameter in all, or 24 where the master weights are a copy; stage 3 shares all
-    of them, and what is offloaded is not kept beside the weights."""
+    """20 bytes a parameter in all, or 24 where a step has a copy of the gradients; stage 3 shares
+    all of them, and what is offloaded is not kept beside the weights."""
     with torch.device("meta"):
         model = torch.nn.Linear(100, 10, bias=False)
     sizes = [state_bytes(model, stage, 4) for stage in range(4)]

@@ -25,6 +25,7 @@ def campaign(keep: Path, *arguments: str, timeout: float) -> dict:
     )  # fmt: skip
     told = [path.read_text()[-1500:] for path in sorted(keep.glob("*.txt"))]
     assert done.returncode == 0, "\n".join([done.stdout, done.stderr[-3000:], *told])
+    print(done.stdout)  # pytest -s shows the table
     return json.loads(done.stdout.splitlines()[-1])
 
 
