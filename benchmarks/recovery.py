@@ -48,6 +48,9 @@ PARTS = ("detection", "restart", "restore", "step")
 # More for a node, since Ray takes a while to see that one is gone, when its workers still step, and
 # a minute to see that one has come back.
 UNSEEN_STEPS = {"raylet": 2000, "elastic": 2000}
+# A sample a micro-batch, for the undisturbed run as well: steps take long enough for Ray to see the
+# node before the run has ended with one worker.
+SLOW_STEPS = ("--train.micro-batch-size", "1")
 ELASTIC_TOLERANCE = 1e-3  # of weights that another order of sums has led elsewhere
 
 
@@ -103,15 +106,18 @@ def campaign(
     for name, kinds in plan.items():
         num_steps = config.steps_a_fault * (1 + len(kinds))
         num_steps += sum(UNSEEN_STEPS.get(kind, 0) for kind in kinds)
+        elastic = "elastic" in kinds
+        undisturbed = f"undisturbed_{'slow_' if elastic else ''}{num_steps}"
         reference, disturbed = (
             Training(run=root / each, embeds=embeds, address=cluster.address, num_steps=num_steps)
-            for each in (f"undisturbed_{num_steps}", name)
+            for each in (undisturbed, name)
         )
+        if elastic:
+            reference.options = SLOW_STEPS
+            disturbed.options = ("--train.min-workers", "1", *SLOW_STEPS)
         if not reference.run.exists():
             reference.start()
             reference.finish()
-        elastic = "elastic" in kinds
-        disturbed.options = ("--train.min-workers", "1") if elastic else ()
         try:
             disturb(disturbed, kinds, random.Random(f"{config.seed} {name}"), cluster, seconds)
             check_samples(disturbed.run, reference.run, num_steps)

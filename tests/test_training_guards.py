@@ -132,6 +132,21 @@ def test_a_spike_is_told_and_noise_is_not():
     assert watch.spike(2.5)
 
 
+def test_the_long_tail_of_a_small_batch_is_no_spike():
+    """The mean of 4 losses that depend on a timestep as a diffusion's do, over three decades."""
+    rng = np.random.default_rng(0)
+    watch = LossWatch(CONFIG.spike_deviations)
+    losses = np.exp(rng.uniform(np.log(1e-3), 0, (3000, 4))).mean(1)
+    assert all(not watch.spike(loss) for loss in losses)
+    assert watch.spike(1e3)
+
+
+def test_a_loss_of_nothing_is_no_error():
+    watch = LossWatch(6.0)
+    assert all(not watch.spike(0.0) for _ in range(2 * ENOUGH))
+    assert watch.spike(1.0)
+
+
 def test_no_spike_before_there_is_enough_to_judge_by_nor_without_a_limit():
     watch, never = LossWatch(8.0), LossWatch(0.0)
     for loss in [1.0 + 0.01 * (i % 3) for i in range(ENOUGH - 1)]:

@@ -90,8 +90,9 @@ class TrainConfig:
     """steps between lines of metrics.jsonl"""
     tensorboard: Annotated[bool, UNLISTED] = False
     """write those lines as TensorBoard events, too, to <run>/tensorboard"""
-    spike_deviations: Annotated[float, UNLISTED] = 8.0
-    """deviations above the last steps' median at which a loss is reported as a spike; 0 = never"""
+    spike_deviations: Annotated[float, UNLISTED] = 6.0
+    """deviations of its logarithm above the last steps' median at which a loss is reported as a
+    spike; 0 = never"""
     hang_seconds: Annotated[float, UNLISTED] = 600.0
     """a worker that takes longer over a step, checkpoints and validation apart, is taken to hang:
     the workers are ended and begin again at the newest checkpoint; 0 = never"""
