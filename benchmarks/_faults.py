@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from training.records import records, step_of
 from training.reporting import METRICS_NAME, read_lines
 from training.samples import trained_samples
 from training.timeline import Recovery, read_timeline, recovery_after
@@ -160,8 +161,8 @@ class Training:
 
     def committed(self) -> int:
         """Return the step of the newest checkpoint that is whole."""
-        steps = [path.parent.name for path in self.run.glob("step_*/state.json")]
-        return int(max(steps, default="step_0").removeprefix("step_"))
+        exported = [path.parent for path in self.run.glob("step_*/state.json")]
+        return max((step_of(folder) for folder in exported if records(folder)), default=0)
 
     def recovery(self, fault: float) -> Recovery | None:
         return recovery_after(read_timeline(self.run), fault)
@@ -215,7 +216,8 @@ class Training:
 
     def damage_checkpoint(self, dice: random.Random) -> float:
         """Truncate a part of the newest checkpoint, flip one of its bits or delete it; then kill a
-        worker."""
+        worker. One that has been damaged before, and not been written anew, is no checkpoint."""
+        self.await_that("a checkpoint is whole", lambda: self.committed() > 0)
         folder = self.run / f"step_{self.committed():08d}" / "fragments"
         path = dice.choice(sorted(folder.iterdir()))
         content = bytearray(path.read_bytes())
