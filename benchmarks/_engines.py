@@ -100,7 +100,7 @@ def bare_step(model: Any, batch_size: int, *, ranks: int = 1) -> Callable[[], No
     loss_of: Any = Objective(model, _objective)
     if ranks > 1:
         ddp = torch.nn.parallel.DistributedDataParallel
-        loss_of = ddp(loss_of, gradient_as_bucket_view=True)
+        loss_of = ddp(loss_of, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def step() -> None:
         loss = loss_of(batch)["loss"].mean()

@@ -14,8 +14,9 @@ averaging, from a batch in memory.
   whole batch, and of both ranks on their own at once. `efficiency` is the samples a second of two
   ranks over twice those of one; `machine`, what is left of one's own speed beside an equal that it
   has nothing to do with.
-- Memory: the peak of three steps beside what it is known to be of: the state's 20 bytes a parameter
-  (weights, gradients, two moments, average), what the forward pass keeps, and ZeRO's buffers.
+- Memory: the peak of three steps beside what is known to be there at once: the state's 20 bytes a
+  parameter (weights, gradients, two moments, average) and ZeRO's buffers. What the forward pass
+  keeps is told besides: it is there while there are no gradients.
 - Checkpoints: the larger size writes two. `block_ratio` is the share of the second's writing for
   which the steps wait; the first's copy touches its memory for the first time
   (`first_block_seconds`).
@@ -38,11 +39,15 @@ from cluster.cli import parse, run_script
 
 ENGINES = ("aa", "plain", "zero0", "zero1", "zero2", "zero3")
 STAGES = ENGINES[2:]
+NAMES = {"aa": "aa", "plain": "overhead"}  # of ratios; else overhead_ENGINE
+CHECKPOINT = ("first_block_seconds", "block_seconds", "write_seconds")
+MACHINE = ("ddp_efficiency", "machine")
 WARMING = 3  # steps
+SECONDS_A_MEASUREMENT = 1200
 BYTES_A_PARAMETER = 20  # weights, gradients, two moments and an average in fp32
-# What DeepSpeed holds besides: stages 1 and 2 a flat copy of the gradients, stage 3 a bucket for
-# them and the weights that it gathered.
-BUFFERS = {"zero1": 4, "zero2": 4, "zero3": 8}
+# What DeepSpeed holds besides, in a step: stages 1 and 2 a flat copy of the gradients, stage 3 one
+# of a partition's, a bucket for them and the weights that it gathered.
+BUFFERS = {"zero1": 4, "zero2": 4, "zero3": 12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,8 @@ class Config:
     """threads on the CPU, of one rank alone"""
     sizes: tuple[str, ...] = ("small", "large")
     """sizes of the model"""
+    engines: tuple[str, ...] = ENGINES
+    """engines beside the bare loop: aa, plain, zero0, zero1, zero2, zero3"""
     measure: str = ""
     """internal: measure size:engine:what:rank, here"""
     meeting: str = ""
@@ -68,38 +75,38 @@ def main(config: Config) -> int:
     if config.measure:
         print(json.dumps(_measure(config, *config.measure.split(":"))))
         return 0
-    what = [("time", engine) for engine in ENGINES] + [("two", stage) for stage in STAGES]
+    engines = [engine for engine in ENGINES if engine in config.engines]
+    stages = [stage for stage in STAGES if stage in engines]
+    what = [("time", engine) for engine in engines] + [("two", stage) for stage in stages]
     cases = [(size, *case) for size in config.sizes for case in what]
     found: dict[tuple[str, str, str], list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(config.repeats):
         for case in cases:
             found[case].append(_run(config, *case))
     last = config.sizes[-1]
-    memory = {engine: _run(config, last, "memory", engine) for engine in ENGINES[1:]}
+    memory = {engine: _run(config, last, "memory", engine) for engine in engines if engine != "aa"}
     written = [_run(config, last, "checkpoint", "plain") for _ in range(config.repeats)]
     figures = {":".join(case): _figures(rounds) for case, rounds in found.items()}
     _print_tables(figures, memory)
-    one = {engine: figures[f"{last}:time:{engine}"] for engine in ENGINES}
-    two = {stage: figures[f"{last}:two:{stage}"] for stage in STAGES}
-    names = ("first_block_seconds", "block_seconds", "write_seconds")
-    middle = {name: statistics.median(each[name] for each in written) for name in names}
+    one = {engine: figures[f"{last}:time:{engine}"] for engine in engines}
+    two = {stage: figures[f"{last}:two:{stage}"] for stage in stages}
+    names = {engine: f"overhead_{engine}" for engine in engines} | NAMES
     blocks = [each["block_seconds"] / each["write_seconds"] for each in written]
     summary = {
-        "overhead": one["plain"]["ratio"],
-        "overhead_spread": one["plain"]["ratio_spread"],
-        "aa": one["aa"]["ratio"],
-        "aa_spread": one["aa"]["ratio_spread"],
-        **{f"overhead_{stage}": one[stage]["ratio"] for stage in STAGES},
-        **{f"overhead_{stage}_spread": one[stage]["ratio_spread"] for stage in STAGES},
-        **{f"two_ranks_{stage}": two[stage]["ratio"] for stage in STAGES},
-        **{f"efficiency_{stage}": two[stage]["efficiency"] for stage in STAGES},
-        "efficiency_ddp": statistics.median(each["ddp_efficiency"] for each in two.values()),
-        "machine": statistics.median(each["machine"] for each in two.values()),
+        **{names[engine]: told["ratio"] for engine, told in one.items()},
+        **{f"{names[engine]}_spread": told["ratio_spread"] for engine, told in one.items()},
+        **{f"two_ranks_{stage}": told["ratio"] for stage, told in two.items()},
+        **{f"efficiency_{stage}": told["efficiency"] for stage, told in two.items()},
         "block_ratio": statistics.median(blocks),
         "block_ratio_spread": max(blocks) - min(blocks),
-        **middle,
-        "memory_ratio": memory["plain"]["peak"] / memory["plain"]["state"],
+        **{key: statistics.median(each[key] for each in written) for key in CHECKPOINT},
+        **{
+            f"memory_ratio_{engine}": told["peak"] / told["state"]
+            for engine, told in memory.items()
+        },
     }
+    if two:
+        summary |= {key: statistics.median(told[key] for told in two.values()) for key in MACHINE}
     print(json.dumps({**summary, "memory": memory, "checkpoints": written, **figures}))
     return 0
 
@@ -115,18 +122,20 @@ def _print_tables(figures: dict[str, dict], memory: dict[str, dict[str, float]])
     from rich.console import Console
     from rich.table import Table
 
-    one = Table("size", "engine", "parameters", "ms a step", "over the bare loop", "spread")
-    two = Table("size", "stage, two ranks", "ms a step", "over DDP", "spread", "efficiency",
-                "DDP's", "the machine's")  # fmt: skip
+    one = Table("size", "engine", "parameters", "ms a step", "bare ms", "over bare", "spread")
+    two = Table("size", "two ranks", "ms a step", "DDP's ms", "over DDP", "spread", "efficiency",
+                "DDP's", "machine's")  # fmt: skip
     for name, told in figures.items():
         size, what, engine = name.split(":")
-        told_of_all = (f"{told['ms']:.1f}", f"{told['ratio']:.3f}", f"{told['ratio_spread']:.3f}")
+        peer = told["bare_ms" if what == "time" else "ddp_ms"]
+        cells = (f"{told['ms']:.1f}", f"{peer:.1f}", f"{told['ratio']:.3f}")
+        cells = (*cells, f"{told['ratio_spread']:.3f}")
         if what == "time":
-            one.add_row(size, engine, f"{told['parameters'] / 1e6:.1f} M", *told_of_all)
+            one.add_row(size, engine, f"{told['parameters'] / 1e6:.1f} M", *cells)
         else:
-            keys = ("efficiency", "ddp_efficiency", "machine")
-            two.add_row(size, engine, *told_of_all, *(f"{told[key]:.3f}" for key in keys))
-    parts = ("peak", "state", "forward", "buffers", "rest")
+            keys = ("efficiency", *MACHINE)
+            two.add_row(size, engine, *cells, *(f"{told[key]:.3f}" for key in keys))
+    parts = ("peak", "state", "buffers", "rest", "forward")
     bytes_of = Table("engine, bytes a parameter", *parts)
     for engine, told in memory.items():
         bytes_of.add_row(engine, *(f"{told[part] / told['parameters']:.2f}" for part in parts))
@@ -136,27 +145,37 @@ def _print_tables(figures: dict[str, dict], memory: dict[str, dict[str, float]])
 
 def _run(config: Config, size: str, what: str, engine: str) -> dict[str, float]:
     """Measure one engine in a process of its own, or in one for each of two ranks."""
-    with tempfile.TemporaryDirectory() as meeting:
-        processes = [
-            subprocess.Popen(
-                [
-                    sys.executable, __file__, "--measure", f"{size}:{engine}:{what}:{rank}",
-                    "--pairs", str(config.pairs), "--num-threads", str(config.num_threads),
-                    "--meeting", meeting,
-                ],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in range(2 if what == "two" else 1)
-        ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"{rank}.txt" for rank in range(2 if what == "two" else 1)]
+        processes = []
+        for rank, output in enumerate(outputs):
+            command = [
+                sys.executable, __file__, "--measure", f"{size}:{engine}:{what}:{rank}",
+                "--pairs", str(config.pairs), "--num-threads", str(config.num_threads),
+                "--meeting", folder,
+            ]  # fmt: skip
+            with output.open("w") as file:
+                processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
         try:
-            told = [process.communicate(timeout=1200) for process in processes]
+            codes = _ended(processes)
         finally:
             for process in processes:
                 process.kill()
-    for process, (_, errors) in zip(processes, told, strict=True):
-        if process.returncode:
-            raise RuntimeError(f"{size} {engine} {what}: {errors[-2000:]}")
-    return json.loads(told[0][0].splitlines()[-1])
+        told = [output.read_text() for output in outputs]
+    if any(code != 0 for code in codes):
+        ends = "\n\n".join(each[-2000:] for each in told)
+        raise RuntimeError(f"{size} {engine} {what}: exit codes {codes}\n{ends}")
+    return json.loads(told[0].splitlines()[-1])
+
+
+def _ended(processes: list[subprocess.Popen]) -> list[int | None]:
+    """Wait for all, or for the first that fails, whom the others would wait for; their codes."""
+    deadline = time.monotonic() + SECONDS_A_MEASUREMENT
+    codes = [each.poll() for each in processes]
+    while None in codes and not any(codes) and time.monotonic() < deadline:
+        time.sleep(0.2)
+        codes = [each.poll() for each in processes]
+    return codes
 
 
 def _measure(config: Config, size: str, engine: str, what: str, rank: str) -> dict[str, float]:
@@ -191,7 +210,8 @@ def _one_rank(config: Config, size: str, engine: str) -> dict[str, float]:
     other = bare_step(build_model(size), batch) if again else _step(size, engine, batch)
     timed = _in_turn(config, [bare, other], _timed)
     ratio = statistics.median(theirs / mine for mine, theirs in timed)
-    return {"ratio": ratio, "ms": 1000 * statistics.median(theirs for _, theirs in timed)}
+    mine, theirs = (1000 * statistics.median(each) for each in zip(*timed, strict=True))
+    return {"ratio": ratio, "ms": theirs, "bare_ms": mine}
 
 
 def _two_ranks(config: Config, size: str, engine: str, rank: int) -> dict[str, float]:
@@ -246,7 +266,9 @@ def _in_turn(
 def _memory(size: str, engine: str, count: float) -> dict[str, float]:
     """Return the bytes of three steps' peak, and what they are of."""
     batch = SIZES[size][2]
-    forward = saved_bytes(build_model("small"), 1)  # what is imported and made once is no step's
+    saved_bytes(build_model("small"), 1)  # what is imported and made once is no step's
+    import deepspeed  # noqa: F401  its code is not a step's
+
     before = _resident()
     step, _ = engine_step(build_model(size), engine, batch)
     for _ in range(WARMING):
@@ -255,8 +277,8 @@ def _memory(size: str, engine: str, count: float) -> dict[str, float]:
     forward = float(saved_bytes(build_model(size), batch))
     state = BYTES_A_PARAMETER * count
     buffers = BUFFERS.get(engine, 0) * count
-    rest = peak - state - forward - buffers
-    return {"peak": peak, "state": state, "forward": forward, "buffers": buffers, "rest": rest}
+    rest = peak - state - buffers
+    return {"peak": peak, "state": state, "buffers": buffers, "rest": rest, "forward": forward}
 
 
 def _timed(step: Callable[[], None]) -> float:

@@ -123,9 +123,13 @@ class Slices:
 
     def _reduce_with_nobody(self) -> None:
         """Leave gradients where backward put them: DeepSpeed would copy them to a bucket and back,
-        and divide them by one."""
-        self._zero.reduce_ready_partitions_and_remove_grads = lambda parameter, group: None
-        self._zero.reduce_bucket_size = 1  # element, of a buffer that is allocated at each step
+        and divide them by one. Under autocast they stay fp32, while those that ranks send each
+        other are bf16."""
+        zero = self._zero
+        groups = range(len(zero.bit16_groups))
+        assert not any(zero._use_compact_grad_partition_buffer(i) for i in groups), "reads buckets"
+        _replace(zero, "reduce_ready_partitions_and_remove_grads", lambda parameter, group: None)
+        _replace(zero, "reduce_bucket_size", 1)  # elements of buffers that backward allocates
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's part of each parameter; `_hp_mapping` is None where it owns nothing."""
@@ -168,10 +172,20 @@ class Partitions:
     def __init__(self, model: nn.Module, engine: Any, optimizer: Optimizer) -> None:
         self._model, self._engine, self._zero = model, engine, engine.optimizer
         self._optimizer = optimizer
+        if not self._zero.offload_optimizer:
+            self._step_in_place()
         # the groups hold their flat partitions during a step only
         self._zero._set_fp32_optimizer_param_groups()
         optimizer.prepare()
         self._zero._clear_fp32_optimizer_param_groups()
+
+    def _step_in_place(self) -> None:
+        """Let masters be this rank's partitions of the weights, as `Slices` does."""
+        zero = self._zero
+        masters, partitions = zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat
+        for master, mine in zip(masters, partitions, strict=True):
+            assert master.dtype == mine.dtype, "masters are fp32, and so are the weights"
+            master.data = mine
 
     def fragments(self) -> Iterator[Fragment]:
         zero: Any = self._zero
@@ -219,7 +233,8 @@ class Partitions:
 
 def gather_by_broadcasts() -> None:
     """Let stages 1 and 2 gather the weights, once each rank has stepped its own, by one broadcast
-    from each: of gloo's ways between CPUs the quickest, some three times its all_gather."""
+    from each: of gloo's ways between CPUs the quickest, some three times its all_gather. For all
+    engines of this process, which are on CPUs then."""
     from deepspeed.runtime.zero import stage_1_and_2
 
     def gather(partitioned_param_groups: list[list[Tensor]], dp_process_group: list, **_: Any):
@@ -229,7 +244,7 @@ def gather_by_broadcasts() -> None:
             for work in works:
                 work.wait()
 
-    stage_1_and_2.all_gather_dp_groups = gather
+    _replace(stage_1_and_2, "all_gather_dp_groups", gather)
 
 
 def take_norms_in_fp32() -> None:
@@ -237,9 +252,16 @@ def take_norms_in_fp32() -> None:
     first, a tenth of a step on two cores, and on a GPU memory for the largest one twice over."""
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
-    modules: tuple[Any, ...] = (stage_1_and_2, stage3)
-    for module in modules:
-        module.get_norm_dtype = lambda: torch.float32
+    for module in (stage_1_and_2, stage3):
+        _replace(module, "get_norm_dtype", lambda: torch.float32)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Give DeepSpeed another attribute in the place of one that it must have: a version that has
+    renamed it would go on without ours, and silently."""
+    if not hasattr(owner, name):
+        raise AttributeError(f"deepspeed: {owner}: found no {name}; training/shares.py replaces it")
+    setattr(owner, name, value)
 
 
 def _spoil(zero: Any) -> None:

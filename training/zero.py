@@ -79,8 +79,15 @@ class Objective(nn.Module):
 
 
 def _clip(model: nn.Module, config: TrainConfig) -> float:
-    """Clip the gradients to a global norm of `grad_clip`; returns the norm they had."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    """Clip the gradients to a global norm of `grad_clip`; returns the norm they had.
+
+    What no micro-batch used gets a gradient of zero, as from DeepSpeed's sum over ranks: a curve
+    does not tell which engine drew it.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     return nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf")).item()
 
 
@@ -161,8 +168,8 @@ class ZeroEngine:
             "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
             "zero_optimization": {
                 "stage": config.zero_stage,
-                # between CPUs, one sum for all is quicker than one for each owner
-                "reduce_scatter": self.device.type != "cpu",
+                # stages 1 and 2 then add up a bucket in its place, not in a copy; measured on CPUs
+                "reduce_scatter": self.device.type != "cpu" or config.zero_stage == 3,
                 "reduce_bucket_size": min(BUCKET, sum(map(math.prod, self.shapes.values()))),
                 "stage3_param_persistence_threshold": WHOLE_UP_TO,
                 **({"offload_optimizer": {"device": "cpu"}} if config.offload == "cpu" else {}),

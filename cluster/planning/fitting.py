@@ -45,15 +45,26 @@ def memory_of(stage: Stage, workers: int, layout: Layout) -> Memory:
     count, zero = stage.parameters, layout.zero_stage
     power = 4 * count * len(stage.config.train.power_ema) / workers
     state = state_bytes(stage.model, zero, workers, offload=layout.offload)
-    buffers = 0 if zero == 0 or workers == 1 else 4 * min(count, BUCKET)
-    if zero == 3 and workers > 1:
-        buffers += 4 * min(count, MAX_LIVE)
     return Memory(
         state=state + (0 if layout.offload else power),
-        buffers=buffers,
+        buffers=_buffers(count, workers, layout),
         activations=stage.activations[layout.checkpointing].of(layout.micro_batch),
         frozen=4.0 * stage.frozen.text_parameters if stage.frozen else 0.0,
     )
+
+
+def _buffers(count: int, workers: int, layout: Layout) -> float:
+    """Return the bytes in which ZeRO reduces and gathers so many parameters.
+
+    Under autocast DeepSpeed keeps a bucket for gradients that are sent in bf16 and one for those
+    in fp32: both as fp32 in stages 1 and 2, which need none where one worker has nobody to reduce
+    with (training/shares.py), and each as it is in stage 3.
+    """
+    bucket = min(count, BUCKET)
+    if layout.zero_stage == 3:
+        return (2 + 4) * bucket + 4 * min(count, MAX_LIVE)
+    alone = workers == 1 and not layout.offload
+    return 0 if layout.zero_stage == 0 or alone else (4 + 4) * bucket
 
 
 def host_bytes(stage: Stage, workers: int) -> float:
