@@ -161,8 +161,12 @@ class Training:
 
     def committed(self) -> int:
         """Return the step of the newest checkpoint that is whole."""
+        return max(self.checkpoints(), default=0)
+
+    def checkpoints(self) -> list[int]:
+        """Return the steps of the checkpoints that are whole."""
         exported = [path.parent for path in self.run.glob("step_*/state.json")]
-        return max((step_of(folder) for folder in exported if records(folder)), default=0)
+        return [step_of(folder) for folder in exported if records(folder)]
 
     def recovery(self, fault: float) -> Recovery | None:
         return recovery_after(read_timeline(self.run), fault)
@@ -216,8 +220,8 @@ class Training:
 
     def damage_checkpoint(self, dice: random.Random) -> float:
         """Truncate a part of the newest checkpoint, flip one of its bits or delete it; then kill a
-        worker. One that has been damaged before, and not been written anew, is no checkpoint."""
-        self.await_that("a checkpoint is whole", lambda: self.committed() > 0)
+        worker. There is another one to go on from, which may not be the one damaged before."""
+        self.await_that("two checkpoints are whole", lambda: len(self.checkpoints()) > 1)
         folder = self.run / f"step_{self.committed():08d}" / "fragments"
         path = dice.choice(sorted(folder.iterdir()))
         content = bytearray(path.read_bytes())
