@@ -193,8 +193,9 @@ class Step:
 GRADIENT_BYTES = 2  # on the wire: DeepSpeed's torch_autocast reduces in bf16
 WEIGHT_BYTES = 4  # gathered after the update, or before use: fp32
 UPDATE_BYTES = 40  # read and written by AdamW and the average: 5 fp32 read, 5 written
-# Layers are gathered one by one: benchmarks/results.md has stage 3 at 1.79 of a bare loop's step
-# and stage 2 at 1.59, on one rank, where nothing is sent.
+# Layers are gathered one by one: of DeepSpeed as it comes benchmarks/results.md has stage 3 at 1.79
+# of a bare loop's step and stage 2 at 1.59, on one rank, where nothing is sent. An assumption: what
+# is copied there takes memory's time, and not the processor's.
 ZERO_3_SLOWER = 1.79 / 1.59
 PCIE = 25e9  # bytes a second between a GPU and the memory of the CPU
 CPU_UPDATE = 20e9  # bytes a second of memory that each GPU's share of CPU cores updates
