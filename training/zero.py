@@ -168,8 +168,8 @@ class ZeroEngine:
             "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
             "zero_optimization": {
                 "stage": config.zero_stage,
-                # stages 1 and 2 then add up a bucket in its place, not in a copy, as was measured on
-                # CPUs; stage 3 would rely on the order in which ranks' gradients come
+                # stages 1 and 2 then add up a bucket in its place, not in a copy (measured on CPUs);
+                # stage 3 would rely on the order in which ranks' gradients come
                 "reduce_scatter": self.device.type != "cpu" or config.zero_stage == 3,
                 "reduce_bucket_size": min(BUCKET, sum(map(math.prod, self.shapes.values()))),
                 "stage3_param_persistence_threshold": WHOLE_UP_TO,
