@@ -168,7 +168,7 @@ class ZeroEngine:
             "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
             "zero_optimization": {
                 "stage": config.zero_stage,
-                # stages 1 and 2 then add up a bucket in its place, not in a copy (measured on CPUs);
+                # stages 1 and 2 then add up a bucket in its place, not in a copy (measured on CPU);
                 # stage 3 would rely on the order in which ranks' gradients come
                 "reduce_scatter": self.device.type != "cpu" or config.zero_stage == 3,
                 "reduce_bucket_size": min(BUCKET, sum(map(math.prod, self.shapes.values()))),
