@@ -34,6 +34,15 @@ from models.weights import FINAL_NAME, save_config, save_weights
 from training import demo_data
 
 Handler = http.server.BaseHTTPRequestHandler
+THREADS = torch.get_num_threads()  # as OMP_NUM_THREADS has it
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before() -> None:
+    """Undo what a command that ran in this process has set: tests run side by side, and more threads
+    than cores make one that computes thirty times as long."""
+    torch.set_num_threads(THREADS)
+
 
 
 class Site:
