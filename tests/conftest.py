@@ -39,8 +39,8 @@ THREADS = torch.get_num_threads()  # as OMP_NUM_THREADS has it
 
 @pytest.fixture(autouse=True)
 def as_many_threads_as_before() -> None:
-    """Undo what a command that ran in this process has set: tests run side by side, and more threads
-    than cores make one that computes thirty times as long."""
+    """Undo what a command that ran in this process has set: tests run side by side, and more
+    threads than cores make one that computes thirty times as long."""
     torch.set_num_threads(THREADS)
 
 
