@@ -105,6 +105,8 @@ def main(config: Config) -> int:
             for engine, told in memory.items()
         },
     }
+    if "plain" in one:
+        summary["ratio"] = 1 / one["plain"]["ratio"]
     if two:
         summary |= {key: statistics.median(told[key] for told in two.values()) for key in MACHINE}
     print(json.dumps({**summary, "memory": memory, "checkpoints": written, **figures}))

@@ -20,6 +20,7 @@ from training.optimizer import (
     set_learning_rate,
 )
 from training.prior_job import prior_model
+from training.shares import take_norms_in_fp32
 
 
 def network() -> nn.Module:
@@ -237,3 +238,12 @@ def test_micro_batches_make_up_the_global_batch():
     for num_workers in (0, 1, 2, 3):
         config = TrainConfig(global_batch_size=24, micro_batch_size=4, num_workers=num_workers)
         assert config.grad_accum_steps * 4 * max(1, num_workers) == 24
+
+
+def test_a_deepspeed_that_has_renamed_what_is_replaced_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    """It would go on without ours."""
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    monkeypatch.delattr(stage_1_and_2, "get_norm_dtype")
+    with pytest.raises(AttributeError, match="found no get_norm_dtype; training/shares.py"):
+        take_norms_in_fp32()

@@ -105,21 +105,14 @@ class Slices:
     def __init__(self, model: nn.Module, engine: Any, optimizer: Optimizer) -> None:
         self._model, self._engine, self._zero = model, engine, engine.optimizer
         if not self._zero.cpu_offload:
-            self._step_in_place()
+            rank = dist.get_rank()
+            slices = [parts[rank] for parts in self._zero.parallel_partitioned_bit16_groups]
+            _step_in_place(self._zero.single_partition_of_fp32_groups, slices)
+            self._zero._link_all_hp_params()
             if dist.get_world_size() == 1:
                 self._reduce_with_nobody()
         optimizer.prepare()
         self._zero._lazy_init_hp_params_optimizer_state()
-
-    def _step_in_place(self) -> None:
-        """Let this rank's masters be its slice of the weights, of which DeepSpeed has made a copy:
-        it would hold both, and copy the one to the other after every step."""
-        zero, rank = self._zero, dist.get_rank()
-        slices = [parts[rank] for parts in zero.parallel_partitioned_bit16_groups]
-        for master, mine in zip(zero.single_partition_of_fp32_groups, slices, strict=True):
-            assert master.dtype == mine.dtype, "masters are fp32, and so are the weights"
-            master.data = mine
-        zero._link_all_hp_params()
 
     def _reduce_with_nobody(self) -> None:
         """Leave gradients where backward put them: DeepSpeed would copy them to a bucket and back,
@@ -172,20 +165,13 @@ class Partitions:
     def __init__(self, model: nn.Module, engine: Any, optimizer: Optimizer) -> None:
         self._model, self._engine, self._zero = model, engine, engine.optimizer
         self._optimizer = optimizer
-        if not self._zero.offload_optimizer:
-            self._step_in_place()
+        zero = self._zero
+        if not zero.offload_optimizer:
+            _step_in_place(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
         # the groups hold their flat partitions during a step only
         self._zero._set_fp32_optimizer_param_groups()
         optimizer.prepare()
         self._zero._clear_fp32_optimizer_param_groups()
-
-    def _step_in_place(self) -> None:
-        """Let masters be this rank's partitions of the weights, as `Slices` does."""
-        zero = self._zero
-        masters, partitions = zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat
-        for master, mine in zip(masters, partitions, strict=True):
-            assert master.dtype == mine.dtype, "masters are fp32, and so are the weights"
-            master.data = mine
 
     def fragments(self) -> Iterator[Fragment]:
         zero: Any = self._zero
@@ -229,6 +215,14 @@ class Partitions:
         """A parameter that the next step does not use would find its old gradient there."""
         self._zero.grad_partitions_flat_buffer.zero_()
         _clear(self._zero.fp32_partitioned_groups_flat)
+
+
+def _step_in_place(masters: list[Tensor], weights: list[Tensor]) -> None:
+    """Let masters be this rank's part of the weights, of which DeepSpeed has made a copy: it would
+    hold both, and copy the one to the other after every step."""
+    for master, mine in zip(masters, weights, strict=True):
+        assert master.dtype == mine.dtype, "masters are fp32, and so are the weights"
+        master.data = mine
 
 
 def gather_by_broadcasts() -> None:

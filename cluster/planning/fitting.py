@@ -7,8 +7,8 @@ from cluster.planning.devices import GPUS, Gpu
 from cluster.planning.efficiency import Layout, Step, load_of, step_time
 from cluster.planning.stages import Stage
 from models.flops import offloaded_bytes, state_bytes
+from training.zero import BUCKET
 
-BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size and allgather_bucket_size
 MAX_LIVE = 1_000_000_000  # elements of weights that stage 3 keeps gathered
 MOST_GPUS = 8192  # looked at for the nearest that fits
 
