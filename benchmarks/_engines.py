@@ -1,4 +1,5 @@
-"""One training step of one model, by a bare PyTorch loop and by the engines of training/zero.py."""
+"""One training step of one model, by a bare PyTorch loop and by
+the engines of training/engine/engines.py."""
 
 import os
 import tempfile
@@ -47,7 +48,7 @@ def build_model(size: str, device: str = "cpu") -> Any:
     import torch
 
     from models.configs import DiffusionPriorConfig
-    from models.diffusion_prior import DiffusionPrior
+    from models.priors.diffusion import DiffusionPrior
 
     width, depth, _ = SIZES[size]
     torch.manual_seed(0)
@@ -61,7 +62,7 @@ def make_batch(batch_size: int) -> Any:
     import torch
     import torch.nn.functional as F
 
-    from training.batches import Batch
+    from training.data.dataloader import Batch
 
     columns = {
         "image_embed": F.normalize(torch.randn(batch_size, EMBED), dim=1),
@@ -76,7 +77,7 @@ def make_batch(batch_size: int) -> Any:
 
 
 def _objective(model: Any, batch: Any) -> Any:
-    from models.priors import PriorText
+    from models.priors.base import PriorText
 
     text = PriorText(
         text_embed=batch["text_embed"], text=batch["states"], token_mask=batch["token_mask"]
@@ -89,7 +90,7 @@ def bare_step(model: Any, batch_size: int, *, ranks: int = 1) -> Callable[[], No
     with several ranks, each with its part of the batch, in torch's DistributedDataParallel."""
     import torch
 
-    from training.zero import Objective
+    from training.engine.engines import Objective
 
     batch = make_batch(batch_size)
     optimizer = torch.optim.AdamW(
@@ -123,10 +124,10 @@ def engine_step(
     engine but the plain one has joined a process group. batch_size: of this rank."""
     import torch
 
-    from training.averages import Averages
     from training.config import TrainConfig
+    from training.engine.ema import Averages
+    from training.engine.engines import PlainEngine, ZeroEngine
     from training.loop import _agreed, _forward_backward
-    from training.zero import PlainEngine, ZeroEngine
 
     stage: Any = 0 if engine == "plain" else int(engine.removeprefix("zero"))
     config = TrainConfig(
@@ -155,9 +156,9 @@ def _checkpointed(engine: Any, averages: Any) -> dict[str, float]:
     one, which touches the memory of its copy for the first time, apart."""
     from functools import partial
 
-    from training import checkpoint
-    from training.records import Progress
-    from training.writing import Writer
+    from training.checkpoints import checkpoint
+    from training.checkpoints.records import Progress
+    from training.checkpoints.writer import Writer
 
     writer, copies, blocked = Writer(beside=True), checkpoint.Copies(), []
     with tempfile.TemporaryDirectory() as folder:

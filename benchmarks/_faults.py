@@ -15,11 +15,12 @@ from typing import Any
 
 import psutil
 
-from training.records import records, step_of
-from training.reporting import METRICS_NAME, read_lines
-from training.samples import trained_samples
-from training.timeline import Recovery, read_timeline, recovery_after
-from training.watchdog import HEARTBEATS
+from cluster.base.run_dir import step_of
+from training.checkpoints.records import records
+from training.runs.reporting import METRICS_NAME, read_lines
+from training.runs.sample_log import trained_samples
+from training.runs.timeline import Recovery, read_timeline, recovery_after
+from training.runs.watchdog import HEARTBEATS
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT_EVERY = 10
@@ -245,7 +246,7 @@ def _signal(pid: int, number: int) -> float:
 
 def write_embeds(root: Path) -> Path:
     """Draw and embed the samples; return the folder of the embeddings."""
-    from training import demo_data
+    from training.data import demo_data
 
     demo_data.draw_images(root / "images", num_shards=2, samples_per_shard=NUM_SAMPLES // 2)
     demo_data.embed_here(str(root / "images"), root / "embeds", "tiny:random")

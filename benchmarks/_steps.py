@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from training.precision import Precision, autocast
+from training.engine.precision import Precision, autocast
 
 ROOT = Path(__file__).resolve().parent.parent
 DALLE2 = "dalle2-pytorch"  # in .venv-bench, which `make bench-setup` makes
@@ -115,7 +115,7 @@ def measure(
     """
     import torch
 
-    from training.precision import settled
+    from training.engine.precision import settled
 
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(0)

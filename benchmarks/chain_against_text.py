@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def main(config: Config) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from eval.chain import load_chain
+    from eval.sampling.chain import load_chain
 
     torch.set_num_threads(config.num_threads)
     run = config.run
@@ -65,9 +65,9 @@ def _right(chain, split: str, config: Config) -> dict[str, np.ndarray]:
     import torch
     from PIL import Image
 
-    from eval.features import ClipFeatures, extract
-    from eval.generate import default_sampling, render_all
-    from eval.shapes import score
+    from eval.features.extractors import ClipFeatures, extract
+    from eval.sampling.generate import default_sampling, render_all
+    from eval.scores.shapes import score
     from ingest.shapes import make_pairs
 
     pairs = list(make_pairs(config.num_samples, config.seed, split))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from _pairs import write_sets
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = 0.02
@@ -41,7 +41,7 @@ def main(config: Config) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from training.demo_data import embed_here
+    from training.data.demo_data import embed_here
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

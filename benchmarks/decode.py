@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from download import _draw
 
-from cluster.cli import parse, run_script
-from ingest.decode import Resizer, decode_to
+from cluster.base.cli import parse, run_script
+from ingest.fetching.decode import Resizer, decode_to
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from _steps import DALLE2, OURS, StepsConfig, run
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 SIZE, EMBED, WORDS, CONTEXT = 32, 512, 20, 256
 CHANNELS, MULT, BLOCKS, HEAD = 64, (1, 2, 3), 1, 32

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_PICTURES = 40  # distinct ones; the list repeats them under paths of their own

@@ -27,7 +27,7 @@ import numpy as np
 from _cpu_time import cpu_seconds_of, method
 from download import _draw
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,7 +83,7 @@ def main(config: Config) -> int:
 
 def _write(root: Path, config: Config) -> None:
     """Write shards of 256 px pictures."""
-    from ingest.decode import Resizer
+    from ingest.fetching.decode import Resizer
     from ingest.shards import (
         Attempt,
         Sample,

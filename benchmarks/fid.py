@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -127,7 +127,7 @@ def _extractors(folder: Path) -> dict[str, Callable[[Any], np.ndarray]]:
     from pytorch_fid.inception import InceptionV3
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    from eval.networks import InceptionPool
+    from eval.features.networks import InceptionPool
 
     path, _ = _writer()(folder / "random.pth")
     state = torch.load(path, weights_only=True)
@@ -187,7 +187,7 @@ def _distances(config: Config) -> tuple[dict[str, list[float]], dict[str, float]
     from pytorch_fid.fid_score import calculate_frechet_distance
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-    from eval.frechet import Moments, frechet_distance
+    from eval.distances.frechet import Moments, frechet_distance
 
     a, b = (Moments.of(_features(config.num_features, config.width, seed)) for seed in (0, 1))
     told = [{"mu": m.mean, "sigma": m.covariance} for m in (a, b)]
@@ -232,10 +232,10 @@ def _memory(count: int, config: Config) -> int:
 
 def _stream(root: Path) -> int:
     """Take the distance, its halves and nearest neighbours of what is in `root`; print the peak."""
-    from eval.blocks import Features
-    from eval.distances import kernel_distance
-    from eval.frechet import frechet_distance
-    from eval.neighbours import nearest_rows
+    from eval.distances.frechet import frechet_distance
+    from eval.distances.intervals import kernel_distance
+    from eval.distances.neighbours import nearest_rows
+    from eval.features.blocks import Features
 
     sides = {}
     for side in ("fake", "real"):

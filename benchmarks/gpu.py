@@ -18,7 +18,7 @@ from typing import Any
 
 from _pairs import EMOJI, write_sets
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIAL = 30  # steps, to learn how many fit into the time
@@ -68,8 +68,8 @@ def main(config: Config) -> int:
 
 def _trained(root: Path, config: Config) -> list[dict[str, Any]]:
     """Train CLIP and decoder; returns the lines of the decoder's metrics.jsonl."""
-    from training.demo_data import embed_here
-    from training.reporting import read_lines
+    from training.data.demo_data import embed_here
+    from training.runs.reporting import read_lines
 
     write_sets(root, EMOJI if EMOJI.exists() else None, config.num_train, config.num_test)
     images = ("--images", str(root / "train"))
@@ -135,11 +135,11 @@ def _grid(root: Path, config: Config) -> None:
     import numpy as np
     import torch
 
-    from eval.chain import load_chain
-    from eval.generate import SamplingSettings, render_all
-    from eval.samples import open_images
-    from eval.scorecard import read_embeds
-    from training.pictures import grid, save_png
+    from eval.sampling.chain import load_chain
+    from eval.sampling.generate import SamplingSettings, render_all
+    from eval.sampling.image_source import open_images
+    from eval.scores.scorecard import read_embeds
+    from training.tasks.pictures import grid, save_png
 
     captions, image, _ = read_embeds(str(root / "test_embeds"))
     chosen = range(0, len(captions), max(1, len(captions) // 12))[:12]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from _cpu_time import joining, new_group, remove_group
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVAL_SECONDS = 0.1
@@ -137,9 +137,9 @@ def _memory(pid: str) -> tuple[str, float, float]:
 def _read_epoch(root: Path) -> int:
     """Read every image and embedding once, as training does."""
     from ingest.shards import load_snapshot
-    from training.batches import Feed
-    from training.plan import Plan
-    from training.readers import JoinedReader
+    from training.data.dataloader import Feed
+    from training.data.readers import JoinedReader
+    from training.data.sampler import Plan
 
     images, embeds = (load_snapshot(root / kind) for kind in ("images", "embeds"))
     reader = JoinedReader(images, embeds, 64, num_threads=2)

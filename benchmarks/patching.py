@@ -17,7 +17,7 @@ from pathlib import Path
 
 from _pairs import EMOJI, write_sets
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 32  # px
@@ -51,7 +51,7 @@ def main(config: Config) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from training.demo_data import embed_here
+    from training.data.demo_data import embed_here
 
     pairs = EMOJI if EMOJI.exists() else None
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def _train(script: str, config: Config, run: Path, steps: int, *arguments: str) 
 
 def _decoder(config: Config, root: Path, name: str, steps: int) -> dict[str, float]:
     """Train one decoder, and return its size, its time and its errors."""
-    from models.flops import num_parameters
+    from models.costs.flops import num_parameters
     from models.unclip import load_model
 
     patch_size, attending = SHAPES[name]
@@ -115,13 +115,13 @@ def _errors(decoder, config: Config, root: Path) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from eval.samples import open_images
-    from eval.scorecard import read_embeds
-    from ingest.decode import square_pixels
-    from models import keyed_random
+    from eval.sampling.image_source import open_images
+    from eval.scores.scorecard import read_embeds
+    from ingest.fetching.decode import square_pixels
     from models.clip import load_clip, token_mask
     from models.decoder import Condition
-    from training.pictures import pixels
+    from models.diffusion import keyed_random
+    from training.tasks.pictures import pixels
 
     torch.set_num_threads(config.num_threads)
     clip = load_clip(str(root / "clip"))

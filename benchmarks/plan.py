@@ -11,11 +11,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 from ingest.shards import ShardEntry, load_snapshot, shard_name, write_manifest
-from ingest.snapshots import write_snapshot
-from training.plan import Plan
-from training.readers import EmbedReader
+from ingest.store.snapshots import write_snapshot
+from training.data.readers import EmbedReader
+from training.data.sampler import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

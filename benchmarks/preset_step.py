@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 WARMING_STEPS = 3
 WORDS = 32  # tokens of a caption, of which a web list's have about so many
@@ -138,11 +138,11 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
     import torch
 
     from cluster.planning.stages import CHAINS, build_encoder
-    from models.costs import training_flops
-    from models.flops import num_parameters
-    from training.precision import settled
-    from training.profiling import peak_tflops
-    from training.worker import compile_model
+    from models.costs.flops import num_parameters
+    from models.costs.training import training_flops
+    from training.engine.precision import settled
+    from training.runs.profiling import peak_tflops
+    from training.runs.worker import compile_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     channels_last, compiled = VARIANTS[variant]
@@ -177,9 +177,9 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
 
 def _times(config: Config, model: Any, columns: Any, settings: Any, device: Any) -> list[float]:
     """Return the seconds of a step, by parts of `num_steps` steps."""
-    from training.averages import Averages
+    from training.engine.ema import Averages
+    from training.engine.engines import PlainEngine
     from training.loop import _forward_backward
-    from training.zero import PlainEngine
 
     engine = PlainEngine(model, _objective, settings, device)
     averages = Averages(engine.fragments(), settings.ema_decay)
@@ -208,8 +208,8 @@ def _config(script: str, preset: str, channels_last: bool, sizes: dict[str, int]
     from dataclasses import replace
 
     from cluster.planning.stages import read_preset
-    from training.jobs import decoder_model
-    from training.prior_job import prior_model
+    from training.tasks.clip_and_decoder import decoder_model
+    from training.tasks.prior import prior_model
 
     more = ["--train.num-workers", "0", "--train.zero-stage", "0"]
     if script == "prior":
@@ -228,7 +228,7 @@ def _predicted(told: Any, build: Any, script: str, preset: str, encoder: Any, ba
     import torch
 
     from cluster.planning.stages import Stage
-    from models.flops import state_bytes
+    from models.costs.flops import state_bytes
 
     with torch.device("meta"):
         model = build()
@@ -245,7 +245,7 @@ def _columns(model: Any, sizes: dict[str, int], count: int, device: Any) -> Any:
     import torch
     import torch.nn.functional as F
 
-    from training.batches import Batch
+    from training.data.dataloader import Batch
 
     side = getattr(model, "image_size", None) or getattr(model, "crop_size", 1)
     dim, words = sizes["embed_dim"], min(WORDS, sizes["context_length"])
@@ -263,7 +263,7 @@ def _columns(model: Any, sizes: dict[str, int], count: int, device: Any) -> Any:
 def _objective(model: Any, batch: Any) -> dict[str, Any]:
     """Return a model's own losses of a batch of noise."""
     from models.decoder import Condition, Decoder
-    from models.priors import PriorText
+    from models.priors.base import PriorText
     from models.upsampler import Upsampler
 
     if isinstance(model, Upsampler):

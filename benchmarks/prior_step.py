@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from _steps import DALLE2, StepsConfig, run
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 WIDTH, DEPTH, HEADS, WORDS = 512, 6, 8, 77
 
@@ -55,8 +55,8 @@ def _ours(compiled: bool) -> tuple[Any, Callable]:
     import torch
 
     from models.configs import DiffusionPriorConfig
-    from models.diffusion_prior import DiffusionPrior
-    from models.priors import PriorText
+    from models.priors.base import PriorText
+    from models.priors.diffusion import DiffusionPrior
 
     sizes = DiffusionPriorConfig(width=WIDTH, depth=DEPTH, num_heads=HEADS)
     prior = DiffusionPrior(sizes, embed_dim=WIDTH, text_width=WIDTH, context_length=WORDS)

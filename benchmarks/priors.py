@@ -23,7 +23,7 @@ from typing import Any
 
 from _pairs import EMOJI, write_sets
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_AVERAGED = 16
@@ -88,9 +88,9 @@ def main(config: Config) -> int:
 
 
 def _compare(root: Path, source: Path | None, config: Config) -> dict[str, dict[str, float]]:
-    from eval.scorecard import meaning, read_embeds
+    from eval.scores.scorecard import meaning, read_embeds
     from models.scores import prior_scorecard
-    from training.demo_data import embed_here
+    from training.data.demo_data import embed_here
 
     write_sets(root, source, config.num_train, config.num_test, config.seed)
     drawn = source is None
@@ -133,8 +133,8 @@ def _draws(
     """Return a draw for each caption, [N, E], and the milliseconds of one, in batches of 100."""
     import torch
 
-    from eval.chain import load_chain
-    from eval.generate import caption_keys, default_sampling
+    from eval.sampling.chain import load_chain
+    from eval.sampling.generate import caption_keys, default_sampling
 
     chain = load_chain(str(root / "clip"), str(root / kind), "", (), device="auto")
     sampling = default_sampling()

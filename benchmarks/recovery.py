@@ -40,7 +40,7 @@ from _faults import (
     write_embeds,
 )
 
-from cluster.cli import DONE, INCOMPLETE, parse, run_script
+from cluster.base.cli import DONE, INCOMPLETE, parse, run_script
 
 LIMITS = {"worker": 90.0, "raylet": 150.0, "driver": 90.0}  # seconds, of the medians
 KINDS = ("worker", "raylet", "driver", "hang", "elastic", "writing", "damaged")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from _pairs import write_sets
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,10 +80,10 @@ def _measure(
     root: Path, run: Path, config: Config, steps: int, rho: float, seed: int
 ) -> dict[str, float]:
     """Train a CLIP and embed the held-out pairs with it."""
-    from eval.scorecard import meaning, read_embeds
-    from ingest.embed_statistics import EmbedStatistics
+    from eval.scores.scorecard import meaning, read_embeds
+    from ingest.embedding.statistics import EmbedStatistics
     from models.scores import retrieval_at_k
-    from training.demo_data import embed_here
+    from training.data.demo_data import embed_here
 
     command: list[Any] = [
         sys.executable, ROOT / "training" / "clip.py", "--preset", "demo", "--images",

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 NUM_RESAMPLES = 1000
 FEW = ("dpmpp_2m", 20, "karras")
@@ -51,8 +51,8 @@ def main(config: Config) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from eval.chain import load_chain
-    from eval.features import ClipFeatures, extract
+    from eval.features.extractors import ClipFeatures, extract
+    from eval.sampling.chain import load_chain
 
     torch.set_num_threads(config.num_threads)
     run = config.run
@@ -110,8 +110,8 @@ def _draw(
     import torch
     from PIL import Image
 
-    from eval.generate import SamplingSettings, caption_keys
-    from training.pictures import to_uint8
+    from eval.sampling.generate import SamplingSettings, caption_keys
+    from training.tasks.pictures import to_uint8
 
     sampler, steps, spacing = by
     settings = SamplingSettings(
@@ -128,7 +128,7 @@ def _draw(
 
 
 def _distance(real: np.ndarray, fake: np.ndarray) -> float:
-    from eval.frechet import Moments, frechet_distance
+    from eval.distances.frechet import Moments, frechet_distance
 
     return frechet_distance(Moments.of(real), Moments.of(fake))
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from download import _draw
 
-from cluster.cli import parse, run_script
-from training.allocator import keep_freed_memory
+from cluster.base.cli import parse, run_script
+from training.engine.allocator import keep_freed_memory
 
 SIZE = 64  # px, of decoded images
 LEAST_SECONDS = 1.0  # of a measurement, which takes as many passes as that needs
@@ -85,7 +85,7 @@ def _write(root: Path, config: Config) -> None:
     """Write image shards of 40 pictures under many keys, and embedding shards of noise."""
     from PIL import Image, ImageFilter
 
-    from ingest.decode import Resizer
+    from ingest.fetching.decode import Resizer
     from ingest.shards import (
         Attempt,
         Sample,
@@ -194,7 +194,7 @@ def _ours_raw(shards: list[Any]) -> Iterator[int]:
 
 def _ours_decoded(root: Path, config: Config) -> Iterator[int]:
     from ingest.shards import load_snapshot
-    from training.readers import ImageReader
+    from training.data.readers import ImageReader
 
     snapshot = load_snapshot(root / "images")
     reader = ImageReader(snapshot, SIZE)  # what training reads by, in its order
@@ -207,9 +207,9 @@ def _feed(root: Path, config: Config) -> Any:
     import torch
 
     from ingest.shards import load_snapshot
-    from training.batches import Feed
-    from training.plan import Plan
-    from training.readers import EmbedReader
+    from training.data.dataloader import Feed
+    from training.data.readers import EmbedReader
+    from training.data.sampler import Plan
 
     torch.set_num_threads(1)
     reader = EmbedReader(load_snapshot(root / "embeds"))

@@ -35,7 +35,7 @@ from typing import Any
 
 from _engines import SIZES, bare_step, build_model, engine_step, join, saved_bytes
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 ENGINES = ("aa", "plain", "zero0", "zero1", "zero2", "zero3")
 STAGES = ENGINES[2:]
@@ -184,7 +184,7 @@ def _measure(config: Config, size: str, engine: str, what: str, rank: str) -> di
     """Return the figures of one engine, as one rank of it."""
     import torch
 
-    from training.allocator import ALL, keep_freed_memory
+    from training.engine.allocator import ALL, keep_freed_memory
 
     ranks = 2 if what == "two" else 1
     torch.set_num_threads(1 if what == "two" else config.num_threads)

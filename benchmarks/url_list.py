@@ -16,11 +16,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.cli import parse, run_script
-from ingest.commits import Commit, canonical_json
+from cluster.base.cli import parse, run_script
+from cluster.base.files import canonical_json
 from ingest.download import DownloadConfig, _open, _prepare
-from ingest.filters import FilterConfig
+from ingest.lists.filters import FilterConfig
 from ingest.shards import shard_name
+from ingest.store.commits import Commit
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP_ROWS = 1_000_000

@@ -3,7 +3,7 @@
 python cluster/dashboards.py
 
 They are cluster/prometheus/recording.yaml and cluster/grafana/dashboards/*.json. The metrics stand
-in cluster/metrics.py and the panels in cluster/panels.py: edit those.
+in cluster/base/metrics.py and the panels in cluster/panels.py: edit those.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli import DONE, INCOMPLETE, parse, run_script
+from cluster.base.cli import DONE, INCOMPLETE, parse, run_script
 
 if TYPE_CHECKING:
     from cluster.panels import Dashboard, Panel
@@ -22,7 +22,7 @@ RAYS_OWN = {  # Ray writes these dashboards itself, under these addresses
     "Ray Data": "rayDataDashboard",
     "Ray Train": "rayTrainDashboard",
 }
-HEADER = "# Made by cluster/dashboards.py from the table in cluster/metrics.py: edit that.\n"
+HEADER = "# Made by cluster/dashboards.py from the table in cluster/base/metrics.py: edit that.\n"
 WIDTH, COLUMNS, HEIGHT = 24, 3, 8  # of Grafana's grid, and of a panel in it
 DATA_SOURCE = "${source}"
 

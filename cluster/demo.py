@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli import DONE, parse, require_local, run_script
+from cluster.base.cli import DONE, parse, require_local, run_script
 from cluster.timings import Timings
 
 CONFIG_NAME = "demo.json"  # also the mark by which --fresh knows that a folder is ours
@@ -65,8 +65,8 @@ class Stage:
 
 def main(config: DemoConfig) -> int:
     """Run every stage that is not done, then write the report."""
-    from cluster.metrics import serve
-    from cluster.session import ensure_ray
+    from cluster.base.metrics import serve
+    from cluster.base.ray_session import ensure_ray
 
     run = _open(config)
     port = serve(config.metrics_port)
@@ -176,7 +176,7 @@ def _download(
 
 def _stages(config: DemoConfig, run: Path, counts: dict[str, int], drawn: bool) -> list[Stage]:
     """List the commands after the download, in order."""
-    from eval.samples import SAMPLES_NAME
+    from eval.sampling.image_source import SAMPLES_NAME
     from models.weights import FINAL_NAME
 
     data = {
@@ -297,8 +297,8 @@ def _finish(config: DemoConfig, run: Path, timings: Timings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from eval.page import card_scores, write_report
-    from training.cards import refresh_cards
+    from eval.html_report.page import card_scores, write_report
+    from training.runs.cards import refresh_cards
 
     scores = json.loads((run / "scores.json").read_text())
     judge = (
@@ -330,7 +330,7 @@ def _finish(config: DemoConfig, run: Path, timings: Timings) -> None:
 
 def _provenance(config: DemoConfig, run: Path) -> dict[str, Any]:
     from ingest.shards import load_snapshot
-    from training.cards import code_here
+    from training.runs.cards import code_here
 
     snapshots = {
         f"{name} {kind}": load_snapshot(run / "data" / name / kind).digest

@@ -137,7 +137,7 @@ def _read_given(source: Path) -> list[dict[str, Any]]:
 
 def _require_pictures(source: Path, rows: list[dict[str, Any]]) -> None:
     """Decode every picture as the download will, so that a bad one is named by its row."""
-    from ingest.decode import DecodeError, Resizer
+    from ingest.fetching.decode import DecodeError, Resizer
 
     resize = Resizer(image_size=64, resize_mode="keep_ratio")
     for row in rows:

@@ -8,7 +8,7 @@ The rules stand in cluster/prometheus/recording.yaml and alerts.yaml: edit those
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.cli import DONE, INCOMPLETE, parse, read_yaml, run_script
+from cluster.base.cli import DONE, INCOMPLETE, parse, read_yaml, run_script
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("recording.yaml", "alerts.yaml")

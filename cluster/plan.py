@@ -4,7 +4,7 @@ python cluster/plan.py --preset paper --gpu h200 --num-gpus 64 --images 250e6
 python cluster/plan.py --validate                  # its errors against published sizes and runs
 """
 
-from cluster.cli import INCOMPLETE, parse, run_script
+from cluster.base.cli import INCOMPLETE, parse, run_script
 from cluster.planning.request import PRESETS, PlanRequest
 
 

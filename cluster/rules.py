@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.metrics import METRICS, Metric
+from cluster.base.metrics import METRICS, Metric
 
 EVENTS = (  # counted by the hour; of other counters, the rate matters
     "ingest_shards", "embed_shards", "embed_failed_shards", "train_nonfinite_steps",

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from cluster.cli import DONE, INCOMPLETE, parse, run_script
+from cluster.base.cli import DONE, INCOMPLETE, parse, run_script
 
 if TYPE_CHECKING:
-    from cluster.run_folders import RunInfo, RunsFolder
+    from cluster.run_store import RunInfo, RunsFolder
 
 SCORES_LISTED = ("images.fid", "images.fd_clip", "images.clip_score", "prior.cos")
 
@@ -54,7 +54,7 @@ class RemoveConfig:
 
 def list_runs(config: ListConfig) -> int:
     """Print a table of the runs."""
-    from cluster.run_folders import RunsFolder, plain
+    from cluster.run_store import RunsFolder, plain
 
     folder = RunsFolder(config.runs)
     found = [folder.read(name) for name in folder.names()]
@@ -67,7 +67,7 @@ def list_runs(config: ListConfig) -> int:
 
 
 def _row(info: "RunInfo") -> list[str]:
-    from cluster.run_folders import plain
+    from cluster.run_store import plain
 
     cells = (
         info.name, info.kind, info.state, _progress(info), _number(info.last.get("loss")),
@@ -106,7 +106,7 @@ def _number(value: Any) -> str:
 
 
 def _flat(value: Any) -> dict[str, Any]:
-    from eval.formats import flatten
+    from eval.html_report.formats import flatten
 
     return flatten(value) if value else {}
 
@@ -130,7 +130,7 @@ def _print_table(names: tuple[str, ...], rows: list[list[str]]) -> None:
 
 def show_run(config: ShowConfig) -> int:
     """Print what a run tells, a line each."""
-    from cluster.run_folders import RunsFolder, plain
+    from cluster.run_store import RunsFolder, plain
 
     if len(config.name) != 1:
         raise ValueError(f"show: found {len(config.name)} names, expected one run")
@@ -157,7 +157,7 @@ def show_run(config: ShowConfig) -> int:
 
 def remove_runs(config: RemoveConfig) -> int:
     """Delete the runs named, if they are ours and someone agrees."""
-    from cluster.run_folders import RunsFolder, plain
+    from cluster.run_store import RunsFolder, plain
 
     if not config.name:
         raise ValueError("rm: found no name, expected those of runs to delete")
@@ -176,7 +176,7 @@ def remove_runs(config: RemoveConfig) -> int:
 
 
 def _agreed(folder: "RunsFolder", names: list[str], runs: str) -> bool:
-    from cluster.run_folders import plain
+    from cluster.run_store import plain
 
     if not sys.stdin.isatty():
         raise ValueError("rm: found no terminal to ask on, expected one, or --yes")

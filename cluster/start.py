@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.cli import DONE, parse, run_script
-from cluster.session import GROUPS
+from cluster.base.cli import DONE, parse, run_script
+from cluster.base.ray_session import GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
 NVIDIA = Path("/proc/driver/nvidia/gpus")  # there where NVIDIA's driver is, in containers too

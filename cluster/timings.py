@@ -31,7 +31,7 @@ class Timings:
         The seconds of attempts that were cut short count: they were needed too. A row that is done
         stays as it is: what a rerun takes to find nothing left to do is not the stage's.
         """
-        from cluster.memory import PeakMemory
+        from cluster.base.memory import PeakMemory
 
         before = next((row for row in self.rows if row["stage"] == stage), None)
         if before is not None and before.get("done"):
@@ -61,7 +61,7 @@ class Timings:
 
     def _expose(self, stage: str) -> None:
         """Set the metric of finished stages; "embed train" and "embed test" are one of them."""
-        from cluster.metrics import STAGES, gauge
+        from cluster.base.metrics import STAGES, gauge
 
         kind = stage.split(" ")[0]
         done = [row for row in self.rows if row.get("done")]

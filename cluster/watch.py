@@ -22,8 +22,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import DONE, parse, run_script
-from cluster.feed import PANELS, WINDOWS, Feed, FeedError, layout
+from cluster.base.cli import DONE, parse, run_script
+from cluster.queries import PANELS, WINDOWS, Feed, FeedError, layout
 
 PAGE = Path(__file__).with_name("watch.html")
 COOKIE = "minidalle2_watch"

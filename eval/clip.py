@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli import DONE, parse, require_local, run_script
+from cluster.base.cli import DONE, parse, require_local, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ def main(config: ClipScoreConfig) -> int:
         return _export(config)
     if not config.embeds:
         raise ValueError("embeds: found nothing, expected a folder of embeddings to score")
-    from eval.scorecard import read_embeds
+    from eval.scores.scorecard import read_embeds
     from models.scores import retrieval_both_ways
 
     captions, image, text = read_embeds(config.embeds)
@@ -71,7 +71,7 @@ def _class_scores(config: ClipScoreConfig, image: "Tensor") -> dict[str, Any]:
     """Return the accuracy of zero-shot classification, and of a probe where it can be trained."""
     import torch
 
-    from eval.scorecard import read_embeds
+    from eval.scores.scorecard import read_embeds
     from models.scores import linear_probe, zero_shot
 
     labels = _labels(config.embeds, config.images, config.label_column)
@@ -103,7 +103,7 @@ def _labels(embeds: str, images: str, column: str) -> list[str]:
     import pyarrow.parquet as pq
 
     from ingest.shards import STORED, load_snapshot
-    from ingest.storage import storage_of
+    from ingest.store.storage import storage_of
 
     if not images:
         raise ValueError("images: found nothing, expected the folder that the embeddings are of")

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from eval.captions import read_captions
-from eval.drawing import Model, draw, read_options
-from eval.features import ExtractorSpec, clip_spec, dinov2_spec, inception_spec
-from eval.formats import CAPTIONS_KEY
-from eval.job import Place
-from eval.measure import QUOTABLE, Side, memorisation, space_scores
+from cluster.base.files import digest_of
+from eval.distances.measure import QUOTABLE, Side, memorisation, space_scores
+from eval.distances.reference import load_statistics
+from eval.features.actor_pool import Place
+from eval.features.extractors import ExtractorSpec, clip_spec, dinov2_spec, inception_spec
+from eval.features.weights import DINOV2, INCEPTION, find_weights, require_local_clip
+from eval.html_report.formats import CAPTIONS_KEY
 from eval.protocol import Prepared, prepare
-from eval.reference import load_statistics
-from eval.samples import ImageSet, Incomplete, open_images
-from eval.weights import DINOV2, INCEPTION, find_weights, require_local_clip
-from ingest.commits import digest_of
+from eval.sampling.captions import read_captions
+from eval.sampling.image_source import ImageSet, Incomplete, open_images
+from eval.sampling.sample_job import Model, draw, read_options
 from models.clip import RAW, FrozenClip, absolute_spec, load_clip
 
 DEFAULT_CLIP = "runs/clip"
@@ -138,7 +138,7 @@ class Evaluation:
 
     def scores(self, embeds: str) -> dict[str, Any]:
         """Return all scores by their paths in eval.json."""
-        from eval.chain_scores import chain_scores
+        from eval.scores.chain_scores import chain_scores
 
         (first, *others), spaces = self.real, self.spaces
         features = {space: self._compared(space, first) for space in spaces}
@@ -180,7 +180,7 @@ class Evaluation:
 
     def _images(self, features: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Return what is said of the images as such, and of the judge."""
-        from eval.scorecard import embed_scores
+        from eval.scores.scorecard import embed_scores
 
         main = next(iter(features.values()))
         found = {"n": main["n"], "n_real": main["n_real"], "features": main["extractor"]}
@@ -225,7 +225,7 @@ class Evaluation:
 
 def _encoder(clip: str, specs: dict[str, ExtractorSpec], place: Place) -> FrozenClip | None:
     """Load the judge, where there is one, and add its image tower to `specs`."""
-    from eval.devices import device_named
+    from eval.features.devices import device_named
 
     if not clip:
         return None
@@ -293,7 +293,7 @@ def _require_count(fake: Side, prepared: Prepared | None) -> None:
 
 
 def _shapes(fake: ImageSet, real: ImageSet) -> dict[str, Any]:
-    from eval.scorecard import is_drawn, shapes_with_real
+    from eval.scores.scorecard import is_drawn, shapes_with_real
 
     if is_drawn(fake.captions) and is_drawn(real.captions):
         return {"shapes": shapes_with_real(fake, real)}
@@ -304,7 +304,7 @@ def _picture(found: dict[str, Any], fake: ImageSet, train: ImageSet, folder: Pat
     """Write neighbours.png: generated images above their nearest training images."""
     import numpy as np
 
-    from training.pictures import grid, save_png
+    from training.tasks.pictures import grid, save_png
 
     pairs = found["nearest"]
     if not pairs:
@@ -323,7 +323,7 @@ def _picture(found: dict[str, Any], fake: ImageSet, train: ImageSet, folder: Pat
 
 def _forget(folder: Path) -> None:
     """Delete the features of earlier runs: only what bears our manifest."""
-    from ingest.manifests import remove_data_folder
+    from ingest.store.manifests import remove_data_folder
 
     for manifest in folder.glob("*/_manifest.json"):
         remove_data_folder(manifest.parent, "features")
@@ -333,7 +333,7 @@ def _forget(folder: Path) -> None:
 def _provenance(place: Place) -> dict[str, Any]:
     from importlib.metadata import version
 
-    from eval.devices import device_named
+    from eval.features.devices import device_named
 
     workers = place.workers
     names = ("torch", "numpy", "torch-fidelity", "open-clip-torch", "timm", "pillow")

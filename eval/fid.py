@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import DONE, parse, require_at_least, require_local, run_script
+from cluster.base.cli import DONE, parse, require_at_least, require_local, run_script
 
 if TYPE_CHECKING:
-    from eval.drawing import Model
     from eval.evaluation import Evaluation
+    from eval.sampling.sample_job import Model
 
 Space = Literal["clip", "inception", "inception_clean", "dinov2"]
 
@@ -110,7 +110,7 @@ def main(config: FidConfig) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # weights are never downloaded here
     import torch
 
-    from cluster.metrics import serve
+    from cluster.base.metrics import serve
 
     require_local("--out", config.out)
     require_local("--features-dir", config.features_dir)
@@ -142,7 +142,7 @@ def _checked(config: FidConfig) -> "Model":
 
 def _model(config: FidConfig) -> "Model":
     """Return the runs that draw, from --model or one by one."""
-    from eval.drawing import Model, model_in
+    from eval.sampling.sample_job import Model, model_in
 
     if not config.model:
         return Model(prior=config.prior, decoder=config.decoder, upsampler=config.upsampler)
@@ -186,7 +186,7 @@ def _require_together(config: FidConfig, model: "Model") -> None:
 def _evaluation(config: FidConfig, model: "Model") -> "Evaluation":
     """Draw what is to be drawn, open both sides and describe the extractors."""
     from eval.evaluation import Evaluation, Order, Weights
-    from eval.job import Place, Workers
+    from eval.features.actor_pool import Place, Workers
 
     out = Path(config.out)
     folder = Path(config.features_dir or out.with_name(f"{out.stem}_features")).absolute()
@@ -223,8 +223,8 @@ def _show(scores: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cluster.metrics import SCORES, gauge
-    from eval.formats import flatten
+    from cluster.base.metrics import SCORES, gauge
+    from eval.html_report.formats import flatten
 
     table = Table("score", "value")
     found = flatten({name: part for name, part in scores.items() if name != "sampling"})

@@ -15,8 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from eval.samples import ImageSet, open_images
-from ingest.commits import digest_file, digest_of
+from cluster.base.files import digest_file, digest_of
+from eval.sampling.image_source import ImageSet, open_images
 
 FOLDER = Path(__file__).parent / "protocols"
 KINDS = ("coco", "shapes", "shards")

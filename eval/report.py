@@ -20,7 +20,7 @@ from typing import Annotated
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class ReportConfig:
 
 def main(config: ReportConfig) -> int:
     """Write report.html, and the scores into the cards of the runs that the folder holds."""
-    from eval.page import card_scores, write_report
-    from training.cards import refresh_cards
+    from eval.html_report.page import card_scores, write_report
+    from training.runs.cards import refresh_cards
 
     run = Path(config.run)
     if not run.is_dir():

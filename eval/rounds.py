@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import DONE, WRONG_REQUEST
+from cluster.base.cli import DONE, WRONG_REQUEST
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,8 +119,8 @@ def tidy(folder: Path, *, keep_samples: bool) -> None:
 
 def publish(scores: dict[str, Any]) -> None:
     """Hand the scores that have a metric to Prometheus."""
-    from cluster.metrics import SCORES, gauge
-    from eval.formats import flatten
+    from cluster.base.metrics import SCORES, gauge
+    from eval.html_report.formats import flatten
 
     for name, value in flatten(scores).items():
         if name in SCORES and value is not None:

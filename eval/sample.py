@@ -19,9 +19,9 @@ from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import parse, require_at_least, require_local, run_script
+from cluster.base.cli import parse, require_at_least, require_local, run_script
 from models.configs import SpacingChoice
-from training.precision import Precision, settled
+from training.engine.precision import Precision, settled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +116,12 @@ def main(config: SampleConfig) -> int:
     """Draw what is missing in `config.out`, then write grid.png and samples.jsonl."""
     import torch
 
-    from cluster.metrics import serve
-    from eval.chain import load_chain
-    from eval.devices import device_named
-    from eval.drawing import grid_of_samples, list_samples, open_samples
-    from eval.generate import sampling_of
-    from eval.samples import SAMPLES_NAME
+    from cluster.base.metrics import serve
+    from eval.features.devices import device_named
+    from eval.sampling.chain import load_chain
+    from eval.sampling.generate import sampling_of
+    from eval.sampling.image_source import SAMPLES_NAME
+    from eval.sampling.sample_job import grid_of_samples, list_samples, open_samples
 
     require_local("--out", config.out)
     started = time.perf_counter()
@@ -150,14 +150,14 @@ def _captions(config: SampleConfig) -> list[str]:
         raise ValueError("found both or none of --prompts and --captions, expected one of them")
     if config.prompts:
         return list(config.prompts)[: config.limit or None]
-    from eval.captions import read_captions
+    from eval.sampling.captions import read_captions
 
     return read_captions(config.captions, config.limit)
 
 
 def _settings(config: SampleConfig, captions: list[str], chain: Any) -> dict[str, Any]:
     """Return what the images depend on: options, captions, and the weights that draw them."""
-    from eval.chain import chain_weights
+    from eval.sampling.chain import chain_weights
 
     settings = dataclasses.asdict(config)
     for name in (
@@ -173,10 +173,10 @@ def _draw(
     out: Path, config: SampleConfig, captions: list[str], chain: Any, sampling: Any
 ) -> int:
     """Draw the batches that are not whole yet; returns the number of images drawn."""
-    from cluster.metrics import counter
-    from eval.drawing import image_name
-    from eval.generate import render_all
-    from ingest.progress import progress
+    from cluster.base.metrics import counter
+    from cluster.base.progress import progress
+    from eval.sampling.generate import render_all
+    from eval.sampling.sample_job import image_name
 
     made = 0
     with progress("sample", len(captions), unit="images") as advance:
@@ -209,7 +209,7 @@ def command(argv: list[str]) -> int:
     """Draw captions, or run the sub-command that the first argument names."""
     if not argv or argv[0].startswith("-"):
         return main(parse(SampleConfig, argv=argv))
-    from eval.edits import COMMANDS, run_edit
+    from eval.sampling.edits import COMMANDS, run_edit
 
     if argv[0] not in COMMANDS:
         known = ", ".join(COMMANDS)

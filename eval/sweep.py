@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli import parse, require_local, run_script
+from cluster.base.cli import parse, require_local, run_script
+from cluster.base.jsonl import read_lines
+from eval.html_report.run_curves import SWEEP_NAME as LINES_NAME
 from eval.rounds import RoundConfig, begin, guide_of, play, publish, tidy
-from eval.run_curves import SWEEP_NAME as LINES_NAME
-from training.lines import read_lines
 
 ASIDE = ("run", "scales", "keep_samples", "metrics_port")  # change nothing about the scores
 
@@ -36,8 +36,8 @@ class SweepConfig(RoundConfig):
 
 def main(config: SweepConfig) -> int:
     """Score the scales that are not scored yet."""
-    from cluster.metrics import serve
-    from eval.chain import chain_weights
+    from cluster.base.metrics import serve
+    from eval.sampling.chain import chain_weights
 
     if not config.scales or len(set(config.scales)) < len(config.scales):
         raise ValueError(f"--scales: found {config.scales}, expected different scales")

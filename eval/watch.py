@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
+from cluster.base.jsonl import add_line, read_lines
+from eval.html_report.run_curves import WATCH_NAME as LINES_NAME
 from eval.rounds import RoundConfig, begin, guide_of, play, publish, tidy
-from eval.run_curves import WATCH_NAME as LINES_NAME
-from training.lines import add_line, read_lines
 
 ASIDE = ("run", "once", "poll_seconds", "keep_samples", "metrics_port")  # change no score
 WEIGHTS = ("config.json", "ema.safetensors", "state.json")
@@ -46,7 +46,7 @@ class WatchConfig(RoundConfig):
 
 def main(config: WatchConfig) -> int:
     """Score checkpoints until the run has finished, or with --once those that are there."""
-    from cluster.metrics import serve
+    from cluster.base.metrics import serve
 
     run = Path(config.run)
     if not (run / "config.yaml").is_file():
@@ -139,7 +139,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _score(config: WatchConfig, run: Path, folder: Path) -> None:
     """Play a round with the taken checkpoint in its place, and write its line."""
-    from ingest.commits import digest_file
+    from cluster.base.files import digest_file
 
     started = time.perf_counter()
     weights = folder / "run" / folder.name
@@ -167,7 +167,7 @@ def _score(config: WatchConfig, run: Path, folder: Path) -> None:
 def _settings(config: WatchConfig, chain: WatchConfig, view: Path) -> dict[str, Any]:
     """Return what makes the scores of checkpoints comparable: the flags, and the weights of all
     parts of the chain but the watched one."""
-    from eval.chain import run_weights
+    from eval.sampling.chain import run_weights
 
     told = {k: v for k, v in dataclasses.asdict(config).items() if k not in ASIDE}
     guide = guide_of(chain.sample_options)

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import UseAppendAction
 
-from cluster.cli import UNLISTED, parse, require_lasting, run_script
-from ingest.decode import ResizeMode
-from ingest.filters import FilterConfig
+from cluster.base.cli import UNLISTED, parse, require_lasting, run_script
+from ingest.fetching.decode import ResizeMode
+from ingest.lists.filters import FilterConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ingest.retries import Plan
-    from ingest.row_filter import RowFilter
-    from ingest.shard_runner import Todo
-    from ingest.shard_task import ShardJob
-    from ingest.url_list import UrlList
+    from ingest.fetching.retries import Plan
+    from ingest.fetching.shard_task import ShardJob
+    from ingest.lists.row_filter import RowFilter
+    from ingest.lists.url_list import UrlList
+    from ingest.store.shard_runner import Todo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +94,11 @@ class DownloadConfig:
 
 def main(config: DownloadConfig) -> int:
     """Run the download; return 0, or 1 when shards are missing and a rerun would continue."""
-    from cluster import metrics
-    from ingest.forgotten import read_forgotten
-    from ingest.retries import Plan, read_rounds, start_round
+    from cluster.base import metrics
+    from ingest.fetching.retries import Plan, read_rounds, start_round
     from ingest.shards import publish_snapshot, recover, remove_data_folder, shard_name
-    from ingest.upkeep import drop_repeated_images
+    from ingest.store.forgotten import read_forgotten
+    from ingest.store.maintenance import drop_repeated_images
 
     _check(config)
     if config.verify:
@@ -147,9 +147,9 @@ def _make_missing(
 
 
 def _verify(config: DownloadConfig) -> int:
-    from ingest.manifests import read_manifest
     from ingest.shards import committed_names
-    from ingest.upkeep import strangers, verify
+    from ingest.store.maintenance import strangers, verify
+    from ingest.store.manifests import read_manifest
 
     problems = verify(config.out)
     for name, problem in problems.items():
@@ -169,8 +169,8 @@ def _verify(config: DownloadConfig) -> int:
 
 
 def _forget(config: DownloadConfig) -> int:
-    from ingest.forgotten import Forgotten, read_request
-    from ingest.upkeep import forget
+    from ingest.store.forgotten import Forgotten, read_request
+    from ingest.store.maintenance import forget
 
     request = read_request(config.forget) if config.forget else Forgotten()
     removed = forget(config.out, request)
@@ -185,7 +185,7 @@ def _forget(config: DownloadConfig) -> int:
 
 
 def _check(config: DownloadConfig) -> None:
-    from ingest.dial import proxy_named
+    from ingest.fetching.net import proxy_named
 
     require_lasting("--out", config.out)
     proxy_named(config.proxy)
@@ -216,8 +216,8 @@ def _check(config: DownloadConfig) -> None:
 
 
 def _open(config: DownloadConfig) -> "tuple[UrlList, RowFilter]":
-    from ingest.row_filter import RowFilter
-    from ingest.url_list import open_url_list
+    from ingest.lists.row_filter import RowFilter
+    from ingest.lists.url_list import open_url_list
 
     listed = open_url_list(
         config.urls,
@@ -232,14 +232,14 @@ def _open(config: DownloadConfig) -> "tuple[UrlList, RowFilter]":
 
 def _prepare(config: DownloadConfig, listed: "UrlList", row_filter: "RowFilter") -> "ShardJob":
     """Write or check the manifest, settle what a killed run left, and describe the work."""
-    from ingest.commits import digest_of
-    from ingest.decode import Resizer
-    from ingest.dial import proxy_named
-    from ingest.fetch import FetchPolicy, parse_allow_address
-    from ingest.harvest import HarvestConfig
-    from ingest.shard_task import JPEG_QUALITY, ShardJob
+    from cluster.base.files import digest_of
+    from ingest.fetching.decode import Resizer
+    from ingest.fetching.fetch import FetchPolicy, parse_allow_address
+    from ingest.fetching.harvest import HarvestConfig
+    from ingest.fetching.net import proxy_named
+    from ingest.fetching.shard_task import JPEG_QUALITY, ShardJob
     from ingest.shards import recover, write_manifest
-    from ingest.storage import absolute_root
+    from ingest.store.storage import absolute_root
 
     allowed = tuple(parse_allow_address(text) for text in config.allow_address)
     settings = {
@@ -295,9 +295,9 @@ def _shards(config: DownloadConfig, listed: "UrlList", plan: "Plan") -> "Iterato
     """Yield all shards: the list's, then those of the rounds of retries."""
     import pyarrow as pa
 
-    from ingest.retries import pick
-    from ingest.shard_runner import Todo
-    from ingest.shard_task import FAILED_BEFORE
+    from ingest.fetching.retries import pick
+    from ingest.fetching.shard_task import FAILED_BEFORE
+    from ingest.store.shard_runner import Todo
 
     number = 0
     for rows in _tables(config, listed):
@@ -315,8 +315,8 @@ def _tables(config: DownloadConfig, listed: "UrlList") -> "Iterator[pa.Table]":
     """Yield the list's shards, with a mark at rows whose URL came before where that matters."""
     import pyarrow as pa
 
-    from ingest.duplicates import repeated_urls
-    from ingest.row_filter import REPEATED
+    from ingest.lists.duplicates import repeated_urls
+    from ingest.lists.row_filter import REPEATED
 
     if "urls" not in config.filters.unique:
         yield from listed.shards(config.samples_per_shard)
@@ -342,10 +342,10 @@ def _run(
     config: DownloadConfig, job: "ShardJob", todo: "Iterator[Todo]", count: int
 ) -> dict[str, str]:
     """Make the shards; return the error of each that failed, by name."""
-    from ingest.accounts import Accounts, count_rows
-    from ingest.progress import progress, show_place
-    from ingest.shard_runner import in_this_process, on_ray
+    from cluster.base.progress import progress, show_place
     from ingest.shards import shard_name
+    from ingest.store.accounts import Accounts, count_rows
+    from ingest.store.shard_runner import in_this_process, on_ray
 
     show_place("download", job.root, count)
     failures: dict[str, str] = {}
@@ -374,8 +374,8 @@ def _run(
 
 def _report(config: DownloadConfig, plan: "Plan", snapshot: str) -> int:
     """Print where every row of the list went, out of the commits alone."""
-    from ingest.accounts import Accounts
     from ingest.shards import committed_names, read_commits
+    from ingest.store.accounts import Accounts
 
     accounts = Accounts.of(read_commits(config.out))
     missing = plan.num_shards - len(committed_names(config.out))

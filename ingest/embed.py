@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli import DONE, INCOMPLETE, parse, require_lasting, run_script
+from cluster.base.cli import DONE, INCOMPLETE, parse, require_lasting, run_script
 
 if TYPE_CHECKING:
     from ingest.shards import ShardEntry, Snapshot
@@ -58,7 +58,7 @@ class Reader:
         self._root, self._how, self._size = root, how, size
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        from ingest.encode import read_chunks
+        from ingest.embedding.encode import read_chunks
         from ingest.shards import ShardEntry
 
         for chunk in read_chunks(self._root, ShardEntry(**row), self._how, self._size):
@@ -81,7 +81,7 @@ class Encoder:
             self._encoder.clip.visual = torch.compile(self._encoder.clip.visual)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        from ingest.encode import Chunk, encode_chunk
+        from ingest.embedding.encode import Chunk, encode_chunk
 
         encoded = encode_chunk(self._encoder, Chunk(**row))
         embeds = {"image_embed": encoded.image_embed, "text_embed": encoded.text_embed}
@@ -102,11 +102,11 @@ STEPS = ("read", "encode", "commit")
 
 def main(config: EmbedConfig) -> int:
     """Embed what is pending, then publish the snapshot and its statistics."""
-    from cluster.metrics import serve
-    from ingest.encode import open_embeds
-    from ingest.exclusions import Rules, publish_embeds
+    from cluster.base.metrics import serve
+    from ingest.embedding.encode import open_embeds
+    from ingest.embedding.publish import Rules, publish_embeds
     from ingest.shards import load_snapshot, remove_data_folder
-    from ingest.storage import absolute_root
+    from ingest.store.storage import absolute_root
     from models.clip import absolute_spec, load_clip
 
     _check(config)
@@ -149,8 +149,8 @@ def _quarantine(out: str, failed: dict[str, str]) -> None:
 
     <embeds>/_quarantine/<shard>.json   {"problem"}: the next run tries it again
     """
-    from ingest.commits import canonical_json
-    from ingest.storage import storage_of
+    from cluster.base.files import canonical_json
+    from ingest.store.storage import storage_of
 
     storage = storage_of(out)
     for name in storage.names("_quarantine"):
@@ -202,9 +202,9 @@ def _embed(
     encoder: "FrozenClip",
 ) -> Outcome:
     """Send the pending shards through readers and encoders, and commit what comes back."""
-    from cluster.session import ending_with_own_node, ensure_ray
-    from ingest.encode import Assembler, Chunk, Encoded
-    from ingest.progress import progress, show_place
+    from cluster.base.progress import progress, show_place
+    from cluster.base.ray_session import ending_with_own_node, ensure_ray
+    from ingest.embedding.encode import Assembler, Chunk, Encoded
 
     ensure_ray()
     entries = {entry.name: entry for entry in pending}
@@ -240,7 +240,7 @@ def _encoded_rows(
     import ray
     import ray.data
 
-    from cluster.session import placed_on
+    from cluster.base.ray_session import placed_on
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it narrates each plan
@@ -279,7 +279,7 @@ def _encoders(config: EmbedConfig, gpus_there: int) -> tuple[int, int]:
     Where there are GPUs, two encoders would crowd on one, or one be slow on a CPU; so there are as
     many encoders as GPUs, and that is said. Groups of nodes start GPUs as they are asked for.
     """
-    from cluster.session import placed_on
+    from cluster.base.ray_session import placed_on
 
     if placed_on("gpu_group"):
         return config.num_actors, 1
@@ -295,8 +295,8 @@ def _encoders(config: EmbedConfig, gpus_there: int) -> tuple[int, int]:
 
 def _settle(out: str, images: str, entry: "ShardEntry", parts: list[Any], outcome: Outcome) -> None:
     """Commit a whole shard, or put down why it cannot be."""
-    from cluster.metrics import counter
-    from ingest.encode import bad_keys, commit_shard
+    from cluster.base.metrics import counter
+    from ingest.embedding.encode import bad_keys, commit_shard
 
     started = time.perf_counter()
     problem = next((part.chunk.problem for part in parts if part.chunk.problem), "")

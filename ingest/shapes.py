@@ -4,7 +4,7 @@ A scene is one thing, or two in a relation, on a plain background that captions 
 
     "a small red circle"    "a large blue cross to the left of a small green triangle"
 
-Chosen so that a right drawing can be told by arithmetic (eval/shapes.py), even after 32 px:
+Chosen so that a right drawing can be told by arithmetic (eval/scores/shapes.py), even after 32 px:
 - colours are at least 120 apart in RGB, from each other and from every background;
 - two things always differ in colour, so that a colour names a thing;
 - three shapes that stay apart when small: a square of 9 px is a circle to a blur;
@@ -59,7 +59,7 @@ UNIT_AREA = {
 UNIT_CENTROID_Y = dict.fromkeys(SHAPES, 0.0) | {"triangle": TRIANGLE_HALF_HEIGHT / 3}
 SUPERSAMPLING = 4
 
-HEADS = ("a", "a picture of a")  # One thing has the first alone: see training.jobs.clip_objective
+HEADS = ("a", "a picture of a")  # one thing has the first alone: see clip_objective
 RELATION_WORDS = {  # (short, long)
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ingest.commits import (
+from ingest.store.commits import (
     Attempt,
     Commit,
     committed,
@@ -40,11 +40,11 @@ from ingest.commits import (
     withdraw,
     withdraw_damaged,
 )
-from ingest.generations import rows_of
-from ingest.local_copies import local_file
-from ingest.manifests import read_manifest, remove_data_folder, write_manifest
-from ingest.snapshots import ShardEntry, Snapshot, load_snapshot, publish_snapshot
-from ingest.storage import join_root
+from ingest.store.generations import rows_of
+from ingest.store.manifests import read_manifest, remove_data_folder, write_manifest
+from ingest.store.shard_cache import local_file
+from ingest.store.snapshots import ShardEntry, Snapshot, load_snapshot, publish_snapshot
+from ingest.store.storage import join_root
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -161,7 +161,7 @@ class ImageShard:
     """Random access to a committed image shard through its index and a memory map.
 
     digest: of the snapshot's entry; given, another content under the same name is a ValueError.
-    Samples that were forgotten since are given as their neighbours: see `ingest.generations`.
+    Samples that were forgotten since are given as their neighbours: see `ingest.store.generations`.
     """
 
     def __init__(self, root: str | os.PathLike[str], name: str, *, digest: str | None = None):

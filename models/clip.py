@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.configs import ClipConfig
-from models.transformer import trimmed_length
+from models.networks.transformer import trimmed_length
 from models.weights import digest, exported, load_config, load_weights
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, kept by open_clip's models

@@ -248,7 +248,7 @@ class UpsamplerConfig:
     """leave no signal at the last timestep; needs prediction v or x0"""
     degradation: Degradation = "blur"
     """corruption of the low resolution in training: the first upsampler's blur, or the second's bsr
-    (models/degrade.py)"""
+    (models/degradation.py)"""
     interpolation: Interpolation = "bilinear"
     """how the low resolution is raised to the network's"""
     low_res_noise: float = 0.0

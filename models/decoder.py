@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models import keyed_random
 from models.configs import DecoderConfig, Spacing
-from models.losses import draw_timesteps, timestep_weight, variational_bound
-from models.samplers import (
+from models.diffusion import keyed_random
+from models.diffusion.losses import draw_timesteps, timestep_weight, variational_bound
+from models.diffusion.samplers import (
     Denoiser,
     Sampler,
     clipped,
@@ -19,9 +19,9 @@ from models.samplers import (
     inpainted,
     learned_ddpm,
 )
-from models.schedule import NoiseSchedule
-from models.text import TextEncoder
-from models.unet import UNet
+from models.diffusion.schedule import NoiseSchedule
+from models.networks.text_encoder import TextEncoder
+from models.networks.unet import UNet
 
 GRID_FEATURES = 32
 WITH_GUIDE = ["use_text", "text_tokens", "prediction", "schedule", "num_timesteps", "zero_terminal"]

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.clip import preprocess
-from models.samplers import ddim
+from models.diffusion.samplers import ddim
 from models.unclip import Sampling, UnClip
 
 PARALLEL = 1e-4  # sine of the angle below which two vectors are one

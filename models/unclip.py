@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.autoregressive_prior import AutoregressivePrior
 from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
 from models.configs import (
     AutoregressivePriorConfig,
@@ -22,9 +21,10 @@ from models.configs import (
     UpsamplerConfig,
 )
 from models.decoder import Condition, Decoder, ImageSampling
-from models.diffusion_prior import DiffusionPrior
-from models.priors import Prior, PriorSampling, PriorText
-from models.regression_prior import RegressionPrior
+from models.priors.autoregressive import AutoregressivePrior
+from models.priors.base import Prior, PriorSampling, PriorText
+from models.priors.diffusion import DiffusionPrior
+from models.priors.regression import RegressionPrior
 from models.upsampler import Upsampler
 from models.weights import exported, load_config, load_weights
 

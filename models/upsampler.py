@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import keyed_random
-from models.autocast import without_autocast
 from models.configs import UpsamplerConfig
 from models.decoder import ImageSampling
-from models.degrade import bsr, gaussian_blur, shrink
-from models.losses import draw_timesteps, timestep_weight
-from models.samplers import clipped
-from models.schedule import NoiseSchedule
-from models.transformer import TimestepMLP
-from models.unet import UNet
+from models.degradation import bsr, gaussian_blur, shrink
+from models.diffusion import keyed_random
+from models.diffusion.losses import draw_timesteps, timestep_weight
+from models.diffusion.samplers import clipped
+from models.diffusion.schedule import NoiseSchedule
+from models.networks.autocast import without_autocast
+from models.networks.transformer import TimestepMLP
+from models.networks.unet import UNet
 
 NOISE_LEVELS = 1000  # as which the network is told a standard deviation in [0, 1]
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.batches import Batch
+from training.checkpoints.records import Progress
 from training.config import RunConfig, TrainConfig
+from training.data.dataloader import Batch
+from training.engine.engines import PlainEngine
 from training.loop import Job, train
-from training.records import Progress
-from training.reporting import Reporter
-from training.zero import PlainEngine
+from training.runs.reporting import Reporter
 
 NUM_SAMPLES = 10  # of batches of 4: the last one of an epoch has 2
 CONFIG = TrainConfig(

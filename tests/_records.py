@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from training import checkpoint
-from training.records import FORMAT, Progress, Record, records
+from training.checkpoints import checkpoint
+from training.checkpoints.records import FORMAT, Progress, Record, records
 
 
 def write_by_three_ranks(folder: Path, whole: torch.Tensor) -> list[Record]:

@@ -8,8 +8,8 @@ Downloads from the site, trains a prior until somebody makes FOLDER/run/stop, dr
 import sys
 from pathlib import Path
 
-from cluster.cli import parse, run_script
-from cluster.metrics import serve
+from cluster.base.cli import parse, run_script
+from cluster.base.metrics import serve
 from cluster.timings import Timings
 from training.config import PRESETS, PriorRunConfig
 

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from models.autoregressive_prior import AutoregressivePrior
 from models.clip import VOCAB_SIZE, FrozenClip
 from models.configs import (
     AutoregressivePriorConfig,
@@ -27,11 +26,12 @@ from models.configs import (
     UpsamplerConfig,
 )
 from models.decoder import Decoder
-from models.diffusion_prior import DiffusionPrior
-from models.regression_prior import RegressionPrior
+from models.priors.autoregressive import AutoregressivePrior
+from models.priors.diffusion import DiffusionPrior
+from models.priors.regression import RegressionPrior
 from models.upsampler import Upsampler
 from models.weights import FINAL_NAME, save_config, save_weights
-from training import demo_data
+from training.data import demo_data
 
 Handler = http.server.BaseHTTPRequestHandler
 THREADS = torch.get_num_threads()  # as OMP_NUM_THREADS has it

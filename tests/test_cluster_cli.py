@@ -9,12 +9,12 @@ from typing import Literal
 import pytest
 import yaml
 
-from cluster.cli import merged, parse, read_yaml, run_script, to_yaml
+from cluster.base.cli import merged, parse, read_yaml, run_script, to_yaml
 from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {"clip": ClipRunConfig, "prior": PriorRunConfig, "decoder": DecoderRunConfig}
-SHIPPED = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+SHIPPED = sorted(f"{path.parent.name}_{path.stem}" for path in PRESETS.glob("*/*.yaml"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,10 +248,10 @@ def test_every_shipped_preset_can_be_run_dry(
     stem: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The count told is the model's own, and nothing is allocated to count it."""
-    from models.flops import num_parameters
-    from training.jobs import clip_model, decoder_model
-    from training.prior_job import prior_model
-    from training.sizing import dry_run
+    from models.costs.flops import num_parameters
+    from training.runs.dry_run import dry_run
+    from training.tasks.clip_and_decoder import clip_model, decoder_model
+    from training.tasks.prior import prior_model
 
     monkeypatch.chdir(tmp_path)
     kind, _, preset = stem.partition("_")

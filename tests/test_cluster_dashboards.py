@@ -11,9 +11,9 @@ import pytest
 import yaml
 from _prometheus import CLUSTER, free_port, wait_for
 
-from cluster.cli import parse
+from cluster.base.cli import parse
+from cluster.base.metrics import METRICS
 from cluster.dashboards import DashboardsConfig, files, main
-from cluster.metrics import METRICS
 from cluster.panels import DASHBOARDS, UNITS
 from cluster.rules import EVENTS, recorded, recording_rules
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import exporter
+from cluster.base import exporter
 
 WORKER = """
 import json, time, urllib.request
@@ -20,13 +20,13 @@ ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=Fal
 @ray.remote
 class Worker:
     def count(self):
-        from cluster.metrics import counter, gauge, histogram
+        from cluster.base.metrics import counter, gauge, histogram
         counter("minidalle2_ingest_rows_total").inc(0, outcome="failed")
         counter("minidalle2_ingest_rows_total").inc(3, outcome="stored")
         gauge("minidalle2_train_loss").set(0.5, model="prior")
         histogram("minidalle2_checkpoint_seconds").observe(0.5, model="prior")
 
-from cluster.metrics import counter, gauge, hand_over_to_ray
+from cluster.base.metrics import counter, gauge, hand_over_to_ray
 counter("minidalle2_embed_images_total").inc(5)
 counter("minidalle2_train_incidents_total")
 hand_over_to_ray()
@@ -51,19 +51,19 @@ print(json.dumps([line for line in text.splitlines() if line.startswith("ray_min
 SET_ONCE = """
 import json, time, urllib.request
 import ray
-from cluster import exporter
+from cluster.base import exporter
 exporter.REFRESH_SECONDS = 0.5
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 
 @ray.remote
 class Worker:
     def begin(self):
-        from cluster import exporter
-        from cluster.metrics import gauge
+        from cluster.base import exporter
+        from cluster.base.metrics import gauge
         exporter.REFRESH_SECONDS = 0.5
         gauge("minidalle2_train_running").set(1, model="prior")
 
-from cluster.metrics import gauge
+from cluster.base.metrics import gauge
 gauge("minidalle2_train_running").set(1, model="clip")
 worker = Worker.remote()
 ray.get(worker.begin.remote())

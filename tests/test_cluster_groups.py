@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.session import GROUPS
+from cluster.base.ray_session import GROUPS
 from ingest.shards import load_snapshot
 
 pytestmark = pytest.mark.soak

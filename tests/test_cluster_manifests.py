@@ -15,8 +15,8 @@ import jsonschema
 import pytest
 import yaml
 
+from cluster.base.ray_session import GROUPS
 from cluster.manifests import SOURCES, ManifestsConfig, main
-from cluster.session import GROUPS
 from cluster.start import StartConfig
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster import metrics
+from cluster.base import metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +52,7 @@ def test_labels_come_from_small_closed_sets():
 def test_every_counter_is_served_from_zero():
     """In a process of its own, where nothing was counted before."""
     code = (
-        "import urllib.request\nfrom cluster.metrics import serve\n"
+        "import urllib.request\nfrom cluster.base.metrics import serve\n"
         "url = f'http://127.0.0.1:{serve(0)}/metrics'\n"
         "print(urllib.request.urlopen(url, timeout=5).read().decode())"
     )
@@ -115,7 +115,7 @@ def test_a_port_is_shared_within_and_refused_across_processes(port: int):
     assert metrics.serve(None) is None
     assert metrics.serve(0) == port
     assert metrics.serve(port) == port
-    code = f"from cluster.metrics import serve; serve({port})"
+    code = f"from cluster.base.metrics import serve; serve({port})"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert f"ValueError: metrics port {port}: found Address already in use" in other.stderr
     with pytest.raises(ValueError, match="metrics port 70000"):
@@ -124,7 +124,7 @@ def test_a_port_is_shared_within_and_refused_across_processes(port: int):
 
 def test_importing_it_imports_nothing_heavy():
     code = (
-        "import sys, cluster.metrics\n"
+        "import sys, cluster.base.metrics\n"
         "print([m for m in ('prometheus_client', 'ray', 'torch', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -134,9 +134,9 @@ def test_importing_it_imports_nothing_heavy():
 def test_closed_sets_are_those_of_the_code():
     from typing import get_args, get_type_hints
 
-    from ingest.filters import FAILED
+    from ingest.lists.filters import FAILED
     from training.config import DecoderRunConfig
-    from training.incidents import KINDS
+    from training.runs.incidents import KINDS
 
     assert set(metrics.FAILURES) == set(FAILED)
     assert set(metrics.INCIDENTS) == set(KINDS)
@@ -176,8 +176,8 @@ def test_hostile_rows_make_no_series(port: int, tmp_path: Path):
 
 SCRIPT = """
 import sys, time
-from cluster.cli import run_script
-from cluster.metrics import gauge, serve
+from cluster.base.cli import run_script
+from cluster.base.metrics import gauge, serve
 
 def main():
     print(serve(0), flush=True)
@@ -222,7 +222,7 @@ def test_a_script_waits_for_nobody_who_never_came():
 
 
 def test_a_scraper_that_stopped_coming_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
-    from cluster import exporter
+    from cluster.base import exporter
 
     clock = [0.0]
     monkeypatch.setattr(exporter.time, "monotonic", lambda: clock[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import parse
+from cluster.base.cli import parse
 from cluster.plan import main
 from cluster.planning import fitting, flows
 from cluster.planning.devices import GPUS, find_gpu
@@ -17,8 +17,8 @@ from cluster.planning.report import Planner
 from cluster.planning.request import PRESETS, PlanRequest
 from cluster.planning.stages import CHAINS, build_stages, read_preset
 from models.clip import FrozenClip, build_clip
-from models.flops import state_bytes
-from training.profiling import PEAK_TFLOPS
+from models.costs.flops import state_bytes
+from training.runs.profiling import PEAK_TFLOPS
 
 ROOT = Path(__file__).parent.parent
 DEMO = PlanRequest(chain="demo", gpu="cpu", num_gpus=1, images=8000.0, train_clip=True,
@@ -41,9 +41,9 @@ def told(demo):
 def dry_run_parameters(kind: str, preset: str, sizes: dict, folder: Path, capsys) -> int:
     """What --dry-run prints for a preset beside embeddings of an encoder of these sizes."""
     from cluster.planning.stages import read_preset
-    from training.jobs import clip_model, decoder_model
-    from training.prior_job import prior_model
-    from training.sizing import dry_run
+    from training.runs.dry_run import dry_run
+    from training.tasks.clip_and_decoder import clip_model, decoder_model
+    from training.tasks.prior import prior_model
 
     folder.mkdir(exist_ok=True)
     (folder / "_manifest.json").write_text(json.dumps(sizes))
@@ -68,12 +68,15 @@ def test_parameters_are_those_of_the_dry_run(chain: str, tmp_path: Path, capsys)
 
 
 def test_every_chain_names_presets_that_are_shipped():
-    shipped = {path.stem for path in (ROOT / "training" / "presets").glob("*.yaml")}
+    shipped = {
+        f"{path.parent.name}_{path.stem}"
+        for path in (ROOT / "training" / "presets").glob("*/*.yaml")
+    }
     for chain in CHAINS.values():
         names = {f"prior_{chain.prior}", f"prior_{chain.ar}"}
         assert names | {f"decoder_{name}" for name in chain.decoders} <= shipped
-    for path in PRESETS.parent.glob("plan_*.yaml"):
-        name = path.stem.removeprefix("plan_")
+    for path in PRESETS.glob("*.yaml"):
+        name = path.stem
         assert parse(PlanRequest, presets=PRESETS, argv=["--preset", name]).chain == name
 
 

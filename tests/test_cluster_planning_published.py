@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cluster.planning import efficiency, published
 from cluster.planning.published import Row
 from models.configs import UNetConfig
-from models.flops import forward_macs, num_parameters
-from models.unet import UNet
+from models.costs.flops import forward_macs, num_parameters
+from models.networks.unet import UNet
 
 
 @pytest.fixture(scope="module")

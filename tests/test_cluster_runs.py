@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import run_folders
-from cluster.cli import to_yaml
-from cluster.run_folders import RunsFolder, plain
+from cluster import run_store as run_folders
+from cluster.base.cli import to_yaml
+from cluster.run_store import RunsFolder, plain
 from cluster.runs import command
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
 
@@ -54,11 +54,11 @@ def told(capsys: pytest.CaptureFixture, *argv: str) -> str:
 
 
 def test_names_are_those_that_the_writers_use():
+    from cluster.base.run_dir import CONFIG_NAME, INCIDENTS_NAME
     from cluster.demo import CONFIG_NAME as DEMO
     from models.weights import FINAL_NAME
-    from training.incidents import INCIDENTS_NAME
-    from training.reporting import METRICS_NAME, VALIDATION_NAME
-    from training.worker import CONFIG_NAME, ERROR_NAMES
+    from training.runs.reporting import METRICS_NAME, VALIDATION_NAME
+    from training.runs.worker import ERROR_NAMES
 
     ours = run_folders
     assert (ours.DEMO, ours.CONFIG, ours.FINAL) == (DEMO, CONFIG_NAME, FINAL_NAME)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import start
-from cluster.session import GROUPS
+from cluster.base.ray_session import GROUPS
 from cluster.start import StartConfig, main
 
 

@@ -76,7 +76,7 @@ def test_rows_stand_in_the_order_in_which_stages_end(clock: list[float], tmp_pat
 def test_the_metric_is_the_sum_over_the_parts_of_a_stage(
     clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from cluster import metrics
+    from cluster.base import metrics
 
     clock += [0, 1, 0, 2, 0, 4]
     said: dict[str, float] = {}

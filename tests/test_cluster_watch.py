@@ -26,8 +26,8 @@ from _prometheus import (
 )
 from conftest import Site, serve_site
 
-from cluster.feed import PANELS
-from cluster.metrics import METRICS
+from cluster.base.metrics import METRICS
+from cluster.queries import PANELS
 from cluster.watch import WatchConfig, open_server
 from models.clip import load_clip
 

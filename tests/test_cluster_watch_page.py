@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from _browser import browsing, needs_chromium
 
-from cluster.feed import MAX_LINES, PANELS, RUNS_QUERY, WINDOWS, named, number
+from cluster.queries import MAX_LINES, PANELS, RUNS_QUERY, WINDOWS, named, number
 from cluster.watch import COOKIE, WatchConfig, WatchServer, open_server
 
 TOKEN = "0123456789abcdef0123"

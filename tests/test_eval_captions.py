@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from eval.captions import read_captions
-from eval.drawing import read_options
 from eval.protocol import FOLDER, prepare
-from eval.samples import open_images
+from eval.sampling.captions import read_captions
+from eval.sampling.image_source import open_images
+from eval.sampling.sample_job import read_options
 
 
 def test_a_text_file_is_a_caption_a_line(tmp_path: Path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.decoding import fitted, read_picture
-from eval.samples import Incomplete, open_images
+from eval.features.decoding import fitted, read_picture
+from eval.sampling.image_source import Incomplete, open_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(PIXELS)

@@ -13,8 +13,8 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from eval.blocks import Features
-from eval.distances import (
+from eval.distances.frechet import Moments, Reference, frechet_distance
+from eval.distances.intervals import (
     bootstrap_error,
     cmmd,
     fd_infinity,
@@ -22,8 +22,8 @@ from eval.distances import (
     kernel_distance,
     real_halves,
 )
-from eval.frechet import Moments, Reference, frechet_distance
-from eval.neighbours import manifold_scores, nearest_rows
+from eval.distances.neighbours import manifold_scores, nearest_rows
+from eval.features.blocks import Features
 
 WIDTH = 48
 

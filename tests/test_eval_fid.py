@@ -15,7 +15,7 @@ from PIL import Image
 from eval import fid
 from eval.evaluation import JUDGES
 from eval.fid import FidConfig
-from eval.samples import Incomplete
+from eval.sampling.image_source import Incomplete
 from models.clip import load_clip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,8 @@ def test_a_rerun_computes_nothing_and_says_the_same(
     config: FidConfig, monkeypatch: pytest.MonkeyPatch
 ):
     before = evaluated(config)
-    monkeypatch.setattr("eval.features.ClipFeatures.__call__", lambda *_: pytest.fail("computed"))
+    name = "eval.features.extractors.ClipFeatures.__call__"
+    monkeypatch.setattr(name, lambda *_: pytest.fail("computed"))
     assert evaluated(config) == before
 
 

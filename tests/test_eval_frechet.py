@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from eval.frechet import Moments, frechet_distance
+from eval.distances.frechet import Moments, frechet_distance
 
 
 def features(n: int, width: int, seed: int, shift: float = 0.0) -> np.ndarray:

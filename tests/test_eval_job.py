@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.session import GROUPS
-from eval.features import ExtractorSpec, clip_spec
-from eval.job import MAX_DEATHS, Place, Workers
-from eval.samples import Incomplete, open_images
-from eval.store import open_store
-from ingest.commits import committed
+from cluster.base.ray_session import GROUPS
+from eval.features.actor_pool import MAX_DEATHS, Place, Workers
+from eval.features.extractors import ExtractorSpec, clip_spec
+from eval.features.store import open_store
+from eval.sampling.image_source import Incomplete, open_images
+from ingest.store.commits import committed
 from models.clip import load_clip
 
 SECONDS = 600
@@ -33,10 +33,10 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.features import ExtractorSpec
-from eval.frechet import Moments, frechet_distance
-from eval.job import Place, Workers
-from eval.samples import open_images
+from eval.features.extractors import ExtractorSpec
+from eval.distances.frechet import Moments, frechet_distance
+from eval.features.actor_pool import Place, Workers
+from eval.sampling.image_source import open_images
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Deadly(ExtractorSpec):
@@ -148,7 +148,7 @@ def test_a_killed_driver_loses_nothing_that_was_committed(
 
 
 def test_a_block_that_kills_every_worker_is_held_at_fault(monkeypatch: pytest.MonkeyPatch):
-    from eval.job import _Crew
+    from eval.features.actor_pool import _Crew
 
     ray = pytest.importorskip("ray")
 
@@ -171,7 +171,7 @@ def test_a_block_that_kills_every_worker_is_held_at_fault(monkeypatch: pytest.Mo
 def test_workers_share_what_is_free_and_say_what_they_wait_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    from eval.job import _room
+    from eval.features.actor_pool import _room
 
     ray = pytest.importorskip("ray")
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
@@ -195,7 +195,7 @@ def test_workers_share_what_is_free_and_say_what_they_wait_for(
 def test_workers_are_placed_on_the_gpu_group_where_there_are_groups(
     device: str, resources: dict, group: dict, gpus: float, monkeypatch: pytest.MonkeyPatch
 ):
-    from eval.job import _Crew
+    from eval.features.actor_pool import _Crew
 
     asked: dict[str, float] = {}
 
@@ -320,7 +320,7 @@ def test_what_workers_must_be():
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory, write_chain: Callable) -> Any:
-    from eval.drawing import Model
+    from eval.sampling.sample_job import Model
 
     runs = write_chain(tmp_path_factory.mktemp("runs"), load_clip("tiny:random"), 8)
     return Model(prior=str(runs["prior"]), decoder=str(runs["decoder"]))
@@ -331,7 +331,7 @@ OPTIONS = {"prior_steps": 1, "decoder_steps": 1, "best_of": 1, "seed": 3, "preci
 
 
 def drawn(out: Path, chain: Any, number: int = 0) -> list[bytes]:
-    from eval.drawing import draw
+    from eval.sampling.sample_job import draw
 
     draw(out, chain, CAPTIONS, OPTIONS, Workers(number=number))
     return [path.read_bytes() for path in sorted(out.glob("0*.png"))]
@@ -341,7 +341,7 @@ def test_drawing_continues_where_it_was(
     chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A damaged block is drawn again and is as it was; the whole ones are left alone."""
-    from eval import drawing
+    from eval.sampling import sample_job as drawing
 
     before = drawn(tmp_path / "s", chain)
     assert len(before) == len(CAPTIONS) and len(committed(tmp_path / "s")) == 3

@@ -17,11 +17,11 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from eval.features import ExtractorSpec, dinov2_spec, inception_spec
-from eval.features import _clean as clean
-from eval.frechet import Moments, Reference, frechet_distance
-from eval.networks import resampled, tf1_bilinear
-from eval.weights import WeightsFile
+from eval.distances.frechet import Moments, Reference, frechet_distance
+from eval.features.extractors import ExtractorSpec, dinov2_spec, inception_spec
+from eval.features.extractors import _clean as clean
+from eval.features.networks import resampled, tf1_bilinear
+from eval.features.weights import WeightsFile
 from ingest.shapes import make_pairs
 
 COUNT = 12
@@ -86,7 +86,7 @@ def test_dinov2_reads_the_originals_names(tmp_path: Path):
     network = timm.create_model(name, pretrained=False, num_classes=0, img_size=224)
     state = {**network.state_dict(), "mask_token": torch.zeros(1, 384)}
     torch.save(state, tmp_path / "small.pth")
-    from ingest.commits import digest_file
+    from cluster.base.files import digest_file
 
     digest = digest_file(tmp_path / "small.pth")
     file = WeightsFile(path=str(tmp_path / "small.pth"), sha256=digest, official=False)
@@ -117,7 +117,7 @@ def test_features_are_torch_fidelitys(weights: WeightsFile, extractor: Any):
 
 def test_weights_of_another_network_are_refused(tmp_path: Path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
-    from ingest.commits import digest_file
+    from cluster.base.files import digest_file
 
     file = WeightsFile(
         path=str(tmp_path / "x.pth"), sha256=digest_file(tmp_path / "x.pth"), official=False

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from _report_run import write_rich_run
 
-from eval.page import write_report
+from eval.html_report.page import write_report
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(

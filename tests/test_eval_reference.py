@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.frechet import Moments
-from eval.reference import WORDS, Statistics, load_statistics
+from eval.distances.frechet import Moments
+from eval.distances.reference import WORDS, Statistics, load_statistics
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 from _report_run import HOSTILE, SCORES, picture, write_plain_run, write_rich_run
 from PIL import Image
 
-from eval.charts import (
+from eval.html_report.charts import (
     MAX_POINTS,
     line_chart,
     linear_ticks,
@@ -27,11 +27,11 @@ from eval.charts import (
     smoothed,
     thinned,
 )
-from eval.formats import duration, flatten, number, size
-from eval.headlines import headlines, judged_by
-from eval.page import write_report
-from eval.pictures import inline
-from eval.score_table import described, entries, score_table
+from eval.html_report.formats import duration, flatten, number, size
+from eval.html_report.headlines import headlines, judged_by
+from eval.html_report.page import write_report
+from eval.html_report.pictures import inline
+from eval.html_report.score_table import described, entries, score_table
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from eval import fid, sample
-from eval.features import ExtractorSpec
+from eval.features.extractors import ExtractorSpec
 from eval.fid import FidConfig
-from eval.generate import default_sampling, sampling_of
 from eval.sample import SampleConfig
-from eval.samples import open_images
+from eval.sampling.generate import default_sampling, sampling_of
+from eval.sampling.image_source import open_images
 from models.clip import load_clip
 from models.unclip import UnClip
 from models.weights import exported, save_weights
@@ -258,8 +258,8 @@ def test_the_ablation_decodes_as_the_samples_were(
     fid_config: FidConfig, data: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Given the prior's own embeddings in the text's place, it draws the samples again."""
-    from eval import scorecard
-    from eval.chain import load_chain
+    from eval.sampling.chain import load_chain
+    from eval.scores import scorecard
 
     fake = open_images(fid_config.fake)
     captions, image, _ = scorecard.read_embeds(fid_config.embeds)

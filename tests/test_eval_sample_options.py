@@ -8,7 +8,7 @@ import pytest
 
 from eval import sample
 from eval.sample import SampleConfig
-from eval.samples import open_images
+from eval.sampling.image_source import open_images
 from models.clip import load_clip
 
 CAPTIONS = ("a red cube", "a blue cone")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import scorecard
-from eval.generate import default_sampling
-from eval.samples import ImageSet
-from eval.scorecard import caption_scores, prior_scores, shape_scores, shapes_with_real
+from eval.sampling.generate import default_sampling
+from eval.sampling.image_source import ImageSet
+from eval.scores import scorecard
+from eval.scores.scorecard import caption_scores, prior_scores, shape_scores, shapes_with_real
 from ingest.shapes import make_pairs
 from models.clip import load_clip
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.shapes import ShapeScore, score, summarise
+from eval.scores.shapes import ShapeScore, score, summarise
 from ingest.shapes import (
     BLOCK,
     PALETTE,

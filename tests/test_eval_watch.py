@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
+from cluster.base.files import digest_file
+from cluster.base.jsonl import read_lines
 from eval import rounds, sweep, watch
-from eval.page import write_report
+from eval.html_report.page import write_report
 from eval.rounds import begin, run_command
 from eval.sweep import SweepConfig
 from eval.watch import WatchConfig
-from ingest.commits import digest_file
 from models.clip import load_clip
 from models.weights import exported
-from training.lines import read_lines
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,7 +50,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[tuple[WatchConfig, str]]:
         return {"images": {"clip_score": len(asked) / 10, "n": 4}}
 
     monkeypatch.setattr(watch, "play", play)
-    monkeypatch.setattr("eval.chain.run_weights", weights_of_parts.get)
+    monkeypatch.setattr("eval.sampling.chain.run_weights", weights_of_parts.get)
     return asked
 
 
@@ -257,7 +257,7 @@ def test_a_scale_is_scored_again_only_where_something_changed(
         return {"images": {"clip_score": float(more[1]), "fd_clip": 1.0, "n": 4}}
 
     monkeypatch.setattr(sweep, "play", play)
-    monkeypatch.setattr("eval.chain.chain_weights", lambda *_: weights)
+    monkeypatch.setattr("eval.sampling.chain.chain_weights", lambda *_: weights)
     config = SweepConfig(run=str(tmp_path), scales=(1.0, 2.0))
     sweep.main(config)
     sweep.main(replace(config, scales=(1.0, 2.0, 4.0)))

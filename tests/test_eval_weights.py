@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.weights import DINOV2, INCEPTION, VARIABLE, find_weights
+from eval.features.weights import DINOV2, INCEPTION, VARIABLE, find_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ingest import shard_runner, shard_task
-from ingest.dial import connect
 from ingest.download import DownloadConfig, main
-from ingest.fetch import Fetcher
-from ingest.filters import FilterConfig, normalise_caption
+from ingest.fetching import shard_task
+from ingest.fetching.fetch import Fetcher
+from ingest.fetching.net import connect
+from ingest.lists.filters import FilterConfig, normalise_caption
 from ingest.shards import ImageShard, committed, damage, load_snapshot, recover
+from ingest.store import shard_runner
 
 NUM_IMAGES = 7
 REAL_LIST = Path(__file__).parents[2] / "shared" / "data" / "laion" / "real_urls_10000.parquet"

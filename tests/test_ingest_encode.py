@@ -12,11 +12,10 @@ import ray
 import torch
 from PIL import Image
 
-from cluster.session import GROUPS
+from cluster.base.ray_session import GROUPS
 from ingest import embed
-from ingest.commits import committed
 from ingest.embed import EmbedConfig
-from ingest.encode import (
+from ingest.embedding.encode import (
     Assembler,
     Chunk,
     Encoded,
@@ -37,8 +36,9 @@ from ingest.shards import (
     write_image_shard,
     write_manifest,
 )
+from ingest.store.commits import committed
 from models.clip import FrozenClip, load_clip
-from training import demo_data
+from training.data import demo_data
 
 SIZES = [(300, 200), (224, 224), (97, 400), (640, 480), (225, 224), (50, 60)]
 

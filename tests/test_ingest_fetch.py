@@ -11,9 +11,16 @@ from email.utils import formatdate
 
 import pytest
 
-from ingest.dial import Resolver, connect, is_public
-from ingest.fetch import Fetcher, FetchPolicy, parse_allow_address
-from ingest.filters import FAILED, FILTERED, TRANSIENT, header_problem, may_be_image, status_of
+from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
+from ingest.fetching.net import Resolver, connect, is_public
+from ingest.lists.filters import (
+    FAILED,
+    FILTERED,
+    TRANSIENT,
+    header_problem,
+    may_be_image,
+    status_of,
+)
 
 
 def fetcher(site, **policy) -> Fetcher:
@@ -285,7 +292,7 @@ def test_a_resolver_that_is_down_is_not_a_name_that_does_not_exist():
 
 def test_a_resolver_that_hangs_does_not_outlive_the_deadline(monkeypatch):
     hanging = threading.Event()
-    monkeypatch.setattr("ingest.dial.resolve", lambda *_: hanging.wait(20) and [])
+    monkeypatch.setattr("ingest.fetching.net.resolve", lambda *_: hanging.wait(20) and [])
     policy = FetchPolicy(timeout_seconds=0.3)
     started = time.monotonic()
     assert Fetcher(policy, resolve=Resolver()).fetch("http://a.example/").reason == "timeout"
@@ -300,7 +307,7 @@ def test_a_name_is_looked_up_once_a_minute(monkeypatch):
         asked.append(host)
         return ["10.0.0.1"]
 
-    monkeypatch.setattr("ingest.dial.resolve", resolve)
+    monkeypatch.setattr("ingest.fetching.net.resolve", resolve)
     found = Fetcher(FetchPolicy())
     for path in "abc":
         assert found.fetch(f"http://inside.example/{path}").reason == "address_refused"

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ingest import duplicates
 from ingest.download import DownloadConfig, main
-from ingest.filters import (
+from ingest.lists import duplicates
+from ingest.lists.filters import (
     MAX_CAPTION_CHARS,
     FilterConfig,
     filter_columns,
@@ -19,8 +19,8 @@ from ingest.filters import (
     normalise_caption,
     row_problem,
 )
-from ingest.opt_outs import OptOuts
-from ingest.row_filter import RowFilter, normalised
+from ingest.lists.opt_outs import OptOuts
+from ingest.lists.row_filter import RowFilter, normalised
 
 LAION_5B = ("URL", "TEXT", "WIDTH", "HEIGHT", "similarity", "LANGUAGE", "punsafe", "pwatermark")
 LAION_400M = ("URL", "TEXT", "similarity", "LICENSE", "NSFW")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ingest.forgotten import Forgotten, read_forgotten, read_request, record, url_digest
+from ingest.store.forgotten import Forgotten, read_forgotten, read_request, record, url_digest
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,15 @@ import time
 
 import pytest
 
-from ingest.decode import Resizer
-from ingest.fetch import Fetcher, FetchPolicy, parse_allow_address
-from ingest.harvest import HarvestConfig, Request, backoff_seconds, harvest, without_repetitions
+from ingest.fetching.decode import Resizer
+from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
+from ingest.fetching.harvest import (
+    HarvestConfig,
+    Request,
+    backoff_seconds,
+    harvest,
+    without_repetitions,
+)
 
 RESIZER = Resizer(image_size=32, resize_mode="keep_ratio")
 
@@ -40,13 +46,13 @@ def test_every_row_has_an_outcome(site):
     ("status", "tries"), [(404, 1), (403, 1), (418, 1), (429, 3), (500, 3), (503, 3)]
 )
 def test_only_what_may_pass_is_tried_again(site, monkeypatch, status: int, tries: int):
-    monkeypatch.setattr("ingest.harvest.backoff_seconds", lambda number: 0.01)
+    monkeypatch.setattr("ingest.fetching.harvest.backoff_seconds", lambda number: 0.01)
     gather(site, [site.put("/a", status=status)], retries=2)
     assert len(site.hits) == tries
 
 
 def test_a_failure_that_passes_is_a_success(site, monkeypatch):
-    monkeypatch.setattr("ingest.harvest.backoff_seconds", lambda number: 0.01)
+    monkeypatch.setattr("ingest.fetching.harvest.backoff_seconds", lambda number: 0.01)
     url = site.put("/a", status=500)
     failing = site.answers["/a"]
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
-from ingest.decode import Resizer
-from ingest.dial import connect
 from ingest.download import DownloadConfig, main
-from ingest.fetch import Fetcher, FetchPolicy, parse_allow_address
-from ingest.filters import MAX_CAPTION_CHARS
-from ingest.harvest import HarvestConfig, Request, harvest
+from ingest.fetching.decode import Resizer
+from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
+from ingest.fetching.harvest import HarvestConfig, Request, harvest
+from ingest.fetching.net import connect
+from ingest.lists.filters import MAX_CAPTION_CHARS
 from ingest.shards import ImageShard, committed
 
 MIB = 1 << 20

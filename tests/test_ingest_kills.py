@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ingest.shards import committed, damage, load_snapshot
-from training import demo_data
+from training.data import demo_data
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_ROWS, SHARD = 160, 8

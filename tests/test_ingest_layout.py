@@ -97,7 +97,7 @@ def test_the_webdataset_library_reads_it(ours: Path):
 def test_ray_data_reads_it(ours: Path):
     import ray
 
-    from cluster.session import ensure_ray
+    from cluster.base.ray_session import ensure_ray
 
     ensure_ray()
     rows = ray.data.read_webdataset(str(ours / "000000.tar")).take_all()

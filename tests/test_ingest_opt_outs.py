@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from ingest.opt_outs import opted_out, reserved
+from ingest.lists.opt_outs import opted_out, reserved
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from ingest.dial import proxy_named
 from ingest.download import DownloadConfig, main
-from ingest.fetch import Fetcher, FetchPolicy, parse_allow_address
+from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
+from ingest.fetching.net import proxy_named
 from ingest.shards import load_snapshot
 
 

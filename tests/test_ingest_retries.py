@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ingest import shard_runner
 from ingest.download import DownloadConfig, main
-from ingest.filters import FilterConfig
-from ingest.retries import Plan, Round, pick
+from ingest.fetching.retries import Plan, Round, pick
+from ingest.lists.filters import FilterConfig
 from ingest.shards import ImageShard, committed, load_snapshot
+from ingest.store import shard_runner
 
 NUM_ROWS = 11
 

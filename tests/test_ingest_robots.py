@@ -2,8 +2,13 @@
 
 import pytest
 
-from ingest.fetch import Fetcher, FetchPolicy, parse_allow_address
-from ingest.robots import FAILURE_KEPT_SECONDS, KEPT_SECONDS, RobotsCache, RobotsUnavailable
+from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
+from ingest.fetching.robots import (
+    FAILURE_KEPT_SECONDS,
+    KEPT_SECONDS,
+    RobotsCache,
+    RobotsUnavailable,
+)
 
 ORIGIN = ("http", "a.example", 80)
 

@@ -10,9 +10,9 @@ import pytest
 import ray
 from ray.exceptions import WorkerCrashedError
 
-from ingest import shard_runner
-from ingest.fetch import FetchPolicy
-from ingest.shard_runner import Share, Todo, _Supervisor, share_of
+from ingest.fetching.fetch import FetchPolicy
+from ingest.store import shard_runner
+from ingest.store.shard_runner import Share, Todo, _Supervisor, share_of
 
 ROWS = pa.table({"url": ["http://example.org/a.png"]})
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ingest import commits
-from ingest.embed_statistics import EmbedStatistics
+from ingest.embedding.statistics import EmbedStatistics
 from ingest.shards import (
     Attempt,
     EmbedShard,
@@ -28,6 +27,7 @@ from ingest.shards import (
     write_image_shard,
     write_manifest,
 )
+from ingest.store import commits
 
 
 def samples(n: int = 4) -> list[Sample]:

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ingest.commits import Attempt, committed, damage, recover
 from ingest.download import DownloadConfig, main
-from ingest.embed_statistics import EmbedStatistics
-from ingest.snapshots import load_snapshot
-from ingest.storage import absolute_root, storage_of
-from training import demo_data
+from ingest.embedding.statistics import EmbedStatistics
+from ingest.store.commits import Attempt, committed, damage, recover
+from ingest.store.snapshots import load_snapshot
+from ingest.store.storage import absolute_root, storage_of
+from training.data import demo_data
 
 ROOT = Path(__file__).resolve().parent.parent
 AWS = {

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ingest.list_formats import FORMATS
-from ingest.url_list import UrlList, open_url_list
+from ingest.lists.formats import FORMATS
+from ingest.lists.url_list import UrlList, open_url_list
 
 REAL_LIST = Path(__file__).parents[2] / "shared" / "data" / "laion" / "real_urls_10000.parquet"
 ROWS = [

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from models.activations import peak_bytes
 from models.clip import build_clip
 from models.configs import ClipConfig, DecoderConfig, UNetConfig
-from models.costs import forward_of
+from models.costs.activations import peak_bytes
+from models.costs.training import forward_of
 from models.decoder import Decoder
 
 

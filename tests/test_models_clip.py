@@ -27,9 +27,9 @@ from models.clip import (
     tokenizer,
 )
 from models.configs import ClipConfig
-from models.losses import contrastive
-from training.batches import Batch
-from training.jobs import clip_objective
+from models.diffusion.losses import contrastive
+from training.data.dataloader import Batch
+from training.tasks.clip_and_decoder import clip_objective
 
 CAPTIONS = ["a red cube", "two blue spheres beside a green cone", ""]
 

@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import keyed_random
-from models.activations import peak_bytes
-from models.autoregressive_prior import AutoregressivePrior
 from models.configs import (
     AutoregressivePriorConfig,
     DecoderConfig,
@@ -22,12 +19,15 @@ from models.configs import (
     UNetConfig,
     UpsamplerConfig,
 )
-from models.costs import forward_of
+from models.costs.activations import peak_bytes
+from models.costs.training import forward_of
 from models.decoder import Condition, Decoder, ImageSampling
-from models.diffusion_prior import DiffusionPrior
-from models.priors import PriorSampling, PriorText
-from models.regression_prior import RegressionPrior
-from models.samplers import SAMPLERS
+from models.diffusion import keyed_random
+from models.diffusion.samplers import SAMPLERS
+from models.priors.autoregressive import AutoregressivePrior
+from models.priors.base import PriorSampling, PriorText
+from models.priors.diffusion import DiffusionPrior
+from models.priors.regression import RegressionPrior
 from models.upsampler import Upsampler
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import keyed_random
 from models.configs import DecoderConfig, Spacing, UNetConfig, UpsamplerConfig
 from models.decoder import Condition, Decoder, ImageSampling
-from models.degrade import gaussian_blur
-from models.samplers import SAMPLERS
+from models.degradation import gaussian_blur
+from models.diffusion import keyed_random
+from models.diffusion.samplers import SAMPLERS
 from models.upsampler import Upsampler
 
 EMBED, TEXT, LENGTH, SIZE = 8, 12, 5, 8

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import keyed_random
 from models.configs import DiffusionPriorConfig
-from models.diffusion_prior import DiffusionPrior
-from models.priors import EMBED_RMS, EmbedScale, PriorSampling, PriorText
-from models.samplers import SAMPLERS
-from models.transformer import Block, causal_mask
+from models.diffusion import keyed_random
+from models.diffusion.samplers import SAMPLERS
+from models.networks.transformer import Block, causal_mask
+from models.priors.base import EMBED_RMS, EmbedScale, PriorSampling, PriorText
+from models.priors.diffusion import DiffusionPrior
 
 EMBED, TEXT, LENGTH = 16, 12, 5
 SIZES = {"embed_dim": EMBED, "text_width": TEXT, "context_length": LENGTH}

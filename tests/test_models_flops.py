@@ -5,16 +5,16 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.cli import parse
+from cluster.base.cli import parse
 from models.clip import VOCAB_SIZE, build_clip
 from models.configs import ClipConfig
+from models.costs.flops import forward_macs, num_parameters, offloaded_bytes, state_bytes
 from models.decoder import Condition, Decoder
-from models.flops import forward_macs, num_parameters, offloaded_bytes, state_bytes
-from models.priors import PriorText
+from models.priors.base import PriorText
 from models.upsampler import Upsampler
 from training.config import PRESETS, DecoderRunConfig, PriorRunConfig
-from training.jobs import cascade_sizes
-from training.prior_job import prior_model
+from training.tasks.clip_and_decoder import cascade_sizes
+from training.tasks.prior import prior_model
 
 PAPER_CLIP = {"embed_dim": 1024, "text_width": 1024, "context_length": 77}
 

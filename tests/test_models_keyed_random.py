@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models import keyed_random
+from models.diffusion import keyed_random
 
 KEYS = torch.arange(200_000)
 

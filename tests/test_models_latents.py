@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from eval.generate import sampling_of
+from eval.sampling.generate import sampling_of
 from models.clip import load_clip
 from models.configs import Spacing
 from models.latents import (

@@ -12,12 +12,12 @@ from torch.distributions import Normal, kl_divergence
 
 from models.configs import DecoderConfig, DiffusionPriorConfig, UNetConfig
 from models.decoder import Decoder
-from models.losses import bounded, require_weights, variational_bound
-from models.samplers import learned_ddpm, learned_log_variance
-from models.schedule import NoiseSchedule
+from models.diffusion.losses import bounded, require_weights, variational_bound
+from models.diffusion.samplers import learned_ddpm, learned_log_variance
+from models.diffusion.schedule import NoiseSchedule
 from training.config import DecoderRunConfig, PriorRunConfig
-from training.jobs import decoder_model
-from training.prior_job import prior_model
+from training.tasks.clip_and_decoder import decoder_model
+from training.tasks.prior import prior_model
 
 SCHEDULE = NoiseSchedule.build("cosine", 1000)
 SHAPE = (4, 3, 8, 8)

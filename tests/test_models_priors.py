@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import keyed_random
-from models.autoregressive_prior import RANGE, AutoregressivePrior, PcaCodes
 from models.configs import AutoregressivePriorConfig, DiffusionPriorConfig, RegressionPriorConfig
-from models.diffusion_prior import DiffusionPrior
-from models.priors import PriorSampling, PriorText
-from models.regression_prior import RegressionPrior
-from models.samplers import SAMPLERS
+from models.diffusion import keyed_random
+from models.diffusion.samplers import SAMPLERS
+from models.priors.autoregressive import RANGE, AutoregressivePrior, PcaCodes
+from models.priors.base import PriorSampling, PriorText
+from models.priors.diffusion import DiffusionPrior
+from models.priors.regression import RegressionPrior
 
 EMBED, TEXT, LENGTH, CODES, BUCKETS = 16, 12, 5, 6, 32
 SIZES = {"embed_dim": EMBED, "text_width": TEXT, "context_length": LENGTH, "vocab_size": 50}

@@ -11,17 +11,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from eval.generate import sampling_of
+from eval.sampling.generate import sampling_of
 from ingest.shards import EmbedShard, load_snapshot
 from models.clip import absolute_spec, load_clip
 from models.configs import DecoderConfig, UNetConfig
 from models.decoder import Condition, Decoder, dropped_captions
 from models.latents import encode, reconstructions
 from models.unclip import UnClip
-from training import demo_data, jobs, prior_job
-from training.batches import as_batch
 from training.config import DecoderRunConfig, PriorRunConfig
+from training.data import demo_data
+from training.data.dataloader import as_batch
 from training.loop import Job
+from training.tasks import clip_and_decoder as jobs
+from training.tasks import prior as prior_job
 
 SPEC = "tiny:random"
 UNET = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=(2,),

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import keyed_random
 from models.configs import Spacing
-from models.samplers import (
+from models.diffusion import keyed_random
+from models.diffusion.samplers import (
     SAMPLERS,
     Sampler,
     analytic_ddpm,
@@ -22,7 +22,7 @@ from models.samplers import (
     sampler_named,
     suited,
 )
-from models.schedule import NoiseSchedule
+from models.diffusion.schedule import NoiseSchedule
 
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.6, 0.3], [0.3, 0.4]], dtype=torch.float64)

@@ -9,8 +9,8 @@ import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from models.configs import Prediction, ScheduleName
-from models.losses import MIN_SNR_GAMMA, draw_timesteps, timestep_weight
-from models.schedule import NoiseSchedule
+from models.diffusion.losses import MIN_SNR_GAMMA, draw_timesteps, timestep_weight
+from models.diffusion.schedule import NoiseSchedule
 
 NAMES, PREDICTIONS = get_args(ScheduleName), get_args(Prediction)
 

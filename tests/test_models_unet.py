@@ -11,9 +11,9 @@ from torch import nn
 
 from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
 from models.decoder import Condition, Decoder, ImageSampling
-from models.samplers import SAMPLERS
-from models.unet import UNet
-from models.unet_blocks import _norm
+from models.diffusion.samplers import SAMPLERS
+from models.networks.unet import UNet
+from models.networks.unet_blocks import _norm
 from models.upsampler import Upsampler
 
 EMBED, TEXT, LENGTH, SIZE = 8, 12, 5, 8
@@ -205,8 +205,8 @@ def test_noise_on_the_embedding_keeps_it_on_the_sphere():
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
 def test_the_loss_of_a_silent_network_is_the_targets_energy(prediction: str):
     """A network that starts at zero pays the mean square of what it should have said."""
-    from models import keyed_random
-    from models.losses import draw_timesteps
+    from models.diffusion import keyed_random
+    from models.diffusion.losses import draw_timesteps
 
     model = decoder(prediction=prediction, weighting="simple")
     keys, x0 = torch.arange(16), images(16)

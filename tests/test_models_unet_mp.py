@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
+from models.costs.flops import forward_macs, num_parameters
 from models.decoder import Condition, Decoder, ImageSampling
-from models.flops import forward_macs, num_parameters
-from models.samplers import SAMPLERS
-from models.unclip import _with_unet
-from models.unet import UNet
-from models.unet_blocks import cells_of, image_of
-from models.unet_mp import (
+from models.diffusion.samplers import SAMPLERS
+from models.networks.unet import UNet
+from models.networks.unet_blocks import cells_of, image_of
+from models.networks.unet_mp import (
     MPAttentionBlock,
     MPConv,
     MPFirstConv,
@@ -28,6 +27,7 @@ from models.unet_mp import (
     mp_sum,
     unit,
 )
+from models.unclip import _with_unet
 from models.upsampler import Upsampler
 
 EMBED, TEXT, CONTEXT, LENGTH, SIZE = 8, 12, 8, 5, 8

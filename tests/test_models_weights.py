@@ -9,8 +9,8 @@ from torch import nn
 
 from models.clip import FrozenClip, load_clip
 from models.decoder import ImageSampling
-from models.priors import PriorSampling
-from models.samplers import SAMPLERS
+from models.diffusion.samplers import SAMPLERS
+from models.priors.base import PriorSampling
 from models.unclip import Sampling, UnClip, load_model
 from models.weights import (
     digest,

@@ -16,9 +16,9 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 EVERY_FILE = sorted([*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")])
 SCRIPTS = [path for path in SOURCES if "\nif __name__ ==" in path.read_text(encoding="utf-8")]
 
-MAX_FILE_LINES = 400
-MAX_FLAGS = 40  # that --help lists; see cluster.cli.UNLISTED
-MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 500
+MAX_FLAGS = 40  # that --help lists; see cluster.base.cli.UNLISTED
+MAX_FUNCTION_LINES = 100
 MAX_PARAMETERS = 8
 MAX_NESTING = 3
 
@@ -98,16 +98,16 @@ def test_the_size_law_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     path = tmp_path / "big.py"
     deep = "def f(a, b, c, d, e, f, g, h, i):\n if a:\n  pass\n elif b:\n  for c in d:\n"
-    path.write_text(deep + "   with e:\n    while f:\n     pass\n" + "\n" * 400)
+    path.write_text(deep + "   with e:\n    while f:\n     pass\n" + "\n" * 500)
     assert [line.split(": ")[1] for line in too_big(path)] == [
-        "408 lines, room for 400",
+        "508 lines, room for 500",
         "9 parameters, room for 8",
         "4 levels of nesting, room for 3",
     ]
 
 
 def test_models_imports_torch_and_its_friends_only():
-    for path in (ROOT / "models").glob("*.py"):
+    for path in (ROOT / "models").rglob("*.py"):
         modules = imported(path)
         roots = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
         assert roots <= MODELS_MAY_IMPORT, name_of(path)
@@ -115,7 +115,7 @@ def test_models_imports_torch_and_its_friends_only():
 
 
 def test_models_names_no_device():
-    for path in (ROOT / "models").glob("*.py"):
+    for path in (ROOT / "models").rglob("*.py"):
         texts = [n.value for n in ast.walk(tree(path)) if isinstance(n, ast.Constant)]
         devices = [
             t for t in texts if isinstance(t, str) and re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", t)
@@ -133,7 +133,8 @@ def test_nothing_but_the_demo_imports_a_script():
 def test_no_file_beside_a_script_shadows_a_library():
     """Python puts a script's folder first on the path: a queue.py there breaks `import queue`."""
     locked = {re.split("==", line)[0].replace("-", "_") for line in lock_lines()}
-    for path in SOURCES:
+    beside = {path.parent for path in SCRIPTS}
+    for path in (path for path in SOURCES if path.parent in beside):
         taken = path.stem in sys.stdlib_module_names or path.stem in locked
         assert not taken or path.stem == "__init__", name_of(path)
 
@@ -205,8 +206,8 @@ def test_the_wheel_holds_the_folders_their_presets_and_templates():
     files = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
     shipped = {path for path in files if path.startswith(FOLDERS)}
     assert shipped >= {name_of(path) for path in SOURCES}
-    assert shipped >= {name_of(path) for path in ROOT.glob("training/presets/*.yaml")}
-    assert shipped >= {"eval/templates/report.html.j2", "cluster/watch.html"}
+    assert shipped >= {name_of(path) for path in ROOT.glob("training/presets/*/*.yaml")}
+    assert shipped >= {"eval/html_report/templates/report.html.j2", "cluster/watch.html"}
     for folder in ("prometheus", "grafana"):
         watched = {path for path in (ROOT / "cluster" / folder).rglob("*") if path.is_file()}
         assert watched and shipped >= {name_of(path) for path in watched}

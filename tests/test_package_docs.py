@@ -39,10 +39,10 @@ def run_dry(script: str, argv: list[str]) -> None:
 
 def config_of(words: list[str]) -> Any:
     """Parse a command as its script does, without running it."""
-    from cluster.cli import parse
+    from cluster.base.cli import parse
     from eval import clip as eval_clip
     from eval import fid, report, sample, sweep, watch
-    from eval.edits import COMMANDS
+    from eval.sampling.edits import COMMANDS
     from ingest import download, embed
     from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 
@@ -125,11 +125,11 @@ def test_tokens_are_those_that_the_page_on_text_shows():
 def test_sizes_are_those_that_the_page_on_smaller_models_shows():
     import torch
 
-    from cluster.cli import parse
-    from models.flops import num_parameters
+    from cluster.base.cli import parse
+    from models.costs.flops import num_parameters
     from training.config import PRESETS, DecoderRunConfig, PriorRunConfig
-    from training.jobs import decoder_model
-    from training.prior_job import prior_model
+    from training.tasks.clip_and_decoder import decoder_model
+    from training.tasks.prior import prior_model
 
     text = (ROOT / "docs" / "smaller-model.md").read_text(encoding="utf-8")
     rows = re.findall(r"\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \|", text)

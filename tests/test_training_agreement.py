@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from ingest.commits import digest_file
-from training import records
-from training.records import FORMAT, Progress, Record, step_folder
+from cluster.base.files import digest_file
+from cluster.base.run_dir import step_folder
+from training.checkpoints import records
+from training.checkpoints.records import FORMAT, Progress, Record
 
 WRITERS, READERS = 3, 2
 SECONDS = 120

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from training.allocator import ALL, KEPT_BYTES
+from training.engine.allocator import ALL, KEPT_BYTES
 
 # Faults of ten tensors of 64 MB, each freed before the next one: 16,384 each, of pages of 4 KiB.
 CODE = """
 import resource, sys
 import torch
-from training.allocator import keep_freed_memory
+from training.engine.allocator import keep_freed_memory
 if sys.argv[1:]:
     assert keep_freed_memory(int(sys.argv[1]))
 def faults():

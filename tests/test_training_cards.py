@@ -10,12 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ingest.commits import digest_file
+from cluster.base.files import digest_file
 from ingest.shapes import make_pairs
 from ingest.shards import Attempt, Sample, publish_snapshot, write_image_shard, write_manifest
 from models.configs import DiffusionPriorConfig
 from models.weights import exported
-from training.cards import (
+from training.config import PriorRunConfig, TrainConfig
+from training.runs.cards import (
     CODE_NAME,
     DATA_CARD,
     MODEL_CARD,
@@ -25,10 +26,9 @@ from training.cards import (
     refresh_cards,
     write_cards,
 )
-from training.config import PriorRunConfig, TrainConfig
-from training.data_facts import data_facts
-from training.prior_job import build_prior
-from training.worker import launch
+from training.runs.data_facts import data_facts
+from training.runs.worker import launch
+from training.tasks.prior import build_prior
 
 HOSTILE = "`x` \n# <script>alert(1)</script> | [a](http://b)"
 TRAIN = TrainConfig(

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster.base.jsonl import read_lines
+from cluster.base.run_dir import INCIDENTS_NAME, step_folder
 from models.configs import (
     AutoregressivePriorConfig,
     ClipConfig,
@@ -22,12 +24,12 @@ from models.configs import (
     UpsamplerConfig,
 )
 from models.weights import FINAL_NAME
-from training import checkpoint, jobs, prior_job
+from training.checkpoints import checkpoint
+from training.checkpoints.records import Progress, newest_valid
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig, TrainConfig
-from training.incidents import INCIDENTS_NAME
-from training.lines import read_lines
-from training.records import Progress, newest_valid, step_folder
-from training.worker import prepare_run, train_here
+from training.runs.worker import prepare_run, train_here
+from training.tasks import clip_and_decoder as jobs
+from training.tasks import prior as prior_job
 
 HALF, WHOLE = 3, 6
 TRAIN = TrainConfig(
@@ -332,7 +334,7 @@ def test_a_storage_that_fails_ends_the_attempt_and_costs_no_checkpoint(
     def fails(path: Path) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr("training.records.digest_file", fails)
+    monkeypatch.setattr("training.checkpoints.records.digest_file", fails)
     with pytest.raises(OSError, match="Input/output error"):
         train(prior_run, data, run)
     monkeypatch.undo()

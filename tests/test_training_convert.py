@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 
 from models.clip import FrozenClip, load_clip
 from models.configs import DecoderConfig, DiffusionPriorConfig, UNetConfig, UpsamplerConfig
+from models.convert.priors import prior_to_diffusers
+from models.convert.unets import decoder_to_diffusers, upsampler_to_diffusers
 from models.decoder import Decoder
-from models.diffusion_prior import DiffusionPrior
-from models.interop import prior_to_diffusers
-from models.interop_unets import decoder_to_diffusers, upsampler_to_diffusers
+from models.priors.diffusion import DiffusionPrior
 from models.unclip import UnClip, load_model
 from models.upsampler import Upsampler
 from training import convert
 from training.convert import ConvertConfig
-from training.data_sets import start_from
+from training.data.datasets import start_from
 
 PARTS = ("prior", "decoder", "upsampler")
 SPEC = "tiny:random"
@@ -80,7 +80,7 @@ def runs(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def test_a_pipeline_becomes_a_chain(runs: dict[str, ConvertConfig], encoder: FrozenClip):
-    from eval.generate import caption_keys, default_sampling
+    from eval.sampling.generate import caption_keys, default_sampling
 
     chain = UnClip.load(encoder, runs["prior"].run, runs["decoder"].run, (runs["upsampler"].run,))
     captions, sampling = ["a red cube", "a hat"], default_sampling()

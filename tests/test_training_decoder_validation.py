@@ -11,13 +11,13 @@ from PIL import Image
 
 from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
 from models.unclip import load_model
-from training import jobs
-from training.batches import as_batch
 from training.config import DecoderRunConfig, TrainConfig
-from training.data_sets import prepare_data
-from training.decoder_validation import Validation
-from training.precision import device_of_run
-from training.worker import launch
+from training.data.dataloader import as_batch
+from training.data.datasets import prepare_data
+from training.engine.precision import device_of_run
+from training.runs.worker import launch
+from training.tasks import clip_and_decoder as jobs
+from training.tasks.validation import Validation
 
 UNET = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=(),
                   patch_size=8)  # fmt: skip

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from models.configs import ClipConfig, DiffusionPriorConfig
 from training.config import ClipRunConfig, PriorRunConfig, RunConfig, TrainConfig
-from training.jobs import build_clip_job
 from training.loop import Job
-from training.prior_job import build_prior
-from training.reporting import read_lines
-from training.timeline import read_timeline
-from training.worker import launch
+from training.runs.reporting import read_lines
+from training.runs.timeline import read_timeline
+from training.runs.worker import launch
+from training.tasks.clip_and_decoder import build_clip_job
+from training.tasks.prior import build_prior
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Iter
     import ray
     import ray.cloudpickle
 
-    from cluster.session import ensure_ray
+    from cluster.base.ray_session import ensure_ray
 
     root = write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=20)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
@@ -121,7 +121,7 @@ def killed_half_way(run: Path, copy: Path) -> Path:
 
 def build_with_a_bad_micro_batch(config: PriorRunConfig) -> Job:
     """The loss of one rank's first micro-batch of step 2 is infinite."""
-    from training.prior_job import build_prior
+    from training.tasks.prior import build_prior
 
     job, calls = build_prior(config), iter(range(1000))
     bad_call = 2 * config.train.grad_accum_steps
@@ -172,7 +172,7 @@ def test_clip_contrasts_the_samples_of_all_workers(data: Path, tmp_path: Path):
 
 def build_with_a_fault_of_one_rank(config: PriorRunConfig) -> Job:
     """Rank 1 alone cannot read what it should; rank 0 waits for it in the middle of a step."""
-    from training.prior_job import build_prior
+    from training.tasks.prior import build_prior
 
     job = build_prior(config)
 
@@ -188,7 +188,7 @@ def build_with_a_full_disk_of_one_rank(config: PriorRunConfig) -> Job:
     """What a disk says that is full, once, as the other rank waits in its collective."""
     import errno
 
-    from training.prior_job import build_prior
+    from training.tasks.prior import build_prior
 
     job = build_prior(config)
 
@@ -211,7 +211,7 @@ def test_a_full_disk_of_one_rank_ends_the_run_at_once_and_is_told(data: Path, tm
 
 def build_with_a_storage_that_fails(config: PriorRunConfig) -> Job:
     """Whichever rank reads, in every attempt."""
-    from training.prior_job import build_prior
+    from training.tasks.prior import build_prior
 
     job = build_prior(config)
 
@@ -272,7 +272,7 @@ def test_a_killed_sharded_run_continues_bit_for_bit(data: Path, sharded: Path, t
 def build_with_a_dying_rank(config: RunConfig) -> Job:
     """Rank 1 dies once, in the step after the first checkpoint."""
     assert isinstance(config, PriorRunConfig)
-    from training.prior_job import build_prior
+    from training.tasks.prior import build_prior
 
     job, calls = build_prior(config), iter(range(1000))
     died = Path(config.run) / "died"

@@ -11,16 +11,16 @@ import torch
 from _line import CONFIG, NUM_SAMPLES, run, squared_error
 from torch import Tensor, nn
 
-from models.keyed_random import sample_keys
-from training.batches import Batch, Feed
+from models.diffusion.keyed_random import sample_keys
 from training.config import TrainConfig
-from training.elastic import RAY_TIMES, _interruptible, _losses_of, _what
-from training.incidents import report_incident
-from training.plan import Plan
-from training.reporting import Follower, read_lines
-from training.samples import SAMPLES, SampleLog, trained_samples
-from training.timeline import note, num_attempts, read_timeline, recovery_after
-from training.watchdog import HEARTBEATS
+from training.data.dataloader import Batch, Feed
+from training.data.sampler import Plan
+from training.runs.incidents import report_incident
+from training.runs.ray_train import RAY_TIMES, _interruptible, _losses_of, _what
+from training.runs.reporting import Follower, read_lines
+from training.runs.sample_log import SAMPLES, SampleLog, trained_samples
+from training.runs.timeline import note, num_attempts, read_timeline, recovery_after
+from training.runs.watchdog import HEARTBEATS
 
 # -- shares of a batch -----------------------------------------------------------------------------
 

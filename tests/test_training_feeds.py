@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from models.configs import ClipConfig, DiffusionPriorConfig
-from training import feeds
 from training.config import ClipRunConfig, DataConfig, PriorRunConfig, RunConfig, TrainConfig
-from training.feeds import make_feed
-from training.jobs import build_clip_job
-from training.prior_job import build_prior
-from training.worker import launch
+from training.data import feeds
+from training.data.feeds import make_feed
+from training.runs.worker import launch
+from training.tasks.clip_and_decoder import build_clip_job
+from training.tasks.prior import build_prior
 
 pytestmark = pytest.mark.slow
 

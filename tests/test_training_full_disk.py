@@ -18,11 +18,12 @@ from _line import CONFIG, run, squared_error
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from training import checkpoint
-from training.batches import Batch
-from training.records import newest_valid, records, step_folder
-from training.reporting import read_lines
-from training.writing import whole_or_not_at_all
+from cluster.base.run_dir import step_folder
+from training.checkpoints import checkpoint
+from training.checkpoints.records import newest_valid, records
+from training.checkpoints.writer import whole_or_not_at_all
+from training.data.dataloader import Batch
+from training.runs.reporting import read_lines
 
 DISK_BYTES = 1 << 20
 

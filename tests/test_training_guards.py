@@ -26,20 +26,20 @@ from models.configs import (
     RegressionPriorConfig,
     UNetConfig,
 )
-from models.costs import training_flops
+from models.costs.training import training_flops
 from models.decoder import Decoder
-from training.batches import Batch
+from training.checkpoints.records import Progress, newest_valid
 from training.config import ClipRunConfig, PriorRunConfig
-from training.incidents import ENOUGH, LossWatch, report_incident
-from training.jobs import clip_model
+from training.data.dataloader import Batch
+from training.engine.engines import PlainEngine
 from training.loop import _agreed
-from training.prior_job import prior_model
-from training.profiling import peak_tflops, window
-from training.records import Progress, newest_valid
-from training.reporting import Follower, Reporter, describe, read_lines
-from training.stopping import forget_stop, stop_wanted, stopping_on_sigterm
-from training.watchdog import HEARTBEATS, Heartbeat, Watchdog
-from training.zero import PlainEngine
+from training.runs.incidents import ENOUGH, LossWatch, report_incident
+from training.runs.profiling import peak_tflops, window
+from training.runs.reporting import Follower, Reporter, describe, read_lines
+from training.runs.signals import forget_stop, stop_wanted, stopping_on_sigterm
+from training.runs.watchdog import HEARTBEATS, Heartbeat, Watchdog
+from training.tasks.clip_and_decoder import clip_model
+from training.tasks.prior import prior_model
 
 # -- stopping --------------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ def test_a_spike_of_a_run_becomes_an_incident(tmp_path: Path):
 HANGING = """
 import sys, time
 from pathlib import Path
-from training.watchdog import Watchdog
+from training.runs.watchdog import Watchdog
 run, rank, hangs = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 with Watchdog(run, rank, 2, seconds=1.0) as watchdog:
     for step in range(40):

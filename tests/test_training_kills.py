@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from training.reporting import read_lines
+from training.runs.reporting import read_lines
 
 NUM_STEPS = 31
 # A process that has imported everything forks a child for each attempt: the child is what dies.
@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from _line import CONFIG, run, squared_error
 from safetensors.torch import load_file
-from training import checkpoint, records
+from training.checkpoints import checkpoint
+from training.checkpoints import records
 
 folder, beside, moments = Path(sys.argv[1]), sys.argv[2] == "beside", json.loads(sys.argv[3])
 config = dataclasses.replace(

@@ -12,19 +12,19 @@ import torch
 from _line import CONFIG, NUM_SAMPLES, Line, Objective, network, run, squared_error
 from torch import Tensor, nn
 
-from training.averages import Ema
-from training.batches import Batch
+from training.checkpoints.records import Progress
 from training.config import TrainConfig
+from training.data.dataloader import Batch
+from training.engine.ema import Ema
+from training.engine.engines import Fragment
+from training.engine.optimizer import learning_rate_ratio
 from training.loop import MAX_NONFINITE_IN_A_ROW, _seed_dropout
-from training.optimizer import learning_rate_ratio
-from training.records import Progress
-from training.reporting import read_lines
-from training.zero import Fragment
+from training.runs.reporting import read_lines
 
 
 def by_hand(config: TrainConfig) -> tuple[nn.Module, list[float], list[Tensor]]:
     """The same run without loop, engine or feed: returns model, losses and every step's weight."""
-    from training.plan import Plan
+    from training.data.sampler import Plan
 
     model, losses, weights = network(), [], []
     plan = Plan(
@@ -149,7 +149,7 @@ def test_training_goes_on_after_a_step_that_is_not_finite(kind: str, tmp_path: P
 def test_power_averages_count_updates_through_skipped_steps_and_resumes(tmp_path: Path):
     from safetensors.torch import load_file
 
-    from models.power_average import gamma_of
+    from models.power_ema import gamma_of
 
     config = dataclasses.replace(CONFIG, power_ema=(0.1,), snapshot_every=1, checkpoint_every=4)
     skipped, seen = (0, 2, 5), []

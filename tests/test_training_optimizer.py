@@ -10,17 +10,17 @@ from torch import nn
 
 from models.clip import build_clip
 from models.configs import AutoregressivePriorConfig, ClipConfig, UNetConfig
-from models.unet import UNet
-from training import checkpoint
+from models.networks.unet import UNet
+from training.checkpoints import checkpoint
 from training.config import PriorRunConfig, TrainConfig
-from training.optimizer import (
+from training.engine.optimizer import (
     build_optimizer,
     learning_rate_ratio,
     orthogonalise,
     set_learning_rate,
 )
-from training.prior_job import prior_model
-from training.shares import take_norms_in_fp32
+from training.engine.zero_partitions import take_norms_in_fp32
+from training.tasks.prior import prior_model
 
 
 def network() -> nn.Module:
@@ -245,5 +245,5 @@ def test_a_deepspeed_that_has_renamed_what_is_replaced_is_an_error(monkeypatch: 
     from deepspeed.runtime.zero import stage_1_and_2
 
     monkeypatch.delattr(stage_1_and_2, "get_norm_dtype")
-    with pytest.raises(AttributeError, match="found no get_norm_dtype; training/shares.py"):
+    with pytest.raises(AttributeError, match="found no get_norm_dtype; training/engine"):
         take_norms_in_fp32()

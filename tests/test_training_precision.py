@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from cluster.cli import read_yaml
-from training import worker
+from cluster.base.cli import read_yaml
 from training.config import PriorRunConfig, TrainConfig
-from training.optimizer import build_optimizer
-from training.precision import Precision, autocast, native_bf16, settled
-from training.worker import prepare_run, with_precision
+from training.engine.optimizer import build_optimizer
+from training.engine.precision import Precision, autocast, native_bf16, settled
+from training.runs import worker
+from training.runs.worker import prepare_run, with_precision
 
 CONFIG = PriorRunConfig(train=TrainConfig(num_workers=0))
 
@@ -20,7 +20,7 @@ def device(monkeypatch):
     """Sets whether this device computes in bfloat16."""
 
     def choose(native: bool) -> None:
-        monkeypatch.setattr("training.precision.native_bf16", lambda device_type: native)
+        monkeypatch.setattr("training.engine.precision.native_bf16", lambda device_type: native)
         monkeypatch.setattr(worker, "native_bf16", lambda device_type: native)
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

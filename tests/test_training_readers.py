@@ -15,12 +15,15 @@ from PIL import Image
 from ingest.shapes import Pair, make_pairs
 from ingest.shards import EmbedShard, ImageShard, Snapshot, load_snapshot
 from models.clip import preprocess, tokenizer
-from models.keyed_random import sample_keys
-from training import data_sets, demo_data, jobs, prior_job
-from training.batches import Feed
+from models.diffusion.keyed_random import sample_keys
 from training.config import DecoderRunConfig
-from training.plan import Plan
-from training.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader, Mixture
+from training.data import datasets as data_sets
+from training.data import demo_data
+from training.data.dataloader import Feed
+from training.data.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader, Mixture
+from training.data.sampler import Plan
+from training.tasks import clip_and_decoder as jobs
+from training.tasks import prior as prior_job
 
 SIZE, PER_SHARD = 32, 8
 INDEX = np.array([17, 0, 7, 8, 0, 23])  # three shards, one row twice
@@ -188,7 +191,7 @@ def test_a_run_pins_its_snapshot(data: Path, tmp_path: Path):
     demo_data.draw_images(root, num_shards=2, samples_per_shard=PER_SHARD)
     pinned = data_sets.pin_snapshots(str(run), "images", [str(root)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.demo_data.write_manifest", lambda *args: None)
+        patch.setattr("training.data.demo_data.write_manifest", lambda *args: None)
         demo_data.draw_images(root, num_shards=3, samples_per_shard=PER_SHARD)
     assert load_snapshot(root).digest != pinned[0].digest
     assert data_sets.pin_snapshots(str(run), "images", [str(root)]) == pinned

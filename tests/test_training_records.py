@@ -10,9 +10,10 @@ import pytest
 import torch
 from _records import write_by_three_ranks
 
-from training import checkpoint
-from training.fragments import Fragments
-from training.records import Progress, records, step_folder
+from cluster.base.run_dir import step_folder
+from training.checkpoints import checkpoint
+from training.checkpoints.fragments import Fragments
+from training.checkpoints.records import Progress, records
 
 # -- other world sizes -----------------------------------------------------------------------------
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import metrics
-from training.lines import VALIDATION_NAME, NewLines, add_line
-from training.reporting import METRICS_NAME, Follower, read_lines
-from training.tensorboard import Events
+from cluster.base import metrics
+from cluster.base.jsonl import NewLines, add_line
+from cluster.base.run_dir import VALIDATION_NAME
+from training.runs.reporting import METRICS_NAME, Follower, read_lines
+from training.runs.trackers import Events
 
 
 def line(step: int, **changes) -> dict:

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.configs import ClipConfig
-from training import jobs
-from training.batches import Batch
 from training.config import ClipRunConfig, TrainConfig
-from training.sam import perturbed
-from training.worker import launch
+from training.data.dataloader import Batch
+from training.engine.sam import perturbed
+from training.runs.worker import launch
+from training.tasks import clip_and_decoder as jobs
 
 
 def bowl() -> nn.Linear:
@@ -91,7 +91,7 @@ def test_a_clip_is_perturbed_by_some_samples_contrasted_among_themselves(
 ):
     config = run_of(data, tmp_path, 0.1)
     job = jobs.build_clip_job(config)
-    from training.feeds import make_feed
+    from training.data.feeds import make_feed
 
     (batch,) = next(iter(make_feed(job, config, 0, 1).iterate(0, 1)))
     part = batch.part(8)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from cluster.session import GROUPS
+from cluster.base.ray_session import GROUPS
 from models.configs import DiffusionPriorConfig
 from training.config import PriorRunConfig, TrainConfig
-from training.elastic import fit
-from training.prior_job import build_prior
-from training.timeline import read_timeline
-from training.validator import validate, validation_config
-from training.worker import launch
+from training.runs.ray_train import fit
+from training.runs.timeline import read_timeline
+from training.runs.validator import validate, validation_config
+from training.runs.worker import launch
+from training.tasks.prior import build_prior
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """import sys
@@ -94,7 +94,7 @@ def test_a_validator_is_placed_where_the_workers_are(
     trainer = type("Trainer", (), {"__init__": lambda self, *_, **told: asked.update(told),
                                    "fit": lambda self: None})  # fmt: skip
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", trainer)
-    monkeypatch.setattr("cluster.session.ensure_ray", lambda: None)
+    monkeypatch.setattr("cluster.base.ray_session.ensure_ray", lambda: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {GROUPS: 1.0} if groups else {"CPU": 4.0})
     settings = TrainConfig(validator="x", validator_gpus=0.5, num_workers=2)
     fit(lambda arguments: None, {}, settings, tmp_path)

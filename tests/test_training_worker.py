@@ -12,23 +12,17 @@ import pytest
 import torch
 
 from cluster import demo
-from cluster.cli import JOB_VARIABLE, merged, read_yaml
+from cluster.base.cli import JOB_VARIABLE, merged, read_yaml
+from cluster.base.run_dir import LAUNCH_LOCK, TRAIN_LOCK
 from cluster.demo import DemoConfig
 from models.configs import DiffusionPriorConfig
-from training import convert, ema
-from training.cards import DATA_CARD
+from training import convert
+from training import reconstruct_ema as ema
 from training.config import PriorRunConfig, TrainConfig
 from training.convert import ConvertConfig
-from training.ema import EmaConfig
-from training.worker import (
-    LAUNCH_LOCK,
-    TRAIN_LOCK,
-    _launched_alone,
-    _locked,
-    _try_lock,
-    launch,
-    prepare_run,
-)
+from training.reconstruct_ema import EmaConfig
+from training.runs.cards import DATA_CARD
+from training.runs.worker import _launched_alone, _locked, _try_lock, launch, prepare_run
 
 CONFIG = PriorRunConfig(embeds=("/data/embeds",), diffusion=DiffusionPriorConfig(width=32))
 
@@ -80,7 +74,7 @@ def test_starting_over_deletes_a_run_of_ours(tmp_path: Path):
 def test_starting_over_waits_for_a_worker_that_outlives_its_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("training.worker.LOCK_SECONDS", 0)
+    monkeypatch.setattr("training.runs.worker.LOCK_SECONDS", 0)
     run = prepare_run(CONFIG, str(tmp_path / "run"))
     (run / "step_00000001").mkdir()
     fresh = dataclasses.replace(CONFIG, fresh=True)
@@ -152,7 +146,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_run_under_way_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Neither another launch nor --fresh touches it; once it has ended, --fresh clears it."""
-    monkeypatch.setattr("training.worker.LAUNCH_SECONDS", 0)
+    monkeypatch.setattr("training.runs.worker.LAUNCH_SECONDS", 0)
     prepare_run(CONFIG, str(tmp_path))
     (tmp_path / "step_00000001").mkdir()
 
@@ -176,14 +170,14 @@ def test_a_launch_waits_for_who_only_looks_at_the_run(
 ):
     (tmp_path / LAUNCH_LOCK).touch()
     with (tmp_path / LAUNCH_LOCK).open() as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # as cluster/run_folders.py asks who holds it
+        fcntl.flock(file, fcntl.LOCK_SH)  # as cluster/run_store.py asks who holds it
         waits = list[float]()
 
         def sleep(seconds: float) -> None:
             waits.append(seconds)
             fcntl.flock(file, fcntl.LOCK_UN)
 
-        monkeypatch.setattr("training.worker.time.sleep", sleep)
+        monkeypatch.setattr("training.runs.worker.time.sleep", sleep)
         with _launched_alone(tmp_path):
             assert len(waits) == 1
             with pytest.raises(BlockingIOError):
@@ -192,7 +186,7 @@ def test_a_launch_waits_for_who_only_looks_at_the_run(
 
 def test_of_two_first_launches_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The other has the folder, and has written nothing in it yet."""
-    monkeypatch.setattr("training.worker.LAUNCH_SECONDS", 0)
+    monkeypatch.setattr("training.runs.worker.LAUNCH_SECONDS", 0)
     run = tmp_path / "new"
     run.mkdir()
 
@@ -241,7 +235,7 @@ def test_a_default_folder_is_refused_in_a_job(
 
 
 def test_two_processes_do_not_train_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("training.worker.LOCK_SECONDS", 0)
+    monkeypatch.setattr("training.runs.worker.LOCK_SECONDS", 0)
     with _locked(tmp_path, rank=0):
         with pytest.raises(OSError, match="still trains here"), _locked(tmp_path, 0):
             raise AssertionError("both hold the lock")

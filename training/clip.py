@@ -4,17 +4,17 @@ python training/clip.py --images data/images --run runs/clip
 python training/clip.py --preset debug             # seconds on a CPU, makes its own data
 """
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 from training.config import PRESETS, ClipRunConfig
 
 
 def main(config: ClipRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
-    from cluster.metrics import serve
-    from training.data_sets import prepare_data
-    from training.jobs import build_clip_job, clip_model
-    from training.sizing import dry_run
-    from training.worker import launch
+    from cluster.base.metrics import serve
+    from training.data.datasets import prepare_data
+    from training.runs.dry_run import dry_run
+    from training.runs.worker import launch
+    from training.tasks.clip_and_decoder import build_clip_job, clip_model
 
     if config.dry_run:
         return dry_run(config, clip_model)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cluster.cli import UNLISTED
+from cluster.base.cli import UNLISTED
 from models.configs import (
     AutoregressivePriorConfig,
     ClipConfig,
@@ -13,7 +13,7 @@ from models.configs import (
     RegressionPriorConfig,
     UpsamplerConfig,
 )
-from training.precision import Precision
+from training.engine.precision import Precision
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -51,7 +51,8 @@ class TrainConfig:
     """decay of the averaged weights; the first steps use (1 + step) / (10 + step)"""
     power_ema: Annotated[tuple[float, ...], UNLISTED] = ()
     """relative widths of power-function averages kept beside that one, to make one of any width
-    from after the run (training/ema.py); 0.05 0.10 are the paper's; 4 bytes a parameter each"""
+    from after the run (training/reconstruct_ema.py); 0.05 0.10 are the paper's; 4 bytes a
+    parameter each"""
     snapshot_every: Annotated[int, UNLISTED] = 0
     """steps between snapshots of those averages, one at the last step too; 0 = none"""
     precision: Precision = "auto"
@@ -176,7 +177,7 @@ class TrainConfig:
         if len(set(self.power_ema)) < len(self.power_ema):
             raise ValueError(f"train.power_ema: found {self.power_ema}, expected different widths")
         if self.power_ema:
-            from models.power_average import SIGMA_REL_MAX  # imports numpy
+            from models.power_ema import SIGMA_REL_MAX  # imports numpy
 
             wrong = [sigma for sigma in self.power_ema if not 0 < sigma <= SIGMA_REL_MAX]
             if wrong:
@@ -227,7 +228,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """How samples are read: see training/plan.py."""
+    """How samples are read: see training/data/sampler.py."""
 
     weights: tuple[float, ...] = ()
     """share of each data set in the samples, of any sum; none = every sample equally often"""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.cli import parse, require_local, run_script
+from cluster.base.cli import parse, require_local, run_script
 
 STEP = "step_00000000"
 FOLDERS = {  # of a pipeline, that each part is written to
@@ -91,9 +91,9 @@ def _of_encoder(config: ConvertConfig) -> tuple[Any, dict[str, Any]]:
     import torch
 
     from models.clip import absolute_spec, load_clip, token_mask
-    from models.interop import prior_from_diffusers
-    from models.interop_unets import decoder_from_diffusers
-    from models.priors import PriorText
+    from models.convert.priors import prior_from_diffusers
+    from models.convert.unets import decoder_from_diffusers
+    from models.priors.base import PriorText
 
     encoder, folder = load_clip(config.clip), Path(config.diffusers)
     if encoder.unit_norm:
@@ -122,7 +122,7 @@ def _of_encoder(config: ConvertConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def _upsampler(config: ConvertConfig) -> tuple[Any, dict[str, Any]]:
-    from models.interop_unets import upsampler_from_diffusers
+    from models.convert.unets import upsampler_from_diffusers
 
     folder = Path(config.diffusers) / "super_res_first"
     model = upsampler_from_diffusers(folder, config.factor)
@@ -133,8 +133,8 @@ def _upsampler(config: ConvertConfig) -> tuple[Any, dict[str, Any]]:
 
 def _export(config: ConvertConfig) -> None:
     """Write a finished run as a pipeline's part."""
-    from models.interop import prior_to_diffusers
-    from models.interop_unets import decoder_to_diffusers, upsampler_to_diffusers
+    from models.convert.priors import prior_to_diffusers
+    from models.convert.unets import decoder_to_diffusers, upsampler_to_diffusers
     from models.unclip import load_model
 
     kind = "diffusion_prior" if config.part == "prior" else config.part

@@ -13,26 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training import checkpoint
-from training.averages import Averages
-from training.batches import Batch, Reader
+from cluster.base.run_dir import step_folder, step_folders, step_of
+from training.checkpoints import checkpoint
+from training.checkpoints.records import Progress, agreed, newest_agreed
+from training.checkpoints.writer import Writer
 from training.config import RunConfig, TrainConfig
-from training.feeds import make_feed
-from training.incidents import report_incident
-from training.optimizer import learning_rate_ratio
-from training.records import (
-    Progress,
-    agreed,
-    newest_agreed,
-    step_folder,
-    step_folders,
-    step_of,
-)
-from training.reporting import Reporter
-from training.stopping import stop_wanted
-from training.timeline import num_attempts
-from training.writing import Writer
-from training.zero import Engine
+from training.data.dataloader import Batch, Reader
+from training.data.feeds import make_feed
+from training.engine.ema import Averages
+from training.engine.engines import Engine
+from training.engine.optimizer import learning_rate_ratio
+from training.runs.incidents import report_incident
+from training.runs.reporting import Reporter
+from training.runs.signals import stop_wanted
+from training.runs.timeline import num_attempts
 
 MAX_NONFINITE_IN_A_ROW = 10
 
@@ -49,7 +43,7 @@ class Job:
     objective(model, batch) -> {"loss": [B], other scores: [B]}; build_reader: makes its reader,
     here or in a process of Ray's; export: what config.json tells of the model; validate: scores of
     the averaged weights in a checkpoint's folder, None: there is nothing to validate on; around:
-    holds the model otherwise while the gradient is taken, see training/sam.py; hand_over: is told
+    holds the model otherwise while the gradient is taken, see engine/sam.py; hand_over: is told
     of each whole checkpoint's folder, by every rank.
     """
 

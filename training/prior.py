@@ -5,17 +5,17 @@ python training/prior.py --preset debug            # seconds on a CPU, makes its
 ray job submit --working-dir . -- python training/prior.py --preset debug --run /shared/runs/prior
 """
 
-from cluster.cli import parse, run_script
+from cluster.base.cli import parse, run_script
 from training.config import PRESETS, PriorRunConfig
 
 
 def main(config: PriorRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
-    from cluster.metrics import serve
-    from training.data_sets import prepare_data
-    from training.prior_job import build_prior, prior_model
-    from training.sizing import dry_run
-    from training.worker import launch
+    from cluster.base.metrics import serve
+    from training.data.datasets import prepare_data
+    from training.runs.dry_run import dry_run
+    from training.runs.worker import launch
+    from training.tasks.prior import build_prior, prior_model
 
     if config.dry_run:
         return dry_run(config, prior_model)

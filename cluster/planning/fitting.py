@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from cluster.planning.devices import GPUS, Gpu
 from cluster.planning.efficiency import Layout, Step, load_of, step_time
 from cluster.planning.stages import Stage
-from models.flops import offloaded_bytes, state_bytes
-from training.zero import BUCKET
+from models.costs.flops import offloaded_bytes, state_bytes
+from training.engine.engines import BUCKET
 
 MAX_LIVE = 1_000_000_000  # elements of weights that stage 3 keeps gathered
 MOST_GPUS = 8192  # looked at for the nearest that fits
@@ -58,7 +58,7 @@ def _buffers(count: int, workers: int, layout: Layout) -> float:
 
     Under autocast DeepSpeed keeps a bucket for gradients that are sent in bf16 and one for those
     in fp32: both as fp32 in stages 1 and 2, which need none where one worker has nobody to reduce
-    with (training/shares.py), and each as it is in stage 3.
+    with (training/engine/zero_partitions.py), and each as it is in stage 3.
     """
     bucket = min(count, BUCKET)
     if layout.zero_stage == 3:

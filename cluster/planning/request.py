@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-PRESETS = Path(__file__).parent / "presets" / "plan"
+PRESETS = Path(__file__).parent / "presets"
 # unexpected stops of a node in a 54-day snapshot of 16,384 GPUs, 2,048 nodes: 419
 # (Dubey et al. 2024, The Llama 3 Herd of Models, section 3.3.4)
 LLAMA_NODES, LLAMA_DAYS, LLAMA_STOPS = 2048, 54, 419

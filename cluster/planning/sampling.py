@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from cluster.planning.stages import CHAINS, Stage
-from models.costs import forward_of
+from models.costs.flops import forward_macs
+from models.costs.training import forward_of
 from models.decoder import Decoder
-from models.diffusion_prior import DiffusionPrior
-from models.flops import forward_macs
+from models.priors.diffusion import DiffusionPrior
 from models.upsampler import Upsampler
 
 BEST_OF = 2  # draws of a diffusion prior, of which one is kept

@@ -9,14 +9,14 @@ from typing import Any
 import open_clip
 import torch
 
-from cluster.cli import parse
+from cluster.base.cli import parse
 from cluster.planning.request import PlanRequest
-from models.activations import peak_bytes
 from models.clip import build_clip, model_sizes
-from models.costs import FLOPS_A_MAC, forward_of
+from models.costs.activations import peak_bytes
+from models.costs.flops import forward_macs, num_parameters
+from models.costs.training import FLOPS_A_MAC, forward_of
 from models.decoder import Decoder
-from models.diffusion_prior import DiffusionPrior
-from models.flops import forward_macs, num_parameters
+from models.priors.diffusion import DiffusionPrior
 from models.upsampler import Upsampler
 from training.config import (
     PRESETS,
@@ -25,8 +25,8 @@ from training.config import (
     PriorRunConfig,
     RunConfig,
 )
-from training.jobs import decoder_model
-from training.prior_job import prior_model
+from training.tasks.clip_and_decoder import decoder_model
+from training.tasks.prior import prior_model
 
 CONFIGS: dict[str, Any] = {
     "clip": ClipRunConfig,
@@ -47,7 +47,7 @@ class Chain:
     prior: str
     ar: str
     decoders: tuple[str, ...]
-    sampling: tuple[int, ...] = (16, 16, 8, 8)  # eval/generate.py's
+    sampling: tuple[int, ...] = (16, 16, 8, 8)  # eval/sampling/generate.py's
     guided: tuple[float, float] = (2, 2)  # passes a step of prior and decoder, under guidance
 
 

@@ -1,0 +1,81 @@
+"""Small files: written atomically, identified by digests, locked between processes."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+BLOCK_BYTES = 1 << 20  # read at once while a digest is computed
+
+AnyPath = str | os.PathLike[str]
+
+
+@contextmanager
+def atomic_write(path: AnyPath) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; rename it to `path` when the block succeeds.
+
+    The file reaches the disk before it gets its name. If the block fails, nothing remains: half a
+    file would keep a full disk full. Two processes may write the same path; the last one wins.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: AnyPath, text: str) -> Path:
+    """Write a UTF-8 text file atomically; return its path."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json(path: AnyPath, value: Any, *, indent: int | None = None) -> Path:
+    """Write a value as JSON atomically; return its path."""
+    return write_text(path, json.dumps(value, indent=indent))
+
+
+def canonical_json(value: Any) -> bytes:
+    """Encode a value so that equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def digest_of(value: Any) -> str:
+    """Return the sha256 of a JSON-able value, in hex."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def digest_file(path: AnyPath) -> str:
+    """Return the sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return digest_stream(file)
+
+
+def digest_stream(file: IO[bytes]) -> str:
+    """Return the sha256 of what is left of an open file, in hex."""
+    digest = hashlib.sha256()
+    while block := file.read(BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def try_lock(file: IO[Any], *, shared: bool = False) -> bool:
+    """Try to lock an open file until it is closed; return whether this succeeded.
+
+    The kernel releases the lock when the process ends, however it ends.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,222 @@
+"""Every metric of the project, defined once, and the façade through which the code counts.
+
+    counter("minidalle2_ingest_rows_total").inc(12, outcome="stored")
+    gauge("minidalle2_train_loss").set(0.31, model="prior")
+    histogram("minidalle2_checkpoint_seconds").observe(1.8, model="prior")
+
+A process that was given a port answers Prometheus over HTTP; one that was not, and is part of a
+Ray cluster, hands every value to Ray's exporter of its node, where the same name begins with
+`ray_`: a value is never in both. Whoever runs a stage counts for all of its workers, so no metric
+needs a rank: a training's driver publishes what its first rank writes (training/runs/reporting.py).
+
+Labels come from closed sets: no URL, key or host can become a series.
+"""
+
+import difflib
+import itertools
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+OUTCOMES = ("stored", "filtered", "failed")
+FAILURES = (  # of rows, as ingest/lists/filters.py names them
+    "invalid_url", "unresolved", "address_refused", "port_refused", "tls_failed", "too_large",
+    "too_many_redirects", "not_found", "forbidden", "client_error", "not_an_image", "undecodable",
+    "hash_mismatch", "unreachable", "timeout", "truncated", "rate_limited", "server_error",
+    "robots_unavailable", "resolver_failed", "no_network", "shard_deadline",
+)  # fmt: skip
+BACKLOGS = ("download", "embed")
+FOLDERS = ("images", "embeds", "runs")
+INCIDENTS = ("spike", "hang", "lost", "broken")
+MODELS = ("clip", "prior", "decoder", "up256", "up1024")  # an upsampler is told by its stage
+JUDGED = (*MODELS, "chain")
+STAGES = ("download", "clip", "judge", "embed", "prior", "base", "up", "sample", "evaluate")
+SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # histograms
+SHAPE_SETS = ("single", "seen", "held_out")
+SHAPE_SCORES = ("all", "attribute", "relation", "real")
+SPACES = ("clip", "inception", "inception_clean", "dinov2")
+SPACE_SCORES = ("fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage")
+SCORES = (  # spelled as their paths in eval.json
+    "clip.retrieval_at_1",
+    "prior.mse",
+    "prior.cos",
+    "prior.cos_text",
+    "prior.cos_shuffled",
+    "prior.retrieval_at_1",
+    "prior.retrieval_at_5",
+    "images.fd_clip",
+    "images.fd_clip_real_halves",
+    "images.clip_score",
+    "images.clip_score_shuffled",
+    *(f"features.{space}.{score}" for space, score in itertools.product(SPACES, SPACE_SCORES)),
+    "features.clip.cmmd",
+    "memorisation.share_closer",
+    *(f"shapes.{drawn}.{score}" for drawn, score in itertools.product(SHAPE_SETS, SHAPE_SCORES)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric: its Prometheus name, what it counts, the closed set of each label's values."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def check(self, labels: dict[str, str]) -> None:
+        """Raise ValueError unless `labels` gives each label of this metric a value of its set."""
+        if labels.keys() != self.labels.keys():
+            found, expected = sorted(labels) or "none", sorted(self.labels) or "none"
+            raise ValueError(f"{self.name}: found labels {found}, expected {expected}")
+        for label, value in labels.items():
+            if value not in self.labels[label]:
+                allowed = ", ".join(self.labels[label])
+                raise ValueError(f"{self.name}: found {label}={value!r}, expected one of {allowed}")
+
+    def combinations(self) -> list[dict[str, str]]:
+        """List every combination of label values; one empty combination where there is no label."""
+        values = itertools.product(*self.labels.values())
+        return [dict(zip(self.labels, combination, strict=True)) for combination in values]
+
+
+_MODEL = {"model": MODELS}
+_TABLE: tuple[tuple[str, Kind, Mapping[str, tuple[str, ...]], str], ...] = (
+    ("ingest_rows_total", "counter", {"outcome": OUTCOMES}, "Rows of the URL list attempted."),
+    ("ingest_failures_total", "counter", {"reason": FAILURES}, "Rows that failed, by reason."),
+    ("ingest_shards_total", "counter", {}, "Image shards committed."),
+    ("ingest_bytes_total", "counter", {}, "Bytes of images stored in shards."),
+    ("embed_images_total", "counter", {}, "Images embedded."),
+    ("embed_shards_total", "counter", {}, "Embedding shards committed."),
+    ("embed_failed_shards_total", "counter", {}, "Image shards that could not be embedded."),
+    ("backlog_shards", "gauge", {"stage": BACKLOGS}, "Shards that the stage has still to make."),
+    ("storage_free_bytes", "gauge", {"folder": FOLDERS}, "Free space where a local folder lies."),
+    ("storage_size_bytes", "gauge", {"folder": FOLDERS}, "All space where a local folder lies."),
+    ("train_running", "gauge", _MODEL, "1 while a run trains, 0 once it ended."),
+    ("train_start_timestamp_seconds", "gauge", _MODEL, "When the workers last began; Unix time."),
+    ("train_report_timestamp_seconds", "gauge", _MODEL, "When a run last told of itself."),
+    ("train_loss", "gauge", _MODEL, "Mean loss since the last report."),
+    ("train_step", "gauge", _MODEL, "Optimizer steps taken."),
+    ("train_samples_total", "counter", _MODEL, "Samples trained on by this process."),
+    ("train_samples_per_second", "gauge", _MODEL, "Samples a second, over all workers."),
+    ("train_data_wait_ratio", "gauge", _MODEL, "Share of the time spent waiting for data."),
+    ("train_grad_norm", "gauge", _MODEL, "Norm of the gradient before clipping."),
+    ("train_learning_rate_ratio", "gauge", _MODEL, "Learning rate as a share of its peak."),
+    ("train_nonfinite_steps_total", "counter", _MODEL, "Steps skipped: loss not finite."),
+    ("train_incidents_total", "counter", {**_MODEL, "kind": INCIDENTS}, "Spikes, hangs, losses."),
+    ("train_mfu", "gauge", _MODEL, "Share of the devices' peak that the model's products use."),
+    ("train_device_memory_bytes", "gauge", _MODEL, "Most memory that the first rank's GPU held."),
+    ("train_eta_seconds", "gauge", _MODEL, "Time to the last step at the present rate."),
+    ("checkpoint_timestamp_seconds", "gauge", _MODEL, "When a run last wrote one, or began."),
+    ("checkpoint_seconds", "histogram", _MODEL, "Time the training loop gives a checkpoint."),
+    ("checkpoints_total", "counter", _MODEL, "Checkpoints written."),
+    ("samples_generated_total", "counter", {}, "Images generated from captions."),
+    ("eval_score", "gauge", {"metric": SCORES}, "Scores of the last evaluation."),
+    ("eval_timestamp_seconds", "gauge", {"of": JUDGED}, "When it was last scored; Unix time."),
+    ("stage_seconds", "gauge", {"stage": STAGES}, "Time a finished stage took."),
+)
+METRICS: dict[str, Metric] = {
+    f"minidalle2_{name}": Metric(name=f"minidalle2_{name}", kind=kind, help=text, labels=labels)
+    for name, kind, labels, text in _TABLE
+}
+
+
+@dataclass(frozen=True)
+class _Handle:
+    metric: Metric
+
+    def _record(self, method: str, value: float, labels: dict[str, str]) -> None:
+        from cluster.base import exporter
+
+        self.metric.check(labels)
+        exporter.record(self.metric, method, value, labels)
+
+
+class Counter(_Handle):
+    """A count that only grows, from 0 when the process starts."""
+
+    def inc(self, amount: float = 1, **labels: str) -> None:
+        """Add `amount`; ValueError if it is negative or a label is unknown."""
+        self._record("inc", amount, labels)
+
+
+class Gauge(_Handle):
+    """A value that goes up and down; absent until first set."""
+
+    def set(self, value: float, **labels: str) -> None:
+        """Set the value; ValueError if a label is unknown."""
+        self._record("set", value, labels)
+
+
+class Histogram(_Handle):
+    """A distribution over fixed buckets, from 10 milliseconds to 5 minutes."""
+
+    def observe(self, value: float, **labels: str) -> None:
+        """Add one observation, in seconds; ValueError if a label is unknown."""
+        self._record("observe", value, labels)
+
+
+def counter(name: str) -> Counter:
+    """Return the counter of that name; ValueError, with the nearest, if there is none."""
+    return Counter(_find(name, "counter"))
+
+
+def gauge(name: str) -> Gauge:
+    """Return the gauge of that name; ValueError, with the nearest, if there is none."""
+    return Gauge(_find(name, "gauge"))
+
+
+def histogram(name: str) -> Histogram:
+    """Return the histogram of that name; ValueError, with the nearest, if there is none."""
+    return Histogram(_find(name, "histogram"))
+
+
+def serve(port: int | None) -> int | None:
+    """Serve every metric at http://127.0.0.1:port/metrics for the rest of the process.
+
+    port: 0 takes any free port; None serves nothing. Returns the port served. A second call, for
+    that port or for any, is answered by the server there is, so that stages of one process share
+    it. Raises ValueError if the port cannot be had.
+    """
+    from cluster.base import exporter
+
+    return exporter.serve(METRICS, port)
+
+
+def hand_over_to_ray() -> None:
+    """Give the Ray that this process has just joined what it counted so far, where it serves no
+    port of its own."""
+    from cluster.base import exporter
+
+    exporter.hand_over_to_ray(METRICS)
+
+
+def storage_space(folder: str | Path, *, holds: str) -> None:
+    """Set the free and the whole space of the disk of `folder`; nothing where it is not local.
+
+    holds: what the folder is for, one of FOLDERS.
+    """
+    path = str(folder).removeprefix("file://")
+    if "://" in path:
+        return
+    try:
+        space = shutil.disk_usage(path)
+    except FileNotFoundError:  # not made yet, or gone already: there is nothing to measure
+        return
+    gauge("minidalle2_storage_free_bytes").set(space.free, folder=holds)
+    gauge("minidalle2_storage_size_bytes").set(space.total, folder=holds)
+
+
+def _find(name: str, kind: Kind) -> Metric:
+    metric = METRICS.get(name)
+    if metric is None:
+        close = difflib.get_close_matches(name, METRICS, n=1)
+        near = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"unknown metric {name!r}{near}")
+    if metric.kind != kind:
+        raise ValueError(f"{name}: found use as a {kind}, expected as a {metric.kind}")
+    return metric

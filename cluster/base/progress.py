@@ -1,0 +1,54 @@
+"""How far long work is: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LINE_SECONDS = 10.0
+MADE_BY = {"download": "images", "embed": "embeds"}
+
+
+@contextmanager
+def progress(what: str, total: int, *, unit: str) -> Iterator[Callable[..., None]]:
+    """Show the progress of `total` units; what is yielded is called with the number just done, and
+    a note that stands beside the bar until the next."""
+    if sys.stdout.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), unit,
+                      "{task.fields[rate]}", TimeRemainingColumn(), "{task.fields[note]}"
+                      ) as bar:  # fmt: skip
+            task = bar.add_task(what, total=total, note="", rate="")
+
+            def move(count: int = 1, note: str = "") -> None:
+                speed = bar.tasks[task].speed
+                rate = f"{speed:,.0f}/s" if speed and speed >= 1 else ""
+                bar.update(task, advance=count, note=note, rate=rate)
+
+            yield move
+        return
+    started = said = time.monotonic()
+    done = 0
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal done, said
+        done += count
+        now = time.monotonic()
+        if done >= total or now - said >= LINE_SECONDS:
+            said = now
+            seconds = now - started
+            left = f", {seconds * (total - done) / done:.0f} s to go" if 0 < done < total else ""
+            rate = f", {done / seconds:.1f} a second" if seconds else ""
+            line = f"{what}: {done} of {total} {unit} in {seconds:.0f} s{rate}{left}"
+            print(f"{line}: {note}" if note else line, flush=True)
+
+    yield advance
+
+
+def show_place(stage: str, root: str, backlog: int) -> None:
+    """Export how many shards a stage has still to make, and the space left where they go."""
+    from cluster.base.metrics import gauge, storage_space
+
+    gauge("minidalle2_backlog_shards").set(backlog, stage=stage)
+    storage_space(root, holds=MADE_BY[stage])

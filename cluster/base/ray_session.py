@@ -1,0 +1,98 @@
+"""One Ray for all stages: the cluster that RAY_ADDRESS names, else a private local one."""
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+LOOK_SECONDS = 5.0
+GROUPS = "minidalle2_groups"  # the resource by which a head says that its cluster has groups
+Group = Literal["cpu_group", "gpu_group"]
+
+
+def ensure_ray() -> None:
+    """Connect to Ray once a process.
+
+    A bare `ray.init()` would join any cluster that it finds on the machine; "local" never does.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import ray
+
+    from cluster.base.metrics import hand_over_to_ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        # the scripts tell their own progress; what workers print is in Ray's session folder
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=512 << 20,
+            log_to_driver=bool(os.environ.get("MINIDALLE2_TRACEBACK")),
+            logging_level=logging.WARNING,
+        )
+    else:
+        ray.init(address=address, logging_level=logging.WARNING)
+    hand_over_to_ray()
+
+
+def placed_on(group: Group) -> dict[str, float]:
+    """Return the resources by which Ray places work on one group of the cluster's nodes.
+
+    cpu_group: for downloads and decoding; gpu_group: for encoders and training. A cluster has them
+    if its head offers `GROUPS`, even while all nodes of a group are scaled away; in any other
+    nothing is asked for, and any node will do.
+    """
+    import ray
+
+    return {group: 0.001} if ray.cluster_resources().get(GROUPS) else {}
+
+
+def has_gpus() -> bool:
+    """Say whether the cluster has GPUs, or starts nodes that have when they are asked for."""
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU") or placed_on("gpu_group"))
+
+
+def require_own_node() -> None:
+    """Raise ConnectionError if this machine is no longer part of the Ray it joined.
+
+    Without its raylet a driver would wait for ever: nothing that it submits can be placed. Ray
+    marks a node dead some 15 s after the raylet's last sign of life.
+    """
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == own):
+        raise ConnectionError("Ray's raylet on this machine is gone")
+
+
+@contextmanager
+def ending_with_own_node() -> Iterator[None]:
+    """End the process, with a line and exit code 1, if its node leaves Ray within the block.
+
+    For waits inside Ray that would never end; `require_own_node` serves those that look up.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(LOOK_SECONDS):
+            try:
+                require_own_node()
+            except ConnectionError as error:
+                if not ended.is_set():
+                    print(f"error: {error}; rerun the same command", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+    watching = threading.Thread(target=watch, name="own node", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()

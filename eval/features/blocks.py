@@ -1,0 +1,68 @@
+"""Features in blocks of rows, on disk or in memory: sums and distances never hold them all."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eval.distances.frechet import Moments
+
+BLOCK_SIZE = 256  # images
+CHUNK_BLOCKS = 8  # blocks whose features are in memory at once, as float64: 2,048 rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Features [N, D] in blocks, on disk or in memory, that are never all in memory."""
+
+    parts: Sequence[Path | np.ndarray]
+    sizes: Sequence[int]
+
+    @classmethod
+    def of(cls, array: np.ndarray, block_size: int = BLOCK_SIZE) -> "Features":
+        """Return the features of an array that is in memory."""
+        parts = [array[i : i + block_size] for i in range(0, len(array), block_size)]
+        return cls(parts=parts, sizes=[len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield (rows, float64 [B, D]) in order, some 2,048 rows at a time."""
+        start = 0
+        for first in range(0, len(self.parts), CHUNK_BLOCKS):
+            loaded = [_load(part) for part in self.parts[first : first + CHUNK_BLOCKS]]
+            chunk = np.concatenate(loaded).astype(np.float64)
+            yield slice(start, start + len(chunk)), chunk
+            start += len(chunk)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Return float64 [len(rows), D]: those rows, in their order."""
+        starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        blocks = np.searchsorted(starts, rows, side="right") - 1
+        found: np.ndarray | None = None
+        for block in np.unique(blocks):
+            mine = np.flatnonzero(blocks == block)
+            picked = _load(self.parts[block], lazily=True)[rows[mine] - starts[block]]
+            if found is None:
+                found = np.empty((len(rows), picked.shape[1]))
+            found[mine] = picked
+        assert found is not None, "no rows asked for"
+        return found
+
+    def all(self) -> np.ndarray:
+        """Return every feature, float32 [N, D]: for narrow spaces only."""
+        return np.concatenate([_load(part) for part in self.parts])
+
+    def moments(self, counts: np.ndarray | None = None) -> Moments:
+        """Return the moments of all rows, or of each row `counts` times, summed in block order."""
+        if counts is None:
+            return Moments.merge(Moments.of(chunk) for _, chunk in self.chunks())
+        return Moments.merge(Moments.of(chunk, counts[rows]) for rows, chunk in self.chunks())
+
+
+def _load(part: Path | np.ndarray, *, lazily: bool = False) -> np.ndarray:
+    if isinstance(part, np.ndarray):
+        return part
+    return np.load(part, mmap_mode="r" if lazily else None, allow_pickle=False)

@@ -1,0 +1,200 @@
+"""Features of images, by extractors that name themselves: a number is quoted with its extractor.
+
+    clip              unit-norm CLIP image embeddings
+    inception         pool-3 features of the 2015-12-05 Inception, TF1 bilinear resize: FID's
+    inception_clean   the same network after clean-fid's resize (Parmar et al. 2022)
+    dinov2            the class token of DINOv2 ViT-L/14: FD-DINOv2's (Stein et al. 2023)
+
+No weights are ever fetched here: a missing file is an error that says where it comes from.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from eval.features.networks import DINOV2_MODEL, DINOV2_SIDE, INCEPTION_SIDE, DinoV2, InceptionPool
+from eval.features.weights import WeightsFile
+from training.engine.precision import compute_whole_fp32
+
+if TYPE_CHECKING:
+    from models.clip import FrozenClip  # whose open_clip takes seconds to import
+
+BATCH_SIZE = 64  # images a forward pass; fixed, since a product's last bits depend on it
+Item = TypeVar("Item")
+Space = Literal["clip", "inception", "inception_clean", "dinov2"]
+FD_NAMES: dict[str, str] = {  # of the distance, where the weights are the published ones
+    "clip": "FD-CLIP",
+    "inception": "FID",
+    "inception_clean": "clean-FID",
+    "dinov2": "FD-DINOv2",
+}
+
+
+class Extractor(Protocol):
+    """Maps images to float features [B, D]; `any_size` says whether they may differ in size."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def any_size(self) -> bool: ...
+
+    def __call__(self, images: list[Image.Image]) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorSpec:
+    """What builds an extractor in any process, and what its features are to be called.
+
+    source: of the weights: the name of a CLIP, or a file. name, resize: as a score is quoted;
+    official: the weights are the published ones, so that the score may bear its published name.
+    """
+
+    space: Space
+    name: str
+    resize: str
+    any_size: bool
+    official: bool
+    clip: str = ""
+    weights: WeightsFile | None = None
+    model: str = DINOV2_MODEL
+
+    def build(self, device: str | torch.device) -> Extractor:
+        """Load the weights and return the extractor on `device`; ValueError for wrong weights."""
+        compute_whole_fp32()  # features of one name are the same from any device
+        if self.space == "clip":
+            from models.clip import load_clip
+
+            return ClipFeatures(load_clip(self.clip).to(torch.device(device)))
+        assert self.weights is not None
+        state = self.weights.load()
+        if self.space == "dinov2":
+            network = DinoV2(state, self.weights.path, self.model)
+            return NetworkFeatures(network.to(device), _for_dinov2, self.name)
+        prepare = _clean if self.space == "inception_clean" else _plain
+        return NetworkFeatures(
+            InceptionPool(state, self.weights.path).to(device), prepare, self.name
+        )
+
+
+def clip_spec(encoder: "FrozenClip", clip: str) -> ExtractorSpec:
+    """Describe the image tower of `encoder`, which `clip` names."""
+    return ExtractorSpec(
+        space="clip",
+        name=f"clip {encoder.encoder_id}",
+        resize=f"bicubic, centre crop to {encoder.image_size} px",
+        any_size=True,
+        official=True,
+        clip=clip,
+    )
+
+
+def inception_spec(weights: WeightsFile, *, clean: bool) -> ExtractorSpec:
+    """Describe Inception's features after TF1's resize, or after clean-fid's."""
+    how = "bicubic, antialiased (clean-fid)" if clean else "TF1 bilinear"
+    return ExtractorSpec(
+        space="inception_clean" if clean else "inception",
+        name=f"inception-2015-12-05 pool3, {how}{weights.label}",
+        resize=f"{how} to {INCEPTION_SIDE} px",
+        any_size=False,
+        official=weights.official,
+        weights=weights,
+    )
+
+
+def dinov2_spec(weights: WeightsFile, model: str = DINOV2_MODEL) -> ExtractorSpec:
+    """Describe DINOv2's class token; model: timm's name of the size."""
+    return ExtractorSpec(
+        space="dinov2",
+        name=f"{model} class token{weights.label}",
+        resize=f"bicubic, antialiased to {DINOV2_SIDE} px",
+        any_size=False,
+        official=weights.official,
+        weights=weights,
+        model=model,
+    )
+
+
+@dataclass(frozen=True)
+class ClipFeatures:
+    """Unit-norm CLIP image embeddings, through the encoder's own preprocessing."""
+
+    encoder: "FrozenClip"
+    any_size = True
+
+    @property
+    def name(self) -> str:
+        return f"clip {self.encoder.encoder_id}"
+
+    def __call__(self, images: list[Image.Image]) -> np.ndarray:
+        pixels = torch.from_numpy(np.stack([self.encoder.preprocess(image) for image in images]))
+        return self.encoder.encode_image(pixels).cpu().numpy()
+
+
+class NetworkFeatures:
+    """Features of a published network; `prepare` maps an RGB image to [3, H, W] in [0, 255].
+
+    Images are stretched to the network's square whatever their shape, so a set is of one size, as
+    in torch-fidelity: how other pictures are cropped is the user's choice, and part of the number.
+    """
+
+    any_size = False
+
+    def __init__(self, network: torch.nn.Module, prepare, name: str) -> None:
+        self._network, self._prepare, self.name = network, prepare, name
+        self._device = next(network.parameters()).device
+
+    def __call__(self, images: list[Image.Image]) -> np.ndarray:
+        pixels = torch.from_numpy(np.stack([self._prepare(image) for image in images]))
+        return self._network(pixels.to(self._device)).float().cpu().numpy()
+
+
+def _plain(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _clean(image: Image.Image) -> np.ndarray:
+    """Resize each channel in float, as clean-fid does: no rounding to 8 bits afterwards."""
+    side = (INCEPTION_SIDE, INCEPTION_SIDE)
+    planes = np.asarray(image, np.float32).transpose(2, 0, 1)
+    bicubic = Image.Resampling.BICUBIC
+    resized = [np.asarray(Image.fromarray(plane).resize(side, bicubic)) for plane in planes]
+    return np.stack(resized).clip(0, 255)
+
+
+def _for_dinov2(image: Image.Image) -> np.ndarray:
+    side = (DINOV2_SIDE, DINOV2_SIDE)
+    resized = image if image.size == side else image.resize(side, Image.Resampling.BICUBIC)
+    return np.asarray(resized).transpose(2, 0, 1)
+
+
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Group `items` into lists of at most `size`."""
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def extract(
+    extractor: Extractor,
+    images: Iterable[Image.Image],
+    batch_size: int = 100,
+    source: str = "images",
+) -> np.ndarray:
+    """Return the features [N, D] of all `images`; `source` names them in errors.
+
+    Raises ValueError if there are none.
+    """
+    parts = [extractor(batch) for batch in in_batches(images, batch_size)]
+    if not parts:
+        raise ValueError(f"{source}: found no images, expected at least 2")
+    return np.concatenate(parts)

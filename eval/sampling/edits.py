@@ -1,0 +1,323 @@
+"""Sub-commands of eval/sample.py: what the latents of unCLIP allow to be done with an image.
+
+python eval/sample.py variations --images cat.png --decoder runs/base
+python eval/sample.py interpolate --images cat.png dog.png --decoder runs/base
+python eval/sample.py textdiff --images cat.png --caption "a winter cat" --without "a cat"
+python eval/sample.py inpaint --images cat.png --mask hat.png --caption "a cat in a hat"
+python eval/sample.py pca --images cat.png --embeds data/embeds
+python eval/sample.py guidance --prompts "a red cube" --prior runs/prior --decoder runs/base
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.base.cli import require_at_least
+from eval.sampling.edit_configs import (
+    EditConfig,
+    GuidanceConfig,
+    ImagesConfig,
+    InpaintConfig,
+    InterpolateConfig,
+    PcaConfig,
+    TextDiffConfig,
+    VariationsConfig,
+)
+from training.engine.precision import settled
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from models.latents import Latents
+    from models.unclip import Sampling, UnClip
+
+EDITS_NAME = "edits.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The images of an edit: pixels [R * C, 3, S, S] row by row, and what rows and columns are."""
+
+    pixels: "Tensor"
+    rows: list[str]
+    columns: list[str]
+
+
+def run_edit(command: str, config: EditConfig) -> int:
+    """Run a sub-command and write its images."""
+    import torch
+
+    from eval.features.devices import device_named
+    from eval.sampling.chain import load_chain
+    from eval.sampling.generate import sampling_of
+
+    torch.set_num_threads(config.num_threads)
+    device = device_named(config.device)
+    config = dataclasses.replace(config, precision=settled(config.precision, device.type))
+    settings = {**vars(config), "sampler": "ddim"}
+    _check(config)
+    parts = (config.clip, getattr(config, "prior", ""), config.decoder, config.upsampler)
+    chain = load_chain(*parts, device=config.device)
+    rows = COMMANDS[command][1](config, chain, sampling_of(settings))
+    keys = _keys(config.seed, len(rows.pixels))
+    sampling = sampling_of(settings)
+    enlarged = _in_batches(
+        config.batch_size,
+        len(keys),
+        lambda part: chain.enlarge(keys[part], rows.pixels[part], sampling),
+    )
+    _write(command, config, dataclasses.replace(rows, pixels=enlarged))
+    print(f"{command}: {len(rows.pixels)} images -> {config.out}")
+    return 0
+
+
+def _check(config: EditConfig) -> None:
+    out = Path(config.out)
+    if out.is_dir() and any(out.iterdir()) and not (out / EDITS_NAME).is_file():
+        raise ValueError(f"{out}: found a folder without {EDITS_NAME}, expected edits or nothing")
+    if isinstance(config, ImagesConfig) and not config.images:
+        raise ValueError("--images: found none, expected at least one image file")
+    if isinstance(config, InterpolateConfig) and len(config.images) < 2:
+        raise ValueError("--images: found one, expected two or more to blend between")
+    if isinstance(config, GuidanceConfig) and not (config.prompts and config.scales):
+        flag = "scales" if config.prompts else "prompts"
+        raise ValueError(f"--{flag}: found none, expected at least one")
+    if isinstance(config, PcaConfig) and min(config.components, default=1) < 1:
+        raise ValueError(f"--components: found {min(config.components)}, expected 1 or more")
+    if isinstance(config, TextDiffConfig) and not config.caption:
+        raise ValueError("--caption: found none, expected what the images are to become")
+    if isinstance(config, InpaintConfig):
+        if not config.mask:
+            raise ValueError("--mask: found none, expected an image file, white where to draw")
+        if bool(config.caption) != bool(config.prior):
+            raise ValueError("found one of --caption and --prior, expected both or none")
+    if isinstance(config, TextDiffConfig) and not 0 < config.max_theta <= 1:
+        raise ValueError(
+            f"--max-theta: found {config.max_theta:g}, expected more than 0 and at most 1"
+        )
+    spread = isinstance(config, (InterpolateConfig, TextDiffConfig))
+    bounds = {"count": 2 if spread else 1, "decoder_steps": 1, "upsampler_steps": 1}
+    bounds |= {"prior_steps": 1, "batch_size": 1, "num_threads": 1}
+    require_at_least(config, **{k: v for k, v in bounds.items() if hasattr(config, k)})
+
+
+def _opened(paths: Sequence[str]) -> "list[Image]":
+    """Open images upright, as the download stores them."""
+    from PIL import Image, ImageOps
+
+    found = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: found no such file, expected an image")
+        try:
+            with Image.open(path) as image:
+                found.append(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path}: found no image: {error}") from None
+    return found
+
+
+def _keys(seed: int, count: int) -> "Tensor":
+    """Return the key of each image: the same for a place in the grid, whatever the batch."""
+    import torch
+
+    from models.diffusion.keyed_random import sample_keys
+
+    places = torch.arange(count, dtype=torch.int64)
+    return sample_keys(seed, torch.zeros_like(places), places)
+
+
+def _in_batches(size: int, count: int, make: "Callable[[slice], Tensor]") -> "Tensor":
+    """Join what `make` returns for one part of `count` rows after the other, on the CPU.
+
+    What it draws is keyed by the place in the whole, so that no split changes a row.
+    """
+    import torch
+
+    parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    return torch.cat([make(part).cpu() for part in parts])
+
+
+def _encoded(config: ImagesConfig, chain: "UnClip", sampling: "Sampling") -> "list[Latents]":
+    from models.latents import encode
+
+    images, size = _opened(config.images), config.batch_size
+    found = []
+    for start in range(0, len(images), size):
+        latents = encode(chain, images[start : start + size], sampling)
+        found += [latents.row(number) for number in range(len(latents))]
+    return found
+
+
+def _decoded(
+    config: EditConfig, chain: "UnClip", sampling: "Sampling", parts: "Sequence[Latents]",
+    eta: float = 0.0,
+) -> "Tensor":  # fmt: skip
+    import torch
+
+    from models.latents import Latents, reconstructions
+
+    embeds = torch.cat([part.image_embed for part in parts])
+    starts = torch.cat([part.start for part in parts])
+    keys = _keys(config.seed, len(embeds))
+
+    def draw(part: slice) -> "Tensor":
+        latents = Latents(image_embed=embeds[part], start=starts[part])
+        return reconstructions(chain, keys[part], latents, sampling, eta)
+
+    return _in_batches(config.batch_size, len(keys), draw)
+
+
+def _names(config: ImagesConfig) -> list[str]:
+    return [Path(path).stem for path in config.images]
+
+
+def variations(config: VariationsConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
+    import torch
+
+    found = _encoded(config, chain, sampling)
+    exact = _decoded(config, chain, sampling, found)
+    many = [part for part in found for _ in range(config.count)]
+    varied = _decoded(config, chain, sampling, many, config.eta)
+    varied = varied.unflatten(0, (len(found), -1))
+    pixels = torch.cat([exact[:, None], varied], dim=1).flatten(0, 1)
+    columns = ["image", *(f"{number + 1}" for number in range(config.count))]
+    return Rows(pixels=pixels, rows=_names(config), columns=columns)
+
+
+def _spread(last: float, count: int) -> list[float]:
+    return [last * step / (count - 1) for step in range(count)]
+
+
+def interpolate(config: InterpolateConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
+    from models.latents import blends
+
+    found, names = _encoded(config, chain, sampling), _names(config)
+    thetas = _spread(1.0, config.count)
+    pairs = list(zip(found, found[1:], strict=False))
+    parts = [blends(one, other, thetas, noise=config.noise) for one, other in pairs]
+    return Rows(
+        pixels=_decoded(config, chain, sampling, parts),
+        rows=[f"{one} to {other}" for one, other in zip(names, names[1:], strict=False)],
+        columns=[f"{theta:.2f}" for theta in thetas],
+    )
+
+
+def textdiff(config: TextDiffConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
+    from models.latents import text_diffs
+
+    thetas = _spread(config.max_theta, config.count)
+    parts = [
+        text_diffs(chain, latents, config.caption, config.without, thetas)
+        for latents in _encoded(config, chain, sampling)
+    ]
+    columns = [f"{theta:.2f}" for theta in thetas]
+    return Rows(
+        pixels=_decoded(config, chain, sampling, parts), rows=_names(config), columns=columns
+    )
+
+
+def pca(config: PcaConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
+    import torch
+
+    from ingest.embedding.statistics import EmbedStatistics
+    from models.latents import pca_images
+
+    statistics = EmbedStatistics.read(config.embeds)
+    mean, basis = (torch.from_numpy(each.copy()).float() for each in
+                   (statistics.mean, statistics.basis))  # fmt: skip
+    if len(mean) != chain.clip.embed_dim:
+        raise ValueError(
+            f"{config.embeds}: found embeddings of {len(mean)} dimensions, expected "
+            f"{chain.clip.embed_dim}: those of the decoder's encoder"
+        )
+    counts = [count for count in config.components if count < len(mean)] + [len(mean)]
+    parts = [pca_images(one, mean, basis, counts) for one in _encoded(config, chain, sampling)]
+    return Rows(
+        pixels=_decoded(config, chain, sampling, parts),
+        rows=_names(config),
+        columns=[str(count) for count in counts],
+    )
+
+
+def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
+    import torch
+
+    from models.latents import embed_images, pixels_of
+
+    images, size = _opened(config.images), chain.base.image_size
+    count = len(images) * config.count
+    keys = _keys(config.seed, count)
+    known = pixels_of(images, size).repeat_interleave(config.count, dim=0)
+    mask = (pixels_of(_opened([config.mask]), size).mean(1, keepdim=True) < 0).float()
+
+    def draw(part: slice) -> "Tensor":
+        captions = [config.caption] * (part.stop - part.start)
+        if config.caption:
+            told = chain.condition(captions, chain.imagine(keys[part], captions, sampling))
+        else:
+            own = [images[number // config.count] for number in range(part.start, part.stop)]
+            told = chain.wordless(embed_images(chain, own))
+        masks = mask.expand(len(captions), -1, -1, -1)
+        return chain.draw(keys[part], told, sampling, known=(known[part], masks))
+
+    drawn = _in_batches(config.batch_size, count, draw)
+    rows = known.unflatten(0, (len(images), -1))[:, :1], drawn.unflatten(0, (len(images), -1))
+    columns = ["image", *(f"{number + 1}" for number in range(config.count))]
+    return Rows(pixels=torch.cat(rows, dim=1).flatten(0, 1), rows=_names(config), columns=columns)
+
+
+def guidance(config: GuidanceConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
+    import torch
+
+    captions = list(config.prompts)
+    keys = _keys(config.seed, len(captions))
+
+    def draw(part: slice) -> "Tensor":
+        told = chain.condition(captions[part], chain.imagine(keys[part], captions[part], sampling))
+        drawn = []
+        for scale in config.scales:
+            options = dataclasses.replace(sampling.decoder, cfg_scale=scale)
+            one = dataclasses.replace(sampling, decoder=options)
+            drawn.append(chain.draw(keys[part], told, one))
+        return torch.stack(drawn, dim=1)
+
+    drawn = _in_batches(config.batch_size, len(captions), draw)
+    columns = [f"{scale:g}" for scale in config.scales]
+    return Rows(pixels=drawn.flatten(0, 1), rows=captions, columns=columns)
+
+
+COMMANDS: dict[str, tuple[type[EditConfig], Callable[[Any, Any, Any], Rows]]] = {
+    "variations": (VariationsConfig, variations),
+    "interpolate": (InterpolateConfig, interpolate),
+    "textdiff": (TextDiffConfig, textdiff),
+    "inpaint": (InpaintConfig, inpaint),
+    "pca": (PcaConfig, pca),
+    "guidance": (GuidanceConfig, guidance),
+}
+
+
+def _write(command: str, config: EditConfig, found: Rows) -> None:
+    """Write every image, a labelled grid, and a line for each of what made it."""
+    from PIL import Image
+
+    from training.tasks.pictures import grid, save_png, to_uint8
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    pixels, width = to_uint8(found.pixels), len(found.columns)
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    lines = []
+    for number, image in enumerate(pixels):
+        row, column = divmod(number, width)
+        name = f"{row:03d}_{column:03d}.png"
+        Image.fromarray(image).save(out / name)
+        place = {"file": name, "row": found.rows[row], "column": found.columns[column]}
+        lines.append({**place, "command": command, "settings": settings})
+    table = [list(pixels[start : start + width]) for start in range(0, len(pixels), width)]
+    save_png(out / "grid.png", grid(table, found.rows, found.columns))
+    (out / EDITS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))

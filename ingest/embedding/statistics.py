@@ -1,0 +1,130 @@
+"""Moments of a snapshot's image embeddings, which the priors' scaling and PCA are made of.
+
+<embeds>/_statistics.npz    mean, std, eigenvalues, basis, count, snapshot, cosines
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ingest.shards import EmbedShard
+from ingest.store.snapshots import Snapshot
+from ingest.store.storage import join_root, storage_of
+
+NAME = "_statistics.npz"
+COSINE_EDGES = np.linspace(-1, 1, 201)
+ARRAYS = ("mean", "std", "eigenvalues", "basis", "cosines")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedStatistics:
+    """Moments of a snapshot's image embeddings, in float64.
+
+    mean, std: [E]; eigenvalues: [E] of the covariance, falling; basis: [E, E], column k belongs
+    to eigenvalue k; snapshot: digest of the embeddings they were taken over; cosines: int64
+    [200], samples whose caption and image have a cosine between two of `COSINE_EDGES`.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    eigenvalues: np.ndarray
+    basis: np.ndarray
+    count: int
+    snapshot: str
+    cosines: np.ndarray
+
+    @classmethod
+    def compute(cls, snapshot: Snapshot) -> "EmbedStatistics":
+        """Take the moments in one pass over the shards of `snapshot`, which must hold samples."""
+        if snapshot.num_samples == 0:
+            raise ValueError(f"{snapshot.root}: the snapshot has no samples to take moments of")
+        total, products, cosines = 0.0, 0.0, np.zeros(len(COSINE_EDGES) - 1, np.int64)
+        for entry in snapshot.shards:
+            shard = EmbedShard(snapshot.root, entry.name, digest=entry.digest)
+            rows = entry.rows(np.arange(entry.num_kept))
+            block = np.asarray(shard.image_embed[rows], dtype=np.float64)
+            text = np.asarray(shard.text_embed[rows], dtype=np.float64)
+            cosine = (block * text).sum(1).clip(-1, 1)  # float16 vectors exceed it a little
+            cosines += np.histogram(cosine, COSINE_EDGES)[0]
+            total, products = total + block.sum(0), products + block.T @ block
+        mean = np.asarray(total) / snapshot.num_samples
+        return cls._of_moments(
+            mean,
+            np.asarray(products) / snapshot.num_samples - np.outer(mean, mean),
+            count=snapshot.num_samples,
+            snapshot=snapshot.digest,
+            cosines=cosines,
+        )
+
+    @classmethod
+    def _of_moments(
+        cls, mean: np.ndarray, covariance: np.ndarray, **others: Any
+    ) -> "EmbedStatistics":
+        values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+        values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
+        # An eigenvector's sign is arbitrary: its largest component is made positive.
+        peaks = vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])]
+        return cls(
+            mean=mean,
+            std=np.sqrt(covariance.diagonal().clip(min=0)),
+            eigenvalues=values,
+            basis=vectors * np.where(peaks < 0, -1.0, 1.0),
+            **others,
+        )
+
+    @classmethod
+    def merge(
+        cls, parts: Sequence["EmbedStatistics"], weights: Sequence[float] = ()
+    ) -> "EmbedStatistics":
+        """Return the moments of several data sets together: E[x] and E[x x^T] of the mixture.
+
+        weights: share of each in the samples, of any sum; none = by their counts, as if the data
+        sets were one.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        shares = np.array(weights or [part.count for part in parts], np.float64)
+        shares /= shares.sum()
+        mean, products = np.zeros_like(parts[0].mean), np.zeros_like(parts[0].basis)
+        for part, share in zip(parts, shares, strict=True):
+            mean += share * part.mean
+            products += share * (part.covariance + np.outer(part.mean, part.mean))
+        return cls._of_moments(
+            mean,
+            products - np.outer(mean, mean),
+            count=sum(part.count for part in parts),
+            snapshot="+".join(part.snapshot for part in parts),
+            cosines=np.sum([part.cosines for part in parts], axis=0),
+        )
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """[E, E]."""
+        return (self.basis * self.eigenvalues) @ self.basis.T
+
+    def num_components(self, energy: float) -> int:
+        """Return how many principal components hold this share of the variance."""
+        share = np.cumsum(self.eigenvalues) / self.eigenvalues.sum()
+        return int(np.searchsorted(share, energy - 1e-12)) + 1
+
+    def write(self, root: str | os.PathLike[str]) -> None:
+        """Write `<root>/_statistics.npz`, whole or not at all."""
+        file = io.BytesIO()
+        np.savez(file, allow_pickle=False, **vars(self))
+        storage_of(root).replace(NAME, file.getvalue())
+
+    @classmethod
+    def read(cls, root: str | os.PathLike[str]) -> "EmbedStatistics":
+        """Read `<root>/_statistics.npz`; ValueError with the remedy when it is missing."""
+        try:
+            stored = storage_of(root).read(NAME)
+        except FileNotFoundError:
+            where = join_root(root, NAME)
+            raise ValueError(f"{where}: missing; rerun ingest/embed.py until it finishes") from None
+        with np.load(io.BytesIO(stored), allow_pickle=False) as found:
+            arrays = {n: found[n] for n in ARRAYS}
+            return cls(**arrays, count=int(found["count"]), snapshot=str(found["snapshot"]))

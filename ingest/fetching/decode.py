@@ -1,0 +1,173 @@
+"""From whatever bytes the web calls an image to the JPEG that a shard stores.
+
+Upright (EXIF orientation applied, all EXIF dropped), the first frame, RGB over white, reduced to
+the size asked for. A JPEG much larger than that is decoded at half, a quarter or an eighth of its
+size, which the format allows at a fraction of the cost.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ingest.lists.filters import IMAGE_FORMATS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+ResizeMode = Literal["keep_ratio", "center_crop", "keep_ratio_largest", "border", "no"]
+# Cheap reductions (a JPEG decoded at a fraction of its size, means of blocks of pixels) stop at so
+# many times the size asked for; the rest is a bicubic filter's. Against a full decode and that
+# filter alone the result differs by no more than what storing it as a JPEG changes.
+MIN_OVERSAMPLING = 4 / 3
+ORIENTATION = 0x0112  # EXIF's tag
+SIDEWAYS = (5, 6, 7, 8)  # its values that mean a quarter turn
+
+
+class DecodeError(Exception):
+    """Bytes that become no sample. args: the reason, out of `ingest.lists.filters`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """What is stored of an image. jpeg: its bytes; sizes in px, the original's when upright."""
+
+    jpeg: bytes
+    width: int
+    height: int
+    original_width: int
+    original_height: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resizer:
+    """image_size, min_image_side: px; quality: of the JPEG, 1 to 95.
+
+    resize_mode: keep_ratio reduces the shorter side to image_size; center_crop then keeps the
+    middle; keep_ratio_largest reduces the longer side; border then pads with white; no leaves the
+    size alone. Nothing is enlarged.
+    """
+
+    image_size: int
+    resize_mode: ResizeMode
+    min_image_side: int = 0
+    quality: int = 95
+
+    def __call__(self, data: bytes) -> Picture:
+        """Return what is stored of an image file's bytes; DecodeError if nothing can be."""
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                orientation = image.getexif().get(ORIENTATION, 1)
+                width, height = image.size[::-1] if orientation in SIDEWAYS else image.size
+                if min(width, height) < self.min_image_side:
+                    raise DecodeError("too_small")
+                reduced = decode_to(image, self._target(image.size))
+            resized = self._fitted(_upright(reduced, orientation))
+            file = io.BytesIO()
+            resized.save(file, "JPEG", quality=self.quality)
+        except DecodeError:
+            raise
+        except Exception:  # noqa: BLE001 - decoders of a dozen formats raise whatever they like
+            raise DecodeError("undecodable") from None
+        return Picture(
+            jpeg=file.getvalue(),
+            width=resized.width,
+            height=resized.height,
+            original_width=width,
+            original_height=height,
+        )
+
+    def _target(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the size to which the whole image of `size` is scaled, before crop or border."""
+        if self.resize_mode == "no":
+            return size
+        shorter = self.resize_mode in ("keep_ratio", "center_crop")
+        scale = self.image_size / (min(size) if shorter else max(size))
+        if scale >= 1:
+            return size
+        width, height = (max(1, round(side * scale)) for side in size)
+        return width, height
+
+    def _fitted(self, image: "Image.Image") -> "Image.Image":
+        """Crop or pad an upright image, if the mode says so."""
+        from PIL import Image
+
+        side = self.image_size
+        if self.resize_mode == "center_crop":
+            width, height = min(side, image.width), min(side, image.height)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            return image.crop((left, top, left + width, top + height))
+        if self.resize_mode == "border" and image.size != (side, side):
+            canvas = Image.new("RGB", (side, side), "white")
+            canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            return canvas
+        return image
+
+
+def decode_to(image: "Image.Image", target: tuple[int, int]) -> "Image.Image":
+    """Decode an opened image to RGB of `target` size, (width, height) in px, as it is stored: not
+    upright."""
+    from PIL import Image
+
+    original = image.size
+    # Half of an odd side ends in the middle of a pixel: the box says where, to a fraction.
+    # Without it the picture is stretched by up to a pixel, which costs 7 dB.
+    width, height = (int(side * MIN_OVERSAMPLING) for side in target)
+    decoded = image.draft(None, (width, height))
+    box = decoded[1] if decoded is not None else (0, 0, *original)
+    image.load()
+    image = _over_white(image)
+    if target == original:
+        return image
+    return image.resize(target, Image.Resampling.BICUBIC, box=box, reducing_gap=MIN_OVERSAMPLING)
+
+
+def square_pixels(data: bytes, size: int) -> "np.ndarray":
+    """Return an image's centre square, its short side resized to `size` px: uint8 [3, size, size].
+
+    For training on pixels. What an encoder sees is decoded in full: `models.clip.preprocess`.
+    """
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        short = min(image.size)
+        width, height = (max(size, round(side * size / short)) for side in image.size)
+        image = decode_to(image, (width, height))
+    left, top = (width - size) // 2, (height - size) // 2
+    square = image.crop((left, top, left + size, top + size))
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _upright(image: "Image.Image", orientation: int) -> "Image.Image":
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _over_white(image: "Image.Image") -> "Image.Image":
+    """Return `image` as RGB, transparency blended over white, 16 bits reduced to 8."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16-bit grey, as PNG stores it
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")

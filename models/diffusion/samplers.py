@@ -1,0 +1,286 @@
+"""Samplers, one signature: sampler(denoise, x, schedule, sample_steps, noise) -> x0.
+
+`denoise(x_t [B, ...], t [B] int64) -> x0` is the network behind any prediction type and any
+guidance. `noise(step) -> like x` supplies fresh standard normals, keyed by sample; deterministic
+samplers ignore it. Which timesteps they visit, the schedule says.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from models.configs import Spacing, SpacingChoice
+from models.diffusion.schedule import NoiseSchedule
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[int], Tensor]
+
+
+class Sampler(Protocol):
+    def __call__(
+        self, denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
+    ) -> Tensor: ...
+
+
+def _transitions(
+    schedule: NoiseSchedule, sample_steps: int, x: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (step, t [B], t_next [B]) down to the clean end, t_next = -1."""
+    steps = schedule.timesteps(sample_steps)
+    for i, (t, t_next) in enumerate(zip(steps, [*steps[1:], -1], strict=True)):
+        yield (
+            i,
+            torch.full((len(x),), t, device=x.device),
+            torch.full((len(x),), t_next, device=x.device),
+        )
+
+
+def ddim(eta: float = 0.0) -> Sampler:
+    """Return the DDIM sampler (Song et al. 2021, eq. 12); eta = 0 is deterministic, eta = 1 is
+    DDPM."""
+
+    def sample(
+        denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
+    ) -> Tensor:
+        for i, t, t_next in _transitions(schedule, sample_steps, x):
+            x0 = denoise(x, t)
+            eps = schedule.to_eps(x0, x, t)
+            # in float64: nearly all of a first step's noise is fresh, and what is kept a difference
+            signal, sigma = schedule.coefficients(t, x, torch.float64)
+            signal_next, sigma_next = schedule.coefficients(t_next, x, torch.float64)
+            # eq. 16: the share of the next noise that is drawn afresh
+            fresh = eta * sigma_next / sigma * (1 - (signal / signal_next) ** 2).clamp(min=0).sqrt()
+            kept = (sigma_next**2 - fresh**2).clamp(min=0).sqrt()
+            x = signal_next.to(x.dtype) * x0 + kept.to(x.dtype) * eps
+            if eta > 0:
+                x = x + fresh.to(x.dtype) * noise(i)
+        return x
+
+    return sample
+
+
+def analytic_ddpm(posterior_variance: Tensor) -> Sampler:
+    """Return DDPM with the best variance of each step (Bao et al. 2022, "Analytic-DPM", eq. 8).
+
+    posterior_variance: [T], the mean over dimensions of Var(x0 | x_t): see
+    `gaussian_posterior_variance`. The step from t to s draws from q(x_s | x_t, x0), whose mean
+    holds x0 times a; not knowing x0 adds a^2 Var(x0 | x_t) to its variance.
+    """
+
+    def sample(
+        denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
+    ) -> Tensor:
+        table = posterior_variance.to(x.device, x.dtype)
+        for i, t, t_next in _transitions(schedule, sample_steps, x):
+            x0 = denoise(x, t)
+            if (t_next < 0).all():
+                return x0
+            mean, variance, beta = schedule.posterior(x0, x, t, t_next)
+            of_x0 = schedule.coefficients(t_next, x)[0] * beta / schedule.coefficients(t, x)[1] ** 2
+            unknown = table[t].reshape(-1, *[1] * (x.ndim - 1))
+            x = mean + (variance + of_x0**2 * unknown).sqrt() * noise(i)
+        return x
+
+    return sample
+
+
+def learned_ddpm(fraction: Callable[[], Tensor]) -> Sampler:
+    """Return DDPM with the variance that the network learned (Nichol & Dhariwal 2021, eq. 15).
+
+    fraction: what the network said of it, like x, in its last evaluation: see
+    `learned_log_variance`. Guidance does not move it: it is the conditional's.
+    """
+
+    def sample(
+        denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
+    ) -> Tensor:
+        for i, t, t_next in _transitions(schedule, sample_steps, x):
+            x0 = denoise(x, t)
+            if (t_next < 0).all():
+                return x0
+            mean, variance, beta = schedule.posterior(x0, x, t, t_next)
+            log_variance = learned_log_variance(fraction(), variance, beta)
+            x = mean + (log_variance / 2).exp() * noise(i)
+        return x
+
+    return sample
+
+
+def learned_log_variance(fraction: Tensor, variance: Tensor, beta: Tensor) -> Tensor:
+    """Return log sigma^2 between that of q(x_s | x_t, x0) and that of q(x_t | x_s), its bounds.
+
+    v log beta + (1 - v) log beta~, v = (fraction + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
+    fraction: any shape, about [-1, 1]; variance, beta: positive, broadcast over it.
+    """
+    v = (fraction + 1) / 2
+    return v * beta.log() + (1 - v) * variance.log()
+
+
+def gaussian_posterior_variance(schedule: NoiseSchedule, variances: Tensor) -> Tensor:
+    """Return the mean of Var(x0 | x_t) over dimensions, float64 [T], of Gaussian data.
+
+    v (1 - alpha_bar) / (alpha_bar v + 1 - alpha_bar) for each of `variances` [E], the eigenvalues
+    of the data's covariance; data that are not Gaussian have less.
+    """
+    alpha_bar, v = schedule.alpha_bar[:, None], variances.double().cpu()[None]
+    return (v * (1 - alpha_bar) / (alpha_bar * v + 1 - alpha_bar)).mean(1)
+
+
+def heun(
+    denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
+) -> Tensor:
+    """Sample with Heun's method, order 2, two evaluations a step (Karras et al. 2022, algorithm 1).
+
+    In the angle a with cos a = signal and sin a = sigma, where the flow is dx/da = v and neither
+    end is singular; EDM's variable, sigma / signal, has no end. The last step, to a = 0, is DDIM's.
+    """
+    for _, t, t_next in _transitions(schedule, sample_steps, x):
+        x0 = denoise(x, t)
+        if (t_next < 0).all():
+            return x0
+        slope = _velocity(schedule, x0, x, t)
+        turn = _angle(schedule, t_next, x) - _angle(schedule, t, x)
+        euler = x + turn * slope
+        there = _velocity(schedule, denoise(euler, t_next), euler, t_next)
+        x = x + turn * (slope + there) / 2
+    return x
+
+
+def _angle(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Tensor:
+    signal, sigma = schedule.coefficients(t, like)
+    return torch.atan2(sigma, signal)
+
+
+def _velocity(schedule: NoiseSchedule, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    return schedule.target("v", x0, t, schedule.to_eps(x0, x, t))
+
+
+def dpmpp_2m(
+    denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
+) -> Tensor:
+    """Sample with DPM-Solver++ 2M, order 2, one evaluation a step (Lu et al. 2022, algorithm 2).
+
+    lambda = log(signal / sigma); the last step to lambda = infinity is the first-order one, x = x0.
+    """
+    x0_last, h_last = None, None
+    for _, t, t_next in _transitions(schedule, sample_steps, x):
+        x0 = denoise(x, t)
+        signal, sigma = schedule.coefficients(t, x)
+        signal_next, sigma_next = schedule.coefficients(t_next, x)
+        if (t_next < 0).all():
+            return x0
+        h = torch.log(signal_next / sigma_next) - torch.log(signal / sigma)
+        estimate = x0
+        if x0_last is not None and h_last is not None:
+            estimate = x0 + (x0 - x0_last) * h / (2 * h_last)
+        x = sigma_next / sigma * x - signal_next * torch.expm1(-h) * estimate
+        x0_last, h_last = x0, h
+    return x
+
+
+def ddim_invert(
+    denoise: Denoiser,
+    x0: Tensor,
+    schedule: NoiseSchedule,
+    sample_steps: int,
+    num_refinements: int = 3,
+) -> Tensor:
+    """Return the x_T from which `ddim()` with as many steps comes back to `x0`.
+
+    (Dhariwal & Nichol 2021, appendix F.) Each step solves DDIM's own for its starting point: eps is
+    taken there, at a guess that is improved `num_refinements` times, instead of at its end alone.
+    Raises ValueError for a schedule without terminal signal, whose first step forgets x_T.
+    """
+    if schedule.alpha_bar[-1] == 0:
+        raise ValueError(
+            "inversion: found a schedule of zero terminal SNR, expected some signal at its end: "
+            "take a decoder that was trained without zero_terminal"
+        )
+    x = x0
+    for _, t, t_next in reversed(list(_transitions(schedule, sample_steps, x0))):
+        signal, sigma = schedule.coefficients(t, x)
+        signal_next, sigma_next = schedule.coefficients(t_next, x)
+        guess = x
+        for _ in range(1 + num_refinements):
+            eps = schedule.to_eps(denoise(guess, t), guess, t)
+            guess = signal * (x - sigma_next * eps) / signal_next + sigma * eps
+        x = guess
+    return x
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": ddim(),
+    "ddpm": ddim(eta=1.0),
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+}
+
+
+SECOND_ORDER = ("heun", "dpmpp_2m")
+
+
+def suited(spacing: SpacingChoice, name: str) -> Spacing:
+    """Return the spacing in the place of "auto" for the sampler called `name`.
+
+    Those of order 2, in few steps, follow the flow of a decoder and an upsampler three times as
+    closely in `karras`, which looks more often at both ends (`benchmarks/results.md`). Raises
+    ValueError for an unknown one.
+    """
+    if spacing != "auto":
+        if spacing not in get_args(Spacing):
+            known = ", ".join((*get_args(Spacing), "auto"))
+            raise ValueError(f"spacing: found {spacing!r}, expected one of {known}")
+        return spacing
+    return "karras" if name in SECOND_ORDER else "trailing"
+
+
+def sampler_named(name: str) -> Sampler:
+    """Return the sampler called `name`; ValueError lists the valid names."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler: found {name!r}, expected one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def guided(
+    conditional: Denoiser,
+    unconditional: Denoiser,
+    cfg_scale: float,
+    *,
+    interval: tuple[int, int] | None = None,
+    rescale: float = 0.0,
+) -> Denoiser:
+    """Wrap two networks into uncond + s (cond - uncond) (Ho & Salimans 2022, eq. 6); s = 1 is off.
+
+    The rule is affine in the prediction, so it is the same for x0, eps and v. interval: timesteps
+    [low, high] in which to guide, the conditional alone elsewhere (Kynkaanniemi et al. 2024); None:
+    all. rescale: share of the result that gets the conditional's standard deviation back (Lin et
+    al. 2023, eq. 15 and 16).
+    """
+    if cfg_scale == 1:
+        return conditional
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        found = conditional(x, t)
+        if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
+            return found
+        without = unconditional(x, t)
+        moved = without + cfg_scale * (found - without)
+        if rescale:
+            parts = tuple(range(1, x.ndim))
+            ratio = found.std(parts, keepdim=True) / moved.std(parts, keepdim=True)
+            moved = moved * (rescale * ratio + 1 - rescale)
+        return moved
+
+    return denoise
+
+
+def inpainted(denoise: Denoiser, known: Tensor, mask: Tensor) -> Denoiser:
+    """Wrap `denoise` so that its x0 is `known` [B, C, H, W] where `mask` [B, 1, H, W] is 1."""
+    return lambda x, t: torch.where(mask > 0.5, known, denoise(x, t))
+
+
+def clipped(denoise: Denoiser, bound: float) -> Denoiser:
+    """Wrap `denoise` so that its x0 stays in [-bound, bound], the range of the data."""
+    return lambda x, t: denoise(x, t).clamp(-bound, bound)

@@ -1,0 +1,187 @@
+"""What a U-Net is laid out from: ADM blocks (Dhariwal & Nichol 2021) with GLIDE's attention.
+
+Tokens of the condition are projected per attention layer and concatenated to that layer's keys
+and values (Nichol et al. 2021, GLIDE), not attended to by a layer of their own.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.networks.autocast import without_autocast
+from models.networks.transformer import TimestepMLP, attend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The layers of one kind of U-Net; `UNet` decides where they go.
+
+    block_down, block_up: residual blocks of the way down, and of the middle and the way up;
+    join: what is on the way up, with a skip; add: what is on the way, with a condition of its
+    shape; activate: what the last layer reads.
+    """
+
+    block_down: Callable[..., nn.Module]
+    block_up: Callable[..., nn.Module]
+    attention: Callable[..., nn.Module]
+    time_in: Callable[[int, int], nn.Module]
+    conv_in: Callable[[int, int], nn.Module]
+    norm_out: Callable[[int], nn.Module]
+    conv_out: Callable[[int, int], nn.Module]
+    activate: Callable[[Tensor], Tensor]
+    join: Callable[[Tensor, Tensor], Tensor]
+    add: Callable[[Tensor, Tensor], Tensor]
+
+
+# -- what every kind of U-Net shares ---------------------------------------------------------------
+
+
+def resized(x: Tensor, resample: str | None) -> Tensor:
+    """Return x [B, C, H, W] at half the size for "down", at twice the size for "up"."""
+    if resample == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2, mode="nearest") if resample == "up" else x
+
+
+def in_channels_last(x: Tensor) -> bool:
+    """Whether x [B, C, H, W] has its channels side by side in memory."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def cells_of(x: Tensor) -> Tensor:
+    """Return an image [B, C, H, W] as cells [B, HW, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def image_of(cells: Tensor, like: Tensor) -> Tensor:
+    """Return cells [B, HW, C] as an image [B, C, H, W], in memory as `like` [B, *, H, W] is."""
+    x = cells.transpose(1, 2)
+    # .contiguous(): cells last, GroupNorm on the CPU takes ten times as long
+    x = x if in_channels_last(like) else x.contiguous()
+    return x.unflatten(2, like.shape[2:])
+
+
+def read_cells(
+    qkv: Tensor,
+    more: Tensor | None,
+    token_mask: Tensor | None,
+    *,
+    num_heads: int,
+    qk_norm: bool = False,
+    v_norm: bool = False,
+) -> Tensor:
+    """Attend over cells, with tokens beside the cells in keys and values.
+
+    qkv: [B, HW, 3 C]; more: keys and values of tokens, [B, N, 2 C], with token_mask [B, N] (True =
+    keep); qk_norm, v_norm: give queries and keys, and values, unit RMS. Returns [B, HW, C].
+    """
+    q, k, v = qkv.chunk(3, dim=-1)  # [B, HW, C]
+    mask = None
+    if more is not None and token_mask is not None:
+        more_k, more_v = more.chunk(2, dim=-1)  # [B, N, C]
+        k, v = torch.cat([more_k, k], dim=1), torch.cat([more_v, v], dim=1)
+        mask = F.pad(token_mask, (0, q.shape[1]), value=True)[:, None, None]  # [B, 1, 1, N + HW]
+    q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+    if qk_norm:
+        q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))
+    if v_norm:
+        v = F.rms_norm(v, v.shape[-1:])
+    return attend(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+# -- ADM's blocks ----------------------------------------------------------------------------------
+
+
+def _zeroed(layer: nn.Module) -> nn.Module:
+    """Zero the last layer of a residual branch, so that every block starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class _GroupNorm(nn.GroupNorm):
+    """Group norm that leaves its input's type and memory format alone.
+
+    Autocast would make fp32 of a bf16 image, and of all that follows up to the next convolution:
+    four tenths of a step's activations. torch's kernels keep the sums in fp32 by themselves, as
+    ADM's half precision does. On GPUs they make their input contiguous.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = (each.to(input.dtype) for each in (self.weight, self.bias))
+        with without_autocast(input):
+            out = torch.group_norm(input, self.num_groups, weight, bias, self.eps)
+        if in_channels_last(input):
+            return out.contiguous(memory_format=torch.channels_last)
+        return out
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return _GroupNorm(min(math.gcd(32, channels), max(1, channels // 4)), channels)
+
+
+class ResBlock(nn.Module):
+    """Residual block with scale-shift conditioning and, for "up" or "down", a change of
+    resolution inside."""
+
+    def __init__(
+        self, *, channels: int, out: int, cond: int, dropout: float, resample: str | None = None
+    ) -> None:
+        super().__init__()
+        self.resample = resample
+        self.norm_1 = _norm(channels)
+        self.conv_1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.cond = nn.Linear(cond, 2 * out)
+        self.norm_2 = _norm(out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = _zeroed(nn.Conv2d(out, out, 3, padding=1))
+        self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Map x [B, C, H, W] under cond [B, cond] to [B, out, H', W']."""
+        h = self.conv_1(resized(F.silu(self.norm_1(x)), self.resample))
+        scale, shift = self.cond(F.silu(cond))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm_2(h) * (1 + scale) + shift
+        return self.skip(resized(x, self.resample)) + self.conv_2(self.dropout(F.silu(h)))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over cells, with the condition's tokens beside the cells in keys and
+    values."""
+
+    def __init__(
+        self, *, channels: int, head_channels: int, context: int, qk_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.qk_norm = qk_norm
+        self.num_heads = max(1, channels // head_channels)
+        self.norm = _norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.context = nn.Linear(context, 2 * channels) if context else None
+        self.out = _zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, tokens: Tensor | None, token_mask: Tensor | None) -> Tensor:
+        """Map x [B, C, H, W] with tokens [B, N, context] and their mask [B, N] (True = keep) to
+        [B, C, H, W]."""
+        qkv = self.qkv(cells_of(self.norm(x)))
+        more = None if self.context is None or tokens is None else self.context(tokens)
+        h = read_cells(qkv, more, token_mask, num_heads=self.num_heads, qk_norm=self.qk_norm)
+        return x + image_of(self.out(h), like=x)
+
+
+ADM = Parts(
+    block_down=ResBlock,
+    block_up=ResBlock,
+    attention=AttentionBlock,
+    time_in=TimestepMLP,
+    conv_in=lambda channels, out: nn.Conv2d(channels, out, 3, padding=1),
+    norm_out=_norm,
+    conv_out=lambda channels, out: _zeroed(nn.Conv2d(channels, out, 3, padding=1)),
+    activate=F.silu,
+    join=lambda x, skip: torch.cat([x, skip], dim=1),
+    add=torch.add,
+)

@@ -1,0 +1,110 @@
+"""What the three priors share: what they are told of a caption, how they read it, and in which
+units they think of image embeddings."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.configs import Spacing
+from models.diffusion.samplers import Sampler
+from models.networks.transformer import trimmed_length
+
+EMBED_RMS = 0.5375  # the paper's 17.2 / sqrt(1024): RMS of ImageNet's pixels in [-1, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorText:
+    """A caption as a prior is told it.
+
+    text_embed: z_t, float [B, E], unit norm; text: CLIP's token states, float [B, L, W], or the
+    prior's own tokens, int [B, L]; token_mask: bool [B, L], True = keep.
+    """
+
+    text_embed: Tensor
+    text: Tensor
+    token_mask: Tensor
+
+    def trimmed(self) -> "PriorText":
+        """Return the same captions without the columns that only pad: nothing reads them.
+
+        Most captions fill a fifth of 77 tokens. Lengths are multiples of `TRIM_MULTIPLE`, so that a
+        compiled network meets few.
+        """
+        length = trimmed_length(self.token_mask)
+        text, token_mask = self.text[:, :length], self.token_mask[:, :length]
+        return PriorText(text_embed=self.text_embed, text=text, token_mask=token_mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorSampling:
+    """How to sample a prior: of each field, the priors that know it.
+
+    sampler, sample_steps, spacing, best_of: diffusion; temperature, top_share, mean_of:
+    autoregressive; cfg_scale: both. sampler "analytic_ddpm" takes the prior's own statistics;
+    temperature 0 draws nothing, see `AutoregressivePrior.sample_codes`; mean_of: so many draws are
+    averaged, an estimate of E[z_i | caption], which is nearer to z_i than a draw and less varied.
+    """
+
+    sampler: Sampler | Literal["analytic_ddpm"]
+    sample_steps: int = 16
+    spacing: Spacing = "trailing"
+    best_of: int = 2
+    cfg_scale: float = 1.0
+    temperature: float = 1.0
+    top_share: float = 0.5
+    mean_of: int = 1
+
+
+class Prior(Protocol):
+    """From a caption to image embeddings."""
+
+    embed_dim: int
+    config: Any  # with text_tokens: how many of its own it reads, 0 for CLIP's states
+
+    def losses(self, keys: Tensor, image_embed: Tensor, text: PriorText) -> dict[str, Tensor]:
+        """Return {"loss": [B], other scores: [B]}; all randomness comes from the `keys` [B]."""
+        ...
+
+    def sample(self, keys: Tensor, text: PriorText, options: PriorSampling) -> Tensor:
+        """Draw z_i [B, E], unit norm."""
+        ...
+
+
+class EmbedScale(nn.Module):
+    """The units in which a network sees embeddings: x = (z - mean) / std, kept in the checkpoint.
+
+    As built, one scale for all dimensions, with which a unit vector has the paper's norm.
+    """
+
+    mean: Tensor
+    std: Tensor
+    spectrum: Tensor  # [E], eigenvalues of the covariance of x
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(embed_dim))
+        self.register_buffer("std", torch.full((embed_dim,), 1 / (EMBED_RMS * embed_dim**0.5)))
+        self.register_buffer("spectrum", torch.full((embed_dim,), EMBED_RMS**2))
+
+    def set(self, mean: Tensor, std: Tensor) -> None:
+        """Whiten each dimension with the data's mean and standard deviation, both [E]."""
+        self.mean.copy_(mean)
+        self.std.copy_(std.clamp(min=1e-6))
+
+    def set_spectrum(self, covariance: Tensor) -> None:
+        """Take the covariance of z, [E, E]: its eigenvalues in our units give Analytic-DPM's
+        variances."""
+        std = self.std.double()
+        self.spectrum.copy_(torch.linalg.eigvalsh(covariance.double() / std / std[:, None]))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (z - self.mean) / self.std
+
+    def restore(self, x: Tensor, *, unit_norm: bool = True) -> Tensor:
+        """Undo `forward` and return to the unit sphere, where CLIP embeddings live unless their
+        length is kept."""
+        z = x * self.std + self.mean
+        return F.normalize(z, dim=-1) if unit_norm else z

@@ -1,0 +1,131 @@
+"""The paper's blur against its closed form, the cascade's low resolution, and blind
+super-resolution's corruptions: JPEG against Pillow's, the rest by their laws."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from PIL import Image
+
+from models.degradation import (
+    BLUR_SIGMA,
+    BSR_KERNEL_SIZE,
+    JPEG_SHARE,
+    NOISE_SHARE,
+    SPECKLE_SHARE,
+    _compressed,
+    _noisy,
+    _speckled,
+    bsr,
+    gaussian_blur,
+    gaussian_kernels,
+    jpeg,
+    shrink,
+)
+
+
+def test_the_kernel_is_the_papers_gaussian():
+    """Size 3, sigma 0.6: weights 1 and exp(-1 / .72) a side, normalised, in both directions."""
+    image = torch.zeros(1, 2, 5, 5)
+    image[:, :, 2, 2] = 1.0
+    side = math.exp(-1 / (2 * 0.6**2))
+    row = torch.tensor([0.0, side, 1.0, side, 0.0]) / (1 + 2 * side)
+    torch.testing.assert_close(gaussian_blur(image), torch.outer(row, row).expand(1, 2, 5, 5))
+
+
+def test_the_blur_agrees_with_scipy():
+    image = torch.rand(1, 1, 9, 7, generator=torch.Generator().manual_seed(0))
+    expected = scipy.ndimage.gaussian_filter(
+        image[0, 0].numpy().astype(np.float64), BLUR_SIGMA, mode="mirror", radius=1
+    )
+    torch.testing.assert_close(
+        gaussian_blur(image)[0, 0].double(), torch.from_numpy(expected), atol=1e-6, rtol=0
+    )
+
+
+def test_a_flat_image_stays_flat_to_its_edges():
+    torch.testing.assert_close(gaussian_blur(torch.full((1, 3, 4, 4), 0.3)),
+                               torch.full((1, 3, 4, 4), 0.3))  # fmt: skip
+
+
+def test_channels_and_samples_do_not_mix():
+    image = torch.zeros(2, 3, 6, 6)
+    image[0, 1] = torch.rand(6, 6)
+    blurred = gaussian_blur(image)
+    assert not blurred[1].any() and not blurred[0, [0, 2]].any()
+
+
+def test_shrinking_averages_cells():
+    image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert shrink(image, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+# -- blind super-resolution ------------------------------------------------------------------------
+
+
+def pictures(count: int, height: int = 48, width: int = 64) -> torch.Tensor:
+    """Smooth pictures [B, 3, H, W] in [0, 1] with some edges."""
+    rng = torch.Generator().manual_seed(2)
+    noise = torch.rand(count, 3, height // 8, width // 8, generator=rng)
+    smooth = torch.nn.functional.interpolate(noise, (height, width), mode="bicubic").clamp(0, 1)
+    smooth[:, :, 10:30, 20:40] = smooth[:, :, 10:30, 20:40].round()
+    return smooth
+
+
+@pytest.mark.parametrize("quality", [30, 50, 75, 95])
+@pytest.mark.parametrize("size", [(48, 64), (45, 61)])
+def test_jpeg_loses_what_pillows_jpeg_loses(quality: int, size: tuple[int, int]):
+    image = (pictures(2, *size) * 255).round()
+    found = jpeg(image / 255, torch.tensor([quality, 10]))[0] * 255
+    file = io.BytesIO()
+    array = image[0].byte().permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(file, "JPEG", quality=quality, subsampling=0)
+    theirs = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float()
+    # libjpeg rounds colours and cosines to integers on the way, and we do not
+    assert (found - theirs).abs().mean() < 1.5
+    assert (found - theirs).square().mean() < 0.1 * (theirs - image[0]).square().mean() + 1.5
+
+
+def test_kernels_are_rotated_gaussians():
+    along, across = torch.tensor([2.0, 2.0]), torch.tensor([0.5, 2.0])
+    kernels = gaussian_kernels(along, across, torch.tensor([math.pi / 2, 0.3]))
+    torch.testing.assert_close(kernels.sum((1, 2)), torch.ones(2))
+    span = torch.arange(BSR_KERNEL_SIZE) - BSR_KERNEL_SIZE // 2
+    spread_y = (kernels[0].sum(1) * span**2).sum().sqrt()
+    spread_x = (kernels[0].sum(0) * span**2).sum().sqrt()
+    assert spread_y == pytest.approx(2.0, abs=0.05) and spread_x == pytest.approx(0.5, abs=0.05)
+    torch.testing.assert_close(kernels[1], kernels[1].T)  # round: no angle
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_bsr_is_a_function_of_the_key_alone(factor: int):
+    image, keys = pictures(12) * 2 - 1, torch.arange(12) * 977
+    found = bsr(image, keys, factor)
+    assert found.shape == (12, 3, 48 // factor, 64 // factor) and found.abs().max() <= 1
+    assert torch.equal(bsr(image, keys, factor), found)
+    part = [7, 2, 5]  # another batch, another order
+    torch.testing.assert_close(bsr(image[part], keys[part], factor), found[part], atol=1e-5, rtol=0)
+    other = bsr(image, keys + 1, factor)
+    assert ((other - found).abs().mean((1, 2, 3)) > 1e-3).all()
+    torch.testing.assert_close(image, pictures(12) * 2 - 1)  # what it was given stays
+
+
+def test_bsr_differs_between_samples_and_from_the_mean_over_cells():
+    """All orders, filters and corruptions occur: one picture under many keys is many pictures."""
+    image = (pictures(1) * 2 - 1).expand(200, -1, -1, -1)
+    found, clean = bsr(image, torch.arange(200), 4), shrink(image, 4)
+    error = (found - clean).square().mean((1, 2, 3)).sqrt() / 2
+    assert len(found.flatten(1).unique(dim=0)) == 200
+    assert error.min() < 0.02 < 0.06 < error.max()
+    assert (found - clean).mean().abs() < 0.01  # it darkens and brightens nothing
+
+
+def test_corruptions_are_drawn_as_often_as_they_say():
+    image, keys = pictures(1)[:, :, :8, :8].expand(2000, -1, -1, -1), torch.arange(2000)
+    shares = {_noisy: NOISE_SHARE, _speckled: SPECKLE_SHARE, _compressed: JPEG_SHARE}
+    for corrupt, share in shares.items():
+        touched = (corrupt(image, keys, 1.0) != image).flatten(1).any(1).float().mean()
+        assert touched.item() == pytest.approx(share, abs=0.03), corrupt

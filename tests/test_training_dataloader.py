@@ -1,0 +1,284 @@
+"""Laws of the plan (once an epoch, whoever reads) and of the feed (where it continues)."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from training.data.dataloader import Cached, Feed
+from training.data.sampler import Plan
+
+SHARDS = [(5,), (12,), (7, 1, 9, 4), (3,) * 9, (20, 1, 1, 1, 20)]
+
+
+def plan(shard_sizes: tuple[int, ...] = (7, 1, 9, 4), **changes) -> Plan:
+    return Plan(**{"data_sets": (shard_sizes,), "global_batch_size": 12, "seed": 0, **changes})
+
+
+def real(plan: Plan, step: int, rank: int = 0, world_size: int = 1) -> list[int]:
+    part = plan.slice(step, rank, world_size)
+    return part.index[part.weight > 0].tolist()
+
+
+def epoch(plan: Plan, number: int) -> list[int]:
+    steps = range(number * plan.steps_per_epoch, (number + 1) * plan.steps_per_epoch)
+    return [i for step in steps for i in real(plan, step)]
+
+
+class Numbers:
+    """A reader whose samples are their own numbers; `broken` ones raise."""
+
+    def __init__(self, data_sets: tuple[tuple[int, ...], ...], broken: int = -1) -> None:
+        self.data_sets, self.broken = data_sets, broken
+
+    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        if self.broken in index:
+            raise ValueError(f"sample {self.broken} is damaged")
+        return {"number": index.copy()}
+
+
+def feed(of: Plan, broken: int = -1, **changes) -> Feed:
+    return Feed(plan=of, reader=Numbers(of.data_sets, broken), **changes)
+
+
+# -- the plan --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shard_sizes", "num_streams"),
+    [(sizes, streams) for sizes in SHARDS for streams in (1, 2, 4) if streams <= len(sizes)],
+)
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("window", [1, 2, 16])
+def test_every_sample_comes_exactly_once_an_epoch(
+    shard_sizes: tuple[int, ...], num_streams: int, block_size: int, window: int
+):
+    of = plan(shard_sizes, num_streams=num_streams, block_size=block_size, window=window)
+    for number in range(3):
+        assert sorted(epoch(of, number)) == list(range(sum(shard_sizes)))
+    first = [feed(of).step_batches(step)[0] for step in range(of.steps_per_epoch)]
+    assert sum(batch.num_real for batch in first) == sum(shard_sizes)
+
+
+@pytest.mark.parametrize("num_streams", [1, 2, 4])
+def test_the_global_batch_does_not_depend_on_the_number_of_workers(num_streams: int):
+    of = plan(num_streams=num_streams)
+    for step in range(2 * of.steps_per_epoch):
+        whole = of.slice(step)
+        for world_size in (2, 3, 4):
+            parts = [of.slice(step, rank, world_size) for rank in range(world_size)]
+            assert {len(p.index) for p in parts} == {12 // world_size}
+            assert {p.num_real for p in parts} == {whole.num_real}
+            for rank, part in enumerate(parts):
+                assert np.array_equal(part.index, whole.index[rank::world_size])
+                assert np.array_equal(part.weight, whole.weight[rank::world_size])
+
+
+@pytest.mark.parametrize("shard_sizes", SHARDS)
+def test_weights_count_the_real_samples_and_padding_is_readable(shard_sizes: tuple[int, ...]):
+    of = plan(shard_sizes)
+    slices = [of.slice(step) for step in range(of.steps_per_epoch)]
+    assert sum(s.weight.sum() for s in slices) == sum(shard_sizes)
+    for part in slices:
+        assert part.num_real == part.weight.sum() > 0
+        assert part.index.min() >= 0 and part.index.max() < sum(shard_sizes)
+
+
+@pytest.mark.parametrize("shard_sizes", [(5, 0), (0, 5)])
+def test_a_stream_of_empty_shards_pads_with_what_is_there(shard_sizes: tuple[int, ...]):
+    of = plan(shard_sizes, num_streams=2)
+    slices = [of.slice(step) for step in range(3 * of.steps_per_epoch)]
+    assert all(0 <= index < 5 for part in slices for index in part.index)
+    assert sum(part.weight.sum() for part in slices) == 15
+
+
+def test_a_rank_reads_the_shards_of_its_own_streams_only():
+    of = plan((5,) * 8, num_streams=4)
+    for number in range(2):
+        steps = range(number * of.steps_per_epoch, (number + 1) * of.steps_per_epoch)
+        shards = [{i // 5 for s in steps for i in real(of, s, rank, 4)} for rank in range(4)]
+        assert sorted(i for mine in shards for i in mine) == list(range(8))
+
+
+def test_seeds_and_epochs_have_their_own_order_and_one_seed_repeats_itself():
+    orders = [epoch(plan(seed=seed), number) for seed in range(3) for number in range(3)]
+    assert len({tuple(order) for order in orders}) == 9
+    assert epoch(plan(seed=2), 1) == orders[7]
+
+
+def test_shards_come_in_another_order_every_epoch():
+    of = plan((4,) * 12, window=1, global_batch_size=4)
+    orders = {tuple(i // 4 for i in epoch(of, number)[::4]) for number in range(4)}
+    assert len(orders) == 4
+
+
+def test_an_order_is_not_the_listed_one():
+    order = np.array(epoch(plan((100,)), 0))
+    assert abs(np.corrcoef(order, np.arange(100))[0, 1]) < 0.4
+
+
+def test_blocks_stay_together():
+    of = plan((8, 12, 4), block_size=4, global_batch_size=8)
+    for step in range(2 * of.steps_per_epoch):
+        blocks = np.array(real(of, step)).reshape(-1, 4)
+        assert (blocks == blocks[:, :1] + np.arange(4)).all() and (blocks[:, 0] % 4 == 0).all()
+
+
+# -- several data sets -----------------------------------------------------------------------------
+
+
+def mixture(*sizes: tuple[int, ...], **changes) -> Plan:
+    return plan(**{"data_sets": sizes, "weights": (3.0, 1.0), **changes})
+
+
+@pytest.mark.parametrize("num_streams", [1, 2])
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (0.5, 0.5), (1.0, 9.0)])
+def test_data_sets_mix_by_weight_and_each_keeps_its_own_epochs(
+    num_streams: int, weights: tuple[float, ...]
+):
+    sizes = (7, 5, 9, 4), (3, 3)
+    of = mixture(*sizes, weights=weights, num_streams=num_streams)
+    parts = [of.slice(step) for step in range(100)]
+    index = np.concatenate([part.index for part in parts])
+    epoch = np.concatenate([part.epoch for part in parts])
+    real = np.concatenate([part.weight for part in parts]) > 0
+    assert all(part.num_real == part.weight.sum() for part in parts)
+    first = index < sum(sizes[0])
+    assert abs(first.mean() - weights[0] / sum(weights)) < 0.01
+    for mine, numbers in ((first, range(25)), (~first, range(25, 31))):
+        for number in range(epoch[mine & real].max()):  # the last one may have been cut
+            assert sorted(index[mine & real & (epoch == number)]) == list(numbers)
+
+
+def test_rounds_of_data_sets_are_spread_evenly():
+    """After any number of rounds, each data set has had its share of them, give or take one."""
+    shares = np.array([0.6, 0.3, 0.0999, 0.0001])
+    sets = tuple((1000,) for _ in shares)
+    of = plan(data_sets=sets, weights=tuple(shares), global_batch_size=1)
+    turns = np.concatenate([of.slice(step).index // 1000 for step in range(2 * 10_000)])
+    had = np.cumsum(turns[:, None] == np.arange(4), axis=0)
+    assert np.abs(had - shares * np.arange(1, len(turns) + 1)[:, None]).max() < 1.5
+
+
+def test_a_mixture_does_not_depend_on_the_number_of_workers():
+    of = mixture((7, 5, 9, 4), (3, 3), num_streams=2)
+    for step in range(20):
+        whole = of.slice(step)
+        for world_size in (2, 3, 4):
+            for rank in range(world_size):
+                part = of.slice(step, rank, world_size)
+                assert np.array_equal(part.index, whole.index[rank::world_size])
+                assert np.array_equal(part.epoch, whole.epoch[rank::world_size])
+                assert part.num_real == whole.num_real
+
+
+def test_a_rank_reads_the_shards_of_its_own_streams_only_of_each_data_set():
+    of = mixture((5,) * 8, (5,) * 4, num_streams=4)
+    for epoch_steps in (range(0, 4), range(40, 44)):  # within one epoch of either
+        shards = [{i // 5 for s in epoch_steps for i in real(of, s, rank, 4)} for rank in range(4)]
+        assert sum(len(mine) for mine in shards) == len(set().union(*shards))
+
+
+def test_data_sets_without_weights_are_refused_and_so_is_a_weight_of_nothing():
+    with pytest.raises(ValueError, match="found 0, expected one for each of 2"):
+        mixture((5,), (5,), weights=())
+    for weights in ((1.0, 0.0), (-1.0, 2.0), (1.0, 1e-9)):
+        with pytest.raises(ValueError, match="expected each to be positive"):
+            mixture((5,), (5,), weights=weights)
+
+
+def test_an_empty_set_and_impossible_streams_are_refused():
+    with pytest.raises(ValueError, match="found a snapshot of 0 samples"):
+        plan((0, 0))
+    for num_streams in (5, 7):
+        with pytest.raises(ValueError, match=f"found {num_streams} streams, expected a divisor"):
+            plan(num_streams=num_streams)
+
+
+# -- the feed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 8])
+def test_a_feed_continues_at_any_step(start: int):
+    of = feed(plan())
+    whole, rest = list(of.iterate(0, 9)), list(of.iterate(start, 9))
+    assert len(rest) == 9 - start
+    for (expected,), (found,) in zip(whole[start:], rest, strict=True):
+        assert torch.equal(found.keys, expected.keys)
+        assert torch.equal(found["number"], expected["number"])
+        assert torch.equal(found.weight, expected.weight)
+
+
+@pytest.mark.parametrize(("world_size", "parts"), [(1, 3), (2, 2), (3, 1), (2, 3)])
+def test_keys_belong_to_samples_however_they_are_dealt(world_size: int, parts: int):
+    """Workers and micro-batches part a step's samples; each keeps its key."""
+    of = plan()
+    for step in range(of.steps_per_epoch + 1):
+        (whole,) = feed(of).step_batches(step)
+        expected = dict(zip(whole["number"].tolist(), whole.keys.tolist(), strict=True))
+        found = {}
+        for rank in range(world_size):
+            mine = feed(of, rank=rank, world_size=world_size, grad_accum_steps=parts)
+            batches = mine.step_batches(step)
+            assert len(batches) == parts
+            assert {b.num_real for b in batches} == {whole.num_real}
+            for b in batches:
+                found.update(zip(b["number"].tolist(), b.keys.tolist(), strict=True))
+        assert found == expected
+
+
+def test_a_sample_has_another_key_in_every_epoch():
+    of = plan((12,))
+    keys = [feed(of).step_batches(step)[0].keys for step in range(4)]
+    assert len(torch.cat(keys).unique()) == 48
+
+
+def test_an_error_of_the_reader_reaches_the_consumer():
+    of = plan((12,) * 4)
+    batches = feed(of, broken=30).iterate(0, 8)
+    with pytest.raises(ValueError, match="sample 30 is damaged"):
+        list(batches)
+
+
+def test_a_feed_that_is_left_early_stops_reading():
+    import threading
+
+    batches: Any = feed(plan()).iterate(0, 10_000)
+    next(batches)
+    threads = [t for t in threading.enumerate() if t.name == "feed"]
+    batches.close()
+    for thread in threads:
+        thread.join(timeout=5)
+    assert threads and not any(t.is_alive() for t in threads)
+
+
+def test_a_cache_reads_once_while_there_is_room_and_again_beyond():
+    asked: list[int] = []
+
+    def read_one(i: int) -> np.ndarray:
+        asked.append(i)
+        return np.full(2, i, dtype=np.int64)
+
+    cached = Cached(read_one, limit_bytes=32)  # room for two
+    for _ in range(2):
+        assert cached.read(np.array([0, 1, 2])).tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert asked == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 64, 1 << 20])
+def test_threads_read_what_one_does(limit_bytes: int):
+    order = np.random.default_rng(0).integers(0, 40, (10, 25))
+    cached = Cached(lambda i: np.full(2, i), limit_bytes=limit_bytes, num_threads=3)
+    for index in order:
+        assert (cached.read(index) == index[:, None]).all()
+
+
+def test_an_error_of_one_thread_is_raised():
+    def read_one(i: int) -> np.ndarray:
+        if i == 7:
+            raise ValueError("sample 7 is damaged")
+        return np.zeros(1)
+
+    with pytest.raises(ValueError, match="sample 7"):
+        Cached(read_one, num_threads=2).read(np.arange(10))

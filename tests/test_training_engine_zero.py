@@ -1,0 +1,390 @@
+"""Stage 3 and offloading are the plain engine: same curve, same weights, checkpoints for any stage.
+
+Ranks are processes of this file, without Ray, which the tests of distributed training have. Stage 3
+keeps parameters whole below a size; here none, so that all are partitioned, or the smallest ones.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.configs import DiffusionPriorConfig
+from training.config import PriorRunConfig, TrainConfig
+from training.engine import engines as zero
+from training.loop import Job
+from training.runs.worker import _train, prepare_run
+from training.tasks.prior import build_prior
+
+pytestmark = pytest.mark.slow
+
+HALF, WHOLE = 3, 6
+PLAIN = TrainConfig(
+    num_steps=WHOLE, checkpoint_every=HALF, global_batch_size=16, micro_batch_size=4,
+    num_workers=0, num_threads=1, precision="fp32", report_every=1, ema_decay=0.9,
+    learning_rate=3e-3, grad_clip=0.5, weight_decay=0.1,
+)  # fmt: skip
+TOLERANCE = 5e-5  # of weights that moved by about 1e-2; a step of Adam is 3e-3
+
+# name of a run: changes to PLAIN, and the size up to which stage 3 keeps parameters whole
+TWO: dict[str, tuple[dict, int]] = {
+    "stage_3": ({"zero_stage": 3}, 0),
+    "stage_3_small_whole": ({"zero_stage": 3}, 400),
+    "stage_3_offloaded": ({"zero_stage": 3, "offload": "cpu"}, 0),
+    "stage_2_offloaded": ({"zero_stage": 2, "offload": "cpu"}, 0),
+}
+# stage, offload, ranks, precision
+STAGES = [(0, "none"), (1, "none"), (2, "none"), (2, "cpu"), (3, "none"), (3, "cpu")]
+ENGINES = [(*stage, ranks, precision) for precision in ("fp32", "bf16") for ranks in (1, 2)
+           for stage in STAGES]  # fmt: skip
+
+
+def config_of(root: Path, name: str, changes: dict) -> PriorRunConfig:
+    train = dataclasses.replace(PLAIN, **changes)
+    model = DiffusionPriorConfig(width=16, depth=1, num_heads=2, checkpointing=True)
+    embeds = (str(root / "embeds"),)
+    return PriorRunConfig(embeds=embeds, run=str(root / name), diffusion=model, train=train)
+
+
+def build(config: PriorRunConfig) -> Job:
+    """The loss of the last rank's first micro-batch of step 2 is infinite; a resumed run, which is
+    past it, says so by its checkpoint.
+
+    Two parameters more leave partitions with padding, and a rank with nothing; no layer's forward
+    pass uses them, as with CLIP's temperature.
+    """
+    job, calls = build_prior(config), iter(range(1000))
+    resumed = (Path(config.run) / "step_00000003").is_dir()
+    bad_call = -1 if resumed else 2 * config.train.grad_accum_steps
+    last = os.environ.get("RANK", "0") == str(max(0, config.train.num_workers - 1))
+    for name, size in (("five", 5), ("one", 1)):
+        job.model.register_parameter(name, nn.Parameter(torch.ones(size)))
+
+    def objective(model, batch):
+        loss = job.objective(model, batch)["loss"] * model.five.square().mean() * model.one
+        bad = next(calls) == bad_call and last
+        return {"loss": loss * (torch.inf if bad else 1.0)}
+
+    return dataclasses.replace(job, objective=objective)
+
+
+# -- what a rank does ------------------------------------------------------------------------------
+
+
+class Sometimes(nn.Module):
+    """Two layers, of which every other micro-batch uses one alone; parameters of odd sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.always, self.sometimes = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        h = self.always(x)
+        return self.sometimes(h) if both else h
+
+
+def sometimes_loss(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """bad: a finite loss whose gradient is not."""
+    x, both, bad = batch
+    loss = model(x, both).square().mean()
+    return {"loss": loss + (0 * loss).sqrt() if bad else loss}
+
+
+def all_used_loss(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """The same, for an oracle: what is not used has a gradient of zero all the same."""
+    loss = sometimes_loss(model, batch)["loss"]
+    return {"loss": loss + 0 * sum(p.sum() for p in model.parameters())}
+
+
+def stepped(engine: zero.Engine) -> tuple[dict[str, Tensor], list[bool]]:
+    """The parts of the parameters that a rank owns, after six steps of two micro-batches: one
+    step's gradient is not finite, another's is discarded. And which steps moved something."""
+    found, moved = {}, []
+    for step in range(6):
+        before = [f.master.clone() for f in engine.fragments()]
+        for micro in range(2):
+            x = torch.randn(4, 5, generator=torch.Generator().manual_seed(2 * step + micro))
+            both, bad = (step % 2 == 0) == bool(micro), step == 2 and micro == 1
+            batch: Any = (x, both, bad)
+            engine.backward(engine.losses(batch)["loss"])
+        if step == 4:
+            engine.discard()
+        else:
+            assert (engine.step(1.0) < float("inf")) == (step != 2)
+        after = [f.master for f in engine.fragments()]
+        moved.append(not all(torch.equal(a, b) for a, b in zip(after, before, strict=True)))
+    for fragment in engine.fragments():
+        found[f"{fragment.name}/{fragment.offset}"] = fragment.master.clone()
+    return found, moved
+
+
+def engine_config(stage: int, offload: Any, num_workers: int, precision: Any) -> TrainConfig:
+    return dataclasses.replace(
+        PLAIN, global_batch_size=2 * max(1, num_workers), micro_batch_size=1, zero_stage=stage,
+        offload=offload, num_workers=num_workers, precision=precision,
+    )  # fmt: skip
+
+
+def test_the_plain_engine_steps_along_a_gradient_of_zero_where_there_is_none():
+    config = engine_config(0, "none", 0, "fp32")
+    found, expected = (
+        stepped(zero.PlainEngine(Sometimes(), loss, config, torch.device("cpu")))[0]
+        for loss in (sometimes_loss, all_used_loss)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def save_stepped(folder: Path) -> None:
+    """Gradients that are not finite, and parameters that a step does not use."""
+    for case in ENGINES:
+        if case[2] != dist.get_world_size():
+            continue
+        config = engine_config(*case)
+        engine = zero.ZeroEngine(Sometimes(), sometimes_loss, config, torch.device("cpu"))
+        found, moved = stepped(engine)
+        assert moved == [True, True, False, True, False, True], moved
+        assert shares_weights(engine) == (config.offload == "none")
+        save_file(found, str(folder / stepped_name(case, engine.rank)))
+
+
+def stepped_name(case: tuple, rank: int) -> str:
+    return f"stepped_{'_'.join(map(str, case))}_{rank}.safetensors"
+
+
+def shares_weights(engine: zero.ZeroEngine) -> bool:
+    """Say whether a rank's masters are its part of the weights, and no copy of them."""
+    weights: dict[str, Any] = dict(engine.model.named_parameters())
+    places = []
+    for fragment in engine.fragments():
+        whole = weights[fragment.name]
+        partitioned = hasattr(whole, "ds_tensor")
+        mine = whole.ds_tensor.view(-1) if partitioned else whole.view(-1)[fragment.offset :]
+        places.append((fragment.master.data_ptr(), mine.data_ptr()))
+    assert places
+    return all(mine == theirs for mine, theirs in places)
+
+
+def save_gathered(root: Path, name: str) -> None:
+    """Restore the last checkpoint of a run of stage 3 and save what its layers compute with."""
+    import deepspeed
+
+    from training.checkpoints import checkpoint
+    from training.engine.ema import Averages
+
+    config = config_of(root, name, {"num_workers": 2, "zero_stage": 3})
+    job = build(config)
+    for parameter in job.model.parameters():
+        nn.init.constant_(parameter, 7.0)
+    engine = zero.ZeroEngine(job.model, job.objective, config.train, torch.device("cpu"))
+    checkpoint.restore(root / name, WHOLE, engine, Averages(engine.fragments(), 0.9, ()))
+    context: Any = deepspeed.zero.GatheredParameters(list(job.model.parameters()))
+    with context:
+        gathered = {n: p.detach().clone() for n, p in job.model.named_parameters()}
+    if engine.rank == 0:
+        save_file(gathered, str(root / f"gathered_{name}.safetensors"))
+
+
+def act(root: Path, calls: list) -> None:
+    """Do in this rank what the test asks for: runs by name, or one of the above."""
+    rank = int(os.environ["RANK"])
+    for kind, name, changes, whole_up_to in calls:
+        zero.WHOLE_UP_TO = whole_up_to
+        if kind == "train":
+            config = config_of(root, name, changes)
+            world = dist.get_world_size()
+            _train(config, Path(config.run), build, zero.ZeroEngine, rank=rank, world_size=world)
+        elif kind == "gather":
+            save_gathered(root, name)
+        else:
+            save_stepped(root)
+
+
+def ranks(root: Path, world_size: int, calls: list) -> None:
+    """Let `world_size` processes do `calls`, each the one after the other."""
+    for kind, name, changes, _ in calls:
+        if kind == "train":
+            prepare_run(config_of(root, name, changes), str(root / name))
+    meeting = root / f"meeting_{len(list(root.glob('meeting_*')))}"
+    meeting.mkdir()
+    arguments = [str(root), str(meeting), str(world_size), json.dumps(calls)]
+    outputs = [(meeting / f"{rank}.txt").open("w") for rank in range(world_size)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), *arguments], stdout=output, stderr=output
+        )
+        for rank, output in enumerate(outputs)
+    ]
+    try:
+        codes = [process.wait(timeout=600) for process in processes]
+    finally:
+        for process, output in zip(processes, outputs, strict=True):
+            process.kill()
+            output.close()
+    told = [(meeting / f"{rank}.txt").read_text()[-3000:] for rank in range(world_size)]
+    assert codes == [0] * world_size, "\n\n".join(told)
+
+
+def main() -> None:
+    import torch.distributed as dist
+
+    rank, root, meeting, world_size, calls = sys.argv[1:]
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, DS_ACCELERATOR="cpu")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}/store", rank=int(rank), world_size=int(world_size)
+    )
+    act(Path(root), json.loads(calls))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# -- what must hold --------------------------------------------------------------------------------
+
+
+def last(root: Path, name: str) -> Path:
+    return root / name / f"step_{WHOLE:08d}"
+
+
+def killed_half_way(root: Path, name: str, copy: str) -> str:
+    """A copy of a run as a kill before its second checkpoint would have left it."""
+    shutil.copytree(root / name, root / copy)
+    shutil.rmtree(last(root, copy))
+    (root / copy / "final.json").unlink()
+    config = root / copy / "config.yaml"
+    config.write_text(config.read_text().replace(str(root / name), str(root / copy)))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
+    """All the runs: whole ones of one and two ranks, then those that continue their first half."""
+    root = write_data(tmp_path_factory.mktemp("zero"), num_shards=2, samples_per_shard=20)
+    plain = config_of(root, "plain", {})
+    _train(plain, prepare_run(plain, plain.run), build, zero.PlainEngine, rank=0, world_size=1)
+    two = [["train", name, {"num_workers": 2, **changes}, whole]
+           for name, (changes, whole) in TWO.items()]  # fmt: skip
+    gathers = [["gather", "stage_3", {}, 0], ["gather", "stage_3_small_whole", {}, 400]]
+    ranks(root, 2, [*two, *gathers, ["step", "", {}, 0]])
+
+    stages = {"one_of_stage_0": 0, "one_of_stage_1": 1, "one_of_stage_3": 3}
+    one = [["train", killed_half_way(root, "stage_3", name),
+            {"num_workers": 1, "zero_stage": stage}, 0]
+           for name, stage in stages.items()]  # fmt: skip
+    alone = [["train", f"alone_{stage}", {"num_workers": 1, "zero_stage": stage}, 0]
+             for stage in (1, 3)]  # fmt: skip
+    ranks(root, 1, [*one, *alone, ["step", "", {}, 0]])
+
+    again = [["train", killed_half_way(root, name, f"{name}_again"), changes, whole]
+             for _, name, changes, whole in two]  # fmt: skip
+    back = [["train", killed_half_way(root, name, f"two_of_{name}"),
+             {"num_workers": 2, "zero_stage": 3}, 400]
+            for name in ("plain", "alone_1", "stage_2_offloaded")]  # fmt: skip
+    ranks(root, 2, [*again, *back])
+
+    # of four workers one is lost: 16 samples are 6, 5 and 5, in micro-batches of 3
+    ranks(root, 3, [["train", killed_half_way(root, "plain", "three_of_plain"),
+                     {"num_workers": 4, "min_workers": 2, "zero_stage": 1}, 0]])  # fmt: skip
+    return root
+
+
+def lines(root: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+
+
+ONE = ["one_of_stage_0", "one_of_stage_1", "one_of_stage_3", "alone_1", "alone_3"]
+BACK = ["two_of_plain", "two_of_alone_1", "two_of_stage_2_offloaded", "three_of_plain"]
+
+
+@pytest.mark.parametrize("name", [*TWO, *ONE, *BACK])
+def test_a_run_is_the_plain_engines(name: str, root: Path):
+    """Curve, gradient norms, weights and averages, with a step that must be skipped; also where
+    the second half has another stage, number of ranks or place of the state than the first."""
+    found, expected = lines(root, name), lines(root, "plain")
+    assert [line["nonfinite_steps"] for line in found] == [0, 0, 1, 1, 1, 1]
+    for key in ("loss", "grad_norm"):
+        mine, theirs = ([line.get(key, -1.0) for line in each] for each in (found, expected))
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    for file in ("model.safetensors", "ema.safetensors"):
+        mine, theirs = (load_file(str(last(root, n) / file)) for n in (name, "plain"))
+        assert mine.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(mine[key], tensor, atol=TOLERANCE, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_a_killed_run_continues_bit_for_bit(name: str, root: Path):
+    """Weights, moments and averages of both ranks."""
+    for rank in (0, 1):
+        file = f"fragments/rank_{rank:04d}.safetensors"
+        found, expected = (load_file(str(last(root, n) / file)) for n in (f"{name}_again", name))
+        assert found.keys() == expected.keys()
+        assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    losses = [[line["loss"] for line in lines(root, n) if "loss" in line]
+              for n in (f"{name}_again", name)]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_fragments_are_every_parameter_once(name: str, root: Path):
+    """Also those with fewer elements than ranks, and none of the padding; each with its moments."""
+    exported = load_file(str(last(root, name) / "model.safetensors"))
+    parts: dict[str, dict[int, int]] = {}
+    for path in (last(root, name) / "fragments").glob("*.safetensors"):
+        for key, value in load_file(str(path)).items():
+            parameter, _, offset = key.rpartition("/")
+            assert int(offset) not in parts.setdefault(parameter, {}), key
+            parts[parameter][int(offset)] = len(value)
+    masters = {key.partition("/")[2] for key in parts if key.startswith("master/")}
+    buffers = {key.partition("/")[2] for key in parts if key.startswith("buffer/")}
+    assert masters == exported.keys() - buffers
+    assert {"five", "one"} <= masters  # there is padding to leave out
+    for key in masters:
+        for section in ("master", "ema", "exp_avg", "exp_avg_sq"):
+            end = 0
+            for offset, length in sorted(parts[f"{section}/{key}"].items()):
+                assert offset == end, f"{section}/{key}"
+                end += length
+            assert end == exported[key].numel(), f"{section}/{key}"
+
+
+@pytest.mark.parametrize("name", ["stage_3", "stage_3_small_whole"])
+def test_what_is_exported_is_what_layers_compute_with_after_a_restore(name: str, root: Path):
+    gathered = load_file(str(root / f"gathered_{name}.safetensors"))
+    exported = load_file(str(last(root, name) / "model.safetensors"))
+    assert gathered.keys() <= exported.keys()
+    assert [key for key, value in gathered.items() if not torch.equal(value, exported[key])] == []
+
+
+@pytest.mark.parametrize("case", ENGINES, ids=str)
+def test_dropped_gradients_and_unused_parameters_leave_nothing_behind(case: tuple, root: Path):
+    """What moves after them is what moves in the plain engine, in fp32 and under autocast."""
+    config = engine_config(0, "none", 0, case[3])
+    plain = zero.PlainEngine(Sometimes(), all_used_loss, config, torch.device("cpu"))
+    expected, moved = stepped(plain)
+    assert moved == [True, True, False, True, False, True]
+    parts: dict[str, Tensor] = {}
+    for rank in range(case[2]):
+        parts |= load_file(str(root / stepped_name(case, rank)))
+    for key, value in expected.items():
+        name = key.partition("/")[0]
+        mine = sorted((int(k.partition("/")[2]), v) for k, v in parts.items()
+                      if k.partition("/")[0] == name)  # fmt: skip
+        found = torch.cat([part for _, part in mine])
+        atol = 1e-5 if case[3] == "fp32" else 1e-4  # ranks send each other gradients in bf16
+        torch.testing.assert_close(found, value, atol=atol, rtol=0)
+
+
+if __name__ == "__main__":
+    main()

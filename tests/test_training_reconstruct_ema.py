@@ -1,0 +1,252 @@
+"""The command that makes an average of any width: on real runs, and on weights that wander."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.base.run_dir import step_folder
+from models.configs import DiffusionPriorConfig
+from models.unclip import load_model
+from models.weights import load_config, save_config, save_weights
+from training import reconstruct_ema as ema
+from training.checkpoints import checkpoint
+from training.checkpoints.checkpoint import SNAPSHOTS
+from training.checkpoints.post_hoc_ema import reconstruct
+from training.checkpoints.records import Progress, newest_valid
+from training.config import PriorRunConfig, TrainConfig
+from training.engine.ema import Averages
+from training.engine.engines import Fragment
+from training.reconstruct_ema import EmaConfig
+from training.runs.worker import prepare_run, train_here
+from training.tasks import prior as prior_job
+
+NUM_STEPS, EVERY = 12, 3
+TRAIN = TrainConfig(
+    num_steps=NUM_STEPS, checkpoint_every=6, keep_every=6, keep_checkpoints=1, global_batch_size=8,
+    num_workers=0, num_threads=1, report_every=1, ema_decay=0.9, warmup=0.2,
+    power_ema=(0.05, 0.1), snapshot_every=EVERY,
+)  # fmt: skip
+
+
+def train(embeds: Path, run: Path, settings: TrainConfig = TRAIN) -> Path:
+    config = PriorRunConfig(
+        embeds=(str(embeds),), run=str(run), train=settings,
+        diffusion=DiffusionPriorConfig(width=16, depth=1, num_heads=2, dropout=0.1),
+    )  # fmt: skip
+    train_here(config, prepare_run(config, str(run)), prior_job.build_prior)
+    return run
+
+
+@pytest.fixture(scope="module")
+def embeds(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    return write_data(root, num_shards=2, samples_per_shard=10) / "embeds"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, embeds: Path) -> Path:
+    return train(embeds, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.relative_to(folder)}: {name}": tensor.clone()
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(str(path)).items()
+    }
+
+
+# -- training keeps what the command needs ---------------------------------------------------------
+
+
+def test_a_run_keeps_its_snapshots_and_every_sixth_checkpoint(finished: Path):
+    steps = [int(path.name[5:]) for path in sorted((finished / SNAPSHOTS).iterdir())]
+    assert steps == [3, 6, 9, 12]
+    assert [int(path.name[5:]) for path in sorted(finished.glob("step_*"))] == [6, 12]
+
+
+def test_the_last_step_is_a_snapshot_even_if_it_is_no_multiple(embeds: Path, tmp_path: Path):
+    run = train(embeds, tmp_path / "run", dataclasses.replace(TRAIN, num_steps=5))
+    steps = [int(path.name[5:]) for path in sorted((run / SNAPSHOTS).iterdir())]
+    assert steps == [3, 5]
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_resumed_run_has_the_same_averages_and_snapshots(lost: bool, run: Path, embeds: Path):
+    """2N steps are N steps resumed for N more, whether or not the later snapshots are there."""
+    expected = tensors(run)
+    (run / "final.json").unlink()
+    shutil.rmtree(step_folder(run, 12))
+    for step in (9, 12):
+        folder = step_folder(run / SNAPSHOTS, step)
+        if lost:
+            shutil.rmtree(folder)
+        else:  # as a kill leaves it: without the record that makes it count
+            (folder / "fragments" / "rank_0000.json").unlink()
+    found = newest_valid(run)
+    assert found is not None and found[1].step == 6
+    with nullcontext() if lost else pytest.warns(UserWarning, match="0 ranks, incomplete"):
+        train(embeds, run)
+    found = tensors(run)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    powers = [name for name in found if ": power_" in name]
+    assert len(powers) > 0 and not torch.equal(
+        found[powers[0]], found[powers[0].replace("power_0.05", "power_0.1")]
+    )
+
+
+def test_a_run_is_not_continued_with_other_averages(run: Path, embeds: Path):
+    with pytest.raises(ValueError, match="train.power_ema: found .*0.05, 0.1.* expected"):
+        train(embeds, run, dataclasses.replace(TRAIN, power_ema=(0.05, 0.2)))
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def call(run: Path, **changes: Any) -> int:
+    return ema.main(EmaConfig(run=str(run), **changes))
+
+
+def test_the_command_writes_a_finished_run_of_that_width(run: Path, capsys: pytest.CaptureFixture):
+    assert call(run, sigma_rel=0.08) == 0
+    out = run.with_name("run_ema008")
+    printed = capsys.readouterr().out
+    assert "sigma_rel 0.08 at step 12 from 2 averages in 4 snapshots; fit error" in printed
+    model, config = load_model(out, "diffusion_prior")
+    told = config.pop("post_hoc_ema")
+    assert told["sigma_rel"] == 0.08 and 0 < told["error"] < 0.1
+    assert config == load_config(step_folder(run, 12))
+    raw = load_file(str(step_folder(run, 12) / "model.safetensors"))
+    state = model.state_dict()
+    assert state.keys() == raw.keys() and all(t.isfinite().all() for t in state.values())
+    assert any(not torch.equal(state[name], raw[name]) for name in raw)
+    assert not out.with_name("run_ema008.part").exists()
+
+
+@pytest.mark.parametrize(("sigma_rel", "step"), [(0.05, 12), (0.1, 12), (0.1, 6)])
+def test_a_stored_average_comes_back_as_it_was(
+    sigma_rel: float, step: int, run: Path, tmp_path: Path
+):
+    call(run, sigma_rel=sigma_rel, step=step, out=str(tmp_path / "out"))
+    found = load_file(str(step_folder(tmp_path / "out", step) / "ema.safetensors"))
+    fragments = step_folder(run / SNAPSHOTS, step) / "fragments" / "rank_0000.safetensors"
+    compared = 0
+    for key, flat in load_file(str(fragments)).items():
+        section, name, _ = key.split("/")
+        if section == f"power_{sigma_rel}":
+            torch.testing.assert_close(found[name].flatten(), flat, atol=1e-5, rtol=1e-5)
+            compared += 1
+    assert compared > 5
+    buffers = load_file(str(step_folder(run, 12) / "ema.safetensors"))
+    kept = buffers.keys() - {key.split("/")[1] for key in load_file(str(fragments))}
+    assert kept and all(torch.equal(found[name], buffers[name]) for name in kept)
+
+
+def test_a_command_killed_while_it_writes_is_run_again(run: Path, monkeypatch: pytest.MonkeyPatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.checkpoints.post_hoc_ema.save_config", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call(run)
+    monkeypatch.undo()
+    assert not run.with_name("run_ema01").exists()
+    assert call(run) == 0
+    load_model(run.with_name("run_ema01"), "diffusion_prior")
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_a_broken_snapshot_is_refused_by_name(damage: Callable, run: Path):
+    damage(step_folder(run / SNAPSHOTS, 6) / "fragments" / "rank_0000.safetensors")
+    with pytest.raises(ValueError, match="ema_snapshots/step_00000006: found a broken snapshot"):
+        call(run)
+    assert not run.with_name("run_ema01").exists()
+
+
+def test_what_cannot_be_had_is_refused(run: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="--step: found 13, expected 1 to 12"):
+        call(run, step=13)
+    with pytest.raises(ValueError, match="sigma_rel: found 0.4, expected more than 0"):
+        call(run, sigma_rel=0.4)
+    with pytest.raises(ValueError, match="found a folder with files, expected none"):
+        call(run, out=str(run))
+    shutil.rmtree(run / SNAPSHOTS)
+    with pytest.raises(ValueError, match="found no snapshots in ema_snapshots/, expected some"):
+        call(run)
+    (run / "final.json").unlink()
+    with pytest.raises(ValueError, match="found an unfinished run"):
+        call(run)
+
+
+# -- weights that wander ---------------------------------------------------------------------------
+
+
+def wander(run: Path, kept: float, num_steps: int = 400, skipped: int = 0) -> torch.Tensor:
+    """A finished run whose weights took a random walk, 8 snapshots; returns the average of width
+    `kept` that was kept directly."""
+    fragment = Fragment(name="w", offset=0, master=torch.ones(300), state={})
+    engine: Any = SimpleNamespace(
+        rank=0, world_size=1, fragments=lambda: [fragment], optimizer=SimpleNamespace(state={})
+    )
+    stored = Averages([fragment], 0.9, (0.05, 0.1))
+    third = Averages([fragment], 0.9, (kept,)).powers[0]
+    draw = torch.Generator().manual_seed(0)
+    for step in range(num_steps):
+        nonfinite = min(step + 1, skipped)
+        if step >= skipped:
+            fragment.master.add_(torch.randn(300, generator=draw) / num_steps**0.5)
+            stored.update(step, nonfinite)
+            third.update(step + 1 - nonfinite)
+        if (step + 1) % (num_steps // 8) == 0:
+            progress = Progress(step=step + 1, nonfinite_steps=nonfinite)
+            checkpoint.snapshot(run, engine, stored, progress)()
+    folder = step_folder(run, num_steps)
+    folder.mkdir(parents=True)
+    save_weights(folder / "ema.safetensors", {"w": torch.zeros(20, 15), "count": torch.arange(3)})
+    save_config(folder, {"kind": "walk"})
+    (run / "final.json").write_text(json.dumps({"step": folder.name}))
+    return third.shadows[0]
+
+
+@pytest.mark.parametrize("skipped", [0, 7])
+@pytest.mark.parametrize(("kept", "bound"), [(0.07, 2e-3), (0.08, 2e-3), (0.15, 2e-3)])
+def test_an_average_made_afterwards_is_the_one_kept_directly(
+    kept: float, bound: float, skipped: int, tmp_path: Path
+):
+    """The bound is relative to the average's norm."""
+    expected = wander(tmp_path / "run", kept, skipped=skipped)
+    told = reconstruct(tmp_path / "run", kept, 0, tmp_path / "out")
+    found = load_file(str(step_folder(tmp_path / "out", 400) / "ema.safetensors"))
+    assert found["w"].shape == (20, 15) and torch.equal(found["count"], torch.arange(3))
+    error = (found["w"].flatten() - expected).norm() / expected.norm()
+    assert error < bound and told["error"] < 0.05
+    for other in (0.05, 0.1):  # which the stored ones are not
+        reconstruct(tmp_path / "run", other, 0, tmp_path / str(other))
+        near = load_file(str(step_folder(tmp_path / str(other), 400) / "ema.safetensors"))
+        assert (near["w"].flatten() - expected).norm() / expected.norm() > 3 * bound

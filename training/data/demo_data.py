@@ -1,0 +1,103 @@
+"""The drawn set, made on the spot for a training script that is run without data of its own."""
+
+import hashlib
+from pathlib import Path
+
+from ingest.embedding.encode import encode_shard, open_embeds
+from ingest.embedding.publish import publish_embeds
+from ingest.shapes import make_pairs
+from ingest.shards import (
+    Attempt,
+    Sample,
+    committed,
+    load_snapshot,
+    publish_snapshot,
+    recover,
+    shard_name,
+    write_image_shard,
+    write_manifest,
+)
+from ingest.store.storage import absolute_root
+from training.config import ClipRunConfig, PriorRunConfig
+
+NUM_SHARDS, SAMPLES_PER_SHARD = 4, 128
+CLIP_SPEC = "tiny:random"  # untrained: enough to exercise a trainer, and nothing to wait for
+
+
+def ensure_images(root: str) -> str:
+    """Return `root` as an absolute path; the default folder is drawn if it is absent."""
+    (default,) = ClipRunConfig().images
+    if root == default and not (Path(root) / "_snapshots" / "latest").is_file():
+        print(f"{root}: absent; drawing {NUM_SHARDS * SAMPLES_PER_SHARD} shapes", flush=True)
+        draw_images(Path(root))
+    load_snapshot(root)
+    return absolute_root(root)
+
+
+def ensure_embeds(root: str) -> str:
+    """Return `root` as an absolute path; the default folder is made from the drawn set if it is
+    absent."""
+    (default,) = PriorRunConfig().embeds
+    if root == default and not (Path(root) / "_snapshots" / "latest").is_file():
+        images = ensure_images(*ClipRunConfig().images)
+        print(f"{root}: absent; embedding the drawn set with {CLIP_SPEC}", flush=True)
+        embed_here(images, Path(root), CLIP_SPEC)
+    load_snapshot(root)
+    return absolute_root(root)
+
+
+def draw_images(
+    root: Path,
+    split: str = "train",
+    seed: int = 0,
+    num_shards: int = NUM_SHARDS,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+) -> None:
+    """Write shards of drawn pairs straight to `root`, without a server between."""
+    fields = {
+        "source": f"shapes {split} {seed}",
+        "num_shards": num_shards,
+        "samples_per_shard": samples_per_shard,
+    }
+    write_manifest(root, "images", fields)
+    recover(root)
+    pairs = list(make_pairs(num_shards * samples_per_shard, seed, split))
+    done = committed(root)
+    for number in range(num_shards):
+        name = shard_name(number)
+        if name in done:
+            continue
+        samples, rows = [], []
+        for row, pair in enumerate(pairs[number * samples_per_shard :][:samples_per_shard]):
+            key = f"{number * samples_per_shard + row:09d}"
+            samples.append(
+                Sample(
+                    key=key, image_bytes=pair.image_bytes, caption=pair.caption, json={"key": key}
+                )
+            )
+            sha256 = hashlib.sha256(pair.image_bytes).hexdigest()
+            sizes = dict.fromkeys(("width", "height", "original_width", "original_height"), 64)
+            words = {
+                "key": key,
+                "url": f"shapes:{split}/{key}",
+                "caption": pair.caption,
+                "sha256": sha256,
+            }
+            rows.append({**words, "status": "success", "error": None, **sizes})
+        with Attempt(root, name) as attempt:
+            stored = write_image_shard(attempt.path, name, samples, rows)
+            attempt.commit(num_samples=stored, counts={"stored": stored}, config_hash=split)
+    publish_snapshot(root)
+
+
+def embed_here(images: str, root: Path, clip_spec: str, batch_size: int = 128) -> None:
+    """Embed a small image folder in this process."""
+    from models.clip import load_clip
+
+    encoder, snapshot = load_clip(clip_spec), load_snapshot(images)
+    open_embeds(root, clip_spec, encoder, snapshot)
+    done = committed(root)
+    for entry in snapshot.shards:
+        if entry.name not in done:
+            encode_shard(encoder, snapshot, entry, root, batch_size)
+    publish_embeds(root)

@@ -1,0 +1,198 @@
+"""The optimizer as one torch Optimizer, so that DeepSpeed can own it: AdamW, or Muon for
+matrices with AdamW.
+
+State exists before the first step (`prepare`), so that a checkpoint can be written into it.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from training.config import TrainConfig
+from training.engine.precision import settled
+
+_NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # quintic that maps singular values into about [0.7, 1.2]
+
+
+def orthogonalise(update: Tensor, steps: int = 5, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return roughly U V^T of `update` [..., n, m] = U S V^T by a quintic Newton-Schulz iteration.
+
+    (Jordan et al. 2024, "Muon", https://kellerjordan.github.io/posts/muon.) dtype: of the
+    iteration, for which bfloat16 is exact enough.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = update.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(update.dtype)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Groups with `muon` True take Muon's step, the others AdamW's; `lr` is each group's own.
+
+    matrix_dtype: in which Muon orthogonalises.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        *,
+        beta2: float,
+        eps: float = 1e-8,
+        matrix_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.matrix_dtype = matrix_dtype
+        defaults = {
+            "lr": 0.0,
+            "peak_lr": 0.0,
+            "weight_decay": 0.0,
+            "muon": False,
+            "beta1": 0.9,
+            "beta2": beta2,
+        }
+        super().__init__(groups, {**defaults, "momentum": 0.95, "eps": eps})
+
+    def prepare(self) -> None:
+        """Create the state of every parameter that has none."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._state_of(parameter, group)
+
+    def _state_of(self, parameter: Tensor, group: dict) -> dict:
+        state = self.state[parameter]
+        if not state:
+            if not group["muon"]:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["exp_avg"] = torch.zeros_like(parameter)
+        return state
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                self._muon(parameters, group)
+            elif parameters:
+                self._adamw(parameters, group)
+
+    def _adamw(self, parameters: list[Tensor], group: dict) -> None:
+        states = [self._state_of(p, group) for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["beta1"],
+            beta2=group["beta2"],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _muon(self, parameters: list[Tensor], group: dict) -> None:
+        """Step along the orthogonalised Nesterov momentum; matrices of one shape go through
+        together."""
+        by_shape: dict[tuple[int, int], list[Tensor]] = {}
+        for p in parameters:
+            by_shape.setdefault((p.shape[0], p[0].numel()), []).append(p)
+        for shape, members in by_shape.items():
+            updates = []
+            for p in members:
+                assert p.grad is not None
+                momentum = self._state_of(p, group)["exp_avg"]
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                updates.append(p.grad.lerp(momentum, group["momentum"]).view(shape))
+            stacked = orthogonalise(torch.stack(updates), dtype=self.matrix_dtype)
+            # a tall matrix gets a larger step, so that the change of its output is alike for all
+            # shapes
+            scale = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+            for p, update in zip(members, stacked, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view_as(p), alpha=-scale)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """Group the parameters: hidden matrices (Muon, or AdamW with weight decay), all else plain
+    AdamW.
+
+    First and last layers, embeddings, norms and biases are not hidden matrices: their rows are not
+    interchangeable, and orthogonal updates hurt them.
+    """
+    hidden, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (hidden if parameter.ndim >= 2 and _is_hidden(name) else others).append(parameter)
+    muon = config.optimizer == "muon"
+    peak = config.matrix_learning_rate if muon else config.learning_rate
+    groups = [
+        {"params": hidden, "muon": muon, "peak_lr": peak, "weight_decay": config.weight_decay},
+        {"params": others, "muon": False, "peak_lr": config.learning_rate},
+    ]
+    used = [group for group in groups if group["params"]]
+    device = next(model.parameters()).device.type
+    dtype = torch.bfloat16 if settled(config.precision, device) == "bf16" else torch.float32
+    return Optimizer(used, beta2=config.beta2, eps=config.adam_eps, matrix_dtype=dtype)
+
+
+def _is_hidden(name: str) -> bool:
+    outer = (
+        "embed_to_cond",
+        "embed_to_tokens",
+        "caption_to_cond",
+        "tokens",
+        "conv_in",
+        "conv_out",
+        "x_in",
+        "text_in",
+        "text_embed_in",
+        "null",
+        "query",
+        "position",
+        "dot_",
+        "code_",
+        "token_embedding",
+        "conv1",
+        "proj",
+        "text_projection",
+        "time_in",
+        "noise_in",
+    )
+    if name == "out.weight":  # a prior's own last layer
+        return False
+    return not any(part.startswith(outer) for part in name.split("."))
+
+
+def set_learning_rate(groups: list[dict], ratio: float) -> None:
+    """Set every group's learning rate to `ratio` of its peak."""
+    for group in groups:
+        group["lr"] = group["peak_lr"] * ratio
+
+
+def learning_rate_ratio(config: TrainConfig, step: int) -> float:
+    """Return the learning rate at `step` as a share of its peak: linear warm-up, then cosine to
+    0, constant, or falling as 1 / sqrt(step)."""
+    warmup = max(1, round(config.warmup * config.num_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.decay == "constant":
+        return 1.0
+    if config.decay == "inverse_sqrt":
+        return math.sqrt(warmup / step)
+    progress = (step - warmup) / max(1, config.num_steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

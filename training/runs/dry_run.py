@@ -1,0 +1,60 @@
+"""--dry-run: what would be trained, without data, without allocating it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.base.cli import to_yaml
+from ingest.shards import read_manifest
+from ingest.store.storage import storage_of
+from models.configs import ClipConfig
+from models.costs.flops import num_parameters, offloaded_bytes, state_bytes
+from training.config import RunConfig
+
+COPIED_BYTES = 16  # a parameter: master weight, two moments, average
+
+
+def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
+    """Print the merged configuration, the parameter count and the memory of weights and
+    optimizer."""
+    with torch.device("meta"):
+        model = build_model(config)
+    train = config.train
+    print(to_yaml(config), end="")
+    print(f"parameters: {num_parameters(model):,}")
+    workers = max(1, train.num_workers)
+    offload = train.offload == "cpu"
+    # power-function averages are shared out, as the classic one is, and lie where it does
+    powers = 4 * num_parameters(model) * len(train.power_ema) // workers
+    here = state_bytes(model, train.zero_stage, workers, offload=offload)
+    gigabytes = (here if offload else here + powers) / 1e9
+    kept = "weights" if offload else "weights, gradients, moments and averages"
+    print(f"state a worker: {gigabytes:.3f} GB in {kept}; activations come on top")
+    if offload:
+        gigabytes = (offloaded_bytes(model, workers) + powers) / 1e9
+        print(
+            f"offloaded: {gigabytes:.3f} GB of each worker's in master weights, gradients, moments "
+            "and averages, on the CPU"
+        )
+    copy = (COPIED_BYTES * num_parameters(model) // workers + powers) / 1e9
+    print(f"checkpoints: {copy:.3f} GB of CPU memory for each worker's copy of its part")
+    print(
+        f"batch: {train.global_batch_size} = {workers} workers x {train.grad_accum_steps} "
+        f"micro-batches"
+    )
+    return 0
+
+
+def encoder_sizes(embeds: Sequence[str]) -> dict[str, int]:
+    """Return embed_dim, text_width and context_length of the encoder that made `embeds`.
+
+    Where there are no embeddings yet, a default CLIP's, and says so: a dry run needs no data.
+    """
+    if storage_of(embeds[0]).size("_manifest.json") is not None:
+        manifest = read_manifest(embeds[0])
+        return {key: manifest[key] for key in ("embed_dim", "text_width", "context_length")}
+    default = ClipConfig()
+    print(f"# {embeds[0]}: absent; sizes of a default CLIP are assumed")
+    return {key: getattr(default, key) for key in ("embed_dim", "text_width", "context_length")}

@@ -1,0 +1,194 @@
+"""What training/prior.py trains: one of three priors, its objective and data."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ingest.embedding.statistics import EmbedStatistics
+from ingest.shards import load_snapshot
+from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
+from models.diffusion.losses import require_weights
+from models.diffusion.samplers import ddim
+from models.networks.transformer import trimmed_length
+from models.priors.autoregressive import AutoregressivePrior
+from models.priors.base import PriorSampling, PriorText
+from models.priors.diffusion import DiffusionPrior
+from models.priors.regression import RegressionPrior
+from models.scores import prior_scorecard
+from models.weights import load_weights
+from training.config import PriorRunConfig
+from training.data.dataloader import Batch, Reader, as_batch
+from training.data.datasets import (
+    clip_of,
+    encoder_of,
+    gathered,
+    mixed,
+    pin_snapshots,
+    pin_statistics,
+    start_from,
+)
+from training.data.readers import EmbedReader, captions_of
+from training.engine.precision import device_of_run
+from training.loop import Job
+from training.runs.dry_run import encoder_sizes
+
+MAX_VALIDATED = 512  # held-out captions, the first ones: a scorecard takes seconds
+VALIDATED_AT_ONCE = 128
+VALIDATION_SAMPLING = PriorSampling(sampler=ddim(eta=1.0))
+PRIORS: dict[str, type[nn.Module]] = {
+    "diffusion": DiffusionPrior,
+    "autoregressive": AutoregressivePrior,
+    "regression": RegressionPrior,
+}
+
+
+def prior_model(config: PriorRunConfig, sizes: dict[str, int] | None = None) -> nn.Module:
+    """Build the prior for an encoder of these sizes; None for that of its embeddings."""
+    sizes = sizes or encoder_sizes(config.embeds)
+    kind: Any = PRIORS[config.prior]
+    model = kind(_sizes_of(config, sizes["embed_dim"]), **sizes, vocab_size=VOCAB_SIZE)
+    if isinstance(model, DiffusionPrior):
+        require_weights(model.schedule, model.config.weighting, "x0")
+    return model
+
+
+def _sizes_of(config: PriorRunConfig, embed_dim: int) -> Any:
+    """Return the configuration of the prior's own sizes.
+
+    Where only the data tell how many codes there are, all dimensions, as a dry run counts them.
+    """
+    found = getattr(config, config.prior)
+    if config.prior == "autoregressive" and not found.num_codes:
+        return dataclasses.replace(found, num_codes=embed_dim)
+    return found
+
+
+def build_prior(config: PriorRunConfig) -> Job:
+    """Describe the training of a prior; the frozen text tower stays outside the engine."""
+    if config.prior == "regression" and config.train.most_micro_batches > 1:
+        raise ValueError(
+            f"train.micro_batch_size: found {config.train.micro_batch_size}, expected 0: the "
+            "regression prior contrasts all samples of a step with each other"
+        )
+    encoder = encoder_of(config.embeds, config.clip)
+    sizes = encoder_sizes(config.embeds)
+    statistics = pin_statistics(config.run, config.embeds, config.data.weights)
+    config = with_codes(with_length(config, encoder), statistics)
+    model = prior_model(config, sizes)
+    set_statistics(model, statistics, whiten=config.whiten)
+    export = {
+        "kind": f"{config.prior}_prior",
+        "model": dataclasses.asdict(getattr(config, config.prior)),
+        "encoder_id": encoder.encoder_id,
+        "clip": clip_of(config.embeds, config.clip),
+        **sizes,
+    }
+    # with the statistics by which those weights scale embeddings
+    start_from(model, config.init, config.run, export)
+    own_tokens = getattr(config, config.prior).text_tokens
+    return Job(
+        model=model,
+        objective=partial(prior_objective, encoder, bool(own_tokens)),
+        build_reader=partial(prior_reader, config),
+        export=export,
+        validate=partial(validate_prior, config, encoder, sizes) if config.validation else None,
+    )
+
+
+def with_length(config: PriorRunConfig, encoder: FrozenClip) -> PriorRunConfig:
+    """Return the configuration of a prior that draws embeddings as long as the encoder's are.
+
+    Raises ValueError where the prior can only draw such of unit norm.
+    """
+    if config.prior == "diffusion":
+        sizes = dataclasses.replace(config.diffusion, unit_norm=encoder.unit_norm)
+        return dataclasses.replace(config, diffusion=sizes)
+    if not encoder.unit_norm:
+        raise ValueError(
+            f"prior: found {config.prior} for embeddings that keep their length, expected "
+            "diffusion: the others draw embeddings of unit norm"
+        )
+    return config
+
+
+def with_codes(config: PriorRunConfig, statistics: EmbedStatistics) -> PriorRunConfig:
+    """Return the configuration with as many codes as hold the wanted share of the variance."""
+    sizes = config.autoregressive
+    if config.prior != "autoregressive" or sizes.num_codes:
+        return config
+    sizes = dataclasses.replace(sizes, num_codes=statistics.num_components(sizes.energy))
+    return dataclasses.replace(config, autoregressive=sizes)
+
+
+def set_statistics(model: nn.Module, statistics: EmbedStatistics, *, whiten: bool) -> None:
+    """Tell a prior the moments of its embeddings."""
+    mean = torch.from_numpy(statistics.mean)
+    if isinstance(model, AutoregressivePrior):
+        basis, eigenvalues = statistics.basis, statistics.eigenvalues
+        model.codes.set(mean, torch.from_numpy(basis.copy()), torch.from_numpy(eigenvalues.copy()))
+    elif isinstance(model, (DiffusionPrior, RegressionPrior)):
+        if whiten:
+            model.scale.set(mean, torch.from_numpy(statistics.std))
+        model.scale.set_spectrum(torch.from_numpy(statistics.covariance))
+
+
+def prior_text(encoder: FrozenClip, batch: Batch, own_tokens: bool) -> PriorText:
+    """Return what a prior is told of a batch's captions."""
+    if own_tokens:
+        tokens = batch["caption_tokens"]
+        text = tokens = tokens[:, : trimmed_length(token_mask(tokens))]
+    else:
+        tokens = encoder.trimmed(batch["tokens"])
+        _, text = encoder.to(batch.keys.device).encode_text(tokens)
+    return PriorText(text_embed=batch["text_embed"], text=text, token_mask=token_mask(tokens))
+
+
+def prior_objective(
+    encoder: FrozenClip, own_tokens: bool, model: Any, batch: Batch
+) -> dict[str, Tensor]:
+    """Return the losses of a prior on a batch."""
+    text = prior_text(encoder, batch, own_tokens)
+    if isinstance(model, RegressionPrior):  # contrasts with every worker's captions
+        return model.losses(batch.keys, batch["image_embed"], text, gathered)
+    return model.losses(batch.keys, batch["image_embed"], text)
+
+
+def validate_prior(
+    config: PriorRunConfig, encoder: FrozenClip, sizes: dict[str, int], folder: Path
+) -> dict[str, float]:
+    """Return the scorecard of a checkpoint's averaged weights on held-out captions."""
+    encoder_of(config.validation, config.clip)
+    model: Any = load_weights(prior_model(config, sizes), folder / "ema.safetensors")
+    device = device_of_run(config.train.device)
+    model.to(device)
+    tokens = getattr(config, config.prior).text_tokens
+    snapshots = [load_snapshot(root) for root in config.validation]
+    reader = mixed([EmbedReader(one, _tokenize(tokens)) for one in snapshots], ())
+    count = min(MAX_VALIDATED, sum(one.num_samples for one in snapshots))
+    drawn, image, text, captions = [], [], [], captions_of(snapshots, count)
+    for start in range(0, count, VALIDATED_AT_ONCE):
+        index = np.arange(start, min(start + VALIDATED_AT_ONCE, count))
+        batch = as_batch(reader.read(index), torch.from_numpy(index))
+        batch = batch.to(device)
+        told = prior_text(encoder, batch, bool(tokens))
+        drawn.append(model.sample(batch.keys, told, VALIDATION_SAMPLING).cpu())
+        image.append(batch["image_embed"].cpu())
+        text.append(batch["text_embed"].cpu())
+    return prior_scorecard(torch.cat(drawn), torch.cat(image), torch.cat(text), captions)
+
+
+def _tokenize(own_tokens: int) -> Callable | None:
+    return tokenizer(own_tokens) if own_tokens else None
+
+
+def prior_reader(config: PriorRunConfig) -> Reader:
+    """Read embeddings and tokens."""
+    tokenize = _tokenize(getattr(config, config.prior).text_tokens)
+    snapshots = pin_snapshots(config.run, "embeds", config.embeds)
+    return mixed([EmbedReader(one, tokenize) for one in snapshots], config.data.weights)
