@@ -1,4 +1,4 @@
-"""An evaluation from its order to its scores: what is drawn, what is compared, and by whom."""
+"""An evaluation from its request to its scores: what is drawn, what is compared, and by whom."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.files import digest_of
-from eval.distances.measure import QUOTABLE, Side, memorisation, space_scores
+from eval.distances.measure import QUOTABLE, ImageSource, memorisation, space_scores
 from eval.distances.reference import load_statistics
 from eval.features.actor_pool import Place
 from eval.features.extractors import ExtractorSpec, clip_spec, dinov2_spec, inception_spec
@@ -28,7 +28,7 @@ JUDGES = {  # whether the judge is the model's own CLIP
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class EvalRequest:
     """What is to be compared, as on the command line."""
 
     real: str
@@ -68,8 +68,8 @@ class Evaluation:
     real: by reference, the first one being the headline's; specs: of the spaces, and of the judge.
     """
 
-    fake: Side
-    real: dict[str, Side]
+    fake: ImageSource
+    real: dict[str, ImageSource]
     spaces: tuple[str, ...]
     specs: dict[str, ExtractorSpec]
     place: Place
@@ -82,7 +82,7 @@ class Evaluation:
     @classmethod
     def opened(
         cls,
-        order: Order,
+        request: EvalRequest,
         model: Model,
         place: Place,
         *,
@@ -96,32 +96,32 @@ class Evaluation:
 
         Raises ValueError for what is not here or does not fit, Incomplete for too few images.
         """
-        if order.fresh:
+        if request.fresh:
             _forget(place.folder)
         prepared = None
-        if order.protocol:
-            prepared = prepare(order.protocol, order.protocol_data, place.folder)
+        if request.protocol:
+            prepared = prepare(request.protocol, request.protocol_data, place.folder)
         spaces = tuple(dict.fromkeys(spaces or (prepared and prepared.features) or ("clip",)))
         specs = {space: weights.spec(space) for space in spaces if space != "clip"}
         encoder = _encoder(clip or (DEFAULT_CLIP if "clip" in spaces else ""), specs, place)
-        if prepared and order.image_size not in (0, prepared.image_size):
+        if prepared and request.image_size not in (0, prepared.image_size):
             raise ValueError(
-                f"image_size: found {order.image_size} with the protocol {order.protocol}, "
+                f"image_size: found {request.image_size} with the protocol {request.protocol}, "
                 f"expected none: its pictures are of {prepared.image_size} px"
             )
-        size = prepared.image_size if prepared else order.image_size
+        size = prepared.image_size if prepared else request.image_size
         if prepared is None:
-            real = {"": _side(order.real, size)}
+            real = {"": _side(request.real, size)}
         else:
             real = {
-                name: Side(source=images.source, images=images, statistics={})
+                name: ImageSource(source=images.source, images=images, statistics={})
                 for name, images in prepared.references.items()
             }
         training = open_images(train).fitted(size) if train else None
-        about = _drawn(order, model, place, prepared) if model.decoder else {}
+        about = _drawn(request, model, place, prepared) if model.decoder else {}
         if prepared is not None:
             about["protocol"] = prepared.about
-        fake = _side(order.fake, size)
+        fake = _side(request.fake, size)
         _require_count(fake, prepared)
         return cls(
             fake=fake,
@@ -236,7 +236,7 @@ def _encoder(clip: str, specs: dict[str, ExtractorSpec], place: Place) -> Frozen
     return encoder
 
 
-def _side(source: str, size: int) -> Side:
+def _side(source: str, size: int) -> ImageSource:
     """Open images, or statistics: a file of them, or a folder of such files and nothing else."""
     path = Path(source)
     files = sorted(path.iterdir()) if path.is_dir() else []
@@ -246,35 +246,37 @@ def _side(source: str, size: int) -> Side:
         if len(statistics) < len(found):
             spaces = ", ".join(known.space for known in found)
             raise ValueError(f"{source}: space: found {spaces}, expected each once")
-        return Side(source=source, images=None, statistics=statistics)
+        return ImageSource(source=source, images=None, statistics=statistics)
     images = open_images(source).fitted(size)
-    return Side(source=source, images=images, statistics={})
+    return ImageSource(source=source, images=images, statistics={})
 
 
-def _drawn(order: Order, model: Model, place: Place, prepared: Prepared | None) -> dict[str, Any]:
-    """Draw the captions of the order or of the protocol, if it has any; say how."""
-    if not order.captions and prepared is None:
+def _drawn(
+    request: EvalRequest, model: Model, place: Place, prepared: Prepared | None
+) -> dict[str, Any]:
+    """Draw the captions of the request or of the protocol, if it has any; say how."""
+    if not request.captions and prepared is None:
         return {}
-    captions = prepared.captions if prepared else read_captions(order.captions, order.limit)
-    options, guide = read_options(order.sampling) if order.sampling else ({}, "")
-    seed = prepared.seed if prepared and order.seed is None else order.seed
+    captions = prepared.captions if prepared else read_captions(request.captions, request.limit)
+    options, guide = read_options(request.sampling) if request.sampling else ({}, "")
+    seed = prepared.seed if prepared and request.seed is None else request.seed
     options = options if seed is None else {**options, "seed": seed}
     guided = replace(model, guide=guide)
-    drawing = captions[: order.limit or None]
-    made = draw(Path(order.fake), guided, drawing, options, place.workers, fresh=order.fresh)
-    print(f"sample: {made} images drawn, {len(drawing) - made} were there -> {order.fake}")
+    drawing = captions[: request.limit or None]
+    made = draw(Path(request.fake), guided, drawing, options, place.workers, fresh=request.fresh)
+    print(f"sample: {made} images drawn, {len(drawing) - made} were there -> {request.fake}")
     return {
         "sampling": {
             "n": len(drawing),
             "seed": options.get("seed", 0),
-            "captions": order.captions or order.protocol,
+            "captions": request.captions or request.protocol,
             "captions_sha256": digest_of(drawing),
             "options": options,
         }
     }
 
 
-def _require_count(fake: Side, prepared: Prepared | None) -> None:
+def _require_count(fake: ImageSource, prepared: Prepared | None) -> None:
     """Raise Incomplete for a protocol's images that are fewer, ValueError for those of others."""
     if prepared is None:
         return

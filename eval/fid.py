@@ -185,7 +185,7 @@ def _require_together(config: FidConfig, model: "Model") -> None:
 
 def _evaluation(config: FidConfig, model: "Model") -> "Evaluation":
     """Draw what is to be drawn, open both sides and describe the extractors."""
-    from eval.evaluation import Evaluation, Order, Weights
+    from eval.evaluation import EvalRequest, Evaluation, Weights
     from eval.features.actor_pool import Place, Workers
 
     out = Path(config.out)
@@ -193,7 +193,7 @@ def _evaluation(config: FidConfig, model: "Model") -> "Evaluation":
     workers = Workers(
         number=config.num_workers, num_threads=config.num_threads, device=config.device
     )
-    order = Order(
+    request = EvalRequest(
         real=config.real,
         fake=config.fake,
         captions=config.captions,
@@ -212,7 +212,7 @@ def _evaluation(config: FidConfig, model: "Model") -> "Evaluation":
         dinov2_model=config.dinov2_model,
     )
     return Evaluation.opened(
-        order, model, Place(folder=folder, workers=workers), weights=weights,
+        request, model, Place(folder=folder, workers=workers), weights=weights,
         spaces=config.features, clip=config.judge or config.clip, train=config.train,
         num_resamples=config.num_resamples,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Laws of the watch and the sweep: each checkpoint and each scale is scored once, whatever is
-pruned, killed or written beside it."""
+pruned, killed or written meanwhile."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from cluster.base.files import digest_file
+from cluster.base.files import digest_file, try_lock
 from cluster.base.jsonl import read_lines
-from eval import rounds, sweep, watch
+from eval import sample_and_score, sweep, watch
 from eval.html_report.page import write_report
-from eval.rounds import begin, run_command
+from eval.sample_and_score import guide_of, run_command
 from eval.sweep import SweepConfig
 from eval.watch import WatchConfig
 from models.clip import load_clip
@@ -37,49 +38,46 @@ def write_step(run: Path, step: int, kind: str = "decoder") -> Path:
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> list[tuple[WatchConfig, str]]:
-    """Rounds as `play` was asked for them: the configuration, and the weights' content then."""
-    asked: list[tuple[WatchConfig, str]] = []
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The content of the weights that `sample_and_score` was called with, call by call."""
+    contents: list[str] = []
 
-    def play(config: Any, folder: Path, more: Any = ()) -> dict[str, Any]:
+    def fake(config: WatchConfig, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         step = exported(Path(config.decoder))
-        asked.append((config, (step / "ema.safetensors").read_text()))
+        contents.append((step / "ema.safetensors").read_text())
         (folder / "samples").mkdir()
         for name in ("000000.png", "grid.png"):
             (folder / "samples" / name).write_bytes(b"png")
-        return {"images": {"clip_score": len(asked) / 10, "n": 4}}
+        return {"images": {"clip_score": len(contents) / 10, "n": 4}}
 
-    monkeypatch.setattr(watch, "play", play)
-    monkeypatch.setattr("eval.sampling.chain.run_weights", weights_of_parts.get)
-    return asked
-
-
-weights_of_parts = {"runs/prior": "first", "runs/base": "first"}
+    monkeypatch.setattr(watch, "sample_and_score", fake)
+    monkeypatch.setattr("eval.sampling.chain.run_weights", weights_of_runs.get)
+    return contents
 
 
-def test_a_round_of_other_settings_is_begun_anew(tmp_path: Path):
-    folder = tmp_path / "step_00000001"
-    (folder / "run").mkdir(parents=True)
-    begin(folder, {"limit": 4})
-    for name in ("samples", "eval_features"):
-        (folder / name).mkdir()
-    (folder / "eval.json").write_text("{}")
-    begin(folder, {"limit": 4})
-    assert (folder / "eval.json").is_file() and (folder / "samples").is_dir()
-    begin(folder, {"limit": 8})
-    assert sorted(path.name for path in folder.iterdir()) == ["run", "settings.json"]
+weights_of_runs = {"runs/prior": "first", "runs/base": "first"}
 
 
-def test_a_sweep_s_own_flags_go_before_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_results_of_other_settings_are_deleted_and_own_flags_come_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     commands: list[list[str]] = []
-    monkeypatch.setattr(rounds, "run_command", commands.append)
-    (tmp_path / "eval.json").write_text("{}")
+
+    def fake(command: list[str]) -> None:
+        commands.append(command)
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        (tmp_path / "eval.json").write_text("{}")
+
+    monkeypatch.setattr(sample_and_score, "run_command", fake)
     config = SweepConfig(clip="tiny:random", sample_options="--cfg-scale 2")
-    rounds.play(config, tmp_path, ["--cfg-scale", "3"])
+    for limit, kept in ((4, False), (4, True), (8, False)):
+        sample_and_score.sample_and_score(config, tmp_path, {"n": limit}, ["--cfg-scale", "3"])
+        assert (tmp_path / "samples" / "mark").exists() is kept
+        (tmp_path / "samples" / "mark").touch()
     assert commands[0][-4:] == ["--cfg-scale", "2", "--cfg-scale", "3"]  # the last one counts
 
 
-def test_each_whole_checkpoint_is_scored_once(tmp_path: Path, played: list):
+def test_each_whole_checkpoint_is_scored_once(tmp_path: Path, scored: list):
     run = tmp_path / "base"
     for step in (2, 4):
         write_step(run, step)
@@ -91,45 +89,45 @@ def test_each_whole_checkpoint_is_scored_once(tmp_path: Path, played: list):
     assert [(line["step"], line["samples_seen"]) for line in lines] == [(2, 16), (4, 32)]
     assert lines[0]["ema_sha256"] == digest_file(run / "step_00000002" / "ema.safetensors")
     assert lines[1]["scores"]["images"]["clip_score"] == 0.2
-    assert [weights for _, weights in played] == ["weights 2", "weights 4"]
+    assert scored == ["weights 2", "weights 4"]
     watch.main(config)
-    assert len(played) == 2
+    assert len(scored) == 2
     left = sorted(path.name for path in (run / "watch" / "step_00000002").rglob("*"))
     # not the weights, and no image but the grid
-    assert left == ["grid.png", "samples", "settings.json"]
+    assert left == ["grid.png", "samples"]
 
 
 def test_a_checkpoint_that_is_pruned_while_another_is_scored_is_scored_still(
-    tmp_path: Path, played: list, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, scored: list, monkeypatch: pytest.MonkeyPatch
 ):
     run = tmp_path / "base"
     for step in (2, 4):
         write_step(run, step)
-    play = watch.play
+    score = watch.sample_and_score
 
     def pruning(*arguments: Any) -> dict[str, Any]:
         for step in run.glob("step_*"):
             shutil.rmtree(step)
-        return play(*arguments)
+        return score(*arguments)
 
-    monkeypatch.setattr(watch, "play", pruning)
+    monkeypatch.setattr(watch, "sample_and_score", pruning)
     watch.main(WatchConfig(run=str(run), once=True))
-    assert [weights for _, weights in played] == ["weights 2", "weights 4"]
+    assert scored == ["weights 2", "weights 4"]
 
 
 def test_a_checkpoint_that_is_pruned_while_it_is_taken_is_left_and_said(
-    tmp_path: Path, played: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, scored: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     run = tmp_path / "base"
     gone, _ = write_step(run, 2), write_step(run, 4)
-    link = watch._link
+    link = os.link
 
     def racing(source: Path, target: Path) -> None:
         if source == gone / "ema.safetensors":
             shutil.rmtree(gone)
         link(source, target)
 
-    monkeypatch.setattr(watch, "_link", racing)
+    monkeypatch.setattr(os, "link", racing)
     assert watch.main(WatchConfig(run=str(run), once=True)) == 0
     assert [line["step"] for line in read_lines(run / "watch.jsonl")] == [4]
     assert "step_00000002: pruned before it was taken" in capsys.readouterr().out
@@ -137,31 +135,31 @@ def test_a_checkpoint_that_is_pruned_while_it_is_taken_is_left_and_said(
 
 
 def test_killed_between_two_checkpoints_it_goes_on_with_the_second(
-    tmp_path: Path, played: list, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, scored: list, monkeypatch: pytest.MonkeyPatch
 ):
     run = tmp_path / "base"
     for step in (2, 4):
         write_step(run, step)
-    play, config = watch.play, WatchConfig(run=str(run), once=True)
+    score, config = watch.sample_and_score, WatchConfig(run=str(run), once=True)
 
-    def dying(config: WatchConfig, folder: Path) -> dict[str, Any]:
+    def dying(config: WatchConfig, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if folder.name == "step_00000004":
             raise KeyboardInterrupt
-        return play(config, folder)
+        return score(config, folder, settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(watch, "play", dying)
+        patch.setattr(watch, "sample_and_score", dying)
         with pytest.raises(KeyboardInterrupt):
             watch.main(config)
     shutil.rmtree(run / "step_00000004")  # training goes on, and prunes
     watch.main(config)
     assert [line["step"] for line in read_lines(run / "watch.jsonl")] == [2, 4]
-    assert [weights for _, weights in played] == ["weights 2", "weights 4"]
+    assert scored == ["weights 2", "weights 4"]
 
 
 @pytest.mark.parametrize("change", ["flag", "weights"])
 def test_one_curve_holds_no_scores_of_other_settings(
-    change: str, tmp_path: Path, played: list, monkeypatch: pytest.MonkeyPatch
+    change: str, tmp_path: Path, scored: list, monkeypatch: pytest.MonkeyPatch
 ):
     run = tmp_path / "base"
     write_step(run, 2)
@@ -170,11 +168,12 @@ def test_one_curve_holds_no_scores_of_other_settings(
     write_step(run, 4)
     other, before = config, (run / "watch.jsonl").read_text()
     if change == "flag":
-        other, told = replace(config, limit=3), "limit: found 0 in the scores of step 2, expected 3"
+        other = replace(config, limit=3)
+        message = "limit: found 0 in the scores of step 2, expected 3"
     else:
-        monkeypatch.setitem(weights_of_parts, "runs/prior", "second")
-        told = "weights of prior: found 'first' in the scores of step 2, expected 'second'"
-    with pytest.raises(ValueError, match=told):
+        monkeypatch.setitem(weights_of_runs, "runs/prior", "second")
+        message = "weights of prior: found 'first' in the scores of step 2, expected 'second'"
+    with pytest.raises(ValueError, match=message):
         watch.main(other)
     assert (run / "watch.jsonl").read_text() == before
     if change == "flag":
@@ -183,11 +182,11 @@ def test_one_curve_holds_no_scores_of_other_settings(
 
 
 def test_a_guide_is_found_among_options():
-    assert rounds.guide_of("--cfg-scale 2 --guide runs/weak --seed 1") == "runs/weak"
-    assert rounds.guide_of("--guide=a") == "a" and rounds.guide_of("--guidance-rescale 0.5") == ""
+    assert guide_of("--cfg-scale 2 --guide runs/weak --seed 1") == "runs/weak"
+    assert guide_of("--guide=a") == "a" and guide_of("--guidance-rescale 0.5") == ""
 
 
-def test_it_follows_a_run_to_its_end(tmp_path: Path, played: list, monkeypatch: pytest.MonkeyPatch):
+def test_it_follows_a_run_to_its_end(tmp_path: Path, scored: list, monkeypatch: pytest.MonkeyPatch):
     run = tmp_path / "base"
     write_step(run, 2)
     naps: list[float] = []
@@ -214,31 +213,34 @@ def test_a_run_stands_where_its_kind_belongs(tmp_path: Path):
     }
     for kind, wanted in expected.items():
         (weights / "config.json").write_text(json.dumps({"kind": kind}))
-        assert watch._with(config, view, weights) == wanted
+        assert watch.with_checkpoint(config, view, weights) == wanted
     with pytest.raises(ValueError, match="expected runs/lone in its place in the cascade"):
         (weights / "config.json").write_text('{"kind": "upsampler"}')
-        watch._with(replace(config, run="runs/lone"), view, weights)
+        watch.with_checkpoint(replace(config, run="runs/lone"), view, weights)
     with pytest.raises(ValueError, match=r"eval/clip\.py scores a CLIP"):
         (weights / "config.json").write_text('{"kind": "clip"}')
-        watch._with(config, view, weights)
+        watch.with_checkpoint(config, view, weights)
 
 
-def test_two_watchers_of_one_run_are_refused(tmp_path: Path, played: list):
+def test_two_watchers_of_one_run_are_refused(tmp_path: Path, scored: list):
     run = tmp_path / "base"
     write_step(run, 2)
-    with watch._alone(run), pytest.raises(ValueError, match="another process watches it"):
-        watch.main(WatchConfig(run=str(run), once=True))
+    (run / "watch").mkdir()
+    with (run / "watch" / ".lock").open("w") as lock:
+        assert try_lock(lock)
+        with pytest.raises(ValueError, match="another process watches it"):
+            watch.main(WatchConfig(run=str(run), once=True))
     with pytest.raises(ValueError, match="found no run, expected one with config.yaml"):
         watch.main(WatchConfig(run=str(tmp_path / "none"), once=True))
-    assert played == []
+    assert scored == []
 
 
-def test_a_script_s_mistake_is_told_by_its_own_words(
+def test_a_script_s_error_is_passed_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     (tmp_path / "wrong.py").write_text("import sys\nprint('error: a: found b', file=sys.stderr)\n"
                                        "sys.exit(int(sys.argv[1]))\n")  # fmt: skip
-    monkeypatch.setattr(rounds, "ROOT", tmp_path)
+    monkeypatch.setattr(sample_and_score, "ROOT", tmp_path)
     run_command(["wrong.py", "0"])
     with pytest.raises(ValueError, match=r"wrong\.py: exit code 2: a: found b"):
         run_command(["wrong.py", "2"])
@@ -252,18 +254,19 @@ def test_a_scale_is_scored_again_only_where_something_changed(
     asked: list[str] = []
     weights = {"decoder_weights": {"sha256": "a"}}
 
-    def play(config: SweepConfig, folder: Path, more: list[str]) -> dict[str, Any]:
+    def fake(config: SweepConfig, folder: Path, settings: Any, more: list[str]) -> dict[str, Any]:
         asked.append(more[1])
         return {"images": {"clip_score": float(more[1]), "fd_clip": 1.0, "n": 4}}
 
-    monkeypatch.setattr(sweep, "play", play)
+    monkeypatch.setattr(sweep, "sample_and_score", fake)
     monkeypatch.setattr("eval.sampling.chain.chain_weights", lambda *_: weights)
     config = SweepConfig(run=str(tmp_path), scales=(1.0, 2.0))
     sweep.main(config)
     sweep.main(replace(config, scales=(1.0, 2.0, 4.0)))
     assert asked == ["1.0", "2.0", "4.0"]
     assert [line["cfg_scale"] for line in read_lines(tmp_path / "sweep.jsonl")] == [1, 2, 4]
-    page = write_report_of(tmp_path)
+    (tmp_path / "eval.json").write_text("{}")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "best 4 at 4" in page and "Scores over guidance" in page
     weights["decoder_weights"] = {"sha256": "b"}  # trained anew: the old curve must not be mixed in
     sweep.main(config)
@@ -271,11 +274,6 @@ def test_a_scale_is_scored_again_only_where_something_changed(
     assert [line["cfg_scale"] for line in read_lines(tmp_path / "sweep.jsonl")] == [1, 2]
     with pytest.raises(ValueError, match="expected different scales"):
         sweep.main(replace(config, scales=(1.0, 1.0)))
-
-
-def write_report_of(folder: Path) -> str:
-    (folder / "eval.json").write_text("{}")
-    return write_report(folder).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -288,12 +286,12 @@ def test_watch_and_sweep_with_the_real_scripts(
     (run / "config.yaml").write_text("train: {}\n")
     (exported(run) / "state.json").write_text('{"step": 4, "samples_seen": 64}')
     images = str(data / "images")
-    told = [
+    flags = [
         "--prior", str(chain["prior"]), "--captions", images, "--real", images, "--limit", "6",
         "--upsampler", str(chain["upsampler"]), "--sample-options",
         "--decoder-steps 2 --prior-steps 2 --upsampler-steps 1 --num-threads 1",
     ]  # fmt: skip
-    command = [sys.executable, str(ROOT / "eval" / "watch.py"), "--run", str(run), "--once", *told]
+    command = [sys.executable, str(ROOT / "eval" / "watch.py"), "--run", str(run), "--once", *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (line,) = read_lines(run / "watch.jsonl")
@@ -301,8 +299,8 @@ def test_watch_and_sweep_with_the_real_scripts(
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0 and "$ python" not in again.stdout  # nothing is left to do
     command[1] = str(ROOT / "eval" / "sweep.py")
-    flags = ["--run", str(tmp_path / "out"), "--decoder", str(run), "--scales", "1", "2"]
-    done = subprocess.run([*command[:2], *flags, *told], capture_output=True, text=True)
+    own = ["--run", str(tmp_path / "out"), "--decoder", str(run), "--scales", "1", "2"]
+    done = subprocess.run([*command[:2], *own, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second = read_lines(tmp_path / "out" / "sweep.jsonl")
     assert (first["cfg_scale"], second["cfg_scale"]) == (1, 2)

@@ -10,6 +10,7 @@ from pathlib import Path
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"  # one line a report
 VALIDATION_NAME = "validation.jsonl"  # one line a validated checkpoint
+WATCH_NAME = "watch.jsonl"  # one line a checkpoint that eval/watch.py scored
 TIMELINE_NAME = "timeline.jsonl"  # when the run was launched, lost workers, continued
 INCIDENTS_NAME = "incidents.jsonl"  # what went wrong without ending the run
 CODE_NAME = "code.json"  # commit and versions of the code that trained it
@@ -38,6 +39,7 @@ EVAL_NAME = "eval.json"
 DEMO_NAME = "demo.json"
 PROVENANCE_NAME = "provenance.json"
 TIMINGS_NAME = "timings.json"
+SWEEP_NAME = "sweep.jsonl"  # one line a scale of guidance that eval/sweep.py scored
 REPORT_NAME = "report.html"
 
 

@@ -25,7 +25,7 @@ NEAR_QUANTILE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class ImageSource:
     """The generated or the real images, or what is known of them without having them.
 
     statistics: by space, of a set that is given as npz files; images: None for such a set.

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.base.run_dir import METRICS_NAME
+from cluster.base.run_dir import METRICS_NAME, WATCH_NAME
 from eval.html_report import pictures
 from eval.html_report.formats import duration, flatten, number, size
 from eval.html_report.headlines import headlines
 from eval.html_report.part_tables import SHAPE_SCORES, ablation_table, shape_rows
-from eval.html_report.run_curves import WATCH_NAME, run_curves, sweep_charts
+from eval.html_report.run_curves import run_curves, sweep_charts
 from eval.html_report.score_table import (
     ELSEWHERE,
     described,

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.jsonl import read_lines
-from cluster.base.run_dir import METRICS_NAME, VALIDATION_NAME
+from cluster.base.run_dir import METRICS_NAME, SWEEP_NAME, VALIDATION_NAME, WATCH_NAME
 from eval.html_report.charts import Chart, line_chart, point_chart
 from eval.html_report.score_table import described, entries
 
-WATCH_NAME = "watch.jsonl"  # of eval/watch.py: a line an evaluated checkpoint
-SWEEP_NAME = "sweep.jsonl"  # of eval/sweep.py: a line a scale of guidance
 CURVES = (("loss", "loss"), ("samples_per_second", "samples/s"))
 RUN_ORDER = ("clip", "judge", "prior", "base", "up")
 MAX_SCORES = 8  # charts of one kind: more than that nobody compares
