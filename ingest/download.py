@@ -10,6 +10,7 @@ examples:
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import UseAppendAction
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ingest.fetching.shard_task import ShardJob
     from ingest.lists.row_filter import RowFilter
     from ingest.lists.url_list import UrlList
-    from ingest.store.shard_runner import Todo
+    from ingest.store.shard_runner import Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +135,11 @@ def _make_missing(
     config: DownloadConfig, job: "ShardJob", listed: "UrlList", plan: "Plan"
 ) -> tuple[int, int]:
     """Make the shards of the plan that are not there; return how many were, and how many lack."""
-    from ingest.shards import shard_name
 
     done = _finished(job.root)
     total = plan.num_shards
     print(f"{listed.num_rows} rows in {total} shards, {len(done)} of them done already", flush=True)
-    todo = (item for item in _shards(config, listed, plan) if shard_name(item.number) not in done)
+    todo = (unit for unit in _shards(config, listed, plan) if unit.name not in done)
     failures = _run(config, job, todo, total - len(done)) if len(done) < total else {}
     for name, error in failures.items():
         print(f"shard {name} failed: {error}", flush=True)
@@ -291,23 +291,25 @@ def _prepare(config: DownloadConfig, listed: "UrlList", row_filter: "RowFilter")
     )
 
 
-def _shards(config: DownloadConfig, listed: "UrlList", plan: "Plan") -> "Iterator[Todo]":
+def _shards(config: DownloadConfig, listed: "UrlList", plan: "Plan") -> "Iterator[Unit]":
     """Yield all shards: the list's, then those of the rounds of retries."""
     import pyarrow as pa
 
     from ingest.fetching.retries import pick
     from ingest.fetching.shard_task import FAILED_BEFORE
-    from ingest.store.shard_runner import Todo
+    from ingest.shards import shard_name
+    from ingest.store.shard_runner import Unit
 
     number = 0
     for rows in _tables(config, listed):
-        yield Todo(number=number, rows=rows)
+        yield Unit(name=shard_name(number), payload=rows)
         number += 1
     for again in plan.rounds:
         size = config.samples_per_shard
         for rows in pick(_tables(config, listed), again.rows, size):
             reasons = pa.array(plan.reasons_of(number), pa.string())
-            yield Todo(number=number, rows=rows.append_column(FAILED_BEFORE, reasons))
+            rows = rows.append_column(FAILED_BEFORE, reasons)
+            yield Unit(name=shard_name(number), payload=rows)
             number += 1
 
 
@@ -339,33 +341,35 @@ def _finished(root: str) -> set[str]:
 
 
 def _run(
-    config: DownloadConfig, job: "ShardJob", todo: "Iterator[Todo]", count: int
+    config: DownloadConfig, job: "ShardJob", todo: "Iterator[Unit]", count: int
 ) -> dict[str, str]:
     """Make the shards; return the error of each that failed, by name."""
     from cluster.base.progress import progress, show_place
-    from ingest.shards import shard_name
+    from ingest.fetching.rate_limit import deal_host_share
+    from ingest.fetching.shard_task import NetworkDown
     from ingest.store.accounts import Accounts, count_rows
-    from ingest.store.shard_runner import in_this_process, on_ray
+    from ingest.store.shard_runner import WorkerPool, run_units
 
     show_place("download", job.root, count)
     failures: dict[str, str] = {}
     accounts, started = Accounts(), time.monotonic()
-    if config.num_processes == 0:
-        made = in_this_process(job, todo)
-    else:
-        made = on_ray(job, todo, config.num_processes)
+    results = run_units(
+        job,
+        todo,
+        WorkerPool(number=config.num_processes, group="cpu_group"),
+        passing=(NetworkDown,),
+        deal_share=partial(deal_host_share, config.host_connections, config.host_rate),
+    )
     with progress("download", count, unit="shards") as advance:
-        for one in made:
-            if one.commit is None:
-                failures[shard_name(one.number)] = one.error or "unknown"
+        for result in results:
+            if result.error is not None:
+                failures[result.name] = result.problem(job.root)
             else:
                 count -= 1
-                count_rows(one.commit)
+                count_rows(result.value)
                 show_place("download", job.root, count)
-                accounts += Accounts.of([one.commit])
+                accounts += Accounts.of([result.value])
             advance(note=accounts.rate(time.monotonic() - started))
-            if one.fatal:
-                break
     return failures
 
 

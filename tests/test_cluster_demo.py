@@ -47,7 +47,7 @@ def test_an_incomplete_download_ends_the_demo_with_1_and_a_rerun_continues(
 ):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("ingest.store.shard_runner.make_shard", fail_to_write)
+        patch.setattr("ingest.fetching.shard_task.make_shard", fail_to_write)
         assert demo.main(DemoConfig(run=str(run), num_train=NUM_TRAIN, num_test=NUM_TEST)) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"{run}: the download of train is incomplete; rerun the same command"

@@ -20,7 +20,6 @@ from ingest.fetching.fetch import Fetcher
 from ingest.fetching.net import connect
 from ingest.lists.filters import FilterConfig, normalise_caption
 from ingest.shards import ImageShard, committed, damage, load_snapshot, recover
-from ingest.store import shard_runner
 
 NUM_IMAGES = 7
 REAL_LIST = Path(__file__).parents[2] / "shared" / "data" / "laion" / "real_urls_10000.parquet"
@@ -120,14 +119,14 @@ def test_a_finished_download_fetches_nothing_again(config, site, capsys):
 def test_a_killed_run_continues_with_what_is_missing(config, tmp_path, monkeypatch, site):
     real, made = shard_task.make_shard, []
 
-    def dying(job, number, rows):
-        if number == 1:
+    def dying(job, name, *rest):
+        if name == "000001":
             raise KeyboardInterrupt
-        made.append(number)
-        return real(job, number, rows)
+        made.append(name)
+        return real(job, name, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_runner, "make_shard", dying)
+        patch.setattr(shard_task, "make_shard", dying)
         with pytest.raises(KeyboardInterrupt):
             main(config)
     assert list(committed(config.out)) == ["000000"]
@@ -142,13 +141,13 @@ def test_a_killed_run_continues_with_what_is_missing(config, tmp_path, monkeypat
 def test_a_shard_that_fails_is_told_and_made_by_the_next_run(config, monkeypatch, capsys):
     real = shard_task.make_shard
 
-    def full(job, number, rows):
-        if number == 1:
+    def full(job, name, *rest):
+        if name == "000001":
             raise OSError("no space left on device")
-        return real(job, number, rows)
+        return real(job, name, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_runner, "make_shard", full)
+        patch.setattr(shard_task, "make_shard", full)
         assert main(config) == 1
     out = capsys.readouterr().out
     assert "shard 000001 failed: no space left" in out and "5 in 1 missing shards" in out

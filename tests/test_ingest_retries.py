@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ingest.download import DownloadConfig, main
+from ingest.fetching import shard_task
 from ingest.fetching.retries import Plan, Round, pick
 from ingest.lists.filters import FilterConfig
 from ingest.shards import ImageShard, committed, load_snapshot
-from ingest.store import shard_runner
 
 NUM_ROWS = 11
 
@@ -84,7 +84,7 @@ def test_a_round_that_was_interrupted_is_finished_by_any_run(config, site, monke
     main(config)
     mend(site, 0, 3, 6, 9)
     with monkeypatch.context() as patch:
-        patch.setattr(shard_runner, "make_shard", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        patch.setattr(shard_task, "make_shard", lambda *_: (_ for _ in ()).throw(OSError("gone")))
         assert main(replace(config, retry_failed=True)) == 1
     assert "4 of 4" not in last_line(capsys)
     assert main(config) == 0
@@ -92,15 +92,15 @@ def test_a_round_that_was_interrupted_is_finished_by_any_run(config, site, monke
 
 
 def test_a_list_that_is_not_finished_is_finished_first(config, site, monkeypatch, capsys):
-    real = shard_runner.make_shard
+    real = shard_task.make_shard
 
-    def failing(job, number, rows):
-        if number == 1:
+    def failing(job, name, *rest):
+        if name == "000001":
             raise OSError("gone")
-        return real(job, number, rows)
+        return real(job, name, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_runner, "make_shard", failing)
+        patch.setattr(shard_task, "make_shard", failing)
         assert main(replace(config, retry_failed=True)) == 1
     assert not (Path(config.out) / "_retries").exists()
     mend(site, 0, 3, 6, 9)

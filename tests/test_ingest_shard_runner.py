@@ -1,74 +1,57 @@
-"""Laws of the shards in work: together they keep to the limits per host, and each is made once."""
+"""Laws of units of work: each is made once, and together they keep to the limits per host."""
 
+import os
 import random
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, cast
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-import pyarrow as pa
 import pytest
 import ray
 from ray.exceptions import WorkerCrashedError
 
-from ingest.fetching.fetch import FetchPolicy
+from ingest.fetching.rate_limit import HostShare, deal_host_share
 from ingest.store import shard_runner
-from ingest.store.shard_runner import Share, Todo, _Supervisor, share_of
-
-ROWS = pa.table({"url": ["http://example.org/a.png"]})
+from ingest.store.shard_runner import Unit, UnitResult, WorkerPool, run_units
 
 
 @dataclass
 class Cluster:
     """In the place of Ray: its CPUs come and go, and any of its workers dies at times."""
 
-    policy: FetchPolicy
+    connections: int
+    rate: float
     draw: random.Random
-    most_cpus: int
-    cpus: int = 1
+    in_flight: dict[int, Unit] = field(default_factory=dict)
+    made: list[str] = field(default_factory=list)
+    most_at_once: int = 0
+    next_reference: int = 0
 
-    def __post_init__(self) -> None:
-        self.in_work: dict[int, tuple[int, Share]] = {}
-        self.made: list[int] = []
-        self.at_most = self.next_reference = 0
-
-    def remote(self, _job: Any, number: int, _rows: pa.Table, share: Share) -> int:
+    def remote(self, _make: Any, unit: Unit) -> int:
         self.next_reference += 1
-        self.in_work[self.next_reference] = (number, share)
-        shares = [share for _, share in self.in_work.values()]
+        self.in_flight[self.next_reference] = unit
+        shares = [unit.share for unit in self.in_flight.values()]
         assert min(share.connections for share in shares) >= 1
-        most = max(self.policy.host_connections, len(shares))
-        assert sum(share.connections for share in shares) <= most
-        assert sum(share.rate for share in shares) <= self.policy.host_rate * (1 + 1e-9)
-        assert all(share.rate > 0 for share in shares) or not self.policy.host_rate
-        self.at_most = max(self.at_most, len(shares))
+        limit = max(self.connections, len(shares))
+        assert sum(share.connections for share in shares) <= limit
+        assert sum(share.rate for share in shares) <= self.rate * (1 + 1e-9)
+        assert all(share.rate > 0 for share in shares) or not self.rate
+        self.most_at_once = max(self.most_at_once, len(shares))
         return self.next_reference
 
     def cluster_resources(self) -> dict[str, float]:
-        self.cpus = self.draw.randint(1, self.most_cpus)
-        return {"CPU": float(self.cpus)}
+        return {"CPU": float(self.draw.randint(1, 20))}
 
     def wait(self, references: list[int], **_: Any) -> tuple[list[int], list[int]]:
-        assert set(references) == set(self.in_work)
+        assert set(references) == set(self.in_flight)
         return [self.draw.choice(references)], []
 
     def get(self, reference: int) -> str:
-        number, _ = self.in_work.pop(reference)
+        unit = self.in_flight.pop(reference)
         if self.draw.random() < 0.1:
             raise WorkerCrashedError
-        self.made.append(number)
-        return f"commit {number}"
-
-
-def supervised(cluster: Cluster, count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Make shards on the cluster; return their numbers, in order."""
-    for name in ("cluster_resources", "wait", "get"):
-        monkeypatch.setattr(ray, name, getattr(cluster, name))
-    monkeypatch.setattr(shard_runner, "PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(shard_runner, "MAX_TRIES", 1000)
-    job = cast(Any, SimpleNamespace(policy=cluster.policy, root="images"))
-    todo = (Todo(number=number, rows=ROWS) for number in range(count))
-    made = _Supervisor(cast(Any, cluster), job, todo, None).run()
-    return sorted(one.number for one in made if one.commit is not None)
+        self.made.append(unit.name)
+        return f"commit {unit.name}"
 
 
 @pytest.mark.parametrize("connections", [1, 2, 4, 7, 32])
@@ -76,32 +59,95 @@ def supervised(cluster: Cluster, count: int, monkeypatch: pytest.MonkeyPatch) ->
 def test_shares_never_exceed_the_limits_while_a_cluster_grows_and_shrinks(
     connections: int, rate: float, monkeypatch: pytest.MonkeyPatch
 ):
-    policy = FetchPolicy(host_connections=connections, host_rate=rate)
-    cluster = Cluster(policy, random.Random(connections), most_cpus=20)
-    assert supervised(cluster, 300, monkeypatch) == list(range(300))
-    assert sorted(cluster.made) == list(range(300)), "each once, however often its worker died"
-    assert cluster.at_most == 21, "and as many at once as there is room for, and one more"
+    cluster = Cluster(connections, rate, random.Random(connections))
+    for name in ("cluster_resources", "wait", "get"):
+        monkeypatch.setattr(ray, name, getattr(cluster, name))
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda _function: cluster)
+    monkeypatch.setattr("cluster.base.ray_session.ensure_ray", lambda: None)
+    monkeypatch.setattr(shard_runner, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(shard_runner, "MAX_TRIES", 1000)
+    names = [f"{number:06d}" for number in range(300)]
+    deal = partial(deal_host_share, connections, rate)
+    units = (Unit(name=name) for name in names)
+    results = list(run_units(print, units, WorkerPool(), deal_share=deal))
+    assert sorted(result.name for result in results if result.error is None) == names
+    assert sorted(cluster.made) == names, "each once, however often its worker died"
+    assert cluster.most_at_once == 21, "and as many at once as there is room for, and one more"
 
 
 @pytest.mark.parametrize("room", range(1, 12))
 def test_all_there_is_is_dealt_evenly(room: int):
-    policy, held = FetchPolicy(host_connections=8, host_rate=4.0), list[Share]()
-    while share := share_of(policy, held, room):
+    held = list[HostShare]()
+    while share := deal_host_share(8, 4.0, held, room):
         held.append(share)
     assert len(held) == room and sum(share.rate for share in held) == pytest.approx(4.0)
     counts = [share.connections for share in held]
     assert max(counts) - min(counts) <= 1 and sum(counts) <= max(8, room)
 
 
-def test_what_the_first_ones_hold_is_dealt_anew_when_they_end():
+def test_shares_of_the_first_units_are_dealt_again_when_they_end():
     """Two began on a machine of one CPU, which then had a hundred: no later shard is left with
     little for long."""
-    policy, held = FetchPolicy(host_connections=4, host_rate=10.0), list[Share]()
-    while share := share_of(policy, held, 2):
+    held = list[HostShare]()
+    while share := deal_host_share(4, 10.0, held, 2):
         held.append(share)
-    assert share_of(policy, held, 101) is None
+    assert deal_host_share(4, 10.0, held, 101) is None
     for _ in range(300):
         held.pop(0)
-        while share := share_of(policy, held, 101):
+        while share := deal_host_share(4, 10.0, held, 101):
             held.append(share)
     assert len(held) == 101 and min(share.rate for share in held) > 0.5 * 10 / 101
+
+
+class Busy(OSError):
+    """An error that may pass."""
+
+
+def test_in_this_process_errors_that_may_pass_are_tried_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shard_runner, "PAUSE_SECONDS", 0.0)
+    tries: list[str] = []
+
+    def make(unit: Unit) -> int:
+        tries.append(unit.name)
+        if unit.name == "never" or (unit.name == "later" and tries.count("later") < 3):
+            raise Busy("no network")
+        if unit.name == "bad":
+            raise ValueError("bad unit")
+        if unit.name == "full":
+            raise OSError(28, "No space left on device")
+        return unit.payload
+
+    units = [Unit(name=name, payload=7) for name in ("good", "later", "never", "bad", "full", "x")]
+    results = list(run_units(make, units, WorkerPool(number=0), passing=(Busy,)))
+    values = {result.name: result.value for result in results if result.error is None}
+    assert values == {"good": 7, "later": 7}
+    assert [r.problem("out") for r in results if r.error] == [
+        "no network", "bad unit", "No space left on device: make room in out",
+    ]  # fmt: skip
+    expected = ["good", *["later"] * 3, *["never"] * 3, "bad", "full"]
+    assert tries == expected, "none after the disk is full"
+
+
+@pytest.mark.slow
+def test_actors_keep_what_they_loaded_and_dead_ones_are_replaced(tmp_path, monkeypatch):
+    class Make:  # local, so that it travels to the workers by value
+        def __init__(self) -> None:
+            self.made = 0
+
+        def __call__(self, unit: Unit) -> tuple[int, int]:
+            self.made += 1
+            if unit.name == "2" and not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                os._exit(1)
+            if unit.name == "3":
+                raise ValueError("bad unit")
+            return unit.payload, self.made
+
+    monkeypatch.setattr(shard_runner, "PAUSE_SECONDS", 0.1)
+    units = [Unit(name=str(number), payload=10 * number) for number in range(6)]
+    results = list(run_units(Make(), units, WorkerPool(number=1, actors=True)))
+    by_name: dict[str, UnitResult] = {result.name: result for result in results}
+    assert len(results) == 6 and str(by_name.pop("3").error) == "bad unit"
+    values = {name: result.value[0] for name, result in by_name.items()}
+    assert values == {"0": 0, "1": 10, "2": 20, "4": 40, "5": 50}
+    assert max(result.value[1] for result in by_name.values()) >= 3, "an actor made several"

@@ -9,10 +9,11 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_HOSTS = 100_000  # remembered; beyond it the idle ones are forgotten, longest unused first
+MIN_FRACTION = 1e-9  # of the limits per host: a smaller rest is a rounding error
 
 
 @dataclass(slots=True)
@@ -211,3 +212,41 @@ class RowQueue:
             else:
                 self._look_at(host, now + wait)
         return None
+
+
+# -- shares of the limits --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostShare:
+    """What one shard in work may do at one host.
+
+    fraction: of the limits of the download; rate: requests a second, 0 for any number.
+    """
+
+    fraction: float
+    connections: int
+    rate: float
+
+
+def deal_host_share(
+    connections: int, rate: float, held: Sequence[HostShare], room: int
+) -> HostShare | None:
+    """Return one more shard's share of the limits per host; None while nothing is left.
+
+    connections, rate: the limits over all shards in work; held: the shares in use; room: the number
+    of shards that fit at once. A shard keeps its share until it ends, so after a cluster has grown
+    new shards wait for the end of the first ones at most. A share has at least one connection: only
+    where more shards are in work than a host may have connections do they exceed that limit.
+    """
+    connections_left = max(connections, len(held) + 1) - sum(share.connections for share in held)
+    fraction_left = 1 - sum(share.fraction for share in held)
+    places = room - len(held)
+    if places < 1 or connections_left < 1 or fraction_left < MIN_FRACTION:
+        return None
+    fraction = min(1 / room, fraction_left / places)
+    return HostShare(
+        fraction=fraction,
+        connections=max(1, connections_left // places),
+        rate=fraction * rate,
+    )

@@ -5,6 +5,7 @@ not used: it has no limits per host and no deadline, drops a row where something
 import alone costs every worker seconds.
 """
 
+import faulthandler
 import json
 import time
 from collections import Counter
@@ -26,10 +27,10 @@ from ingest.shards import (
     Commit,
     Sample,
     outcome,
-    shard_name,
     write_image_shard,
 )
 from ingest.store.forgotten import FORGOTTEN, read_forgotten
+from ingest.store.shard_runner import Unit
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,6 +40,7 @@ MIN_ROW_DIGITS = 3  # of a key, after the shard's name
 FAILED_BEFORE = "_failed_before"  # column of a round of retries: why the row failed
 OUTAGE = frozenset({"no_network", "resolver_failed"})  # reasons that speak of our own network
 OUTAGE_SHARE = 0.5
+GRACE_SECONDS = 60.0  # after a shard's deadline, for the tries in progress and for writing
 
 
 class NetworkDown(OSError):
@@ -58,6 +60,24 @@ class ShardJob:
     row_filter: RowFilter
     kept: tuple[str, ...]
 
+    def __call__(self, unit: Unit) -> Commit:
+        """Make the shard that a unit names of its payload, the rows.
+
+        A unit with a share of the limits per host is made in a worker, which ends itself, with its
+        stacks in the log, if it hangs.
+        """
+        fetcher = process_fetcher(self.policy)  # keeps what it knows of hosts from shard to shard
+        if unit.share is None:
+            return make_shard(self, unit.name, unit.payload, fetcher)
+        fetcher.limits.change(unit.share.connections, unit.share.rate)
+        if self.harvest.deadline_seconds is not None:
+            limit = self.harvest.deadline_seconds + GRACE_SECONDS
+            faulthandler.dump_traceback_later(limit, exit=True)
+        try:
+            return make_shard(self, unit.name, unit.payload, fetcher)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
 
 @lru_cache(maxsize=1)
 def process_fetcher(policy: FetchPolicy) -> Fetcher:
@@ -65,17 +85,14 @@ def process_fetcher(policy: FetchPolicy) -> Fetcher:
     return Fetcher(policy)
 
 
-def make_shard(
-    job: ShardJob, number: int, rows: "pa.Table", *, fetcher: Fetcher | None = None
-) -> Commit:
-    """Download the `number`-th shard and commit it; return the winner's commit.
+def make_shard(job: ShardJob, name: str, rows: "pa.Table", fetcher: Fetcher) -> Commit:
+    """Download a shard and commit it; return the commit, of whoever came first.
 
-    rows: the columns url and caption, then the kept ones and those that filters look at. fetcher:
-    None for this process's own.
+    rows: the columns url and caption, then the kept ones and those that filters need.
     Raises OSError when the files cannot be written, NetworkDown when there was no network for most
     of the rows; a bad URL is never an error.
     """
-    name, started = shard_name(number), time.time()
+    started = time.time()
     rows = normalised(rows)
     found = {row: Harvested(reason=why) for row, why in job.row_filter.problems(rows).items()}
     urls, forgotten = rows["url"].to_pylist(), read_forgotten(job.root)
@@ -84,7 +101,6 @@ def make_shard(
             found[row] = Harvested(reason=FORGOTTEN)
     requests = [one for one in _requests(rows, job.row_filter.hashes) if one.row not in found]
     with Attempt(job.root, name) as attempt:
-        fetcher = fetcher or process_fetcher(job.policy)
         fetched = harvest(requests, fetcher, job.resizer, job.harvest)
         _require_network(fetched)
         forgotten = read_forgotten(job.root)  # again: fetching may have taken long

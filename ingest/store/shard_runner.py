@@ -1,225 +1,267 @@
-"""Make many shards, in this process or on Ray: a bounded number at once, dead workers replaced.
+"""Make units of work, in this process or on Ray: each once, a bounded number at a time.
 
-The limits per host are a whole, of which every shard in work holds a share, however a cluster grows
-and shrinks. The least of connections is one: only where there are more shards in work than a host
-may have connections does it meet as many as there are shards.
-A shard that fails for a reason that may pass is tried again after a pause; a full disk ends the
-run, since no other shard would fare better.
+    pool = WorkerPool(number=4)
+    for result in run_units(make, (Unit(name=name) for name in missing), pool):
+        ...
+
+A unit whose worker died is made again, and so is one that failed for a reason that may pass, after
+a pause. A full disk ends the run, since no other unit would succeed.
 """
 
 import errno
-import faulthandler
 import heapq
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ingest.fetching.fetch import FetchPolicy
-from ingest.fetching.shard_task import NetworkDown, ShardJob, make_shard, process_fetcher
-
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from cluster.base.ray_session import Group
 
-    from ingest.store.commits import Commit
-
-MAX_TRIES = 3  # of a shard whose worker died, or that met no network
+MAX_TRIES = 3  # of a unit whose worker died, or that failed for a reason that may pass
 PAUSE_SECONDS = 5.0  # before the second try, doubled before the third
-GRACE_SECONDS = 60.0  # after a shard's deadline, for the tries in progress and for writing
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
-WAIT_SECONDS = 1.0  # how often the supervisor looks up, though nothing ended
-LOOK_SECONDS = 5.0  # how often it asks whether its own node is alive
-LEAST_PART = 1e-9  # of the limits per host: less is nothing
+POLL_SECONDS = 1.0  # how often the cluster's size is read again while nothing ends
+NODE_CHECK_SECONDS = 5.0  # how often the driver checks that its own node is alive
 
 
 @dataclass(frozen=True, kw_only=True)
-class Todo:
-    """One shard to make: its number, and its rows of the list."""
+class Unit:
+    """One unit of work.
 
-    number: int
-    rows: "pa.Table"
+    name: of its commit; payload: what it is made of, picklable; share: what it may use of a budget
+    that all units in flight have in common (see `run_units`), None for all of it.
+    """
+
+    name: str
+    payload: Any = None
+    share: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """What became of a shard: a commit, or an error; fatal: no other shard would fare better."""
+class UnitResult:
+    """The value that `make` returned for a unit, or the error that it raised."""
 
-    number: int
-    commit: "Commit | None" = None
-    error: str | None = None
-    fatal: bool = False
+    name: str
+    value: Any = None
+    error: BaseException | None = None
+
+    @property
+    def disk_full(self) -> bool:
+        """Whether the disk is full or read-only: no other unit would succeed."""
+        return isinstance(self.error, OSError) and self.error.errno in DISK_ERRORS
+
+    def problem(self, root: str) -> str:
+        """Return the error as a message, with the remedy where the disk of `root` is full."""
+        if self.disk_full and isinstance(self.error, OSError):
+            return f"{os.strerror(self.error.errno or 0)}: make room in {root}"
+        return str(self.error) or repr(self.error)
 
 
-def in_this_process(job: ShardJob, todo: Iterator[Todo]) -> Iterator[Made]:
-    """Make the shards one after the other, without Ray."""
-    return (_patiently(job, item) for item in todo)
+class WorkerDied(RuntimeError):
+    """The worker of a unit, or its node, died in each of `MAX_TRIES` tries."""
 
 
-def _patiently(job: ShardJob, item: Todo) -> Made:
-    for tries in range(MAX_TRIES):
+@dataclass(frozen=True, kw_only=True)
+class WorkerPool:
+    """The processes that make units.
+
+    number: of workers; 0 is this process, without Ray; None is one per CPU of the cluster, as it
+    grows and shrinks. actors: workers keep their copy of `make`, with what it has loaded, from unit
+    to unit and end with the run; otherwise each unit is a Ray task. num_cpus, num_gpus: of a
+    worker; None for num_cpus is an equal part of the cluster's CPUs, at most 1.
+    """
+
+    number: int | None = None
+    actors: bool = False
+    num_cpus: float | None = None
+    num_gpus: float = 0.0
+    group: "Group" = "cpu_group"
+
+
+def run_units(
+    make: Callable[[Unit], Any],
+    units: Iterable[Unit],
+    pool: WorkerPool,
+    *,
+    passing: tuple[type[BaseException], ...] = (),
+    deal_share: Callable[[Sequence[Any], int], Any] | None = None,
+) -> Iterator[UnitResult]:
+    """Make each unit; yield the results as they come. After a full disk no unit is started.
+
+    make: picklable. units: read as workers become free. passing: errors after which a unit is tried
+    again. deal_share: given the shares in use and the number of units that fit, returns the share
+    of one more unit, None while nothing is left; on Ray each unit gets one for as long as it runs.
+    Raises ConnectionError when this machine is no longer part of Ray, and in this process what
+    `make` raises, unless it is an OSError or a ValueError.
+    """
+    if pool.number == 0:
+        for unit in units:
+            result = _make_here(make, unit, passing)
+            yield result
+            if result.disk_full:
+                return
+        return
+    yield from _RayRunner(make, iter(units), pool, passing, deal_share).results()
+
+
+def _make_here(
+    make: Callable[[Unit], Any], unit: Unit, passing: tuple[type[BaseException], ...]
+) -> UnitResult:
+    for tries in range(1, MAX_TRIES + 1):
         try:
-            return Made(number=item.number, commit=make_shard(job, item.number, item.rows))
-        except NetworkDown as error:
-            if tries + 1 == MAX_TRIES:
-                return _failed(job, item.number, error)
-            time.sleep(PAUSE_SECONDS * 2**tries)
-        except OSError as error:
-            return _failed(job, item.number, error)
+            return UnitResult(name=unit.name, value=make(unit))
+        except (OSError, ValueError, *passing) as error:
+            if not isinstance(error, passing) or tries == MAX_TRIES:
+                return UnitResult(name=unit.name, error=error)
+            time.sleep(PAUSE_SECONDS * 2 ** (tries - 1))
     raise AssertionError("the last try returns")
 
 
-def on_ray(job: ShardJob, todo: Iterator[Todo], num_processes: int | None) -> Iterator[Made]:
-    """Make each shard in a Ray task; num_processes: at once, None for as many as there are CPUs.
+class _Actor:
+    """A Ray actor that keeps `make`, and what it loads, from unit to unit."""
 
-    One more than can run is submitted where the limits per host have a share for it: no CPU idles
-    while rows are read, and a cluster that scales by demand sees some.
-    """
-    from cluster.base.ray_session import ensure_ray, placed_on
+    def __init__(self, make: Callable[[Unit], Any]) -> None:
+        self._make = make
 
-    ensure_ray()
-    import ray
-
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    at_once = num_processes or cpus
-    asked = {"num_cpus": min(1.0, cpus / at_once), "resources": placed_on("cpu_group")}
-    task = ray.remote(**asked, max_retries=0)(_supervised)
-    yield from _Supervisor(task, job, todo, num_processes).run()
+    def run(self, unit: Unit) -> Any:
+        return self._make(unit)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """What one shard in work may do at one host; part: of the whole, rate: requests a second, 0 for
-    any number."""
-
-    part: float
-    connections: int
-    rate: float
-
-
-def share_of(policy: FetchPolicy, held: list[Share], room: int) -> Share | None:
-    """Deal one more shard its share of the limits per host; None while there is nothing left.
-
-    held: of the shards in work; room: for how many there is some. A share once dealt is kept until
-    its shard ends, so that after growth the new ones wait for, at most, the end of the first ones.
-    """
-    most = max(policy.host_connections, len(held) + 1)
-    connections_left = most - sum(share.connections for share in held)
-    left = 1 - sum(share.part for share in held)
-    places = room - len(held)
-    if places < 1 or connections_left < 1 or left < LEAST_PART:
-        return None
-    part = min(1 / room, left / places)
-    connections = max(1, connections_left // places)
-    return Share(part=part, connections=connections, rate=part * policy.host_rate)
-
-
-def _supervised(job: ShardJob, number: int, rows: "pa.Table", share: Share) -> "Commit":
-    """Make a shard in a worker that ends itself, with its stacks in the log, should it hang."""
-    fetcher = process_fetcher(job.policy)  # what it knows of hosts outlives its shares
-    fetcher.limits.change(share.connections, share.rate)
-    limit = job.harvest.deadline_seconds
-    if limit is not None:
-        faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True)
-    try:
-        return make_shard(job, number, rows, fetcher=fetcher)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+def _make_in_task(make: Callable[[Unit], Any], unit: Unit) -> Any:
+    return make(unit)
 
 
 @dataclass(kw_only=True)
-class _Running:
-    """A shard that is submitted, or is to be again. tries: before this one."""
+class _Try:
+    """A try at a unit, in flight or to be started again. tries: this one included."""
 
-    item: Todo
-    tries: int
-    share: Share | None = None
+    unit: Unit
+    tries: int = 1
+    actor: Any = None
 
 
-@dataclass
-class _Supervisor:
-    """Keeps as many tasks running as there is room for, until nothing is left to do."""
+class _RayRunner:
+    """Keeps as many units in flight as there is room for, until none is left."""
 
-    task: Any
-    job: ShardJob
-    todo: Iterator[Todo]
-    num_processes: int | None
-    running: dict[Any, _Running] = field(default_factory=dict)
-    later: list[tuple[float, int, _Running]] = field(default_factory=list)
-    exhausted: bool = False
+    def __init__(
+        self,
+        make: Callable[[Unit], Any],
+        units: Iterator[Unit],
+        pool: WorkerPool,
+        passing: tuple[type[BaseException], ...],
+        deal_share: Callable[[Sequence[Any], int], Any] | None,
+    ) -> None:
+        from cluster.base.ray_session import ensure_ray, placed_on
 
-    def run(self) -> Iterator[Made]:
-        """Yield shards as they end; raise ConnectionError when this node is no part of Ray."""
+        ensure_ray()
+        import ray
+
+        self._make, self._units, self._pool = make, units, pool
+        self._passing, self._deal_share = passing, deal_share
+        self._in_flight: dict[Any, _Try] = {}
+        self._later: list[tuple[float, str, _Try]] = []  # heap: when to start a unit again
+        self._idle: list[Any] = []  # actors
+        self._exhausted = False
+        cpus = self._num_cpus()
+        options: dict[str, Any] = {
+            "num_cpus": pool.num_cpus or min(1.0, cpus / (pool.number or cpus)),
+            "num_gpus": pool.num_gpus,
+            "resources": placed_on(pool.group),
+        }
+        if pool.actors:
+            self._remote: Any = ray.remote(**options, max_restarts=0)(_Actor)
+        else:
+            self._remote = ray.remote(**options, max_retries=0)(_make_in_task)
+
+    def results(self) -> Iterator[UnitResult]:
         import ray
 
         from cluster.base.ray_session import require_own_node
 
-        looked = time.monotonic()
-        while self.running or self.later or not self.exhausted:
-            if time.monotonic() - looked > LOOK_SECONDS:
-                require_own_node()
-                looked = time.monotonic()
-            self._submit()
-            if not self.running:
-                time.sleep(WAIT_SECONDS / 10)
-                continue
-            ended, _ = ray.wait(list(self.running), num_returns=1, timeout=WAIT_SECONDS)
-            for reference in ended:
-                made = self._settle(self.running.pop(reference), reference)
-                if made is not None:
-                    yield made
-                if made is not None and made.fatal:
-                    return
+        checked = time.monotonic()
+        try:
+            while self._in_flight or self._later or not self._exhausted:
+                if time.monotonic() - checked > NODE_CHECK_SECONDS:
+                    require_own_node()
+                    checked = time.monotonic()
+                self._start_units()
+                if not self._in_flight:
+                    time.sleep(POLL_SECONDS / 10)
+                    continue
+                ended, _ = ray.wait(list(self._in_flight), num_returns=1, timeout=POLL_SECONDS)
+                for reference in ended:
+                    result = self._result(self._in_flight.pop(reference), reference)
+                    if result is not None:
+                        yield result
+                    if result is not None and result.disk_full:
+                        return
+        finally:
+            for actor in (*self._idle, *(each.actor for each in self._in_flight.values())):
+                if actor is not None:
+                    ray.kill(actor)
 
-    def _submit(self) -> None:
+    def _num_cpus(self) -> int:
         import ray
 
-        now = time.monotonic()
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # a cluster may have grown
-        room = self.num_processes or cpus
-        while self.later and self.later[0][0] <= now and (share := self._share(room)):
-            self._start(heapq.heappop(self.later)[2], share)
-        while not self.exhausted and len(self.running) + len(self.later) <= room:
-            share = self._share(room)
-            if share is None:
+        return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def _start_units(self) -> None:
+        # One task more than can run is submitted: no CPU idles while the next unit is read, and a
+        # cluster that scales by demand sees some. An actor has one unit in hand.
+        room = self._pool.number or self._num_cpus()  # a cluster may have grown
+        room += 0 if self._pool.actors else 1
+        while True:
+            due = bool(self._later) and self._later[0][0] <= time.monotonic()
+            if not due and (self._exhausted or len(self._in_flight) + len(self._later) >= room):
                 return
-            item = next(self.todo, None)
-            if item is None:
-                self.exhausted = True
+            if len(self._in_flight) >= room:
+                return
+            share = None
+            if self._deal_share is not None:
+                held = [attempt.unit.share for attempt in self._in_flight.values()]
+                share = self._deal_share(held, room)
+                if share is None:
+                    return
+            if due:
+                attempt = heapq.heappop(self._later)[2]
+            elif (unit := next(self._units, None)) is not None:
+                attempt = _Try(unit=unit)
             else:
-                self._start(_Running(item=item, tries=0), share)
+                self._exhausted = True
+                continue
+            attempt.unit = replace(attempt.unit, share=share)
+            if self._pool.actors:
+                attempt.actor = self._idle.pop() if self._idle else self._remote.remote(self._make)
+                reference = attempt.actor.run.remote(attempt.unit)
+            else:
+                reference = self._remote.remote(self._make, attempt.unit)
+            self._in_flight[reference] = attempt
 
-    def _share(self, room: int) -> Share | None:
-        held = [running.share for running in self.running.values() if running.share]
-        return share_of(self.job.policy, held, room + 1)  # one more than can run is submitted
+    def _release(self, actor: Any) -> None:
+        if actor is not None:
+            self._idle.append(actor)
 
-    def _start(self, running: _Running, share: Share) -> None:
-        item, running.share = running.item, share
-        self.running[self.task.remote(self.job, item.number, item.rows, share)] = running
-
-    def _settle(self, running: _Running, reference: Any) -> Made | None:
-        """Return what became of a task that ended; None if it is tried again."""
+    def _result(self, attempt: _Try, reference: Any) -> UnitResult | None:
+        """Return the result of a try that ended; None if the unit is to be tried again."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        number = running.item.number
+        name = attempt.unit.name
         try:
-            return Made(number=number, commit=ray.get(reference))
+            value = ray.get(reference)
+            self._release(attempt.actor)
+            return UnitResult(name=name, value=value)
         except RayTaskError as error:
+            self._release(attempt.actor)
             problem: BaseException = error.cause
-            passing = isinstance(problem, NetworkDown)
-        except RayError as error:  # the worker died, or its node
-            problem, passing = RuntimeError(str(error).splitlines()[0]), True
-        if not passing or running.tries + 1 == MAX_TRIES:
-            return _failed(self.job, number, problem)
-        when = time.monotonic() + PAUSE_SECONDS * 2**running.tries
-        again = _Running(item=running.item, tries=running.tries + 1)
-        heapq.heappush(self.later, (when, number, again))
+            passes = isinstance(problem, self._passing)
+        except RayError as error:  # the worker died, or its node; the next unit starts another
+            problem, passes = WorkerDied(str(error).splitlines()[0]), True
+        if not passes or attempt.tries == MAX_TRIES:
+            return UnitResult(name=name, error=problem)
+        when = time.monotonic() + PAUSE_SECONDS * 2 ** (attempt.tries - 1)
+        again = _Try(unit=attempt.unit, tries=attempt.tries + 1)
+        heapq.heappush(self._later, (when, name, again))
         return None
-
-
-def _failed(job: ShardJob, number: int, problem: BaseException) -> Made:
-    if isinstance(problem, OSError) and problem.errno in DISK_ERRORS:
-        error = f"{os.strerror(problem.errno or 0)}: make room in {job.root}"
-        return Made(number=number, error=error, fatal=True)
-    return Made(number=number, error=str(problem) or repr(problem))
