@@ -15,12 +15,10 @@ from typing import Any
 
 import psutil
 
-from cluster.base.run_dir import step_of
+from cluster.base.jsonl import read_lines
+from cluster.base.run_dir import HEARTBEATS_FOLDER, METRICS_NAME, step_of
 from training.checkpoints.records import records
-from training.runs.reporting import METRICS_NAME, read_lines
-from training.runs.sample_log import trained_samples
-from training.runs.timeline import Recovery, read_timeline, recovery_after
-from training.runs.watchdog import HEARTBEATS
+from training.runs.events import Recovery, read_timeline, recovery_after, trained_samples
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT_EVERY = 10
@@ -154,7 +152,7 @@ class Training:
         begun = next((n for n in range(len(lines))[::-1] if lines[n]["event"] == "restored"), None)
         if begun is None or any(x["event"] in ("lost", "launched") for x in lines[begun:]):
             return {}
-        for path in (self.run / HEARTBEATS).glob("rank_*.json"):
+        for path in (self.run / HEARTBEATS_FOLDER).glob("rank_*.json"):
             beat = json.loads(path.read_text())
             if _alive(beat["pid"]):
                 found[beat["rank"]] = beat["pid"]

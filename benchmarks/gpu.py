@@ -68,8 +68,8 @@ def main(config: Config) -> int:
 
 def _trained(root: Path, config: Config) -> list[dict[str, Any]]:
     """Train CLIP and decoder; returns the lines of the decoder's metrics.jsonl."""
+    from cluster.base.jsonl import read_lines
     from training.data.demo_data import embed_here
-    from training.runs.reporting import read_lines
 
     write_sets(root, EMOJI if EMOJI.exists() else None, config.num_train, config.num_test)
     images = ("--images", str(root / "train"))

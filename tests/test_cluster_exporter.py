@@ -5,11 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from cluster.base import exporter
+from cluster.base.metrics import METRICS
 
 WORKER = """
 import json, time, urllib.request
@@ -26,10 +29,10 @@ class Worker:
         gauge("minidalle2_train_loss").set(0.5, model="prior")
         histogram("minidalle2_checkpoint_seconds").observe(0.5, model="prior")
 
-from cluster.base.metrics import counter, gauge, hand_over_to_ray
+from cluster.base.metrics import counter, gauge, export_to_ray
 counter("minidalle2_embed_images_total").inc(5)
 counter("minidalle2_train_incidents_total")
-hand_over_to_ray()
+export_to_ray()
 gauge("minidalle2_train_loss").set(0.25, model="clip")
 worker = Worker.remote()
 ray.get(worker.count.remote())
@@ -90,29 +93,30 @@ print(json.dumps({"first": first, "kept": least, "killed": seen(["clip"], 30)}))
 """
 
 
-def test_ray_is_told_again_until_it_is_left_and_an_error_is_told_once(
+def test_ray_is_given_values_again_and_a_repeated_error_is_printed_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    rounds, errors = list[int](), [RuntimeError("gone"), RuntimeError("gone"), None, None]
+    """Errors of Ray end nothing; once this process has left Ray, nothing is given any more."""
+    rounds, fails = list[int](), (True, True, False, False)
 
-    def copy() -> None:
+    def copy(mirror: exporter.RayMirror, metric: exporter.Metric) -> None:
         rounds.append(len(rounds))
-        error = errors[len(rounds) - 1]
-        if error is not None:
-            raise error
+        if fails[rounds[-1]]:
+            raise RuntimeError("gone")
 
     monkeypatch.setattr(exporter, "REFRESH_SECONDS", 0.01)
-    monkeypatch.setattr(exporter, "_copy_all_to_ray", copy)
-    monkeypatch.setattr(exporter, "_goes_to_ray", lambda: len(rounds) < len(errors))
-    refresher = exporter._Refresher()
-    with exporter._recording:
-        refresher.start()
-        thread = refresher._thread
-        refresher.start()
-        assert refresher._thread is thread, "one is enough"
-    assert thread is not None
-    thread.join(10)
-    assert not thread.is_alive() and refresher._thread is None, "the next record starts another"
+    monkeypatch.setattr(exporter, "_goes_to_ray", lambda: len(rounds) < len(fails))
+    mirror = exporter.RayMirror()
+    mirror.metric(METRICS["minidalle2_train_loss"])
+    monkeypatch.setattr(exporter.RayMirror, "copy", copy)
+    threads = threading.active_count()
+    for _ in range(2):
+        mirror.keep_fresh()
+    assert threading.active_count() <= threads + 1, "one thread is enough"
+    deadline = time.monotonic() + 10
+    while any(thread.name == "metrics in Ray" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert rounds == [0, 1, 2, 3]
     assert capsys.readouterr().err == "metrics: Ray took none: RuntimeError: gone\n"
 

@@ -54,10 +54,9 @@ def told(capsys: pytest.CaptureFixture, *argv: str) -> str:
 
 
 def test_names_are_those_that_the_writers_use():
-    from cluster.base.run_dir import CONFIG_NAME, INCIDENTS_NAME
+    from cluster.base.run_dir import CONFIG_NAME, INCIDENTS_NAME, METRICS_NAME, VALIDATION_NAME
     from cluster.demo import CONFIG_NAME as DEMO
     from models.weights import FINAL_NAME
-    from training.runs.reporting import METRICS_NAME, VALIDATION_NAME
     from training.runs.worker import ERROR_NAMES
 
     ours = run_folders

@@ -308,7 +308,7 @@ def test_a_broken_checkpoint_is_skipped_with_a_warning_and_made_again(
     assert_same(contents(run), expected)
     (incident,) = read_lines(run / INCIDENTS_NAME)
     assert (incident["kind"], incident["step"]) == ("broken", HALF)
-    assert incident["told"].startswith(f"{step_folder(run, WHOLE).name}: no whole checkpoint")
+    assert incident["message"].startswith(f"{step_folder(run, WHOLE).name}: no complete")
 
 
 def test_a_run_whose_checkpoints_are_all_broken_starts_over(data: Path, tmp_path: Path):

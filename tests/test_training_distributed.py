@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster.base.jsonl import read_lines
 from models.configs import ClipConfig, DiffusionPriorConfig
 from training.config import ClipRunConfig, PriorRunConfig, RunConfig, TrainConfig
 from training.loop import Job
-from training.runs.reporting import read_lines
-from training.runs.timeline import read_timeline
+from training.runs.events import read_timeline
 from training.runs.worker import launch
 from training.tasks.clip_and_decoder import build_clip_job
 from training.tasks.prior import build_prior

@@ -11,16 +11,23 @@ import torch
 from _line import CONFIG, NUM_SAMPLES, run, squared_error
 from torch import Tensor, nn
 
+from cluster.base.jsonl import read_lines
+from cluster.base.run_dir import HEARTBEATS_FOLDER, SAMPLES_FOLDER, samples_path
 from models.diffusion.keyed_random import sample_keys
 from training.config import TrainConfig
 from training.data.dataloader import Batch, Feed
 from training.data.sampler import Plan
-from training.runs.incidents import report_incident
+from training.runs.events import (
+    SampleLog,
+    num_attempts,
+    read_timeline,
+    record_event,
+    recovery_after,
+    report_incident,
+    trained_samples,
+)
+from training.runs.follower import Follower
 from training.runs.ray_train import RAY_TIMES, _interruptible, _losses_of, _what
-from training.runs.reporting import Follower, read_lines
-from training.runs.sample_log import SAMPLES, SampleLog, trained_samples
-from training.runs.timeline import note, num_attempts, read_timeline, recovery_after
-from training.runs.watchdog import HEARTBEATS
 
 # -- shares of a batch -----------------------------------------------------------------------------
 
@@ -115,7 +122,7 @@ def test_what_is_trained_again_counts_once(tmp_path: Path):
     with pytest.raises(ConnectionError):
         logged(tmp_path / "parts", failing_once, **changes)
     parts = logged(tmp_path / "parts", failing_once, **changes)
-    lines = read_lines(parts / SAMPLES / "rank_0000.jsonl")
+    lines = read_lines(samples_path(parts, 0))
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 5, 6, 7]
     assert [line["attempt"] for line in lines] == [0] * 5 + [1] * 3
     assert trained_samples(parts, 7) == trained_samples(logged(tmp_path / "whole"), 7)
@@ -143,7 +150,7 @@ def test_a_step_of_which_a_rank_says_nothing_is_not_taken_for_whole(tmp_path: Pa
 
 def test_a_line_cut_short_spoils_no_other(tmp_path: Path):
     SampleLog(tmp_path, 0, num_workers=1, attempt=0).write(1, [batch_of([1], [1])])
-    with (tmp_path / SAMPLES / "rank_0000.jsonl").open("a") as file:
+    with samples_path(tmp_path, 0).open("a") as file:
         file.write('{"attempt": 0, "step": 2, "ke')
     SampleLog(tmp_path, 0, num_workers=1, attempt=1).write(2, [batch_of([2], [1])])
     assert trained_samples(tmp_path, 2) == [[1], [2]]
@@ -151,7 +158,7 @@ def test_a_line_cut_short_spoils_no_other(tmp_path: Path):
 
 def test_without_the_wish_nothing_is_logged(tmp_path: Path):
     run(tmp_path)
-    assert not (tmp_path / SAMPLES).exists()
+    assert not (tmp_path / SAMPLES_FOLDER).exists()
 
 
 # -- timeline --------------------------------------------------------------------------------------
@@ -181,16 +188,16 @@ def test_an_attempt_that_is_lost_before_its_first_step_is_a_part_of_the_restart(
 
 
 def test_the_driver_tells_where_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture):
-    note(tmp_path, "restored", attempt=0, step=0, num_workers=2)
+    record_event(tmp_path, "restored", attempt=0, step=0, num_workers=2)
     with Follower(tmp_path, "prior"):
         report_incident(tmp_path, "lost", 7, "rank 1: ActorDiedError: it died")
-        note(tmp_path, "restored", attempt=1, step=5, num_workers=1)
-        note(tmp_path, "restored", attempt=2, step=6, num_workers=2)
+        record_event(tmp_path, "restored", attempt=1, step=5, num_workers=1)
+        record_event(tmp_path, "restored", attempt=2, step=6, num_workers=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "prior: lost at step 7: rank 1: ActorDiedError: it died",
-        "prior: goes on from step 5 with 1 worker",
-        "prior: goes on from step 6 with 2 workers",
+        "prior: continues from step 5 with 1 worker",
+        "prior: continues from step 6 with 2 workers",
     ]
 
 
@@ -228,12 +235,12 @@ def test_a_loss_is_told_and_a_heartbeat_cut_short_does_not_end_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     """What Ray's controller calls must not raise: it would end the training."""
-    heartbeat = tmp_path / HEARTBEATS / "rank_0000.json"
+    heartbeat = tmp_path / HEARTBEATS_FOLDER / "rank_0000.json"
     heartbeat.parent.mkdir()
     heartbeat.write_text('{"step": 7')
     losses, context = _losses_of(tmp_path), None
     losses.after_exception(context, {0: RuntimeError("its node is gone")})
-    assert read_timeline(tmp_path)[-1]["told"] == "rank 0: RuntimeError: its node is gone"
+    assert read_timeline(tmp_path)[-1]["message"] == "rank 0: RuntimeError: its node is gone"
     assert "lost, and not noted" in capsys.readouterr().out
     heartbeat.write_text('{"step": 7}')
     losses.after_exception(context, {0: RuntimeError("its node is gone")})

@@ -18,12 +18,12 @@ from _line import CONFIG, run, squared_error
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import step_folder
 from training.checkpoints import checkpoint
 from training.checkpoints.records import newest_valid, records
 from training.checkpoints.writer import whole_or_not_at_all
 from training.data.dataloader import Batch
-from training.runs.reporting import read_lines
 
 DISK_BYTES = 1 << 20
 

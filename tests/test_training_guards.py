@@ -18,6 +18,8 @@ import torch
 from _line import CONFIG, network, run, squared_error
 from torch import Tensor, nn
 
+from cluster.base.jsonl import read_lines
+from cluster.base.run_dir import HEARTBEATS_FOLDER
 from models.configs import (
     AutoregressivePriorConfig,
     ClipConfig,
@@ -33,11 +35,12 @@ from training.config import ClipRunConfig, PriorRunConfig
 from training.data.dataloader import Batch
 from training.engine.engines import PlainEngine
 from training.loop import _agreed
-from training.runs.incidents import ENOUGH, LossWatch, report_incident
+from training.runs.events import SPIKE_MINIMUM, SpikeDetector, report_incident
+from training.runs.follower import Follower, describe
 from training.runs.profiling import peak_tflops, window
-from training.runs.reporting import Follower, Reporter, describe, read_lines
+from training.runs.reporting import Reporter
 from training.runs.signals import forget_stop, stop_wanted, stopping_on_sigterm
-from training.runs.watchdog import HEARTBEATS, Heartbeat, Watchdog
+from training.runs.watchdog import Heartbeat, Watchdog
 from training.tasks.clip_and_decoder import clip_model
 from training.tasks.prior import prior_model
 
@@ -125,34 +128,34 @@ def test_sigterm_ends_a_training_script_with_a_checkpoint(
 
 def test_a_spike_is_told_and_noise_is_not():
     rng = np.random.default_rng(0)
-    watch = LossWatch(8.0)
-    assert all(not watch.spike(loss) for loss in rng.normal(1.0, 0.1, 500))
-    assert "loss 3, over a median of" in watch.spike(3.0)
-    assert not watch.spike(1.1), "a spike does not widen what is normal"
-    assert watch.spike(2.5)
+    detector = SpikeDetector(8.0)
+    assert all(not detector.check(loss) for loss in rng.normal(1.0, 0.1, 500))
+    assert "loss 3, over a median of" in detector.check(3.0)
+    assert not detector.check(1.1), "a spike does not widen what is normal"
+    assert detector.check(2.5)
 
 
 def test_the_long_tail_of_a_small_batch_is_no_spike():
     """The mean of 2 losses that depend on a timestep as a diffusion's do, over three decades."""
     rng = np.random.default_rng(0)
-    watch = LossWatch(CONFIG.spike_deviations)
+    detector = SpikeDetector(CONFIG.spike_deviations)
     losses = np.exp(rng.uniform(np.log(1e-3), 0, (3000, 2))).mean(1)
-    assert all(not watch.spike(loss) for loss in losses)
-    assert watch.spike(1e3)
+    assert all(not detector.check(loss) for loss in losses)
+    assert detector.check(1e3)
 
 
 def test_a_loss_of_nothing_is_no_error():
-    watch = LossWatch(6.0)
-    assert all(not watch.spike(0.0) for _ in range(2 * ENOUGH))
-    assert watch.spike(1.0)
+    detector = SpikeDetector(6.0)
+    assert all(not detector.check(0.0) for _ in range(2 * SPIKE_MINIMUM))
+    assert detector.check(1.0)
 
 
 def test_no_spike_before_there_is_enough_to_judge_by_nor_without_a_limit():
-    watch, never = LossWatch(8.0), LossWatch(0.0)
-    for loss in [1.0 + 0.01 * (i % 3) for i in range(ENOUGH - 1)]:
-        assert not watch.spike(loss) and not never.spike(loss)
-    assert not watch.spike(100.0) and not never.spike(100.0)
-    assert watch.spike(100.0) and not never.spike(100.0)
+    detector, never = SpikeDetector(8.0), SpikeDetector(0.0)
+    for loss in [1.0 + 0.01 * (i % 3) for i in range(SPIKE_MINIMUM - 1)]:
+        assert not detector.check(loss) and not never.check(loss)
+    assert not detector.check(100.0) and not never.check(100.0)
+    assert detector.check(100.0) and not never.check(100.0)
 
 
 def test_incidents_are_told_and_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -165,16 +168,16 @@ def test_incidents_are_told_and_counted_once(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_spike_of_a_run_becomes_an_incident(tmp_path: Path):
-    config = dataclasses.replace(CONFIG, num_steps=ENOUGH + 4, learning_rate=0.0)
+    config = dataclasses.replace(CONFIG, num_steps=SPIKE_MINIMUM + 4, learning_rate=0.0)
     calls = iter(range(1000))
 
     def spiking(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        factor = 1e3 if next(calls) == ENOUGH + 1 else 1.0
+        factor = 1e3 if next(calls) == SPIKE_MINIMUM + 1 else 1.0
         return {"loss": factor * squared_error(model, batch)["loss"]}
 
     run(tmp_path, config, spiking)
     (line,) = read_lines(tmp_path / "incidents.jsonl")
-    assert line["kind"] == "spike" and line["step"] == ENOUGH + 2
+    assert line["kind"] == "spike" and line["step"] == SPIKE_MINIMUM + 2
 
 
 # -- hangs -----------------------------------------------------------------------------------------
@@ -217,7 +220,7 @@ def watched(folder: Path, *hangs: str) -> list[subprocess.Popen]:
 
 def await_heartbeat(folder: Path, rank: int) -> None:
     deadline = time.monotonic() + 60
-    while not (folder / HEARTBEATS / f"rank_{rank:04d}.json").is_file():
+    while not (folder / HEARTBEATS_FOLDER / f"rank_{rank:04d}.json").is_file():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -232,7 +235,7 @@ def test_a_rank_that_hangs_ends_all_and_is_named(tmp_path: Path):
         assert "rank 0" not in errors.split("\n")[0], "who waits is not to blame"
         assert 'File "<string>", line' in errors, "with where it stood"
     (line,) = read_lines(tmp_path / "incidents.jsonl")
-    assert line["kind"] == "hang" and f"process {hanging.pid}" in line["told"]
+    assert line["kind"] == "hang" and f"process {hanging.pid}" in line["message"]
 
 
 def test_a_process_that_stands_still_is_named_by_its_peer(tmp_path: Path):
@@ -275,7 +278,7 @@ def test_without_a_limit_nothing_is_watched(tmp_path: Path):
     with Watchdog(tmp_path, 0, 1, 0.0) as watchdog:
         watchdog.beat(1, "fetch")
         assert not [t for t in threading.enumerate() if t.name == "watchdog"]
-    assert not (tmp_path / HEARTBEATS).exists()
+    assert not (tmp_path / HEARTBEATS_FOLDER).exists()
 
 
 def test_a_heartbeat_says_how_far_a_rank_is():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from training.runs.reporting import read_lines
+from cluster.base.jsonl import read_lines
 
 NUM_STEPS = 31
 # A process that has imported everything forks a child for each attempt: the child is what dies.

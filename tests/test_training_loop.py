@@ -12,6 +12,7 @@ import torch
 from _line import CONFIG, NUM_SAMPLES, Line, Objective, network, run, squared_error
 from torch import Tensor, nn
 
+from cluster.base.jsonl import read_lines
 from training.checkpoints.records import Progress
 from training.config import TrainConfig
 from training.data.dataloader import Batch
@@ -19,7 +20,6 @@ from training.engine.ema import Ema
 from training.engine.engines import Fragment
 from training.engine.optimizer import learning_rate_ratio
 from training.loop import MAX_NONFINITE_IN_A_ROW, _seed_dropout
-from training.runs.reporting import read_lines
 
 
 def by_hand(config: TrainConfig) -> tuple[nn.Module, list[float], list[Tensor]]:

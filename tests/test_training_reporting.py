@@ -1,19 +1,22 @@
 """What a run says while it trains: its driver tells each report once, whatever the file goes
 through."""
 
-import errno
 import json
 import re
+import resource
+import shutil
+import time
 import urllib.request
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from cluster.base import metrics
-from cluster.base.jsonl import NewLines, add_line
-from cluster.base.run_dir import VALIDATION_NAME
-from training.runs.reporting import METRICS_NAME, Follower, read_lines
-from training.runs.trackers import Events
+from cluster.base.jsonl import NewLines, add_line, read_lines
+from cluster.base.run_dir import METRICS_NAME, VALIDATION_NAME
+from training.runs.follower import Follower
+from training.runs.trackers import POLL_SECONDS, TensorBoard
 
 
 def line(step: int, **changes) -> dict:
@@ -111,70 +114,71 @@ def test_a_line_cut_short_is_not_read(tmp_path: Path):
 
 
 def scalars(run: Path) -> dict[str, dict[int, float]]:
-    """The scalars of a run's event file as TensorBoard shows them: TFRecords (length, crc, event,
-    crc) of protocol buffers; a session that starts at a step forgets what is there from it on."""
+    """The scalars of a run's event files as TensorBoard shows them: TFRecords (length, crc, event,
+    crc) of protocol buffers; a session that starts at a step drops what is there from it on."""
     from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-    found: dict[str, dict[int, float]] = {}
-    (path,) = (run / "tensorboard").iterdir()
-    data, at = path.read_bytes(), 0
-    while at < len(data):
-        size = int.from_bytes(data[at : at + 8], "little")
-        event = Event.FromString(data[at + 12 : at + 12 + size])
-        if event.HasField("session_log"):
-            found = {
-                tag: {step: value for step, value in values.items() if step < event.step}
-                for tag, values in found.items()
-            }
-        for value in event.summary.value:
-            assert event.step not in found.get(value.tag, {})
-            found.setdefault(value.tag, {})[event.step] = value.simple_value
-        at += size + 16
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in sorted((run / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            if event.HasField("session_log"):
+                for tag, values in found.items():
+                    found[tag] = {step: v for step, v in values.items() if step < event.step}
+            for value in event.summary.value:
+                assert event.step not in found.get(value.tag, {})
+                found[value.tag][event.step] = value.simple_value
+            at += size + 16
     return found
 
 
-def test_tensorboard_is_told_each_line_once_whatever_was_told_before(tmp_path: Path):
+def test_tensorboard_has_each_line_once_and_drops_what_a_run_went_back_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     validation = tmp_path / VALIDATION_NAME
-    write(tmp_path, line(10))
+    write(tmp_path, line(10), line(20))  # followed by nobody, or by a driver that was killed
     add_line(validation, {"step": 10, "cos": 0.5})
-    with Follower(tmp_path, "prior", tensorboard=True):
-        write(tmp_path, line(10), line(20))
-        add_line(validation, {"step": 20, "cos": 0.75})
-    assert scalars(tmp_path)["validation/cos"] == {10: 0.5, 20: 0.75}
-    write(tmp_path, line(10), line(20), line(30))  # followed by nobody, or by one that was killed
-    with Follower(tmp_path, "prior", tensorboard=True):
-        write(tmp_path, line(10), line(20), line(30), line(40, eta_seconds=None))
+    for rest in ([line(30, eta_seconds=None)], [line(30), line(40)]):
+        with Follower(tmp_path, "prior", tensorboard=True):
+            write(tmp_path, line(10), line(20), *rest)
+            add_line(validation, {"step": rest[-1]["step"], "cos": 0.75})
+        found = scalars(tmp_path)
+        steps = (10, 20, *(each["step"] for each in rest))
+        for name in ("loss", "samples_per_second", "nonfinite_steps"):
+            expected = {step: line(step)[name] for step in steps}
+            assert found[f"train/{name}"] == pytest.approx(expected)
+        assert "train/step" not in found and "train/eta_seconds" not in found
+    assert found["validation/cos"] == {10: 0.5, 30: 0.75, 40: 0.75}
+    shutil.rmtree(tmp_path / "tensorboard")
+    board = TensorBoard(tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "tensorboard").is_dir() or 40 not in scalars(tmp_path)["validation/cos"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    write(tmp_path, line(10))  # back to a checkpoint
+    time.sleep(2.5 * POLL_SECONDS)
+    write(tmp_path, line(10), line(20, loss=5.0))
+    board.close()
     found = scalars(tmp_path)
-    for name in ("loss", "samples_per_second", "nonfinite_steps"):
-        told = {step: line(step)[name] for step in (10, 20, 30, 40)}
-        assert found[f"train/{name}"] == pytest.approx(told)
-    assert "train/step" not in found and "train/eta_seconds" not in found
-
-
-def test_tensorboard_forgets_what_a_run_went_back_from(tmp_path: Path):
-    validations = [{"step": step, "cos": 0.5} for step in (10, 30)]
-    events = Events(tmp_path, [line(10), line(20), line(30)], validations)
-    events.trained([line(20, loss=5.0)])
-    events.trained([line(30), line(40)])
-    events.validated([{"step": 30, "cos": 0.75}])
-    events.close()
-    found = scalars(tmp_path)
-    assert found["train/loss"] == pytest.approx({10: 1 / 10, 20: 5.0, 30: 1 / 30, 40: 1 / 40})
-    assert found["validation/cos"] == {10: 0.5, 30: 0.75}
+    assert found["train/loss"] == pytest.approx({10: 1 / 10, 20: 5.0})
+    assert found["validation/cos"] == {10: 0.5}
 
 
 def test_a_full_disk_under_the_events_holds_up_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with Follower(tmp_path, "clip", tensorboard=True):
-        monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.flush", full)
-        write(tmp_path, *(line(step) for step in range(10, 300, 10)))
-        add_line(tmp_path / VALIDATION_NAME, {"step": 20, "cos": 0.75})
-    told = capsys.readouterr().out
-    assert "validation at step 20" in told and "events for TensorBoard are not whole" in told
+    """A limit of the size of files, which the process that writes events inherits."""
+    write(tmp_path, *(line(step) for step in range(10, 1000, 10)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        board = TensorBoard(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    board.close()
+    assert "the events for TensorBoard are incomplete" in capsys.readouterr().out
 
 
 def test_no_events_are_written_unasked(tmp_path: Path):

@@ -12,8 +12,8 @@ import pytest
 from cluster.base.ray_session import GROUPS
 from models.configs import DiffusionPriorConfig
 from training.config import PriorRunConfig, TrainConfig
+from training.runs.events import read_timeline
 from training.runs.ray_train import fit
-from training.runs.timeline import read_timeline
 from training.runs.validator import validate, validation_config
 from training.runs.worker import launch
 from training.tasks.prior import build_prior
@@ -50,7 +50,7 @@ def test_a_command_that_fails_is_told_in_the_timeline(tmp_path: Path):
     with pytest.raises(OSError, match="validator: exit code 3"):
         validate(checkpoint, **told(tmp_path, 'python -c "import sys; sys.exit(3)"'))
     (line,) = read_timeline(tmp_path)
-    assert line["event"] == "validator failed" and line["told"].startswith("exit code 3")
+    assert line["event"] == "validator failed" and line["message"].startswith("exit code 3")
 
 
 def test_a_command_that_is_not_there_is_told_in_the_timeline(tmp_path: Path):
@@ -58,7 +58,7 @@ def test_a_command_that_is_not_there_is_told_in_the_timeline(tmp_path: Path):
     with pytest.raises(OSError, match="No such file or directory: 'pyhton'"):
         validate(checkpoint, **told(tmp_path, "pyhton eval/watch.py"))
     (line,) = read_timeline(tmp_path)
-    assert line["event"] == "validator failed" and "pyhton" in line["told"]
+    assert line["event"] == "validator failed" and "pyhton" in line["message"]
 
 
 @pytest.mark.parametrize("command", ["python 'eval/watch.py", " "])

@@ -23,10 +23,9 @@ from training.data.feeds import make_feed
 from training.engine.ema import Averages
 from training.engine.engines import Engine
 from training.engine.optimizer import learning_rate_ratio
-from training.runs.incidents import report_incident
+from training.runs.events import num_attempts, report_incident
 from training.runs.reporting import Reporter
 from training.runs.signals import stop_wanted
-from training.runs.timeline import num_attempts
 
 MAX_NONFINITE_IN_A_ROW = 10
 
@@ -170,8 +169,9 @@ def _begun(run: Path, engine: Engine, averages: Averages, reporter: Reporter) ->
     progress = checkpoint.restore(run, step, engine, averages) if step >= 0 else Progress()
     broken = [folder.name for folder in step_folders(run) if step_of(folder) > progress.step]
     if broken and engine.rank == 0:
-        told = f"{', '.join(broken)}: no whole checkpoint; goes on from step {progress.step}"
-        report_incident(run, "broken", progress.step, told)
+        names = ", ".join(broken)
+        message = f"{names}: no complete checkpoint; continues from step {progress.step}"
+        report_incident(run, "broken", progress.step, message)
     attempt = agreed(engine, num_attempts(run))
     reporter.started(progress, num_workers=engine.world_size, attempt=attempt)
     return progress

@@ -15,34 +15,38 @@ AnyPath = str | os.PathLike[str]
 
 
 @contextmanager
-def atomic_write(path: AnyPath) -> Iterator[Path]:
+def atomic_write(path: AnyPath, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder; rename it to `path` when the block succeeds.
 
-    The file reaches the disk before it gets its name. If the block fails, nothing remains: half a
-    file would keep a full disk full. Two processes may write the same path; the last one wins.
+    If the block fails, nothing remains: half a file would keep a full disk full. Two processes may
+    write the same path; the last one wins. durable: the file reaches the disk before it gets its
+    name, so that it outlives a loss of power.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def write_text(path: AnyPath, text: str) -> Path:
+def write_text(path: AnyPath, text: str, *, durable: bool = True) -> Path:
     """Write a UTF-8 text file atomically; return its path."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
 
-def write_json(path: AnyPath, value: Any, *, indent: int | None = None) -> Path:
+def write_json(
+    path: AnyPath, value: Any, *, indent: int | None = None, durable: bool = True
+) -> Path:
     """Write a value as JSON atomically; return its path."""
-    return write_text(path, json.dumps(value, indent=indent))
+    return write_text(path, json.dumps(value, indent=indent), durable=durable)
 
 
 def canonical_json(value: Any) -> bytes:

@@ -1,29 +1,27 @@
-"""Every metric of the project, defined once, and the façade through which the code counts.
+"""Every metric of the project, defined once, and the functions by which the code counts.
 
     counter("minidalle2_ingest_rows_total").inc(12, outcome="stored")
     gauge("minidalle2_train_loss").set(0.31, model="prior")
     histogram("minidalle2_checkpoint_seconds").observe(1.8, model="prior")
 
-A process that was given a port answers Prometheus over HTTP; one that was not, and is part of a
-Ray cluster, hands every value to Ray's exporter of its node, where the same name begins with
-`ray_`: a value is never in both. Whoever runs a stage counts for all of its workers, so no metric
-needs a rank: a training's driver publishes what its first rank writes (training/runs/reporting.py).
-
-Labels come from closed sets: no URL, key or host can become a series.
+Where the values go is said in cluster/base/exporter.py. Whoever runs a stage counts for all of its
+workers, so no metric needs a rank: a training's driver publishes what its first rank writes
+(training/runs/follower.py). Labels come from closed sets: no URL, key or host becomes a series.
 """
 
 import difflib
 import itertools
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-Kind = Literal["counter", "gauge", "histogram"]
+from cluster.base import exporter
+from cluster.base.exporter import Kind, Metric
 
 OUTCOMES = ("stored", "filtered", "failed")
-FAILURES = (  # of rows, as ingest/lists/filters.py names them
+FAILURES = (  # why a row could not be had; from "unreachable" on, a second try may succeed
     "invalid_url", "unresolved", "address_refused", "port_refused", "tls_failed", "too_large",
     "too_many_redirects", "not_found", "forbidden", "client_error", "not_an_image", "undecodable",
     "hash_mismatch", "unreachable", "timeout", "truncated", "rate_limited", "server_error",
@@ -31,11 +29,11 @@ FAILURES = (  # of rows, as ingest/lists/filters.py names them
 )  # fmt: skip
 BACKLOGS = ("download", "embed")
 FOLDERS = ("images", "embeds", "runs")
-INCIDENTS = ("spike", "hang", "lost", "broken")
-MODELS = ("clip", "prior", "decoder", "up256", "up1024")  # an upsampler is told by its stage
+Incident = Literal["spike", "hang", "lost", "broken"]  # see training/runs/events.py
+INCIDENTS: tuple[str, ...] = get_args(Incident)
+MODELS = ("clip", "prior", "decoder", "up256", "up1024")  # an upsampler is named by its stage
 JUDGED = (*MODELS, "chain")
 STAGES = ("download", "clip", "judge", "embed", "prior", "base", "up", "sample", "evaluate")
-SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # histograms
 SHAPE_SETS = ("single", "seen", "held_out")
 SHAPE_SCORES = ("all", "attribute", "relation", "real")
 SPACES = ("clip", "inception", "inception_clean", "dinov2")
@@ -58,32 +56,6 @@ SCORES = (  # spelled as their paths in eval.json
     *(f"shapes.{drawn}.{score}" for drawn, score in itertools.product(SHAPE_SETS, SHAPE_SCORES)),
 )
 
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One metric: its Prometheus name, what it counts, the closed set of each label's values."""
-
-    name: str
-    kind: Kind
-    help: str
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def check(self, labels: dict[str, str]) -> None:
-        """Raise ValueError unless `labels` gives each label of this metric a value of its set."""
-        if labels.keys() != self.labels.keys():
-            found, expected = sorted(labels) or "none", sorted(self.labels) or "none"
-            raise ValueError(f"{self.name}: found labels {found}, expected {expected}")
-        for label, value in labels.items():
-            if value not in self.labels[label]:
-                allowed = ", ".join(self.labels[label])
-                raise ValueError(f"{self.name}: found {label}={value!r}, expected one of {allowed}")
-
-    def combinations(self) -> list[dict[str, str]]:
-        """List every combination of label values; one empty combination where there is no label."""
-        values = itertools.product(*self.labels.values())
-        return [dict(zip(self.labels, combination, strict=True)) for combination in values]
-
-
 _MODEL = {"model": MODELS}
 _TABLE: tuple[tuple[str, Kind, Mapping[str, tuple[str, ...]], str], ...] = (
     ("ingest_rows_total", "counter", {"outcome": OUTCOMES}, "Rows of the URL list attempted."),
@@ -98,7 +70,7 @@ _TABLE: tuple[tuple[str, Kind, Mapping[str, tuple[str, ...]], str], ...] = (
     ("storage_size_bytes", "gauge", {"folder": FOLDERS}, "All space where a local folder lies."),
     ("train_running", "gauge", _MODEL, "1 while a run trains, 0 once it ended."),
     ("train_start_timestamp_seconds", "gauge", _MODEL, "When the workers last began; Unix time."),
-    ("train_report_timestamp_seconds", "gauge", _MODEL, "When a run last told of itself."),
+    ("train_report_timestamp_seconds", "gauge", _MODEL, "When a run last reported."),
     ("train_loss", "gauge", _MODEL, "Mean loss since the last report."),
     ("train_step", "gauge", _MODEL, "Optimizer steps taken."),
     ("train_samples_total", "counter", _MODEL, "Samples trained on by this process."),
@@ -126,92 +98,54 @@ METRICS: dict[str, Metric] = {
 
 
 @dataclass(frozen=True)
-class _Handle:
-    metric: Metric
-
-    def _record(self, method: str, value: float, labels: dict[str, str]) -> None:
-        from cluster.base import exporter
-
-        self.metric.check(labels)
-        exporter.record(self.metric, method, value, labels)
-
-
-class Counter(_Handle):
+class Counter:
     """A count that only grows, from 0 when the process starts."""
+
+    metric: Metric
 
     def inc(self, amount: float = 1, **labels: str) -> None:
         """Add `amount`; ValueError if it is negative or a label is unknown."""
-        self._record("inc", amount, labels)
+        exporter.record(self.metric, "inc", amount, labels)
 
 
-class Gauge(_Handle):
+@dataclass(frozen=True)
+class Gauge:
     """A value that goes up and down; absent until first set."""
+
+    metric: Metric
 
     def set(self, value: float, **labels: str) -> None:
         """Set the value; ValueError if a label is unknown."""
-        self._record("set", value, labels)
+        exporter.record(self.metric, "set", value, labels)
 
 
-class Histogram(_Handle):
+@dataclass(frozen=True)
+class Histogram:
     """A distribution over fixed buckets, from 10 milliseconds to 5 minutes."""
+
+    metric: Metric
 
     def observe(self, value: float, **labels: str) -> None:
         """Add one observation, in seconds; ValueError if a label is unknown."""
-        self._record("observe", value, labels)
+        exporter.record(self.metric, "observe", value, labels)
 
 
 def counter(name: str) -> Counter:
     """Return the counter of that name; ValueError, with the nearest, if there is none."""
-    return Counter(_find(name, "counter"))
+    return Counter(_metric(name, "counter"))
 
 
 def gauge(name: str) -> Gauge:
     """Return the gauge of that name; ValueError, with the nearest, if there is none."""
-    return Gauge(_find(name, "gauge"))
+    return Gauge(_metric(name, "gauge"))
 
 
 def histogram(name: str) -> Histogram:
     """Return the histogram of that name; ValueError, with the nearest, if there is none."""
-    return Histogram(_find(name, "histogram"))
+    return Histogram(_metric(name, "histogram"))
 
 
-def serve(port: int | None) -> int | None:
-    """Serve every metric at http://127.0.0.1:port/metrics for the rest of the process.
-
-    port: 0 takes any free port; None serves nothing. Returns the port served. A second call, for
-    that port or for any, is answered by the server there is, so that stages of one process share
-    it. Raises ValueError if the port cannot be had.
-    """
-    from cluster.base import exporter
-
-    return exporter.serve(METRICS, port)
-
-
-def hand_over_to_ray() -> None:
-    """Give the Ray that this process has just joined what it counted so far, where it serves no
-    port of its own."""
-    from cluster.base import exporter
-
-    exporter.hand_over_to_ray(METRICS)
-
-
-def storage_space(folder: str | Path, *, holds: str) -> None:
-    """Set the free and the whole space of the disk of `folder`; nothing where it is not local.
-
-    holds: what the folder is for, one of FOLDERS.
-    """
-    path = str(folder).removeprefix("file://")
-    if "://" in path:
-        return
-    try:
-        space = shutil.disk_usage(path)
-    except FileNotFoundError:  # not made yet, or gone already: there is nothing to measure
-        return
-    gauge("minidalle2_storage_free_bytes").set(space.free, folder=holds)
-    gauge("minidalle2_storage_size_bytes").set(space.total, folder=holds)
-
-
-def _find(name: str, kind: Kind) -> Metric:
+def _metric(name: str, kind: Kind) -> Metric:
     metric = METRICS.get(name)
     if metric is None:
         close = difflib.get_close_matches(name, METRICS, n=1)
@@ -220,3 +154,35 @@ def _find(name: str, kind: Kind) -> Metric:
     if metric.kind != kind:
         raise ValueError(f"{name}: found use as a {kind}, expected as a {metric.kind}")
     return metric
+
+
+def serve(port: int | None) -> int | None:
+    """Serve every metric at http://127.0.0.1:port/metrics for the rest of the process.
+
+    port: 0 takes any free port; None serves nothing. Returns the port served. Stages of one process
+    share a server: a second call, for that port or for 0, returns the port of the first. Raises
+    ValueError if the port cannot be had.
+    """
+    return None if port is None else exporter.serve(METRICS.values(), port)
+
+
+def export_to_ray() -> None:
+    """Give the Ray that this process has just joined what it counted so far, unless it serves a
+    port of its own."""
+    exporter.export_to_ray(METRICS.values())
+
+
+def storage_space(folder: str | Path, *, holds: str) -> None:
+    """Set the free space and the size of the disk of `folder`; nothing where it is not local.
+
+    holds: what the folder is for, one of FOLDERS.
+    """
+    path = str(folder).removeprefix("file://")
+    if "://" in path:
+        return
+    try:
+        space = shutil.disk_usage(path)
+    except FileNotFoundError:  # not made yet, or deleted already
+        return
+    gauge("minidalle2_storage_free_bytes").set(space.free, folder=holds)
+    gauge("minidalle2_storage_size_bytes").set(space.total, folder=holds)

@@ -22,7 +22,7 @@ def ensure_ray() -> None:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import ray
 
-    from cluster.base.metrics import hand_over_to_ray
+    from cluster.base.metrics import export_to_ray
 
     if ray.is_initialized():
         return
@@ -38,7 +38,7 @@ def ensure_ray() -> None:
         )
     else:
         ray.init(address=address, logging_level=logging.WARNING)
-    hand_over_to_ray()
+    export_to_ray()
 
 
 def placed_on(group: Group) -> dict[str, float]:

@@ -72,6 +72,16 @@ def record_path(folder: Path, rank: int) -> Path:
     return fragment_path(folder, rank).with_suffix(".json")
 
 
+def samples_path(run: Path, rank: int) -> Path:
+    """Return the file in which a rank logs the samples of its steps."""
+    return run / SAMPLES_FOLDER / f"rank_{rank:04d}.jsonl"
+
+
+def samples_paths(run: Path) -> list[Path]:
+    """Return the logs of samples of all ranks."""
+    return sorted((run / SAMPLES_FOLDER).glob("rank_*.jsonl"))
+
+
 def error_path(run: Path, rank: int) -> Path:
     """Return the file in which a rank leaves the error that ended it."""
     return run / f"{ERROR_PREFIX}{rank:05d}.txt"

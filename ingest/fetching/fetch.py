@@ -80,7 +80,7 @@ class FetchPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """Either the body, or a reason out of `ingest.lists.filters.FAILED` or `FILTERED`.
+    """Either the body, or a reason out of `cluster.base.metrics.FAILURES` or `FILTERED`.
 
     retry_after: seconds for which the host, or we, asked for a pause.
     """

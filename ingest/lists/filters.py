@@ -14,18 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
+from cluster.base.metrics import FAILURES
+
 if TYPE_CHECKING:
     from PIL import Image
 
-# The row was attempted and could not be had.
-FAILED = (
-    "invalid_url", "unresolved", "address_refused", "port_refused", "tls_failed", "too_large",
-    "too_many_redirects", "not_found", "forbidden", "client_error", "not_an_image", "undecodable",
-    "hash_mismatch", "unreachable", "timeout", "truncated", "rate_limited", "server_error",
-    "robots_unavailable", "resolver_failed", "no_network", "shard_deadline",
-)  # fmt: skip
-# Of these, what may pass: the try is repeated, and so is the row by --retry-failed.
-TRANSIENT = frozenset(FAILED[FAILED.index("unreachable") :])
+# Of the failures, what may pass: the try is repeated, and so is the row by --retry-failed.
+TRANSIENT = frozenset(FAILURES[FAILURES.index("unreachable") :])
 # The row could be had and is left out on purpose.
 FILTERED = (
     "opted_out", "robots_disallowed", "too_small", "too_many_pixels", "too_few_pixels",

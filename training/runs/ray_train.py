@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from training.config import TrainConfig
-from training.runs.incidents import report_incident
+from training.runs.events import record_event, report_incident
 from training.runs.signals import stopping_on_sigterm
-from training.runs.timeline import note
 from training.runs.validator import validation_config
 from training.runs.watchdog import last_step
 
@@ -143,15 +142,15 @@ def _losses_of(run: Path) -> Any:
         def after_exception(
             self, run_context: Any, worker_exceptions: dict[int, Exception]
         ) -> None:
-            told = "; ".join(
+            message = "; ".join(
                 f"rank {rank}: {_what(error)}"
                 for rank, error in sorted(worker_exceptions.items(), key=_dead_first)
             )
             try:
-                note(run, "lost", told=told)
-                report_incident(run, "lost", last_step(run), told)
+                record_event(run, "lost", message=message)
+                report_incident(run, "lost", last_step(run), message)
             except (OSError, ValueError) as error:  # the restart matters more than its record
-                print(f"{run}: lost, and not noted ({error}): {told}", flush=True)
+                print(f"{run}: lost, and not noted ({error}): {message}", flush=True)
 
     return Losses()
 

@@ -1,75 +1,86 @@
-"""A run's lines as TensorBoard events, for those who watch their runs there.
+"""The reports of a run as TensorBoard events, for those who watch their runs there.
 
-metrics.jsonl and validation.jsonl remain what a run says of itself: events hold the same numbers.
+metrics.jsonl and validation.jsonl remain the record of a run: events hold the same numbers.
 """
 
-import time
-from collections.abc import Iterable
+import multiprocessing
+import os
+import threading
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
 
-EVENTS_NAME = "tensorboard"
-ASIDE = ("step", "num_steps")  # not scores: the axis of all, and its end
+from cluster.base.jsonl import NewLines
+from cluster.base.run_dir import METRICS_NAME, TENSORBOARD_FOLDER, VALIDATION_NAME
+
+NOT_SCORES = ("step", "num_steps")  # the axis of all, and its end
+POLL_SECONDS = 1.0
+CLOSE_SECONDS = 20.0
 
 
-class Events:
-    """Writes <run>/tensorboard, from the driver, with tensorboardX's own encoding of files.
+class TensorBoard:
+    """Writes <run>/tensorboard, from a process of its own.
 
-    Not by its SummaryWriter: that writes from a thread of its own, which a full disk ends, and
-    whoever adds to it afterwards waits for ever.
+    tensorboardX hands events to a thread that a full disk ends, and then waits for that thread for
+    ever. A process can be ended from outside, so that training is not held up.
     """
 
-    def __init__(self, run: Path, before: Iterable[dict], validated_before: Iterable[dict]) -> None:
-        """before, validated_before: lines that the run has already; a driver that was killed may
-        not have written them, so that every one writes them anew. Raises OSError."""
-        # which most runs have no need of
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
-
-        kinds: Any = (event_pb2, summary_pb2)  # whose classes are made at import
-        self._event, self._session = kinds[0].Event, kinds[0].SessionLog
-        self._summary = kinds[1].Summary
-        folder = run / EVENTS_NAME
-        folder.mkdir(exist_ok=True)
-        for path in folder.glob("events.out.tfevents.*"):
-            path.unlink()
-        self._writer = EventsWriter(str(folder / "events"))
-        self._trained = -1
-        self.trained(before)
-        self.validated(validated_before)
-
-    def trained(self, lines: Iterable[dict]) -> None:
-        """Write lines of metrics.jsonl; raises OSError.
-
-        Where they go back, as a run does to a checkpoint, TensorBoard is told to forget all that it
-        has from there on, validations too.
-        """
-        for line in lines:
-            if line["step"] <= self._trained:
-                began = self._session(status=self._session.START)
-                self._write(line["step"], session_log=began)
-            self._trained = line["step"]
-            self._scalars("train", line)
-        self._writer.flush()
-
-    def validated(self, lines: Iterable[dict]) -> None:
-        """Write lines of validation.jsonl; raises OSError."""
-        for line in lines:
-            self._scalars("validation", line)
-        self._writer.flush()
+    def __init__(self, run: Path) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._run, self._stop = run, spawn.Event()
+        self._process = spawn.Process(
+            target=_write_events, args=(run, self._stop), name="tensorboard", daemon=True
+        )
+        self._process.start()
 
     def close(self) -> None:
-        """End the file; raises OSError."""
-        self._writer.close()
+        """Write what is left, and end the process; print a line if events are missing."""
+        self._stop.set()
+        self._process.join(CLOSE_SECONDS)
+        if self._process.exitcode != 0:
+            print(f"{self._run}: the events for TensorBoard are incomplete", flush=True)
+        self._process.kill()
+        self._process.join()
 
-    def _scalars(self, group: str, line: dict) -> None:
-        """Write the numbers of a line as <group>/<name> at its step."""
-        values = [
-            self._summary.Value(tag=f"{group}/{name}", simple_value=value)
-            for name, value in line.items()
-            if name not in ASIDE and isinstance(value, (int, float))
-        ]
-        self._write(line["step"], summary=self._summary(value=values))
 
-    def _write(self, step: int, **told: Any) -> None:
-        self._writer.write_event(self._event(wall_time=time.time(), step=step, **told))
+def _write_events(run: Path, stop: Event) -> None:
+    """Write events until `stop` is set; end the process with exit code 1 where that fails."""
+    threading.excepthook = lambda _: os._exit(1)  # of tensorboardX's thread
+    try:
+        _follow(run, stop)
+    except OSError:
+        os._exit(1)
+
+
+def _follow(run: Path, stop: Event) -> None:
+    """Write all reports of a run, and the new ones until `stop` is set.
+
+    A driver that was killed may not have written all, so that each one writes them again. Where the
+    steps go back, as in a run that continues from a checkpoint, TensorBoard drops what it has from
+    that step on.
+    """
+    from tensorboardX import SummaryWriter
+
+    folder = run / TENSORBOARD_FOLDER
+    folder.mkdir(exist_ok=True)
+    for path in folder.glob("events.out.tfevents.*"):
+        path.unlink()
+    driver = multiprocessing.parent_process()
+    metrics, validation = NewLines(run / METRICS_NAME), NewLines(run / VALIDATION_NAME)
+    writer, last_step, num_files = SummaryWriter(str(folder), flush_secs=1), -1, 1
+    ended = False
+    while not ended:
+        ended = stop.wait(POLL_SECONDS) or driver is None or not driver.is_alive()
+        for group, lines in (("train", metrics.read()), ("validation", validation.read())):
+            for line in lines:
+                step = line["step"]
+                if group == "train" and step <= last_step:
+                    writer.close()
+                    suffix, num_files = f".{num_files}", num_files + 1
+                    writer = SummaryWriter(
+                        str(folder), flush_secs=1, purge_step=step, filename_suffix=suffix
+                    )
+                last_step = step if group == "train" else last_step
+                for name, value in line.items():
+                    if name not in NOT_SCORES and isinstance(value, (int, float)):
+                        writer.add_scalar(f"{group}/{name}", value, step)
+    writer.close()

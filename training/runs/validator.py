@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.config import TrainConfig
-from training.runs.timeline import note
+from training.runs.events import record_event
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint, ValidationConfig
@@ -106,7 +106,7 @@ def validate(
             code, told = None, str(error)
     if code != 0:
         told = f"{told}; see {LOG_NAME}"
-        note(Path(run), "validator failed", told=told)
+        record_event(Path(run), "validator failed", message=told)
         raise OSError(f"{run}: validator: {told}")
     return {"exit_code": code}
 

@@ -1,9 +1,11 @@
-"""The watchdog: ends a worker group that hangs, and says which rank does.
+"""The watchdog: ends a worker group that hangs, and reports which rank is behind.
 
     <run>/heartbeats/rank_0003.json   what a rank does, and since when
 
-A thread of each rank writes what the rank is doing, and looks whether that goes on for too long. A
-rank that waits for others in a collective hangs as much as they; who is furthest behind is told.
+A thread of each rank writes what the rank is doing and reads what the others do. When its own rank
+spends too long on a step, it reports the ranks that are silent, else those furthest behind, dumps
+all stacks (`faulthandler`) and ends the process. The connections of the other ranks then break,
+and Ray Train restarts the group from the newest checkpoint.
 """
 
 import faulthandler
@@ -16,17 +18,18 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from training.runs.incidents import report_incident
+from cluster.base.files import write_json
+from cluster.base.run_dir import HEARTBEATS_FOLDER
+from training.runs.events import report_incident
 
 PHASES = ("start", "fetch", "forward", "step", "checkpoint", "validation")
-UNLIMITED = ("start", "checkpoint", "validation")  # as long as storage and models are slow
+UNLIMITED = ("start", "checkpoint", "validation")  # as slow as storage and models are
 FIRST_STEP = 10  # times the limit: kernels are compiled, caches filled
-HEARTBEATS = "heartbeats"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """What a rank does, and since when; `at` is when it last showed that it lives."""
+    """What a rank does, and since when; `at` is when its process last wrote this."""
 
     rank: int
     step: int = 0
@@ -38,6 +41,7 @@ class Heartbeat:
 
     @property
     def progress(self) -> tuple[int, int]:
+        """How far the rank is: later steps and phases compare greater."""
         return self.step, PHASES.index(self.phase)
 
     def __str__(self) -> str:
@@ -49,34 +53,34 @@ class Heartbeat:
 
 def last_step(run: Path) -> int:
     """Return the step that the foremost rank was last seen at, 0 where none was."""
-    found = [json.loads(path.read_text()) for path in (run / HEARTBEATS).glob("rank_*.json")]
-    return max((beat["step"] for beat in found), default=0)
+    paths = (run / HEARTBEATS_FOLDER).glob("rank_*.json")
+    return max((json.loads(path.read_text())["step"] for path in paths), default=0)
 
 
 class Watchdog:
-    """Watches this rank's steps; 0 `seconds`: never ends anything.
+    """Limits the seconds of a step of this rank; with 0 it never ends anything.
 
-    Time counts only while this process runs, a tick at a time, so that a suspended machine or a
-    clock that is set hangs nobody. A peer lives as long as its heartbeat changes, whatever its own
-    clock says.
+    Time counts only while this process runs, a tick at a time: a suspended machine or a clock that
+    is set hangs nobody. A peer is silent when its heartbeat has not changed for `seconds`.
     """
 
     def __init__(self, run: Path, rank: int, world_size: int, seconds: float) -> None:
-        self._run, self._world_size, self._seconds = run, world_size, seconds
-        self._tick = min(5.0, seconds / 10)
-        self._begun: int | None = None  # the first step of this process
+        self._run, self._seconds = run, seconds
+        folder = run / HEARTBEATS_FOLDER
+        self._paths = [folder / f"rank_{each:04d}.json" for each in range(world_size)]
         now = time.time()
-        self._mine = Heartbeat(
+        self._own = Heartbeat(
             rank=rank, since=now, at=now, host=socket.gethostname(), pid=os.getpid()
         )
-        self._seen: dict[int, tuple[float, float]] = {}  # of peers: their clock, ours at its change
+        self._first_step: int | None = None  # of this process
+        self._changes: dict[int, tuple[float, float]] = {}  # of peers: their `at`, our clock then
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._run_thread, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
-            (self._run / HEARTBEATS).mkdir(exist_ok=True)
-            self._write(self._mine)
+            self._paths[0].parent.mkdir(exist_ok=True)
+            write_json(self._paths[self._own.rank], asdict(self._own), durable=False)
             self._thread.start()
         return self
 
@@ -86,74 +90,56 @@ class Watchdog:
             self._thread.join()
 
     def beat(self, step: int, phase: str) -> None:
-        """Say what this rank does from now on."""
-        self._begun = step if self._begun is None else self._begun
+        """Record what this rank does from now on; phase: one of PHASES."""
+        self._first_step = step if self._first_step is None else self._first_step
         now = time.time()
-        self._mine = replace(self._mine, step=step, phase=phase, since=now, at=now)
+        self._own = replace(self._own, step=step, phase=phase, since=now, at=now)
 
-    def _watch(self) -> None:
-        age, watched, last = 0.0, self._mine, time.monotonic()
-        while not self._stop.wait(self._tick):
+    def _run_thread(self) -> None:
+        tick = min(5.0, self._seconds / 10)
+        age, last_own, last = 0.0, self._own, time.monotonic()
+        while not self._stop.wait(tick):
             now = time.monotonic()
-            passed, last = min(now - last, 2 * self._tick), now
-            age = age + passed if self._mine is watched else 0.0
-            watched = self._mine
+            passed, last = min(now - last, 2 * tick), now
+            age = age + passed if self._own is last_own else 0.0
+            last_own = self._own
+            own = replace(last_own, at=time.time())
             try:
-                mine = replace(watched, at=time.time())
-                self._write(mine)
-                others = self._others()
+                write_json(self._paths[own.rank], asdict(own), durable=False)
+                others = self._read_others()
             except (OSError, ValueError, TypeError) as error:  # a disk that is full or far away
                 print(f"{self._run}: watchdog: {error}", file=sys.stderr, flush=True)
                 continue
-            if any(other.phase in UNLIMITED for other in others if self._lives(other)):
-                age = 0.0  # what they do may take its time, and who waits for them begins anew
-            limit = self._seconds * (FIRST_STEP if mine.step == self._begun else 1)
-            if mine.phase not in UNLIMITED and age > limit:
-                self._end(mine, others)
+            silent = [each for each in others if now - self._changes[each.rank][1] > self._seconds]
+            if any(each.phase in UNLIMITED for each in others if each not in silent):
+                age = 0.0  # whoever waits for a checkpoint or a validation has a new limit
+            limit = self._seconds * (FIRST_STEP if own.step == self._first_step else 1)
+            if own.phase not in UNLIMITED and age > limit:
+                self._end(own, others, silent)
 
-    def _write(self, mine: Heartbeat) -> None:
-        path = self._run / HEARTBEATS / f"rank_{mine.rank:04d}.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(mine)))
-        part.replace(path)
-
-    def _others(self) -> list[Heartbeat]:
+    def _read_others(self) -> list[Heartbeat]:
         """Read the other ranks' heartbeats, and note which have changed."""
-        found = []
-        for rank in range(self._world_size):
-            path = self._run / HEARTBEATS / f"rank_{rank:04d}.json"
-            if rank != self._mine.rank and path.is_file():
+        others = []
+        for rank, path in enumerate(self._paths):
+            if rank != self._own.rank and path.is_file():
                 other = Heartbeat(**json.loads(path.read_text()))
-                if self._seen.get(rank, (None,))[0] != other.at:
-                    self._seen[rank] = other.at, time.monotonic()
-                found.append(other)
-        return found
+                if self._changes.get(rank, (None,))[0] != other.at:
+                    self._changes[rank] = other.at, time.monotonic()
+                others.append(other)
+        return others
 
-    def _lives(self, other: Heartbeat) -> bool:
-        return time.monotonic() - self._seen[other.rank][1] < self._seconds
-
-    def _end(self, mine: Heartbeat, others: list[Heartbeat]) -> None:
-        """Tell who is silent, or else furthest behind, and leave: the others' collectives break,
-        and workers of Ray Train begin again at the newest checkpoint."""
+    def _end(self, own: Heartbeat, others: list[Heartbeat], silent: list[Heartbeat]) -> None:
+        """Report who is behind, as an incident unless a peer did so at this step, and exit."""
+        everyone = [own, *others]
+        least = min(each.progress for each in everyone)
+        behind = silent or [each for each in everyone if each.progress == least]
+        message = f"hung: {'; '.join(map(str, behind))}"
         try:
-            everyone = [mine, *others]
-            last = min(each.progress for each in everyone)
-            silent = [each for each in others if not self._lives(each)]
-            behind = silent or [each for each in everyone if each.progress == last]
-            told = f"hung: {'; '.join(map(str, behind))}"
-            print(f"{self._run}: {told}", file=sys.stderr, flush=True)
-            if self._first_to_tell(mine, everyone):
-                report_incident(self._run, "hang", mine.step, told)
+            print(f"{self._run}: {message}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.stderr)
+            attempt = min(everyone, key=lambda each: each.rank).pid
+            mark = self._paths[0].with_name(f"hang_{own.step:08d}_{attempt}")
+            mark.touch(exist_ok=False)  # FileExistsError: a peer has reported it
+            report_incident(self._run, "hang", own.step, message)
         finally:
             os._exit(1)
-
-    def _first_to_tell(self, mine: Heartbeat, everyone: list[Heartbeat]) -> bool:
-        """Say whether no other rank of these processes has told of this step: who is first may be
-        the last that lives."""
-        attempt = min(everyone, key=lambda each: each.rank).pid
-        try:
-            (self._run / HEARTBEATS / f"hang_{mine.step:08d}_{attempt}").touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True

@@ -17,8 +17,8 @@ from models.weights import FINAL_NAME
 from training.config import RunConfig, TrainConfig
 from training.engine.precision import compute_whole_fp32, device_of_run, native_bf16, settled
 from training.runs.cards import ensure_cards, record_code
+from training.runs.events import record_event
 from training.runs.signals import forget_stop, stopping_on_sigterm
-from training.runs.timeline import note
 
 if TYPE_CHECKING:
     import torch
@@ -68,12 +68,12 @@ def _launch(config: RunConfig, run: Path, build: Callable, model_name: str) -> i
         ensure_cards(run)
         return 0
     record_code(run)
+    from training.runs.follower import Follower
     from training.runs.profiling import window
-    from training.runs.reporting import Follower
 
     window(config.train.profile)  # a slip of the pen is told before workers start
     forget_stop(run)
-    note(run, "launched")
+    record_event(run, "launched")
     if config.train.num_workers == 0 and config.train.zero_stage:
         print(f"zero_stage: {config.train.zero_stage} has no part in one process, which keeps all")
     with Follower(run, model_name, tensorboard=config.train.tensorboard):
@@ -260,7 +260,7 @@ def _train(
     from training.runs.watchdog import Watchdog
 
     if not rank:
-        note(run, "placed")
+        record_event(run, "placed")
     settings: TrainConfig = config.train
     kind = _device(settings)
     if settings.device not in ("auto", kind):

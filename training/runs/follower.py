@@ -1,0 +1,166 @@
+"""The driver's view of a run: it follows what the first rank writes, prints and publishes it.
+
+The driver runs wherever its command was given and reads the files of the run's folder: one source
+for its progress bar, its Prometheus metrics and TensorBoard, which outlives every worker.
+"""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.base.jsonl import NewLines
+from cluster.base.metrics import SCORES, counter, gauge, histogram, storage_space
+from cluster.base.run_dir import INCIDENTS_NAME, METRICS_NAME, TIMELINE_NAME, VALIDATION_NAME
+from training.runs.trackers import TensorBoard
+
+POLL_SECONDS = 1.0
+PRINT_SECONDS = 15.0  # between two reports that are printed, where there is no terminal
+GAUGES = (
+    "loss", "step", "samples_per_second", "data_wait_ratio", "grad_norm", "learning_rate_ratio",
+    "device_memory_bytes", "mfu", "eta_seconds",
+)  # fmt: skip
+
+
+class Follower:
+    """Shows the progress of a run: a bar on a terminal, lines elsewhere, Prometheus always."""
+
+    def __init__(self, run: Path, model: str, *, tensorboard: bool = False) -> None:
+        """model: a label of the metrics; tensorboard: write its events, too."""
+        self._run, self._model = run, model
+        self._metrics = NewLines(run / METRICS_NAME)
+        self._validation = NewLines(run / VALIDATION_NAME)
+        self._incidents = NewLines(run / INCIDENTS_NAME)
+        self._timeline = NewLines(run / TIMELINE_NAME)
+        # What an earlier driver has printed is not new
+        reports, *_ = [
+            each.read()
+            for each in (self._metrics, self._validation, self._incidents, self._timeline)
+        ]
+        self._nonfinite = reports[-1]["nonfinite_steps"] if reports else 0
+        self._tensorboard = TensorBoard(run) if tensorboard else None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
+
+    def __enter__(self) -> "Follower":
+        now = time.time()  # alerts on the age of a report or a checkpoint count from here
+        self._set("train_running", 1)
+        self._set("train_report_timestamp_seconds", now)
+        self._set("checkpoint_timestamp_seconds", now)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._set("train_running", 0)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _set(self, name: str, value: float) -> None:
+        gauge(f"minidalle2_{name}").set(value, model=self._model)
+
+    def _follow(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console()
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        plain = not console.is_terminal
+        with Progress(*columns, TimeRemainingColumn(), console=console, disable=plain) as bar:
+            task = bar.add_task(self._model, total=None, note="starting")
+            stopped, printed, pending = False, 0.0, None
+            while not stopped:
+                stopped = self._stop.wait(POLL_SECONDS)
+                messages = []
+                try:
+                    for line in self._metrics.read():
+                        self._publish(line)
+                        pending = line
+                    for line in self._validation.read():
+                        messages.append(self._validated(line))
+                    for line in self._incidents.read():
+                        messages.append(self._happened(line))
+                    for line in self._timeline.read():
+                        messages += self._continued(line)
+                    storage_space(self._run, holds="runs")
+                except OSError as error:  # the storage may answer the next time
+                    messages.append(f"could not be followed for a moment: {error}")
+                for message in messages:
+                    console.print(f"{self._model}: {message}", soft_wrap=True, markup=False)
+                if pending is None:
+                    continue
+                if not plain:
+                    bar.update(
+                        task, total=pending["num_steps"], completed=pending["step"],
+                        note=describe(pending),
+                    )  # fmt: skip
+                    pending = None
+                elif stopped or time.monotonic() - printed > PRINT_SECONDS:
+                    print(f"{self._model}: {describe(pending)}", flush=True)
+                    printed, pending = time.monotonic(), None
+
+    def _publish(self, line: dict[str, Any]) -> None:
+        """Publish a line of metrics.jsonl."""
+        for name in GAUGES:
+            if line.get(name) is not None:
+                self._set(f"train_{name}", line[name])
+        self._set("train_report_timestamp_seconds", time.time())
+        counter("minidalle2_train_samples_total").inc(line["reported_samples"], model=self._model)
+        skipped = line["nonfinite_steps"] - self._nonfinite
+        if skipped > 0:
+            counter("minidalle2_train_nonfinite_steps_total").inc(skipped, model=self._model)
+        self._nonfinite = line["nonfinite_steps"]
+        if line["checkpoint_seconds"]:
+            self._set("checkpoint_timestamp_seconds", time.time())
+            counter("minidalle2_checkpoints_total").inc(1, model=self._model)
+            seconds = histogram("minidalle2_checkpoint_seconds")
+            seconds.observe(line["checkpoint_seconds"], model=self._model)
+
+    def _validated(self, line: dict[str, Any]) -> str:
+        """Publish a line of validation.jsonl; return what to print."""
+        scores = {name: value for name, value in line.items() if name != "step"}
+        for name, value in scores.items():
+            if f"{self._model}.{name}" in SCORES:
+                gauge("minidalle2_eval_score").set(value, metric=f"{self._model}.{name}")
+        gauge("minidalle2_eval_timestamp_seconds").set(time.time(), of=self._model)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        return f"validation at step {line['step']}: {text}"
+
+    def _happened(self, line: dict[str, Any]) -> str:
+        """Count an incident; return what to print."""
+        counter("minidalle2_train_incidents_total").inc(1, model=self._model, kind=line["kind"])
+        return f"{line['kind']} at step {line['step']}: {line.get('message', '')}"
+
+    def _continued(self, line: dict[str, Any]) -> list[str]:
+        """Publish an event of the timeline; return what to print."""
+        if line["event"] == "validator failed":
+            return [f"validator: {line.get('message', '')}"]
+        if line["event"] != "restored":
+            return []
+        self._set("train_start_timestamp_seconds", line["time"])
+        if not line["attempt"]:
+            return []
+        workers = f"{line['num_workers']} worker{'s' * (line['num_workers'] > 1)}"
+        return [f"continues from step {line['step']} with {workers}"]
+
+
+def describe(line: dict[str, Any]) -> str:
+    """Return a line of metrics.jsonl as text; one whose steps were all skipped has no loss."""
+    loss = f"loss {line['loss']:.4f}" if "loss" in line else "no finite loss"
+    mfu = f", MFU {line['mfu']:.1%}" if "mfu" in line else ""
+    left = f", {_duration(line['eta_seconds'])} left" if line.get("eta_seconds") else ""
+    return (
+        f"step {line['step']}/{line['num_steps']}, {loss}, "
+        f"{line['samples_per_second']:.0f} samples/s{mfu}, waiting for data "
+        f"{line['data_wait_ratio']:.1%}{left}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration such as "2 d 3 h", "1 h 40 min", "50 s"."""
+    rounded = round(seconds)
+    for unit, size, smaller, less in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):
+        if rounded >= size:
+            return f"{rounded // size} {unit} {rounded % size // less} {smaller}"
+    return f"{rounded // 60} min" if rounded >= 120 else f"{rounded} s"
