@@ -1,146 +1,110 @@
-"""Line charts as geometry: points, ticks and labels that a template draws as inline SVG."""
+"""The report's charts: training, scores over checkpoints, scores over guidance.
 
+Each is drawn by matplotlib as SVG whose text stays text, for a page to hold inline.
+"""
+
+import io
 import math
-from dataclasses import dataclass, field, replace
+import re
+from pathlib import Path
+from typing import Any
 
-WIDTH, HEIGHT = 480.0, 220.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 12.0, 26.0
-MAX_POINTS = 240  # more cannot be told apart at this width
-LOG_FROM = 30.0  # a range of this ratio hides its end on a linear axis
+import numpy as np
+from markupsafe import Markup
+
+from cluster.base.jsonl import read_lines
+from cluster.base.run_dir import METRICS_NAME, SWEEP_NAME, VALIDATION_NAME, WATCH_NAME
+from eval.html_report.formats import element
+from eval.html_report.score_table import described, entries
+
+MAX_POINTS = 240  # more are not visible at this width
+LOG_RATIO = 30.0  # max / min from which on a linear axis would hide the end of a curve
+MAX_CHARTS = 8  # of scores
+COLOUR = "#4a80cc"  # visible on light and on dark paper
+TRAINING_CURVES = {"loss": "loss", "samples_per_second": "samples/s"}
+RUN_ORDER = ("clip", "judge", "prior", "base", "up")
 
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tick:
-    """A mark on an axis: where it stands, in the chart's units, and what it says."""
+def line_chart(title: str, points: list[Point]) -> Markup | None:
+    """Draw a curve over samples seen, faint, and its running mean; None below two finite points.
 
-    at: float
-    label: str
+    The mean is m_i = sum_j w^(i-j) v_j / sum_j w^(i-j) with w = 0.8.
+    """
+    import pandas as pd
 
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """A line to draw in a box of `width` by `height`; `raw` and `smooth` are SVG path data, `dots`
-    the places of single points."""
-
-    title: str
-    raw: str
-    smooth: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    told: str
-    log: bool
-    dots: list[Point] = field(default_factory=list)
-    width: float = WIDTH
-    height: float = HEIGHT
-    left: float = LEFT
-    right: float = WIDTH - RIGHT
-    top: float = TOP
-    bottom: float = HEIGHT - BOTTOM
-
-
-def line_chart(title: str, points: list[Point]) -> Chart | None:
-    """Lay out the curve of `points` (samples seen, value); None if fewer than two are finite."""
-    points = thinned(_finite(points))
-    if len(points) < 2:
+    curve = _finite(points)
+    if len(curve) < 2:
         return None
-    ys = [y for _, y in points]
-    log = min(ys) > 0 and max(ys) / min(ys) >= LOG_FROM
-    x_high = max(x for x, _ in points)
-    x_ticks = [x for x in linear_ticks(0, x_high) if x <= x_high * 1.001]
-    y_ticks = log_ticks(min(ys), max(ys)) if log else linear_ticks(min(min(ys), 0), max(ys))
-    box = _Box(low=(0.0, min(*ys, *y_ticks)), high=(x_high, max(*ys, *y_ticks)), log=log)
-    smooth = list(zip((x for x, _ in points), smoothed(ys), strict=True))
-    return _chart(title, box, (x_ticks, y_ticks), points, box.path(smooth))
+    if len(curve) > MAX_POINTS:
+        groups = np.array_split(curve, MAX_POINTS)
+        curve = np.stack([[group[-1, 0], group[:, 1].mean()] for group in groups])
+    xs, ys = curve.T
+    log = ys.min() > 0 and ys.max() / ys.min() >= LOG_RATIO
+    mean = pd.Series(ys).ewm(alpha=0.2).mean()
+    caption = f"last {short(ys[-1])}{', log scale' if log else ''}"
+    lines = [(xs, ys, {"alpha": 0.3, "linewidth": 1}), (xs, mean, {"linewidth": 2})]
+    return _draw(title, caption, lines, "log" if log else "linear", from_zero=not log)
 
 
-def point_chart(title: str, points: list[Point], better: int) -> Chart | None:
-    """Lay out few measured `points`, joined by a line, over their own range; None if fewer than two
-    are finite. better: 1 where higher is, -1 where lower is."""
-    points = sorted(_finite(points))
-    if len(points) < 2:
+def point_chart(title: str, points: list[Point], better: int) -> Markup | None:
+    """Draw few measured points, joined by a line; None if fewer than two are finite.
+
+    better: 1 where higher is better, -1 where lower is.
+    """
+    curve = _finite(sorted(points))
+    if len(curve) < 2:
         return None
-    xs, ys = zip(*points, strict=True)
-    spread = (max(ys) - min(ys)) or abs(ys[0]) or 1.0
-    y_ticks = linear_ticks(min(ys) - 0.05 * spread, max(ys) + 0.05 * spread)
-    x_ticks = [x for x in linear_ticks(xs[0], xs[-1]) if xs[0] <= x <= xs[-1] * 1.001]
-    box = _Box(low=(xs[0], y_ticks[0]), high=(xs[-1], y_ticks[-1]), log=False)
-    chart = _chart(title, box, (x_ticks, y_ticks), points, box.path(points))
-    best = max(points, key=lambda point: point[1] * better)
-    told = f"best {short(best[1])} at {short(best[0])}"
-    return replace(chart, raw="", told=told, dots=[(box.x(x), box.y(y)) for x, y in points])
+    best = max(curve.tolist(), key=lambda point: point[1] * better)
+    caption = f"best {short(best[1])} at {short(best[0])}"
+    return _draw(title, caption, [(*curve.T, {"linewidth": 2, "marker": "o"})])
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Box:
-    """What the chart's corners stand for, and where in it a value lies."""
-
-    low: Point
-    high: Point
-    log: bool
-
-    def x(self, x: float) -> float:
-        share = (x - self.low[0]) / ((self.high[0] - self.low[0]) or 1)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
-
-    def y(self, y: float) -> float:
-        low, high = self.low[1], self.high[1]
-        straight = (y - low) / ((high - low) or 1)
-        share = math.log(y / low) / math.log(high / low) if self.log else straight
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
-    def path(self, points: list[Point]) -> str:
-        return "M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
+def _finite(points: list[Point]) -> np.ndarray:
+    """Return the finite points as float64 [N, 2]."""
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    return np.array(finite, dtype=np.float64).reshape(-1, 2)
 
 
-def _chart(
-    title: str, box: _Box, ticks: tuple[list[float], list[float]], points: list[Point], smooth: str
-) -> Chart:
-    return Chart(
-        title=title,
-        raw=box.path(points),
-        smooth=smooth,
-        x_ticks=[Tick(at=box.x(x), label=short(x)) for x in ticks[0]],
-        y_ticks=[Tick(at=box.y(y), label=short(y)) for y in ticks[1]],
-        told=f"last {short(points[-1][1])}",
-        log=box.log,
+def _draw(
+    title: str, caption: str, lines: list[Any], scale: str = "linear", *, from_zero: bool = False
+) -> Markup:
+    """Return a figure of lines (x, y, matplotlib's options)."""
+    import matplotlib  # half a second
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    # Text stays text, and the same chart gives the same bytes.
+    style = {"svg.fonttype": "none", "svg.hashsalt": "minidalle2", "font.size": 9}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5, 2.3))
+        axes = figure.add_axes((0.09, 0.11, 0.89, 0.84))
+        for x, y, options in lines:
+            axes.plot(x, y, color=COLOUR, clip_on=False, **options)
+        axes.set_yscale(scale)
+        if from_zero:
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=min(0, *(np.min(y) for _, y, _ in lines)))
+        axes.spines[:].set_visible(False)
+        axes.grid(axis="y", color="#808080", alpha=0.3, clip_on=False)
+        axes.tick_params(length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        if scale == "linear":
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+            axis.set_minor_locator(NullLocator())
+        text = io.StringIO()
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
+    svg = text.getvalue()
+    # Identifiers repeat from chart to chart, and are not used but for markers' ("m...").
+    svg = re.sub(r' (xmlns(:xlink)?|id)="(?!m[0-9a-f]{10}")[^"]*"', "", svg[svg.index("<svg") :])
+    label = Markup('<svg role="img" aria-label="{}"').format(f"{title}, {caption}")
+    return Markup("<figure><figcaption><b>{}</b> {}</figcaption>{}</figure>").format(
+        title, caption, Markup(svg.replace("<svg", str(label), 1))
     )
-
-
-def _finite(points: list[Point]) -> list[Point]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-
-
-def thinned(points: list[Point]) -> list[Point]:
-    """Return at most MAX_POINTS points, each the mean of its neighbours, at the last one's x."""
-    if len(points) <= MAX_POINTS:
-        return points
-    bounds = [round(i * len(points) / MAX_POINTS) for i in range(MAX_POINTS + 1)]
-    groups = [points[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
-
-
-def smoothed(values: list[float], weight: float = 0.8) -> list[float]:
-    """Return the running mean of `values`, m <- w m + (1 - w) v, corrected for its start at 0."""
-    mean, found = 0.0, []
-    for i, value in enumerate(values, start=1):
-        mean = weight * mean + (1 - weight) * value
-        found.append(mean / (1 - weight**i))
-    return found
-
-
-def linear_ticks(low: float, high: float) -> list[float]:
-    """Return three to six round values, a multiple of 1, 2 or 5 apart, that enclose [low, high]."""
-    spread = (high - low) or abs(high) or 1.0
-    power = 10 ** math.floor(math.log10(spread))
-    step = next(power * m for m in (0.2, 0.5, 1, 2, 5) if spread / (power * m) <= 5)
-    return [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return the powers of ten that enclose [low, high], both positive."""
-    return [10.0**i for i in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
 
 
 def short(value: float) -> str:
@@ -149,3 +113,53 @@ def short(value: float) -> str:
         if abs(value) >= limit:
             return f"{value / limit:.3g}{suffix}"
     return f"{value:.3g}"
+
+
+def curves(run: Path) -> Markup:
+    """Return the charts of a run and of every run in its folder, the known stages first."""
+    runs = {path.parent.name: path.parent for path in run.glob(f"*/{METRICS_NAME}")}
+    order = [*(n for n in RUN_ORDER if n in runs), *sorted(runs.keys() - set(RUN_ORDER))]
+    pairs = [(run.resolve().name, run), *((name, runs[name]) for name in order)]
+    return Markup().join(_run_curves(name, folder) for name, folder in pairs)
+
+
+def _run_curves(name: str, run: Path) -> Markup:
+    lines = read_lines(run / METRICS_NAME)
+    charts: list[Markup | None] = []
+    for key, title in TRAINING_CURVES.items():
+        points = [(line["samples_seen"], line[key]) for line in lines if line.get(key) is not None]
+        charts.append(line_chart(title, points))
+    for file in (VALIDATION_NAME, WATCH_NAME):
+        scored = [line for line in read_lines(run / file) if line.get("step") is not None]
+        for line in scored:
+            rest = {k: v for k, v in line.items() if k not in ("step", "samples_seen")}
+            line["scores"] = line.get("scores") or rest
+        charts += _score_charts("step", scored)
+    if not lines and not charts[len(TRAINING_CURVES) :]:
+        return Markup()
+    summary = ""
+    if lines:
+        summary = f"{lines[-1]['step']:,} steps, {lines[-1]['samples_seen']:,} samples"
+    heading = Markup('<h3>{} <span class="soft">{}</span></h3>').format(name, summary)
+    return heading + element("div", [chart for chart in charts if chart], "charts")
+
+
+def sweep_charts(run: Path) -> Markup:
+    """Return the charts of scores over the scale of guidance (figure 11 of the paper)."""
+    lines = [line for line in read_lines(run / SWEEP_NAME) if line.get("cfg_scale") is not None]
+    return element("div", _score_charts("cfg_scale", lines), "charts")
+
+
+def _score_charts(key: str, lines: list[dict[str, Any]]) -> list[Markup]:
+    """Draw each score that has a better direction over the value of `key`."""
+    series: dict[str, list[Point]] = {}
+    for line in lines:
+        for entry in entries(line.get("scores") or {}):
+            series.setdefault(entry.path, []).append((float(line[key]), entry.value))
+    known = {path: described(path) for path in series}
+    charts = [
+        point_chart(name, series[path], better)
+        for path, (name, better, _) in known.items()
+        if better
+    ]
+    return [chart for chart in charts if chart][:MAX_CHARTS]

@@ -1,14 +1,16 @@
-"""How the report shows values: scores, counts, durations, sizes, and nested objects as one; and
-what stands beside scores and tells them apart."""
+"""How the report shows values and tables; the key that tells scores of other captions apart."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from markupsafe import Markup
 
 CAPTIONS_KEY = "captions_sha256"  # beside scores: only those of the same captions are compared
 
 
 def number(value: Any) -> str:
-    """Show a score to three digits, a count whole, None as a dash."""
+    """Show a score to three digits, a count in full, None as a dash, text as it is."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -48,4 +50,36 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: ", ".join(map(str, value)) if isinstance(value, list) else value}
     inner = (flatten(item, f"{path}.{key}" if path else str(key)) for key, item in value.items())
-    return {key: item for part in inner for key, item in part.items()}
+    return {key: item for flat in inner for key, item in flat.items()}
+
+
+def table(rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> Markup:
+    """Return an HTML table of values as `number` shows them, all escaped; nothing without rows."""
+    import pandas as pd
+
+    cells = [[number(value) for value in row] for row in rows]
+    if not cells:
+        return Markup()
+    with pd.option_context("display.max_colwidth", None):  # else long texts are cut
+        html = pd.DataFrame(cells, columns=pd.Index(columns)).to_html(
+            index=False, border=0, escape=True, justify="unset"
+        )
+    return element("div", Markup(html), "scroll")
+
+
+def element(tag: str, content: Iterable[Markup | str] | str, css_class: str = "") -> Markup:
+    """Return <tag class="..."> with its content, escaped unless it is Markup; "" without any."""
+    inner = Markup().join([content] if isinstance(content, str) else content)
+    return Markup('<{0} class="{1}">{2}</{0}>').format(tag, css_class, inner) if inner else inner
+
+
+def details(summary: str, content: Markup, *, is_open: bool = False) -> Markup:
+    """Return a block that opens at a click on its summary; nothing without content."""
+    tag = Markup("<details open>") if is_open else Markup("<details>")
+    block = Markup("{}<summary>{}</summary>{}</details>").format(tag, summary, content)
+    return block if content else content
+
+
+def note(text: str) -> Markup:
+    """Return a paragraph of explanation; nothing without text."""
+    return element("p", text, "note")

@@ -1,8 +1,8 @@
-"""One self-contained HTML page that tells what a run reached: pictures, scores, curves, timings.
+"""One self-contained HTML page on what a run reached: pictures, scores, curves, timings.
 
 The page loads nothing and runs nothing: images are inline, charts are inline SVG, and its own
-security policy forbids the rest, so that a caption is a caption whatever it says. A part whose file
-is absent is left out.
+security policy forbids the rest. Every text from a file is escaped. A section whose file is absent
+is left out.
 """
 
 import json
@@ -10,28 +10,53 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.base.run_dir import METRICS_NAME, WATCH_NAME
-from eval.html_report import pictures
-from eval.html_report.formats import duration, flatten, number, size
-from eval.html_report.headlines import headlines
-from eval.html_report.part_tables import SHAPE_SCORES, ablation_table, shape_rows
-from eval.html_report.run_curves import run_curves, sweep_charts
-from eval.html_report.score_table import (
-    ELSEWHERE,
-    described,
-    entries,
-    made_of,
-    score_table,
-    title_of,
+from markupsafe import Markup
+
+from cluster.base.files import write_text
+from cluster.base.run_dir import (
+    CONFIG_NAME,
+    DEMO_NAME,
+    EVAL_NAME,
+    METRICS_NAME,
+    PROVENANCE_NAME,
+    REPORT_NAME,
+    SAMPLES_FOLDER,
+    TIMINGS_NAME,
+    WATCH_NAME,
 )
+from eval.html_report import charts, pictures
+from eval.html_report import score_table as tables
+from eval.html_report.formats import details, duration, flatten, note, number, size, table
+from eval.html_report.pictures import read_json
 from eval.sampling.image_source import SETTINGS_NAME
 
 if TYPE_CHECKING:
     from training.runs.cards import Score
 
-REPORT_NAME = "report.html"
-SCORES_NAME = "eval.json"
-CONFIG_NAME = "config.yaml"
+
+SECTIONS = {  # by name, in this order: title, explanation; "edits" holds titles of its own
+    "samples": ("Samples", "Captions of the evaluated set, spread evenly over it and not chosen, "
+                "and what the full chain makes of each."),
+    "scores": ("Scores", "Every number with its method and count. Beside another run's value is "
+               "ours minus it; scores that were made differently are not compared."),
+    "drawings": ("Is the drawing what the caption says?", "Share of images scored right by reading "
+                 "the drawing, ± its standard error, and what the same scorer gives true drawings. "
+                 "“all” asks for every attribute and the relation at once; “attribute” is the mean "
+                 "share of an image's colours, shapes and sizes."),
+    "guidance": ("Scores over guidance", "The same captions and seeds at several scales of the "
+                 "decoder's guidance, 1 being none (figure 11 of the paper: unCLIP loses little as "
+                 "the scale grows)."),
+    "ablation": ("Ablation: what the decoder is given", "The same captions and noise, with the "
+                 "image embedding exchanged (section 5.1 of the paper): the true one bounds what a "
+                 "better prior could give, the text embedding is what one has without a prior."),
+    "edits": ("Edits", ""),
+    "neighbours": ("Nearest training images", "The generated images that are nearest to a training "
+                   "image, the closest pair first: a copy would show here."),
+    "curves": ("Training curves", "Over samples seen; the strong line is a running mean. Scores of "
+               "checkpoints are over steps."),
+    "stages": ("Stages", ""),
+    "provenance": ("What was run", ""),
+}  # fmt: skip
 
 
 def write_report(run_dir: Path, against: Sequence[Path] = ()) -> Path:
@@ -42,59 +67,32 @@ def write_report(run_dir: Path, against: Sequence[Path] = ()) -> Path:
     validation.jsonl and watch.jsonl of the folder and of every run folder in it. Raises ValueError
     if there is nothing to report, or a file is not what its name says.
     """
-    scores = pictures.read_json(run_dir / SCORES_NAME, dict)
-    curves = run_curves(run_dir)
+    scores = read_json(run_dir / EVAL_NAME, dict)
+    curves = charts.curves(run_dir)
     if scores is None and not (run_dir / METRICS_NAME).is_file() and not curves:
         raise ValueError(
-            f"{run_dir}: found no {SCORES_NAME} and no {METRICS_NAME} or {WATCH_NAME}, expected "
-            "one; run eval/fid.py first, or name the folder of a run"
+            f"{run_dir}: found no {EVAL_NAME} and no {METRICS_NAME} or {WATCH_NAME}, expected one; "
+            "run eval/fid.py first, or name the folder of a run"
         )
-    timings = pictures.read_json(run_dir / "timings.json", list) or []
-    samples, scores = run_dir / "samples", scores or {}
-    template = _templates().get_template("report.html.j2")
-    page = template.render(
-        title=run_dir.resolve().name,
-        headlines=headlines(scores),
-        samples=pictures.samples(samples),
-        grid=pictures.figure(samples, "grid"),
-        table=score_table(scores, _others(against)),
-        shapes=shape_rows(scores.get("shapes") or {}),
-        shape_scores=SHAPE_SCORES,
-        strips=pictures.strips(run_dir),
-        sweep=sweep_charts(run_dir),
-        ablation=ablation_table(scores.get("ablation") or {}),
-        ablation_figure=pictures.figure(samples, "ablation"),
-        neighbours=pictures.figure(samples, "neighbours"),
-        nearest=(scores.get("memorisation") or {}).get("nearest") or [],
-        runs=curves,
-        timings=timings,
-        longest=max((row["seconds"] for row in timings), default=1) or 1,
-        provenance=_provenance(run_dir, scores),
-        weights=_weights(samples),
-        configs=_configs(run_dir),
-        scores=flatten(scores),
-    )
-    path = run_dir / REPORT_NAME
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    return unfinished.replace(path)
-
-
-def card_scores(run_dir: Path) -> "list[Score]":
-    """Return the scores of a folder's eval.json in words, for the cards of its runs."""
-    from training.runs.cards import Score
-
-    found = pictures.read_json(run_dir / SCORES_NAME, dict) or {}
-    told = []
-    for entry in entries({key: value for key, value in found.items() if key not in ELSEWHERE}):
-        name, _, note = described(entry.path, entry.made)
-        made = ", ".join(word for word in (entry.spread, note, made_of(entry)) if word)
-        group = title_of(entry.path)
-        told.append(Score(name=f"{group}, {name}", value=number(entry.value), method=made))
-    return told
-
-
-def _templates() -> Any:
+    scores, samples = scores or {}, run_dir / SAMPLES_FOLDER
+    title, provenance = run_dir.resolve().name, _provenance(run_dir, scores)
+    nearest = (scores.get("memorisation") or {}).get("nearest") or []
+    pairs = [(pair["fake"], pair["train"], pair["distance"]) for pair in nearest]
+    contents = {
+        "samples": pictures.gallery(samples)
+        or pictures.sheet(samples, "grid", "Captions, in reading order", is_open=True),
+        "scores": tables.score_tables(title, scores, _scores_of(against)),
+        "drawings": tables.shape_table(scores.get("shapes") or {}),
+        "guidance": charts.sweep_charts(run_dir),
+        "ablation": tables.ablation_table(scores.get("ablation") or {})
+        + pictures.sheet(samples, "ablation", "Captions of the columns"),
+        "edits": pictures.edits(run_dir),
+        "neighbours": pictures.sheet(samples, "neighbours", "Captions of the columns")
+        + table(pairs, ("generated", "nearest in training", "distance")),
+        "curves": curves,
+        "stages": _stages(run_dir),
+        "provenance": _what_was_run(run_dir, scores, provenance),
+    }
     import jinja2
 
     templates = jinja2.Environment(
@@ -104,46 +102,84 @@ def _templates() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters.update(number=number, duration=duration, size=size)
-    return templates
+    page = templates.get_template("report.html.j2").render(
+        title=title,
+        commit=provenance.get("commit") or provenance.get("evaluation.commit"),
+        headlines=tables.headlines(scores),
+        sections=[(k, *SECTIONS[k], content) for k, content in contents.items() if content],
+    )
+    return write_text(run_dir / REPORT_NAME, page)
 
 
-def _others(against: Sequence[Path]) -> dict[str, dict[str, Any]]:
+def _stages(run: Path) -> Markup:
+    timings = read_json(run / TIMINGS_NAME, list) or []
+    rows = [
+        (row["stage"], duration(row["seconds"]), row.get("images_per_second"),
+         size(row.get("peak_memory_bytes")), row.get("command") or "")
+        for row in timings
+    ]  # fmt: skip
+    if rows:
+        rows.append(("together", duration(sum(row["seconds"] for row in timings)), "", "", ""))
+    return table(rows, ("stage", "time", "images/s", "peak memory", "command"))
+
+
+def _provenance(run: Path, scores: dict[str, Any]) -> dict[str, Any]:
+    """Return what is recorded of the run, and of its evaluation: code, versions, protocol."""
+    recorded = flatten(read_json(run / PROVENANCE_NAME, dict) or {})
+    for key, name in (("provenance", "evaluation"), ("protocol",) * 2, ("sampling",) * 2):
+        flat = flatten(scores.get(key) or {}, name)
+        recorded |= {k: value for k, value in flat.items() if not isinstance(value, float)}
+    return recorded
+
+
+def _what_was_run(run: Path, scores: dict[str, Any], provenance: dict[str, Any]) -> Markup:
+    """Return code and versions, the samples' settings, configurations, and all of eval.json."""
+    columns = ("name", "value")
+    settings = flatten(read_json(run / SAMPLES_FOLDER / SETTINGS_NAME, dict) or {})
+    settings.pop("captions", None)
+    demo = read_json(run / DEMO_NAME, dict)
+    configs = {"demo": json.dumps(demo, indent=1)} if demo else {}
+    for path in (run / CONFIG_NAME, *sorted(run.glob(f"*/{CONFIG_NAME}"))):
+        if path.is_file():
+            configs[path.parent.resolve().name] = path.read_text(encoding="utf-8")
+    absent = note("Neither provenance.json nor eval.json states the code.")
+    return Markup().join([
+        table(provenance.items(), columns) or absent,
+        details("Weights and settings of the samples", table(settings.items(), columns)),
+        *(
+            details(f"Configuration of {name}", Markup("<pre>{}</pre>").format(text))
+            for name, text in configs.items()
+        ),
+        details("Every number of eval.json", table(flatten(scores).items(), columns)),
+    ])  # fmt: skip
+
+
+def _scores_of(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Read the scores of earlier runs by a short name of each; ValueError for one without any."""
     found: dict[str, dict[str, Any]] = {}
-    for given in against:
-        path = given / SCORES_NAME if given.is_dir() else given
-        scores = pictures.read_json(path, dict)
+    for run in runs:
+        path = run / EVAL_NAME if run.is_dir() else run
+        scores = read_json(path, dict)
         if scores is None:
             raise ValueError(
                 f"{path}: found no such file, expected the scores of an earlier run; run "
                 "eval/fid.py there first"
             )
-        name = (given if given.is_dir() else given.parent).resolve().name
-        found[str(given) if name in found else name] = scores
+        name = path.parent.resolve().name
+        found[str(run) if name in found else name] = scores
     return found
 
 
-def _provenance(run: Path, scores: dict[str, Any]) -> dict[str, Any]:
-    """Return what is recorded of the run, and of its evaluation: code, versions, protocol."""
-    told = flatten(pictures.read_json(run / "provenance.json", dict) or {})
-    for part in ("provenance", "protocol", "sampling"):
-        name = "evaluation" if part == "provenance" else part
-        found = flatten(scores.get(part) or {}, name)
-        told |= {key: value for key, value in found.items() if not isinstance(value, float)}
-    return told
+def card_scores(run_dir: Path) -> "list[Score]":
+    """Return the scores of a folder's eval.json as text, for the cards of its runs."""
+    from training.runs.cards import Score
 
-
-def _weights(samples: Path) -> dict[str, Any]:
-    """Return what eval/sample.py recorded of the weights that drew the samples, and how."""
-    told = pictures.read_json(samples / SETTINGS_NAME, dict) or {}
-    return {key: value for key, value in flatten(told).items() if key != "captions"}
-
-
-def _configs(run: Path) -> list[tuple[str, str]]:
-    """Return the configuration of the run and of every run below it."""
-    paths = [run / CONFIG_NAME, *sorted(run.glob(f"*/{CONFIG_NAME}"))]
-    found = [(path, path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-    demo = pictures.read_json(run / "demo.json", dict)
-    told = [(path.parent.resolve().name, text) for path, text in found]
-    return ([("demo", json.dumps(demo, indent=1))] if demo else []) + told
+    scores = read_json(run_dir / EVAL_NAME, dict) or {}
+    found = []
+    for entry in tables.entries({k: v for k, v in scores.items() if k not in tables.ELSEWHERE}):
+        name, _, method = tables.described(entry.path, entry.made)
+        texts = (entry.spread, method, tables.made_of(entry))
+        name = f"{tables.title_of(entry.path)}, {name}"
+        text = ", ".join(text for text in texts if text)
+        found.append(Score(name=name, value=number(entry.value), method=text))
+    return found

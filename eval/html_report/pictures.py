@@ -1,136 +1,73 @@
-"""The pictures of the report, inline: samples, grids, sweeps of edits, nearest neighbours.
+"""The report's pictures, inline: samples, sheets of many images, rows of edits.
 
-<run>/samples/samples.jsonl and its images     <run>/samples/ablation.png, ablation.json
-<run>/edits/<any name>/edits.jsonl and its images: what eval/sample.py's sub-commands wrote
-<run>/samples/neighbours.png, neighbours.json: what eval/fid.py --train wrote
+<run>/samples/samples.jsonl and its images     <run>/samples/grid.png, grid.json
+<run>/samples/ablation.png, ablation.json      <run>/samples/neighbours.png, neighbours.json
+<run>/edits/<any name>/edits.jsonl and its images, as eval/sample.py's sub-commands write them
 """
 
 import base64
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
 from cluster.base.jsonl import read_lines
+from eval.html_report.formats import details, element, flatten, note, table
 from eval.sampling.image_source import SAMPLES_NAME
 
 EDITS_NAME = "edits.jsonl"
 MAX_SIDE = 384  # px of an inline picture; a page of 1024 px ones would not open on a phone
-MAX_WIDE = 1600  # px of a grid, which is many pictures in one
+MAX_SHEET_SIDE = 1600  # px of a sheet, which is many images in one
 MAX_SAMPLES = 24
-MAX_ROWS = 8  # of a strip
-FIGURES = {
+MAX_ROWS = 8  # of edits
+SHEETS = {
     "grid": "Captions that training never saw, and what the full chain makes of them.",
     "ablation": "The same captions, with what the decoder is given exchanged.",
     "neighbours": "Generated images above, below each the training image that is nearest to it.",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An image to inline; `pixelated`: so small that it is shown enlarged, pixel by pixel."""
-
-    source: str
-    width: int
-    height: int
-
-    @property
-    def pixelated(self) -> bool:
-        return max(self.width, self.height) <= 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """A picture and its caption."""
-
-    picture: Picture
-    caption: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One picture that holds many, with its captions: of each cell in reading order, or of each
-    column."""
-
-    name: str
-    title: str
-    picture: Picture
-    captions: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strip:
-    """Rows of pictures under heads: what changes along a row, and what each row is."""
-
-    command: str
-    title: str
-    note: str
-    heads: list[str]
-    rows: list[tuple[str, list[Picture]]]
-    settings: dict[str, Any]
-
-
-STRIPS = {  # in this order
-    "guidance": (
-        "Guidance",
-        "One image embedding a row, decoded at several scales of guidance (figure 9 of the paper): "
-        "the content stays, and what guidance adds or takes away shows.",
-    ),
-    "pca": (
-        "What the embedding holds",
-        "Images from the first principal components of their embedding, as many as the head says; "
-        "at the right the whole embedding (figure 7 of the paper). Coarse meaning comes first.",
-    ),
+EDITS = {  # in this order
+    "guidance": ("Guidance", "One image embedding a row, decoded at several scales of guidance "
+                 "(figure 9 of the paper): the content stays, and the effect of guidance shows."),
+    "pca": ("What the embedding holds", "Images from the first principal components of their "
+            "embedding, as many as the head says; at the right the complete embedding (figure 7 of "
+            "the paper). Coarse meaning comes first."),
     "variations": ("Variations", "DDIM with fresh noise from an image's own latents (figure 3)."),
     "interpolate": ("Interpolation", "From one image to the next over both latents (figure 4)."),
     "textdiff": ("Text differences", "Images turned toward a caption, by theta (figure 5)."),
-    "inpaint": ("Inpainting", "Parts of images drawn anew."),
-}
+    "inpaint": ("Inpainting", "Parts of images drawn again."),
+}  # fmt: skip
 
 
-def inline(path: Path, most: int = MAX_SIDE) -> Picture:
-    """Return an image of at most `most` px a side: a small one's own bytes, a larger one reduced.
+def image_tag(path: Path, alt: str, max_side: int = MAX_SIDE) -> Markup:
+    """Return an inline image: a small one's own bytes, a larger one reduced to `max_side` px.
 
     Raises ValueError where the file is no image that a page can show.
     """
     content = path.read_bytes()
     try:
         with Image.open(io.BytesIO(content)) as image:
-            kind, whole = (image.format or "").lower(), image.size
+            kind, (width, height) = (image.format or "").lower(), image.size
             image.load()
-            if max(whole) > most or kind not in ("png", "jpeg", "webp"):
-                content, kind, whole = _reduced(image, most)
+            if max(width, height) > max_side or kind not in ("png", "jpeg", "webp"):
+                small, buffer, kind = image.convert("RGB"), io.BytesIO(), "jpeg"
+                small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+                small.save(buffer, "JPEG", quality=90)
+                content, (width, height) = buffer.getvalue(), small.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path}: found {content[:8]!r} at its start, expected a PNG image ({error})"
         ) from None
     source = f"data:image/{kind};base64," + base64.b64encode(content).decode()
-    return Picture(source=source, width=whole[0], height=whole[1])
+    enlarged = "pixelated" if max(width, height) <= 128 else ""
+    return Markup('<img class="{}" src="{}" width="{}" height="{}" alt="{}">').format(
+        enlarged, source, width, height, alt
+    )
 
 
-def _reduced(image: Image.Image, most: int) -> tuple[bytes, str, tuple[int, int]]:
-    small = image.convert("RGB")
-    small.thumbnail((most, most), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue(), "jpeg", small.size
-
-
-def samples(folder: Path) -> list[Shown]:
-    """Return images of a folder of samples, spread over its captions; none where it has no list."""
-    lines = read_lines(folder / SAMPLES_NAME)
-    step = max(1, len(lines) // MAX_SAMPLES)
-    chosen = lines[::step][:MAX_SAMPLES]
-    return [
-        Shown(picture=inline(inside(folder, line["file"])), caption=str(line["caption"]))
-        for line in chosen
-    ]
-
-
-def inside(folder: Path, name: Any) -> Path:
+def file_in(folder: Path, name: Any) -> Path:
     """Return the path of a file that a list names; ValueError for one outside its folder."""
     path = (folder / str(name)).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.is_file():
@@ -138,45 +75,61 @@ def inside(folder: Path, name: Any) -> Path:
     return path
 
 
-def figure(folder: Path, name: str) -> Figure | None:
-    """Return <folder>/<name>.png with the captions in the .json beside it; None if it is absent."""
+def gallery(folder: Path) -> Markup:
+    """Return samples with their captions, spread over the captions; nothing without a list."""
+    lines = read_lines(folder / SAMPLES_NAME)
+    chosen = lines[:: max(1, len(lines) // MAX_SAMPLES)][:MAX_SAMPLES]
+    figures = [
+        _figure(image_tag(file_in(folder, line["file"]), str(line["caption"])), line["caption"])
+        for line in chosen
+    ]
+    return element("div", figures, "gallery")
+
+
+def _figure(image: Markup, caption: str, css_class: str = "") -> Markup:
+    return element("figure", [image, element("figcaption", str(caption))], css_class)
+
+
+def sheet(folder: Path, name: str, summary: str, *, is_open: bool = False) -> Markup:
+    """Return <folder>/<name>.png with the captions in the .json beside it; nothing if absent."""
     path = folder / f"{name}.png"
     if not path.is_file():
-        return None
-    sidecar = read_json(path.with_suffix(".json"), (list, dict)) or []
-    captions = sidecar.get("captions") or [] if isinstance(sidecar, dict) else sidecar
-    return Figure(
-        name=name,
-        title=FIGURES[name],
-        picture=inline(path, MAX_WIDE),
-        captions=[str(caption) for caption in captions],
-    )
+        return Markup()
+    captions = read_json(path.with_suffix(".json"), (list, dict)) or []
+    if isinstance(captions, dict):
+        captions = captions.get("captions") or []
+    picture = _figure(image_tag(path, SHEETS[name], MAX_SHEET_SIDE), SHEETS[name], "sheet")
+    listed = element("ol", [element("li", str(caption)) for caption in captions], "captions")
+    return picture + details(summary, listed, is_open=is_open)
 
 
-def strips(run: Path) -> list[Strip]:
-    """Return the edits below <run>/edits, guidance and principal components first."""
-    found = [_strip(path.parent) for path in sorted(run.glob(f"edits/*/{EDITS_NAME}"))]
-    order = list(STRIPS)
-    known = [strip for strip in found if strip is not None]
-    return sorted(known, key=lambda strip: order.index(strip.command))
+def edits(run: Path) -> Markup:
+    """Return the edits below <run>/edits in the order of `EDITS`; unknown commands are left out."""
+    by_command: dict[str, list[Markup]] = {command: [] for command in EDITS}
+    for path in sorted(run.glob(f"edits/*/{EDITS_NAME}")):
+        lines = read_lines(path)
+        command = lines[0].get("command") if lines else None
+        if command in EDITS:
+            by_command[command].append(_edit_rows(path.parent, *EDITS[command], lines))
+    return Markup().join(block for blocks in by_command.values() for block in blocks)
 
 
-def _strip(folder: Path) -> Strip | None:
-    lines = read_lines(folder / EDITS_NAME)
-    if not lines or lines[0].get("command") not in STRIPS:
-        return None
-    command = lines[0]["command"]
+def _edit_rows(folder: Path, title: str, text: str, lines: list[dict[str, Any]]) -> Markup:
+    """Return a grid with a column for each head and a row for each name."""
     width = len({line["file"].partition("_")[2] for line in lines})
-    heads = [str(line["column"]) for line in lines[:width]]
-    rows = [lines[start : start + width] for start in range(0, len(lines), width)][:MAX_ROWS]
-    title, note = STRIPS[command]
-    return Strip(
-        command=command,
-        title=title,
-        note=note,
-        heads=heads,
-        rows=[(str(r[0]["row"]), [inline(inside(folder, x["file"])) for x in r]) for r in rows],
-        settings=lines[0].get("settings") or {},
+    cells = [Markup("<span></span>")]
+    cells += [element("span", str(line["column"]), "head") for line in lines[:width]]
+    for number, line in enumerate(lines[: width * MAX_ROWS]):
+        if number % width == 0:
+            cells.append(element("span", str(line["row"]), "name"))
+        alt = f"{line['row']}, {line['column']}"
+        cells.append(image_tag(file_in(folder, line["file"]), alt))
+    settings = table(flatten(lines[0].get("settings") or {}).items(), ("option", "value"))
+    grid = Markup('<div class="strip" style="--columns: {}">{}</div>').format(
+        width, Markup().join(cells)
+    )
+    return (
+        element("h2", title, "edit") + note(text) + grid + details("How they were made", settings)
     )
 
 

@@ -1,16 +1,19 @@
 """All scores of a run, each with its method, beside those of earlier runs.
 
-A score is compared with another run's only where both say the same of how they were made: the
-features, the judge and the number of images decide a distance as much as the model does.
+A score is compared with another run's only where both state the same about how they were made: the
+features, the scoring CLIP and the number of images decide a distance as much as the model does.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
-from eval.html_report.formats import CAPTIONS_KEY, number
+from markupsafe import Markup
 
-GROUPS = {  # by the head of a score's path, in this order
+from eval.html_report.formats import CAPTIONS_KEY, element, flatten, note, number, table
+
+GROUPS = {  # by the first names of a score's path, in this order
     "images": "Images",
     "features.inception": "Inception",
     "features.inception_clean": "Inception, antialiased resize",
@@ -24,26 +27,18 @@ GROUPS = {  # by the head of a score's path, in this order
 }
 ELSEWHERE = ("ablation", "seconds", "sampling", "provenance")  # not scores, or in another table
 HIGHER, LOWER = 1, -1
-# By the last part of a score's path: what it is called, which way is better, how it is made.
-# The longest name that the last part begins with holds.
+# By the last name of a score's path: title, which way is better (0: neither), method. The longest
+# key that the last name begins with counts.
 KNOWN: dict[str, tuple[str, int, str]] = {
     "fd": ("Fréchet distance", LOWER, "Heusel et al. 2017, eq. 6; float64"),
     "fd_infinity": ("Fréchet distance, n → ∞", LOWER, "line in 1/n, Chong and Forsyth 2020"),
     "fd_clip": ("CLIP Fréchet distance", LOWER, "between CLIP image embeddings"),
     "kid": ("KID", LOWER, "unbiased cubic MMD², Bińkowski et al. 2018"),
     "cmmd": ("CMMD", LOWER, "1000 MMD², Gaussian kernel, Jayasumana et al. 2024"),
-    "precision": (
-        "Precision",
-        HIGHER,
-        "generated images among real ones, Kynkäänniemi et al. 2019",
-    ),
+    "precision": ("Precision", HIGHER, "generated images among real, Kynkäänniemi et al. 2019"),
     "recall": ("Recall", HIGHER, "real images among generated ones, Kynkäänniemi et al. 2019"),
-    "density": (
-        "Density",
-        HIGHER,
-        "real neighbourhoods around generated images, Naeem et al. 2020",
-    ),
-    "coverage": ("Coverage", HIGHER, "real images with a generated one near by, Naeem et al. 2020"),
+    "density": ("Density", HIGHER, "real balls around generated images, Naeem et al. 2020"),
+    "coverage": ("Coverage", HIGHER, "real images with a generated one near, Naeem et al. 2020"),
     "clip_score": ("CLIP score", HIGHER, "mean cosine of an image's embedding and its caption's"),
     "retrieval_at_1": ("Retrieval@1", HIGHER, "an embedding finds one of its caption first"),
     "retrieval_at_5": ("Retrieval@5", HIGHER, "an embedding finds one of its caption among five"),
@@ -55,40 +50,56 @@ KNOWN: dict[str, tuple[str, int, str]] = {
     "relation": ("Relation", HIGHER, "share of drawings with the right relation"),
     "mean": ("Mean distance", 0, "to the nearest training image"),
     "p05": ("5 % quantile of the distance", 0, "to the nearest training image"),
-    "share_closer": (
-        "Share closer than real",
-        LOWER,
-        "generated images nearer to training than 95 % of real ones: .05 where nothing is copied",
-    ),
-}
-SPREADS = ("_ci95_low", "_ci95_high", "_std", "_error")  # folded into the row of their score,
-BASELINES = {  # like what it is held against
-    "_shuffled": "shuffled captions",
-    "_real_halves": "halves of the real images",
-    "_real": "real images",
-}
+    "share_closer": ("Share closer than real", LOWER, "generated images nearer to training than "
+                     "95 % of real ones: .05 where nothing is copied"),
+}  # fmt: skip
 INCEPTION = ("features.inception.fd", "features.inception_clean.fd")
-NAMED = {  # by their whole path, once the features are what that name means
+NAMED = {  # by path, where the features and counts allow the published name
     "features.inception.fd": "FID",
     "features.inception.fd_infinity": "FID∞",
     "features.inception_clean.fd": "clean-FID",
     "features.dinov2.fd": "FD-DINOv2",
     "features.clip.fd": "FD-CLIP",
 }
-# What tells a score apart but does not decide it: where the images lay, whose digest they have.
-OWN = ("digest", "source", "source_real", "train", "picture", "judge_relation", "quotable")
+HEADLINES = {  # by path; the first two only where they may be quoted
+    "features.inception.fd": "FID",
+    "features.dinov2.fd": "FD-DINOv2",
+    "shapes.held_out.all": "Two held-out shapes, all right",
+    "shapes.single.all": "One shape, all right",
+    "images.clip_score": "CLIP score",
+    "images.fd_clip": "CLIP Fréchet distance",
+    "prior.cos": "Prior cosine",
+    "prior.retrieval_at_1": "Prior retrieval@1",
+    "clip.retrieval_at_1": "CLIP retrieval@1",
+}
+SPREADS = ("_ci95_low", "_ci95_high", "_std", "_error")  # shown in the row of their score,
+BASELINES = {  # as is what the score is compared with
+    "_shuffled": "shuffled captions",
+    "_real_halves": "halves of the real images",
+    "_real": "real images",
+}
+# Facts that identify a score without deciding it: where the images are, and their digest.
+IDENTITY = ("digest", "source", "source_real", "train", "picture", "judge_relation", "quotable")
 COUNTS = {"n": "n =", "n_real": "real images", "n_train": "training images"}
 SHAPE_SETS = {
     "single": "one shape",
     "seen": "two shapes, combination seen in training",
     "held_out": "two shapes, combination held out",
 }
+SHAPE_SCORES = ("all", "attribute", "relation")
+ABLATION = {
+    "true_image_embed": "decoder given the true image embedding",
+    "prior": "full chain: caption, prior, decoder",
+    "text_embed": "text embedding in place of the prior's output",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One number of eval.json: its path, its value, what stands beside it that decides it, and its
-    spread in words."""
+class ScoreEntry:
+    """One number of eval.json.
+
+    made: the facts beside it that decide it; spread: its interval and baselines, as text.
+    """
 
     path: str
     value: float
@@ -96,204 +107,226 @@ class Entry:
     spread: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """Another run's value: the difference of ours to it, whether ours is better, or why the two
-    cannot be compared."""
+def entries(value: Any, path: str = "") -> Iterator[ScoreEntry]:
+    """Yield every number of eval.json with the facts beside it: strings, counts and seeds.
 
-    value: float | None
-    difference: float | None = None
-    better: bool | None = None
-    unlike: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One score beside other runs'."""
-
-    path: str
-    name: str
-    note: str
-    value: float
-    spread: str
-    others: list[Cell]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Scores of one kind, and what holds for all of them."""
-
-    title: str
-    note: str
-    rows: list[Row]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreTable:
-    """The scores of this run in groups, a column for each of `runs`."""
-
-    runs: list[str]
-    groups: list[Group]
-
-
-def entries(value: Any, path: str = "") -> list[Entry]:
-    """List every number of eval.json with what its neighbours say of how it was made.
-
-    {"n": 9, "fd": 1.5} holds one score, made of 9 images. Objects inside inherit it.
+    {"n": 9, "fd": 1.5} holds one score, made of 9 images. Inner objects inherit the facts.
     """
     if not isinstance(value, dict):
-        return []
-    made = {key: item for key, item in value.items() if _tells(key, item)}
-    found: list[Entry] = []
+        return
+    made = {key: item for key, item in value.items() if _is_fact(key, item)}
     for key, item in value.items():
-        where = f"{path}.{key}" if path else str(key)
+        inner_path = f"{path}.{key}" if path else str(key)
         if isinstance(item, dict) and key != "real":
-            inner = entries(item, where)
-            found += [replace(e, made={**made, **e.made}) for e in inner]
-        elif _is_score(item) and key not in made and not _folded(key, value):
-            found.append(Entry(path=where, value=item, made=made, spread=_spread(key, value)))
-    return found
+            for entry in entries(item, inner_path):
+                yield replace(entry, made={**made, **entry.made})
+        elif _is_number(item) and key not in made and not _in_row_of_another(key, value):
+            yield ScoreEntry(path=inner_path, value=item, made=made, spread=_spread(key, value))
 
 
-def _folded(key: str, beside: dict[str, Any]) -> bool:
-    """Say whether a number is shown in the row of another one."""
-    ends = [end for end in (*SPREADS, *BASELINES) if key.endswith(end)]
-    return any(_is_score(beside.get(key.removesuffix(end))) for end in ends) or (
-        key == "real" and "all" in beside
-    )
-
-
-def _tells(key: str, item: Any) -> bool:
-    """Say whether a key tells how its neighbours were made: strings, counts and seeds do."""
+def _is_fact(key: str, item: Any) -> bool:
     counts = ("n", "seed", "resolution", "fd_infinity_points", "fd_resamples")
-    starts = ("n_", "num_", "k_", "kid_subset")
-    return isinstance(item, (str, bool)) or key in counts or key.startswith(starts)
+    prefixes = ("n_", "num_", "k_", "kid_subset")
+    return isinstance(item, (str, bool)) or key in counts or key.startswith(prefixes)
 
 
-def _is_score(value: Any) -> TypeGuard[float]:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _in_row_of_another(key: str, beside: dict[str, Any]) -> bool:
+    suffixes = [suffix for suffix in (*SPREADS, *BASELINES) if key.endswith(suffix)]
+    of_score = any(_is_number(beside.get(key.removesuffix(suffix))) for suffix in suffixes)
+    return of_score or (key == "real" and "all" in beside)
+
+
 def _spread(key: str, beside: dict[str, Any]) -> str:
-    """Say the interval or the deviation of a score, and what it is held against."""
+    """State the interval or the deviation of a score, and its baselines."""
+    texts = []
     low, high = beside.get(f"{key}_ci95_low"), beside.get(f"{key}_ci95_high")
-    words = []
-    if _is_score(low) and _is_score(high):
-        words.append(f"95 %: {number(low)} to {number(high)}")
+    if _is_number(low) and _is_number(high):
+        texts.append(f"95 %: {number(low)} to {number(high)}")
     deviation = beside.get(f"{key}_std", beside.get(f"{key}_error"))
-    if _is_score(deviation):
-        words.append(f"± {number(deviation)}")
-    held = {f"{key}{end}": name for end, name in BASELINES.items()}
-    words += [f"{name} {number(beside[k])}" for k, name in held.items() if _is_score(beside.get(k))]
+    if not _is_number(deviation) and key in ("all", "relation"):
+        deviation = _share_error(beside.get(key), beside.get("n"))
+    if _is_number(deviation):
+        texts.append(f"± {number(deviation)}")
+    baselines = {name: beside.get(f"{key}{suffix}") for suffix, name in BASELINES.items()}
     real = beside.get("real")
-    real = real.get(key) if isinstance(real, dict) else real if key == "all" else None
-    return ", ".join([*words, *([f"true drawings {number(real)}"] if _is_score(real) else [])])
+    baselines["true drawings"] = (
+        real.get(key) if isinstance(real, dict) else real if key == "all" else None
+    )
+    texts += [f"{name} {number(value)}" for name, value in baselines.items() if _is_number(value)]
+    return ", ".join(texts)
 
 
-def score_table(scores: dict[str, Any], others: dict[str, dict[str, Any]]) -> ScoreTable:
-    """Lay out every score of this run beside those of `others`, by the other runs' names.
+def _share_error(share: Any, count: Any) -> float | None:
+    """Return the standard error of a share of `count` images, sqrt(p (1 - p) / n)."""
+    if not _is_number(share) or not count or not 0 <= share <= 1:
+        return None
+    return math.sqrt(share * (1 - share) / count)
 
-    The drawn set's have a table of their own, and stand here only beside another run's.
+
+def described(path: str, made: dict[str, Any] | None = None) -> tuple[str, int, str]:
+    """Return a score's name, which way is better (0: neither), and its method.
+
+    made: the facts beside it; a distance is called FID only where they allow to quote it. A score
+    that is not in `KNOWN` is called by its path.
     """
-    theirs = [{e.path: e for e in entries(other)} for other in others.values()]
-    groups: dict[str, Group] = {}
-    for entry in entries(scores):
-        head = _head(entry.path)
-        if head in ELSEWHERE or (head == "shapes" and not others):
-            continue
-        name, _, note = described(entry.path, entry.made)
-        row = Row(
-            path=entry.path, name=name, note=note or entry.path, value=entry.value,
-            spread=entry.spread, others=[_cell(entry, found.get(entry.path)) for found in theirs],
-        )  # fmt: skip
-        groups.setdefault(
-            head, Group(title=title_of(entry.path), note=_group_note(entry), rows=[])
-        ).rows.append(row)
-    order = [head for head in GROUPS if head in groups]
-    ordered = [*order, *(head for head in groups if head not in order)]
-    return ScoreTable(runs=list(others), groups=[groups[head] for head in ordered])
+    names = path.split(".")
+    last = names[-1]
+    matching = [name for name in KNOWN if last == name or last.startswith(f"{name}_")]
+    known = max(matching, key=len, default="")
+    title, better, method = KNOWN.get(known, (last.replace("_", " "), 0, ""))
+    if path in NAMED and (made or {}).get("quotable", path not in INCEPTION):
+        title = NAMED[path]
+    rest = last.removeprefix(known).replace("_", " ").strip() if known else ""
+    if rest:  # something about the score, such as a baseline
+        better, method = 0, ""
+    inner = names[2 if names[0] == "features" else 1 : -1]
+    before = [SHAPE_SETS.get(name, name.replace("_", " ")) for name in inner]
+    if before:
+        title = title[:1].lower() + title[1:]
+    return ", ".join([*before, title, *([rest] if rest else [])]), better, method
+
+
+def group_of(path: str) -> str:
+    """Return the group of a score: the first name of its path, of features the first two."""
+    names = path.split(".")
+    return ".".join(names[:2]) if names[0] == "features" else names[0]
 
 
 def title_of(path: str) -> str:
     """Return the title of a score's group."""
-    head = _head(path)
-    return GROUPS.get(head, head.replace("_", " ").replace(".", ", ").capitalize())
+    group = group_of(path)
+    return GROUPS.get(group, group.replace("_", " ").replace(".", ", ").capitalize())
 
 
-def _head(path: str) -> str:
-    """Return the group of a score: the first part of its path, of features the first two."""
-    parts = path.split(".")
-    return ".".join(parts[:2]) if parts[0] == "features" else parts[0]
-
-
-def made_of(entry: Entry) -> str:
-    """Say of how many images a score is, and in which space."""
-    words = [str(entry.made[key]) for key in ("name", "features", "judge") if entry.made.get(key)]
+def made_of(entry: ScoreEntry) -> str:
+    """State of how many images a score is, and in which space."""
+    texts = [str(entry.made[key]) for key in ("name", "features", "judge") if entry.made.get(key)]
     if entry.made.get("quotable") is False:
-        words.append("too few images, or other weights, to quote as FID")
-    counts = [key for key in COUNTS if key in entry.made]
-    words += [f"{_word(key)} {number(entry.made[key])}" for key in counts]
-    return ", ".join(dict.fromkeys(words))
+        texts.append("too few images, or other weights, to quote as FID")
+    texts += [f"{_label(key)} {number(entry.made[key])}" for key in COUNTS if key in entry.made]
+    return ", ".join(dict.fromkeys(texts))
 
 
-def _group_note(entry: Entry) -> str:
-    """Say what holds for all of a group's scores; each set of drawings has its own count."""
-    return "" if entry.path.startswith("shapes.") else made_of(entry)
-
-
-def _word(key: str) -> str:
+def _label(key: str) -> str:
     return COUNTS.get(key, key.replace("_", " "))
 
 
-def described(path: str, made: dict[str, Any] | None = None) -> tuple[str, int, str]:
-    """Return a score's name, which way is better (0: neither) and how it is made; an unknown one
-    is called by its path.
+def score_tables(title: str, scores: dict[str, Any], others: dict[str, dict[str, Any]]) -> Markup:
+    """Return a table for each group of scores, beside those of `others`, by the runs' names.
 
-    made: what stands beside it; a distance is called FID only where that allows to quote it.
+    The drawn set has a table of its own, and appears here only beside another run's.
     """
-    parts = path.split(".")
-    last = parts[-1]
-    known = max((name for name in KNOWN if _begins(last, name)), key=len, default="")
-    title, better, note = KNOWN.get(known, (last.replace("_", " "), 0, ""))
-    if path in NAMED and (made or {}).get("quotable", path not in INCEPTION):
-        title = NAMED[path]
-    rest = last.removeprefix(known).replace("_", " ").strip() if known else ""
-    if rest:
-        better = 0  # not what the name says, such as what a score is held against
-    start = 2 if parts[0] == "features" else 1
-    between = [SHAPE_SETS.get(part, part.replace("_", " ")) for part in parts[start:-1]]
-    name = ", ".join([*between, title[:1].lower() + title[1:]]) if between else title
-    return ", ".join([name, *([rest] if rest else [])]), better, "" if rest else note
+    theirs = [{entry.path: entry for entry in entries(other)} for other in others.values()]
+    notes: dict[str, str] = {}
+    rows: dict[str, list[list[Any]]] = {}
+    for entry in entries(scores):
+        group = group_of(entry.path)
+        if group in ELSEWHERE or (group == "shapes" and not others):
+            continue
+        name, _, method = described(entry.path, entry.made)
+        cells = [compared(entry, found.get(entry.path)) for found in theirs]
+        row = [name, entry.value, *cells, entry.spread, method or entry.path]
+        notes.setdefault(group, "" if group == "shapes" else made_of(entry))
+        rows.setdefault(group, []).append(row)
+    order = [group for group in GROUPS if group in rows]
+    order += [group for group in rows if group not in order]
+    columns = ["score", title, *others, "interval and baselines", "method"]
+    return Markup().join(
+        element("h3", title_of(group)) + note(notes[group]) + table(rows[group], columns)
+        for group in order
+    )
 
 
-def _begins(last: str, name: str) -> bool:
-    return last == name or last.startswith(f"{name}_")
-
-
-def _cell(ours: Entry, theirs: Entry | None) -> Cell:
+def compared(ours: ScoreEntry, theirs: ScoreEntry | None) -> str:
+    """Show another run's score and the difference of ours to it, or why there is none."""
     if theirs is None:
-        return Cell(value=None)
+        return "–"
+    value, difference = number(theirs.value), ours.value - theirs.value
     unlike = unlike_of(ours, theirs)
     if unlike:
-        return Cell(value=theirs.value, unlike=unlike)
-    difference, way = ours.value - theirs.value, described(ours.path)[1]
+        return f"{value} (not compared: {unlike})"
     if not math.isfinite(difference):
-        return Cell(value=theirs.value)
-    better = difference * way > 0 if way and difference else None
-    return Cell(value=theirs.value, difference=difference, better=better)
+        return value
+    if difference == 0:
+        return f"{value} (equal)"
+    way = described(ours.path)[1] * difference
+    verdict = ", better" if way > 0 else ", worse" if way < 0 else ""
+    return f"{value} ({'+' if difference > 0 else '−'}{number(abs(difference))}{verdict})"
 
 
-def unlike_of(ours: Entry, theirs: Entry) -> str:
-    """Name the first thing by which two scores were made differently; empty where they may be
-    compared."""
+def unlike_of(ours: ScoreEntry, theirs: ScoreEntry) -> str:
+    """Name the first fact in which two scores differ; "" where they may be compared."""
     last = ours.path.rpartition(".")[2]
     keys = sorted(ours.made.keys() | theirs.made.keys(), key=lambda key: (key == CAPTIONS_KEY, key))
     for key in keys:
         of_another = key.startswith(("kid_", "fd_", "k_")) and key.split("_")[0] not in last
-        mine, other = ours.made.get(key), theirs.made.get(key)
-        if key in OWN or of_another or mine == other:
+        own, other = ours.made.get(key), theirs.made.get(key)
+        if key in IDENTITY or of_another or own == other:
             continue
         if key == CAPTIONS_KEY:
-            return "other captions" if mine and other else "captions not told"
-        return f"{_word(key)} {number(other)}"
+            return "other captions" if own and other else "captions not stated"
+        return f"{_label(key)} {number(other)}"
     return ""
+
+
+def headlines(scores: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the numbers that the page opens with: name, value, spread, method and scorer."""
+    by_path = {entry.path: entry for entry in entries(scores)}
+    tiles = []
+    for path, name in HEADLINES.items():
+        entry = by_path.get(path)
+        if entry is None or (path.startswith("features.") and not entry.made.get("quotable")):
+            continue
+        method, count = described(path)[2], entry.made.get("n")
+        if path.startswith("features."):
+            method = f"{entry.made.get('name', method)}; lower is better"
+        scorers = {"images": scored_by(scores), "shapes": "scored by arithmetic, without CLIP"}
+        tiles.append({
+            "name": name,
+            "value": number(entry.value),
+            "spread": entry.spread,
+            "method": f"{method}; n = {count:,}" if count else method,
+            "scorer": scorers.get(path.split(".")[0], ""),
+        })  # fmt: skip
+    return tiles
+
+
+def scored_by(scores: dict[str, Any]) -> str:
+    """State which CLIP gave the image scores; "" if eval.json does not."""
+    images = scores.get("images") or {}
+    scorer = str(images.get("judge") or scores.get("judge") or "")
+    if not scorer:
+        return ""
+    text = scorer if scorer.startswith("scored by") else f"scored by {scorer}"
+    relation = str(images.get("judge_relation") or "")
+    return f"{text}; {relation}" if relation not in text else text
+
+
+def shape_table(shapes: dict[str, Any]) -> Markup:
+    """Return the scores of the drawn set: each with its standard error and true drawings' score."""
+    by_path = {entry.path: entry for entry in entries(shapes)}
+    rows = []
+    for name, title in SHAPE_SETS.items():
+        if not shapes.get(name):
+            continue
+        cells = []
+        for entry in (by_path.get(f"{name}.{score}") for score in SHAPE_SCORES):
+            cell = f"{number(entry.value)}, {entry.spread}".rstrip(", ") if entry else "–"
+            cells.append(cell.replace(", ±", " ±"))
+        rows.append([title, *cells, shapes[name].get("n")])
+    return table(rows, ["captions", *SHAPE_SCORES, "n"])
+
+
+def ablation_table(ablation: dict[str, Any]) -> Markup:
+    """Return what each input of the decoder reached: scores of drawings, or of CLIP elsewhere."""
+    flat = {given: flatten(ablation[given]) for given in ABLATION if ablation.get(given)}
+    paths = list(dict.fromkeys(path for cells in flat.values() for path in cells))
+    drawn = [f"{name}.{score}" for name in SHAPE_SETS for score in SHAPE_SCORES]
+    paths = [p for p in drawn if p in paths] or [p for p in paths if not p.endswith(".n")]
+    columns = [path.replace("_", " ").replace(".", ": ") for path in paths]
+    rows = [[ABLATION[given], *map(cells.get, paths)] for given, cells in flat.items()]
+    return table(rows, ["decoder given", *columns])
