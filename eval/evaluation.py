@@ -325,7 +325,7 @@ def _picture(found: dict[str, Any], fake: ImageSet, train: ImageSet, folder: Pat
 
 def _forget(folder: Path) -> None:
     """Delete the features of earlier runs: only what bears our manifest."""
-    from ingest.store.manifests import remove_data_folder
+    from ingest.store.snapshots import remove_data_folder
 
     for manifest in folder.glob("*/_manifest.json"):
         remove_data_folder(manifest.parent, "features")

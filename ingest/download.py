@@ -98,8 +98,8 @@ def main(config: DownloadConfig) -> int:
     from cluster.base import metrics
     from ingest.fetching.retries import Plan, read_rounds, start_round
     from ingest.shards import publish_snapshot, recover, remove_data_folder, shard_name
-    from ingest.store.forgotten import read_forgotten
     from ingest.store.maintenance import drop_repeated_images
+    from ingest.store.removal import read_forgotten
 
     _check(config)
     if config.verify:
@@ -148,13 +148,13 @@ def _make_missing(
 
 def _verify(config: DownloadConfig) -> int:
     from ingest.shards import committed_names
-    from ingest.store.maintenance import strangers, verify
-    from ingest.store.manifests import read_manifest
+    from ingest.store.maintenance import orphan_files, verify
+    from ingest.store.snapshots import read_manifest
 
     problems = verify(config.out)
     for name, problem in problems.items():
         print(f"shard {name}: {problem}; now in {config.out}/_quarantine", flush=True)
-    unknown = strangers(config.out)
+    unknown = orphan_files(config.out)
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         print(f"of no commit: {', '.join(unknown[:3])}{more}", flush=True)
@@ -169,8 +169,8 @@ def _verify(config: DownloadConfig) -> int:
 
 
 def _forget(config: DownloadConfig) -> int:
-    from ingest.store.forgotten import Forgotten, read_request
     from ingest.store.maintenance import forget
+    from ingest.store.removal import Forgotten, read_request
 
     request = read_request(config.forget) if config.forget else Forgotten()
     removed = forget(config.out, request)

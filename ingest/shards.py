@@ -9,13 +9,12 @@
     <embeds>/_statistics.npz  mean, std and spectrum of the image embeddings
 
 Row i of every embedding file belongs to row i of the shard's index. Every reader imports this
-file, and what it needs of commits and snapshots comes with it. Nothing here is ever unpickled.
+file, which exports what they need of commits and snapshots too. Nothing is ever unpickled.
 """
 
 import io
 import json
 import mmap
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +30,7 @@ from ingest.store.commits import (
     Commit,
     committed,
     committed_names,
+    current_rows,
     damage,
     inspect,
     published,
@@ -40,11 +40,17 @@ from ingest.store.commits import (
     withdraw,
     withdraw_damaged,
 )
-from ingest.store.generations import rows_of
-from ingest.store.manifests import read_manifest, remove_data_folder, write_manifest
 from ingest.store.shard_cache import local_file
-from ingest.store.snapshots import ShardEntry, Snapshot, load_snapshot, publish_snapshot
-from ingest.store.storage import join_root
+from ingest.store.snapshots import (
+    ShardEntry,
+    Snapshot,
+    load_snapshot,
+    publish_snapshot,
+    read_manifest,
+    remove_data_folder,
+    write_manifest,
+)
+from ingest.store.storage import Root, join_root
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,7 +65,9 @@ __all__ = [
 
 MADV_POPULATE_READ = 22  # Linux's sys/mman.h has it, the mmap module not yet
 STORED = "success"  # img2dataset's word in the `status` column for a row that became a sample
-_ONE_HEADER = threading.Lock()  # see `_load_array`
+SIZE_COLUMNS = ("width", "height", "original_width", "original_height")  # px
+EMBED_ARRAYS = ("image_embed", "text_embed", "tokens")
+_HEADER_LOCK = threading.Lock()  # see `_load_array`
 
 
 def outcome(status: str, error: str | None) -> str:
@@ -90,8 +98,7 @@ def row_schema() -> "pa.Schema":
     import pyarrow as pa
 
     text = ["key", "url", "caption", "status", "error", "sha256"]
-    sizes = ["width", "height", "original_width", "original_height"]
-    return pa.schema([(n, pa.string()) for n in text] + [(n, pa.int32()) for n in sizes])
+    return pa.schema([(n, pa.string()) for n in text] + [(n, pa.int32()) for n in SIZE_COLUMNS])
 
 
 def write_image_shard(
@@ -135,8 +142,12 @@ def _write_tar(path: Path, samples: Iterable[Sample]) -> list[str]:
         for sample in samples:
             keys.append(sample.key)
             metadata = json.dumps(dict(sample.json), sort_keys=True, ensure_ascii=False)
-            parts = {"jpg": sample.image_bytes, "json": metadata.encode()}
-            for extension, data in {**parts, "txt": sample.caption.encode()}.items():
+            members = {
+                "jpg": sample.image_bytes,
+                "json": metadata.encode(),
+                "txt": sample.caption.encode(),
+            }
+            for extension, data in members.items():
                 member = tarfile.TarInfo(f"{sample.key}.{extension}")
                 member.size, member.mode = len(data), 0o444
                 member.uname = member.gname = "bigdata"
@@ -144,30 +155,29 @@ def _write_tar(path: Path, samples: Iterable[Sample]) -> list[str]:
     return keys
 
 
-def index_tar(path: str | os.PathLike[str]) -> np.ndarray:
+def index_tar(path: Root) -> np.ndarray:
     """Return int64 [n, 4]: offset and length of each sample's .jpg and .txt in the tar."""
     import tarfile
 
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    places: dict[str, dict[str, tuple[int, int]]] = {}  # by key and extension
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             key, _, extension = member.name.partition(".")
-            found.setdefault(key, {})[extension] = (member.offset_data, member.size)
-    pairs = [(*parts["jpg"], *parts["txt"]) for parts in found.values()]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 4)
+            places.setdefault(key, {})[extension] = (member.offset_data, member.size)
+    rows = [(*members["jpg"], *members["txt"]) for members in places.values()]
+    return np.array(rows, dtype=np.int64).reshape(-1, 4)
 
 
 class ImageShard:
     """Random access to a committed image shard through its index and a memory map.
 
     digest: of the snapshot's entry; given, another content under the same name is a ValueError.
-    Samples that were forgotten since are given as their neighbours: see `ingest.store.generations`.
+    A sample that was forgotten since is replaced by its neighbour; see `current_rows`.
     """
 
-    def __init__(self, root: str | os.PathLike[str], name: str, *, digest: str | None = None):
+    def __init__(self, root: Root, name: str, *, digest: str | None = None):
         self.name, self._where = name, join_root(root, name)
-        self.commit, self._rows = _open_whole(root, name, digest, self._load)
-        self._stored: list[str] | None = None
+        self.commit, self._rows = _open_generation(root, name, digest, self._load)
 
     def _load(self, file: Callable[[str], Path]) -> None:
         index = _load_array(file(f"{self.name}.idx.npy"))
@@ -188,20 +198,18 @@ class ImageShard:
         """Return the caption of sample `i`."""
         return self._tar[self._captions[i if self._rows is None else self._rows[i]]].decode()
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         """The key of every sample, in row order; read from the Parquet file once."""
-        if self._stored is None:
-            import pyarrow.parquet as pq
+        import pyarrow.parquet as pq
 
-            table = pq.ParquetFile(self._table).read(columns=["key", "status"])
-            rows = zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True)
-            keys = [key for key, status in rows if status == STORED]
-            _require_length(self._where, len(keys), len(self._images))
-            self._stored = _picked(keys, self._rows)
-        return self._stored
+        table = pq.ParquetFile(self._table).read(columns=["key", "status"])
+        rows = zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True)
+        keys = [key for key, status in rows if status == STORED]
+        _require_length(self._where, len(keys), len(self._images))
+        return keys if self._rows is None else [keys[row] for row in self._rows]
 
-    def require_whole(self) -> None:
+    def require_complete(self) -> None:
         """Raise ValueError if samples were forgotten since the shard was pinned."""
         if self._rows is not None:
             raise ValueError(f"{self._where}: samples were forgotten; rerun, on the next snapshot")
@@ -210,53 +218,41 @@ class ImageShard:
 def _load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     """Read an array, or map it; one thread at a time.
 
-    numpy parses its header by ast.literal_eval, in which two threads of CPython 3.11 once in a
-    great while disturb each other (SystemError, python/cpython#106905).
+    numpy parses the header by ast.literal_eval, in which two threads of CPython 3.11 can, very
+    rarely, disturb each other (SystemError, python/cpython#106905).
     """
-    with _ONE_HEADER:
+    with _HEADER_LOCK:
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
 
 
-def _picked(values: list[str], rows: np.ndarray | None) -> list[str]:
-    return values if rows is None else [values[row] for row in rows]
-
-
-def _open_whole(
-    root: str | os.PathLike[str],
-    name: str,
-    digest: str | None,
-    load: Callable[[Callable[[str], Path]], None],
+def _open_generation(
+    root: Root, name: str, digest: str | None, load: Callable[[Callable[[str], Path]], None]
 ) -> tuple[Commit, np.ndarray | None]:
-    """Load the files of one generation, whose paths `load` asks for; return its commit and what
-    `rows_of` says."""
-    commit = _opened(root, name, digest)
+    """Load the files of one generation, whose paths `load` asks for.
+
+    Returns its commit and its `current_rows`. Raises ValueError for a damaged shard, and for one
+    that is no later generation of `digest`.
+    """
     while True:
         problem = None
+        commit, damaged = inspect(root, name)
+        if damaged is not None:
+            raise ValueError(f"{root}: shard {name} is damaged: {damaged}; rerun its stage")
+        if digest not in (None, commit.digest, *commit.superseded):
+            raise ValueError(
+                f"{root}: shard {name} has digest {commit.digest[:12]}, the snapshot says "
+                f"{(digest or '')[:12]}; it was made anew since: publish and use a new snapshot"
+            )
         try:
-            rows = rows_of(root, commit, digest)
+            rows = current_rows(root, commit, digest)
             load(partial(local_file, root, commit))
         except (OSError, ValueError) as error:
             problem = error
-        before, commit = commit, _opened(root, name, digest)
-        if before != commit:  # made anew between two of the files
+        if read_commit(root, name) != commit:  # rewritten between two of the files
             continue
         if problem is not None:
             raise problem
         return commit, rows
-
-
-def _opened(root: str | os.PathLike[str], name: str, digest: str | None) -> Commit:
-    """Return the commit of a shard whose files are all in place with their committed sizes."""
-    commit, problem = inspect(root, name)
-    where = f"{root}: shard {name}"
-    if problem is not None:
-        raise ValueError(f"{where} is damaged: {problem}; rerun its stage")
-    if digest is not None and digest != commit.digest and digest not in commit.superseded:
-        raise ValueError(
-            f"{where} has digest {commit.digest[:12]}, the snapshot says "
-            f"{digest[:12]}; it was made anew since: publish and use a new snapshot"
-        )
-    return commit
 
 
 def _require_length(where: str | Path, found: int, expected: int) -> None:
@@ -265,15 +261,15 @@ def _require_length(where: str | Path, found: int, expected: int) -> None:
 
 
 def _read_ahead(array: np.ndarray) -> None:
-    """Ask for a mapped file in its order and map it whole.
+    """Read a mapped file sequentially into memory.
 
-    Rows are read in a shuffled order, by which each first touch of a page would be a fault, and on
+    Rows are read in a shuffled order, in which each first touch of a page would be a fault, and on
     a cold disk a seek.
     """
     mapped = array.base
     if isinstance(mapped, mmap.mmap):
         mapped.madvise(mmap.MADV_WILLNEED)
-        with suppress(OSError):  # a kernel before Linux 5.14: faults, then
+        with suppress(OSError):  # before Linux 5.14
             mapped.madvise(MADV_POPULATE_READ)
 
 
@@ -302,9 +298,10 @@ def write_embed_shard(
         "text_embed": text_embed.astype(np.float16),
         "tokens": tokens.astype(np.int32),
     }
-    for part, array in arrays.items():
-        _require_length(folder / f"{name}.{part}.npy", len(array), len(keys))
-        np.save(folder / f"{name}.{part}.npy", array, allow_pickle=False)
+    for column, array in arrays.items():
+        path = folder / f"{name}.{column}.npy"
+        _require_length(path, len(array), len(keys))
+        np.save(path, array, allow_pickle=False)
     table = pa.table(
         {
             "row": pa.array(range(len(keys)), pa.int32()),
@@ -322,25 +319,24 @@ class EmbedShard:
     image_embed, text_embed: float16 [n, E]; tokens: int32 [n, L]; digest: see `ImageShard`.
     """
 
-    def __init__(self, root: str | os.PathLike[str], name: str, *, digest: str | None = None):
+    def __init__(self, root: Root, name: str, *, digest: str | None = None):
         self.name, self._where = name, join_root(root, name)
-        self.commit, self._rows = _open_whole(root, name, digest, self._load)
+        self.commit, self._rows = _open_generation(root, name, digest, self._load)
         _require_length(self._where, len(self._arrays["tokens"]), self.commit.num_samples)
-        self._texts: tuple[list[str], list[str]] | None = None
 
     def _load(self, file: Callable[[str], Path]) -> None:
-        paths = {n: file(f"{self.name}.{n}.npy") for n in ("image_embed", "text_embed", "tokens")}
-        self._arrays = {part: _load_array(path, mmap_mode="r") for part, path in paths.items()}
+        paths = {column: file(f"{self.name}.{column}.npy") for column in EMBED_ARRAYS}
+        self._arrays = {column: _load_array(path, "r") for column, path in paths.items()}
         sizes = {len(array) for array in self._arrays.values()}
         if len(sizes) > 1:
-            found = f"its arrays have {sorted(sizes)} rows"
-            raise ValueError(f"{self._where}: {found}; rerun its stage")
-        path = file(f"{self.name}.keys.parquet")
-        self._table = open(path, "rb")  # noqa: SIM115 - read when needed
+            raise ValueError(
+                f"{self._where}: its arrays have {sorted(sizes)} rows; rerun its stage"
+            )
+        self._table = open(file(f"{self.name}.keys.parquet"), "rb")  # noqa: SIM115 - read when needed
 
-    def _array(self, part: str) -> np.ndarray:
-        _read_ahead(self._arrays[part])
-        array = np.asarray(self._arrays[part])
+    def _array(self, column: str) -> np.ndarray:
+        _read_ahead(self._arrays[column])
+        array = np.asarray(self._arrays[column])
         return array if self._rows is None else array[self._rows]
 
     @cached_property
@@ -361,22 +357,20 @@ class EmbedShard:
     def __len__(self) -> int:
         return len(self.image_embed)
 
-    def _columns(self) -> tuple[list[str], list[str]]:
-        if self._texts is None:
-            import pyarrow.parquet as pq
+    @cached_property
+    def _texts(self) -> "pa.Table":
+        import pyarrow.parquet as pq
 
-            table = pq.ParquetFile(self._table).read(columns=["key", "caption"])
-            _require_length(self._where, table.num_rows, self.commit.num_samples)
-            keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
-            self._texts = _picked(keys, self._rows), _picked(captions, self._rows)
-        return self._texts
+        table = pq.ParquetFile(self._table).read(columns=["key", "caption"])
+        _require_length(self._where, table.num_rows, self.commit.num_samples)
+        return table if self._rows is None else table.take(self._rows)
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         """The key of every row, read once."""
-        return self._columns()[0]
+        return self._texts["key"].to_pylist()
 
-    @property
+    @cached_property
     def captions(self) -> list[str]:
         """The caption of every row, read once."""
-        return self._columns()[1]
+        return self._texts["caption"].to_pylist()

@@ -2,21 +2,27 @@
 
 import pytest
 
-from ingest.store.forgotten import Forgotten, read_forgotten, read_request, record, url_digest
+from ingest.store.removal import (
+    Forgotten,
+    read_forgotten,
+    read_request,
+    record_request,
+    url_digest,
+)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("http://a/b\nnonsense\n", "line 2: found 'nonsense'"),
         ("# nothing\n\n", "found nothing"),
         (None, "forget.txt"),
     ],
 )
-def test_a_request_that_says_nothing_is_refused(tmp_path, text, told):
+def test_a_request_that_says_nothing_is_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "forget.txt").write_text(text)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read_request(str(tmp_path / "forget.txt"))
 
 
@@ -40,7 +46,7 @@ def test_requests_add_up_and_may_be_repeated(tmp_path):
     first, second = Forgotten.of(["http://a/1", "AB" * 32]), Forgotten.of(["http://a/2"])
     assert not read_forgotten(tmp_path)
     for request in (first, second, first):
-        record(tmp_path, request)
+        record_request(tmp_path, request)
     known = read_forgotten(tmp_path)
     assert known == first | second and len(list((tmp_path / "_forgotten").iterdir())) == 2
     assert known.covers("http://A/1") and known.covers(None, "ab" * 32)

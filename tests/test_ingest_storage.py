@@ -113,7 +113,7 @@ def test_the_loser_of_a_race_leaves_the_winner_alone(root):
 def test_half_written_files_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path):
     code = (
         "import os, sys\n"
-        "from ingest import storage\n"
+        "from ingest.store import storage\n"
         "storage.os.replace = storage.os.link = lambda *_: os.kill(os.getpid(), 9)\n"
         "getattr(storage.storage_of(sys.argv[1]), sys.argv[2])('_commits/a.json', b'text')"
     )
@@ -245,7 +245,7 @@ def test_a_killed_download_to_s3_is_continued(config, bucket):
 
 
 def test_what_cannot_be_reached_is_one_line(config, bucket):
-    def told(out: str, **environment: str) -> tuple[int, str]:
+    def refused(out: str, **environment: str) -> tuple[int, str]:
         command = [sys.executable, str(ROOT / "ingest" / "download.py"), "--out", out]
         done = subprocess.run(
             [*command, "--urls", config.urls, "--num-processes", "0"],
@@ -257,11 +257,11 @@ def test_what_cannot_be_reached_is_one_line(config, bucket):
         assert "Traceback" not in done.stderr, done.stderr
         return done.returncode, done.stderr
 
-    code, text = told("s3://no-such-bucket/images")
+    code, text = refused("s3://no-such-bucket/images")
     assert code == 2 and "no-such-bucket" in text
-    code, text = told(f"{bucket}/images", AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    code, text = refused(f"{bucket}/images", AWS_ENDPOINT_URL="http://127.0.0.1:9")
     assert code == 1 and "127.0.0.1:9" in text
-    code, text = told("nosuch://bucket/images")
+    code, text = refused("nosuch://bucket/images")
     assert code == 2 and "nosuch" in text
 
 

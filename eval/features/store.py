@@ -21,7 +21,7 @@ from eval.features.extractors import BATCH_SIZE, Extractor, ExtractorSpec
 from eval.sampling.image_source import ImageSet, Incomplete
 from ingest.shards import shard_name
 from ingest.store.commits import Attempt, committed, recover, withdraw_damaged
-from ingest.store.manifests import write_manifest
+from ingest.store.snapshots import write_manifest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from ingest.shards import (
     write_embed_shard,
     write_manifest,
 )
-from ingest.store.maintenance import derive, follow
+from ingest.store.maintenance import follow_images, record_derived
 from ingest.store.storage import absolute_root
 from models.clip import FrozenClip, Preprocessing, preprocess, tokenizer
 
@@ -48,8 +48,8 @@ def open_embeds(root: Root, clip_spec: str, encoder: FrozenClip, images: Snapsho
     }
     write_manifest(root, "embeds", fields)
     recover(root)
-    derive(images.root, root)
-    follow(images.root, root)
+    record_derived(images.root, root)
+    follow_images(images.root, root)
 
 
 # -- read ----------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def read_chunks(root: str, entry: ShardEntry, how: Preprocessing, size: int) -> 
     """
     try:
         shard = ImageShard(root, entry.name, digest=entry.digest)
-        shard.require_whole()
+        shard.require_complete()
         for start in range(0, max(1, len(shard)), size):
             yield _read_chunk(shard, range(start, min(start + size, len(shard))), how)
     except (ValueError, OSError) as error:
@@ -179,7 +179,7 @@ def commit_shard(root: Root, images: str, entry: ShardEntry, parts: list[Encoded
     length, of unit norm.
     """
     shard = ImageShard(images, entry.name, digest=entry.digest)
-    shard.require_whole()
+    shard.require_complete()
     bad = np.concatenate([part.chunk.bad for part in parts])
     image_embed = np.concatenate([part.image_embed for part in parts])
     text_embed = np.concatenate([part.text_embed for part in parts])

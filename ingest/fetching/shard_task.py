@@ -29,7 +29,7 @@ from ingest.shards import (
     outcome,
     write_image_shard,
 )
-from ingest.store.forgotten import FORGOTTEN, read_forgotten
+from ingest.store.removal import FORGOTTEN, read_forgotten
 from ingest.store.shard_runner import Unit
 
 if TYPE_CHECKING:

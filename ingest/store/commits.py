@@ -1,12 +1,15 @@
 """Commit records: how a unit of work comes to exist, once.
 
-    <root>/_attempts/<id>.json       who works (host, pid), written before the folder beside it
+    <root>/_attempts/<id>.json       the owner (host, pid), written before the folder beside it
     <root>/_attempts/<id>/           the files of one attempt at one shard
-    <root>/_commits/<shard>.json     created whole, only if absent: from then on the shard exists
+    <root>/_commits/<shard>.json     created complete, only if absent: from then on the shard exists
 
-An attempt that is whole creates its commit record. That is the decision: whoever creates it has
-won, and its files are moved to <root>; if that move is interrupted, any reader or the next run
-finishes it, because the record names the attempt that holds the files. <root> may be a URL.
+An attempt with all its files creates the commit record. That is the decision: the creator has won,
+and its files are moved to <root>. If that move is interrupted, any reader or the next run finishes
+it, because the record names the attempt that holds the files. <root> may be a URL.
+
+Removing samples rewrites a shard: its commit record is replaced by that of the next generation,
+which lists the rows that each earlier generation has lost.
 """
 
 import json
@@ -17,32 +20,29 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
+
 from cluster.base.files import canonical_json, digest_file, digest_of, digest_stream
-from ingest.store.storage import Storage, join_root, storage_of
+from ingest.store.storage import Root, Storage, join_root, process_birth, storage_of
 
 UNDIGESTED_SUFFIX = "_stats.json"  # timings differ from run to run: published, never digested
-HELD = "_held.json"  # who makes shards anew
+HELD = "_held.json"  # the process that rewrites shards
+TOMBSTONES = "_tombstones"  # rows that readers skip: of earlier versions; no longer written
 NAMES_AT_ONCE = 1024
-NUM_READERS = 16  # of many small files: the wait is the disk's, or the network's
+NUM_READERS = 16  # of many small files: their time is waiting for the disk or the network
 
 Result = TypeVar("Result")
 
 
-def _digest(storage: Storage, name: str) -> str:
-    with storage.open(name) as file:
-        return digest_stream(file)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """What a committed shard holds. files: name -> {"sha256": hex, "size": bytes}.
+    """The content of a committed shard. files: name -> {"sha256": hex, "size": bytes}.
 
-    generation: how often it was made anew without some samples; superseded: for the digest of each
-    earlier generation its num_samples, and the rows removed since, in its own numbering.
+    generation: how often the shard was rewritten without some samples; superseded: for the digest
+    of each earlier generation its num_samples, and the rows removed since, in its own numbering.
     """
 
     shard: str
@@ -61,12 +61,15 @@ class Commit:
         return digest_of({"n": self.num_samples, "files": self.files})
 
 
-def read_commit(root: str | os.PathLike[str], shard: str) -> Commit | None:
+# -- reading records -----------------------------------------------------------------------------
+
+
+def read_commit(root: Root, shard: str) -> Commit | None:
     """Return the commit record of `shard`, None if it is not committed."""
-    return _read_commit(storage_of(root), shard)
+    return _read_record(storage_of(root), shard)
 
 
-def _read_commit(storage: Storage, shard: str) -> Commit | None:
+def _read_record(storage: Storage, shard: str) -> Commit | None:
     name = _record(shard)
     try:
         return Commit(**json.loads(storage.read(name)))
@@ -80,67 +83,60 @@ def _record(shard: str) -> str:
     return f"_commits/{shard}.json"
 
 
-def committed(root: str | os.PathLike[str]) -> dict[str, Commit]:
-    """Return every commit record by shard name, in name order: some 10 kB each."""
-    return {commit.shard: commit for commit in read_commits(root)}
+def _is_record(name: str) -> bool:
+    return name.endswith(".json") and not name.startswith(".")
 
 
-def read_commits(root: str | os.PathLike[str]) -> Iterator[Commit]:
-    """Yield every commit record, in name order."""
-    storage = storage_of(root)
-    for commit in _side_by_side(lambda name: _read_commit(storage, name), committed_names(root)):
-        if commit is not None:
-            yield commit
-
-
-def committed_names(root: str | os.PathLike[str]) -> list[str]:
+def committed_names(root: Root) -> list[str]:
     """Return the names of all committed shards, in order."""
     names = storage_of(root).names("_commits")
     return [name.removesuffix(".json") for name in names if _is_record(name)]
 
 
-def _side_by_side(function: Callable[[str], Result], names: Sequence[str]) -> Iterator[Result]:
-    """Yield function(name) for each name, in order; a bounded number is in memory."""
+def read_commits(root: Root) -> Iterator[Commit]:
+    """Yield every commit record, in name order."""
+    storage = storage_of(root)
+    for commit in _map_names(lambda name: _read_record(storage, name), committed_names(root)):
+        if commit is not None:
+            yield commit
+
+
+def committed(root: Root) -> dict[str, Commit]:
+    """Return every commit record by shard name, in name order: some 10 kB each."""
+    return {commit.shard: commit for commit in read_commits(root)}
+
+
+def _map_names(function: Callable[[str], Result], names: Sequence[str]) -> Iterator[Result]:
+    """Yield function(name) for each name, in order; threads work on at most 1,024 names ahead."""
     with ThreadPoolExecutor(NUM_READERS) as pool:
         for start in range(0, len(names), NAMES_AT_ONCE):
             yield from pool.map(function, names[start : start + NAMES_AT_ONCE])
 
 
-def _is_record(name: str) -> bool:
-    return name.endswith(".json") and not name.startswith(".")
+# -- damage --------------------------------------------------------------------------------------
 
 
-def published(root: str | os.PathLike[str], shard: str) -> Commit:
-    """Return the commit of `shard` after finishing its publication if that was interrupted."""
-    storage = storage_of(root)
-    commit = _read_commit(storage, shard)
-    if commit is None:
-        raise ValueError(f"{root}: shard {shard} is not committed; rerun its stage")
-    _publish(storage, commit)
-    return commit
-
-
-def damage(root: str | os.PathLike[str], commit: Commit, *, deep: bool = False) -> str | None:
-    """Say what is wrong with a shard's files against its commit, None if nothing.
+def damage(root: Root, commit: Commit, *, deep: bool = False) -> str | None:
+    """Return how a shard's files differ from its commit, None if they do not.
 
     Sizes are always compared, contents when `deep`.
     """
     storage = storage_of(root)
-    for name, wanted in commit.files.items():
+    for name, expected in commit.files.items():
         size = storage.size(name)
         if size is None:
             return f"{name} is missing"
-        if size != wanted["size"]:
-            return f"{name} has {size} bytes, committed with {wanted['size']}"
-        if deep and _digest(storage, name) != wanted["sha256"]:
-            return f"{name} differs from its committed sha256"
+        if size != expected["size"]:
+            return f"{name} has {size} bytes, committed with {expected['size']}"
+        if deep:
+            with storage.open(name) as file:
+                if digest_stream(file) != expected["sha256"]:
+                    return f"{name} differs from its committed sha256"
     return None
 
 
-def inspect(
-    root: str | os.PathLike[str], shard: str, *, deep: bool = False
-) -> tuple[Commit, str | None]:
-    """Return the commit of a shard and its damage, also while the shard is being made anew."""
+def inspect(root: Root, shard: str, *, deep: bool = False) -> tuple[Commit, str | None]:
+    """Return the commit of a shard and its damage, also while the shard is being rewritten."""
     while True:
         commit = published(root, shard)
         problem = damage(root, commit, deep=deep)
@@ -148,42 +144,54 @@ def inspect(
             return commit, problem
 
 
-def inspect_all(
-    root: str | os.PathLike[str], *, deep: bool = False
-) -> Iterator[tuple[Commit, str | None]]:
-    """Yield what `inspect` says of every committed shard, in name order."""
-    return _side_by_side(lambda name: inspect(root, name, deep=deep), committed_names(root))
+def inspect_all(root: Root, *, deep: bool = False) -> Iterator[tuple[Commit, str | None]]:
+    """Yield what `inspect` returns for every committed shard, in name order."""
+    return _map_names(lambda name: inspect(root, name, deep=deep), committed_names(root))
 
 
-def withdraw(root: str | os.PathLike[str], commit: Commit) -> None:
-    """Undo the commit of a damaged shard, so that the next run makes it anew."""
+def withdraw(root: Root, commit: Commit) -> None:
+    """Delete a damaged shard and its commit, so that the next run makes it again."""
     storage = storage_of(root)
-    storage.delete(_record(commit.shard))
-    for name in [*commit.files, *commit.undigested]:
+    for name in [_record(commit.shard), *commit.files, *commit.undigested]:
         storage.delete(name)
 
 
 def withdraw_damaged(
-    root: str | os.PathLike[str], judge: Callable[[Commit], str | None] = lambda _: None
+    root: Root, check: Callable[[Commit], str | None] = lambda _: None
 ) -> dict[str, str]:
-    """Withdraw every shard that is damaged, or of which `judge` says what is wrong with it.
+    """Withdraw every shard that is damaged, or for which `check` returns a problem.
 
-    Returns what was wrong with each, by name.
+    Returns the problem of each, by name.
     """
     problems = {}
     for commit, damaged in inspect_all(root):
-        problem = damaged or judge(commit)
+        problem = damaged or check(commit)
         if problem is not None:
             withdraw(root, commit)
             problems[commit.shard] = problem
     return problems
 
 
+# -- publication ---------------------------------------------------------------------------------
+
+
+def published(root: Root, shard: str) -> Commit:
+    """Return the commit of `shard` after finishing its publication if that was interrupted."""
+    storage = storage_of(root)
+    commit = _read_record(storage, shard)
+    if commit is None:
+        raise ValueError(f"{root}: shard {shard} is not committed; rerun its stage")
+    _publish(storage, commit)
+    return commit
+
+
 def _publish(storage: Storage, commit: Commit) -> None:
-    """Move a committed attempt's files into place; finished or shared work is no error."""
-    waiting = storage.names(f"_attempts/{commit.attempt}") if commit.attempt else []
+    """Move a committed attempt's files into place; several processes may do so at once."""
+    if not commit.attempt:
+        return
     names = [*commit.files, *commit.undigested]
-    if not waiting and (not commit.attempt or all(storage.size(n) is not None for n in names)):
+    waiting = storage.names(f"_attempts/{commit.attempt}")
+    if not waiting and all(storage.size(name) is not None for name in names):
         return
     for name in names:
         with suppress(FileNotFoundError):  # another process moved it first, or it was lost: damage
@@ -197,37 +205,35 @@ def _discard(storage: Storage, attempt: str) -> None:
     storage.delete(f"_attempts/{attempt}.json")
 
 
-def _process_birth(pid: int) -> str | None:
-    """Return when process `pid` of this host began, in kernel ticks; None if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] == "Z" else fields[19]
+def recover(root: Root) -> None:
+    """Finish interrupted publications and remove the attempts whose process has ended.
 
-
-def recover(root: str | os.PathLike[str]) -> None:
-    """Finish interrupted publications and remove the attempts whose process is gone.
-
-    Attempts of other hosts that did not commit are left: nobody here can tell whether they live.
+    Attempts of other hosts that did not commit stay: this host cannot know whether they are alive.
     """
     storage = storage_of(root)
     storage.sweep()
-    for name in storage.names("_attempts"):
-        if not _is_record(name):
-            continue
+    for name in filter(_is_record, storage.names("_attempts")):
         try:
             owner = json.loads(storage.read(f"_attempts/{name}"))
         except FileNotFoundError:  # its owner finished meanwhile
             continue
-        attempt, commit = name.removesuffix(".json"), _read_commit(storage, owner["shard"])
+        attempt, commit = name.removesuffix(".json"), _read_record(storage, owner["shard"])
         if commit is not None and commit.attempt == attempt:
             _publish(storage, commit)
             _discard(storage, attempt)
-        elif owner["host"] == socket.gethostname():
-            birth = _process_birth(owner["pid"])
-            if birth is None or birth != owner["birth"]:
-                _discard(storage, attempt)
+        elif owner["host"] == socket.gethostname() and not _is_alive(owner):
+            _discard(storage, attempt)
+
+
+def _this_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "birth": process_birth(pid)}
+
+
+def _is_alive(owner: dict[str, Any]) -> bool:
+    """Return whether a process of this host is running; its birth tells it from a reused pid."""
+    birth = process_birth(owner["pid"])
+    return birth is not None and birth == owner["birth"]
 
 
 class Attempt:
@@ -236,63 +242,61 @@ class Attempt:
     Leaving the `with` block without a commit, or after losing the race, discards the files.
     """
 
-    def __init__(self, root: str | os.PathLike[str], shard: str) -> None:
+    def __init__(self, root: Root, shard: str) -> None:
         self.root, self.shard, self.id = root, shard, uuid.uuid4().hex
         self._storage, self._folder = storage_of(root), f"_attempts/{self.id}"
         self._keep = False
 
     def __enter__(self) -> "Attempt":
-        pid = os.getpid()
-        owner = {"shard": self.shard, "host": socket.gethostname(), "pid": pid}
         # The record comes first, so that no folder is ever without an owner.
-        birth = {"birth": _process_birth(pid)}
-        self._storage.replace(f"{self._folder}.json", canonical_json({**owner, **birth}))
+        owner = canonical_json({"shard": self.shard, **_this_process()})
+        self._storage.replace(f"{self._folder}.json", owner)
         self.path = self._storage.workplace(self._folder)
         return self
 
     def commit(self, *, num_samples: int, counts: dict[str, int], config_hash: str) -> Commit:
-        """Commit every file under `.path`; return the winner's record, which may not be ours."""
-        ours = self._described(num_samples, counts, config_hash)
+        """Commit every file under `.path`; return the winner's record, which may be another's."""
+        commit = self._described(num_samples, counts, config_hash)
         self._storage.upload(self.path, self._folder)
-        if not self._storage.create(_record(self.shard), canonical_json(asdict(ours))):
+        if not self._storage.create(_record(self.shard), canonical_json(asdict(commit))):
             return published(self.root, self.shard)
         self._keep = True  # from here on only a publication may move these files
-        _publish(self._storage, ours)
-        return ours
+        _publish(self._storage, commit)
+        return commit
 
     def supersede(
         self, old: Commit, removed: Sequence[int], *, counts: dict[str, int], config_hash: str
     ) -> Commit:
-        """Commit every file under `.path` in the place of `old`, whose rows `removed` are gone.
+        """Commit every file under `.path` as the generation after `old`, without `removed` rows.
 
         The caller holds the folder (`exclusive`): nobody else may supersede meanwhile.
         """
-        num_samples = old.num_samples - len(removed)
-        ours = replace(
-            self._described(num_samples, counts, config_hash),
+        described = self._described(old.num_samples - len(removed), counts, config_hash)
+        commit = replace(
+            described,
             undigested=old.undigested,
             generation=old.generation + 1,
             superseded=_superseded(old, removed),
         )
         self._storage.upload(self.path, self._folder)
-        self._storage.replace(_record(self.shard), canonical_json(asdict(ours)))
+        self._storage.replace(_record(self.shard), canonical_json(asdict(commit)))
         self._keep = True
-        _publish(self._storage, ours)
-        return ours
+        _publish(self._storage, commit)
+        return commit
 
     def _described(self, num_samples: int, counts: dict[str, int], config_hash: str) -> Commit:
-        names = sorted(p.name for p in self.path.iterdir())
-        digested = {n: self.path / n for n in names if not n.endswith(UNDIGESTED_SUFFIX)}
+        paths = sorted(self.path.iterdir())
+        digested = [path for path in paths if not path.name.endswith(UNDIGESTED_SUFFIX)]
         return Commit(
             shard=self.shard,
             num_samples=num_samples,
             counts=dict(counts),
             files={
-                n: {"sha256": digest_file(p), "size": p.stat().st_size} for n, p in digested.items()
+                p.name: {"sha256": digest_file(p), "size": p.stat().st_size} for p in digested
             },
             config_hash=config_hash,
             attempt=self.id,
-            undigested=[n for n in names if n not in digested],
+            undigested=[path.name for path in paths if path not in digested],
         )
 
     def __exit__(
@@ -306,28 +310,64 @@ class Attempt:
             _discard(self._storage, self.id)
 
 
+# -- generations ---------------------------------------------------------------------------------
+
+
 def _superseded(old: Commit, removed: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Return what a commit that follows `old` says of all generations before it."""
-    gone, found = set(removed), {}
+    """Return what the commit after `old` records of all generations before it."""
+    gone, entries = set(removed), {}
     for digest, entry in old.superseded.items():
         before = set(entry["removed"])
         kept = [row for row in range(entry["num_samples"]) if row not in before]
         rows = before | {row for place, row in enumerate(kept) if place in gone}
-        found[digest] = {"num_samples": entry["num_samples"], "removed": sorted(rows)}
-    return {**found, old.digest: {"num_samples": old.num_samples, "removed": sorted(gone)}}
+        entries[digest] = {"num_samples": entry["num_samples"], "removed": sorted(rows)}
+    return {**entries, old.digest: {"num_samples": old.num_samples, "removed": sorted(gone)}}
+
+
+def current_rows(root: Root, commit: Commit, digest: str | None) -> np.ndarray | None:
+    """Return, for each row of the generation `digest`, the row to read now; int64 [n].
+
+    A shard keeps its row numbers for whoever pinned it, so that the order under a running job does
+    not change: a removed sample is replaced by the next one that remains. None: no row differs.
+    digest None: the commit's own. Raises ValueError if all samples are removed.
+    """
+    entry = commit.superseded.get(digest or "", {"num_samples": commit.num_samples, "removed": []})
+    hidden = _tombstone(root, commit)
+    if digest in (None, commit.digest) and not hidden:
+        return None
+    num_rows = entry["num_samples"]
+    kept = np.delete(np.arange(num_rows), entry["removed"])
+    rows = np.full(num_rows, -1)
+    rows[kept] = np.arange(len(kept))
+    rows[np.isin(rows, hidden)] = -1
+    remaining = np.flatnonzero(rows >= 0)
+    if num_rows and not len(remaining):
+        raise ValueError(
+            f"{root}: shard {commit.shard}: all its samples were forgotten; use a newer snapshot"
+        )
+    nearest = np.searchsorted(remaining, np.arange(num_rows)) % max(1, len(remaining))
+    return rows[remaining[nearest]]
+
+
+def _tombstone(root: Root, commit: Commit) -> list[int]:
+    """Return the rows hidden by a --forget of an earlier version that did not finish."""
+    try:
+        tombstone = json.loads(storage_of(root).read(f"{TOMBSTONES}/{commit.shard}.json"))
+    except FileNotFoundError:
+        return []
+    return tombstone["removed"] if tombstone["digest"] == commit.digest else []
 
 
 @contextmanager
-def exclusive(root: str | os.PathLike[str], purpose: str) -> Iterator[None]:
-    """Hold a folder against others that would make its shards anew; ValueError if one does."""
-    storage, pid, host = storage_of(root), os.getpid(), socket.gethostname()
-    owner = {"host": host, "pid": pid, "birth": _process_birth(pid), "purpose": purpose}
+def exclusive(root: Root, purpose: str) -> Iterator[None]:
+    """Hold a folder against others that rewrite its shards; ValueError if another holds it."""
+    storage, owner = storage_of(root), {**_this_process(), "purpose": purpose}
     if not storage.create(HELD, canonical_json(owner)):
-        found = json.loads(storage.read(HELD))
-        if found["host"] != host or _process_birth(found["pid"]) == found["birth"]:
+        holder = json.loads(storage.read(HELD))
+        if holder["host"] != owner["host"] or _is_alive(holder):
             raise ValueError(
-                f"{root}: held for {found['purpose']} by process {found['pid']} of "
-                f"{found['host']}; wait for it, or delete {join_root(root, HELD)} if it is gone"
+                f"{root}: held for {holder['purpose']} by process {holder['pid']} of "
+                f"{holder['host']}; wait for it, or delete {join_root(root, HELD)} if it is gone"
             )
         storage.replace(HELD, canonical_json(owner))  # its holder was killed
     try:

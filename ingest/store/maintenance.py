@@ -1,11 +1,10 @@
-"""What is done to a folder of shards after its download: verify it, forget, drop repetitions.
+"""Work on a folder of shards after its download: verify, forget, drop repeated images.
 
-<images>/_quarantine/<shard>.<digest>/    the files of a damaged shard, for whoever wants to look
-<images>/_derived/<digest>.json           a folder of embeddings that was made from these images
+    <images>/_quarantine/<shard>.<digest>/    the files of a damaged shard, for inspection
+    <images>/_derived/<digest>.json           a folder of embeddings that was made from these images
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,8 @@ from ingest.embedding.publish import publish_embeds
 from ingest.lists.duplicates import repeated
 from ingest.shards import STORED
 from ingest.store.commits import (
-    Commit,
+    TOMBSTONES,
+    committed,
     committed_names,
     exclusive,
     inspect_all,
@@ -28,33 +28,40 @@ from ingest.store.commits import (
     recover,
     withdraw,
 )
-from ingest.store.forgotten import FORGOTTEN, Forgotten, read_forgotten, record
-from ingest.store.generations import announce, bury, lift_settled
-from ingest.store.manifests import read_manifest
-from ingest.store.rewrite import follow_images, remove_rows
-from ingest.store.snapshots import publish_snapshot
-from ingest.store.storage import absolute_root, storage_of
+from ingest.store.removal import (
+    FORGOTTEN,
+    Forgotten,
+    read_forgotten,
+    record_request,
+    remove_embeddings,
+    remove_rows,
+)
+from ingest.store.snapshots import MANIFEST, publish_snapshot, read_manifest
+from ingest.store.storage import Root, absolute_root, storage_of
 
-UNIQUE = "_unique"  # the state of the folder in which no image was left repeated
-Root = str | os.PathLike[str]
+UNIQUE = "_unique"  # the state of the folder after repeated images were dropped
 
 
 # -- verify --------------------------------------------------------------------------------------
 
 
 def verify(root: Root) -> dict[str, str]:
-    """Read every file of every commit again; put damaged shards into quarantine.
+    """Read every file of every commit again; move damaged shards into quarantine.
 
-    Returns what was wrong with each, by name. A snapshot without them is published, and without
-    what the last publication of embeddings left out.
+    Returns the problem of each, by name. If there are any, a snapshot without them is published;
+    what the last publication of embeddings left out stays out.
     """
     recover(root)
-    problems = {}
+    storage, problems = storage_of(root), {}
     with progress("verify", len(committed_names(root)), unit="shards") as advance:
         for commit, problem in inspect_all(root, deep=True):
             if problem is not None:
                 problems[commit.shard] = problem
-                _quarantine(root, commit)
+                folder = f"_quarantine/{commit.shard}.{commit.digest[:12]}"
+                for name in commit.files:
+                    if storage.size(name) is not None:
+                        storage.move(name, f"{folder}/{name}")
+                withdraw(root, commit)
             advance(note=f"{len(problems)} damaged")
     if problems and read_manifest(root).get("kind") == "embeds":
         publish_embeds(root)
@@ -63,16 +70,7 @@ def verify(root: Root) -> dict[str, str]:
     return problems
 
 
-def _quarantine(root: Root, commit: Commit) -> None:
-    storage = storage_of(root)
-    folder = f"_quarantine/{commit.shard}.{commit.digest[:12]}"
-    for name in commit.files:
-        if storage.size(name) is not None:
-            storage.move(name, f"{folder}/{name}")
-    withdraw(root, commit)
-
-
-def strangers(root: Root) -> list[str]:
+def orphan_files(root: Root) -> list[str]:
     """Return the files in the root that belong to no commit, sorted."""
     known = {name for c in read_commits(root) for name in [*c.files, *c.undigested]}
     return [n for n in storage_of(root).names() if n not in known and not n.startswith(("_", "."))]
@@ -83,9 +81,9 @@ def strangers(root: Root) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Removed:
-    """What a request came to: samples and rows of tables, shards made anew, and what was derived.
+    """What a request removed: samples, rows of tables, and the number of rewritten shards.
 
-    unreached: folders of embeddings that were made from these images and are not there now.
+    unreached: folders of embeddings that were made from these images and are absent now.
     """
 
     num_samples: int
@@ -97,69 +95,48 @@ class Removed:
 def forget(root: Root, request: Forgotten) -> Removed:
     """Remove all samples of a request, from these images and the embeddings made of them.
 
-    It is written down first, so that no later fetch stores them; then tombstones go over all of
-    them, which readers honour at once; then shards are made anew. A killed run is completed by
-    the next, with any request.
+    The request is recorded first, so that no later fetch stores them. Then shards are rewritten,
+    and a snapshot is published: readers that are open notice it and open their shards again. The
+    next run completes a killed one, whatever its request.
     """
     if read_manifest(root).get("kind") != "images":
         raise ValueError(f"{root}: found embeddings, expected the folder of their images")
+    num_samples = num_rows = num_shards = 0
     with exclusive(root, "--forget"):
         recover(root)
         if request:
-            record(root, request)
-        found = dict(_matches(root, read_forgotten(root)))
-        derived = list(_derived(root))
-        _bury_all(root, found, [embeds for embeds in derived if _is_there(embeds)])
-        num_samples = 0
-        with progress("rewrite", len(found), unit="shards") as advance:
-            for name, rows in found.items():
-                old = published(root, name)
-                made = remove_rows(root, old, {row: FORGOTTEN for row in rows})
-                num_samples += old.num_samples - made.num_samples
+            record_request(root, request)
+        forgotten, names = read_forgotten(root), committed_names(root)
+        with progress("forget", len(names), unit="shards") as advance:
+            for name in names:
+                table = _columns(root, name, "url", "sha256")
+                pairs = enumerate(zip(table["url"], table["sha256"], strict=True))
+                reasons = {row: FORGOTTEN for row, pair in pairs if forgotten.covers(*pair)}
+                if reasons:
+                    old = published(root, name)
+                    num_samples += old.num_samples - remove_rows(root, old, reasons).num_samples
+                    num_rows, num_shards = num_rows + len(reasons), num_shards + 1
                 advance()
-        for embeds in filter(_is_there, derived):
-            follow(root, embeds)
+        unreached = []
+        for embeds in _derived(root):
+            if storage_of(embeds).size(MANIFEST) is None:
+                unreached.append(embeds)
+                continue
+            follow_images(root, embeds)
+            storage_of(embeds).delete(TOMBSTONES)
         publish_snapshot(root)
+        storage_of(root).delete(TOMBSTONES)
         storage_of(root).delete("_quarantine")  # damaged files may hold what is to be forgotten
     return Removed(
         num_samples=num_samples,
-        num_rows=sum(map(len, found.values())),
-        num_shards=len(found),
-        unreached=tuple(embeds for embeds in derived if not _is_there(embeds)),
+        num_rows=num_rows,
+        num_shards=num_shards,
+        unreached=tuple(unreached),
     )
 
 
-def _matches(root: Root, forgotten: Forgotten) -> Iterator[tuple[str, list[int]]]:
-    """Yield the shards that hold what is to be forgotten, with the rows of their tables."""
-    names = committed_names(root)
-    with progress("search", len(names), unit="shards") as advance:
-        for name in names:
-            table = _columns(root, name, "url", "sha256")
-            pairs = zip(table["url"], table["sha256"], strict=True)
-            rows = [row for row, pair in enumerate(pairs) if forgotten.covers(*pair)]
-            if rows:
-                yield name, rows
-            advance()
-
-
-def _bury_all(root: Root, found: dict[str, list[int]], derived: list[str]) -> None:
-    for folder in [root, *derived]:
-        lift_settled(folder)
-    for name, rows in found.items():
-        places = enumerate(_stored_rows(root, name))
-        removed = [place for place, row in places if row in set(rows)]
-        images = published(root, name)
-        bury(root, images, removed)
-        for embeds in derived:
-            theirs = read_commit(embeds, name)
-            if theirs is not None and theirs.config_hash == images.digest:
-                bury(embeds, theirs, removed)
-    for folder in [root, *derived]:
-        announce(folder)
-
-
-def derive(images: Root, embeds: Root) -> None:
-    """Note that a folder of embeddings is made from these images, for `forget` to find it."""
+def record_derived(images: Root, embeds: Root) -> None:
+    """Record that a folder of embeddings is made from these images; `forget` looks it up."""
     entry = {"root": absolute_root(embeds)}
     try:
         storage_of(images).create(f"_derived/{digest_of(entry)}.json", canonical_json(entry))
@@ -174,12 +151,8 @@ def _derived(root: Root) -> Iterator[str]:
             yield json.loads(storage.read(f"_derived/{name}"))["root"]
 
 
-def _is_there(embeds: str) -> bool:
-    return storage_of(embeds).size("_manifest.json") is not None
-
-
-def follow(images: Root, embeds: Root) -> int:
-    """Bring embeddings up to what their images lost; return the number of shards made anew.
+def follow_images(images: Root, embeds: Root) -> None:
+    """Remove from embeddings the samples that their images have lost.
 
     Embeddings of anything but an earlier generation are left to ingest/embed.py.
     """
@@ -188,43 +161,40 @@ def follow(images: Root, embeds: Root) -> int:
         recover(embeds)
         for commit in read_commits(embeds):
             current = read_commit(images, commit.shard)
-            if current is not None and follow_images(embeds, commit, current) is not None:
+            if current is not None and remove_embeddings(embeds, commit, current) is not None:
                 count += 1
         if count:
             publish_embeds(embeds)
-    return count
 
 
-# -- repetitions ---------------------------------------------------------------------------------
+# -- repeated images -----------------------------------------------------------------------------
 
 
 def drop_repeated_images(root: Root) -> int:
-    """Remove every stored image whose bytes, as fetched, a stored row before it has.
+    """Remove every stored image whose bytes, as fetched, an earlier stored row has.
 
-    Before: in the order of shards and rows, so the same samples go whatever came first. Returns
-    the number of samples removed.
+    Earlier: in the order of shards and rows, so the result does not depend on what was fetched
+    first. Returns the number of samples removed.
     """
-    if _unique_state(root) == _unique_marker(root):
+    storage = storage_of(root)
+    if storage.size(UNIQUE) is not None and storage.read(UNIQUE) == _state(root):
         return 0
-    names, sizes = committed_names(root), [one.num_samples for one in read_commits(root)]
-    again = repeated((_image_hashes(root, name) for name in names), sum(sizes))
+    commits = committed(root)
+    sizes = [commit.num_samples for commit in commits.values()]
+    again = repeated((_image_hashes(root, name) for name in commits), sum(sizes))
     with exclusive(root, "--filters.unique images"):
-        for name, places in zip(names, np.split(again, np.cumsum(sizes)), strict=False):
+        for name, places in zip(commits, np.split(again, np.cumsum(sizes)), strict=False):
             if places.any():
-                rows = np.array(_stored_rows(root, name))[places]
-                reasons = {int(row): "duplicate_image" for row in rows}
+                status = _columns(root, name, "status")["status"]
+                stored = np.flatnonzero([text == STORED for text in status])
+                reasons = {int(row): "duplicate_image" for row in stored[places]}
                 remove_rows(root, published(root, name), reasons)
-        storage_of(root).replace(UNIQUE, _unique_state(root))
+        storage.replace(UNIQUE, _state(root))
     return int(again.sum())
 
 
-def _unique_state(root: Root) -> bytes:
-    return digest_of([[one.shard, one.digest] for one in read_commits(root)]).encode()
-
-
-def _unique_marker(root: Root) -> bytes | None:
-    storage = storage_of(root)
-    return storage.read(UNIQUE) if storage.size(UNIQUE) is not None else None
+def _state(root: Root) -> bytes:
+    return digest_of([[commit.shard, commit.digest] for commit in read_commits(root)]).encode()
 
 
 def _image_hashes(root: Root, name: str) -> np.ndarray:
@@ -235,18 +205,9 @@ def _image_hashes(root: Root, name: str) -> np.ndarray:
     return np.array(heads, np.uint64)
 
 
-# -- tables --------------------------------------------------------------------------------------
-
-
 def _columns(root: Root, name: str, *columns: str) -> dict[str, list[Any]]:
     """Return columns of an image shard's table."""
     import pyarrow.parquet as pq
 
     with storage_of(root).open(f"{name}.parquet") as file:
         return pq.ParquetFile(file).read(columns=list(columns)).to_pydict()
-
-
-def _stored_rows(root: Root, name: str) -> list[int]:
-    """Return the row of the table of each sample of an image shard."""
-    status = _columns(root, name, "status")["status"]
-    return [row for row, word in enumerate(status) if word == STORED]

@@ -1,10 +1,13 @@
-"""Snapshots: immutable lists of committed shards, which training and evaluation pin by digest.
+"""What a data folder is (its manifest), and the lists of shards that readers pin (snapshots).
 
-<root>/_snapshots/<digest>.parquet    (name, num_samples, digest, excluded) a row, never changed
-<root>/_snapshots/latest              the digest published last, replaced atomically
+    <root>/_manifest.json               kind, format version, and the settings of its content
+    <root>/_snapshots/<digest>.parquet  (name, num_samples, digest, excluded) a row; never changed
+    <root>/_snapshots/latest            the digest published last, replaced atomically
+
+Training and evaluation pin one snapshot by its digest and read nothing else.
 """
 
-import os
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,16 +16,77 @@ import numpy as np
 
 from cluster.base.files import digest_of
 from ingest.store.commits import read_commits
-from ingest.store.manifests import read_manifest
-from ingest.store.storage import join_root, storage_of
+from ingest.store.storage import Root, join_root, storage_of
 
+FORMAT_VERSION = 1
+MANIFEST = "_manifest.json"
 LATEST = "_snapshots/latest"
+FORGOTTEN_FOLDER = "_forgotten"  # --fresh keeps it: a request to be forgotten is for good
+
+
+# -- manifest ------------------------------------------------------------------------------------
+
+
+def write_manifest(root: Root, kind: str, fields: dict[str, Any]) -> None:
+    """Create `<root>/_manifest.json`, or check that the existing one is equal.
+
+    kind: "images", "embeds" or "features"; fields: JSON-able. Raises ValueError naming the first
+    field that differs, or when the folder holds other things than our data.
+    """
+    storage = storage_of(root)
+    expected = json.loads(json.dumps({"kind": kind, "version": FORMAT_VERSION, **fields}))
+    names = storage.names()
+    if MANIFEST not in names:
+        if any(MANIFEST not in name and name != FORGOTTEN_FOLDER for name in names):
+            raise ValueError(f"{root}: not empty and without our manifest; give another folder")
+        text = json.dumps(expected, indent=1, sort_keys=True) + "\n"
+        if storage.create(MANIFEST, text.encode()):
+            return
+    found = read_manifest(root)
+    # The hash of all settings comes last: the name of one setting is more helpful.
+    for name in sorted({*found, *expected}, key=lambda name: (name == "config_hash", name)):
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{root}: was made with {name} = {found.get(name)!r}, this run has "
+                f"{expected.get(name)!r}; use the same, another folder, or --fresh to start over"
+            )
+
+
+def read_manifest(root: Root) -> dict[str, Any]:
+    """Return the manifest of `root`; ValueError with the remedy when there is none."""
+    try:
+        return json.loads(storage_of(root).read(MANIFEST))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{root}: no _manifest.json, so not a data folder; make one with "
+            "ingest/download.py (images) or ingest/embed.py (embeds)"
+        ) from None
+    except json.JSONDecodeError as error:
+        where = join_root(root, MANIFEST)
+        raise ValueError(f"{where}: not JSON ({error}); restore it or use --fresh") from None
+
+
+def remove_data_folder(root: Root, kind: str) -> None:
+    """Empty `root` for --fresh; only a folder with our manifest of that kind."""
+    storage = storage_of(root)
+    names = set(storage.names()) - {FORGOTTEN_FOLDER}
+    if not names:
+        return
+    found = read_manifest(root).get("kind")
+    if found != kind:
+        raise ValueError(f"{root}: --fresh refused: its manifest says {found!r}, not {kind!r}")
+    # The manifest goes last, so that an interrupted deletion can be repeated.
+    for name in sorted(names, key=lambda name: name == MANIFEST):
+        storage.delete(name)
+
+
+# -- snapshots -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One committed shard of a snapshot. digest: of its content, see `Commit.digest`; excluded:
-    rows that readers leave out, rising."""
+    """One committed shard of a snapshot. digest: see `Commit.digest`; excluded: rows that readers
+    leave out, rising."""
 
     name: str
     num_samples: int
@@ -35,7 +99,7 @@ class ShardEntry:
         return self.num_samples - len(self.excluded)
 
     def rows(self, places: np.ndarray) -> np.ndarray:
-        """Return the rows of the shard that stand at `places` among those not excluded."""
+        """Return the rows of the shard at `places` among those not excluded."""
         if not self.excluded:
             return places
         return np.delete(np.arange(self.num_samples), self.excluded)[places]
@@ -43,7 +107,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """An immutable list of committed shards, in name order, known by the digest of its content."""
+    """An immutable list of committed shards, in name order, identified by its content's digest."""
 
     root: str
     digest: str
@@ -56,17 +120,16 @@ class Snapshot:
 
 
 def _snapshot_digest(shards: tuple[ShardEntry, ...]) -> str:
-    # Of the rows, not of the Parquet bytes, which another writer version may lay out otherwise.
-    return digest_of([_as_row(shard) for shard in shards])
-
-
-def _as_row(shard: ShardEntry) -> dict[str, Any]:
-    row = asdict(shard)
-    return row if shard.excluded else {name: row[name] for name in row if name != "excluded"}
+    """Digest the rows, not the Parquet bytes, which another version may lay out differently."""
+    rows = [asdict(shard) for shard in shards]
+    for row in rows:
+        if not row["excluded"]:
+            del row["excluded"]
+    return digest_of(rows)
 
 
 def publish_snapshot(
-    root: str | os.PathLike[str], excluded: Mapping[str, Sequence[int]] | None = None
+    root: Root, excluded: Mapping[str, Sequence[int]] | None = None
 ) -> Snapshot:
     """Write the immutable list of what is committed now, and point `_snapshots/latest` at it.
 
@@ -74,23 +137,22 @@ def publish_snapshot(
     """
     shards = tuple(
         ShardEntry(
-            name=one.shard,
-            num_samples=one.num_samples,
-            digest=one.digest,
-            excluded=tuple(sorted((excluded or {}).get(one.shard, ()))),
+            name=commit.shard,
+            num_samples=commit.num_samples,
+            digest=commit.digest,
+            excluded=tuple(sorted((excluded or {}).get(commit.shard, ()))),
         )
-        for one in read_commits(root)
+        for commit in read_commits(root)
     )
     return write_snapshot(root, shards)
 
 
-def write_snapshot(root: str | os.PathLike[str], shards: tuple[ShardEntry, ...]) -> Snapshot:
+def write_snapshot(root: Root, shards: tuple[ShardEntry, ...]) -> Snapshot:
     """Write a list of shards as a snapshot, and point `_snapshots/latest` at it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    storage = storage_of(root)
-    digest = _snapshot_digest(shards)
+    storage, digest = storage_of(root), _snapshot_digest(shards)
     name = f"_snapshots/{digest}.parquet"
     if storage.size(name) is None:
         types = [("name", pa.string()), ("num_samples", pa.int64()), ("digest", pa.string())]
@@ -103,31 +165,35 @@ def write_snapshot(root: str | os.PathLike[str], shards: tuple[ShardEntry, ...])
     return Snapshot(root=str(root), digest=digest, shards=shards)
 
 
-def load_snapshot(root: str | os.PathLike[str], digest: str | None = None) -> Snapshot:
+def latest_digest(root: Root) -> str | None:
+    """Return the digest of the snapshot published last, None before the first."""
+    try:
+        return storage_of(root).read(LATEST).decode().strip()
+    except FileNotFoundError:
+        return None
+
+
+def load_snapshot(root: Root, digest: str | None = None) -> Snapshot:
     """Return a snapshot by its digest, None for the latest; ValueError if absent or altered."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    storage = storage_of(root)
     if digest is None:
         read_manifest(root)
-        try:
-            digest = storage.read(LATEST).decode().strip()
-        except FileNotFoundError:
-            raise ValueError(
-                f"{root}: no snapshot yet; rerun the stage that makes it until it ends"
-            ) from None
+        digest = latest_digest(root)
+    if digest is None:
+        raise ValueError(f"{root}: no snapshot yet; rerun the stage that makes it until it ends")
     name = f"_snapshots/{digest}.parquet"
     where = join_root(root, name)
     try:
-        table = pq.ParquetFile(pa.BufferReader(storage.read(name))).read()
+        table = pq.ParquetFile(pa.BufferReader(storage_of(root).read(name))).read()
     except FileNotFoundError:
         raise ValueError(
             f"{where}: no such snapshot; the latest is named in {join_root(root, LATEST)}"
         ) from None
-    rows = table.to_pylist()
     shards = tuple(
-        ShardEntry(**{**row, "excluded": tuple(row.get("excluded") or ())}) for row in rows
+        ShardEntry(**{**row, "excluded": tuple(row.get("excluded") or ())})
+        for row in table.to_pylist()
     )
     if _snapshot_digest(shards) != digest:
         raise ValueError(f"{where}: content does not match its name; delete it and rerun the stage")

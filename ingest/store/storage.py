@@ -1,7 +1,7 @@
-"""Where a data folder lies: a local folder, or a prefix of an object store (s3://, gs://, ...).
+"""Where a data folder is: a local folder, or a prefix of an object store (s3://, gs://, ...).
 
 Names are relative to the root, with slashes. Both kinds give what commits need: a file appears
-whole or not at all, and of several that create one name exactly one succeeds.
+complete or not at all, and of several processes that create one name exactly one succeeds.
 """
 
 import contextlib
@@ -19,11 +19,12 @@ from typing import IO, Any, Protocol
 
 LOCAL_PREFIX = "file://"
 TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)@(?P<host>.*)\.[0-9a-f]{32}")
-CONFLICT_SECONDS = (0.1, 0.3, 1.0, 3.0)
+CONFLICT_SECONDS = (0.1, 0.3, 1.0, 3.0)  # pauses while another process creates the same name
+Root = str | os.PathLike[str]
 
 
 class Storage(Protocol):
-    """The operations on a data folder. Missing names raise FileNotFoundError unless noted."""
+    """The operations on a data folder. A missing name raises FileNotFoundError unless noted."""
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes."""
@@ -38,35 +39,33 @@ class Storage(Protocol):
         ...
 
     def names(self, folder: str = "") -> list[str]:
-        """Return what lies directly in a folder, sorted; empty if it is absent."""
+        """Return the names directly in a folder, sorted; empty if it is absent."""
         ...
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write a file so that a reader sees the old bytes or the new ones, never a part."""
+        """Write a file atomically: a reader sees the old bytes or the new ones."""
         ...
 
     def create(self, name: str, data: bytes) -> bool:
-        """Create a file whole, only if absent; False if it was there."""
+        """Create a file atomically, only if absent; return False if it exists."""
         ...
 
     def move(self, name: str, target: str) -> None:
-        """Move a file over whatever bears the target's name."""
+        """Move a file; an existing target is replaced."""
         ...
 
     def delete(self, name: str) -> None:
-        """Delete a file or a folder with all it holds; none there is no error."""
+        """Delete a file, or a folder with its content; an absent name is no error."""
         ...
 
     def settle(self) -> None:
-        """Make the moves so far durable."""
-        ...
+        """Make the moves so far durable; an object store has done so when it answers."""
 
     def sweep(self) -> None:
-        """Delete half-written files whose writer, a process of this host, is gone."""
-        ...
+        """Delete half-written files of processes of this host that have ended, if there are any."""
 
     def workplace(self, folder: str) -> Path:
-        """Return a new local folder whose files `upload` makes those of `folder`."""
+        """Return a new local folder, whose files `upload` puts into `folder`."""
         ...
 
     def upload(self, workplace: Path, folder: str) -> None:
@@ -74,40 +73,47 @@ class Storage(Protocol):
         ...
 
     def leave(self, workplace: Path) -> None:
-        """Remove what a workplace takes outside the storage."""
-        ...
+        """Delete a workplace that is outside the storage."""
 
 
-def storage_of(root: str | os.PathLike[str]) -> Storage:
+def storage_of(root: Root) -> Storage:
     """Return the storage behind a path or URL."""
     text = os.fspath(root)
-    if is_remote(text):
-        return ObjectStorage(text)
-    return LocalStorage(Path(text.removeprefix(LOCAL_PREFIX)))
+    return _ObjectStorage(text) if is_remote(text) else _LocalStorage(local_path(text))
 
 
-def is_remote(root: str | os.PathLike[str]) -> bool:
-    """Say whether a root is a URL of something else than the local disk."""
+def is_remote(root: Root) -> bool:
+    """Return whether a root is a URL of something other than the local disk."""
     text = os.fspath(root)
     return "://" in text and not text.startswith(LOCAL_PREFIX)
 
 
-def absolute_root(root: str | os.PathLike[str]) -> str:
+def local_path(root: Root) -> Path:
+    """Return the folder of a root that is not remote."""
+    return Path(os.fspath(root).removeprefix(LOCAL_PREFIX))
+
+
+def absolute_root(root: Root) -> str:
     """Return a root that means the same in any process: an absolute path, or the URL."""
-    text = os.fspath(root)
-    return text if is_remote(text) else os.path.abspath(text.removeprefix(LOCAL_PREFIX))
+    return os.fspath(root) if is_remote(root) else os.path.abspath(local_path(root))
 
 
-def join_root(root: str | os.PathLike[str], name: str) -> str:
-    """Return the path or URL of a name, for messages and readers."""
+def join_root(root: Root, name: str) -> str:
+    """Return the path or URL of a name, for messages."""
     return f"{os.fspath(root).rstrip('/')}/{name}"
 
 
-# -- local -------------------------------------------------------------------------------------
+def process_birth(pid: int) -> str | None:
+    """Return when process `pid` of this host started, in kernel ticks; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else fields[19]
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -115,17 +121,7 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
-
-
-class LocalStorage:
+class _LocalStorage(Storage):
     """A folder of a local or shared POSIX file system; see `Storage`."""
 
     def __init__(self, root: Path) -> None:
@@ -155,7 +151,7 @@ class LocalStorage:
         fsync_path(path.parent)
 
     def create(self, name: str, data: bytes) -> bool:
-        # A hard link has the exclusiveness of O_EXCL, and the name never appears with a part only.
+        # A hard link is as exclusive as O_EXCL, and the file has its content when the name appears.
         path = self.root / name
         temporary = self._temporary(path, data)
         try:
@@ -169,8 +165,7 @@ class LocalStorage:
 
     def _temporary(self, path: Path, data: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        owner = f"{os.getpid()}@{socket.gethostname()}"
-        temporary = path.with_name(f".{path.name}.{owner}.{uuid.uuid4().hex}")
+        temporary = path.with_name(temporary_name(path.name))
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
@@ -193,8 +188,10 @@ class LocalStorage:
 
     def sweep(self) -> None:
         for path in [*self.root.glob(".*"), *self.root.glob("_*/.*")]:
-            found = TEMPORARY.fullmatch(path.name)
-            if found and found["host"] == socket.gethostname() and not _runs(int(found["pid"])):
+            owner = TEMPORARY.fullmatch(path.name)
+            if owner is None or owner["host"] != socket.gethostname():
+                continue
+            if process_birth(int(owner["pid"])) is None:
                 path.unlink(missing_ok=True)
 
     def workplace(self, folder: str) -> Path:
@@ -203,106 +200,97 @@ class LocalStorage:
         return path
 
     def upload(self, workplace: Path, folder: str) -> None:
-        for path in workplace.iterdir():
+        for path in [*workplace.iterdir(), workplace]:
             fsync_path(path)
-        fsync_path(workplace)
-
-    def leave(self, workplace: Path) -> None:
-        pass  # it lies in the storage
 
 
-# -- object stores -----------------------------------------------------------------------------
+def temporary_name(name: str) -> str:
+    """Return a name that no other process uses, and by which `sweep` recognises its owner."""
+    return f".{name}.{os.getpid()}@{socket.gethostname()}.{uuid.uuid4().hex}"
 
 
-class ObjectStorage:
+class _ObjectStorage(Storage):
     """A prefix of an object store that fsspec reaches; see `Storage`.
 
-    Objects appear whole by nature. `create` needs a store with conditional writes, which Amazon S3,
-    MinIO and Google Cloud Storage have.
+    Objects appear complete by nature. `create` needs a store with conditional writes, which Amazon
+    S3, MinIO and Google Cloud Storage have.
     """
 
     def __init__(self, root: str) -> None:
         import fsspec.core
 
         try:
-            found = fsspec.core.url_to_fs(root, use_listings_cache=False)
+            self._files, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise ValueError(f"{root}: cannot be reached: {error}") from None
-        self._files: Any = found[0]
-        self._root = found[1].rstrip("/")
+        self._root = path.rstrip("/")
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
     @contextlib.contextmanager
-    def _told(self, name: str) -> Iterator[None]:
-        """Turn what the store's library raises, beside OSError, into a ConnectionError."""
+    def _connection(self, name: str) -> Iterator[None]:
+        """Turn the errors of the store's library, other than OSError, into a ConnectionError."""
         try:
             yield
         except OSError:
             raise
-        except Exception as error:  # each library has a base class of its own
+        except Exception as error:  # each library has its own base class
             raise ConnectionError(f"{self._path(name)}: {error}") from error
 
-    def _do(self, operation: str, name: str, *arguments: object, **options: object) -> Any:
-        with self._told(name):
+    def _call(self, operation: str, name: str, *arguments: object, **options: object) -> Any:
+        with self._connection(name):
             return getattr(self._files, operation)(self._path(name), *arguments, **options)
 
     def read(self, name: str) -> bytes:
-        return self._do("cat_file", name)
+        return self._call("cat_file", name)
 
     def open(self, name: str) -> IO[bytes]:
-        return self._do("open", name, "rb")
+        return self._call("open", name, "rb")
 
     def size(self, name: str) -> int | None:
         try:
-            return self._do("info", name)["size"]
+            return self._call("info", name)["size"]
         except FileNotFoundError:
             return None
 
     def names(self, folder: str = "") -> list[str]:
         try:
-            found = [path.rstrip("/") for path in self._do("ls", folder, detail=False)]
+            paths = [path.rstrip("/") for path in self._call("ls", folder, detail=False)]
         except FileNotFoundError:
             return []
         itself = self._path(folder).rstrip("/")
-        return sorted(path.rpartition("/")[2] for path in found if path != itself)
+        return sorted(path.rpartition("/")[2] for path in paths if path != itself)
 
     def replace(self, name: str, data: bytes) -> None:
         self._write(name, data, "overwrite")
 
     def _write(self, name: str, data: bytes, mode: str) -> None:
         try:
-            self._do("pipe_file", name, data, mode=mode)
+            self._call("pipe_file", name, data, mode=mode)
         except FileNotFoundError as error:
             raise ValueError(f"{self._path(name)}: cannot be written: {error}") from None
 
     def create(self, name: str, data: bytes) -> bool:
-        for wait in CONFLICT_SECONDS:
+        for pause in CONFLICT_SECONDS:
             try:
                 self._write(name, data, "create")
                 return True
             except FileExistsError:
                 return False
-            except OSError as error:  # the store's 409: another creation is under way
+            except OSError as error:  # the store's 409: another process is creating it
                 if error.errno != errno.EBUSY:
                     raise
-            time.sleep(wait)
-        raise OSError(errno.EBUSY, f"{self._path(name)}: creations of it never end")
+            time.sleep(pause)
+        raise OSError(errno.EBUSY, f"{self._path(name)}: other processes keep creating it")
 
     def move(self, name: str, target: str) -> None:
-        self._do("cp_file", name, self._path(target))
+        self._call("cp_file", name, self._path(target))
         self.delete(name)
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._do("rm", name, recursive=True)
-
-    def settle(self) -> None:
-        pass  # a store's answer is its promise
-
-    def sweep(self) -> None:
-        pass  # objects appear whole
+            self._call("rm", name, recursive=True)
 
     def workplace(self, folder: str) -> Path:
         return Path(tempfile.mkdtemp(prefix="minidalle2-"))
@@ -310,7 +298,7 @@ class ObjectStorage:
     def upload(self, workplace: Path, folder: str) -> None:
         for path in sorted(workplace.iterdir()):
             name = f"{folder}/{path.name}"
-            with self._told(name):
+            with self._connection(name):
                 self._files.put_file(str(path), self._path(name))
 
     def leave(self, workplace: Path) -> None:

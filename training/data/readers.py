@@ -11,7 +11,7 @@ import numpy as np
 
 from ingest.fetching.decode import square_pixels
 from ingest.shards import EmbedShard, ImageShard, ShardEntry, Snapshot
-from ingest.store.generations import last_change
+from ingest.store.snapshots import latest_digest
 from training.data.dataloader import Cached, Reader
 
 MAX_OPEN_SHARDS = 64
@@ -34,7 +34,7 @@ class _Shards(Generic[Shard]):
     ) -> None:
         self._kind, self._snapshot, self._on_change = kind, snapshot, on_change
         self._open = lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
-        self._seen, self._looked = last_change(snapshot.root), time.monotonic()
+        self._seen, self._looked = latest_digest(snapshot.root), time.monotonic()
 
     def _open_shard(self, number: int) -> Shard:
         entry = self._snapshot.shards[number]
@@ -47,7 +47,7 @@ class _Shards(Generic[Shard]):
         """Honour what was forgotten since the last look."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
-        self._looked, found = time.monotonic(), last_change(self._snapshot.root)
+        self._looked, found = time.monotonic(), latest_digest(self._snapshot.root)
         if found != self._seen:
             self._seen = found
             self._open.cache_clear()

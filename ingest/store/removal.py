@@ -1,0 +1,223 @@
+"""Removing samples from committed shards, and the requests that nothing of a list be stored again.
+
+    <images>/_forgotten/<digest>.json    one request: when, and the sha256 of each URL and image
+
+A shard is rewritten under its old name, as the next generation. Kept samples keep their bytes and
+keys, and every row of the list keeps its row of the table: what was stored becomes filtered, with
+a reason. Requests keep digests of URLs only, so the requested list itself need not be kept.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, cast
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+
+from cluster.base.files import canonical_json, digest_of
+from ingest.fetching.retries import RETRIED
+from ingest.shards import EMBED_ARRAYS, SIZE_COLUMNS, STORED, index_tar, outcome
+from ingest.store.commits import Attempt, Commit
+from ingest.store.snapshots import FORGOTTEN_FOLDER
+from ingest.store.storage import Root, is_remote, local_path, storage_of
+
+FORGOTTEN = "forgotten"  # the reason of a row whose URL or image was requested to be forgotten
+SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+
+
+# -- requests ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgotten:
+    """urls: `url_digest` of each URL; images: sha256 of each image's bytes as fetched, hex."""
+
+    urls: frozenset[str] = frozenset()
+    images: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, lines: Iterable[str]) -> "Forgotten":
+        """Parse a request: a URL or the sha256 of an image a line; blank lines and # are skipped.
+
+        Raises ValueError for a line that is neither.
+        """
+        urls, images = set(), set()
+        for number, line in enumerate(lines, 1):
+            entry = line.strip()
+            if not entry or entry.startswith("#"):
+                continue
+            if SHA256.fullmatch(entry):
+                images.add(entry.lower())
+            elif "://" in entry:
+                urls.add(url_digest(entry))
+            else:
+                raise ValueError(f"line {number}: found {entry[:80]!r}, expected a URL or a sha256")
+        return cls(urls=frozenset(urls), images=frozenset(images))
+
+    def __bool__(self) -> bool:
+        return bool(self.urls or self.images)
+
+    def __or__(self, other: "Forgotten") -> "Forgotten":
+        return Forgotten(urls=self.urls | other.urls, images=self.images | other.images)
+
+    def covers(self, url: str | None, sha256: str | None = None) -> bool:
+        """Return whether a row with this URL, or an image of this digest, is to be forgotten."""
+        of_url = bool(self.urls) and url is not None and url_digest(url) in self.urls
+        return of_url or (sha256 is not None and sha256.lower() in self.images)
+
+
+def url_digest(url: str) -> str:
+    """Return the sha256 of a URL, hex; case of scheme and host, and a fragment, do not matter."""
+    text = url.strip()
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # no URL: compared as it is
+        normal = text
+    else:
+        user, at, host = parts.netloc.rpartition("@")
+        netloc = user + at + host.lower()
+        normal = urlunsplit((parts.scheme.lower(), netloc, parts.path, parts.query, ""))
+    return hashlib.sha256(normal.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_request(path: str) -> Forgotten:
+    """Read the file of a request; ValueError if it is absent or empty, or a line is invalid."""
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            text = cast(IO[bytes], file).read().decode("utf-8", "surrogateescape")
+        request = Forgotten.of(text.splitlines())
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise ValueError(f"--forget {path}: {error}") from None
+    if not request:
+        raise ValueError(f"--forget {path}: found nothing, expected a URL or a sha256 a line")
+    return request
+
+
+def record_request(root: Root, request: Forgotten) -> None:
+    """Record a request, which every later fetch honours; recording it again is no error."""
+    content = {"urls": sorted(request.urls), "images": sorted(request.images)}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    data = canonical_json({"requested": now, **content})
+    storage_of(root).create(f"{FORGOTTEN_FOLDER}/{digest_of(content)}.json", data)
+
+
+def read_forgotten(root: Root) -> Forgotten:
+    """Return the union of all requests so far."""
+    names = storage_of(root).names(FORGOTTEN_FOLDER)
+    records = (name for name in names if name.endswith(".json") and not name.startswith("."))
+    return _read_records(os.fspath(root), tuple(records))
+
+
+@lru_cache(maxsize=4)
+def _read_records(root: str, names: tuple[str, ...]) -> Forgotten:
+    union = Forgotten()
+    for name in names:
+        record = json.loads(storage_of(root).read(f"{FORGOTTEN_FOLDER}/{name}"))
+        union |= Forgotten(urls=frozenset(record["urls"]), images=frozenset(record["images"]))
+    return union
+
+
+# -- rewriting shards ----------------------------------------------------------------------------
+
+
+@contextmanager
+def local_files(root: Root, commit: Commit) -> Iterator[Path]:
+    """Yield a local folder that holds the files of a commit: the root itself, or a copy."""
+    if not is_remote(root):
+        yield local_path(root)
+        return
+    with tempfile.TemporaryDirectory(prefix="minidalle2-") as folder:
+        for name in commit.files:
+            with storage_of(root).open(name) as source, open(f"{folder}/{name}", "wb") as target:
+                shutil.copyfileobj(source, target)
+        yield Path(folder)
+
+
+def copy_tar(source: Path, target: Path, *, without: Collection[str]) -> None:
+    """Copy a tar byte for byte, except the members of some keys."""
+    with tarfile.open(source, "r:") as old, tarfile.open(target, "x") as new:
+        for member in old:
+            if member.name.partition(".")[0] not in without:
+                new.addfile(member, old.extractfile(member))
+
+
+def remove_rows(root: Root, old: Commit, reasons: Mapping[int, str]) -> Commit:
+    """Rewrite an image shard without the samples of some rows of its table.
+
+    reasons: row of the table -> why it is removed; where that is FORGOTTEN, the table keeps nothing
+    of the row but its key and outcome. The caller holds the folder (`exclusive`).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = old.shard
+    with local_files(root, old) as folder, Attempt(root, name) as attempt:
+        table = pq.ParquetFile(folder / f"{name}.parquet").read()
+        columns = table.to_pydict()
+        stored = [row for row, status in enumerate(columns["status"]) if status == STORED]
+
+        # The tar and its index, without the samples
+        removed_keys = {columns["key"][row] for row in stored if row in reasons}
+        tar = attempt.path / f"{name}.tar"
+        copy_tar(folder / tar.name, tar, without=removed_keys)
+        np.save(attempt.path / f"{name}.idx.npy", index_tar(tar), allow_pickle=False)
+
+        # The table: every row stays, with another outcome; a failed row keeps its own
+        for row, reason in reasons.items():
+            if columns["status"][row] == STORED:
+                columns["status"][row], columns["error"][row] = "filtered", reason
+                for column in SIZE_COLUMNS:
+                    columns[column][row] = None
+            if reason == FORGOTTEN:
+                for column in set(columns) - {"key", "status", "error"}:
+                    columns[column][row] = None
+        table = pa.table(columns, schema=table.schema)
+        pq.write_table(table, attempt.path / f"{name}.parquet")
+
+        outcomes = map(outcome, columns["status"], columns["error"])
+        retried = {n: c for n, c in old.counts.items() if n.startswith(f"{RETRIED}:")}
+        return attempt.supersede(
+            old,
+            [place for place, row in enumerate(stored) if row in reasons],
+            counts={**dict(sorted(Counter(outcomes).items())), **retried},
+            config_hash=old.config_hash,
+        )
+
+
+def remove_embeddings(root: Root, old: Commit, images: Commit) -> Commit | None:
+    """Rewrite an embedding shard without the samples that its image shard has lost since.
+
+    None: nothing to do, or the shard was not made from an earlier generation of `images`.
+    """
+    import pyarrow.parquet as pq
+
+    earlier = images.superseded.get(old.config_hash)
+    if earlier is None:
+        return None
+    name, removed = old.shard, earlier["removed"]
+    with local_files(root, old) as folder, Attempt(root, name) as attempt:
+        for part in EMBED_ARRAYS:
+            array = np.load(folder / f"{name}.{part}.npy", allow_pickle=False)
+            kept = np.delete(array, removed, axis=0)
+            np.save(attempt.path / f"{name}.{part}.npy", kept, allow_pickle=False)
+        table = pq.ParquetFile(folder / f"{name}.keys.parquet").read()
+        rows = np.delete(np.arange(table.num_rows), removed)
+        numbers = np.arange(len(rows), dtype=np.int32)
+        table = table.take(rows).set_column(0, table.schema.field("row"), [numbers])
+        pq.write_table(table, attempt.path / f"{name}.keys.parquet")
+        counts = {"embedded": len(rows)}
+        return attempt.supersede(old, removed, counts=counts, config_hash=images.digest)
