@@ -330,7 +330,7 @@ def _finish(config: DemoConfig, run: Path, timings: Timings) -> None:
 
 def _provenance(config: DemoConfig, run: Path) -> dict[str, Any]:
     from ingest.shards import load_snapshot
-    from training.runs.cards import code_here
+    from training.runs.cards import code_version
 
     snapshots = {
         f"{name} {kind}": load_snapshot(run / "data" / name / kind).digest
@@ -338,7 +338,7 @@ def _provenance(config: DemoConfig, run: Path) -> dict[str, Any]:
         for kind in ("images", "embeds")
     }
     return {
-        "commit": code_here()["commit"] or "not a git checkout",
+        "commit": code_version()["commit"] or "not a git checkout",
         "python": sys.version.split()[0],
         "demo": dataclasses.asdict(config),
         "snapshots": snapshots,

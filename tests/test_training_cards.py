@@ -11,22 +11,22 @@ import pyarrow as pa
 import pytest
 
 from cluster.base.files import digest_file
+from cluster.base.run_dir import CODE_NAME
 from ingest.shapes import make_pairs
 from ingest.shards import Attempt, Sample, publish_snapshot, write_image_shard, write_manifest
 from models.configs import DiffusionPriorConfig
 from models.weights import exported
 from training.config import PriorRunConfig, TrainConfig
 from training.runs.cards import (
-    CODE_NAME,
     DATA_CARD,
     MODEL_CARD,
-    Score,
-    code,
-    plain,
+    CardScore,
+    describe_data,
+    quote_code,
+    quote_plain,
     refresh_cards,
     write_cards,
 )
-from training.runs.data_facts import data_facts
 from training.runs.worker import launch
 from training.tasks.prior import build_prior
 
@@ -35,7 +35,7 @@ TRAIN = TrainConfig(
     num_steps=3, global_batch_size=4, num_workers=0, num_threads=1, precision="fp32",
     report_every=1, checkpoint_every=2, warmup=0.3,
 )  # fmt: skip
-SCORE = Score(name="Images, CLIP score", value="0.310", method="n = 30, *cosine*")
+SCORE = CardScore(name="Images, CLIP score", value="0.310", method="n = 30, *cosine*")
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def test_a_finished_training_leaves_both_cards_beside_its_weights(finished: Path
     assert f"Last report, at step 3: loss {last['loss']:.4g}" in text
     validated = json.loads((finished / "validation.jsonl").read_text().splitlines()[-1])
     assert f"retrieval_at_5 {validated['retrieval_at_5']:.4g}" in text
-    told = json.loads((finished / CODE_NAME).read_text())
-    assert f"version `{told['version']}`, commit `{told['commit'] or 'not recorded'}`" in text
+    code = json.loads((finished / CODE_NAME).read_text())
+    assert f"version `{code['version']}`, commit `{code['commit'] or 'not recorded'}`" in text
     assert "None are recorded for these weights" in text
     assert "Its encoder is untrained" in text and "12 samples in training, from 16" in text
     assert (finished / "config.yaml").read_text().splitlines()[3] in text
@@ -101,7 +101,7 @@ def test_a_rerun_of_a_finished_run_writes_the_cards_it_lacks(run: Path, capsys):
 
 
 def data_roots(run: Path) -> tuple[str, ...]:
-    return tuple(one.root for one in data_facts(run) if one.kind == "embeds")
+    return tuple(each.root for each in describe_data(run) if each.kind == "embeds")
 
 
 def test_what_is_not_recorded_is_said_to_be_absent(run: Path):
@@ -112,7 +112,7 @@ def test_what_is_not_recorded_is_said_to_be_absent(run: Path):
     text = card(run, MODEL_CARD)
     assert "version `not recorded`, commit `not recorded`" in text
     assert "No metrics were recorded" in text and "No validation was recorded" in text
-    assert "Nothing was held out to validate it on" in text
+    assert "No data was held out to validate it" in text
     assert "## Configuration\n\nNot recorded." in text
     assert "No snapshot is recorded with this run" in card(run, DATA_CARD)
 
@@ -121,7 +121,7 @@ def test_data_that_is_gone_is_named_and_does_not_stop_the_card(run: Path):
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace(data_roots(run)[0], "/nowhere/embeds"))
     write_cards(run)
-    assert "Nothing more can be told: `/nowhere/embeds" in card(run, DATA_CARD)
+    assert "Not described: `/nowhere/embeds" in card(run, DATA_CARD)
     assert "Its data is not described: /nowhere/embeds" in card(run, MODEL_CARD)
 
 
@@ -167,20 +167,24 @@ def test_licences_and_outcomes_are_counted(run: Path, tmp_path: Path):
     digest = publish_snapshot(images).digest
     (run / "config.yaml").write_text(f"images: [{images}]\nembeds: []\n")
     (run / "snapshot_images.txt").write_text(digest + "\n")
-    (facts,) = data_facts(run)
+    (facts,) = describe_data(run)
     assert facts.licences == {"Licence": {"CC0": 2, HOSTILE: 1}}
     assert facts.outcomes == {"stored": 3, "failed:http_404": 1}
-    assert facts.filters == {"nsfw": ["UNLIKELY"]}
-    assert facts.limits == ["No list of opted-out sites is recorded for its data."]
     write_cards(run)
-    data = card(run, DATA_CARD)
+    data, model = card(run, DATA_CARD), card(run, MODEL_CARD)
+    assert "- `nsfw`: `['UNLIKELY']`\n\n" in data, "the other filters were off"
+    assert "No list of opted-out sites" in model and "No filter on unsafe images" not in model
     assert "- `Licence` `CC0`: 2" in data and "`failed:http_404`: 1" in data
-    assert "\n# <script>" not in data and f"- `Licence` {code(HOSTILE)}: 1" in data
+    assert "\n# <script>" not in data and f"- `Licence` {quote_code(HOSTILE)}: 1" in data
     (images / "000000.parquet").write_bytes(b"damaged")
-    assert data_facts(run)[0].licences == {"Licence": {"in a shard that cannot be read": 3}}
+    assert describe_data(run)[0].licences == {"Licence": {"in a shard that cannot be read": 3}}
 
 
 def test_quoted_text_cannot_leave_its_line():
-    assert code("a\n# b") == "`a # b`"
-    assert code("`a`") == "`` `a` ``" and code("a``b") == "```a``b```" and code("") == "` `"
-    assert plain("a|b\n<c> *d*") == "a\\|b \\<c\\> \\*d\\*"
+    assert quote_code("a\n# b") == "`a # b`"
+    assert (
+        quote_code("`a`") == "`` `a` ``"
+        and quote_code("a``b") == "```a``b```"
+        and quote_code("") == "` `"
+    )
+    assert quote_plain("a|b\n<c> *d*") == "a\\|b \\<c\\> \\*d\\*"

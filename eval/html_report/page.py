@@ -31,7 +31,7 @@ from eval.html_report.pictures import read_json
 from eval.sampling.image_source import SETTINGS_NAME
 
 if TYPE_CHECKING:
-    from training.runs.cards import Score
+    from training.runs.cards import CardScore
 
 
 SECTIONS = {  # by name, in this order: title, explanation; "edits" holds titles of its own
@@ -170,9 +170,9 @@ def _scores_of(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def card_scores(run_dir: Path) -> "list[Score]":
+def card_scores(run_dir: Path) -> "list[CardScore]":
     """Return the scores of a folder's eval.json as text, for the cards of its runs."""
-    from training.runs.cards import Score
+    from training.runs.cards import CardScore
 
     scores = read_json(run_dir / EVAL_NAME, dict) or {}
     found = []
@@ -181,5 +181,5 @@ def card_scores(run_dir: Path) -> "list[Score]":
         texts = (entry.spread, method, tables.made_of(entry))
         name = f"{tables.title_of(entry.path)}, {name}"
         text = ", ".join(text for text in texts if text)
-        found.append(Score(name=name, value=number(entry.value), method=text))
+        found.append(CardScore(name=name, value=number(entry.value), method=text))
     return found

@@ -1,30 +1,40 @@
-"""A model card and a data card beside the exported weights: what a run recorded, in words.
+"""A model card and a data card beside the exported weights: what a run recorded, as text.
 
     <run>/step_00001000/MODEL_CARD.md     what the weights are, how they were trained, their limits
     <run>/step_00001000/DATA_CARD.md      the snapshots they were trained on, filters, licences
 
-Every line comes from a file that the run or its data left. What nobody recorded is said to be
-absent, and a limit is named where such a record, or the lack of one, shows it.
+Every line comes from a file that the run or its data left. What was not recorded is stated as
+absent, and a limit is named where a record, or the lack of one, shows it.
 """
 
 import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.base.files import digest_file
+from cluster.base.cli import read_yaml
+from cluster.base.files import digest_file, write_json, write_text
 from cluster.base.jsonl import read_lines
-from cluster.base.run_dir import METRICS_NAME, VALIDATION_NAME
+from cluster.base.run_dir import (
+    CODE_NAME,
+    CONFIG_NAME,
+    METRICS_NAME,
+    SAMPLES_FOLDER,
+    STATE_NAME,
+    VALIDATION_NAME,
+    record_path,
+    snapshot_path,
+)
+from ingest.shards import STORED, Snapshot, load_snapshot, read_commit, read_manifest
+from ingest.store.storage import storage_of
 from models.weights import FINAL_NAME, exported, load_config, num_elements
-from training.runs.data_facts import DataFacts, data_facts
 
 MODEL_CARD, DATA_CARD = "MODEL_CARD.md", "DATA_CARD.md"
-CODE_NAME = "code.json"  # {"version", "commit"}: of the code that began the run
-CONFIG_NAME = "config.yaml"
 WEIGHTS = ("model.safetensors", "ema.safetensors")
 TITLES = {
     "clip": "a CLIP: the encoder of images and captions",
@@ -34,52 +44,62 @@ TITLES = {
     "decoder": "a base decoder: from a CLIP image embedding, and the caption, to an image",
     "upsampler": "an upsampler: from an image to a larger one",
 }
+MAX_SHARDS = 1000  # of which licences and outcomes are counted: a card is written in seconds
+SAFETY_FILTERS = ("nsfw", "max_punsafe")
 
 
-def code_here() -> dict[str, str]:
+def code_version() -> dict[str, str]:
     """Return the version of this project and the commit of its checkout; "" where it is none."""
     from importlib.metadata import version
 
-    root, git = Path(__file__).resolve().parents[2], shutil.which("git")
-    commit = ""
+    root, git, commit = Path(__file__).resolve().parents[2], shutil.which("git"), ""
     if git and (root / ".git").exists():
-        told = subprocess.run(
-            [git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True
-        )
-        commit = told.stdout.strip()
+        command = [git, "-C", str(root), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {"version": version("minidalle2"), "commit": commit}
 
 
 def record_code(run: Path) -> None:
     """Write down, once, with which code a run begins."""
     if not (run / CODE_NAME).is_file():
-        _write(run / CODE_NAME, json.dumps(code_here()))
+        write_json(run / CODE_NAME, code_version())
+
+
+# -- the cards -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """One number of an evaluation, in words: what it is, what it was, how and of how many."""
+class CardScore:
+    """One number of an evaluation as text: its name, its value, how it was measured."""
 
     name: str
     value: str
     method: str
 
 
-def write_cards(run: Path, scores: Sequence[Score] = ()) -> list[Path]:
+def write_cards(run: Path, scores: Sequence[CardScore] = ()) -> list[Path]:
     """Write both cards of a finished run beside its weights, over earlier ones; return their paths.
 
     scores: none where nobody evaluated the weights.
     """
-    step = exported(run)
-    facts = data_facts(run)
-    model = _model_facts(run, step)
-    pages = {
-        MODEL_CARD: _render(
-            "model_card.md.j2", model=model, scores=scores, limits=_limits(model, facts)
-        ),
-        DATA_CARD: _render("data_card.md.j2", model=model, data=facts),
-    }
-    return [_write(step / name, text) for name, text in pages.items()]
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        autoescape=False,  # Markdown: the filters keep what is quoted from being more
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters.update(code=quote_code, value=quote_value, plain=quote_plain)
+    step, data = exported(run), describe_data(run)
+    model = _describe_model(run, step)
+    facts = {"model": model, "data": data, "scores": scores, "limits": _limits(model, data)}
+    pages = {MODEL_CARD: "model_card.md.j2", DATA_CARD: "data_card.md.j2"}
+    return [
+        write_text(step / name, templates.get_template(template).render(**facts))
+        for name, template in pages.items()
+    ]
 
 
 def ensure_cards(run: Path) -> None:
@@ -88,90 +108,186 @@ def ensure_cards(run: Path) -> None:
         write_cards(run)
 
 
-def refresh_cards(folder: Path, scores: Sequence[Score]) -> list[Path]:
-    """Write the cards of every finished run in `folder` anew, with the scores of its samples.
+def refresh_cards(folder: Path, scores: Sequence[CardScore]) -> list[Path]:
+    """Write the cards of every finished run in `folder` again, with the scores of its samples.
 
-    A run's card gets them only if the samples say that these very weights drew them.
+    A run's card gets them only if the samples record that these very weights made them.
     """
-    drawn = _read(folder / "samples" / "settings.json")
+    settings = _read_object(folder / SAMPLES_FOLDER / "settings.json")
     marks = [*folder.glob(FINAL_NAME), *folder.glob(f"*/{FINAL_NAME}")]
-    runs = sorted({path.parent for path in marks})
-    return [card for run in runs for card in write_cards(run, scores if _drew(run, drawn) else ())]
+    cards = []
+    for run in sorted({path.parent for path in marks}):
+        cards += write_cards(run, scores if _made_samples(run, settings) else ())
+    return cards
 
 
-def _drew(run: Path, settings: dict[str, Any]) -> bool:
-    """Say whether the samples were drawn with a run's weights, or, of a CLIP, for its encoder."""
+def _made_samples(run: Path, settings: dict[str, Any]) -> bool:
+    """Return whether samples were drawn with a run's weights, or, of a CLIP, for its encoder."""
     step = exported(run)
     if load_config(step).get("kind") == "clip":
         prior = settings.get("prior") or ""
         if not prior or not (Path(prior) / FINAL_NAME).is_file():
             return False
         return Path(load_config(exported(Path(prior))).get("clip", "")).absolute() == run.absolute()
-    told = [settings.get("prior_weights"), settings.get("decoder_weights")]
-    told += settings.get("upsampler_weights") or []
-    return digest_file(step / "ema.safetensors") in [(one or {}).get("sha256") for one in told]
+    weights = [settings.get("prior_weights"), settings.get("decoder_weights")]
+    weights += settings.get("upsampler_weights") or []
+    return digest_file(step / WEIGHTS[-1]) in [(each or {}).get("sha256") for each in weights]
 
 
-def _model_facts(run: Path, step: Path) -> dict[str, Any]:
-    config = load_config(step)
-    record = _read(next(iter(sorted(step.glob("fragments/rank_*.json"))), step / "none"))
-    lines, validated = read_lines(run / METRICS_NAME), read_lines(run / VALIDATION_NAME)
+def _describe_model(run: Path, step: Path) -> dict[str, Any]:
+    """Return what the model card's template shows of a run."""
+    config, kind = load_config(step), load_config(step).get("kind", "")
+    reports, validations = read_lines(run / METRICS_NAME), read_lines(run / VALIDATION_NAME)
     weights = [step / name for name in WEIGHTS if (step / name).is_file()]
-    yaml = run / CONFIG_NAME
+    version, yaml = _read_object(record_path(step, 0)).get("version", ""), run / CONFIG_NAME
     return {
         "name": run.resolve().name,
-        "kind": config.get("kind", ""),
-        "title": TITLES.get(config.get("kind", ""), "a model of an unknown kind"),
+        "kind": kind,
+        "title": TITLES.get(kind, "a model of an unknown kind"),
         "step": step.name,
-        "state": _read(step / "state.json"),
+        "state": _read_object(step / STATE_NAME),
         "config": config,
         "parameters": sum(num_elements(weights[-1]).values()) if weights else None,
         "weights": {path.name: digest_file(path) for path in weights},
-        "code": {"version": record.get("version", ""), "commit": "", **_read(run / CODE_NAME)},
-        "last": lines[-1] if lines else {},
-        "validation": validated[-1] if validated else {},
+        "code": {"version": version, "commit": "", **_read_object(run / CODE_NAME)},
+        "last": reports[-1] if reports else {},
+        "validation": validations[-1] if validations else {},
         "yaml": yaml.read_text(encoding="utf-8") if yaml.is_file() else "",
     }
 
 
-def _limits(model: dict[str, Any], data: list[DataFacts]) -> list[str]:
-    """Name the limits that the records show."""
-    found = [limit for one in data for limit in one.limits]
+def _limits(model: dict[str, Any], data: "list[DataDescription]") -> list[str]:
+    """Return the limits that the records show, each once."""
+    limits = []
+    for each in data:
+        filters = each.images.get("filters")
+        if each.problem:
+            limits.append(f"Its data is not described: {each.problem}.")
+            continue
+        if str(each.images.get("source", "")).startswith("shapes"):
+            limits.append("It was trained on drawn shapes alone and knows nothing else.")
+        elif not each.licences:
+            limits.append("No licence column was kept: the licences of its images are not known.")
+        if filters is not None and not any(filters.get(name) for name in SAFETY_FILTERS):
+            limits.append("No filter on unsafe images is recorded for its data.")
+        if filters is not None and not filters.get("opt_out"):
+            limits.append("No list of opted-out sites is recorded for its data.")
     config, seen = model["config"], model["state"].get("samples_seen")
-    kinds = ("images", "embeds")  # of the same samples, where there are both
-    known = max(sum(one.num_samples for one in data if one.kind == kind) for kind in kinds)
+    # Images and embeddings are of the same samples, where a run has both
+    known = max(sum(x.num_samples for x in data if x.kind == kind) for kind in ("images", "embeds"))
     if seen and known:
-        found.append(
+        limits.append(
             f"It saw {seen:,} samples in training, from {known:,} different ones: each "
             f"{seen / known:.1f} times on average."
         )
     if config.get("image_size"):
-        found.append(f"Its images have {config['image_size']} px a side.")
+        limits.append(f"Its images have {config['image_size']} px a side.")
     context = config.get("model", {}).get("text_tokens") or config.get("context_length")
     if context:
-        found.append(f"Of a caption it reads the first {context} tokens.")
+        limits.append(f"It reads the first {context} tokens of a caption.")
     if model["kind"].endswith("_prior") and not model["validation"]:
-        found.append("Nothing was held out to validate it on while it trained.")
+        limits.append("No data was held out to validate it while it trained.")
     if str(config.get("clip", "")).endswith(":random"):
-        found.append("Its encoder is untrained: the weights only show that the code runs.")
-    return list(dict.fromkeys(found))
+        limits.append("Its encoder is untrained: the weights only show that the code runs.")
+    return list(dict.fromkeys(limits))
 
 
-def _render(name: str, **facts: Any) -> str:
-    import jinja2
+# -- the data of a run -----------------------------------------------------------------------------
 
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
-        autoescape=False,  # Markdown: `code` and `words` keep what is quoted from being more
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+
+@dataclass(frozen=True, kw_only=True)
+class DataDescription:
+    """One data set of a run, as its folder records it; problem: why it is not described.
+
+    images: the manifest of its images, or of those that were embedded; described: another data set
+    of the run is these very images; counted: shards whose outcomes and licences were counted.
+    """
+
+    kind: str
+    root: str
+    digest: str
+    problem: str = ""
+    num_samples: int = 0
+    num_shards: int = 0
+    manifest: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
+    outcomes: dict[str, int] = field(default_factory=dict)
+    licences: dict[str, dict[str, int]] = field(default_factory=dict)
+    counted: int = 0
+    described: bool = False
+
+
+def describe_data(run: Path) -> list[DataDescription]:
+    """Describe each data set whose snapshot a run pinned, images before embeddings."""
+    path = run / CONFIG_NAME
+    config, described, image_roots = read_yaml(path) if path.is_file() else {}, [], set[str]()
+    for kind in ("images", "embeds"):
+        for number, root in enumerate(map(str, config.get(kind) or [])):
+            pinned = snapshot_path(run, f"{kind}_{number + 1}" if number else kind)
+            if pinned.is_file():
+                digest = pinned.read_text().strip()
+                described.append(_describe_data_set(kind, root, digest, image_roots))
+                image_roots |= {root} if kind == "images" else set()
+    return described
+
+
+def _describe_data_set(kind: str, root: str, digest: str, image_roots: set[str]) -> DataDescription:
+    """Describe one data set; image_roots: the images of the run that are described already."""
+    try:
+        manifest, snapshot = read_manifest(root), load_snapshot(root, digest)
+    except (ValueError, OSError) as error:
+        return DataDescription(kind=kind, root=root, digest=digest, problem=str(error))
+    source = root if kind == "images" else str(manifest.get("images", ""))
+    images = manifest
+    if kind != "images":
+        try:
+            images = read_manifest(source) if source else {}
+        except (ValueError, OSError):  # the images may be gone
+            images = {}
+    outcomes: Counter[str] = Counter()
+    for shard in snapshot.shards[:MAX_SHARDS] if images else ():
+        commit = read_commit(source, shard.name)
+        outcomes.update(commit.counts if commit else {"not committed any more": 1})
+    return DataDescription(
+        kind=kind,
+        root=root,
+        digest=digest,
+        num_samples=snapshot.num_samples,
+        num_shards=len(snapshot.shards),
+        manifest=manifest,
+        images=images,
+        outcomes=dict(outcomes.most_common()),
+        licences=_count_licences(source, snapshot, images),
+        counted=min(len(snapshot.shards), MAX_SHARDS),
+        described=kind == "embeds" and source in image_roots,
     )
-    templates.filters.update(code=code, words=words, plain=plain)
-    return templates.get_template(name).render(**facts)
 
 
-def code(value: Any) -> str:
+def _count_licences(
+    root: str, snapshot: Snapshot, images: dict[str, Any]
+) -> dict[str, dict[str, int]]:
+    """Count the values of stored rows in the kept columns that have "licen" in their name."""
+    import pyarrow.parquet as pq
+
+    columns = [name for name in images.get("keep_columns") or [] if "licen" in name.lower()]
+    counts: dict[str, Counter[str]] = {name: Counter() for name in columns}
+    for shard in snapshot.shards[:MAX_SHARDS] if columns else ():
+        try:
+            with storage_of(root).open(f"{shard.name}.parquet") as file:
+                rows = pq.read_table(file, columns=[*columns, "status"]).to_pylist()
+        except (OSError, ValueError):
+            for name in columns:
+                counts[name]["in a shard that cannot be read"] += shard.num_samples
+            continue
+        for name in columns:
+            counts[name].update(str(row[name]) for row in rows if row["status"] == STORED)
+    return {name: dict(column.most_common(20)) for name, column in counts.items()}
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def quote_code(value: object) -> str:
     """Quote a value in one line of Markdown, as code that it cannot leave."""
     text = " ".join(str(value).split()) or " "
     fence = "`" * (1 + max([0, *(len(run) for run in re.findall("`+", text))]))
@@ -179,29 +295,21 @@ def code(value: Any) -> str:
     return f"{fence}{space}{text}{space}{fence}"
 
 
-def plain(value: Any) -> str:
-    """Quote text in one line of Markdown, in which no sign of it means anything."""
+def quote_plain(value: object) -> str:
+    """Quote text in one line of Markdown, in which no character has a meaning."""
     return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", " ".join(str(value).split()))
 
 
-def words(value: Any) -> str:
-    """Show a number with its thousands, a share to four digits, anything else as code."""
+def quote_value(value: object) -> str:
+    """Return a count with its thousands, a float to four digits, anything else as code."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return code(value)
+        return quote_code(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an absent file holds no facts."""
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: found a JSON {type(found).__name__}, expected an object")
-    return found
-
-
-def _write(path: Path, text: str) -> Path:
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text, encoding="utf-8")
-    return part.replace(path)
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an absent file is an empty one."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: found a JSON {type(content).__name__}, expected an object")
+    return content
