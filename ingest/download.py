@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ingest.fetching.retries import Plan
     from ingest.fetching.shard_task import ShardJob
-    from ingest.lists.row_filter import RowFilter
+    from ingest.lists.filters import RowFilter
     from ingest.lists.url_list import UrlList
     from ingest.store.shard_runner import Unit
 
@@ -216,7 +216,7 @@ def _check(config: DownloadConfig) -> None:
 
 
 def _open(config: DownloadConfig) -> "tuple[UrlList, RowFilter]":
-    from ingest.lists.row_filter import RowFilter
+    from ingest.lists.filters import RowFilter
     from ingest.lists.url_list import open_url_list
 
     listed = open_url_list(
@@ -226,7 +226,7 @@ def _open(config: DownloadConfig) -> "tuple[UrlList, RowFilter]":
         keep_columns=config.keep_columns,
     )
     row_filter = RowFilter.open(config.filters, listed.schema)
-    looked_at = tuple(dict.fromkeys([*listed.kept, *row_filter.looked_at]))
+    looked_at = tuple(dict.fromkeys([*listed.kept, *row_filter.needed_columns]))
     return replace(listed, kept=looked_at), row_filter
 
 
@@ -318,7 +318,7 @@ def _tables(config: DownloadConfig, listed: "UrlList") -> "Iterator[pa.Table]":
     import pyarrow as pa
 
     from ingest.lists.duplicates import repeated_urls
-    from ingest.lists.row_filter import REPEATED
+    from ingest.lists.filters import REPEATED
 
     if "urls" not in config.filters.unique:
         yield from listed.shards(config.samples_per_shard)

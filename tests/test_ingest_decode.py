@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ingest.fetching.decode import DecodeError, Resizer
-from ingest.lists.filters import header_problem
+from ingest.fetching.decode import DecodeError, Resizer, header_problem
 
 WHITE, RED, BLUE = (255, 255, 255), (220, 30, 30), (30, 30, 220)
 KEEP = Resizer(image_size=64, resize_mode="keep_ratio")

@@ -11,16 +11,10 @@ from email.utils import formatdate
 
 import pytest
 
-from cluster.base.metrics import FAILURES
+from cluster.base.outcomes import FAILED, FILTERED, TRANSIENT, status_of
+from ingest.fetching.decode import header_problem, may_be_image
 from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
 from ingest.fetching.net import Resolver, connect, is_public
-from ingest.lists.filters import (
-    FILTERED,
-    TRANSIENT,
-    header_problem,
-    may_be_image,
-    status_of,
-)
 
 
 def fetcher(site, **policy) -> Fetcher:
@@ -366,9 +360,9 @@ def test_an_answer_that_is_no_http_is_a_reason_and_not_an_error(site):
 
 
 def test_every_reason_has_one_status():
-    assert {status_of(reason) for reason in FAILURES} == {"failed"}
+    assert {status_of(reason) for reason in FAILED} == {"failed"}
     assert {status_of(reason) for reason in FILTERED} == {"filtered"}
-    assert not set(FAILURES) & set(FILTERED) and set(FAILURES) > TRANSIENT
+    assert not set(FAILED) & set(FILTERED) and set(FAILED) > TRANSIENT
 
 
 def test_content_types_are_read_as_servers_write_them():

@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ingest.lists.formats import FORMATS
-from ingest.lists.url_list import UrlList, open_url_list
+from ingest.lists.url_list import FORMATS, UrlList, open_url_list
 
 REAL_LIST = Path(__file__).parents[2] / "shared" / "data" / "laion" / "real_urls_10000.parquet"
 ROWS = [
@@ -137,11 +136,11 @@ def test_a_list_is_never_held_whole(tmp_path: Path):
     ("name", "content", "problem"),
     [
         ("l.csv", b"url,text\na,b\nc\n", "Expected 2 columns, got 1"),
-        ("l.csv", b"", "not a table of values"),
+        ("l.csv", b"", "not valid csv: "),
         ("l.jsonl", b'{"url": "a", "text": "b"}\n{"url"\n', "line 2: "),
         ("l.jsonl", b'["a"]\n', "line 1: expected a JSON object"),
         ("l.jsonl", b'{"url": "a", "text": "b"}\n{"url": [1], "text": "b"}\n', "l.jsonl: "),
-        ("l.parquet", b"PAR0", "not a Parquet file"),
+        ("l.parquet", b"PAR0", "not valid parquet"),
         ("l.dat", b"x", "expected files of one kind out of .parquet, .csv"),
     ],
 )
@@ -202,7 +201,7 @@ def test_a_missing_column_is_named_with_those_found(tmp_path):
     with pytest.raises(ValueError, match="not found"):
         open_url_list(tmp_path / "absent.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR0")
-    with pytest.raises(ValueError, match="not a Parquet file"):
+    with pytest.raises(ValueError, match="not valid parquet"):
         open_url_list(tmp_path / "broken.parquet")
 
 

@@ -19,14 +19,8 @@ from typing import Literal, get_args
 
 from cluster.base import exporter
 from cluster.base.exporter import Kind, Metric
+from cluster.base.outcomes import FAILED, OUTCOMES
 
-OUTCOMES = ("stored", "filtered", "failed")
-FAILURES = (  # why a row could not be had; from "unreachable" on, a second try may succeed
-    "invalid_url", "unresolved", "address_refused", "port_refused", "tls_failed", "too_large",
-    "too_many_redirects", "not_found", "forbidden", "client_error", "not_an_image", "undecodable",
-    "hash_mismatch", "unreachable", "timeout", "truncated", "rate_limited", "server_error",
-    "robots_unavailable", "resolver_failed", "no_network", "shard_deadline",
-)  # fmt: skip
 BACKLOGS = ("download", "embed")
 FOLDERS = ("images", "embeds", "runs")
 Incident = Literal["spike", "hang", "lost", "broken"]  # see training/runs/events.py
@@ -59,7 +53,7 @@ SCORES = (  # spelled as their paths in eval.json
 _MODEL = {"model": MODELS}
 _TABLE: tuple[tuple[str, Kind, Mapping[str, tuple[str, ...]], str], ...] = (
     ("ingest_rows_total", "counter", {"outcome": OUTCOMES}, "Rows of the URL list attempted."),
-    ("ingest_failures_total", "counter", {"reason": FAILURES}, "Rows that failed, by reason."),
+    ("ingest_failures_total", "counter", {"reason": FAILED}, "Rows that failed, by reason."),
     ("ingest_shards_total", "counter", {}, "Image shards committed."),
     ("ingest_bytes_total", "counter", {}, "Bytes of images stored in shards."),
     ("embed_images_total", "counter", {}, "Images embedded."),

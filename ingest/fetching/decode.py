@@ -6,15 +6,16 @@ size, which the format allows at a fraction of the cost.
 """
 
 import io
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
-
-from ingest.lists.filters import IMAGE_FORMATS
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+PLAIN_MODES = ("1", "L", "P", "RGB")
 ResizeMode = Literal["keep_ratio", "center_crop", "keep_ratio_largest", "border", "no"]
 # Cheap reductions (a JPEG decoded at a fraction of its size, means of blocks of pixels) stop at so
 # many times the size asked for; the rest is a bicubic filter's. Against a full decode and that
@@ -24,8 +25,57 @@ ORIENTATION = 0x0112  # EXIF's tag
 SIDEWAYS = (5, 6, 7, 8)  # its values that mean a quarter turn
 
 
+def may_be_image(content_type: str | None) -> bool:
+    """Return whether a Content-Type can be that of an image; so can an absent one."""
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    return kind in ("", "application/octet-stream", "binary/octet-stream") or (
+        kind.startswith("image/") and kind != "image/svg+xml"
+    )
+
+
+def header_problem(
+    data: bytes, *, max_pixels: int, min_pixels: int = 0, max_aspect_ratio: float | None = None
+) -> str | None:
+    """Return why an image is left out by its header, before anything is decoded; None if it is not.
+
+    Against `max_pixels` the area counts `_memory_factor` times.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                factor = _memory_factor(image)
+                short, long = sorted(image.size)
+    except Image.DecompressionBombError:
+        return "too_many_pixels"
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for bytes of no such format
+        return "not_an_image"
+    if short * long * factor > max_pixels:
+        return "too_many_pixels"
+    if short * long < min_pixels:
+        return "too_few_pixels"
+    if max_aspect_ratio is not None and long > max_aspect_ratio * short:
+        return "aspect_ratio"
+    return None
+
+
+def _memory_factor(image: "Image.Image") -> int:
+    """Return how many times the memory of an RGB image the decoding takes.
+
+    Blending over white and 16 bits hold several copies, WebP's decoder two canvases of its own; a
+    progressive JPEG keeps all its coefficients, 2 bytes each, however small it is decoded.
+    """
+    if image.format == "WEBP":
+        return 5
+    if "transparency" in image.info or image.mode not in PLAIN_MODES:
+        return 4
+    return 2 if "progressive" in image.info else 1
+
+
 class DecodeError(Exception):
-    """Bytes that become no sample. args: the reason, out of `ingest.lists.filters`."""
+    """Bytes that become no sample. reason: out of `cluster.base.outcomes`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

@@ -27,10 +27,10 @@ from urllib3.exceptions import HTTPError, IncompleteRead, LocationParseError, SS
 from urllib3.util import Url, parse_url
 
 from ingest.fetching import net as dial
+from ingest.fetching.decode import header_problem, may_be_image
 from ingest.fetching.rate_limit import HostLimits
 from ingest.fetching.robots import MAX_BYTES as MAX_ROBOTS_BYTES
 from ingest.fetching.robots import Origin, RobotsCache, RobotsUnavailable
-from ingest.lists.filters import header_problem, may_be_image
 from ingest.lists.opt_outs import OUR_AGENT, opted_out, reserved
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -80,7 +80,7 @@ class FetchPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """Either the body, or a reason out of `cluster.base.metrics.FAILURES` or `FILTERED`.
+    """Either the body, or a reason out of `cluster.base.outcomes`.
 
     retry_after: seconds for which the host, or we, asked for a pause.
     """

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cluster.base.outcomes import TRANSIENT
 from ingest.fetching.decode import DecodeError, Picture, Resizer
 from ingest.fetching.fetch import Fetcher, host_of
 from ingest.fetching.rate_limit import RowQueue, Try
-from ingest.lists.filters import TRANSIENT, hash_problem
 
 MAX_RETRY_AFTER_SECONDS = 30.0  # a host that asks for more is left to --retry-failed
 DECODING_THREADS = 2  # at once: an image may need 200 MB
@@ -122,9 +122,10 @@ class _Harvest:
         return max(asked, backoff_seconds(item.number))
 
     def _stored(self, body: bytes, request: Request) -> Harvested:
-        problem = hash_problem(body, request.hashes)
-        if problem is not None:
-            return Harvested(reason=problem)
+        for kind, expected in request.hashes.items():
+            digest = hashlib.new(kind, body, usedforsecurity=False).hexdigest()
+            if digest != expected.strip().lower():
+                return Harvested(reason="hash_mismatch")
         try:
             with self._decoding:
                 picture = self._resizer(body)

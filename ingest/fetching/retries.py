@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ingest.lists.filters import TRANSIENT
+from cluster.base.outcomes import TRANSIENT
+from ingest.lists.url_list import rechunk
 from ingest.store.storage import storage_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-RETRIED = "retried"  # in a commit's counts, "retried:REASON": rows that an earlier shard counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,17 +123,12 @@ def pick(tables: "Iterator[pa.Table]", rows: np.ndarray, size: int) -> "Iterator
     """
     import pyarrow as pa
 
-    waiting: list[pa.Table] = []
-    count, start = 0, 0
-    for table in tables:
-        low, high = np.searchsorted(rows, [start, start + table.num_rows])
-        if high > low:
-            waiting.append(table.take(pa.array(rows[low:high] - start)))
-            count += high - low
-        start += table.num_rows
-        while count >= size:
-            joined = pa.concat_tables(waiting)
-            yield joined.slice(0, size)
-            waiting, count = [joined.slice(size)], count - size
-    if count:
-        yield pa.concat_tables(waiting)
+    def chosen() -> "Iterator[pa.Table]":
+        start = 0
+        for table in tables:
+            low, high = np.searchsorted(rows, [start, start + table.num_rows])
+            if high > low:
+                yield table.take(pa.array(rows[low:high] - start))
+            start += table.num_rows
+
+    return rechunk(chosen(), size)

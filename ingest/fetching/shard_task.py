@@ -15,12 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.base.outcomes import RETRIED, status_of
 from ingest.fetching.decode import Resizer
 from ingest.fetching.fetch import Fetcher, FetchPolicy
 from ingest.fetching.harvest import HarvestConfig, Harvested, Request, harvest, without_repetitions
-from ingest.fetching.retries import RETRIED
-from ingest.lists.filters import status_of
-from ingest.lists.row_filter import RowFilter, normalised
+from ingest.lists.filters import RowFilter, normalised
 from ingest.shards import (
     STORED,
     Attempt,

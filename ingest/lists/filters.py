@@ -1,93 +1,41 @@
-"""Why a row did not become a sample: the closed set of reasons, and the predicates behind them.
+"""Which rows of a list are left out before they are fetched, and what captions are stored as.
 
-Pure functions over rows, bytes, headers and sizes; nothing here opens a file or a connection.
+A `RowFilter` is small and travels with every shard; the list of opt-outs stays on storage.
 """
 
 import hashlib
-import io
 import math
+import os
 import unicodedata
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
-from cluster.base.metrics import FAILURES
+from ingest.lists.opt_outs import OptOuts
 
 if TYPE_CHECKING:
-    from PIL import Image
+    import pyarrow as pa
 
-# Of the failures, what may pass: the try is repeated, and so is the row by --retry-failed.
-TRANSIENT = frozenset(FAILURES[FAILURES.index("unreachable") :])
-# The row could be had and is left out on purpose.
-FILTERED = (
-    "opted_out", "robots_disallowed", "too_small", "too_many_pixels", "too_few_pixels",
-    "aspect_ratio", "opt_out_list", "forgotten", "duplicate_url", "duplicate_image", "no_hash",
-    "low_similarity", "low_aesthetic", "unsafe", "watermarked", "nsfw", "language", "null_score",
-    "short_caption", "long_caption", "few_tokens", "many_tokens",
-)  # fmt: skip
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-PLAIN_MODES = ("1", "L", "P", "RGB")
-
-
-def status_of(reason: str) -> str:
-    """Say whether a row with `reason` is "failed" or "filtered"."""
-    return "filtered" if reason in FILTERED else "failed"
-
-
-def may_be_image(content_type: str | None) -> bool:
-    """Say whether a Content-Type can announce an image; servers that say nothing may."""
-    kind = (content_type or "").partition(";")[0].strip().lower()
-    return kind in ("", "application/octet-stream", "binary/octet-stream") or (
-        kind.startswith("image/") and kind != "image/svg+xml"
-    )
-
-
-def header_problem(
-    data: bytes, *, max_pixels: int, min_pixels: int = 0, max_aspect_ratio: float | None = None
-) -> str | None:
-    """Judge an image by its header, before anything is decoded; None if it may be.
-
-    Against `max_pixels` an image counts as often as `_weight` says.
-    """
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                weight = _weight(image)
-                short, long = sorted(image.size)
-    except Image.DecompressionBombError:
-        return "too_many_pixels"
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for bytes of no such format
-        return "not_an_image"
-    if short * long * weight > max_pixels:
-        return "too_many_pixels"
-    if short * long < min_pixels:
-        return "too_few_pixels"
-    if max_aspect_ratio is not None and long > max_aspect_ratio * short:
-        return "aspect_ratio"
-    return None
-
-
-def _weight(image: "Image.Image") -> int:
-    """Return how many times the memory of an RGB image the decoding takes.
-
-    Blending over white and 16 bits hold several copies, WebP's decoder two canvases of its own; a
-    progressive JPEG keeps all its coefficients, 2 bytes each, however small it is decoded.
-    """
-    if image.format == "WEBP":
-        return 5
-    if "transparency" in image.info or image.mode not in PLAIN_MODES:
-        return 4
-    return 2 if "progressive" in image.info else 1
-
-
-# -- rows ------------------------------------------------------------------------------------------
+# For each limit: the columns in which lists of the LAION family keep what it needs, and its reason.
+SCORES = {
+    "min_similarity": (
+        ("similarity", "clip_similarity_vitb32", "clip_b32_similarity_score"),
+        "low_similarity",
+    ),
+    "min_aesthetic": (
+        ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score_laion_v2"),
+        "low_aesthetic",
+    ),
+    "max_punsafe": (("punsafe", "nsfw_score_opennsfw2"), "unsafe"),
+    "max_pwatermark": (("pwatermark", "watermark_score"), "watermarked"),
+}
+TAGS = {"nsfw": (("NSFW", "nsfw"), "nsfw"), "language": (("LANGUAGE", "language"), "language")}
+LIMITS = {**SCORES, **TAGS}
+HASHES = ("sha256", "md5")  # a column of either name, in any case, is verified; the first decides
+MAX_CAPTION_CHARS = 4096
+REPEATED = "_repeated"  # column of a shard's table: bool, an earlier row of the list has this URL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,105 +78,158 @@ class FilterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Column:
-    """Where the LAION family keeps what a filter looks at, and the reason that the filter gives."""
+class RowFilter:
+    """The filters of a download, checked against the list's columns.
 
-    names: tuple[str, ...]
-    reason: str
-
-
-SCORES = {
-    "min_similarity": Column(
-        names=("similarity", "clip_similarity_vitb32", "clip_b32_similarity_score"),
-        reason="low_similarity",
-    ),
-    "min_aesthetic": Column(
-        names=("aesthetic", "AESTHETIC_SCORE", "aesthetic_score_laion_v2"), reason="low_aesthetic"
-    ),
-    "max_punsafe": Column(names=("punsafe", "nsfw_score_opennsfw2"), reason="unsafe"),
-    "max_pwatermark": Column(names=("pwatermark", "watermark_score"), reason="watermarked"),
-}
-TAGS = {
-    "nsfw": Column(names=("NSFW", "nsfw"), reason="nsfw"),
-    "language": Column(names=("LANGUAGE", "language"), reason="language"),
-}
-COLUMNS = {**SCORES, **TAGS}
-HASHES = ("sha256", "md5")  # a column of either name, in any case, is verified; the first decides
-MAX_CAPTION_CHARS = 4096
-
-
-def filter_columns(config: FilterConfig, found: Sequence[str]) -> dict[str, str]:
-    """Return the list's column for each filter that is set and needs one.
-
-    Raises ValueError for one that the list lacks, naming the columns `found`.
+    columns: of the list, by the limit of `LIMITS` that needs it; hashes: columns of the digests
+    that the fetched bytes must have, by algorithm.
     """
-    columns = {}
-    for name, column in COLUMNS.items():
-        if getattr(config, name) in (None, ()):
-            continue
-        present = next((known for known in column.names if known in found), None)
-        if present is None:
-            flag = name.replace("_", "-")
+
+    config: FilterConfig
+    columns: dict[str, str]
+    hashes: dict[str, str]
+    opt_out_digest: str = ""
+
+    @classmethod
+    def open(cls, config: FilterConfig, schema: "pa.Schema") -> "RowFilter":
+        """Check `config` against the list's columns; ValueError names what does not fit."""
+        from pyarrow import types
+
+        for name in ("min_caption_chars", "min_caption_tokens", "min_pixels"):
+            if getattr(config, name) < 0:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--filters.{flag}: found {getattr(config, name)}, expected >= 0")
+        if config.max_aspect_ratio is not None and config.max_aspect_ratio < 1:
             raise ValueError(
-                f"--filters.{flag}: no column ({', '.join(column.names)}); found {', '.join(found)}"
+                f"--filters.max-aspect-ratio: found {config.max_aspect_ratio}, expected 1 or more"
             )
-        columns[name] = present
-    return columns
+
+        # Columns of scores and tags
+        columns = {}
+        for limit, (names, _) in LIMITS.items():
+            if getattr(config, limit) in (None, ()):
+                continue
+            column = next((name for name in names if name in schema.names), None)
+            if column is None:
+                raise ValueError(
+                    f"--filters.{limit.replace('_', '-')}: no column ({', '.join(names)}); "
+                    f"found {', '.join(schema.names)}"
+                )
+            kind = schema.field(column).type
+            numbers = types.is_floating(kind) or types.is_integer(kind) or types.is_null(kind)
+            if limit in SCORES and not numbers:
+                raise ValueError(f"--filters: column {column} is {kind}, expected numbers")
+            columns[limit] = column
+
+        # Columns of digests
+        hashes = {kind: name for kind in HASHES for name in schema.names if name.lower() == kind}
+        if config.require_hash and not hashes:
+            raise ValueError(
+                "--filters.require-hash: no column (sha256, md5); found " + ", ".join(schema.names)
+            )
+        for column in hashes.values():
+            if not (types.is_string(kind := schema.field(column).type) or types.is_null(kind)):
+                raise ValueError(f"--urls: column {column} is {kind}, expected digests in hex")
+
+        if config.opt_out and "://" not in config.opt_out:  # a worker has another working directory
+            config = replace(config, opt_out=os.path.abspath(config.opt_out))
+        digest = hashlib.sha256(_read_file(config.opt_out)).hexdigest() if config.opt_out else ""
+        return cls(config=config, columns=columns, hashes=hashes, opt_out_digest=digest)
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """The list's columns that the rows given to this filter must have."""
+        return (*self.columns.values(), *self.hashes.values())
+
+    def problems(self, rows: "pa.Table") -> dict[int, str]:
+        """Return the reason of each row that is left out before it is fetched, by its number.
+
+        rows: url, caption (normalised), the needed columns and, if repeated rows are left out,
+        `REPEATED`.
+        """
+        problems = {n: self._problem(row) for n, row in enumerate(rows.to_pylist())}
+        return {number: problem for number, problem in problems.items() if problem is not None}
+
+    def _problem(self, row: dict[str, Any]) -> str | None:
+        config = self.config
+
+        # The row's URL and digests
+        if config.opt_out:
+            opt_outs = _read_opt_outs(config.opt_out, self.opt_out_digest)
+            if opt_outs.forbid(row["url"] or ""):
+                return "opt_out_list"
+        if "urls" in config.unique and row[REPEATED]:
+            return "duplicate_url"
+        if config.require_hash and not any(row[name] for name in self.hashes.values()):
+            return "no_hash"
+
+        # Scores and tags
+        for limit, column in self.columns.items():
+            value, bound = row[column], getattr(config, limit)
+            if value is None or (isinstance(value, float) and math.isnan(value)):
+                if not config.null_scores:
+                    return "null_score"
+                continue
+            if limit in TAGS:
+                passes = str(value).lower() in {tag.lower() for tag in bound}
+            else:
+                passes = value >= bound if limit.startswith("min") else value <= bound
+            if not passes:
+                return LIMITS[limit][1]
+
+        # The caption
+        caption = row["caption"] or ""
+        if len(caption) < config.min_caption_chars:
+            return "short_caption"
+        if config.max_caption_chars is not None and len(caption) > config.max_caption_chars:
+            return "long_caption"
+        if config.min_caption_tokens or config.max_caption_tokens is not None:
+            num_tokens = len(_tokenizer().encode(caption))
+            if num_tokens < config.min_caption_tokens:
+                return "few_tokens"
+            if config.max_caption_tokens is not None and num_tokens > config.max_caption_tokens:
+                return "many_tokens"
+        return None
 
 
-def hash_columns(found: Sequence[str]) -> dict[str, str]:
-    """Return the list's column for each of `HASHES` that it has."""
-    return {kind: name for kind in HASHES for name in found if name.lower() == kind}
+@lru_cache(maxsize=1)
+def _tokenizer():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
 
 
-def hash_problem(data: bytes, expected: Mapping[str, str]) -> str | None:
-    """Compare bytes with their expected digests, hex, by algorithm."""
-    for kind, wanted in expected.items():
-        if hashlib.new(kind, data, usedforsecurity=False).hexdigest() != wanted.strip().lower():
-            return "hash_mismatch"
-    return None
+@lru_cache(maxsize=1)
+def _read_opt_outs(path: str, digest: str) -> OptOuts:
+    """Read the list once a process; OSError if it is not the one that the download began with."""
+    data = _read_file(path)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise OSError(f"{path}: the opt-out list changed during the download; rerun")
+    return OptOuts.of(data.decode("utf-8", "replace").splitlines())
 
 
-def row_problem(
-    config: FilterConfig,
-    columns: Mapping[str, str],
-    row: Mapping[str, Any],
-    count_tokens: Callable[[str], int],
-) -> str | None:
-    """Return why a row is left out before it is fetched, or None.
+def _read_file(path: str) -> bytes:
+    from fsspec.core import url_to_fs
 
-    columns: of `filter_columns`; row: the list's, with a normalised caption.
-    """
-    for name, column in columns.items():
-        value = row[column]
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            if not config.null_scores:
-                return "null_score"
-        elif not _passes(name, getattr(config, name), value):
-            return COLUMNS[name].reason
-    caption = row["caption"] or ""
-    if len(caption) < config.min_caption_chars:
-        return "short_caption"
-    if config.max_caption_chars is not None and len(caption) > config.max_caption_chars:
-        return "long_caption"
-    if config.min_caption_tokens or config.max_caption_tokens is not None:
-        tokens = count_tokens(caption)
-        if tokens < config.min_caption_tokens:
-            return "few_tokens"
-        if config.max_caption_tokens is not None and tokens > config.max_caption_tokens:
-            return "many_tokens"
-    return None
+    try:
+        storage, name = url_to_fs(path)
+        return bytes(storage.cat_file(name))
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise ValueError(f"--filters.opt-out {path}: {error}") from None
 
 
-def _passes(name: str, limit: Any, value: Any) -> bool:
-    if name in TAGS:
-        return str(value).lower() in {tag.lower() for tag in limit}
-    return value >= limit if name.startswith("min") else value <= limit
+def normalised(rows: "pa.Table") -> "pa.Table":
+    """Return `rows` with every caption normalised; null becomes empty."""
+    import pyarrow as pa
+
+    captions = [normalise_caption(caption) for caption in rows["caption"].to_pylist()]
+    column = rows.column_names.index("caption")
+    return rows.set_column(column, "caption", pa.array(captions, pa.string()))
 
 
 def normalise_caption(caption: str | None) -> str:
-    """Return a caption in NFC, without control characters, blanks made single, at most 4,096
-    characters long; "" for null."""
+    """Return a caption in NFC, without control characters, each run of spaces reduced to one, at
+    most 4,096 characters long; "" for null."""
     text = unicodedata.normalize("NFC", (caption or "")[: 4 * MAX_CAPTION_CHARS])
     printable = (" " if unicodedata.category(c) == "Cc" else c for c in text)
     return " ".join("".join(printable).split())[:MAX_CAPTION_CHARS].rstrip()

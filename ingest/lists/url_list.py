@@ -1,13 +1,20 @@
-"""Read a URL list of the LAION family, a shard's rows at a time, from any storage fsspec knows."""
+"""Read a URL list of the LAION family, a shard's rows at a time, from any storage fsspec supports.
+
+Parquet, CSV, TSV, JSON lines, or text files of URLs; all but Parquet also compressed. No file is
+held in memory as a whole. Bytes that are not UTF-8, and half of a surrogate pair, become U+FFFD.
+"""
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from itertools import islice
+from typing import IO, TYPE_CHECKING, Any
 
 from cluster.base.files import digest_of
-from ingest.lists.formats import COMPRESSIONS, FORMATS, ListFormat, format_suffix, text_column
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,8 +24,145 @@ URL_COLUMNS = ("url", "URL", "image_url", "img_url")
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "CAPTION", "alt_text")
 OUR_COLUMNS = ("key", "url", "caption", "status", "error", "error_message", "sha256")
 OUR_COLUMNS += ("width", "height", "original_width", "original_height")
-NO_CAPTIONS = (".txt",)  # formats whose rows are URLs alone
-COUNT_ROWS = 100_000  # read at once where a file does not say how many it has
+PLAIN_TYPES = {"string", "large_string", "bool", "float", "double"}
+PLAIN_TYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+COUNT_ROWS = 100_000  # of a batch where only URLs are read
+TYPED_JSON_LINES = 1000  # from which the names and types of their columns are taken
+CSV_BLOCK_BYTES = 16 << 20
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
+# -- formats ---------------------------------------------------------------------------------------
+# Each yields tables of the given columns, of about `size` rows, in order; columns None: one empty
+# table with the names and types of all columns.
+
+
+def _read_parquet(
+    stream: IO[bytes], columns: "pa.Schema | None", size: int
+) -> "Iterator[pa.Table]":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # With pre_buffer, pages of a row group stay in memory until its last one is read. And
+    # pyarrow.dataset holds a complete row group decoded: of a list of one group, all of it.
+    reader = pq.ParquetFile(stream, pre_buffer=False)
+    if columns is None:
+        yield reader.schema_arrow.empty_table()
+        return
+    for batch in reader.iter_batches(size, columns=columns.names):
+        yield pa.table([batch.column(name) for name in columns.names], columns.names)
+
+
+def _read_csv(
+    stream: IO[bytes], columns: "pa.Schema | None", size: int, *, delimiter: str
+) -> "Iterator[pa.Table]":
+    import pyarrow as pa
+    from pyarrow import csv
+
+    types = {f.name: pa.binary() if _is_text(f.type) else f.type for f in columns or ()}
+    reader = csv.open_csv(
+        stream,
+        read_options=csv.ReadOptions(block_size=CSV_BLOCK_BYTES),
+        parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=csv.ConvertOptions(
+            include_columns=list(types) or None, column_types=types, check_utf8=False
+        ),
+    )
+    if columns is None:
+        yield reader.schema.empty_table()
+        return
+    yield from (pa.Table.from_batches([batch]) for batch in reader)
+
+
+def _read_json_lines(
+    stream: IO[bytes], columns: "pa.Schema | None", size: int
+) -> "Iterator[pa.Table]":
+    import pyarrow as pa
+
+    def values(rows: list[dict[str, Any]], name: str) -> list[Any]:
+        found = (row.get(name) for row in rows)
+        return [_HALF_PAIR.sub("\ufffd", v) if isinstance(v, str) else v for v in found]
+
+    objects = _json_objects(stream)
+    if columns is None:
+        rows = list(islice(objects, TYPED_JSON_LINES))
+        names = dict.fromkeys(name for row in rows for name in row)
+        yield pa.schema([(n, pa.array(values(rows, n)).type) for n in names]).empty_table()
+        return
+    while rows := list(islice(objects, size)):
+        yield pa.table([pa.array(values(rows, f.name), f.type) for f in columns], columns.names)
+
+
+def _json_objects(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode("utf-8", "replace"))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"line {number}: expected a JSON object")
+        yield value
+
+
+def _read_text(stream: IO[bytes], columns: "pa.Schema | None", size: int) -> "Iterator[pa.Table]":
+    import pyarrow as pa
+
+    lines = (line.strip() for line in stream) if columns is not None else ()
+    urls = (line.decode("utf-8", "replace") for line in lines if line)
+    while rows := list(islice(urls, size)):
+        yield pa.table({"url": rows})
+    if columns is None:
+        yield pa.schema([("url", pa.string())]).empty_table()
+
+
+FORMATS: dict[str, Callable[..., "Iterator[pa.Table]"]] = {
+    ".parquet": _read_parquet,
+    ".csv": partial(_read_csv, delimiter=","),
+    ".tsv": partial(_read_csv, delimiter="\t"),
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".txt": _read_text,
+}
+COMPRESSIONS = (".gz", ".bz2", ".xz")
+
+
+def _format_of(path: str) -> str | None:
+    """Return the key of `FORMATS` that a file's name ends with, compressed or not."""
+    stem, end = os.path.splitext(path.lower())
+    packed = end in COMPRESSIONS
+    suffix = os.path.splitext(stem)[1] if packed else end
+    return suffix if suffix in FORMATS and not (packed and suffix == ".parquet") else None
+
+
+def _read_tables(file: "OpenFile", columns: "pa.Schema | None", size: int) -> "Iterator[pa.Table]":
+    suffix = _format_of(file.path) or ""
+    try:
+        with file as stream:
+            yield from FORMATS[suffix](stream, columns, size)
+    except (ValueError, TypeError) as error:  # pyarrow's errors are of these two
+        raise ValueError(f"--urls {file.path}: not valid {suffix[1:]}: {error}") from None
+
+
+def _is_text(kind: "pa.DataType") -> bool:
+    return str(kind) in ("string", "large_string")
+
+
+def _text(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """Return a column as valid strings, null where it is null; numbers become text."""
+    import pyarrow as pa
+
+    if _is_text(column.type):
+        column = column.cast(pa.large_binary())  # Parquet does not check what it calls a string
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        values = (v if v is None else v.decode("utf-8", "replace") for v in column.to_pylist())
+        return pa.chunked_array([pa.array(values, pa.string())])
+
+
+# -- lists -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +173,6 @@ class UrlList:
     """
 
     files: tuple["OpenFile", ...]
-    format: ListFormat
     url_column: str
     caption_column: str
     kept: tuple[str, ...]
@@ -37,61 +180,55 @@ class UrlList:
     digest: str
     schema: "pa.Schema"
 
-    @property
-    def kept_schema(self) -> "pa.Schema":
-        """Names and types of the kept columns."""
-        import pyarrow as pa
-
-        return pa.schema([self.schema.field(name) for name in self.kept])
-
-    def shards(self, samples_per_shard: int) -> Iterator["pa.Table"]:
+    def shards(self, samples_per_shard: int) -> "Iterator[pa.Table]":
         """Yield tables of `samples_per_shard` rows (the last: what is left) in the list's order.
 
-        Columns: url and caption (strings), then the kept ones. Holds some two shards in memory, and
-        what its format reads at once.
+        Columns: url and caption (strings), then the kept ones. Some two shards are in memory, and
+        what the format reads at once.
         """
-        import pyarrow as pa
+        return rechunk(self._tables(samples_per_shard), samples_per_shard)
 
-        waiting: list[pa.Table] = []
-        for batch in self._batches(samples_per_shard):
-            waiting.append(batch)
-            if sum(table.num_rows for table in waiting) < samples_per_shard:
-                continue
-            rows = pa.concat_tables(waiting)
-            whole = rows.num_rows - rows.num_rows % samples_per_shard
-            for start in range(0, whole, samples_per_shard):
-                yield rows.slice(start, samples_per_shard)
-            waiting = [rows.slice(whole)]
-        rest = pa.concat_tables(waiting) if waiting else None
-        if rest is not None and rest.num_rows:
-            yield rest
-
-    def urls(self) -> Iterator["pa.ChunkedArray"]:
-        """Yield the URLs in order, a batch at a time; nothing else is read."""
+    def urls(self) -> "Iterator[pa.ChunkedArray]":
+        """Yield the URLs in order, a batch at a time; no other column is read."""
         import pyarrow as pa
 
         columns = pa.schema([self.schema.field(self.url_column)])
         for file in self.files:
-            for table in self.format.batches(file, columns, COUNT_ROWS):
-                yield text_column(table.column(self.url_column))
+            for table in _read_tables(file, columns, COUNT_ROWS):
+                yield _text(table.column(self.url_column))
 
-    def _batches(self, size: int) -> Iterator["pa.Table"]:
+    def _tables(self, size: int) -> "Iterator[pa.Table]":
         import pyarrow as pa
 
-        names = [name for name in (self.url_column, self.caption_column) if name]
-        columns = pa.schema([self.schema.field(name) for name in [*names, *self.kept]])
+        texts = [name for name in (self.url_column, self.caption_column) if name]
+        kept = [self.schema.field(name) for name in self.kept]
+        columns = pa.schema([*map(self.schema.field, texts), *kept])
         for file in self.files:
-            for table in self.format.batches(file, columns, size):
-                empty = pa.chunked_array([pa.array([""] * table.num_rows, pa.string())])
-                url = text_column(table.column(self.url_column))
-                caption = text_column(table.column(self.caption_column)) if names[1:] else empty
-                kept = [self._kept(table, field) for field in self.kept_schema]
-                yield pa.table([url, caption, *kept], ["url", "caption", *self.kept])
+            for table in _read_tables(file, columns, size):
+                values = [_text(table.column(name)) for name in texts]
+                if not self.caption_column:
+                    values.append(pa.chunked_array([pa.array([""] * table.num_rows, pa.string())]))
+                for field in kept:
+                    column, is_text = table.column(field.name), _is_text(field.type)
+                    values.append(_text(column) if is_text else column.cast(field.type))
+                yield pa.table(values, ["url", "caption", *self.kept])
 
-    def _kept(self, table: "pa.Table", field: "pa.Field") -> "pa.ChunkedArray":
-        column = table.column(field.name)
-        text = str(field.type) in ("string", "large_string")
-        return text_column(column) if text else column.cast(field.type)
+
+def rechunk(tables: "Iterable[pa.Table]", size: int) -> "Iterator[pa.Table]":
+    """Yield the rows of `tables`, in order, as tables of `size` rows (the last: what is left)."""
+    import pyarrow as pa
+
+    waiting: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        waiting.append(table)
+        count += table.num_rows
+        while count >= size:
+            joined = pa.concat_tables(waiting)
+            yield joined.slice(0, size)
+            waiting, count = [joined.slice(size)], count - size
+    if count:
+        yield pa.concat_tables(waiting)
 
 
 def open_url_list(
@@ -103,50 +240,55 @@ def open_url_list(
 ) -> UrlList:
     """Open a list: a file, a folder of files or a glob pattern of them, in name order.
 
-    path: local or any fsspec URL; Parquet, CSV, TSV, JSON lines, or a text file of URLs, the last
-    four compressed too. Columns that are None are found by the names the LAION family uses.
+    path: local or any fsspec URL. Columns that are None are found by the names that the LAION
+    family uses.
     Raises ValueError for a missing list or column, naming the columns found, and for a kept column
-    that we could not store.
+    that cannot be stored.
     """
-    suffix, files = _files(os.fspath(path))
-    reader = FORMATS[suffix]
-    schemas = [reader.schema(file) for file in files]
-    schema, names = schemas[0], schemas[0].names
-    url = _choose(path, "url", url_column, URL_COLUMNS, names)
+    import pyarrow.parquet as pq
+
+    # Columns: the first file's, which the others must have too
+    files = _find_files(os.fspath(path))
+    schemas = [next(_read_tables(file, None, 0)).schema for file in files]
+    schema, suffix = schemas[0], _format_of(files[0].path)
+    url = _find_column(path, "url", url_column, URL_COLUMNS, schema.names)
     caption = ""
-    if suffix not in NO_CAPTIONS or caption_column is not None:
-        caption = _choose(path, "caption", caption_column, CAPTION_COLUMNS, names)
+    if suffix != ".txt" or caption_column is not None:
+        caption = _find_column(path, "caption", caption_column, CAPTION_COLUMNS, schema.names)
     for name in keep_columns:
-        _choose(path, "keep", name, (), names)
+        _find_column(path, "keep", name, (), schema.names)
         if name in OUR_COLUMNS:
             raise ValueError(f"--keep-columns {name}: the shards use this name; rename the column")
-        if str(schema.field(name).type) not in _PLAIN_TYPES:
-            kind = schema.field(name).type
+        if str(kind := schema.field(name).type) not in PLAIN_TYPES:
             raise ValueError(f"--keep-columns {name}: is {kind}, expected text, number or bool")
     for file, other in zip(files, schemas, strict=True):
         for name in {url, *([caption] if caption else []), *keep_columns} - set(other.names):
             raise ValueError(f"{file.path}: no column {name!r}, which {files[0].path} has")
-    digests = [_digest(file) for file in files]
+
+    # Rows and digest: Parquet states its number of rows, other files are read once
+    num_rows, digests = 0, []
+    for file in files:
+        if suffix == ".parquet":
+            with file as stream:
+                num_rows += pq.read_metadata(stream).num_rows
+        else:
+            columns = schema.empty_table().select([url]).schema
+            num_rows += sum(table.num_rows for table in _read_tables(file, columns, COUNT_ROWS))
+        with file.fs.open(file.path, "rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
     return UrlList(
         files=files,
-        format=reader,
         url_column=url,
         caption_column=caption,
         kept=tuple(keep_columns),
-        num_rows=sum(_count(reader, file, schema.field(url)) for file in files),
+        num_rows=num_rows,
         digest=digests[0] if len(digests) == 1 else digest_of(digests),
         schema=schema,
     )
 
 
-_PLAIN_TYPES = frozenset(
-    {"string", "large_string", "bool", "float", "double"}
-    | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
-)
-
-
-def _files(path: str) -> tuple[str, tuple["OpenFile", ...]]:
-    """Return the suffix of the format and the files, which all have it."""
+def _find_files(path: str) -> tuple["OpenFile", ...]:
+    """Return the files of a list, all of one format, not opened yet."""
     from fsspec.core import OpenFile, url_to_fs
     from fsspec.utils import infer_compression
 
@@ -155,61 +297,42 @@ def _files(path: str) -> tuple[str, tuple["OpenFile", ...]]:
     except (ImportError, ValueError) as error:  # an unknown scheme, or one whose driver is absent
         raise ValueError(f"--urls {path}: {error}") from None
     if any(sign in root for sign in "*?[") and not storage.exists(root):
-        found = [str(name) for name in storage.glob(root)]
+        names = [str(name) for name in storage.glob(root)]
     elif storage.isdir(root):
-        found = [str(name) for name in storage.ls(root, detail=False) if format_suffix(str(name))]
+        names = [str(name) for name in storage.ls(root, detail=False) if _format_of(str(name))]
     else:
-        found = [root] if storage.isfile(root) else []
-    expected = ", ".join([*FORMATS, *(f"TEXT{c}" for c in COMPRESSIONS if c)])
-    if not found:
+        names = [root] if storage.isfile(root) else []
+    if not names:
         raise ValueError(
             f"--urls {path}: not found; expected a list, or a folder or pattern of them"
         )
-    suffixes = {format_suffix(name) for name in found}
-    suffix = suffixes.pop()
-    if suffix is None or suffixes:
-        names = ", ".join(sorted(os.path.basename(name) for name in found)[:5])
+    formats = {_format_of(name) for name in names}
+    if None in formats or len(formats) > 1:
+        some = ", ".join(sorted(os.path.basename(name) for name in names)[:5])
+        expected = ", ".join([*FORMATS, *(f"TEXT{ending}" for ending in COMPRESSIONS)])
         raise ValueError(
-            f"--urls {path}: found {names}, expected files of one kind out of {expected}"
+            f"--urls {path}: found {some}, expected files of one kind out of {expected}"
         )
-    packed = None if suffix == ".parquet" else infer_compression
-    return suffix, tuple(
-        OpenFile(storage, name, mode="rb", compression=packed(name) if packed else None)
-        for name in sorted(found)
+    return tuple(
+        OpenFile(storage, name, mode="rb", compression=infer_compression(name))
+        for name in sorted(names)
     )
 
 
-def _digest(file: "OpenFile") -> str:
-    """Return the sha256 of a file's bytes as they are stored, hex."""
-    with file.fs.open(file.path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _count(reader: ListFormat, file: "OpenFile", url: "pa.Field") -> int:
-    """Count a file's rows: Parquet says it, others are read once."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if file.path.lower().endswith(".parquet"):
-        with file as stream:
-            return pq.read_metadata(stream).num_rows
-    batches = reader.batches(file, pa.schema([url]), COUNT_ROWS)
-    return sum(table.num_rows for table in batches)
-
-
-def _choose(
+def _find_column(
     path: str | os.PathLike[str],
     what: str,
     given: str | None,
     known: Sequence[str],
-    found: Sequence[str],
+    names: Sequence[str],
 ) -> str:
+    """Return the column that was given, else the first known one; ValueError if it is absent."""
     wanted = known if given is None else (given,)
     for name in wanted:
-        if name in found:
+        if name in names:
             return name
     flag = "--keep-columns" if what == "keep" else f"--{what}-column"
     raise ValueError(
-        f"{os.fspath(path)}: no {what} column ({', '.join(wanted)}); found {', '.join(found)}; "
+        f"{os.fspath(path)}: no {what} column ({', '.join(wanted)}); found {', '.join(names)}; "
         f"name one with {flag}"
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ingest.fetching.retries import RETRIED
+from cluster.base.outcomes import RETRIED
 
 if TYPE_CHECKING:
     from ingest.store.commits import Commit

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit, urlunsplit
 import numpy as np
 
 from cluster.base.files import canonical_json, digest_of
-from ingest.fetching.retries import RETRIED
+from cluster.base.outcomes import RETRIED
 from ingest.shards import EMBED_ARRAYS, SIZE_COLUMNS, STORED, index_tar, outcome
 from ingest.store.commits import Attempt, Commit
 from ingest.store.snapshots import FORGOTTEN_FOLDER
