@@ -130,7 +130,7 @@ def engine_step(
     from training.loop import _agreed, _forward_backward
 
     stage: Any = 0 if engine == "plain" else int(engine.removeprefix("zero"))
-    config = TrainConfig(
+    config = TrainConfig.of(
         global_batch_size=batch_size * ranks, learning_rate=1e-4, precision="fp32",
         zero_stage=stage, num_workers=0 if engine == "plain" else ranks,
     )  # fmt: skip

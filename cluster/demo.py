@@ -249,7 +249,7 @@ def _run_stage(stage: Stage, timings: Timings, port: int | None) -> int:
     config = dataclasses.replace(config, metrics_port=port)
     images = stage.num_images
     if isinstance(config, RunConfig):
-        images = config.train.num_steps * config.train.global_batch_size
+        images = config.train.schedule.num_steps * config.train.batch.global_batch_size
     with timings.attempt(stage.name, command, images) as attempt:
         code = DONE if _is_current(stage) else run_main(config)
         attempt.done = code == DONE

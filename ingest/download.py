@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import UseAppendAction
 
-from cluster.base.cli import UNLISTED, parse, require_lasting, run_script
+from cluster.base.cli import Option, parse, require_lasting, run_script
 from ingest.fetching.decode import ResizeMode
 from ingest.lists.filters import FilterConfig
 
@@ -61,7 +61,7 @@ class DownloadConfig:
     """Connections at once per shard in work."""
     timeout: float = 10.0
     """Of one try at one URL, redirects included, seconds."""
-    retries: Annotated[int, UNLISTED] = 2
+    retries: Annotated[int, Option(hidden=True)] = 2
     """Further tries after a failure that may pass; a 404 or 403 is not tried again."""
     shard_timeout: float = 1800.0
     """Of all of a shard's rows, seconds; those left over count as failed: shard_deadline."""
@@ -77,7 +77,7 @@ class DownloadConfig:
     allow_address: Annotated[tuple[str, ...], UseAppendAction] = ()
     """HOST:PORT that may have a private address or another port; all others must be public, on
     80 or 443; repeatable."""
-    proxy: Annotated[str, UNLISTED] = ""
+    proxy: Annotated[str, Option(hidden=True)] = ""
     """http://HOST:PORT to CONNECT through, "environment" for HTTPS_PROXY's; empty: directly."""
     metrics_port: int | None = None
     """Serve Prometheus metrics on this port of 127.0.0.1; 0: any free; None: do not."""

@@ -16,7 +16,7 @@ from training.loop import Job, train
 from training.runs.reporting import Reporter
 
 NUM_SAMPLES = 10  # of batches of 4: the last one of an epoch has 2
-CONFIG = TrainConfig(
+CONFIG = TrainConfig.of(
     num_steps=7, global_batch_size=4, num_workers=0, precision="fp32", learning_rate=0.1,
     report_every=1, checkpoint_every=100, ema_decay=0.8, warmup=0.3, beta2=0.9,
 )  # fmt: skip

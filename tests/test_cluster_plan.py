@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.base.cli import parse
+from cluster.base.cli import parse, with_options
 from cluster.plan import main
 from cluster.planning import fitting, flows
 from cluster.planning.devices import GPUS, find_gpu
@@ -220,7 +220,7 @@ def tiny_gpu(gib: float):
 
 def adamw(stage):
     """The stage with an optimizer that ZeRO partitions."""
-    train = dataclasses.replace(stage.config.train, optimizer="adamw")
+    train = with_options(stage.config.train, optimizer="adamw")
     return dataclasses.replace(stage, config=dataclasses.replace(stage.config, train=train))
 
 

@@ -34,7 +34,7 @@ def test_work_asks_for_its_group_only_where_the_head_has_groups(monkeypatch):
 )
 def test_workers_get_gpus_where_there_are_or_will_be_any(device, resources, found, monkeypatch):
     cluster(monkeypatch, **resources)
-    assert _use_gpu(TrainConfig(device=device, num_workers=2)) is found
+    assert _use_gpu(TrainConfig.of(device=device, num_workers=2)) is found
     if device == "auto":
         assert has_gpus() is found
 
@@ -45,7 +45,7 @@ def test_workers_get_gpus_where_there_are_or_will_be_any(device, resources, foun
 def test_too_few_gpus_are_refused_where_no_more_will_come(device, gpus, monkeypatch):
     cluster(monkeypatch, CPU=4.0, GPU=gpus)
     with pytest.raises(ValueError, match=f"num_workers: found 2 for {gpus:.0f} GPUs"):
-        _use_gpu(TrainConfig(device=device, num_workers=2))
+        _use_gpu(TrainConfig.of(device=device, num_workers=2))
 
 
 def test_what_a_job_writes_must_outlast_its_copy(monkeypatch: pytest.MonkeyPatch):

@@ -17,7 +17,7 @@ EVERY_FILE = sorted([*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/
 SCRIPTS = [path for path in SOURCES if "\nif __name__ ==" in path.read_text(encoding="utf-8")]
 
 MAX_FILE_LINES = 500
-MAX_FLAGS = 40  # that --help lists; see cluster.base.cli.UNLISTED
+MAX_FLAGS = 40  # that --help lists; see cluster.base.cli.Option
 MAX_FUNCTION_LINES = 100
 MAX_PARAMETERS = 8
 MAX_NESTING = 3

@@ -31,7 +31,7 @@ from training.runs.worker import launch
 from training.tasks.prior import build_prior
 
 HOSTILE = "`x` \n# <script>alert(1)</script> | [a](http://b)"
-TRAIN = TrainConfig(
+TRAIN = TrainConfig.of(
     num_steps=3, global_batch_size=4, num_workers=0, num_threads=1, precision="fp32",
     report_every=1, checkpoint_every=2, warmup=0.3,
 )  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import INCIDENTS_NAME, step_folder
 from models.configs import (
@@ -32,7 +33,7 @@ from training.tasks import clip_and_decoder as jobs
 from training.tasks import prior as prior_job
 
 HALF, WHOLE = 3, 6
-TRAIN = TrainConfig(
+TRAIN = TrainConfig.of(
     num_steps=WHOLE, checkpoint_every=HALF, global_batch_size=8, micro_batch_size=4,
     num_workers=0, num_threads=1, report_every=1, ema_decay=0.9, warmup=0.2,
 )  # fmt: skip
@@ -49,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path
 def clip_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
     model = ClipConfig(embed_dim=16, vision_width=32, vision_depth=1, text_width=32, text_depth=1,
                        patch_size=16, vocab_size=512)  # fmt: skip
-    train = dataclasses.replace(TRAIN, micro_batch_size=0)
+    train = with_options(TRAIN, micro_batch_size=0)
     config = ClipRunConfig(images=(str(data / "images"),), run=str(run), model=model, train=train)
     return config, jobs.build_clip_job
 
@@ -78,7 +79,7 @@ def regression_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
     model = RegressionPriorConfig(width=16, depth=1, num_heads=2, dropout=0.1)
     config = PriorRunConfig(
         prior="regression", embeds=(str(data / "embeds"),), run=str(run), regression=model,
-        train=dataclasses.replace(TRAIN, micro_batch_size=0),
+        train=with_options(TRAIN, micro_batch_size=0),
     )  # fmt: skip
     return config, prior_job.build_prior
 
@@ -87,7 +88,7 @@ def decoder_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
     config = DecoderRunConfig(
         images=(str(data / "images"),), embeds=(str(data / "embeds"),), run=str(run), image_size=16,
         base=DecoderConfig(unet=UNET, context_width=8),
-        train=dataclasses.replace(TRAIN, optimizer="muon"),
+        train=with_options(TRAIN, optimizer="muon"),
     )  # fmt: skip
     return config, jobs.build_decoder
 
@@ -192,7 +193,7 @@ def test_a_compiled_network_trains_as_it_does_uncompiled(data: Path, tmp_path: P
     def trained(compiled: bool) -> dict[str, torch.Tensor]:
         config, build = prior_run(data, tmp_path / str(compiled))
         assert isinstance(config, PriorRunConfig)
-        settings = dataclasses.replace(config.train, compile=compiled, precision="fp32")
+        settings = with_options(config.train, compile=compiled, precision="fp32")
         sizes = dataclasses.replace(config.diffusion, dropout=0.0)
         config = dataclasses.replace(config, train=settings, diffusion=sizes)
         train_here(config, prepare_run(config, config.run), build)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cluster.base.cli import with_options
 from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
 from models.unclip import load_model
 from training.config import DecoderRunConfig, TrainConfig
@@ -21,7 +22,7 @@ from training.tasks.validation import Validation
 
 UNET = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=(),
                   patch_size=8)  # fmt: skip
-TRAIN = TrainConfig(
+TRAIN = TrainConfig.of(
     num_steps=2, checkpoint_every=1, global_batch_size=8, num_workers=0, num_threads=1,
     report_every=1, precision="fp32",
 )  # fmt: skip
@@ -89,7 +90,7 @@ def test_a_kill_during_validation_loses_no_scores(data: Path, held_out: Path, tm
 
 def test_validation_is_where_training_is(data: Path, held_out: Path, tmp_path: Path):
     config = base(data, held_out, tmp_path / "run")
-    train = dataclasses.replace(TRAIN, device="cpu")
+    train = with_options(TRAIN, device="cpu")
     job = jobs.build_decoder(prepare_data(dataclasses.replace(config, train=train)))
     assert isinstance(job.validate, Validation) and job.validate.device == "cpu"
     assert device_of_run("cpu").type == "cpu"

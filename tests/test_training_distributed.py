@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
 from models.configs import ClipConfig, DiffusionPriorConfig
 from training.config import ClipRunConfig, PriorRunConfig, RunConfig, TrainConfig
@@ -28,7 +29,7 @@ from training.tasks.prior import build_prior
 pytestmark = pytest.mark.slow
 
 HALF, WHOLE = 3, 6
-PLAIN = TrainConfig(
+PLAIN = TrainConfig.of(
     num_steps=WHOLE, checkpoint_every=HALF, global_batch_size=16, micro_batch_size=4,
     num_workers=0, num_threads=1, precision="fp32", report_every=1, ema_decay=0.9,
     learning_rate=3e-3, grad_clip=0.5, weight_decay=0.1, max_failures=1,
@@ -52,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Iter
 
 
 def prior(data: Path, run: Path, **changes) -> PriorRunConfig:
-    train = dataclasses.replace(PLAIN, **changes)
+    train = with_options(PLAIN, **changes)
     model = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
     return PriorRunConfig(
         embeds=(str(data / "embeds"),), run=str(run), diffusion=model, train=train
@@ -159,12 +160,12 @@ def test_clip_contrasts_the_samples_of_all_workers(data: Path, tmp_path: Path):
     """
     model = ClipConfig(embed_dim=16, vision_width=32, vision_depth=1, text_width=32, text_depth=1,
                        patch_size=16, vocab_size=512)  # fmt: skip
-    train = dataclasses.replace(PLAIN, micro_batch_size=0)
+    train = with_options(PLAIN, micro_batch_size=0)
     config = ClipRunConfig(
         images=(str(data / "images"),), run=str(tmp_path / "one"), model=model, train=train
     )
     shared = dataclasses.replace(
-        config, run=str(tmp_path / "two"), train=dataclasses.replace(train, **two(0))
+        config, run=str(tmp_path / "two"), train=with_options(train, **two(0))
     )
     found, expected = trained(shared, build_clip_job), trained(config, build_clip_job)
     assert_close(found, expected, but="attn.in_proj_bias")

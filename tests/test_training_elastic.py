@@ -1,6 +1,5 @@
 """Workers that come and go: the samples of a step stay, and a log and a timeline tell of it."""
 
-import dataclasses
 import signal
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from _line import CONFIG, NUM_SAMPLES, run, squared_error
 from torch import Tensor, nn
 
+from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import HEARTBEATS_FOLDER, SAMPLES_FOLDER, samples_path
 from models.diffusion.keyed_random import sample_keys
@@ -46,7 +46,7 @@ class Rows:
 def test_any_number_of_workers_shares_out_a_batch(world_size: int, micro_batch_size: int):
     """All take as many micro-batches of as many samples, none larger than asked for; what is added
     to make that so weighs nothing, and the rest is the batch of one worker."""
-    config = TrainConfig(
+    config = TrainConfig.of(
         global_batch_size=48, num_workers=8, min_workers=1, micro_batch_size=micro_batch_size
     )
     plan = Plan(data_sets=Rows.data_sets, global_batch_size=48, seed=3)
@@ -70,7 +70,7 @@ def test_any_number_of_workers_shares_out_a_batch(world_size: int, micro_batch_s
 
 def test_where_workers_divide_the_batch_nothing_is_added():
     for workers in (1, 2, 4):
-        config = TrainConfig(global_batch_size=24, num_workers=workers, micro_batch_size=3)
+        config = TrainConfig.of(global_batch_size=24, num_workers=workers, micro_batch_size=3)
         assert config.samples_a_worker(workers) * workers == 24
         assert config.micro_batches(workers) == config.grad_accum_steps
 
@@ -78,20 +78,20 @@ def test_where_workers_divide_the_batch_nothing_is_added():
 @pytest.mark.parametrize("fewest", [-1, 3])
 def test_fewest_workers_are_at_most_all(fewest: int):
     with pytest.raises(ValueError, match=f"train.min_workers: found {fewest}, expected at least 0"):
-        TrainConfig(num_workers=2, min_workers=fewest)
+        TrainConfig.of(num_workers=2, min_workers=fewest)
 
 
 def test_a_contrast_of_all_samples_needs_them_at_once_with_the_fewest_workers_too():
-    config = TrainConfig(global_batch_size=24, num_workers=2, micro_batch_size=12)
+    config = TrainConfig.of(global_batch_size=24, num_workers=2, micro_batch_size=12)
     assert config.most_micro_batches == 1
-    assert dataclasses.replace(config, min_workers=1).most_micro_batches == 2
+    assert with_options(config, min_workers=1).most_micro_batches == 2
 
 
 # -- log of samples --------------------------------------------------------------------------------
 
 
 def logged(path: Path, objective=squared_error, **changes) -> Path:
-    run(path, dataclasses.replace(CONFIG, log_samples=True, **changes), objective)
+    run(path, with_options(CONFIG, log_samples=True, **changes), objective)
     return path
 
 

@@ -172,4 +172,4 @@ def test_pruning_keeps_multiples_and_never_a_snapshot(tmp_path: Path):
 )
 def test_averages_that_cannot_be_are_refused(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**changes)
+        TrainConfig.of(**changes)

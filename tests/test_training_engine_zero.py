@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cluster.base.cli import with_options
 from models.configs import DiffusionPriorConfig
 from training.config import PriorRunConfig, TrainConfig
 from training.engine import engines as zero
@@ -30,7 +31,7 @@ from training.tasks.prior import build_prior
 pytestmark = pytest.mark.slow
 
 HALF, WHOLE = 3, 6
-PLAIN = TrainConfig(
+PLAIN = TrainConfig.of(
     num_steps=WHOLE, checkpoint_every=HALF, global_batch_size=16, micro_batch_size=4,
     num_workers=0, num_threads=1, precision="fp32", report_every=1, ema_decay=0.9,
     learning_rate=3e-3, grad_clip=0.5, weight_decay=0.1,
@@ -51,7 +52,7 @@ ENGINES = [(*stage, ranks, precision) for precision in ("fp32", "bf16") for rank
 
 
 def config_of(root: Path, name: str, changes: dict) -> PriorRunConfig:
-    train = dataclasses.replace(PLAIN, **changes)
+    train = with_options(PLAIN, **changes)
     model = DiffusionPriorConfig(width=16, depth=1, num_heads=2, checkpointing=True)
     embeds = (str(root / "embeds"),)
     return PriorRunConfig(embeds=embeds, run=str(root / name), diffusion=model, train=train)
@@ -67,7 +68,7 @@ def build(config: PriorRunConfig) -> Job:
     job, calls = build_prior(config), iter(range(1000))
     resumed = (Path(config.run) / "step_00000003").is_dir()
     bad_call = -1 if resumed else 2 * config.train.grad_accum_steps
-    last = os.environ.get("RANK", "0") == str(max(0, config.train.num_workers - 1))
+    last = os.environ.get("RANK", "0") == str(max(0, config.train.workers.num_workers - 1))
     for name, size in (("five", 5), ("one", 1)):
         job.model.register_parameter(name, nn.Parameter(torch.ones(size)))
 
@@ -131,7 +132,7 @@ def stepped(engine: zero.Engine) -> tuple[dict[str, Tensor], list[bool]]:
 
 
 def engine_config(stage: int, offload: Any, num_workers: int, precision: Any) -> TrainConfig:
-    return dataclasses.replace(
+    return with_options(
         PLAIN, global_batch_size=2 * max(1, num_workers), micro_batch_size=1, zero_stage=stage,
         offload=offload, num_workers=num_workers, precision=precision,
     )  # fmt: skip
@@ -155,7 +156,7 @@ def save_stepped(folder: Path) -> None:
         engine = zero.ZeroEngine(Sometimes(), sometimes_loss, config, torch.device("cpu"))
         found, moved = stepped(engine)
         assert moved == [True, True, False, True, False, True], moved
-        assert shares_weights(engine) == (config.offload == "none")
+        assert shares_weights(engine) == (config.workers.offload == "none")
         save_file(found, str(folder / stepped_name(case, engine.rank)))
 
 

@@ -17,7 +17,7 @@ from training.tasks.prior import build_prior
 
 pytestmark = pytest.mark.slow
 
-TRAIN = TrainConfig(
+TRAIN = TrainConfig.of(
     num_steps=12, checkpoint_every=6, global_batch_size=8, num_workers=0, num_threads=1,
     precision="fp32", report_every=1,
 )  # fmt: skip

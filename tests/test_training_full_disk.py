@@ -4,7 +4,6 @@ The disk is a real one of a few hundred KB, mounted for the test, which takes ro
 system that need none are raised in its place.
 """
 
-import dataclasses
 import errno
 import os
 import subprocess
@@ -18,6 +17,7 @@ from _line import CONFIG, run, squared_error
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import step_folder
 from training.checkpoints import checkpoint
@@ -52,7 +52,7 @@ def fill(disk: Path, leave: int = 0) -> Path:
 
 def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(disk: Path, tmp_path: Path):
     """Full from the fifth step on, for the checkpoint of the sixth; then there is room again."""
-    config = dataclasses.replace(
+    config = with_options(
         CONFIG, checkpoint_every=2, report_every=3, async_checkpoints=False
     )
     calls = iter(range(100))
@@ -118,7 +118,7 @@ def test_a_disk_that_is_full_at_any_file_of_a_checkpoint(
     call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Fragments, weights, averages; whatever was written before, the run ends as if undisturbed."""
-    config = dataclasses.replace(CONFIG, checkpoint_every=2)
+    config = with_options(CONFIG, checkpoint_every=2)
     calls = iter(range(100))
 
     def failing(real: Callable) -> Callable:
@@ -137,7 +137,7 @@ def test_a_disk_that_is_full_at_any_file_of_a_checkpoint(
     mended, _ = run(tmp_path / "full", config)
     whole, _ = run(tmp_path / "whole", config)
     assert torch.equal(whole.get_parameter("weight"), mended.get_parameter("weight"))
-    last = step_folder(tmp_path / "full", CONFIG.num_steps)
-    expected = step_folder(tmp_path / "whole", CONFIG.num_steps)
+    last = step_folder(tmp_path / "full", CONFIG.schedule.num_steps)
+    expected = step_folder(tmp_path / "whole", CONFIG.schedule.num_steps)
     for file in ("model.safetensors", "ema.safetensors"):
         assert (last / file).read_bytes() == (expected / file).read_bytes()

@@ -1,6 +1,5 @@
 """What watches over a run: stops on demand, spikes of the loss, ranks that hang, its speed."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ import torch
 from _line import CONFIG, network, run, squared_error
 from torch import Tensor, nn
 
+from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import HEARTBEATS_FOLDER
 from models.configs import (
@@ -62,7 +62,7 @@ def test_a_run_that_is_stopped_leaves_a_checkpoint_and_goes_on_bit_for_bit(tmp_p
     assert found is not None and found[1] == progress
     forget_stop(tmp_path / "parts")
     parts, progress = run(tmp_path / "parts")
-    assert progress.step == CONFIG.num_steps
+    assert progress.step == CONFIG.schedule.num_steps
     assert torch.equal(whole.get_parameter("weight"), parts.get_parameter("weight"))
 
 
@@ -138,7 +138,7 @@ def test_a_spike_is_told_and_noise_is_not():
 def test_the_long_tail_of_a_small_batch_is_no_spike():
     """The mean of 2 losses that depend on a timestep as a diffusion's do, over three decades."""
     rng = np.random.default_rng(0)
-    detector = SpikeDetector(CONFIG.spike_deviations)
+    detector = SpikeDetector(CONFIG.faults.spike_deviations)
     losses = np.exp(rng.uniform(np.log(1e-3), 0, (3000, 2))).mean(1)
     assert all(not detector.check(loss) for loss in losses)
     assert detector.check(1e3)
@@ -168,7 +168,7 @@ def test_incidents_are_told_and_counted_once(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_spike_of_a_run_becomes_an_incident(tmp_path: Path):
-    config = dataclasses.replace(CONFIG, num_steps=SPIKE_MINIMUM + 4, learning_rate=0.0)
+    config = with_options(CONFIG, num_steps=SPIKE_MINIMUM + 4, learning_rate=0.0)
     calls = iter(range(1000))
 
     def spiking(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -293,14 +293,14 @@ def test_a_heartbeat_says_how_far_a_rank_is():
 
 
 def test_a_report_tells_the_time_left_and_the_use_of_the_device(tmp_path: Path):
-    config = dataclasses.replace(CONFIG, num_steps=4, report_every=2)
+    config = with_options(CONFIG, num_steps=4, report_every=2)
     reporter = Reporter(tmp_path, config, 0, peak_samples_per_second=1e6)
     for step in (1, 2):
-        progress = Progress(step=step, samples_seen=step * config.global_batch_size)
+        progress = Progress(step=step, samples_seen=step * config.batch.global_batch_size)
         reporter.step(progress, {"loss": torch.tensor(1.0)}, 1.0)
     (line,) = read_lines(tmp_path / "metrics.jsonl")
     assert line["mfu"] == pytest.approx(line["samples_per_second"] / 1e6)
-    left = 2 * config.global_batch_size / line["samples_per_second"]
+    left = 2 * config.batch.global_batch_size / line["samples_per_second"]
     assert line["eta_seconds"] == pytest.approx(left)
     assert describe({**line, "mfu": 0.415, "eta_seconds": 3 * 86400 + 7200.0}).endswith(
         "MFU 41.5%, waiting for data 0.0%, 3 d 2 h left"
@@ -357,7 +357,7 @@ def test_a_clip_has_a_cost():
 
 
 def test_a_window_of_steps_is_profiled(tmp_path: Path):
-    run(tmp_path, dataclasses.replace(CONFIG, profile="2:2"))
+    run(tmp_path, with_options(CONFIG, profile="2:2"))
     trace = json.loads((tmp_path / "profile" / "rank_0000.json").read_text())
     names = [event.get("name", "") for event in trace["traceEvents"]]
     assert names.count("Optimizer.step#Optimizer.step") == 2
@@ -368,7 +368,7 @@ def test_a_window_of_steps_is_profiled(tmp_path: Path):
 
 
 def test_a_profile_that_reaches_past_the_end_is_written(tmp_path: Path):
-    run(tmp_path, dataclasses.replace(CONFIG, profile="6:5"))
+    run(tmp_path, with_options(CONFIG, profile="6:5"))
     assert (tmp_path / "profile" / "rank_0000.json").is_file()
 
 

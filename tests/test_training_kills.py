@@ -20,12 +20,13 @@ import dataclasses, itertools, json, os, shutil, signal, sys
 from pathlib import Path
 import torch
 from _line import CONFIG, run, squared_error
+from cluster.base.cli import with_options
 from safetensors.torch import load_file
 from training.checkpoints import checkpoint
 from training.checkpoints import records
 
 folder, beside, moments = Path(sys.argv[1]), sys.argv[2] == "beside", json.loads(sys.argv[3])
-config = dataclasses.replace(
+config = with_options(
     CONFIG, num_steps=int(sys.argv[4]), checkpoint_every=2, keep_checkpoints=1, power_ema=(0.1,),
     snapshot_every=3, async_checkpoints=beside,
 )

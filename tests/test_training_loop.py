@@ -1,6 +1,5 @@
 """Laws of the loop, on a model small enough to know every answer: y = w x + b."""
 
-import dataclasses
 import json
 import math
 import shutil
@@ -12,6 +11,7 @@ import torch
 from _line import CONFIG, NUM_SAMPLES, Line, Objective, network, run, squared_error
 from torch import Tensor, nn
 
+from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
 from training.checkpoints.records import Progress
 from training.config import TrainConfig
@@ -27,21 +27,20 @@ def by_hand(config: TrainConfig) -> tuple[nn.Module, list[float], list[Tensor]]:
     from training.data.sampler import Plan
 
     model, losses, weights = network(), [], []
-    plan = Plan(
-        data_sets=((NUM_SAMPLES,),), global_batch_size=config.global_batch_size, seed=config.seed
-    )
+    batch_size, settings = config.batch.global_batch_size, config.optimizer
+    plan = Plan(data_sets=((NUM_SAMPLES,),), global_batch_size=batch_size, seed=config.seed)
     optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, config.beta2), weight_decay=0.0, lr=1.0
+        model.parameters(), betas=(0.9, settings.beta2), weight_decay=0.0, lr=1.0
     )
-    for step in range(config.num_steps):
+    for step in range(config.schedule.num_steps):
         part = plan.slice(step)
         points = Line().read(part.index[part.weight > 0])
         x, y = (torch.from_numpy(points[name]) for name in ("x", "y"))
         loss = (model(x) - y).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * learning_rate_ratio(config, step)
+        nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * learning_rate_ratio(config, step)
         optimizer.step()
         losses.append(loss.item())
         weights.append(torch.cat([p.detach().flatten().clone() for p in model.parameters()]))
@@ -63,7 +62,7 @@ def test_the_loop_is_gradient_descent_on_the_mean_over_real_samples(tmp_path: Pa
 def test_micro_batches_change_nothing(micro_batch_size: int, tmp_path: Path):
     whole, _ = run(tmp_path / "whole")
     parts, _ = run(
-        tmp_path / "parts", dataclasses.replace(CONFIG, micro_batch_size=micro_batch_size)
+        tmp_path / "parts", with_options(CONFIG, micro_batch_size=micro_batch_size)
     )
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
@@ -76,7 +75,7 @@ def test_the_average_is_the_one_computed_directly(tmp_path: Path):
     start = torch.cat([p.detach().flatten() for p in network().parameters()])
     expected = start.clone()
     for step, weights in enumerate(by_hand(CONFIG)[2]):
-        decay = min(CONFIG.ema_decay, (1 + step) / (10 + step))
+        decay = min(CONFIG.averages.ema_decay, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * weights
     ema = load_file(str(tmp_path / "step_00000007" / "ema.safetensors"))
     found = torch.cat([ema[name].flatten() for name in ("weight", "bias")])
@@ -95,7 +94,7 @@ def test_an_average_of_constant_weights_is_those_weights():
 def test_a_run_starts_from_its_seed_and_repeats_itself(tmp_path: Path):
     first, _ = run(tmp_path / "first")
     again, _ = run(tmp_path / "again")
-    other, _ = run(tmp_path / "other", dataclasses.replace(CONFIG, seed=1))
+    other, _ = run(tmp_path / "other", with_options(CONFIG, seed=1))
     assert torch.equal(first.get_parameter("weight"), again.get_parameter("weight"))
     assert not torch.equal(first.get_parameter("weight"), other.get_parameter("weight"))
 
@@ -124,8 +123,8 @@ def test_a_step_that_is_not_finite_moves_nothing_and_is_counted(kind: str, tmp_p
     """Spoiling the last step leaves the weights and averages of the steps before it."""
     from safetensors.torch import load_file
 
-    two = dataclasses.replace(CONFIG, num_steps=3, decay="constant", warmup=0.0)
-    one = dataclasses.replace(two, num_steps=2)
+    two = with_options(CONFIG, num_steps=3, decay="constant", warmup=0.0)
+    one = with_options(two, num_steps=2)
     _, expected = run(tmp_path / "one", one)
     _, found = run(tmp_path / "two", two, spoilt(kind, 2))
     assert (found.nonfinite_steps, expected.nonfinite_steps) == (1, 0)
@@ -151,7 +150,7 @@ def test_power_averages_count_updates_through_skipped_steps_and_resumes(tmp_path
 
     from models.power_ema import gamma_of
 
-    config = dataclasses.replace(CONFIG, power_ema=(0.1,), snapshot_every=1, checkpoint_every=4)
+    config = with_options(CONFIG, power_ema=(0.1,), snapshot_every=1, checkpoint_every=4)
     skipped, seen = (0, 2, 5), []
 
     def watched(first: int) -> Objective:
@@ -191,7 +190,7 @@ def test_a_date_is_a_seed_too():
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(kind: str, tmp_path: Path):
-    config = dataclasses.replace(CONFIG, num_steps=40)
+    config = with_options(CONFIG, num_steps=40)
     in_a_row = range(5, 5 + MAX_NONFINITE_IN_A_ROW)
     told = "not finite 10 steps in a row; start over with --fresh"
     with pytest.raises(FloatingPointError, match=told):
@@ -206,7 +205,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(kind: str, tmp_path:
 
 def test_a_report_is_the_mean_since_the_last_one(tmp_path: Path):
     _, losses, _ = by_hand(CONFIG)
-    run(tmp_path, dataclasses.replace(CONFIG, report_every=3))
+    run(tmp_path, with_options(CONFIG, report_every=3))
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [3, 6, 7]
     means = [np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]]
@@ -231,7 +230,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path):
 
 
 def test_the_last_step_leaves_a_checkpoint_and_the_mark_of_the_end(tmp_path: Path):
-    run(tmp_path, dataclasses.replace(CONFIG, checkpoint_every=2, keep_checkpoints=2))
+    run(tmp_path, with_options(CONFIG, checkpoint_every=2, keep_checkpoints=2))
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000006", "step_00000007"]
     assert json.loads((tmp_path / "final.json").read_text()) == {"step": "step_00000007"}
     assert json.loads((tmp_path / "step_00000007" / "config.json").read_text()) == {"kind": "line"}

@@ -46,7 +46,7 @@ def trained(config: TrainConfig, steps: int = 5) -> nn.Module:
 
 
 def test_adamw_is_torchs_adamw():
-    config = TrainConfig(learning_rate=3e-3, beta2=0.95, weight_decay=0.1)
+    config = TrainConfig.of(learning_rate=3e-3, beta2=0.95, weight_decay=0.1)
     found, expected = trained(config), network()
     matrices = [p for p in expected.parameters() if p.ndim == 2]
     vectors = [p for p in expected.parameters() if p.ndim == 1]
@@ -74,8 +74,9 @@ def test_orthogonalising_leaves_singular_values_near_one(shape: tuple[int, ...],
 
 
 def test_muon_moves_matrices_by_its_own_rate_and_vectors_by_adamws():
-    config = TrainConfig(optimizer="muon", matrix_learning_rate=0.01, learning_rate=3e-3)
-    start, found, adamw = network(), trained(config, 1), trained(TrainConfig(learning_rate=3e-3), 1)
+    config = TrainConfig.of(optimizer="muon", matrix_learning_rate=0.01, learning_rate=3e-3)
+    start, found = network(), trained(config, 1)
+    adamw = trained(TrainConfig.of(learning_rate=3e-3), 1)
     for (name, before), after, other in zip(
         start.named_parameters(), found.parameters(), adamw.parameters(), strict=True
     ):
@@ -96,7 +97,7 @@ def test_muon_leaves_tables_and_outer_layers_of_priors_alone(kind: Any):
     )
     model = prior_model(config, sizes)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = build_optimizer(model, TrainConfig(optimizer="muon")).param_groups
+    groups = build_optimizer(model, TrainConfig.of(optimizer="muon")).param_groups
     hidden = {names[p].split(".")[0] for p in groups[0]["params"]}
     assert hidden <= {"blocks", "pool", "component_in"}, hidden
 
@@ -105,7 +106,7 @@ def test_muon_leaves_tables_and_outer_layers_of_a_clip_alone():
     """Both projections into the joint space, the patches, the places and the words are AdamW's."""
     clip = build_clip(ClipConfig(embed_dim=32, vision_depth=1, text_depth=1, vocab_size=512))
     names = {parameter: name for name, parameter in clip.named_parameters()}
-    groups = build_optimizer(clip, TrainConfig(optimizer="muon")).param_groups
+    groups = build_optimizer(clip, TrainConfig.of(optimizer="muon")).param_groups
     hidden, others = ({names[p] for p in group["params"]} for group in groups)
     assert all("resblocks.0" in name for name in hidden) and len(hidden) == 2 * 4
     outer = {"text_projection", "visual.proj", "visual.conv1.weight", "token_embedding.weight"}
@@ -138,7 +139,7 @@ def test_muon_takes_the_same_matrices_of_every_kind_of_unet():
         torch.manual_seed(0)
         unet = UNet(config, image_size=8, in_channels=3, out_channels=3, context=8)
         names = {parameter: name for name, parameter in unet.named_parameters()}
-        optimizer = build_optimizer(unet, TrainConfig(optimizer="muon"))
+        optimizer = build_optimizer(unet, TrainConfig.of(optimizer="muon"))
         optimizer.prepare()
         found.append({names[p] for p in optimizer.param_groups[0]["params"]})
         assert not {name for name in found[-1] if name.startswith(("time_in", "conv_", "norm_"))}
@@ -157,7 +158,7 @@ def test_muon_takes_the_same_matrices_of_every_kind_of_unet():
 
 def test_a_parameter_without_gradient_stays():
     model = network()
-    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.5))
+    optimizer = build_optimizer(model, TrainConfig.of(weight_decay=0.5))
     optimizer.prepare()
     set_learning_rate(optimizer.param_groups, 1.0)
     before = [p.clone() for p in model.parameters()]
@@ -168,7 +169,7 @@ def test_a_parameter_without_gradient_stays():
 def test_state_is_there_before_the_first_step_and_moves_nothing():
     """A checkpoint is read into it, so it must be what the first step would have made."""
     for optimizer_name in ("adamw", "muon"):
-        config = TrainConfig(optimizer=optimizer_name)
+        config = TrainConfig.of(optimizer=optimizer_name)
         prepared, lazy = (build_optimizer(network(), config) for _ in range(2))
         prepared.prepare()
         for optimizer in (prepared, lazy):
@@ -181,19 +182,19 @@ def test_state_is_there_before_the_first_step_and_moves_nothing():
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
-    config = TrainConfig(num_steps=100, warmup=0.1)
+    config = TrainConfig.of(num_steps=100, warmup=0.1)
     ratio = [learning_rate_ratio(config, step) for step in range(101)]
     assert ratio[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert ratio[10] == 1 and ratio[100] == pytest.approx(0)
     for step in (20, 55, 80):
         assert ratio[step] == pytest.approx((1 + math.cos(math.pi * (step - 10) / 90)) / 2)
-    flat = TrainConfig(num_steps=100, warmup=0.1, decay="constant")
+    flat = TrainConfig.of(num_steps=100, warmup=0.1, decay="constant")
     assert {learning_rate_ratio(flat, step) for step in range(10, 200)} == {1.0}
 
 
 def test_the_learning_rate_falls_as_one_over_the_root_of_the_step():
     """From the peak, where the warm-up ends, on: a quarter of the rate at 16 times that step."""
-    config = TrainConfig(num_steps=1000, warmup=0.01, decay="inverse_sqrt")
+    config = TrainConfig.of(num_steps=1000, warmup=0.01, decay="inverse_sqrt")
     ratio = [learning_rate_ratio(config, step) for step in range(1000)]
     assert ratio[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert ratio[10] == 1 and ratio[160] == pytest.approx(0.25)
@@ -203,7 +204,7 @@ def test_the_learning_rate_falls_as_one_over_the_root_of_the_step():
 
 @pytest.mark.parametrize("decay", ["cosine", "constant", "inverse_sqrt"])
 def test_a_run_without_warm_up_starts_at_its_peak(decay: Any):
-    assert learning_rate_ratio(TrainConfig(num_steps=10, warmup=0.0, decay=decay), 0) == 1
+    assert learning_rate_ratio(TrainConfig.of(num_steps=10, warmup=0.0, decay=decay), 0) == 1
 
 
 @pytest.mark.parametrize(
@@ -231,12 +232,12 @@ def test_a_run_without_warm_up_starts_at_its_peak(decay: Any):
 )  # fmt: skip
 def test_impossible_settings_are_refused(changes: dict, problem: str):
     with pytest.raises(ValueError, match=problem):
-        TrainConfig(**changes)
+        TrainConfig.of(**changes)
 
 
 def test_micro_batches_make_up_the_global_batch():
     for num_workers in (0, 1, 2, 3):
-        config = TrainConfig(global_batch_size=24, micro_batch_size=4, num_workers=num_workers)
+        config = TrainConfig.of(global_batch_size=24, micro_batch_size=4, num_workers=num_workers)
         assert config.grad_accum_steps * 4 * max(1, num_workers) == 24
 
 

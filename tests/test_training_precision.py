@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from cluster.base.cli import read_yaml
+from cluster.base.cli import read_yaml, with_options
 from training.config import PriorRunConfig, TrainConfig
 from training.engine.optimizer import build_optimizer
 from training.engine.precision import Precision, autocast, native_bf16, settled
 from training.runs import worker
 from training.runs.worker import prepare_run, with_precision
 
-CONFIG = PriorRunConfig(train=TrainConfig(num_workers=0))
+CONFIG = PriorRunConfig(train=TrainConfig.of(num_workers=0))
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def device(monkeypatch):
 
 
 def chosen(config: PriorRunConfig) -> str:
-    return with_precision(config, worker.Path(config.run)).train.precision
+    return with_precision(config, worker.Path(config.run)).train.workers.precision
 
 
 def test_a_processor_without_the_instructions_has_no_native_bf16(monkeypatch):
@@ -38,7 +38,7 @@ def test_a_processor_without_the_instructions_has_no_native_bf16(monkeypatch):
 
 
 def test_auto_is_what_the_device_computes_in(device, tmp_path):
-    config = dataclasses.replace(CONFIG, run=str(tmp_path / "run"))
+    config = with_options(CONFIG, run=str(tmp_path / "run"))
     for native, expected in ((True, "bf16"), (False, "fp32")):
         device(native)
         assert chosen(config) == settled("auto", "cpu") == expected
@@ -46,7 +46,7 @@ def test_auto_is_what_the_device_computes_in(device, tmp_path):
 
 
 def test_a_run_keeps_the_precision_it_began_with(device, tmp_path, capsys):
-    config = dataclasses.replace(CONFIG, run=str(tmp_path / "run"))
+    config = with_options(CONFIG, run=str(tmp_path / "run"))
     device(True)
     run = prepare_run(with_precision(config, tmp_path / "run"), config.run)
     assert read_yaml(run / "config.yaml")["train"]["precision"] == "bf16"
@@ -54,7 +54,7 @@ def test_a_run_keeps_the_precision_it_began_with(device, tmp_path, capsys):
     capsys.readouterr()
     assert chosen(config) == "bf16" and "emulates" in capsys.readouterr().out
     assert chosen(dataclasses.replace(config, fresh=True)) == "fp32"
-    other = dataclasses.replace(config, train=TrainConfig(num_workers=0, precision="fp32"))
+    other = dataclasses.replace(config, train=TrainConfig.of(num_workers=0, precision="fp32"))
     with pytest.raises(ValueError, match="train.precision: found 'bf16' in the run"):
         prepare_run(with_precision(other, run), config.run)
 
@@ -65,5 +65,5 @@ def test_networks_and_muon_compute_in_it():
     for precision, dtype in cases:
         with autocast("cpu", precision):
             assert linear(x).dtype == dtype
-        optimizer = build_optimizer(linear, TrainConfig(optimizer="muon", precision=precision))
+        optimizer = build_optimizer(linear, TrainConfig.of(optimizer="muon", precision=precision))
         assert optimizer.matrix_dtype == dtype

@@ -1,6 +1,5 @@
 """The command that makes an average of any width: on real runs, and on weights that wander."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster.base.cli import with_options
 from cluster.base.run_dir import step_folder
 from models.configs import DiffusionPriorConfig
 from models.unclip import load_model
@@ -30,7 +30,7 @@ from training.runs.worker import prepare_run, train_here
 from training.tasks import prior as prior_job
 
 NUM_STEPS, EVERY = 12, 3
-TRAIN = TrainConfig(
+TRAIN = TrainConfig.of(
     num_steps=NUM_STEPS, checkpoint_every=6, keep_every=6, keep_checkpoints=1, global_batch_size=8,
     num_workers=0, num_threads=1, report_every=1, ema_decay=0.9, warmup=0.2,
     power_ema=(0.05, 0.1), snapshot_every=EVERY,
@@ -81,7 +81,7 @@ def test_a_run_keeps_its_snapshots_and_every_sixth_checkpoint(finished: Path):
 
 
 def test_the_last_step_is_a_snapshot_even_if_it_is_no_multiple(embeds: Path, tmp_path: Path):
-    run = train(embeds, tmp_path / "run", dataclasses.replace(TRAIN, num_steps=5))
+    run = train(embeds, tmp_path / "run", with_options(TRAIN, num_steps=5))
     steps = [int(path.name[5:]) for path in sorted((run / SNAPSHOTS).iterdir())]
     assert steps == [3, 5]
 
@@ -113,7 +113,7 @@ def test_a_resumed_run_has_the_same_averages_and_snapshots(lost: bool, run: Path
 
 def test_a_run_is_not_continued_with_other_averages(run: Path, embeds: Path):
     with pytest.raises(ValueError, match="train.power_ema: found .*0.05, 0.1.* expected"):
-        train(embeds, run, dataclasses.replace(TRAIN, power_ema=(0.05, 0.2)))
+        train(embeds, run, with_options(TRAIN, power_ema=(0.05, 0.2)))
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from cluster.base.cli import with_options
 from models.configs import ClipConfig
 from training.config import ClipRunConfig, TrainConfig
 from training.data.dataloader import Batch
@@ -69,7 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path
 def run_of(data: Path, run: Path, rho: float) -> ClipRunConfig:
     model = ClipConfig(embed_dim=16, vision_width=32, vision_depth=1, text_width=32, text_depth=1,
                        patch_size=16, vocab_size=512)  # fmt: skip
-    train = TrainConfig(
+    train = TrainConfig.of(
         num_steps=4, global_batch_size=16, num_workers=0, num_threads=1, precision="fp32",
         checkpoint_every=2,
     )  # fmt: skip
@@ -80,7 +81,7 @@ def run_of(data: Path, run: Path, rho: float) -> ClipRunConfig:
 
 
 def test_partitioned_weights_are_not_perturbed():
-    train = TrainConfig(zero_stage=3)
+    train = TrainConfig.of(zero_stage=3)
     assert ClipRunConfig(train=train).sam_rho == 0
     with pytest.raises(ValueError, match="^train.zero_stage: found 3 with sam_rho 0.1, expected"):
         ClipRunConfig(train=train, sam_rho=0.1)
@@ -140,7 +141,7 @@ def test_a_run_with_it_differs_repeats_itself_and_resumes(data: Path, tmp_path: 
     def trained(name: str, rho: float, steps: int = 4) -> bytes:
         config = run_of(data, tmp_path / name, rho)
         config = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, decay="constant", warmup=0.0)
+            config, train=with_options(config.train, decay="constant", warmup=0.0)
         )
         assert launch(config, config.run, jobs.build_clip_job, "clip") == 0
         return (tmp_path / name / f"step_{steps:08d}" / "model.safetensors").read_bytes()

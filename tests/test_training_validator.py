@@ -64,7 +64,7 @@ def test_a_command_that_is_not_there_is_told_in_the_timeline(tmp_path: Path):
 @pytest.mark.parametrize("command", ["python 'eval/watch.py", " "])
 def test_a_command_that_is_none_is_refused_before_workers_start(command: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r"^train\.validator: found "):
-        validation_config(TrainConfig(validator=command), tmp_path, {})
+        validation_config(TrainConfig.of(validator=command), tmp_path, {})
 
 
 def test_a_command_that_does_not_end_is_killed_with_its_children(tmp_path: Path):
@@ -79,7 +79,7 @@ def test_a_command_that_does_not_end_is_killed_with_its_children(tmp_path: Path)
 def test_without_a_command_ray_validates_nothing(tmp_path: Path):
     assert validation_config(TrainConfig(), tmp_path, {}) is None
     with pytest.raises(ValueError, match=r"train\.validator: found a command with num_workers 0"):
-        TrainConfig(validator="x", num_workers=0)
+        TrainConfig.of(validator="x", num_workers=0)
 
 
 @pytest.mark.parametrize("groups", [False, True])
@@ -96,7 +96,7 @@ def test_a_validator_is_placed_where_the_workers_are(
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", trainer)
     monkeypatch.setattr("cluster.base.ray_session.ensure_ray", lambda: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {GROUPS: 1.0} if groups else {"CPU": 4.0})
-    settings = TrainConfig(validator="x", validator_gpus=0.5, num_workers=2)
+    settings = TrainConfig.of(validator="x", validator_gpus=0.5, num_workers=2)
     fit(lambda arguments: None, {}, settings, tmp_path)
     where = {"gpu_group": 0.001} if groups else {}
     told = asked["validation_config"].ray_remote_kwargs
@@ -119,7 +119,7 @@ def test_ray_train_runs_the_command_after_each_checkpoint(
     data = write_data(tmp_path / "data", num_shards=1, samples_per_shard=16)
     script, run = tmp_path / "look.py", tmp_path / "run"
     script.write_text(SCRIPT)
-    train = TrainConfig(
+    train = TrainConfig.of(
         num_steps=4, checkpoint_every=2, global_batch_size=4, num_workers=2, num_threads=1,
         precision="fp32", validator=f"{sys.executable} {script} seen",
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """Checkpoints of other versions of this project: continued, or refused by the version's name."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,13 +7,15 @@ from pathlib import Path
 import pytest
 from _line import CONFIG, run
 
+from cluster.base.cli import with_options
+
 GOLDEN = Path(__file__).parent / "golden" / "line_c63a73c"  # step 4 of _line's run, by that commit
 ENDED = {"weight": 0.4270, "bias": 0.9856}  # where that commit's run ended, at step 7
 
 
 def test_a_checkpoint_of_an_older_commit_goes_on_to_where_that_commit_went(tmp_path: Path):
     shutil.copytree(GOLDEN, tmp_path / "run")
-    model, progress = run(tmp_path / "run", dataclasses.replace(CONFIG, checkpoint_every=4))
+    model, progress = run(tmp_path / "run", with_options(CONFIG, checkpoint_every=4))
     assert progress.step == 7
     for name, value in ENDED.items():
         assert model.get_parameter(name).item() == pytest.approx(value, abs=5e-5)

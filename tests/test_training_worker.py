@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cluster import demo
-from cluster.base.cli import JOB_VARIABLE, merged, read_yaml
+from cluster.base.cli import JOB_VARIABLE, merged, read_yaml, with_options
 from cluster.base.run_dir import LAUNCH_LOCK, TRAIN_LOCK
 from cluster.demo import DemoConfig
 from models.configs import DiffusionPriorConfig
@@ -36,8 +36,8 @@ def test_a_run_explains_itself(tmp_path: Path):
 def test_a_run_is_reopened_by_its_own_configuration(tmp_path: Path):
     run = prepare_run(CONFIG, str(tmp_path))
     (run / "metrics.jsonl").write_text("{}\n")
-    moved = TrainConfig(num_workers=2, zero_stage=1, keep_checkpoints=5, checkpoint_every=7)
-    assert prepare_run(dataclasses.replace(CONFIG, train=moved), str(tmp_path)) == run
+    moved = TrainConfig.of(num_workers=2, zero_stage=1, keep_checkpoints=5, checkpoint_every=7)
+    assert prepare_run(with_options(CONFIG, train=moved), str(tmp_path)) == run
     assert (run / "metrics.jsonl").is_file()
 
 
@@ -47,9 +47,9 @@ def test_a_run_is_reopened_by_its_own_configuration(tmp_path: Path):
         ({"embeds": ("/other",)}, "embeds: found .'/data/embeds'. in the run, expected .'/other'"),
         ({"diffusion": DiffusionPriorConfig(width=64)}, "diffusion.width: found 32 in the run, "
          "expected 64"),
-        ({"train": TrainConfig(learning_rate=0.5)}, "train.learning_rate: found 0.001"),
-        ({"train": TrainConfig(global_batch_size=128)}, "train.global_batch_size: found 64"),
-        ({"train": TrainConfig(seed=1)}, "train.seed: found 0 in the run, expected 1"),
+        ({"train": TrainConfig.of(learning_rate=0.5)}, "train.learning_rate: found 0.001"),
+        ({"train": TrainConfig.of(global_batch_size=128)}, "train.global_batch_size: found 64"),
+        ({"train": TrainConfig.of(seed=1)}, "train.seed: found 0 in the run, expected 1"),
     ],
 )  # fmt: skip
 def test_another_configuration_is_refused_by_the_name_of_its_field(
@@ -58,7 +58,7 @@ def test_another_configuration_is_refused_by_the_name_of_its_field(
     prepare_run(CONFIG, str(tmp_path))
     before = (tmp_path / "config.yaml").read_text()
     with pytest.raises(ValueError, match=field) as caught:
-        prepare_run(dataclasses.replace(CONFIG, **changes), str(tmp_path))
+        prepare_run(with_options(CONFIG, **changes), str(tmp_path))
     assert "--fresh" in str(caught.value) and "\n" not in str(caught.value)
     assert (tmp_path / "config.yaml").read_text() == before
 
@@ -66,7 +66,7 @@ def test_another_configuration_is_refused_by_the_name_of_its_field(
 def test_starting_over_deletes_a_run_of_ours(tmp_path: Path):
     run = prepare_run(CONFIG, str(tmp_path / "run"))
     (run / "step_00000001").mkdir()
-    other = dataclasses.replace(CONFIG, embeds=("/data/other",), fresh=True)
+    other = with_options(CONFIG, embeds=("/data/other",), fresh=True)
     prepare_run(other, str(run))
     assert {path.name for path in run.iterdir()} == {"config.yaml", TRAIN_LOCK}
 
@@ -77,7 +77,7 @@ def test_starting_over_waits_for_a_worker_that_outlives_its_driver(
     monkeypatch.setattr("training.runs.worker.LOCK_SECONDS", 0)
     run = prepare_run(CONFIG, str(tmp_path / "run"))
     (run / "step_00000001").mkdir()
-    fresh = dataclasses.replace(CONFIG, fresh=True)
+    fresh = with_options(CONFIG, fresh=True)
     with (run / TRAIN_LOCK).open("w") as file:
         assert _try_lock(file)
         with pytest.raises(OSError, match="a worker of an earlier launch still trains here"):
@@ -88,7 +88,7 @@ def test_starting_over_waits_for_a_worker_that_outlives_its_driver(
 
 
 def test_a_runs_own_configuration_continues_it_also_where_it_began_fresh(tmp_path: Path):
-    config = dataclasses.replace(CONFIG, fresh=True)
+    config = with_options(CONFIG, fresh=True)
     run = prepare_run(config, str(tmp_path / "run"))
     (run / "step_00000001").mkdir()
     again = merged(PriorRunConfig(), read_yaml(run / "config.yaml"), "config.yaml")
@@ -105,16 +105,16 @@ def test_a_run_older_than_an_option_goes_on_with_its_default(tmp_path: Path):
     other = dataclasses.replace(CONFIG.diffusion, qk_norm=False)
     (run / "config.yaml").write_text(told.replace("  qk_norm: true\n", "", 1))
     with pytest.raises(ValueError, match="qk_norm: found True in the run, expected False"):
-        prepare_run(dataclasses.replace(CONFIG, diffusion=other), str(tmp_path))
+        prepare_run(with_options(CONFIG, diffusion=other), str(tmp_path))
 
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_folder_that_is_not_ours_is_left_alone(fresh: bool, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="found a folder without config.yaml"):
-        prepare_run(dataclasses.replace(CONFIG, fresh=fresh), str(tmp_path))
+        prepare_run(with_options(CONFIG, fresh=fresh), str(tmp_path))
     with pytest.raises(ValueError, match="found a file .*thesis.tex, expected a folder"):
-        prepare_run(dataclasses.replace(CONFIG, fresh=fresh), str(tmp_path / "thesis.tex"))
+        prepare_run(with_options(CONFIG, fresh=fresh), str(tmp_path / "thesis.tex"))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -156,12 +156,12 @@ def test_a_run_under_way_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
     before = sorted(path.name for path in tmp_path.iterdir())
     with _launched_alone(tmp_path):
         for fresh in (False, True):
-            config = dataclasses.replace(CONFIG, fresh=fresh)
+            config = with_options(CONFIG, fresh=fresh)
             with pytest.raises(ValueError, match="another process trains here"):
                 launch(config, str(tmp_path), build, "prior")
     after = sorted(path.name for path in tmp_path.iterdir() if path.name != LAUNCH_LOCK)
     assert after == before
-    prepare_run(dataclasses.replace(CONFIG, fresh=True), str(tmp_path))
+    prepare_run(with_options(CONFIG, fresh=True), str(tmp_path))
     assert not (tmp_path / "step_00000001").exists()
 
 
@@ -201,7 +201,7 @@ def test_of_two_first_launches_one_trains(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_folder_of_somebody_else_gets_nothing(tmp_path: Path):
     (tmp_path / "config.yaml").write_text("theirs: true")
     with pytest.raises(ValueError, match="expected a run or nothing"):
-        launch(dataclasses.replace(CONFIG, fresh=True), str(tmp_path), None, "prior")  # type: ignore
+        launch(with_options(CONFIG, fresh=True), str(tmp_path), None, "prior")  # type: ignore
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
@@ -273,8 +273,8 @@ def test_one_process_trains_where_ray_and_deepspeed_are_not_installed(
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_built(tmp_path: Path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here: nothing to refuse")
-    train = TrainConfig(num_workers=0, device="cuda", precision="fp32")
-    config = dataclasses.replace(CONFIG, train=train)
+    train = TrainConfig.of(num_workers=0, device="cuda", precision="fp32")
+    config = with_options(CONFIG, train=train)
 
     def build(config: PriorRunConfig):
         raise AssertionError("built")

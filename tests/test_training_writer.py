@@ -1,6 +1,5 @@
 """Checkpoints are written beside the steps: the same bits, one at a time, and no error is lost."""
 
-import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from _line import CONFIG, network, run, squared_error
 from safetensors.torch import load_file
 
+from cluster.base.cli import with_options
 from cluster.base.run_dir import step_folder
 from training.checkpoints import checkpoint
 from training.checkpoints.records import Progress, records
@@ -30,9 +30,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_is_written_beside_the_steps_is_what_is_written_between_them(tmp_path: Path):
-    config = dataclasses.replace(CONFIG, checkpoint_every=2, keep_checkpoints=2)
+    config = with_options(CONFIG, checkpoint_every=2, keep_checkpoints=2)
     for name, beside in (("beside", True), ("between", False)):
-        run(tmp_path / name, dataclasses.replace(config, async_checkpoints=beside))
+        run(tmp_path / name, with_options(config, async_checkpoints=beside))
     found = files(tmp_path / "beside")
     assert found == files(tmp_path / "between")
     assert {name.split("/")[0] for name in found} >= {"step_00000006", "step_00000007"}
@@ -131,7 +131,7 @@ def test_a_write_that_fails_is_told_by_the_next_call(beside: bool):
 def test_a_run_whose_disk_is_full_says_so_and_keeps_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = dataclasses.replace(CONFIG, checkpoint_every=2)
+    config = with_options(CONFIG, checkpoint_every=2)
     real, calls = checkpoint.save_file, iter(range(10))
 
     def failing(tensors: dict[str, torch.Tensor], path: str) -> None:
@@ -213,7 +213,7 @@ def test_waiting_for_a_slow_disk_is_no_step(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Writer, "finish", finishing)
     monkeypatch.setattr(checkpoint, "_await_ranks", slowly)
-    config = dataclasses.replace(CONFIG, checkpoint_every=1)
+    config = with_options(CONFIG, checkpoint_every=1)
     run(tmp_path, config, validate=lambda folder: {"loss": 0.0})
     assert waits and set(waits) == {"checkpoint"}
 
@@ -242,7 +242,7 @@ def test_steps_go_on_while_a_checkpoint_that_is_to_be_judged_is_written(
         assert records(folder) is not None
         order.append(folder.name)
 
-    config = dataclasses.replace(CONFIG, checkpoint_every=2)
+    config = with_options(CONFIG, checkpoint_every=2)
     run(tmp_path / "run", config, objective, hand_over=judged)
     assert [each for each in order if each != "step"] == [
         f"step_{step:08d}" for step in (2, 4, 6, 7)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from cluster.base.cli import UNLISTED
+from cluster.base.cli import Option, with_options
 from models.configs import (
     AutoregressivePriorConfig,
     ClipConfig,
@@ -16,158 +16,93 @@ from models.configs import (
 from training.engine.precision import Precision
 
 PRESETS = Path(__file__).parent / "presets"
+HIDDEN = Option(hidden=True)
+MAY_CHANGE = Option(may_change=True)
+HIDDEN_MAY_CHANGE = Option(hidden=True, may_change=True)
+INLINE = Option(inline=True)
+INFINITY = float("inf")
+
+
+def _require(config: Any, group: str, low: float, high: float, *names: str) -> None:
+    """Refuse a number outside of [low, high], or NaN."""
+    for name in names:
+        if not low <= getattr(config, name) <= high:
+            expected = f"at least {low}" if high == INFINITY else f"{low} to {high}"
+            raise ValueError(f"{group}.{name}: found {getattr(config, name)}, expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How any model is trained; sizes are in samples, never per worker."""
+class BatchConfig:
+    """Sizes are in samples, never per worker."""
+
+    global_batch_size: int = 64
+    """samples a step over all workers"""
+    micro_batch_size: Annotated[int, MAY_CHANGE] = 0
+    """samples a forward pass and worker; 0 = the worker's complete share"""
+
+    def __post_init__(self) -> None:
+        _require(self, "train", 1, INFINITY, "global_batch_size")
+        _require(self, "train", 0, INFINITY, "micro_batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How long a model is trained, and how the learning rate moves."""
 
     num_steps: int = 1000
     """optimizer steps"""
-    global_batch_size: int = 64
-    """samples a step over all workers"""
-    micro_batch_size: int = 0
-    """samples a forward pass and worker; 0 = the worker's whole share"""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon orthogonalises the updates of matrices and leaves the rest to AdamW; it needs
-    zero_stage 0"""
-    learning_rate: float = 1e-3
-    """peak learning rate of AdamW"""
-    matrix_learning_rate: Annotated[float, UNLISTED] = 0.02
-    """peak learning rate of Muon"""
-    beta2: Annotated[float, UNLISTED] = 0.99
-    """decay of AdamW's second moment"""
-    adam_eps: Annotated[float, UNLISTED] = 1e-8
-    """added to the root of AdamW's second moment"""
-    weight_decay: float = 0.0
-    """decoupled weight decay of matrices"""
     warmup: float = 0.04
     """share of the steps in which the learning rate rises linearly"""
     decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
     """learning rate after the warm-up; inverse_sqrt: as the root of warm-up over step"""
-    grad_clip: Annotated[float, UNLISTED] = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self, "train", 1, INFINITY, "num_steps")
+        _require(self, "train", 0, 1, "warmup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How weights move."""
+
+    kind: Annotated[Literal["adamw", "muon"], Option(name="optimizer")] = "adamw"
+    """muon orthogonalises the updates of matrices and leaves the rest to AdamW; it needs
+    zero_stage 0"""
+    learning_rate: float = 1e-3
+    """peak learning rate of AdamW"""
+    matrix_learning_rate: Annotated[float, HIDDEN] = 0.02
+    """peak learning rate of Muon"""
+    beta2: Annotated[float, HIDDEN] = 0.99
+    """decay of AdamW's second moment"""
+    adam_eps: Annotated[float, HIDDEN] = 1e-8
+    """added to the root of AdamW's second moment"""
+    weight_decay: float = 0.0
+    """decoupled weight decay of matrices"""
+    grad_clip: Annotated[float, HIDDEN] = 1.0
     """largest global gradient norm; 0 = no clipping"""
+
+    def __post_init__(self) -> None:
+        least = ("learning_rate", "matrix_learning_rate", "weight_decay", "grad_clip")
+        _require(self, "train", 0, INFINITY, *least)
+        _require(self, "train", 0, 1, "beta2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragesConfig:
+    """Averages of the weights over the steps."""
+
     ema_decay: float = 0.999
     """decay of the averaged weights; the first steps use (1 + step) / (10 + step)"""
-    power_ema: Annotated[tuple[float, ...], UNLISTED] = ()
+    power_ema: Annotated[tuple[float, ...], HIDDEN] = ()
     """relative widths of power-function averages kept beside that one, to make one of any width
     from after the run (training/reconstruct_ema.py); 0.05 0.10 are the paper's; 4 bytes a
     parameter each"""
-    snapshot_every: Annotated[int, UNLISTED] = 0
+    snapshot_every: Annotated[int, HIDDEN_MAY_CHANGE] = 0
     """steps between snapshots of those averages, one at the last step too; 0 = none"""
-    precision: Precision = "auto"
-    """bf16: fp32 weights under autocast; fp32: no autocast; auto: bf16 where the device computes in
-    it, which the run then keeps"""
-    compile: bool = False
-    """compile the network (torch.compile): minutes at the start, faster steps afterwards"""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed's partitioning: 0 none, 1 optimizer state, 2 also gradients, 3 also weights"""
-    offload: Literal["none", "cpu"] = "none"
-    """where optimizer state and averaged weights are kept: with the weights, or in the memory of
-    the CPU, which then takes the steps; zero_stage 2 or 3"""
-    num_workers: int = 1
-    """training processes under Ray; 0 = this very process, without Ray and DeepSpeed"""
-    min_workers: int = 0
-    """fewest of them that go on where nodes are lost, until there is room for all again; 0 = all"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU for each worker where there are any; cuda: or else refuse; cpu: none"""
-    num_threads: int = 2
-    """threads a worker on the CPU"""
-    max_failures: Annotated[int, UNLISTED] = 3
-    """restarts of the worker group before giving up"""
-    log_samples: Annotated[bool, UNLISTED] = False
-    """log which samples each step trained on, by their keys, to <run>/samples"""
-    seed: int = 0
-    """of weights, sample order and every sample's noise"""
-    checkpoint_every: int = 200
-    """steps between checkpoints"""
-    async_checkpoints: Annotated[bool, UNLISTED] = True
-    """write checkpoints beside the steps, which wait for a copy in memory alone"""
-    keep_checkpoints: int = 2
-    """newest checkpoints kept"""
-    keep_every: Annotated[int, UNLISTED] = 0
-    """checkpoints at multiples of this many steps are kept as well; 0 = none"""
-    report_every: int = 10
-    """steps between lines of metrics.jsonl"""
-    tensorboard: Annotated[bool, UNLISTED] = False
-    """write those lines as TensorBoard events, too, to <run>/tensorboard"""
-    spike_deviations: Annotated[float, UNLISTED] = 6.0
-    """deviations of its logarithm above the last steps' median at which a loss is reported as a
-    spike; 0 = never"""
-    hang_seconds: Annotated[float, UNLISTED] = 600.0
-    """a worker that takes longer over a step, checkpoints and validation apart, is taken to hang:
-    the workers are ended and begin again at the newest checkpoint; 0 = never"""
-    peak_tflops: Annotated[float, UNLISTED] = 0.0
-    """teraFLOPs a second that a worker's device can do, by which its use is told; 0 = the
-    manufacturer's figure for dense bf16, where the device is a known GPU"""
-    profile: Annotated[str, UNLISTED] = ""
-    """steps to profile, "first:count" such as 20:3: traces for chrome://tracing in <run>/profile"""
-    validator: str = ""
-    """command that Ray starts after each checkpoint, beside the steps, with --run and --once added,
-    such as "python eval/watch.py --prior runs/prior"; empty = none; num_workers 1 or more"""
-    validator_gpus: Annotated[float, UNLISTED] = 0.0
-    """GPUs, or a share of one, that the validator is given"""
-    validator_seconds: Annotated[float, UNLISTED] = 43_200.0
-    """after which a validator is killed: the end of the run waits for the last one"""
 
     def __post_init__(self) -> None:
-        workers = max(1, self.num_workers)
-        if self.global_batch_size % workers:
-            raise ValueError(
-                f"train.global_batch_size: found {self.global_batch_size}, expected a multiple "
-                f"of {workers} workers"
-            )
-        share = self.global_batch_size // workers
-        if self.micro_batch_size and share % self.micro_batch_size:
-            raise ValueError(
-                f"train.micro_batch_size: found {self.micro_batch_size}, "
-                f"expected a divisor of a worker's {share} samples"
-            )
-        if self.optimizer == "muon" and self.zero_stage:
-            raise ValueError(
-                f"train.optimizer: found muon with zero_stage {self.zero_stage}, expected adamw: "
-                "ZeRO flattens the matrices that Muon needs whole"
-            )
-        if not 0 <= self.min_workers <= self.num_workers:
-            raise ValueError(
-                f"train.min_workers: found {self.min_workers}, expected at least 0 and at most the "
-                f"{self.num_workers} of train.num_workers"
-            )
-        self._require_partitioning()
-        for name in (
-            "num_steps",
-            "global_batch_size",
-            "checkpoint_every",
-            "report_every",
-            "num_threads",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}: found {getattr(self, name)}, expected at least 1")
-        for name in (
-            "snapshot_every",
-            "keep_every",
-            "micro_batch_size",
-            "learning_rate",
-            "matrix_learning_rate",
-            "weight_decay",
-            "grad_clip",
-            "spike_deviations",
-            "hang_seconds",
-        ):
-            if not getattr(self, name) >= 0:  # nor NaN
-                raise ValueError(f"train.{name}: found {getattr(self, name)}, expected at least 0")
-        for name in ("warmup", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"train.{name}: found {getattr(self, name)}, expected 0 to 1")
-        self._require_averages()
-        if self.validator and not self.num_workers:
-            raise ValueError(
-                "train.validator: found a command with num_workers 0, expected 1 or more: Ray "
-                "starts it; without Ray, run eval/watch.py beside the training"
-            )
-
-    def _require_averages(self) -> None:
+        _require(self, "train", 0, 1, "ema_decay")
+        _require(self, "train", 0, INFINITY, "snapshot_every")
         if self.snapshot_every and not self.power_ema:
             raise ValueError(
                 f"train.snapshot_every: found {self.snapshot_every} without train.power_ema, "
@@ -186,11 +121,42 @@ class TrainConfig:
                     f"{SIGMA_REL_MAX:.4f}"
                 )
 
-    def _require_partitioning(self) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig:
+    """Who trains: processes, devices, and what they hold of the model."""
+
+    num_workers: Annotated[int, MAY_CHANGE] = 1
+    """training processes under Ray; 0 = this very process, without Ray and DeepSpeed"""
+    min_workers: Annotated[int, MAY_CHANGE] = 0
+    """fewest of them that continue where nodes are lost, until there is room for all again; 0 =
+    all"""
+    device: Annotated[Literal["auto", "cpu", "cuda"], MAY_CHANGE] = "auto"
+    """auto: a GPU for each worker where there are any; cuda: or else refuse; cpu: none"""
+    num_threads: Annotated[int, MAY_CHANGE] = 2
+    """threads a worker on the CPU"""
+    precision: Precision = "auto"
+    """bf16: fp32 weights under autocast; fp32: no autocast; auto: bf16 where the device computes in
+    it, which the run then keeps"""
+    compile: Annotated[bool, MAY_CHANGE] = False
+    """compile the network (torch.compile): minutes at the start, faster steps afterwards"""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], MAY_CHANGE] = 0
+    """DeepSpeed's partitioning: 0 none, 1 optimizer state, 2 also gradients, 3 also weights"""
+    offload: Annotated[Literal["none", "cpu"], MAY_CHANGE] = "none"
+    """where optimizer state and averaged weights are kept: with the weights, or in the memory of
+    the CPU, which then takes the steps; zero_stage 2 or 3"""
+
+    def __post_init__(self) -> None:
+        _require(self, "train", 1, INFINITY, "num_threads")
+        if not 0 <= self.min_workers <= self.num_workers:
+            raise ValueError(
+                f"train.min_workers: found {self.min_workers}, expected at least 0 and at most the "
+                f"{self.num_workers} of train.num_workers"
+            )
         if self.zero_stage == 3 and self.compile:
             raise ValueError(
                 "train.zero_stage: found 3 with compile true, expected at most 2: weights are "
-                "gathered layer by layer, which a network compiled whole does not wait for"
+                "gathered layer by layer, which a compiled network does not wait for"
             )
         if self.offload == "cpu" and self.zero_stage < 2:
             raise ValueError(
@@ -203,27 +169,150 @@ class TrainConfig:
                 "more: the calling process trains without DeepSpeed"
             )
 
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written, and how many are kept."""
+
+    checkpoint_every: int = 200
+    """steps between checkpoints"""
+    async_checkpoints: Annotated[bool, HIDDEN] = True
+    """write checkpoints beside the steps, which wait for a copy in memory alone"""
+    keep_checkpoints: int = 2
+    """newest checkpoints kept"""
+    keep_every: Annotated[int, HIDDEN] = 0
+    """checkpoints at multiples of this many steps are kept as well; 0 = none"""
+
+    def __post_init__(self) -> None:
+        _require(self, "train", 1, INFINITY, "checkpoint_every", "keep_checkpoints")
+        _require(self, "train", 0, INFINITY, "keep_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """What a run does about lost workers, hangs and odd losses."""
+
+    max_failures: Annotated[int, HIDDEN] = 3
+    """restarts of the worker group before giving up"""
+    hang_seconds: Annotated[float, HIDDEN] = 600.0
+    """a worker that takes longer over a step, checkpoints and validation apart, counts as hanging:
+    the workers are ended and start again from the newest checkpoint; 0 = never"""
+    spike_deviations: Annotated[float, HIDDEN] = 6.0
+    """deviations of its logarithm above the last steps' median at which a loss is reported as a
+    spike; 0 = never"""
+
+    def __post_init__(self) -> None:
+        _require(self, "train", 0, INFINITY, "hang_seconds", "spike_deviations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What a run reports."""
+
+    report_every: int = 10
+    """steps between lines of metrics.jsonl"""
+    tensorboard: Annotated[bool, HIDDEN] = False
+    """write those lines as TensorBoard events, too, to <run>/tensorboard"""
+    log_samples: Annotated[bool, HIDDEN] = False
+    """log which samples each step trained on, by their keys, to <run>/samples"""
+    peak_tflops: Annotated[float, HIDDEN] = 0.0
+    """teraFLOPs a second that a worker's device can do, by which its use is reported; 0 = the
+    manufacturer's figure for dense bf16, where the device is a known GPU"""
+    profile: Annotated[str, HIDDEN] = ""
+    """steps to profile, "first:count" such as 20:3: traces for chrome://tracing in <run>/profile"""
+
+    def __post_init__(self) -> None:
+        _require(self, "train", 1, INFINITY, "report_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidatorConfig:
+    """What scores checkpoints beside the training."""
+
+    command: Annotated[str, Option(name="validator")] = ""
+    """command that Ray starts after each checkpoint, beside the steps, with --run and --once added,
+    such as "python eval/watch.py --prior runs/prior"; empty = none; num_workers 1 or more"""
+    num_gpus: Annotated[float, Option(name="validator_gpus", hidden=True)] = 0.0
+    """GPUs, or a share of one, that the validator is given"""
+    seconds: Annotated[float, Option(name="validator_seconds", hidden=True)] = 43_200.0
+    """after which a validator is killed: the end of the run waits for the last one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How any model is trained. Flags and YAML name an option without its group:
+    --train.learning-rate is `train.optimizer.learning_rate`."""
+
+    schedule: Annotated[ScheduleConfig, INLINE] = field(default_factory=ScheduleConfig)
+    batch: Annotated[BatchConfig, INLINE] = field(default_factory=BatchConfig)
+    optimizer: Annotated[OptimizerConfig, INLINE] = field(default_factory=OptimizerConfig)
+    averages: Annotated[AveragesConfig, INLINE] = field(default_factory=AveragesConfig)
+    workers: Annotated[WorkersConfig, INLINE] = field(default_factory=WorkersConfig)
+    seed: int = 0
+    """of weights, sample order and every sample's noise"""
+    checkpoint: Annotated[CheckpointConfig, Option(inline=True, may_change=True)] = field(
+        default_factory=CheckpointConfig
+    )
+    faults: Annotated[FaultsConfig, Option(inline=True, may_change=True)] = field(
+        default_factory=FaultsConfig
+    )
+    logging: Annotated[LoggingConfig, Option(inline=True, may_change=True)] = field(
+        default_factory=LoggingConfig
+    )
+    validator: Annotated[ValidatorConfig, Option(inline=True, may_change=True)] = field(
+        default_factory=ValidatorConfig
+    )
+
+    def __post_init__(self) -> None:
+        num_workers = max(1, self.workers.num_workers)
+        share, rest = divmod(self.batch.global_batch_size, num_workers)
+        if rest:
+            raise ValueError(
+                f"train.global_batch_size: found {self.batch.global_batch_size}, expected a "
+                f"multiple of {num_workers} workers"
+            )
+        if self.batch.micro_batch_size and share % self.batch.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size: found {self.batch.micro_batch_size}, "
+                f"expected a divisor of a worker's {share} samples"
+            )
+        if self.optimizer.kind == "muon" and self.workers.zero_stage:
+            raise ValueError(
+                f"train.optimizer: found muon with zero_stage {self.workers.zero_stage}, expected "
+                "adamw: ZeRO flattens the matrices that Muon needs whole"
+            )
+        if self.validator.command and not self.workers.num_workers:
+            raise ValueError(
+                "train.validator: found a command with num_workers 0, expected 1 or more: Ray "
+                "starts it; without Ray, run eval/watch.py beside the training"
+            )
+
+    @classmethod
+    def of(cls, **options: Any) -> "TrainConfig":
+        """Return the defaults with these options, named as their flags are."""
+        return with_options(cls(), **options)
+
     @property
     def grad_accum_steps(self) -> int:
         """Micro-batches a step where all workers are there."""
-        return self.micro_batches(max(1, self.num_workers))
+        return self.micro_batches(max(1, self.workers.num_workers))
 
     @property
     def most_micro_batches(self) -> int:
         """Micro-batches a step where the fewest workers are left."""
-        return self.micro_batches(max(1, self.min_workers or self.num_workers))
+        return self.micro_batches(max(1, self.workers.min_workers or self.workers.num_workers))
 
     def micro_batches(self, world_size: int) -> int:
-        """Micro-batches a step of each of so many workers: what makes the global batch, which
+        """Micro-batches a step of each of `world_size` workers: what makes the global batch, which
         stays, from their micro-batches."""
-        share = -(-self.global_batch_size // world_size)
-        return -(-share // (self.micro_batch_size or share))
+        share = -(-self.batch.global_batch_size // world_size)
+        return -(-share // (self.batch.micro_batch_size or share))
 
     def samples_a_worker(self, world_size: int) -> int:
-        """Samples a step of each of so many workers, with the padding that makes all its
+        """Samples a step of each of `world_size` workers, with the padding that makes all its
         micro-batches equal; there is none where all workers are there."""
         parts = self.micro_batches(world_size)
-        return -(-self.global_batch_size // (world_size * parts)) * parts
+        return -(-self.batch.global_batch_size // (world_size * parts)) * parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,17 +324,15 @@ class DataConfig:
     num_streams: int = 1
     """virtual streams that shards are dealt to: a multiple of the number of workers, where a
     worker is to open its own shards only"""
-    window: Annotated[int, UNLISTED] = 16
+    window: Annotated[int, HIDDEN] = 16
     """shards of a stream that are shuffled together"""
-    num_threads: Annotated[int, UNLISTED] = 2
+    num_threads: Annotated[int, HIDDEN_MAY_CHANGE] = 2
     """threads of a worker that decode images ahead of the step"""
-    prefetch: Annotated[int, UNLISTED] = 3
+    prefetch: Annotated[int, HIDDEN_MAY_CHANGE] = 3
     """batches read ahead of the step"""
 
     def __post_init__(self) -> None:
-        for name in ("num_streams", "window", "num_threads", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}: found {getattr(self, name)}, expected at least 1")
+        _require(self, "data", 1, INFINITY, "num_streams", "window", "num_threads", "prefetch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,13 +343,13 @@ class RunConfig:
     """how it is trained"""
     data: DataConfig = field(default_factory=DataConfig)
     """how samples are read"""
-    ingest: Literal["native", "ray"] = "native"
+    ingest: Annotated[Literal["native", "ray"], MAY_CHANGE] = "native"
     """who reads and decodes: threads of each worker, or Ray Data on any CPU of the cluster"""
-    metrics_port: int | None = None
+    metrics_port: Annotated[int | None, MAY_CHANGE] = None
     """serve Prometheus metrics on this loopback port; 0 = any free one"""
-    fresh: bool = False
+    fresh: Annotated[bool, MAY_CHANGE] = False
     """delete the run and start over instead of continuing it"""
-    dry_run: bool = False
+    dry_run: Annotated[bool, MAY_CHANGE] = False
     """print the configuration, the parameters and a memory estimate, and stop"""
 
 
@@ -272,7 +359,7 @@ class ClipRunConfig(RunConfig):
 
     images: tuple[str, ...] = ("data/shapes/images",)
     """folders of committed image shards; the demo's are drawn if it is absent"""
-    run: str = "runs/clip"
+    run: Annotated[str, MAY_CHANGE] = "runs/clip"
     """folder of the run"""
     init: str = ""
     """start from the weights of another CLIP of these sizes, named as in ingest/embed.py; with
@@ -286,11 +373,11 @@ class ClipRunConfig(RunConfig):
     part: str = "1/1"
     """train on the k-th of n equal parts of the shards, "k/n"; a judge takes the part that CLIP
     did not"""
-    model: Annotated[ClipConfig, UNLISTED] = field(default_factory=ClipConfig)
+    model: Annotated[ClipConfig, HIDDEN] = field(default_factory=ClipConfig)
     """sizes: flags such as --model.width, not listed by --help but by --dry-run"""
 
     def __post_init__(self) -> None:
-        if self.sam_rho and self.train.zero_stage == 3:
+        if self.sam_rho and self.train.workers.zero_stage == 3:
             raise ValueError(
                 f"train.zero_stage: found 3 with sam_rho {self.sam_rho}, expected at most 2: a "
                 "worker perturbs whole weights"
@@ -305,7 +392,7 @@ class PriorRunConfig(RunConfig):
     """folders of committed embeddings, of one encoder; the demo's are made if it is absent"""
     clip: str = ""
     """encoder of the caption's token states; empty = the one the embeddings name"""
-    run: str = "runs/prior"
+    run: Annotated[str, MAY_CHANGE] = "runs/prior"
     """folder of the run"""
     prior: Literal["diffusion", "autoregressive", "regression"] = "diffusion"
     """kind of prior"""
@@ -316,15 +403,13 @@ class PriorRunConfig(RunConfig):
     embeddings included"""
     whiten: bool = True
     """standardise each dimension by the data instead of scaling all by 0.5375 sqrt(E)"""
-    diffusion: Annotated[DiffusionPriorConfig, UNLISTED] = field(
-        default_factory=DiffusionPriorConfig
-    )
+    diffusion: Annotated[DiffusionPriorConfig, HIDDEN] = field(default_factory=DiffusionPriorConfig)
     """sizes of a diffusion prior: flags such as --diffusion.width, listed by --dry-run"""
-    autoregressive: Annotated[AutoregressivePriorConfig, UNLISTED] = field(
+    autoregressive: Annotated[AutoregressivePriorConfig, HIDDEN] = field(
         default_factory=AutoregressivePriorConfig
     )
     """sizes of an autoregressive prior"""
-    regression: Annotated[RegressionPriorConfig, UNLISTED] = field(
+    regression: Annotated[RegressionPriorConfig, HIDDEN] = field(
         default_factory=RegressionPriorConfig
     )
     """sizes of a regression prior"""
@@ -340,7 +425,7 @@ class DecoderRunConfig(RunConfig):
     """folders of the embeddings of those shards, in the same order; base only"""
     clip: str = ""
     """encoder of the caption's token states; empty = the one the embeddings name"""
-    run: str = "runs/base"
+    run: Annotated[str, MAY_CHANGE] = "runs/base"
     """folder of the run"""
     init: str = ""
     """start from the weights of a finished run of this stage and these sizes"""
@@ -360,7 +445,7 @@ class DecoderRunConfig(RunConfig):
     flip: bool = False
     """mirror half of the samples; upsamplers only, whose input is made from the same pixels: the
     base decoder's embedding and caption are of the image as it was"""
-    base: Annotated[DecoderConfig, UNLISTED] = field(default_factory=DecoderConfig)
+    base: Annotated[DecoderConfig, HIDDEN] = field(default_factory=DecoderConfig)
     """sizes of the base decoder: flags such as --base.unet.channels, listed by --dry-run"""
-    up: Annotated[UpsamplerConfig, UNLISTED] = field(default_factory=UpsamplerConfig)
+    up: Annotated[UpsamplerConfig, HIDDEN] = field(default_factory=UpsamplerConfig)
     """sizes of an upsampler: flags such as --up.unet.channels, listed by --dry-run"""

@@ -60,8 +60,8 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
     """Train to `train.num_steps`, or until stopped, from the run's newest valid checkpoint on."""
     config = whole.train
     feed = make_feed(job, whole, engine.rank, engine.world_size)
-    averages = Averages(engine.fragments(), config.ema_decay, config.power_ema)
-    writer, copies = Writer(beside=config.async_checkpoints), checkpoint.Copies()
+    averages = Averages(engine.fragments(), config.averages.ema_decay, config.averages.power_ema)
+    writer, copies = Writer(beside=config.checkpoint.async_checkpoints), checkpoint.Copies()
     save = partial(_checkpoint, run, engine, averages, job=job, config=config, copies=copies)
     progress = _begun(run, engine, averages, reporter)
     if agreed(engine, int(_ended_early(run, progress, config))):
@@ -69,10 +69,10 @@ def train(job: Job, whole: RunConfig, engine: Engine, run: Path, reporter: Repor
         writer.finish()
     if progress.step and _due(progress, config):  # killed between a checkpoint and its scores
         _validate(job, run, engine, progress, reporter)
-    batches = feed.iterate(progress.step, config.num_steps)
+    batches = feed.iterate(progress.step, config.schedule.num_steps)
     judge, in_a_row = _Judge(partial(_judge, job, run, engine, reporter), writer, reporter), 0
     engine.model.train()
-    for step in range(progress.step, config.num_steps):
+    for step in range(progress.step, config.schedule.num_steps):
         # Fetch
         with reporter.fetching(step):
             micro_batches = next(batches)
@@ -150,7 +150,7 @@ class _Judge:
 
 def _end(run: Path, engine: Engine, progress: Progress, config: TrainConfig) -> None:
     """Mark a run that has done all its steps as finished, scores and all."""
-    if engine.rank == 0 and progress.step == config.num_steps:
+    if engine.rank == 0 and progress.step == config.schedule.num_steps:
         checkpoint.finish(run, step_folder(run, progress.step))
 
 
@@ -160,7 +160,7 @@ def _ended_early(run: Path, progress: Progress, config: TrainConfig) -> bool:
     if not progress.step:
         return False
     whole = checkpoint.is_exported(step_folder(run, progress.step))
-    return progress.step == config.num_steps or not whole
+    return progress.step == config.schedule.num_steps or not whole
 
 
 def _begun(run: Path, engine: Engine, averages: Averages, reporter: Reporter) -> Progress:
@@ -196,9 +196,10 @@ def _snapshot_due(progress: Progress, config: TrainConfig) -> bool:
     It is written before the checkpoint of the same step, after which a killed run would go on
     without it. Until the first update, there is no average.
     """
-    if not config.snapshot_every or not progress.updates:
+    if not config.averages.snapshot_every or not progress.updates:
         return False
-    return progress.step % config.snapshot_every == 0 or progress.step == config.num_steps
+    last = progress.step == config.schedule.num_steps
+    return progress.step % config.averages.snapshot_every == 0 or last
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -271,7 +272,8 @@ def _validate(job: Job, run: Path, engine: Engine, progress: Progress, reporter:
 
 
 def _due(progress: Progress, config: TrainConfig) -> bool:
-    return progress.step % config.checkpoint_every == 0 or progress.step == config.num_steps
+    last = progress.step == config.schedule.num_steps
+    return progress.step % config.checkpoint.checkpoint_every == 0 or last
 
 
 def _checkpoint(
@@ -284,6 +286,7 @@ def _checkpoint(
     def finish() -> None:
         folder = write()
         if engine.rank == 0:
-            checkpoint.prune(run, config.keep_checkpoints, folder, config.keep_every)
+            kept = config.checkpoint
+            checkpoint.prune(run, kept.keep_checkpoints, folder, kept.keep_every)
 
     return finish

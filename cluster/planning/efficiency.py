@@ -211,7 +211,7 @@ class Load:
 
 
 def load_of(stage: Stage, workers: int) -> Load:
-    share = stage.config.train.global_batch_size // workers
+    share = stage.config.train.batch.global_batch_size // workers
     return Load(parameters=stage.parameters, flops=stage.flops(share), share=share)
 
 

@@ -43,7 +43,7 @@ class Placement:
 def memory_of(stage: Stage, workers: int, layout: Layout) -> Memory:
     """Return what each of so many workers holds on its GPU, the EMA sharded as our engine does."""
     count, zero = stage.parameters, layout.zero_stage
-    power = 4 * count * len(stage.config.train.power_ema) / workers
+    power = 4 * count * len(stage.config.train.averages.power_ema) / workers
     state = state_bytes(stage.model, zero, workers, offload=layout.offload)
     return Memory(
         state=state + (0 if layout.offload else power),
@@ -69,14 +69,14 @@ def _buffers(count: int, workers: int, layout: Layout) -> float:
 
 def host_bytes(stage: Stage, workers: int) -> float:
     """Return what each worker holds in the CPU's memory where the optimizer is offloaded."""
-    power = 4 * stage.parameters * len(stage.config.train.power_ema) / workers
+    power = 4 * stage.parameters * len(stage.config.train.averages.power_ema) / workers
     return offloaded_bytes(stage.model, workers) + power
 
 
 def usable_workers(stage: Stage, num_gpus: int) -> int:
     """Return the largest number of workers, at most `num_gpus`, that share the global batch out
     evenly."""
-    batch = stage.config.train.global_batch_size
+    batch = stage.config.train.batch.global_batch_size
     return max(n for n in range(1, min(num_gpus, batch) + 1) if batch % n == 0)
 
 
@@ -86,10 +86,10 @@ def divisors(number: int) -> list[int]:
 
 def layouts(stage: Stage, workers: int, *, offload: bool) -> Iterator[Layout]:
     """Yield the layouts that the training script takes on so many workers."""
-    share = stage.config.train.global_batch_size // workers
+    share = stage.config.train.batch.global_batch_size // workers
     sizes = divisors(share) if stage.accumulates else [share]
     stages = (2, 3) if offload else (0, 1, 2, 3)
-    if stage.config.train.optimizer == "muon":
+    if stage.config.train.optimizer.kind == "muon":
         stages = () if offload else (0,)
     if stage.kind == "clip" and getattr(stage.config, "sam_rho", 0):
         stages = tuple(zero for zero in stages if zero < 3)
@@ -130,12 +130,12 @@ def _preference(one: Placement) -> tuple[float, int, float]:
 def preset_layout(stage: Stage, workers: int) -> Layout:
     """Return what the preset itself asks for, on so many workers."""
     train = stage.config.train
-    share = train.global_batch_size // workers
+    share = train.batch.global_batch_size // workers
     return Layout(
-        zero_stage=train.zero_stage,
-        micro_batch=train.micro_batch_size or share,
+        zero_stage=train.workers.zero_stage,
+        micro_batch=train.batch.micro_batch_size or share,
         checkpointing=stage.checkpointing[0],
-        offload=train.offload == "cpu",
+        offload=train.workers.offload == "cpu",
     )
 
 
@@ -144,7 +144,7 @@ def largest_micro_batch(
 ) -> int:
     """Return the largest micro-batch of that layout which fits, of those that share a worker's
     samples out evenly; 0 where not even one does."""
-    share = stage.config.train.global_batch_size // workers
+    share = stage.config.train.batch.global_batch_size // workers
     room = gpu.memory_bytes * (1 - headroom)
     sizes = divisors(share) if stage.accumulates else [share]
     fits = [
@@ -161,7 +161,7 @@ def largest_micro_batch(
 def nearest(stage: Stage, gpu: Gpu, workers: int, mfu: float, headroom: float) -> list[str]:
     """Return what would make a stage fit that does not: more GPUs of the kind, or another kind."""
     found = []
-    batch = stage.config.train.global_batch_size
+    batch = stage.config.train.batch.global_batch_size
     for more in (n for n in divisors(batch) if workers < n <= MOST_GPUS):
         fits = [one for one in place(stage, gpu, more, mfu, headroom) if one.fits]
         if fits:

@@ -96,14 +96,14 @@ def storage_bytes(request: PlanRequest, encoder: Encoder, stages: list[Stage]) -
     for stage in stages:
         train = stage.config.train
         # while the newest is written, the one it will replace is still there
-        kept = train.keep_checkpoints + 1
+        kept = train.checkpoint.keep_checkpoints + 1
         found[f"checkpoints of {stage.name}, {kept} at most"] = kept * checkpoint_bytes(stage)
     return found
 
 
 def checkpoint_bytes(stage: Stage) -> float:
     """Return the size of a checkpoint: fragments, and the weights assembled for inference."""
-    return stage.parameters * (CHECKPOINT_BYTES + 4 * len(stage.config.train.power_ema))
+    return stage.parameters * (CHECKPOINT_BYTES + 4 * len(stage.config.train.averages.power_ema))
 
 
 def sample_bytes(stage: Stage, encoder: Encoder) -> float:

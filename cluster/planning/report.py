@@ -82,10 +82,11 @@ class Planner:
             "name": stage.name, "kind": stage.kind, "preset": stage.preset,
             "network": stage.network, "parameters": stage.parameters,
             "caption_tokens": stage.words, "forward_macs": stage.macs,
-            "flops_a_sample": stage.flops(train.global_batch_size // workers),
-            "num_steps": train.num_steps, "global_batch_size": train.global_batch_size,
+            "flops_a_sample": stage.flops(train.batch.global_batch_size // workers),
+            "num_steps": train.schedule.num_steps,
+            "global_batch_size": train.batch.global_batch_size,
             "samples": stage.samples, "epochs": stage.samples / request.images,
-            "train_flops": stage.flops(train.global_batch_size // workers) * stage.samples,
+            "train_flops": stage.flops(train.batch.global_batch_size // workers) * stage.samples,
             "workers": workers, "mfu": found.mfu, "efficiency_source": found.source,
             "activation_bytes": {
                 ("checkpointed" if kept else "kept"): vars(line)
@@ -141,10 +142,10 @@ class Planner:
             training, nodes, seed=self.request.seed, count=self.request.simulations
         )
         goodput = mean_goodput(histories)
-        days = train.num_steps * step.seconds / goodput / DAY
-        rate = train.global_batch_size / step.seconds
+        days = train.schedule.num_steps * step.seconds / goodput / DAY
+        rate = train.batch.global_batch_size / step.seconds
         hours = 24 * days * best.workers
-        own_every = train.checkpoint_every * step.seconds
+        own_every = train.checkpoint.checkpoint_every * step.seconds
         interval, at_best = best_simulated_interval(training, nodes, seed=self.request.seed)
         return {
             "layout": vars(best.layout), "layout_told": fitting.told(stage, best.layout),
@@ -186,10 +187,10 @@ class Planner:
         block = 16.0 * stage.parameters / best.workers / COPY
         write = size / (1e9 * self.request.storage_gbytes)
         training = Training(
-            work=train.num_steps * best.step.seconds,
-            interval=max(train.checkpoint_every * best.step.seconds, write),
-            block=block if train.async_checkpoints else block + write,
-            write=write if train.async_checkpoints else 0.0,
+            work=train.schedule.num_steps * best.step.seconds,
+            interval=max(train.checkpoint.checkpoint_every * best.step.seconds, write),
+            block=block if train.checkpoint.async_checkpoints else block + write,
+            write=write if train.checkpoint.async_checkpoints else 0.0,
         )
         return training, self._nodes(best.workers)
 

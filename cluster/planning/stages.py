@@ -176,7 +176,7 @@ class Stage:
     @property
     def samples(self) -> int:
         """Samples that training sees."""
-        return self.config.train.num_steps * self.config.train.global_batch_size
+        return self.config.train.schedule.num_steps * self.config.train.batch.global_batch_size
 
     def flops(self, share: int = 0) -> float:
         """FLOPs of training on one sample, the frozen text tower and SAM's second look included.

@@ -29,7 +29,7 @@ def make_feed(job: "Job", config: RunConfig, rank: int, world_size: int) -> Step
     plan = Plan(
         data_sets=reader.data_sets,
         weights=data.weights,
-        global_batch_size=config.train.global_batch_size,
+        global_batch_size=config.train.batch.global_batch_size,
         seed=config.train.seed,
         num_streams=data.num_streams,
         window=data.window,

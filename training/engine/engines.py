@@ -88,7 +88,7 @@ def _clip(model: nn.Module, config: TrainConfig) -> float:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    return nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf")).item()
+    return nn.utils.clip_grad_norm_(parameters, config.optimizer.grad_clip or float("inf")).item()
 
 
 class PlainEngine:
@@ -106,7 +106,7 @@ class PlainEngine:
         self.optimizer.prepare()
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        with autocast(self.device.type, self._config.precision):
+        with autocast(self.device.type, self._config.workers.precision):
             return self._objective(self.model, batch)
 
     def backward(self, loss: Tensor) -> None:
@@ -155,32 +155,33 @@ class ZeroEngine:
         self._engine: Any = deepspeed.initialize(
             model=Objective(model, objective), optimizer=self.optimizer, config=self._settings()
         )[0]
-        self._shares: Shares = SHARES[config.zero_stage](model, self._engine, self.optimizer)
+        shares = SHARES[config.workers.zero_stage]
+        self._shares: Shares = shares(model, self._engine, self.optimizer)
 
     def _settings(self) -> dict:
-        config = self._config
+        config, workers = self._config, self._config.workers
         samples = config.samples_a_worker(self.world_size)
         return {
             "train_batch_size": samples * self.world_size,
             "train_micro_batch_size_per_gpu": samples // self._num_parts,
             "gradient_accumulation_steps": self._num_parts,
             # without ZeRO, DeepSpeed tells no norm and steps along a gradient that is not finite
-            "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
+            "gradient_clipping": config.optimizer.grad_clip if workers.zero_stage else 0.0,
             "zero_optimization": {
-                "stage": config.zero_stage,
+                "stage": workers.zero_stage,
                 # stages 1 and 2 then add up a bucket in its place, not in a copy (measured on CPU);
                 # stage 3 would rely on the order in which ranks' gradients come
-                "reduce_scatter": self.device.type != "cpu" or config.zero_stage == 3,
+                "reduce_scatter": self.device.type != "cpu" or workers.zero_stage == 3,
                 "reduce_bucket_size": min(BUCKET, sum(map(math.prod, self.shapes.values()))),
                 "stage3_param_persistence_threshold": WHOLE_UP_TO,
-                **({"offload_optimizer": {"device": "cpu"}} if config.offload == "cpu" else {}),
+                **({"offload_optimizer": {"device": "cpu"}} if workers.offload == "cpu" else {}),
             },
             # client optimizers pass DeepSpeed's tests for AdamW by type; ours is AdamW by
             # arithmetic, on the CPU as well, where DeepSpeed's own would have to be compiled
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "torch_autocast": {
-                "enabled": settled(config.precision, self.device.type) == "bf16",
+                "enabled": settled(config.workers.precision, self.device.type) == "bf16",
                 "dtype": "bfloat16",
             },
             "steps_per_print": 1 << 30,
@@ -198,7 +199,7 @@ class ZeroEngine:
 
     def step(self, learning_rate_ratio: float) -> float:
         set_learning_rate(self._engine.optimizer.param_groups, learning_rate_ratio)
-        if self._config.zero_stage:
+        if self._config.workers.zero_stage:
             self._shares.settle()
             self._engine.step()
             self._shares.forget()
@@ -228,7 +229,7 @@ class ZeroEngine:
 def _require_trained(model: nn.Module, config: TrainConfig) -> None:
     """Raise ValueError where stage 3 would partition a parameter that no fragment tells of."""
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    if config.zero_stage == 3 and frozen:
+    if config.workers.zero_stage == 3 and frozen:
         raise ValueError(
             f"train.zero_stage: found 3 with the frozen parameter {frozen[0]}, expected at most 2: "
             "it partitions all parameters, and checkpoints hold the trained ones"

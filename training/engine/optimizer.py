@@ -138,16 +138,18 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (hidden if parameter.ndim >= 2 and _is_hidden(name) else others).append(parameter)
-    muon = config.optimizer == "muon"
-    peak = config.matrix_learning_rate if muon else config.learning_rate
+    settings = config.optimizer
+    muon = settings.kind == "muon"
+    peak = settings.matrix_learning_rate if muon else settings.learning_rate
     groups = [
-        {"params": hidden, "muon": muon, "peak_lr": peak, "weight_decay": config.weight_decay},
-        {"params": others, "muon": False, "peak_lr": config.learning_rate},
+        {"params": hidden, "muon": muon, "peak_lr": peak, "weight_decay": settings.weight_decay},
+        {"params": others, "muon": False, "peak_lr": settings.learning_rate},
     ]
     used = [group for group in groups if group["params"]]
     device = next(model.parameters()).device.type
-    dtype = torch.bfloat16 if settled(config.precision, device) == "bf16" else torch.float32
-    return Optimizer(used, beta2=config.beta2, eps=config.adam_eps, matrix_dtype=dtype)
+    precision = settled(config.workers.precision, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return Optimizer(used, beta2=settings.beta2, eps=settings.adam_eps, matrix_dtype=dtype)
 
 
 def _is_hidden(name: str) -> bool:
@@ -187,12 +189,12 @@ def set_learning_rate(groups: list[dict], ratio: float) -> None:
 def learning_rate_ratio(config: TrainConfig, step: int) -> float:
     """Return the learning rate at `step` as a share of its peak: linear warm-up, then cosine to
     0, constant, or falling as 1 / sqrt(step)."""
-    warmup = max(1, round(config.warmup * config.num_steps))
+    warmup = max(1, round(config.schedule.warmup * config.schedule.num_steps))
     if step < warmup:
         return (step + 1) / warmup
-    if config.decay == "constant":
+    if config.schedule.decay == "constant":
         return 1.0
-    if config.decay == "inverse_sqrt":
+    if config.schedule.decay == "inverse_sqrt":
         return math.sqrt(warmup / step)
-    progress = (step - warmup) / max(1, config.num_steps - warmup)
+    progress = (step - warmup) / max(1, config.schedule.num_steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -24,11 +24,11 @@ def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
     train = config.train
     print(to_yaml(config), end="")
     print(f"parameters: {num_parameters(model):,}")
-    workers = max(1, train.num_workers)
-    offload = train.offload == "cpu"
+    workers = max(1, train.workers.num_workers)
+    offload = train.workers.offload == "cpu"
     # power-function averages are shared out, as the classic one is, and lie where it does
-    powers = 4 * num_parameters(model) * len(train.power_ema) // workers
-    here = state_bytes(model, train.zero_stage, workers, offload=offload)
+    powers = 4 * num_parameters(model) * len(train.averages.power_ema) // workers
+    here = state_bytes(model, train.workers.zero_stage, workers, offload=offload)
     gigabytes = (here if offload else here + powers) / 1e9
     kept = "weights" if offload else "weights, gradients, moments and averages"
     print(f"state a worker: {gigabytes:.3f} GB in {kept}; activations come on top")
@@ -41,7 +41,7 @@ def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
     copy = (COPIED_BYTES * num_parameters(model) // workers + powers) / 1e9
     print(f"checkpoints: {copy:.3f} GB of CPU memory for each worker's copy of its part")
     print(
-        f"batch: {train.global_batch_size} = {workers} workers x {train.grad_accum_steps} "
+        f"batch: {train.batch.global_batch_size} = {workers} workers x {train.grad_accum_steps} "
         f"micro-batches"
     )
     return 0

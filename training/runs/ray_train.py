@@ -60,7 +60,8 @@ def fit(
     use_gpu = _use_gpu(settings)
     if not use_gpu:
         _require_cpus(settings)
-    fewest, most = settings.min_workers or settings.num_workers, settings.num_workers
+    most = settings.workers.num_workers
+    fewest = settings.workers.min_workers or most
     trainer = TorchTrainer(
         worker,
         train_loop_config=arguments,
@@ -77,7 +78,7 @@ def fit(
             # Ray's own state of the run; ours is what counts, and a rerun continues from ours alone
             name=f"attempt_{int(time.time())}",
             storage_path=str(run / "_ray"),
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=settings.faults.max_failures),
             callbacks=[_losses_of(run)],
         ),
         validation_config=validation_config(settings, run, placed_on("gpu_group")),
@@ -86,7 +87,8 @@ def fit(
         with _interruptible(), stopping_on_sigterm(run):  # Ray has set its own handlers by now
             trainer.fit()
     except ray.train.TrainingFailedError as error:
-        often = f"lost workers more often than train.max_failures {settings.max_failures}; last: "
+        most_failures = settings.faults.max_failures
+        often = f"lost workers more often than train.max_failures {most_failures}; last: "
         lost = isinstance(error, ray.train.WorkerGroupError)
         raise OSError(f"{run}: {often if lost else ''}{_what(error)}") from error
 
@@ -114,9 +116,9 @@ def _use_gpu(settings: TrainConfig) -> bool:
 
     from cluster.base.ray_session import has_gpus, placed_on
 
-    wished = settings.device == "cuda" or settings.device == "auto" and has_gpus()
+    wished = settings.workers.device == "cuda" or settings.workers.device == "auto" and has_gpus()
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    fewest = settings.min_workers or settings.num_workers
+    fewest = settings.workers.min_workers or settings.workers.num_workers
     if wished and gpus < fewest and not placed_on("gpu_group"):  # a group of nodes may grow
         raise ValueError(f"train.num_workers: found {fewest} for {gpus} GPUs, expected no more")
     return wished
@@ -129,7 +131,7 @@ def _require_cpus(settings: TrainConfig) -> None:
     from cluster.base.ray_session import placed_on
 
     cpus = int(ray.cluster_resources().get("CPU", 0))
-    fewest = settings.min_workers or settings.num_workers
+    fewest = settings.workers.min_workers or settings.workers.num_workers
     if cpus < fewest and not placed_on("gpu_group"):
         raise ValueError(f"train.num_workers: found {fewest} for {cpus} CPUs, expected no more")
 

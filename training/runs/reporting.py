@@ -42,8 +42,8 @@ class Reporter:
         """peak_samples_per_second: what all devices could do at their peak, 0 where unknown."""
         self._run, self._config, self._rank = run, config, rank
         self._watchdog, self._peak = watchdog, peak_samples_per_second
-        self._profiler = Profiler(run, config.profile, rank)
-        self._spikes = SpikeDetector(config.spike_deviations)
+        self._profiler = Profiler(run, config.logging.profile, rank)
+        self._spikes = SpikeDetector(config.faults.spike_deviations)
         self._samples: SampleLog | None = None
         self._writer: Writer | None = None
         self._first_step_due = False
@@ -62,7 +62,7 @@ class Reporter:
         attempt: a number that all ranks share.
         """
         self._begin_report(progress)
-        if self._config.log_samples:
+        if self._config.logging.log_samples:
             self._samples = SampleLog(
                 self._run, self._rank, num_workers=num_workers, attempt=attempt
             )
@@ -137,9 +137,9 @@ class Reporter:
             message = self._spikes.check(scores["loss"].item())
             if message:
                 report_incident(self._run, "spike", progress.step, message)
-        last = progress.step == config.num_steps
+        last = progress.step == config.schedule.num_steps
         self._profiler.end(progress.step - 1, last=last)
-        if progress.step % config.report_every and not last:
+        if progress.step % config.logging.report_every and not last:
             return
         if self._rank == 0:
             self._write_report(progress, learning_rate_ratio)
@@ -149,7 +149,7 @@ class Reporter:
         config, now = self._config, time.perf_counter()
         seconds, samples = now - self._reported, progress.samples_seen - self._reported_samples
         rate = samples / seconds
-        samples_left = (config.num_steps - progress.step) * config.global_batch_size
+        samples_left = (config.schedule.num_steps - progress.step) * config.batch.global_batch_size
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         line = {
             "step": progress.step,
@@ -165,7 +165,7 @@ class Reporter:
             "checkpoint_seconds": self._checkpoint_seconds,
             "checkpoint_write_seconds": self._writer.seconds if self._writer else 0.0,
             "nonfinite_steps": progress.nonfinite_steps,
-            "num_steps": config.num_steps,
+            "num_steps": config.schedule.num_steps,
             "seconds": now - self._started,
         }
         add_line(self._run / METRICS_NAME, line)

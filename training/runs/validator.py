@@ -36,21 +36,21 @@ def validation_config(
     group: resources by which the task is placed among the workers' nodes. It asks for no CPU: where
     workers hold them all, it would wait for the run to end.
     """
-    if not settings.validator:
+    if not settings.validator.command:
         return None
-    _words(settings.validator)  # a slip of the pen is told before workers start
+    _words(settings.validator.command)  # a slip of the pen is told before workers start
     from ray.train import ValidationConfig, ValidationTaskConfig
 
     told = {
-        "command": settings.validator, "run": str(run), "here": os.getcwd(),
-        "seconds": settings.validator_seconds,
+        "command": settings.validator.command, "run": str(run), "here": os.getcwd(),
+        "seconds": settings.validator.seconds,
     }  # fmt: skip
     fn: Any = validate  # Ray's type wants any keyword; ours are those of fn_kwargs
     return ValidationConfig(
         fn=fn,
         task_config=ValidationTaskConfig(fn_kwargs=told),
         ray_remote_kwargs={
-            "num_cpus": 0, "num_gpus": settings.validator_gpus, "resources": group,
+            "num_cpus": 0, "num_gpus": settings.validator.num_gpus, "resources": group,
         },
     )  # fmt: skip
 

@@ -11,7 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from cluster.base.cli import DONE, INCOMPLETE, read_yaml, require_local, to_yaml
+import yaml
+
+from cluster.base.cli import (
+    DONE,
+    INCOMPLETE,
+    flattened,
+    options_of,
+    read_yaml,
+    require_local,
+    to_yaml,
+    with_options,
+)
 from cluster.base.run_dir import CONFIG_NAME, LAUNCH_LOCK, LOCKS, TRAIN_LOCK
 from models.weights import FINAL_NAME
 from training.config import RunConfig, TrainConfig
@@ -32,19 +43,6 @@ HANG_UP_SECONDS = 5
 # such as UnicodeDecodeError is told as a ValueError, by its message.
 TOLD = (ValueError, FloatingPointError, OSError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of what a disk says, the same in every attempt
-MAY_CHANGE = {
-    "train.device", "train.num_workers", "train.min_workers", "train.num_threads",
-    "train.max_failures",
-    "train.log_samples", "train.keep_checkpoints",
-    "train.async_checkpoints", "train.keep_every", "train.checkpoint_every",
-    "train.snapshot_every", "train.report_every", "train.tensorboard",
-    "train.compile", "train.micro_batch_size", "train.zero_stage", "train.offload",
-    "train.spike_deviations",
-    "train.hang_seconds", "train.peak_tflops", "train.profile", "train.validator",
-    "train.validator_gpus", "train.validator_seconds",
-    "data.num_threads", "data.prefetch", "ingest", "metrics_port", "fresh",
-    "dry_run", "run",
-}  # fmt: skip
 
 
 def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str) -> int:
@@ -71,13 +69,14 @@ def _launch(config: RunConfig, run: Path, build: Callable, model_name: str) -> i
     from training.runs.follower import Follower
     from training.runs.profiling import window
 
-    window(config.train.profile)  # a slip of the pen is told before workers start
+    window(config.train.logging.profile)  # a slip of the pen is told before workers start
     forget_stop(run)
     record_event(run, "launched")
-    if config.train.num_workers == 0 and config.train.zero_stage:
-        print(f"zero_stage: {config.train.zero_stage} has no part in one process, which keeps all")
-    with Follower(run, model_name, tensorboard=config.train.tensorboard):
-        if config.train.num_workers == 0:
+    workers = config.train.workers
+    if workers.num_workers == 0 and workers.zero_stage:
+        print(f"zero_stage: {workers.zero_stage} has no effect in one process, which keeps all")
+    with Follower(run, model_name, tensorboard=config.train.logging.tensorboard):
+        if workers.num_workers == 0:
             train_here(config, run, build)
         else:
             _train_under_ray(config, run, build)
@@ -94,10 +93,10 @@ def with_precision(config: RunConfig, run: Path) -> RunConfig:
 
     That is what the run began with, else bf16 where the workers' device computes in it.
     """
-    if config.train.precision != "auto":
+    if config.train.workers.precision != "auto":
         return config
     began = run / CONFIG_NAME
-    kept = _flat(read_yaml(began)).get("train.precision") if began.is_file() else None
+    kept = flattened(read_yaml(began)).get("train.precision") if began.is_file() else None
     here = _device(config.train)
     elsewhere = _gpus_elsewhere(config.train)
     settles = "bf16" if elsewhere else settled("auto", here)
@@ -106,17 +105,18 @@ def with_precision(config: RunConfig, run: Path) -> RunConfig:
     if found == "bf16" and not elsewhere and not native_bf16(here):
         note = ", as the run began; this device only emulates it, many times slower"
     print(f"precision: {found}{note}", flush=True)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=found))
+    return with_options(config, **{"train.precision": found})
 
 
 def _device(settings: TrainConfig) -> str:
     """Return the kind of device that this process would train on."""
-    return "cuda" if settings.device != "cpu" and _has_cuda() else "cpu"
+    return "cuda" if settings.workers.device != "cpu" and _has_cuda() else "cpu"
 
 
 def _gpus_elsewhere(settings: TrainConfig) -> bool:
     """Say whether the workers have GPUs of a cluster, of which this machine may have none."""
-    if not settings.num_workers or settings.device == "cpu" or not os.environ.get("RAY_ADDRESS"):
+    workers = settings.workers
+    if not workers.num_workers or workers.device == "cpu" or not os.environ.get("RAY_ADDRESS"):
         return False
     from cluster.base.ray_session import ensure_ray, has_gpus
 
@@ -186,33 +186,18 @@ def _launched_alone(run: Path):
 
 
 def _require_same(run: Path, config: RunConfig) -> None:
-    now, defaults = (_flat(read_yaml_text(to_yaml(each))) for each in (config, type(config)()))
-    found = _flat(read_yaml(run / CONFIG_NAME))
-    before = {**defaults, **found}  # a run may be older than an option
+    """Refuse a configuration that differs from the run's in more than what may change."""
+    now, defaults = (flattened(yaml.safe_load(to_yaml(each))) for each in (config, type(config)()))
+    before = {**defaults, **flattened(read_yaml(run / CONFIG_NAME))}  # may be older than an option
+    options = options_of(type(config))
+    may_change = {name for name, field in options.items() if field.option.may_change}
     for key in sorted(before.keys() | now.keys()):
-        if key not in MAY_CHANGE and before.get(key) != now.get(key):
+        if key not in may_change and before.get(key) != now.get(key):
             raise ValueError(
                 f"{run}: {key}: found {before.get(key)!r} in the run, expected {now.get(key)!r}; "
                 "rerun with the run's own configuration (--config config.yaml) or start over "
                 "with --fresh"
             )
-
-
-def read_yaml_text(text: str) -> dict:
-    import yaml
-
-    return yaml.safe_load(text)
-
-
-def _flat(nested: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in nested.items():
-        flat.update(
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
 
 
 @contextmanager
@@ -263,23 +248,25 @@ def _train(
         record_event(run, "placed")
     settings: TrainConfig = config.train
     kind = _device(settings)
-    if settings.device not in ("auto", kind):
-        raise ValueError(f"train.device: found {settings.device} without a GPU, expected cpu")
-    device = device_of_run(settings.device)
+    if settings.workers.device not in ("auto", kind):
+        raise ValueError(
+            f"train.device: found {settings.workers.device} without a GPU, expected cpu"
+        )
+    device = device_of_run(settings.workers.device)
     compute_whole_fp32()
     keep_freed_memory(ALL if device.type == "cpu" else KEPT_BYTES)
     if device.type == "cpu":
-        torch.set_num_threads(settings.num_threads)
-    watchdog = Watchdog(run, rank, world_size, settings.hang_seconds)
+        torch.set_num_threads(settings.workers.num_threads)
+    watchdog = Watchdog(run, rank, world_size, settings.faults.hang_seconds)
     with _locked(run, rank), watchdog:
         torch.manual_seed(settings.seed)  # every rank draws the same initial weights
         job = build(config)
-        if settings.validator:
+        if settings.validator.command:
             from training.runs.validator import hand_over
 
             job = dataclasses.replace(job, hand_over=partial(hand_over, rank=rank))
         peak = world_size * _peak_samples(job.model, settings, device)
-        if settings.compile:
+        if settings.workers.compile:
             compile_model(job.model)
         engine = engine_class(job.model, job.objective, settings, device)
         reporter = Reporter(run, settings, rank, watchdog=watchdog, peak_samples_per_second=peak)
@@ -292,7 +279,8 @@ def _peak_samples(model: "nn.Module", settings: TrainConfig, device: "torch.devi
     from models.costs.training import training_flops
     from training.runs.profiling import peak_tflops
 
-    peak = settings.peak_tflops or (peak_tflops(device) if settings.precision == "bf16" else 0.0)
+    known = peak_tflops(device) if settings.workers.precision == "bf16" else 0.0
+    peak = settings.logging.peak_tflops or known
     return peak * 1e12 / training_flops(model) if peak else 0.0
 
 

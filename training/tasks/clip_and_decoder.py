@@ -70,7 +70,7 @@ def build_clip_job(config: ClipRunConfig) -> Job:
     export = {"kind": "clip", "model": dataclasses.asdict(config.model)}
     if config.train.most_micro_batches > 1:
         raise ValueError(
-            f"train.micro_batch_size: found {config.train.micro_batch_size}, expected 0: "
+            f"train.micro_batch_size: found {config.train.batch.micro_batch_size}, expected 0: "
             "CLIP contrasts all samples of a step with each other"
         )
     return Job(
@@ -116,7 +116,7 @@ def _around_clip(config: ClipRunConfig, model: Any, batches: list[Batch]) -> Abs
     part = batches[0].part(config.sam_batch_size).to(device)
 
     def loss() -> Tensor:
-        with autocast(device.type, config.train.precision):
+        with autocast(device.type, config.train.workers.precision):
             losses = clip_objective(model, part, mine_alone)["loss"]
         return (losses * part.weight).sum() / part.weight.sum().clamp(min=1)
 
@@ -219,7 +219,7 @@ def _stage_job(
         reader = stage_reader(config, latest(config.validation), latest(config.validation_embeds))
         validate = Validation(
             build=build, objective=objective, condition=condition, reader=reader,
-            device=config.train.device,
+            device=config.train.workers.device,
         )  # fmt: skip
     model = start_from(build(), config.init, config.run, export)
     return Job(

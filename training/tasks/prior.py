@@ -73,7 +73,7 @@ def build_prior(config: PriorRunConfig) -> Job:
     """Describe the training of a prior; the frozen text tower stays outside the engine."""
     if config.prior == "regression" and config.train.most_micro_batches > 1:
         raise ValueError(
-            f"train.micro_batch_size: found {config.train.micro_batch_size}, expected 0: the "
+            f"train.micro_batch_size: found {config.train.batch.micro_batch_size}, expected 0: the "
             "regression prior contrasts all samples of a step with each other"
         )
     encoder = encoder_of(config.embeds, config.clip)
@@ -165,7 +165,7 @@ def validate_prior(
     """Return the scorecard of a checkpoint's averaged weights on held-out captions."""
     encoder_of(config.validation, config.clip)
     model: Any = load_weights(prior_model(config, sizes), folder / "ema.safetensors")
-    device = device_of_run(config.train.device)
+    device = device_of_run(config.train.workers.device)
     model.to(device)
     tokens = getattr(config, config.prior).text_tokens
     snapshots = [load_snapshot(root) for root in config.validation]
