@@ -1,39 +1,49 @@
 """What a folder of runs holds: which runs, in what state, and the removal of one.
 
 A run is a folder with a config.yaml that has our section `train`; a demo is one with a demo.json,
-and holds runs. The folder may be local or on any storage that fsspec reaches. Whatever a run's
-files say is a stranger's text: `plain` makes it fit to be printed.
+and holds runs. The folder may be local or on any storage that fsspec reaches. The text of a run's
+files is not trusted: `printable` makes it fit for a terminal.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.base.files import try_lock
+from cluster.base.run_dir import (
+    CONFIG_NAME,
+    DEMO_NAME,
+    ERROR_PREFIX,
+    EVAL_NAME,
+    INCIDENTS_NAME,
+    LOCKS,
+    METRICS_NAME,
+    SNAPSHOT_PREFIX,
+    STATE_NAME,
+    STEP_PREFIX,
+    VALIDATION_NAME,
+)
+from models.weights import FINAL_NAME
+
 State = Literal["finished", "running", "failed", "stopped", "damaged"]
 
-CONFIG, DEMO = "config.yaml", "demo.json"  # the marks of what is ours
-FINAL, METRICS, EVAL = "final.json", "metrics.jsonl", "eval.json"
-LOCKS = ".launch", ".lock"  # of the driver, and of its first rank
-VALIDATION, INCIDENTS = "validation.jsonl", "incidents.jsonl"
-STEP, ERROR, SNAPSHOT = "step_", "error_", "snapshot_"
-TAIL_BYTES, MOST_BYTES = 1 << 16, 1 << 20  # of a file of lines, and of any other
+MARKS = (CONFIG_NAME, DEMO_NAME)  # deleted last
+TAIL_BYTES, MAX_BYTES = 1 << 16, 1 << 20  # of a file of lines, and of any other
 RECENT_SECONDS = 600.0  # a run on a remote storage, which shows no lock, runs if it wrote so lately
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What a run tells of itself; ages in seconds, None where there is nothing yet."""
+    """What the files of a run record; ages in seconds, None where there is nothing yet."""
 
     name: str
     state: State
     kind: str = ""
-    told: str = ""
+    error: str = ""
     snapshots: dict[str, str] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +54,7 @@ class RunInfo:
 
 
 class RunsFolder:
-    """A folder of runs, on any storage."""
+    """A folder of runs, on any storage; a run's name is its path below it."""
 
     def __init__(self, root: str) -> None:
         """Raises ValueError where nothing can be listed."""
@@ -55,143 +65,134 @@ class RunsFolder:
         except (ImportError, ValueError) as error:
             raise ValueError(f"{root}: cannot be reached: {error}") from None
         self._files: Any = files
-        self.is_local = files.protocol == "file" or "file" in files.protocol
-        self._root = os.path.realpath(path) if self.is_local else path.rstrip("/")
+        self._is_local = "file" in (files.protocol, *files.protocol)
+        self._root = os.path.realpath(path) if self._is_local else path.rstrip("/")
         if not files.isdir(self._root):
             raise ValueError(f"{root}: found no such folder, expected one of runs")
 
     def names(self) -> list[str]:
         """List the runs, those of a demo as demo/run, by name."""
-        found = []
+        names = []
         for name in self._children(""):
             if self.is_run(name):
-                found.append(name)
+                names.append(name)
             elif self._is_demo(name):
                 inner = (f"{name}/{child}" for child in self._children(name))
-                found += [child for child in inner if self.is_run(child)]
-        return found
+                names += [child for child in inner if self.is_run(child)]
+        return names
 
     def is_run(self, name: str) -> bool:
-        """Say whether a folder bears the mark of a run."""
+        """Return whether a folder has the mark of a run."""
         return "train" in self._config(name)
 
     def is_ours(self, name: str) -> bool:
-        """Say whether a folder bears one of our marks."""
+        """Return whether a folder has the mark of a run or of a demo."""
         return self.is_run(name) or self._is_demo(name)
 
     def _is_demo(self, name: str) -> bool:
-        return "num_train" in _mapping(self._text(f"{name}/{DEMO}"))
+        return "num_train" in _parse_object(self._text(f"{name}/{DEMO_NAME}"))
 
-    def inside(self, name: str) -> str:
-        """Return the name of a folder below this one.
+    def resolve(self, name: str) -> str:
+        """Return the name of an existing folder, without a slash at its end.
 
-        Raises ValueError for a name that leads elsewhere: by "..", from the root or by a link.
+        Raises ValueError for a name that leads out of this one: by "..", from the root or by a
+        link.
         """
-        parts = name.removesuffix("/").split("/")
-        if name.startswith("/") or any(part in ("", ".", "..") for part in parts) or "\0" in name:
-            raise ValueError(f"{plain(name)}: expected the name of a run, as `list` shows it")
-        for number in range(len(parts)):
-            path = self._path("/".join(parts[: number + 1]))
-            if self.is_local and os.path.islink(path):
-                raise ValueError(f"{plain(name)}: found a link, expected a folder of its own")
-        if not self._files.isdir(self._path("/".join(parts))):
-            known = ", ".join(map(plain, self.names()[:20])) or "none"
-            raise ValueError(f"{plain(name)}: found no such run, expected one of {known}")
-        return "/".join(parts)
+        steps = name.removesuffix("/").split("/")
+        if name.startswith("/") or any(step in ("", ".", "..") for step in steps) or "\0" in name:
+            raise ValueError(f"{printable(name)}: expected the name of a run, as `list` shows it")
+        paths = [self._path("/".join(steps[: end + 1])) for end in range(len(steps))]
+        if self._is_local and any(map(os.path.islink, paths)):
+            raise ValueError(f"{printable(name)}: found a link, expected a folder of its own")
+        if not self._files.isdir(paths[-1]):
+            known = ", ".join(map(printable, self.names()[:20])) or "none"
+            raise ValueError(f"{printable(name)}: found no such run, expected one of {known}")
+        return "/".join(steps)
 
     def read(self, name: str) -> RunInfo:
-        """Read what a run tells; one whose files are not what they should be is damaged."""
+        """Read what a run records; one whose files are not what they should be is damaged."""
         try:
             return self._read(name)
         except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
-            return RunInfo(name=name, state="damaged", told=f"{type(error).__name__}: {error}")
+            return RunInfo(name=name, state="damaged", error=f"{type(error).__name__}: {error}")
 
     def _read(self, name: str) -> RunInfo:
         children, config = self._children(name), self._config(name)
-        errors = [child for child in children if child.startswith(ERROR)]
-        steps = [c for c in children if c.startswith(STEP) and c[len(STEP) :].isdecimal()]
-        whole = [step for step in steps if self._is_file(f"{name}/{step}/state.json")]
-        newest = f"{name}/{whole[-1]}/state.json" if whole else ""
+        errors = [child for child in children if child.startswith(ERROR_PREFIX)]
+        complete = [
+            child
+            for child in children
+            if child.startswith(STEP_PREFIX) and self._is_file(f"{name}/{child}/{STATE_NAME}")
+        ]
+        if FINAL_NAME in children:
+            state: State = "finished"
+        elif self._is_running(name):
+            state = "running"
+        else:
+            state = "failed" if errors else "stopped"
+        # Only the configuration of that script has the field
+        fields = (("prior", "prior"), ("stage", "decoder"), ("sam_rho", "clip"))
+        key, kind = next((pair for pair in fields if pair[0] in config), ("", "unknown"))
+        variant = config.get(key)
         return RunInfo(
             name=name,
-            state=self._state(name, children, errors),
-            kind=_kind(config),
-            told=self._text(f"{name}/{errors[0]}") if errors else "",
+            state=state,
+            kind=f"{kind} {variant}" if isinstance(variant, str) else kind,
+            error=self._text(f"{name}/{errors[0]}") if errors else "",
             snapshots={
-                child.removeprefix(SNAPSHOT).removesuffix(".txt"): self._text(f"{name}/{child}")
+                child.removeprefix(SNAPSHOT_PREFIX).removesuffix(".txt"): self._text(
+                    f"{name}/{child}"
+                )
                 for child in children
-                if child.startswith(SNAPSHOT)
+                if child.startswith(SNAPSHOT_PREFIX)
             },
-            last=self._last_line(f"{name}/{METRICS}"),
-            validation=self._last_line(f"{name}/{VALIDATION}"),
-            incident=self._last_line(f"{name}/{INCIDENTS}"),
-            scores=_mapping(self._text(f"{name}/{EVAL}")),
-            checkpoints=tuple(whole),
-            checkpoint_age=self._age(newest) if newest else None,
+            last=self._last_line(f"{name}/{METRICS_NAME}"),
+            validation=self._last_line(f"{name}/{VALIDATION_NAME}"),
+            incident=self._last_line(f"{name}/{INCIDENTS_NAME}"),
+            scores=_parse_object(self._text(f"{name}/{EVAL_NAME}")),
+            checkpoints=tuple(complete),
+            checkpoint_age=self._age(f"{name}/{complete[-1]}/{STATE_NAME}") if complete else None,
         )
-
-    def _state(self, name: str, children: list[str], errors: list[str]) -> State:
-        if FINAL in children:
-            return "finished"
-        if self._is_running(name):
-            return "running"
-        return "failed" if errors else "stopped"
 
     def _is_running(self, name: str) -> bool:
-        if not self.is_local:
-            names = () if self._is_file(f"{name}/{FINAL}") else (CONFIG, METRICS)
-            found = [self._age(f"{name}/{file}") for file in names]
-            return any(age is not None and age < RECENT_SECONDS for age in found)
-        return any(self._is_held(f"{name}/{lock}") for lock in LOCKS)
-
-    def _is_held(self, lock: str) -> bool:
-        if not self._is_file(lock):
+        if self._is_local:
+            for lock in LOCKS:
+                if self._is_file(f"{name}/{lock}"):
+                    with open(self._path(f"{name}/{lock}")) as file:
+                        if not try_lock(file, shared=True):
+                            return True
             return False
-        with open(self._path(lock)) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        if self._is_file(f"{name}/{FINAL_NAME}"):
+            return False
+        ages = [self._age(f"{name}/{file}") for file in (CONFIG_NAME, METRICS_NAME)]
+        return any(age is not None and age < RECENT_SECONDS for age in ages)
 
     def size(self, name: str) -> int:
-        """Return the bytes of all files of a folder; a link counts nothing."""
-        if not self.is_local:
-            return int(self._files.du(self._path(name)))
-        found = (
-            os.path.join(folder, file)
-            for folder, _, files in os.walk(self._path(name))
-            for file in files
-        )
-        return sum(os.lstat(path).st_size for path in found if not os.path.islink(path))
+        """Return the bytes of all files of a folder."""
+        return int(self._files.du(self._path(name)))
 
     def remove(self, name: str) -> None:
-        """Delete a folder that bears our mark, the mark last: a removal that is cut short can be
-        repeated.
+        """Delete a run or a demo, its mark last: a removal that is cut short can be repeated.
 
-        Raises ValueError for one without a mark, or that runs.
+        Raises ValueError for a folder without a mark, or that runs.
         """
-        name = self.inside(name)
+        name = self.resolve(name)
         if not self.is_ours(name):
-            raise ValueError(f"{plain(name)}: found no mark of ours, expected a run or a demo")
-        running = [each for each in self._runs_in(name) if self._is_running(each)]
-        if running:
-            raise ValueError(
-                f"{plain(running[0])}: found it running, expected it to be stopped; `touch stop` "
-                "in its folder ends it with a checkpoint"
-            )
-        marks = (CONFIG, DEMO)
-        for child in [*(c for c in self._children(name) if c not in marks), *marks]:
+            raise ValueError(f"{printable(name)}: found no mark of ours, expected a run or a demo")
+        children = self._children(name)
+        for run in (name, *(f"{name}/{child}" for child in children)):
+            if self.is_run(run) and self._is_running(run):
+                raise ValueError(
+                    f"{printable(run)}: found it running, expected it to be stopped; `touch stop` "
+                    "in its folder ends it with a checkpoint"
+                )
+        for child in sorted(children, key=lambda child: child in MARKS):
             self._delete(f"{name}/{child}")
         self._delete(name)
 
-    def _runs_in(self, name: str) -> list[str]:
-        inner = [f"{name}/{child}" for child in self._children(name)]
-        return [each for each in (name, *inner) if self.is_run(each)]
-
     def _delete(self, name: str) -> None:
         path = self._path(name)
-        if not self.is_local:
+        if not self._is_local:
             if any(letter in path for letter in "*?["):  # fsspec would take it for a pattern
                 raise ValueError(f"{name}: found * ? or [, expected none: delete it by hand")
             if self._files.exists(path):
@@ -208,34 +209,30 @@ class RunsFolder:
 
     def _children(self, name: str) -> list[str]:
         path = self._path(name)
-        if self.is_local:
-            return sorted(os.listdir(path)) if os.path.isdir(path) else []
-        found = (each.rstrip("/") for each in self._files.ls(path, detail=False))
-        return sorted(each.rpartition("/")[2] for each in found if each != path)
+        if not self._files.isdir(path):
+            return []
+        paths = (child.rstrip("/") for child in self._files.ls(path, detail=False))
+        return sorted(child.rpartition("/")[2] for child in paths if child != path)
 
     def _is_file(self, name: str) -> bool:
-        """Say whether there is a file of that name; a link to one, or below one, is none."""
+        """Return whether there is a file of that name; a link to one, or below one, is none."""
         path = self._path(name)
-        if not self.is_local:
-            return bool(self._files.isfile(path))
-        links = (path, os.path.dirname(path))
-        return os.path.isfile(path) and not any(map(os.path.islink, links))
+        if self._is_local and any(map(os.path.islink, (path, os.path.dirname(path)))):
+            return False
+        return bool(self._files.isfile(path))
 
     def _text(self, name: str, start: int | None = None) -> str:
         """Return a file's text, its beginning if it is huge, or from `start`; "" if absent."""
         if not self._is_file(name):
             return ""
-        stop = MOST_BYTES if start is None else None
-        data = self._files.cat_file(self._path(name), start=start, end=stop)
+        end = MAX_BYTES if start is None else None
+        data = self._files.cat_file(self._path(name), start=start, end=end)
         return data.decode(errors="replace").strip()
 
     def _last_line(self, name: str) -> dict[str, Any]:
-        """Return the last whole line of a file of JSON objects; {} if there is none."""
-        for line in reversed(self._text(name, start=-TAIL_BYTES).splitlines()):
-            found = _mapping(line)
-            if found:
-                return found
-        return {}
+        """Return the last complete line of a file of JSON objects; {} if there is none."""
+        lines = reversed(self._text(name, start=-TAIL_BYTES).splitlines())
+        return next(filter(None, map(_parse_object, lines)), {})
 
     def _age(self, name: str) -> float | None:
         if not self._is_file(name):
@@ -246,35 +243,24 @@ class RunsFolder:
         import yaml
 
         try:
-            found = yaml.safe_load(self._text(f"{name}/{CONFIG}"))
+            config = yaml.safe_load(self._text(f"{name}/{CONFIG_NAME}"))
         except (yaml.YAMLError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return config if isinstance(config, dict) else {}
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def _parse_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object; anything else is an empty one."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
-def _kind(config: dict[str, Any]) -> str:
-    """Say which script's run it is, and of what: only that script's configuration has the field."""
-    for field_name, kind in (("prior", "prior"), ("stage", "decoder"), ("sam_rho", "clip")):
-        if field_name in config:
-            value = config[field_name]
-            return f"{kind} {value}" if isinstance(value, str) else kind
-    return "unknown"
-
-
-def plain(text: Any) -> str:
-    """Return text that a terminal shows as it is: escapes and what turns its direction are spelled
-    out, and it has no line ends."""
-    return "".join(_shown(str(text)))
-
-
-def _shown(text: str) -> Iterator[str]:
-    for sign in text:
-        yield sign if sign.isprintable() else sign.encode("unicode_escape").decode()
+def printable(value: object) -> str:
+    """Return text for a terminal: control and direction characters are spelled out."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in str(value)
+    )
