@@ -1,6 +1,7 @@
 """One training step of one model, by a bare PyTorch loop and by
 the engines of training/engine/engines.py."""
 
+import math
 import os
 import tempfile
 import time
@@ -127,7 +128,7 @@ def engine_step(
     from training.config import TrainConfig
     from training.engine.ema import Averages
     from training.engine.engines import PlainEngine, ZeroEngine
-    from training.loop import _agreed, _forward_backward
+    from training.loop import all_reduce_scores
 
     stage: Any = 0 if engine == "plain" else int(engine.removeprefix("zero"))
     config = TrainConfig.of(
@@ -141,11 +142,11 @@ def engine_step(
     model.train()
 
     def step() -> None:
-        scores = _forward_backward(made, [batch])
-        finite, _, _ = _agreed(made, scores, stop=False, written=True)
-        if not finite:
-            raise FloatingPointError("a loss that is not finite")
-        made.step(1.0)
+        loss = made.losses(batch)["loss"].mean()
+        made.backward(loss)
+        all_reduce_scores(made, {"loss": loss.detach()}, stop=False, written=True)
+        if not math.isfinite(made.step(1.0)):
+            raise FloatingPointError("found a gradient that is not finite")
         averages.update(next(count), 0)
 
     return step, lambda: _checkpointed(made, averages) if engine == "plain" else {}
@@ -154,23 +155,19 @@ def engine_step(
 def _checkpointed(engine: Any, averages: Any) -> dict[str, float]:
     """Return how long a checkpoint holds up the steps, and how long it takes to write; the first
     one, which touches the memory of its copy for the first time, apart."""
-    from functools import partial
-
-    from training.checkpoints import checkpoint
+    from training.checkpoints.checkpointer import Checkpointer
     from training.checkpoints.records import Progress
-    from training.checkpoints.writer import Writer
+    from training.config import TrainConfig
 
-    writer, copies, blocked = Writer(beside=True), checkpoint.Copies(), []
+    blocked = []
     with tempfile.TemporaryDirectory() as folder:
+        config, export = TrainConfig(), {"kind": "benchmark"}
+        checkpoints = Checkpointer(Path(folder), engine, averages, export, config)
         for step in (1, 2):
             started = time.perf_counter()
-            writer.begin(
-                partial(
-                    checkpoint.capture, Path(folder), engine, averages, Progress(step=step),
-                    {"kind": "benchmark"}, copies,
-                )
-            )  # fmt: skip
+            checkpoints.save(Progress(step=step))
             blocked.append(time.perf_counter() - started)
-            writer.finish()
+            checkpoints.wait()
+        write = checkpoints.write_seconds
     first, block = blocked
-    return {"first_block_seconds": first, "block_seconds": block, "write_seconds": writer.seconds}
+    return {"first_block_seconds": first, "block_seconds": block, "write_seconds": write}

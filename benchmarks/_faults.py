@@ -17,7 +17,7 @@ import psutil
 
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import HEARTBEATS_FOLDER, METRICS_NAME, step_of
-from training.checkpoints.records import records
+from training.checkpoints.records import valid_records
 from training.runs.events import Recovery, read_timeline, recovery_after, trained_samples
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,7 +165,7 @@ class Training:
     def checkpoints(self) -> list[int]:
         """Return the steps of the checkpoints that are whole."""
         exported = [path.parent for path in self.run.glob("step_*/state.json")]
-        return [step_of(folder) for folder in exported if records(folder)]
+        return [step_of(folder) for folder in exported if valid_records(folder)]
 
     def recovery(self, fault: float) -> Recovery | None:
         return recovery_after(read_timeline(self.run), fault)

@@ -137,15 +137,17 @@ def _memory(pid: str) -> tuple[str, float, float]:
 def _read_epoch(root: Path) -> int:
     """Read every image and embedding once, as training does."""
     from ingest.shards import load_snapshot
-    from training.data.dataloader import Feed
-    from training.data.readers import JoinedReader
-    from training.data.sampler import Plan
+    from training.data.dataloader import KeyedDataset, ThreadedLoader
+    from training.data.datasets import PairDataset
+    from training.data.sampler import Plan, PlanSampler
 
     images, embeds = (load_snapshot(root / kind) for kind in ("images", "embeds"))
-    reader = JoinedReader(images, embeds, 64, num_threads=2)
+    reader = PairDataset(images, embeds, 64, num_threads=2)
     plan = Plan(data_sets=reader.data_sets, global_batch_size=256, seed=0)
     count = 0
-    for (batch,) in Feed(plan=plan, reader=reader).iterate(0, plan.steps_per_epoch):
+    dataset = KeyedDataset(samples=reader, seed=0)
+    loader = ThreadedLoader(dataset=dataset, sampler=PlanSampler(plan=plan))
+    for (batch,) in loader.steps(0, plan.steps_per_epoch):
         count += batch.num_real
     if count != images.num_samples:
         raise RuntimeError(f"read {count} of {images.num_samples} samples")

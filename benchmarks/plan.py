@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cluster.base.cli import parse, run_script
 from ingest.shards import ShardEntry, load_snapshot, shard_name, write_manifest
 from ingest.store.snapshots import write_snapshot
-from training.data.readers import EmbedReader
+from training.data.datasets import EmbedDataset
 from training.data.sampler import Plan
 
 
@@ -44,7 +44,7 @@ def main(config: Config) -> int:
         loaded = time.perf_counter() - started
     started = time.perf_counter()
     plan = Plan(
-        data_sets=EmbedReader(snapshot).data_sets,
+        data_sets=EmbedDataset(snapshot).data_sets,
         global_batch_size=config.global_batch_size,
         seed=0,
         num_streams=config.num_streams,

@@ -179,14 +179,13 @@ def _times(config: Config, model: Any, columns: Any, settings: Any, device: Any)
     """Return the seconds of a step, by parts of `num_steps` steps."""
     from training.engine.ema import Averages
     from training.engine.engines import PlainEngine
-    from training.loop import _forward_backward
 
     engine = PlainEngine(model, _objective, settings, device)
     averages = Averages(engine.fragments(), settings.ema_decay)
     model.train()
 
     def step(number: int) -> None:
-        _forward_backward(engine, [columns])
+        engine.backward(engine.losses(columns)["loss"].mean())
         engine.step(1e-3)
         averages.update(number, 0)
 

@@ -194,10 +194,10 @@ def _ours_raw(shards: list[Any]) -> Iterator[int]:
 
 def _ours_decoded(root: Path, config: Config) -> Iterator[int]:
     from ingest.shards import load_snapshot
-    from training.data.readers import ImageReader
+    from training.data.datasets import ImageDataset
 
     snapshot = load_snapshot(root / "images")
-    reader = ImageReader(snapshot, SIZE)  # what training reads by, in its order
+    reader = ImageDataset(snapshot, SIZE)  # what training reads by, in its order
     order = np.random.default_rng(0).permutation(snapshot.num_samples)
     for start in range(0, len(order), 64):
         yield len(reader.read(order[start : start + 64])["image"])
@@ -207,19 +207,20 @@ def _feed(root: Path, config: Config) -> Any:
     import torch
 
     from ingest.shards import load_snapshot
-    from training.data.dataloader import Feed
-    from training.data.readers import EmbedReader
-    from training.data.sampler import Plan
+    from training.data.dataloader import KeyedDataset, ThreadedLoader
+    from training.data.datasets import EmbedDataset
+    from training.data.sampler import Plan, PlanSampler
 
     torch.set_num_threads(1)
-    reader = EmbedReader(load_snapshot(root / "embeds"))
+    reader = EmbedDataset(load_snapshot(root / "embeds"))
     plan = Plan(data_sets=reader.data_sets, global_batch_size=config.batch_size, seed=0)
-    return Feed(plan=plan, reader=reader)  # as stored: the device widens them to float32
+    dataset = KeyedDataset(samples=reader, seed=0)  # as stored: the device widens them to float32
+    return ThreadedLoader(dataset=dataset, sampler=PlanSampler(plan=plan))
 
 
 def _ours_embeds(feed: Any) -> Iterator[int]:
-    for step in range(feed.plan.steps_per_epoch):
-        (batch,) = feed.step_batches(step)
+    for step in range(feed.sampler.plan.steps_per_epoch):
+        (batch,) = feed.read(step)
         assert len(batch["image_embed"]) == len(batch["text_embed"])
         yield batch.num_real
 

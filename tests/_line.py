@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from training.checkpoints.records import Progress
 from training.config import RunConfig, TrainConfig
 from training.data.dataloader import Batch
+from training.data.datasets import ColumnDataset
 from training.engine.engines import PlainEngine
-from training.loop import Job, train
+from training.loop import Task, train
 from training.runs.reporting import Reporter
 
 NUM_SAMPLES = 10  # of batches of 4: the last one of an epoch has 2
@@ -23,31 +24,35 @@ CONFIG = TrainConfig.of(
 Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 
-class Line:
+class Line(ColumnDataset):
     """Points of y = 2 x + 1."""
 
-    data_sets: tuple[tuple[int, ...], ...] = ((NUM_SAMPLES,),)
+    data_sets = ((NUM_SAMPLES,),)
 
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Return `x` and `y`, float32 [n, 1]."""
         x = index[:, None].astype(np.float32) / NUM_SAMPLES
         return {"x": x, "y": 2 * x + 1}
 
 
 def squared_error(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return the squared error [B]."""
     return {"loss": (model(batch["x"]) - batch["y"]).square()[:, 0]}
 
 
 def network() -> nn.Module:
+    """Build the line, from the same weights each time."""
     torch.manual_seed(0)
     return nn.Linear(1, 1)
 
 
 def run(
-    path: Path, config: TrainConfig = CONFIG, objective: Objective = squared_error, **told: Any
+    path: Path, config: TrainConfig = CONFIG, objective: Objective = squared_error, **fields: Any
 ) -> tuple[nn.Module, Progress]:
-    """told: what else the job knows to do."""
+    """Train the line, or continue; fields: more of the task's."""
     path.mkdir(exist_ok=True)
-    export = {"kind": "line"}
-    job = Job(model=network(), objective=objective, build_reader=Line, export=export, **told)
-    engine = PlainEngine(job.model, job.objective, config, torch.device("cpu"))
-    return job.model, train(job, RunConfig(train=config), engine, path, Reporter(path, config, 0))
+    task = Task(
+        model=network(), objective=objective, build_dataset=Line, export={"kind": "line"}, **fields
+    )
+    engine = PlainEngine(task.model, task.objective, config, torch.device("cpu"))
+    return task.model, train(task, RunConfig(train=config), engine, path, Reporter(path, config, 0))

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from training.checkpoints import checkpoint
-from training.checkpoints.records import FORMAT, Progress, Record, records
+from cluster.base.files import digest_file
+from training.checkpoints.records import FORMAT, Progress, Record, valid_records
 
 
 def write_by_three_ranks(folder: Path, whole: torch.Tensor) -> list[Record]:
@@ -25,9 +25,9 @@ def write_by_three_ranks(folder: Path, whole: torch.Tensor) -> list[Record]:
         save_file(mine, str(path))
         record = Record(
             format=FORMAT, rank=rank, world_size=3, optimizer_step=5,
-            sha256=checkpoint.digest_file(path), progress=dataclasses.asdict(Progress(step=5)),
+            sha256=digest_file(path), progress=dataclasses.asdict(Progress(step=5)),
         )  # fmt: skip
         path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(record)))
-    found = records(folder)
-    assert found is not None
-    return found
+    records = valid_records(folder)
+    assert records is not None
+    return records

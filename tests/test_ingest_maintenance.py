@@ -26,8 +26,8 @@ from ingest.store.commits import committed, damage, exclusive
 from ingest.store.removal import Forgotten, read_request, record_request
 from ingest.store.snapshots import load_snapshot, publish_snapshot
 from ingest.store.storage import storage_of
-from training.data import demo_data, readers
-from training.data.readers import ImageReader, JoinedReader
+from training.data import datasets, demo_data
+from training.data.datasets import ImageDataset, PairDataset
 
 NUM_ROWS, SHARD = 12, 4
 
@@ -218,9 +218,9 @@ def test_an_order_pinned_before_stays_with_neighbours_in_the_gaps(download, site
 
 
 def test_open_readers_drop_what_was_forgotten(download, site, tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(datasets, "CHECK_SECONDS", 0.0)
     root, snapshot = download.out, load_snapshot(download.out)
-    reader = ImageReader(snapshot, 32)
+    reader = ImageDataset(snapshot, 32)
     rows = np.arange(snapshot.num_samples)
     before = reader.read(rows)["image"]
     ask = request(tmp_path, *table_of(root)["url"][1:3])
@@ -256,7 +256,7 @@ def test_embeddings_follow_their_images(download, site, embedded, tmp_path):
     images, pinned = load_snapshot(download.out), load_snapshot(embedded)
     old = {key: i for e in pinned.shards for i, key in enumerate(EmbedShard(embedded, e.name).keys)}
     vectors = {key: EmbedShard(embedded, key[:6]).image_embed[i].copy() for key, i in old.items()}
-    JoinedReader(images, pinned, 32)
+    PairDataset(images, pinned, 32)
     assert main(forgetting(download, site, tmp_path)) == 0
     assert whole(str(embedded))
     for name in committed(download.out):
@@ -266,7 +266,7 @@ def test_embeddings_follow_their_images(download, site, embedded, tmp_path):
             assert np.array_equal(shard.image_embed[i], vectors[key])
     assert files_with(embedded, "caption 5'") == []
     for a, b in ((images, pinned), (load_snapshot(download.out), load_snapshot(embedded))):
-        read = JoinedReader(a, b, 32).read(np.arange(b.num_samples))
+        read = PairDataset(a, b, 32).read(np.arange(b.num_samples))
         assert len(read["image"]) == len(read["image_embed"]) == b.num_samples
     assert load_snapshot(embedded).num_samples == 8
     before = digests(embedded)

@@ -13,7 +13,7 @@ from ingest.embedding.near_duplicates import near_duplicates
 from ingest.embedding.publish import Rules, publish_embeds
 from ingest.embedding.statistics import COSINE_EDGES, EmbedStatistics
 from ingest.shards import Attempt, EmbedShard, load_snapshot, write_embed_shard, write_manifest
-from training.data.readers import EmbedReader, JoinedReader
+from training.data.datasets import EmbedDataset, PairDataset
 from training.data.sampler import Plan
 
 
@@ -140,7 +140,7 @@ def test_verify_sets_embeddings_aside_and_what_is_left_out_stays_out(embeds, cap
 
 def test_readers_read_all_the_rest_once_an_epoch(embeds):
     snapshot, _ = publish_embeds(embeds, Rules(min_similarity=0.3, dedup=0.95))
-    reader = EmbedReader(snapshot)
+    reader = EmbedDataset(snapshot)
     plan = Plan(data_sets=reader.data_sets, global_batch_size=8, seed=0)
     read = [plan.slice(step) for step in range(plan.steps_per_epoch)]
     index = np.concatenate([part.index[part.weight > 0] for part in read])
@@ -155,7 +155,7 @@ def test_statistics_are_those_of_what_is_read(embeds):
     snapshot, _ = publish_embeds(embeds, Rules(min_similarity=0.3))
     found = EmbedStatistics.read(embeds)
     assert found.snapshot == snapshot.digest and found.count == 54
-    read = EmbedReader(snapshot).read(np.arange(54))
+    read = EmbedDataset(snapshot).read(np.arange(54))
     image, text = (read[f"{part}_embed"].astype(np.float64) for part in ("image", "text"))
     assert np.allclose(found.mean, image.mean(0)) and np.allclose(found.std, image.std(0))
     assert np.array_equal(found.cosines, np.histogram((image * text).sum(1), COSINE_EDGES)[0])
@@ -165,7 +165,7 @@ def test_statistics_are_those_of_what_is_read(embeds):
 def test_a_joined_row_is_one_sample_where_some_are_left_out(write_data, tmp_path):
     root = write_data(tmp_path, num_shards=2, samples_per_shard=6)
     images = load_snapshot(root / "images")
-    whole = JoinedReader(images, load_snapshot(root / "embeds"), 16)
+    whole = PairDataset(images, load_snapshot(root / "embeds"), 16)
     cosines = np.concatenate([
         (np.float32(shard.image_embed) * np.float32(shard.text_embed)).sum(1)
         for shard in (EmbedShard(root / "embeds", f"{n:06d}") for n in range(2))
@@ -174,6 +174,6 @@ def test_a_joined_row_is_one_sample_where_some_are_left_out(write_data, tmp_path
     part, left_out = publish_embeds(root / "embeds", rules)
     kept = np.flatnonzero(cosines >= rules.min_similarity)
     assert left_out["low_similarity"] == 6 == part.num_samples == len(kept)
-    found = JoinedReader(images, part, 16).read(np.arange(6))
+    found = PairDataset(images, part, 16).read(np.arange(6))
     expected = whole.read(kept)
     assert all(np.array_equal(found[name], expected[name]) for name in expected)

@@ -13,7 +13,7 @@ from ingest.shards import EmbedShard, ImageShard, load_snapshot
 from ingest.store.commits import committed
 from ingest.store.shard_cache import LocalCopies, local_file
 from ingest.store.storage import storage_of
-from training.data.readers import JoinedReader
+from training.data.datasets import PairDataset
 
 REMOTE = "memory://shards"
 
@@ -42,7 +42,7 @@ def copies(tmp_path: Path) -> list[str]:
 
 def test_remote_samples_are_the_local_ones_and_come_once(data: Path, remote: str, tmp_path: Path):
     roots = [(data / "images", data / "embeds"), (f"{remote}/images", f"{remote}/embeds")]
-    readers = [JoinedReader(load_snapshot(a), load_snapshot(b), 32) for a, b in roots]
+    readers = [PairDataset(load_snapshot(a), load_snapshot(b), 32) for a, b in roots]
     index = np.random.default_rng(0).permutation(24)
     for name, expected in readers[0].read(index).items():
         assert np.array_equal(readers[1].read(index)[name], expected), name

@@ -21,7 +21,7 @@ from models.unclip import UnClip
 from training.config import DecoderRunConfig, PriorRunConfig
 from training.data import demo_data
 from training.data.dataloader import as_batch
-from training.loop import Job
+from training.loop import Task
 from training.tasks import clip_and_decoder as jobs
 from training.tasks import prior as prior_job
 
@@ -92,7 +92,7 @@ def test_a_run_s_path_is_made_absolute_before_its_suffix(
 def test_a_dropped_caption_is_the_empty_one_where_that_is_asked_for(data: Path):
     config = decoder(data, empty_caption=True, text_embed_cond=True)
     encoder = load_clip(f"{SPEC}+raw")
-    reader, index = jobs.decoder_reader(config), torch.arange(40)
+    reader, index = jobs.decoder_dataset(config), torch.arange(40)
     batch = as_batch(reader.read(index.numpy()), index).to(torch.device("cpu"))
     drop = dropped_captions(config.base, batch.keys)
     assert 8 < int(drop.sum()) < 32
@@ -114,12 +114,12 @@ def test_a_dropped_caption_is_the_empty_one_where_that_is_asked_for(data: Path):
 def test_what_is_not_dropped_is_read_and_what_is_dropped_is_not(data: Path, empty_caption: bool):
     """Another caption changes the loss of the samples that keep theirs, and of no other."""
     config = decoder(data, empty_caption=empty_caption, text_embed_cond=True)
-    job: Job = jobs.build_decoder(config)
+    job: Task = jobs.build_decoder(config)
     torch.manual_seed(0)
     for parameter in job.model.parameters():
         parameter.data.normal_(std=0.1)
     index = torch.arange(40)
-    batch = as_batch(jobs.decoder_reader(config).read(index.numpy()), index)
+    batch = as_batch(jobs.decoder_dataset(config).read(index.numpy()), index)
     batch = batch.to(torch.device("cpu"))
     other = as_batch({name: value.numpy() for name, value in batch.columns.items()}, batch.keys)
     other.columns["tokens"] = batch["tokens"].roll(1, 0)
@@ -145,7 +145,7 @@ def test_edits_tell_a_decoder_what_training_told_it_where_it_dropped_the_caption
     for parameter in model.parameters():
         parameter.data.normal_(std=0.1)
     index = torch.arange(4)
-    batch = as_batch(jobs.decoder_reader(config).read(index.numpy()), index)
+    batch = as_batch(jobs.decoder_dataset(config).read(index.numpy()), index)
     batch = batch.to(torch.device("cpu"))
     x, t, never = torch.randn(4, 3, 16, 16), torch.full((4,), 500), torch.zeros(4).bool()
     trained = jobs.decoder_condition(encoder, config, batch, ~never if empty_caption else None)

@@ -115,7 +115,7 @@ def main() -> None:
         read.clear()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            step = records.newest_agreed(run, engine)
+            step = records.newest_valid_step(run, engine)
         found.append({"step": step, "read": list(read)})
     print(json.dumps(found))
     dist.barrier()

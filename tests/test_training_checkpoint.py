@@ -25,7 +25,7 @@ from models.configs import (
     UpsamplerConfig,
 )
 from models.weights import FINAL_NAME
-from training.checkpoints import checkpoint
+from training.checkpoints import checkpointer
 from training.checkpoints.records import Progress, newest_valid
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig, TrainConfig
 from training.runs.worker import prepare_run, train_here
@@ -52,7 +52,7 @@ def clip_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
                        patch_size=16, vocab_size=512)  # fmt: skip
     train = with_options(TRAIN, micro_batch_size=0)
     config = ClipRunConfig(images=(str(data / "images"),), run=str(run), model=model, train=train)
-    return config, jobs.build_clip_job
+    return config, jobs.build_clip_task
 
 
 def prior_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
@@ -205,20 +205,17 @@ def test_a_compiled_network_trains_as_it_does_uncompiled(data: Path, tmp_path: P
         torch.testing.assert_close(found[name], value, atol=2e-3, rtol=1e-2, msg=name)
 
 
-EARLY = (
-    "save_file",
-    "digest_file",
-    "_write_text",
-)  # before the record that makes a checkpoint count
+EARLY = ("save_file", "digest_file", "write_json")  # before the record that makes it count
 
 
 @pytest.mark.filterwarnings("ignore:.*incomplete; skipped")
-@pytest.mark.parametrize("where", [*EARLY, "_export", "prune", "finish"])
+@pytest.mark.parametrize("where", [*EARLY, "export", "prune", "finish"])
 def test_a_run_killed_inside_its_last_checkpoint_ends_the_same(
     where: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     expected = contents(train(prior_run, data, tmp_path / "whole"))
-    real = getattr(checkpoint, where)
+    owner = checkpointer.Checkpointer if where == "finish" else checkpointer
+    real = getattr(owner, where)
 
     def killed(*args, **kwargs):
         late = (run / step_folder(run, WHOLE).name).is_dir()
@@ -227,7 +224,7 @@ def test_a_run_killed_inside_its_last_checkpoint_ends_the_same(
         return real(*args, **kwargs)
 
     run = tmp_path / "run"
-    monkeypatch.setattr(checkpoint, where, killed)
+    monkeypatch.setattr(owner, where, killed)
     with pytest.raises(KeyboardInterrupt):
         train(prior_run, data, run)
     monkeypatch.undo()

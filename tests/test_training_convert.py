@@ -18,7 +18,7 @@ from models.unclip import UnClip, load_model
 from models.upsampler import Upsampler
 from training import convert
 from training.convert import ConvertConfig
-from training.data.datasets import start_from
+from training.data.inputs import start_from
 
 PARTS = ("prior", "decoder", "upsampler")
 SPEC = "tiny:random"

@@ -1,4 +1,4 @@
-"""Laws of the plan (once an epoch, whoever reads) and of the feed (where it continues)."""
+"""Laws of the plan (once an epoch, whoever reads) and of the loader (where it continues)."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from training.data.dataloader import Cached, Feed
-from training.data.sampler import Plan
+from training.data.dataloader import KeyedDataset, ThreadedLoader
+from training.data.datasets import ColumnDataset, SampleCache
+from training.data.sampler import Plan, PlanSampler
 
 SHARDS = [(5,), (12,), (7, 1, 9, 4), (3,) * 9, (20, 1, 1, 1, 20)]
 
@@ -26,8 +27,8 @@ def epoch(plan: Plan, number: int) -> list[int]:
     return [i for step in steps for i in real(plan, step)]
 
 
-class Numbers:
-    """A reader whose samples are their own numbers; `broken` ones raise."""
+class Numbers(ColumnDataset):
+    """A data set whose samples are their own numbers; `broken` ones raise."""
 
     def __init__(self, data_sets: tuple[tuple[int, ...], ...], broken: int = -1) -> None:
         self.data_sets, self.broken = data_sets, broken
@@ -38,8 +39,11 @@ class Numbers:
         return {"number": index.copy()}
 
 
-def feed(of: Plan, broken: int = -1, **changes) -> Feed:
-    return Feed(plan=of, reader=Numbers(of.data_sets, broken), **changes)
+def loader(of: Plan, broken: int = -1, parts: int = 1, **rank: int) -> ThreadedLoader:
+    samples = Numbers(of.data_sets, broken)
+    dataset = KeyedDataset(samples=samples, seed=of.seed, grad_accum_steps=parts)
+    sampler = PlanSampler(plan=of, grad_accum_steps=parts, **rank)
+    return ThreadedLoader(dataset=dataset, sampler=sampler)
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -57,7 +61,7 @@ def test_every_sample_comes_exactly_once_an_epoch(
     of = plan(shard_sizes, num_streams=num_streams, block_size=block_size, window=window)
     for number in range(3):
         assert sorted(epoch(of, number)) == list(range(sum(shard_sizes)))
-    first = [feed(of).step_batches(step)[0] for step in range(of.steps_per_epoch)]
+    first = [loader(of).read(step)[0] for step in range(of.steps_per_epoch)]
     assert sum(batch.num_real for batch in first) == sum(shard_sizes)
 
 
@@ -196,13 +200,13 @@ def test_an_empty_set_and_impossible_streams_are_refused():
             plan(num_streams=num_streams)
 
 
-# -- the feed --------------------------------------------------------------------------------------
+# -- the loader ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 8])
-def test_a_feed_continues_at_any_step(start: int):
-    of = feed(plan())
-    whole, rest = list(of.iterate(0, 9)), list(of.iterate(start, 9))
+def test_a_loader_continues_at_any_step(start: int):
+    of = loader(plan())
+    whole, rest = list(of.steps(0, 9)), list(of.steps(start, 9))
     assert len(rest) == 9 - start
     for (expected,), (found,) in zip(whole[start:], rest, strict=True):
         assert torch.equal(found.keys, expected.keys)
@@ -215,12 +219,12 @@ def test_keys_belong_to_samples_however_they_are_dealt(world_size: int, parts: i
     """Workers and micro-batches part a step's samples; each keeps its key."""
     of = plan()
     for step in range(of.steps_per_epoch + 1):
-        (whole,) = feed(of).step_batches(step)
+        (whole,) = loader(of).read(step)
         expected = dict(zip(whole["number"].tolist(), whole.keys.tolist(), strict=True))
         found = {}
         for rank in range(world_size):
-            mine = feed(of, rank=rank, world_size=world_size, grad_accum_steps=parts)
-            batches = mine.step_batches(step)
+            of_rank = loader(of, parts=parts, rank=rank, world_size=world_size)
+            batches = of_rank.read(step)
             assert len(batches) == parts
             assert {b.num_real for b in batches} == {whole.num_real}
             for b in batches:
@@ -230,23 +234,23 @@ def test_keys_belong_to_samples_however_they_are_dealt(world_size: int, parts: i
 
 def test_a_sample_has_another_key_in_every_epoch():
     of = plan((12,))
-    keys = [feed(of).step_batches(step)[0].keys for step in range(4)]
+    keys = [loader(of).read(step)[0].keys for step in range(4)]
     assert len(torch.cat(keys).unique()) == 48
 
 
-def test_an_error_of_the_reader_reaches_the_consumer():
+def test_an_error_of_the_data_set_reaches_the_consumer():
     of = plan((12,) * 4)
-    batches = feed(of, broken=30).iterate(0, 8)
+    batches = loader(of, broken=30).steps(0, 8)
     with pytest.raises(ValueError, match="sample 30 is damaged"):
         list(batches)
 
 
-def test_a_feed_that_is_left_early_stops_reading():
+def test_a_loader_that_is_left_early_stops_reading():
     import threading
 
-    batches: Any = feed(plan()).iterate(0, 10_000)
+    batches: Any = loader(plan()).steps(0, 10_000)
     next(batches)
-    threads = [t for t in threading.enumerate() if t.name == "feed"]
+    threads = [t for t in threading.enumerate() if t.name == "dataloader"]
     batches.close()
     for thread in threads:
         thread.join(timeout=5)
@@ -260,7 +264,7 @@ def test_a_cache_reads_once_while_there_is_room_and_again_beyond():
         asked.append(i)
         return np.full(2, i, dtype=np.int64)
 
-    cached = Cached(read_one, limit_bytes=32)  # room for two
+    cached = SampleCache(read_one, limit_bytes=32)  # room for two
     for _ in range(2):
         assert cached.read(np.array([0, 1, 2])).tolist() == [[0, 0], [1, 1], [2, 2]]
     assert asked == [0, 1, 2, 2]
@@ -269,7 +273,7 @@ def test_a_cache_reads_once_while_there_is_room_and_again_beyond():
 @pytest.mark.parametrize("limit_bytes", [0, 64, 1 << 20])
 def test_threads_read_what_one_does(limit_bytes: int):
     order = np.random.default_rng(0).integers(0, 40, (10, 25))
-    cached = Cached(lambda i: np.full(2, i), limit_bytes=limit_bytes, num_threads=3)
+    cached = SampleCache(lambda i: np.full(2, i), limit_bytes=limit_bytes, num_threads=3)
     for index in order:
         assert (cached.read(index) == index[:, None]).all()
 
@@ -281,4 +285,4 @@ def test_an_error_of_one_thread_is_raised():
         return np.zeros(1)
 
     with pytest.raises(ValueError, match="sample 7"):
-        Cached(read_one, num_threads=2).read(np.arange(10))
+        SampleCache(read_one, num_threads=2).read(np.arange(10))

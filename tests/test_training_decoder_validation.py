@@ -14,7 +14,7 @@ from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
 from models.unclip import load_model
 from training.config import DecoderRunConfig, TrainConfig
 from training.data.dataloader import as_batch
-from training.data.datasets import prepare_data
+from training.data.inputs import prepare_data
 from training.engine.precision import device_of_run
 from training.runs.worker import launch
 from training.tasks import clip_and_decoder as jobs
@@ -69,7 +69,7 @@ def test_each_checkpoint_tells_the_loss_on_held_out_images_and_draws(
     job = jobs.build_decoder(dataclasses.replace(config, validation=(), validation_embeds=()))
     model, _ = load_model(run, "decoder" if make is base else "upsampler")
     images, embeds = jobs.latest(config.validation), jobs.latest(config.validation_embeds)
-    reader = jobs.stage_reader(config, images, embeds)
+    reader = jobs.stage_dataset(config, images, embeds)
     index = torch.arange(12)
     with torch.no_grad():
         losses = job.objective(model, as_batch(reader.read(index.numpy()), index))["loss"]

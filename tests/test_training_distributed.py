@@ -20,10 +20,10 @@ from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
 from models.configs import ClipConfig, DiffusionPriorConfig
 from training.config import ClipRunConfig, PriorRunConfig, RunConfig, TrainConfig
-from training.loop import Job
+from training.loop import Task
 from training.runs.events import read_timeline
 from training.runs.worker import launch
-from training.tasks.clip_and_decoder import build_clip_job
+from training.tasks.clip_and_decoder import build_clip_task
 from training.tasks.prior import build_prior
 
 pytestmark = pytest.mark.slow
@@ -120,7 +120,7 @@ def killed_half_way(run: Path, copy: Path) -> Path:
 # -- one curve -------------------------------------------------------------------------------------
 
 
-def build_with_a_bad_micro_batch(config: PriorRunConfig) -> Job:
+def build_with_a_bad_micro_batch(config: PriorRunConfig) -> Task:
     """The loss of one rank's first micro-batch of step 2 is infinite."""
     from training.tasks.prior import build_prior
 
@@ -167,11 +167,11 @@ def test_clip_contrasts_the_samples_of_all_workers(data: Path, tmp_path: Path):
     shared = dataclasses.replace(
         config, run=str(tmp_path / "two"), train=with_options(train, **two(0))
     )
-    found, expected = trained(shared, build_clip_job), trained(config, build_clip_job)
+    found, expected = trained(shared, build_clip_task), trained(config, build_clip_task)
     assert_close(found, expected, but="attn.in_proj_bias")
 
 
-def build_with_a_fault_of_one_rank(config: PriorRunConfig) -> Job:
+def build_with_a_fault_of_one_rank(config: PriorRunConfig) -> Task:
     """Rank 1 alone cannot read what it should; rank 0 waits for it in the middle of a step."""
     from training.tasks.prior import build_prior
 
@@ -185,7 +185,7 @@ def build_with_a_fault_of_one_rank(config: PriorRunConfig) -> Job:
     return dataclasses.replace(job, objective=objective)
 
 
-def build_with_a_full_disk_of_one_rank(config: PriorRunConfig) -> Job:
+def build_with_a_full_disk_of_one_rank(config: PriorRunConfig) -> Task:
     """What a disk says that is full, once, as the other rank waits in its collective."""
     import errno
 
@@ -210,7 +210,7 @@ def test_a_full_disk_of_one_rank_ends_the_run_at_once_and_is_told(data: Path, tm
     assert told.count("placed") == 1, "no second attempt"
 
 
-def build_with_a_storage_that_fails(config: PriorRunConfig) -> Job:
+def build_with_a_storage_that_fails(config: PriorRunConfig) -> Task:
     """Whichever rank reads, in every attempt."""
     from training.tasks.prior import build_prior
 
@@ -270,7 +270,7 @@ def test_a_killed_sharded_run_continues_bit_for_bit(data: Path, sharded: Path, t
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(sharded)]
 
 
-def build_with_a_dying_rank(config: RunConfig) -> Job:
+def build_with_a_dying_rank(config: RunConfig) -> Task:
     """Rank 1 dies once, in the step after the first checkpoint."""
     assert isinstance(config, PriorRunConfig)
     from training.tasks.prior import build_prior

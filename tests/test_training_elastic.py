@@ -15,8 +15,9 @@ from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import HEARTBEATS_FOLDER, SAMPLES_FOLDER, samples_path
 from models.diffusion.keyed_random import sample_keys
 from training.config import TrainConfig
-from training.data.dataloader import Batch, Feed
-from training.data.sampler import Plan
+from training.data.dataloader import Batch, KeyedDataset, ThreadedLoader
+from training.data.datasets import ColumnDataset
+from training.data.sampler import Plan, PlanSampler
 from training.runs.events import (
     SampleLog,
     num_attempts,
@@ -32,13 +33,19 @@ from training.runs.ray_train import RAY_TIMES, _interruptible, _losses_of, _what
 # -- shares of a batch -----------------------------------------------------------------------------
 
 
-class Rows:
+class Rows(ColumnDataset):
     """Samples that are their own numbers."""
 
     data_sets: tuple[tuple[int, ...], ...] = ((30, 20),)
 
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
         return {"x": index}
+
+
+def loader(plan: Plan, rank: int, world_size: int, parts: int) -> ThreadedLoader:
+    dataset = KeyedDataset(samples=Rows(), seed=plan.seed, grad_accum_steps=parts)
+    sampler = PlanSampler(plan=plan, rank=rank, world_size=world_size, grad_accum_steps=parts)
+    return ThreadedLoader(dataset=dataset, sampler=sampler)
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 2, 3, 6])
@@ -52,13 +59,10 @@ def test_any_number_of_workers_shares_out_a_batch(world_size: int, micro_batch_s
     plan = Plan(data_sets=Rows.data_sets, global_batch_size=48, seed=3)
     parts = config.micro_batches(world_size)
     for step in range(4):  # 50 samples: the last batch of an epoch is padded as it is
-        whole = Feed(plan=plan, reader=Rows()).step_batches(step)[0]
+        (whole,) = loader(plan, 0, 1, 1).read(step)
         keys, sizes = [], set()
         for rank in range(world_size):
-            feed = Feed(
-                plan=plan, reader=Rows(), rank=rank, world_size=world_size, grad_accum_steps=parts
-            )
-            batches = feed.step_batches(step)
+            batches = loader(plan, rank, world_size, parts).read(step)
             assert len(batches) == parts
             sizes |= {len(batch.keys) for batch in batches}
             assert {batch.num_real for batch in batches} == {whole.num_real}

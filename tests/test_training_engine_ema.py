@@ -1,7 +1,6 @@
 """Power-function averages in training: the recursion, checkpoints, snapshots and resumes."""
 
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +9,12 @@ import pytest
 import torch
 from _records import write_by_three_ranks
 
-from cluster.base.run_dir import step_folder
+from cluster.base.run_dir import EMA_SNAPSHOTS_FOLDER, step_folder
 from models.power_ema import gamma_of
-from training.checkpoints import checkpoint
-from training.checkpoints.checkpoint import SNAPSHOTS
-from training.checkpoints.fragments import Fragments
-from training.checkpoints.records import FORMAT, Progress, Record, records
+from training.checkpoints import checkpointer
+from training.checkpoints.checkpointer import Checkpointer, RankState
+from training.checkpoints.fragment_reader import FragmentReader
+from training.checkpoints.records import FORMAT, Progress, Record, valid_records
 from training.config import TrainConfig
 from training.engine.ema import Averages, PowerEma
 from training.engine.engines import Fragment
@@ -74,8 +73,8 @@ def fake_engine(rank: int, world_size: int, whole: torch.Tensor) -> Any:
     mine = whole[cuts[rank] : cuts[rank + 1]].clone()
     fragment = Fragment(name="w", offset=cuts[rank], master=mine, state={})
     return SimpleNamespace(
-        rank=rank, world_size=world_size, fragments=lambda: [fragment], refresh=lambda: None,
-        optimizer=SimpleNamespace(state={}), shapes={"w": whole.shape},
+        rank=rank, world_size=world_size, fragments=lambda: [fragment], sync_params=lambda: None,
+        optimizer=SimpleNamespace(num_steps=3), shapes={"w": whole.shape},
         model=SimpleNamespace(named_buffers=lambda: []),
     )  # fmt: skip
 
@@ -95,15 +94,17 @@ def write_by_two(run: Path) -> None:
     for rank in range(2):
         engine = fake_engine(rank, 2, torch.zeros(7))
         averages = trained(engine)
-        for folder, tensors in (
-            (step_folder(run, 3), checkpoint._tensors(engine, averages)),
-            (step_folder(run / SNAPSHOTS, 3), checkpoint._power_tensors(engine, averages)),
+        record = Record(
+            format=FORMAT, rank=rank, world_size=2, sha256="", optimizer_step=3,
+            progress=asdict(Progress(step=3)),
+        )  # fmt: skip
+        for parent, tensors in (
+            (run, checkpointer.checkpoint_tensors(engine, averages)),
+            (run / EMA_SNAPSHOTS_FOLDER, checkpointer.power_tensors(engine, averages)),
         ):
-            record = partial(
-                Record, format=FORMAT, rank=rank, world_size=2,
-                optimizer_step=3, progress=asdict(Progress(step=3)),
-            )  # fmt: skip
-            checkpoint._write_fragments(folder / "fragments", rank, dict(tensors), record)
+            folder = step_folder(parent, 3)
+            state = RankState(folder=folder, tensors=dict(tensors), record=record)
+            checkpointer.write_rank_state(state)
 
 
 def every_shadow(averages: Averages) -> list[torch.Tensor]:
@@ -116,7 +117,7 @@ def test_any_number_of_ranks_continues_the_averages_of_two(world_size: int, tmp_
     for rank in range(world_size):
         engine = fake_engine(rank, world_size, torch.zeros(7))
         found = Averages(engine.fragments(), 0.9, SIGMAS)
-        checkpoint.restore(tmp_path, 3, engine, found)
+        Checkpointer(tmp_path, engine, found, {}, TrainConfig()).restore(3)
         expected = trained(fake_engine(rank, world_size, torch.zeros(7)))
         for a, b in zip(every_shadow(found), every_shadow(expected), strict=True):
             assert torch.equal(a, b)
@@ -124,10 +125,10 @@ def test_any_number_of_ranks_continues_the_averages_of_two(world_size: int, tmp_
 
 def test_a_snapshot_of_two_ranks_holds_the_power_averages_and_nothing_else(tmp_path: Path):
     write_by_two(tmp_path)
-    folder = step_folder(tmp_path / SNAPSHOTS, 3)
-    found = records(folder)
+    folder = step_folder(tmp_path / EMA_SNAPSHOTS_FOLDER, 3)
+    found = valid_records(folder)
     assert found is not None and len(found) == 2
-    stored = Fragments(folder, len(found))
+    stored = FragmentReader(folder, len(found))
     assert stored.sections() == {"power_0.05": {"w"}, "power_0.1": {"w"}}
     for power in trained(fake_engine(0, 1, torch.zeros(7))).powers:
         whole = torch.empty(7)
@@ -142,7 +143,7 @@ def test_a_checkpoint_of_other_averages_is_refused(sigmas: tuple[float, ...], tm
     engine = fake_engine(0, 1, torch.zeros(7))
     averages = Averages(engine.fragments(), 0.9, sigmas)
     with pytest.raises(ValueError, match="train.power_ema: found the averages ema, power_0.05, "):
-        checkpoint.restore(tmp_path, 3, engine, averages)
+        Checkpointer(tmp_path, engine, averages, {}, TrainConfig()).restore(3)
 
 
 # -- pruning and configuration ---------------------------------------------------------------------
@@ -151,11 +152,11 @@ def test_a_checkpoint_of_other_averages_is_refused(sigmas: tuple[float, ...], tm
 def test_pruning_keeps_multiples_and_never_a_snapshot(tmp_path: Path):
     for step in (2, 3, 4, 5, 6, 7, 8):
         write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
-        step_folder(tmp_path / SNAPSHOTS, step).mkdir(parents=True)
-    checkpoint.prune(tmp_path, 1, step_folder(tmp_path, 7), keep_every=4)  # 8 is broken
+        step_folder(tmp_path / EMA_SNAPSHOTS_FOLDER, step).mkdir(parents=True)
+    checkpointer.prune(tmp_path, 1, step_folder(tmp_path, 7), keep_every=4)  # 8 is broken
     assert [int(p.name[5:]) for p in sorted(tmp_path.glob("step_*"))] == [4, 7]
-    assert len(list((tmp_path / SNAPSHOTS).iterdir())) == 7
-    checkpoint.prune(tmp_path, 1, step_folder(tmp_path, 7))
+    assert len(list((tmp_path / EMA_SNAPSHOTS_FOLDER).iterdir())) == 7
+    checkpointer.prune(tmp_path, 1, step_folder(tmp_path, 7))
     assert [int(p.name[5:]) for p in sorted(tmp_path.glob("step_*"))] == [7]
 
 

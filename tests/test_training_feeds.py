@@ -9,10 +9,10 @@ import torch
 
 from models.configs import ClipConfig, DiffusionPriorConfig
 from training.config import ClipRunConfig, DataConfig, PriorRunConfig, RunConfig, TrainConfig
-from training.data import feeds
-from training.data.feeds import make_feed
+from training.data import dataloader
+from training.data.dataloader import make_loader
 from training.runs.worker import launch
-from training.tasks.clip_and_decoder import build_clip_job
+from training.tasks.clip_and_decoder import build_clip_task
 from training.tasks.prior import build_prior
 
 pytestmark = pytest.mark.slow
@@ -57,12 +57,15 @@ def by_ray(config: RunConfig) -> RunConfig:
 def test_ray_gives_the_batches_of_the_plan(
     data: Path, tmp_path: Path, span: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(feeds, "STEPS_A_SPAN", span)
-    monkeypatch.setattr(feeds, "STEPS_A_BLOCK", 2)
+    monkeypatch.setattr(dataloader, "STEPS_A_SPAN", span)
+    monkeypatch.setattr(dataloader, "STEPS_A_BLOCK", 2)
     config = clip(data, tmp_path)
-    job = build_clip_job(config)
+    job = build_clip_task(config)
     for rank in range(1 if span == 4 else 2):
-        both = [make_feed(job, one, rank, 2).iterate(3, 12) for one in (config, by_ray(config))]
+        both = [
+            make_loader(job.build_dataset, options, rank=rank, world_size=2).steps(3, 12)
+            for options in (config, by_ray(config))
+        ]
         for (native,), (rays,) in zip(*both, strict=True):
             assert torch.equal(native.keys, rays.keys) and native.num_real == rays.num_real
             assert torch.equal(native.weight, rays.weight)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import step_folder
-from training.checkpoints import checkpoint
-from training.checkpoints.records import newest_valid, records
-from training.checkpoints.writer import whole_or_not_at_all
+from training.checkpoints import checkpointer
+from training.checkpoints.records import newest_valid, valid_records
+from training.checkpoints.writer import atomic_tensors
 from training.data.dataloader import Batch
 
 DISK_BYTES = 1 << 20
@@ -70,7 +70,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(disk: Path, tmp_pat
     assert not list((disk / "run").rglob("*.part"))
     with pytest.raises(OSError) as caught:  # still full: said again, and nothing is lost by that
         run(disk / "run", config)
-    assert caught.value.errno == errno.ENOSPC and records(step_folder(disk / "run", 4))
+    assert caught.value.errno == errno.ENOSPC and valid_records(step_folder(disk / "run", 4))
     assert read_lines(disk / "run" / "metrics.jsonl"), "what was reported stays as well"
     (disk / "filler").unlink()
     mended, _ = run(disk / "run", config)
@@ -101,13 +101,13 @@ def test_a_full_disk_is_one_line_of_the_script(disk: Path, tmp_path: Path, write
 def test_a_file_is_whole_or_absent(tmp_path: Path):
     path = tmp_path / "weights.safetensors"
     for error in (OSError(errno.ENOSPC, "no space"), SafetensorError("I/O: full (os error 28)")):
-        with pytest.raises(OSError) as caught, whole_or_not_at_all(path) as part:
+        with pytest.raises(OSError) as caught, atomic_tensors(path) as part:
             part.write_text("half")
             raise error
         assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
-    with pytest.raises(SafetensorError, match="of another kind"), whole_or_not_at_all(path):
+    with pytest.raises(SafetensorError, match="of another kind"), atomic_tensors(path):
         raise SafetensorError("of another kind")
-    with whole_or_not_at_all(path) as part:
+    with atomic_tensors(path) as part:
         part.write_text("whole")
         assert not path.exists()
     assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
@@ -129,8 +129,8 @@ def test_a_disk_that_is_full_at_any_file_of_a_checkpoint(
 
         return save
 
-    for name in ("save_file", "save_weights", "_write_text"):
-        monkeypatch.setattr(checkpoint, name, failing(getattr(checkpoint, name)))
+    for name in ("save_file", "save_weights", "write_json"):
+        monkeypatch.setattr(checkpointer, name, failing(getattr(checkpointer, name)))
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path / "full", config)
     monkeypatch.undo()

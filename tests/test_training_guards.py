@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from _line import CONFIG, network, run, squared_error
+from _line import CONFIG, run, squared_error
 from torch import Tensor, nn
 
 from cluster.base.cli import with_options
@@ -33,8 +34,7 @@ from models.decoder import Decoder
 from training.checkpoints.records import Progress, newest_valid
 from training.config import ClipRunConfig, PriorRunConfig
 from training.data.dataloader import Batch
-from training.engine.engines import PlainEngine
-from training.loop import _agreed
+from training.loop import all_reduce_scores
 from training.runs.events import SPIKE_MINIMUM, SpikeDetector, report_incident
 from training.runs.follower import Follower, describe
 from training.runs.profiling import peak_tflops, window
@@ -378,13 +378,11 @@ def test_one_ranks_wish_is_all_ranks_and_scores_are_means(
 ):
     """The other rank brings a loss of 3, its wish to stop and word of its write to the sum, as a
     second process would: one that wants to stop stops all, and all wait for every write."""
-    engine = PlainEngine(network(), squared_error, CONFIG, torch.device("cpu"))
-    cast(Any, engine).world_size = 2
+    engine: Any = SimpleNamespace(world_size=2, device=torch.device("cpu"))
     other = torch.tensor([3.0, theirs, theirs])
     monkeypatch.setattr("training.loop.dist.all_reduce", lambda packed: packed.add_(other))
     scores = {"loss": torch.tensor(1.0)}
-    expected = (True, bool(theirs), bool(theirs))
-    assert _agreed(engine, scores, stop=False, written=True) == expected
-    assert scores["loss"].item() == 2.0
-    broken = {"loss": torch.tensor(torch.nan)}
-    assert _agreed(engine, broken, stop=False, written=False)[::2] == (False, False)
+    means, flags = all_reduce_scores(engine, scores, stop=False, written=True)
+    assert means["loss"].item() == 2.0 and flags.tolist() == [bool(theirs), not theirs]
+    _, flags = all_reduce_scores(engine, scores, stop=False, written=False)
+    assert flags.tolist() == [bool(theirs), False]

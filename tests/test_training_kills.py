@@ -22,7 +22,7 @@ import torch
 from _line import CONFIG, run, squared_error
 from cluster.base.cli import with_options
 from safetensors.torch import load_file
-from training.checkpoints import checkpoint
+from training.checkpoints import checkpointer
 from training.checkpoints import records
 
 folder, beside, moments = Path(sys.argv[1]), sys.argv[2] == "beside", json.loads(sys.argv[3])
@@ -30,8 +30,8 @@ config = with_options(
     CONFIG, num_steps=int(sys.argv[4]), checkpoint_every=2, keep_checkpoints=1, power_ema=(0.1,),
     snapshot_every=3, async_checkpoints=beside,
 )
-NAMES = ("save_file", "digest_file", "_write_text", "save_weights", "save_config", "prune")
-CALLS = [*((checkpoint, name) for name in NAMES), (records, "digest_file")]
+NAMES = ("save_file", "digest_file", "write_json", "save_weights", "save_config", "prune")
+CALLS = [*((checkpointer, name) for name in NAMES), (records, "digest_file")]
 
 
 def told(model, batch):

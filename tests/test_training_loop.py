@@ -19,7 +19,7 @@ from training.data.dataloader import Batch
 from training.engine.ema import Ema
 from training.engine.engines import Fragment
 from training.engine.optimizer import learning_rate_ratio
-from training.loop import MAX_NONFINITE_IN_A_ROW, _seed_dropout
+from training.loop import MAX_NONFINITE_IN_A_ROW, seed_dropout
 
 
 def by_hand(config: TrainConfig) -> tuple[nn.Module, list[float], list[Tensor]]:
@@ -182,9 +182,9 @@ def test_power_averages_count_updates_through_skipped_steps_and_resumes(tmp_path
 
 
 def test_a_date_is_a_seed_too():
-    _seed_dropout(20_261_123, step=100_000, rank=7)
+    seed_dropout(20_261_123, step=100_000, rank=7)
     first = torch.rand(4)
-    _seed_dropout(20_261_123, step=100_001, rank=7)
+    seed_dropout(20_261_123, step=100_001, rank=7)
     assert not torch.equal(first, torch.rand(4))
 
 

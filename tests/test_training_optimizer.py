@@ -11,7 +11,7 @@ from torch import nn
 from models.clip import build_clip
 from models.configs import AutoregressivePriorConfig, ClipConfig, UNetConfig
 from models.networks.unet import UNet
-from training.checkpoints import checkpoint
+from training.checkpoints import checkpointer
 from training.config import PriorRunConfig, TrainConfig
 from training.engine.optimizer import (
     build_optimizer,
@@ -19,7 +19,6 @@ from training.engine.optimizer import (
     orthogonalise,
     set_learning_rate,
 )
-from training.engine.zero_partitions import take_norms_in_fp32
 from training.tasks.prior import prior_model
 
 
@@ -122,7 +121,7 @@ def test_a_matrix_that_was_muons_begins_with_its_momentum_squared():
         folder="run", holds=stored.__contains__,
         read=lambda name, offset, target: target.fill_(stored[name]),
     )  # fmt: skip
-    checkpoint._restore_fragment(held, fragment, {})
+    checkpointer.restore_fragment(held, fragment, {})
     assert fragment.master.tolist() == [3, 3] and state["exp_avg"].tolist() == [-2, -2]
     assert state["exp_avg_sq"].tolist() == [4, 4]
 
@@ -239,12 +238,3 @@ def test_micro_batches_make_up_the_global_batch():
     for num_workers in (0, 1, 2, 3):
         config = TrainConfig.of(global_batch_size=24, micro_batch_size=4, num_workers=num_workers)
         assert config.grad_accum_steps * 4 * max(1, num_workers) == 24
-
-
-def test_a_deepspeed_that_has_renamed_what_is_replaced_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    """It would go on without ours."""
-    from deepspeed.runtime.zero import stage_1_and_2
-
-    monkeypatch.delattr(stage_1_and_2, "get_norm_dtype")
-    with pytest.raises(AttributeError, match="found no get_norm_dtype; training/engine"):
-        take_norms_in_fp32()

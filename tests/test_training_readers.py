@@ -17,11 +17,10 @@ from ingest.shards import EmbedShard, ImageShard, Snapshot, load_snapshot
 from models.clip import preprocess, tokenizer
 from models.diffusion.keyed_random import sample_keys
 from training.config import DecoderRunConfig
-from training.data import datasets as data_sets
-from training.data import demo_data
-from training.data.dataloader import Feed
-from training.data.readers import CaptionReader, EmbedReader, ImageReader, JoinedReader, Mixture
-from training.data.sampler import Plan
+from training.data import demo_data, inputs
+from training.data.dataloader import KeyedDataset, ThreadedLoader
+from training.data.datasets import EmbedDataset, ImageDataset, MixedDataset, PairDataset
+from training.data.sampler import Plan, PlanSampler
 from training.tasks import clip_and_decoder as jobs
 from training.tasks import prior as prior_job
 
@@ -41,11 +40,12 @@ def snapshots(data: Path) -> tuple[Snapshot, Snapshot]:
 
 def test_embeddings_come_in_the_order_asked_for(data: Path):
     """As stored from reader and feed, in float32 on the device: the same numbers."""
-    reader = EmbedReader(load_snapshot(data / "embeds"))
+    reader = EmbedDataset(load_snapshot(data / "embeds"))
     found = reader.read(INDEX)
     shards = [EmbedShard(data / "embeds", f"{n:06d}") for n in range(3)]
     plan = Plan(data_sets=reader.data_sets, global_batch_size=8, seed=0)
-    (batch,) = Feed(plan=plan, reader=reader).step_batches(0)
+    dataset = KeyedDataset(samples=reader, seed=0)
+    (batch,) = ThreadedLoader(dataset=dataset, sampler=PlanSampler(plan=plan)).read(0)
     order = np.sort(plan.slice(0).index)  # a batch comes by index
     for name in ("image_embed", "text_embed", "tokens"):
         stored = np.concatenate([getattr(shard, name) for shard in shards])
@@ -59,7 +59,7 @@ def test_embeddings_come_in_the_order_asked_for(data: Path):
 
 
 def test_images_are_decoded_and_cropped_as_clip_sees_them(data: Path):
-    reader = ImageReader(load_snapshot(data / "images"), SIZE)
+    reader = ImageDataset(load_snapshot(data / "images"), SIZE)
     for _ in range(2):  # decoded, then kept
         found = reader.read(INDEX)["image"]
         assert found.shape == (len(INDEX), 3, SIZE, SIZE) and found.dtype == np.uint8
@@ -71,12 +71,12 @@ def test_images_are_decoded_and_cropped_as_clip_sees_them(data: Path):
 
 def test_captions_are_tokenised_beside_their_images(data: Path):
     tokenize = tokenizer(16, 512)
-    reader = CaptionReader(load_snapshot(data / "images"), SIZE, tokenize)
+    reader = ImageDataset(load_snapshot(data / "images"), SIZE, tokenize=tokenize)
     shards = [ImageShard(data / "images", f"{n:06d}") for n in range(3)]
     captions = [shards[i // PER_SHARD].caption(i % PER_SHARD) for i in INDEX]
     found = reader.read(INDEX)
     assert np.array_equal(found["tokens"], tokenize(captions))
-    assert np.array_equal(found["image"], ImageReader(load_snapshot(data / "images"), SIZE).read(
+    assert np.array_equal(found["image"], ImageDataset(load_snapshot(data / "images"), SIZE).read(
         INDEX)["image"])  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_a_joined_row_is_one_sample(data: Path):
     from models.clip import load_clip
 
     clip = load_clip("tiny:random")
-    found = JoinedReader(*snapshots(data), clip.image_size).read(INDEX)
+    found = PairDataset(*snapshots(data), clip.image_size).read(INDEX)
     again = clip.encode_image(torch.from_numpy(found["image"])).numpy()
     np.testing.assert_allclose(found["image_embed"], again, atol=2e-3)
     text = clip.encode_text(torch.from_numpy(found["tokens"]))[0].numpy()
@@ -97,8 +97,8 @@ def test_a_joined_row_is_one_sample(data: Path):
 def test_embeddings_of_fewer_shards_read_those_alone(data: Path):
     images, embeds = snapshots(data)
     part = dataclasses.replace(embeds, shards=embeds.shards[1:])
-    found = JoinedReader(images, part, SIZE).read(np.array([0]))
-    expected = ImageReader(images, SIZE).read(np.array([PER_SHARD]))
+    found = PairDataset(images, part, SIZE).read(np.array([0]))
+    expected = ImageDataset(images, SIZE).read(np.array([PER_SHARD]))
     assert np.array_equal(found["image"], expected["image"])
 
 
@@ -106,11 +106,11 @@ def test_embeddings_without_their_images_are_refused(data: Path):
     images, embeds = snapshots(data)
     fewer = dataclasses.replace(images, shards=images.shards[:2])
     with pytest.raises(ValueError, match="shard 000002: found no such shard, expected 8 samples"):
-        JoinedReader(fewer, embeds, SIZE)
+        PairDataset(fewer, embeds, SIZE)
     short = dataclasses.replace(images.shards[2], num_samples=7)
     shorter = dataclasses.replace(images, shards=(*images.shards[:2], short))
     with pytest.raises(ValueError, match="shard 000002: found 7 samples, expected 8"):
-        JoinedReader(shorter, embeds, SIZE)
+        PairDataset(shorter, embeds, SIZE)
 
 
 def test_shards_of_other_keys_are_refused(data: Path):
@@ -121,7 +121,7 @@ def test_shards_of_other_keys_are_refused(data: Path):
     )
     # entries whose digests belong to another name are refused on opening
     with pytest.raises(ValueError, match="the snapshot says|keys differ"):
-        JoinedReader(images, dataclasses.replace(embeds, shards=swapped), SIZE)
+        PairDataset(images, dataclasses.replace(embeds, shards=swapped), SIZE)
 
 
 # -- several data sets, mirrored images ------------------------------------------------------------
@@ -129,11 +129,11 @@ def test_shards_of_other_keys_are_refused(data: Path):
 
 def test_a_mixture_reads_each_data_set_by_its_own_numbers(data: Path):
     images, embeds = snapshots(data)
-    whole = JoinedReader(images, embeds, SIZE)
-    part = JoinedReader(images, dataclasses.replace(embeds, shards=embeds.shards[1:]), SIZE)
+    whole = PairDataset(images, embeds, SIZE)
+    part = PairDataset(images, dataclasses.replace(embeds, shards=embeds.shards[1:]), SIZE)
     sizes = whole.data_sets[0], part.data_sets[0]
-    assert Mixture([whole, part], weighted=True).data_sets == sizes
-    both = Mixture([whole, part], weighted=False)
+    assert MixedDataset([whole, part], weighted=True).data_sets == sizes
+    both = MixedDataset([whole, part], weighted=False)
     assert both.data_sets == ((*sizes[0], *sizes[1]),)
     index = np.array([3, 24, 23, 39, 0, 24])
     expected = whole.read(np.array([3, 8, 23, 23, 0, 8]))
@@ -149,21 +149,21 @@ def test_data_sets_of_two_encoders_are_not_mixed(data: Path, tmp_path: Path, wri
         re.sub('"encoder_id": ".*?"', '"encoder_id": "another"', manifest.read_text())
     )
     with pytest.raises(ValueError, match="found embeddings of encoder another"):
-        data_sets.encoder_of([str(data / "embeds"), str(other)], "")
+        inputs.encoder_of([str(data / "embeds"), str(other)], "")
 
 
 def test_training_holds_no_vision_tower(data: Path):
-    encoder = data_sets.encoder_of([str(data / "embeds")], "")
+    encoder = inputs.encoder_of([str(data / "embeds")], "")
     assert not any("visual" in name for name, _ in encoder.named_parameters())
     assert any("transformer" in name for name, _ in encoder.named_parameters())
 
 
 def test_weights_are_one_for_each_data_set(data: Path):
-    reader = ImageReader(load_snapshot(data / "images"), SIZE)
-    assert data_sets.mixed([reader], ()) is reader
+    reader = ImageDataset(load_snapshot(data / "images"), SIZE)
+    assert inputs.mixed([reader], ()) is reader
     for readers, weights in (([reader], (1.0, 2.0)), ([reader, reader], (1.0,))):
         with pytest.raises(ValueError, match="data.weights: found"):
-            data_sets.mixed(readers, weights)
+            inputs.mixed(readers, weights)
 
 
 def test_a_sample_is_mirrored_by_its_key_alone():
@@ -189,25 +189,25 @@ def test_a_run_pins_its_snapshot(data: Path, tmp_path: Path):
     run, root = tmp_path / "run", tmp_path / "images"
     run.mkdir()
     demo_data.draw_images(root, num_shards=2, samples_per_shard=PER_SHARD)
-    pinned = data_sets.pin_snapshots(str(run), "images", [str(root)])
+    pinned = inputs.pin_snapshots(str(run), "images", [str(root)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.data.demo_data.write_manifest", lambda *args: None)
         demo_data.draw_images(root, num_shards=3, samples_per_shard=PER_SHARD)
     assert load_snapshot(root).digest != pinned[0].digest
-    assert data_sets.pin_snapshots(str(run), "images", [str(root)]) == pinned
+    assert inputs.pin_snapshots(str(run), "images", [str(root)]) == pinned
 
 
 def test_parts_share_out_the_shards(data: Path):
     whole = load_snapshot(data / "images")
     for n in (1, 2, 3):
-        parts = [data_sets.part_of(whole, f"{k}/{n}").shards for k in range(1, n + 1)]
+        parts = [inputs.part_of(whole, f"{k}/{n}").shards for k in range(1, n + 1)]
         assert sum(parts, ()) == whole.shards and all(parts)
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1/4", "1", "a/b", "1/2/3"])
 def test_a_part_that_is_none_is_refused(data: Path, part: str):
     with pytest.raises(ValueError, match=f"part: found '{part}'"):
-        data_sets.part_of(load_snapshot(data / "images"), part)
+        inputs.part_of(load_snapshot(data / "images"), part)
 
 
 def test_the_statistics_of_the_prior_are_those_of_its_embeddings(data: Path, tmp_path: Path):
@@ -218,7 +218,7 @@ def test_the_statistics_of_the_prior_are_those_of_its_embeddings(data: Path, tmp
     job = prior_job.build_prior(
         PriorRunConfig(embeds=(str(data / "embeds"),), run=str(tmp_path), diffusion=model)
     )
-    stored = job.build_reader().read(np.arange(24))["image_embed"].astype(np.float32)
+    stored = job.build_dataset().read(np.arange(24))["image_embed"].astype(np.float32)
     buffers = {name: buffer.numpy() for name, buffer in job.model.named_buffers()}
     np.testing.assert_allclose(buffers["scale.mean"], stored.mean(0), atol=1e-4)
     np.testing.assert_allclose(buffers["scale.std"], stored.std(0), atol=1e-3)
@@ -235,14 +235,14 @@ def test_another_encoder_than_that_of_the_embeddings_is_refused(data: Path, tmp_
     state["ln_final.bias"] = torch.ones_like(state["ln_final.bias"])
     save_file(state, str(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="found embeddings of encoder tiny@.*, expected tiny@"):
-        data_sets.encoder_of([str(data / "embeds")], f"tiny:{tmp_path / 'other.safetensors'}")
+        inputs.encoder_of([str(data / "embeds")], f"tiny:{tmp_path / 'other.safetensors'}")
 
 
 # -- images smaller than what is trained -----------------------------------------------------------
 
 
 def prepared(images: Path, embeds: Path, size: int) -> None:
-    data_sets.prepare_data(
+    inputs.prepare_data(
         DecoderRunConfig(images=(str(images),), embeds=(str(embeds),), image_size=size)
     )
 

@@ -13,13 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.base.cli import with_options
-from cluster.base.run_dir import step_folder
+from cluster.base.run_dir import EMA_SNAPSHOTS_FOLDER, fragment_path, step_folder
 from models.configs import DiffusionPriorConfig
 from models.unclip import load_model
 from models.weights import load_config, save_config, save_weights
 from training import reconstruct_ema as ema
-from training.checkpoints import checkpoint
-from training.checkpoints.checkpoint import SNAPSHOTS
+from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.post_hoc_ema import reconstruct
 from training.checkpoints.records import Progress, newest_valid
 from training.config import PriorRunConfig, TrainConfig
@@ -75,14 +74,14 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_keeps_its_snapshots_and_every_sixth_checkpoint(finished: Path):
-    steps = [int(path.name[5:]) for path in sorted((finished / SNAPSHOTS).iterdir())]
+    steps = [int(path.name[5:]) for path in sorted((finished / EMA_SNAPSHOTS_FOLDER).iterdir())]
     assert steps == [3, 6, 9, 12]
     assert [int(path.name[5:]) for path in sorted(finished.glob("step_*"))] == [6, 12]
 
 
 def test_the_last_step_is_a_snapshot_even_if_it_is_no_multiple(embeds: Path, tmp_path: Path):
     run = train(embeds, tmp_path / "run", with_options(TRAIN, num_steps=5))
-    steps = [int(path.name[5:]) for path in sorted((run / SNAPSHOTS).iterdir())]
+    steps = [int(path.name[5:]) for path in sorted((run / EMA_SNAPSHOTS_FOLDER).iterdir())]
     assert steps == [3, 5]
 
 
@@ -93,7 +92,7 @@ def test_a_resumed_run_has_the_same_averages_and_snapshots(lost: bool, run: Path
     (run / "final.json").unlink()
     shutil.rmtree(step_folder(run, 12))
     for step in (9, 12):
-        folder = step_folder(run / SNAPSHOTS, step)
+        folder = step_folder(run / EMA_SNAPSHOTS_FOLDER, step)
         if lost:
             shutil.rmtree(folder)
         else:  # as a kill leaves it: without the record that makes it count
@@ -145,7 +144,7 @@ def test_a_stored_average_comes_back_as_it_was(
 ):
     call(run, sigma_rel=sigma_rel, step=step, out=str(tmp_path / "out"))
     found = load_file(str(step_folder(tmp_path / "out", step) / "ema.safetensors"))
-    fragments = step_folder(run / SNAPSHOTS, step) / "fragments" / "rank_0000.safetensors"
+    fragments = fragment_path(step_folder(run / EMA_SNAPSHOTS_FOLDER, step), 0)
     compared = 0
     for key, flat in load_file(str(fragments)).items():
         section, name, _ = key.split("/")
@@ -183,7 +182,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
 def test_a_broken_snapshot_is_refused_by_name(damage: Callable, run: Path):
-    damage(step_folder(run / SNAPSHOTS, 6) / "fragments" / "rank_0000.safetensors")
+    damage(step_folder(run / EMA_SNAPSHOTS_FOLDER, 6) / "fragments" / "rank_0000.safetensors")
     with pytest.raises(ValueError, match="ema_snapshots/step_00000006: found a broken snapshot"):
         call(run)
     assert not run.with_name("run_ema01").exists()
@@ -196,7 +195,7 @@ def test_what_cannot_be_had_is_refused(run: Path, tmp_path: Path):
         call(run, sigma_rel=0.4)
     with pytest.raises(ValueError, match="found a folder with files, expected none"):
         call(run, out=str(run))
-    shutil.rmtree(run / SNAPSHOTS)
+    shutil.rmtree(run / EMA_SNAPSHOTS_FOLDER)
     with pytest.raises(ValueError, match="found no snapshots in ema_snapshots/, expected some"):
         call(run)
     (run / "final.json").unlink()
@@ -212,9 +211,10 @@ def wander(run: Path, kept: float, num_steps: int = 400, skipped: int = 0) -> to
     `kept` that was kept directly."""
     fragment = Fragment(name="w", offset=0, master=torch.ones(300), state={})
     engine: Any = SimpleNamespace(
-        rank=0, world_size=1, fragments=lambda: [fragment], optimizer=SimpleNamespace(state={})
+        rank=0, world_size=1, fragments=lambda: [fragment], optimizer=SimpleNamespace(num_steps=1)
     )
     stored = Averages([fragment], 0.9, (0.05, 0.1))
+    checkpoints = Checkpointer(run, engine, stored, {}, TrainConfig(async_checkpoints=False))
     third = Averages([fragment], 0.9, (kept,)).powers[0]
     draw = torch.Generator().manual_seed(0)
     for step in range(num_steps):
@@ -225,7 +225,7 @@ def wander(run: Path, kept: float, num_steps: int = 400, skipped: int = 0) -> to
             third.update(step + 1 - nonfinite)
         if (step + 1) % (num_steps // 8) == 0:
             progress = Progress(step=step + 1, nonfinite_steps=nonfinite)
-            checkpoint.snapshot(run, engine, stored, progress)()
+            checkpoints.save_averages(progress)
     folder = step_folder(run, num_steps)
     folder.mkdir(parents=True)
     save_weights(folder / "ema.safetensors", {"w": torch.zeros(20, 15), "count": torch.arange(3)})

@@ -11,9 +11,9 @@ import torch
 from _records import write_by_three_ranks
 
 from cluster.base.run_dir import step_folder
-from training.checkpoints import checkpoint
-from training.checkpoints.fragments import Fragments
-from training.checkpoints.records import Progress, records
+from training.checkpoints import checkpointer
+from training.checkpoints.fragment_reader import FragmentReader
+from training.checkpoints.records import Progress, valid_records
 
 # -- other world sizes -----------------------------------------------------------------------------
 
@@ -21,7 +21,7 @@ from training.checkpoints.records import Progress, records
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 10])
 def test_any_number_of_ranks_reads_what_three_wrote(world_size: int, tmp_path: Path):
     whole = torch.arange(10.0)
-    stored = Fragments(tmp_path, len(write_by_three_ranks(tmp_path, whole)))
+    stored = FragmentReader(tmp_path, len(write_by_three_ranks(tmp_path, whole)))
     cuts = [10 * rank // world_size for rank in range(world_size + 1)]
     for section, expected in (("master", whole), ("ema", -whole)):
         parts = [torch.full((b - a,), torch.nan) for a, b in zip(cuts, cuts[1:], strict=False)]
@@ -39,7 +39,7 @@ def test_a_missing_rank_makes_a_checkpoint_invalid(rank: int, tmp_path: Path):
     write_by_three_ranks(tmp_path, torch.arange(10.0))
     (tmp_path / "fragments" / f"rank_{rank:04d}.json").unlink()
     with pytest.warns(UserWarning, match="found the records of 2 ranks, incomplete"):
-        assert records(tmp_path) is None
+        assert valid_records(tmp_path) is None
 
 
 def test_ranks_that_disagree_make_a_checkpoint_invalid(tmp_path: Path):
@@ -48,20 +48,20 @@ def test_ranks_that_disagree_make_a_checkpoint_invalid(tmp_path: Path):
     other = {**json.loads(path.read_text()), "progress": dataclasses.asdict(Progress(step=4))}
     path.write_text(json.dumps(other))
     with pytest.warns(UserWarning, match="disagree about their progress"):
-        assert records(tmp_path) is None
+        assert valid_records(tmp_path) is None
 
 
 def test_a_stored_parameter_that_the_model_lacks_is_refused(tmp_path: Path):
-    stored = Fragments(tmp_path, len(write_by_three_ranks(tmp_path, torch.arange(10.0))))
+    stored = FragmentReader(tmp_path, len(write_by_three_ranks(tmp_path, torch.arange(10.0))))
     own = {"w", "only_0", "only_1", "only_2"}
-    stored.require_parameters(own)
+    stored.require(own, {"ema"})
     with pytest.raises(ValueError, match="parameter only_1: found it stored.*--fresh"):
-        stored.require_parameters(own - {"only_1"})
+        stored.require(own - {"only_1"}, {"ema"})
 
 
 @pytest.mark.parametrize(("name", "found"), [("master/w", 10), ("master/v", 0)])
 def test_tensors_of_another_model_are_refused(name: str, found: int, tmp_path: Path):
-    stored = Fragments(tmp_path, len(write_by_three_ranks(tmp_path, torch.arange(10.0))))
+    stored = FragmentReader(tmp_path, len(write_by_three_ranks(tmp_path, torch.arange(10.0))))
     with pytest.raises(ValueError, match=f"{name}: found {found} of 11 elements from 0"):
         stored.read(name, 0, torch.empty(11))
 
@@ -72,7 +72,7 @@ def test_tensors_of_another_model_are_refused(name: str, found: int, tmp_path: P
 def test_pruning_keeps_the_newest_and_nothing_later(tmp_path: Path):
     for step in (1, 2, 3, 7):
         write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
-    checkpoint.prune(tmp_path, 2, step_folder(tmp_path, 3))  # 7 was broken, so the run went on at 2
+    checkpointer.prune(tmp_path, 2, step_folder(tmp_path, 3))  # 7 is broken
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
 
 
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_not_one_of_those_kept(tmp_path: P
         write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
     (step_folder(tmp_path, 10) / "fragments" / "rank_0000.json").unlink()
     with pytest.warns(UserWarning, match="found the records of 2 ranks, incomplete"):
-        checkpoint.prune(tmp_path, 2, step_folder(tmp_path, 12))
+        checkpointer.prune(tmp_path, 2, step_folder(tmp_path, 12))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000008", "step_00000012"]
 
 
@@ -94,12 +94,12 @@ def test_a_checkpoint_that_cannot_be_deleted_is_told_and_is_none_any_more(
     def busy(path: Path) -> None:
         raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
-    checkpoint.prune(tmp_path, 1, step_folder(tmp_path, 3))
+    monkeypatch.setattr(checkpointer.shutil, "rmtree", busy)
+    checkpointer.prune(tmp_path, 1, step_folder(tmp_path, 3))
     assert capsys.readouterr().out.count("not deleted, the next checkpoint tries again") == 2
     with pytest.warns(UserWarning, match="found the records of 0 ranks"):
-        assert records(step_folder(tmp_path, 2)) is None
+        assert valid_records(step_folder(tmp_path, 2)) is None
     monkeypatch.undo()
     with pytest.warns(UserWarning):
-        checkpoint.prune(tmp_path, 1, step_folder(tmp_path, 3))
+        checkpointer.prune(tmp_path, 1, step_folder(tmp_path, 3))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]

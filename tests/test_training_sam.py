@@ -12,7 +12,7 @@ from torch import nn
 from cluster.base.cli import with_options
 from models.configs import ClipConfig
 from training.config import ClipRunConfig, TrainConfig
-from training.data.dataloader import Batch
+from training.data.dataloader import Batch, make_loader
 from training.engine.sam import perturbed
 from training.runs.worker import launch
 from training.tasks import clip_and_decoder as jobs
@@ -91,17 +91,15 @@ def test_a_clip_is_perturbed_by_some_samples_contrasted_among_themselves(
     data: Path, tmp_path: Path
 ):
     config = run_of(data, tmp_path, 0.1)
-    job = jobs.build_clip_job(config)
-    from training.data.feeds import make_feed
-
-    (batch,) = next(iter(make_feed(job, config, 0, 1).iterate(0, 1)))
+    job = jobs.build_clip_task(config)
+    (batch,) = next(make_loader(job.build_dataset, config).steps(0, 1))
     part = batch.part(8)
     loss = jobs.clip_objective(job.model, part)["loss"].mean()
     named = dict(job.model.named_parameters())
     gradients = torch.autograd.grad(loss, list(named.values()))
     norm = torch.stack([g.norm() for g in gradients]).norm()
     before = {name: p.detach().clone() for name, p in named.items()}
-    with job.around(job.model, [batch]):
+    with job.grad_context(job.model, [batch]):
         for (name, p), g in zip(named.items(), gradients, strict=True):
             torch.testing.assert_close(p, before[name] + 0.1 * g / norm, atol=1e-6, rtol=1e-5)
     assert all(torch.equal(p, before[name]) for name, p in named.items())
@@ -122,19 +120,19 @@ def test_the_samples_that_perturb_are_neighbours_from_anywhere():
 
 def test_a_clip_starts_from_anothers_weights(data: Path, tmp_path: Path):
     first = run_of(data, tmp_path / "first", 0.0)
-    assert launch(first, first.run, jobs.build_clip_job, "clip") == 0
+    assert launch(first, first.run, jobs.build_clip_task, "clip") == 0
     again = dataclasses.replace(first, run=str(tmp_path / "again"), init=first.run)
-    found = dict(jobs.build_clip_job(again).model.state_dict())
+    found = dict(jobs.build_clip_task(again).model.state_dict())
     expected = load_file(str(tmp_path / "first" / "step_00000004" / "ema.safetensors"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     heads = dataclasses.replace(first.model, head_channels=16)
     with pytest.raises(ValueError, match=r"init: .*attn.num_heads: found 1, expected 2"):
-        jobs.build_clip_job(dataclasses.replace(again, model=heads))
+        jobs.build_clip_task(dataclasses.replace(again, model=heads))
     warmer = dataclasses.replace(first.model, temperature=0.5)
-    jobs.build_clip_job(dataclasses.replace(again, model=warmer))
+    jobs.build_clip_task(dataclasses.replace(again, model=warmer))
     other = dataclasses.replace(again, init="tiny:random")
     with pytest.raises(ValueError, match="init: tiny:random: tensor .*: found .*, expected"):
-        jobs.build_clip_job(other)
+        jobs.build_clip_task(other)
 
 
 def test_a_run_with_it_differs_repeats_itself_and_resumes(data: Path, tmp_path: Path):
@@ -143,7 +141,7 @@ def test_a_run_with_it_differs_repeats_itself_and_resumes(data: Path, tmp_path: 
         config = dataclasses.replace(
             config, train=with_options(config.train, decay="constant", warmup=0.0)
         )
-        assert launch(config, config.run, jobs.build_clip_job, "clip") == 0
+        assert launch(config, config.run, jobs.build_clip_task, "clip") == 0
         return (tmp_path / name / f"step_{steps:08d}" / "model.safetensors").read_bytes()
 
     plain, sharp = trained("plain", 0.0), trained("sharp", 0.1)

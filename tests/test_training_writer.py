@@ -2,8 +2,6 @@
 
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,10 @@ from _line import CONFIG, network, run, squared_error
 from safetensors.torch import load_file
 
 from cluster.base.cli import with_options
-from cluster.base.run_dir import step_folder
-from training.checkpoints import checkpoint
-from training.checkpoints.records import Progress, records
+from cluster.base.run_dir import STATE_NAME, fragment_path, step_folder
+from training.checkpoints import checkpointer
+from training.checkpoints.checkpointer import Checkpointer
+from training.checkpoints.records import Progress, valid_records
 from training.checkpoints.writer import Writer
 from training.engine.ema import Averages
 from training.engine.engines import PlainEngine
@@ -24,9 +23,17 @@ from training.runs.reporting import Reporter
 
 def files(folder: Path) -> dict[str, bytes]:
     """What a run leaves on disk, but for its clocks."""
-    told = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in told
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths
             if path.suffix in (".safetensors", ".json")}  # fmt: skip
+
+
+def plain(run: Path, asynchronous: bool = False) -> tuple[Any, Averages, Checkpointer]:
+    """The line's engine, its averages, and what saves both to a run."""
+    engine = PlainEngine(network(), squared_error, CONFIG, torch.device("cpu"))
+    averages = Averages(engine.fragments(), 0.9, (0.1,))
+    config = with_options(CONFIG, async_checkpoints=asynchronous, keep_checkpoints=9)
+    return engine, averages, Checkpointer(run, engine, averages, {"kind": "line"}, config)
 
 
 def test_what_is_written_beside_the_steps_is_what_is_written_between_them(tmp_path: Path):
@@ -38,139 +45,102 @@ def test_what_is_written_beside_the_steps_is_what_is_written_between_them(tmp_pa
     assert {name.split("/")[0] for name in found} >= {"step_00000006", "step_00000007"}
 
 
-def test_a_checkpoint_is_of_its_step_however_late_it_is_written(tmp_path: Path):
-    """Training goes on before the write has begun, and moves every tensor of it."""
-    model = network()
-    engine = PlainEngine(model, squared_error, CONFIG, torch.device("cpu"))
-    averages = Averages(engine.fragments(), 0.9, (0.1,))
+def test_a_checkpoint_is_of_its_step_however_late_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Training continues before the write has begun, and moves every tensor of it."""
+    gate, save_file = threading.Event(), checkpointer.save_file
+
+    def late(tensors: dict[str, torch.Tensor], path: str) -> None:
+        assert gate.wait(10)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpointer, "save_file", late)
+    engine, averages, checkpoints = plain(tmp_path, asynchronous=True)
     averages.update(0, 0)
-    write = checkpoint.capture(tmp_path, engine, averages, Progress(step=1), {"kind": "line"})
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    checkpoints.save(Progress(step=1))
     with torch.no_grad():
         shadows = [shadow for each in averages.by_fragment() for shadow in each.values()]
-        for tensor in (*model.parameters(), *shadows):
+        states = [value for state in engine.optimizer.state.values() for value in state.values()]
+        for tensor in (*engine.model.parameters(), *shadows, *states):
             tensor.add_(1.0)
-        for state in engine.optimizer.state.values():
-            for value in state.values():
-                value.add_(1.0)
-    folder = write()
+    assert not checkpoints.idle
+    gate.set()
+    checkpoints.wait()
+    folder = step_folder(tmp_path, 1)
     exported = load_file(str(folder / "model.safetensors"))
-    for name, value in before.items():
-        assert torch.equal(exported[name], value)
-    stored = load_file(str(folder / "fragments" / "rank_0000.safetensors"))
+    assert all(torch.equal(exported[name], value) for name, value in before.items())
+    stored = load_file(str(fragment_path(folder, 0)))
     assert torch.equal(stored["ema/weight/0"], before["weight"].flatten())
     assert not stored["exp_avg/weight/0"].any()
-    found = records(folder)
-    assert found is not None and found[0].optimizer_step == 0
+    records = valid_records(folder)
+    assert records is not None and records[0].optimizer_step == 0
 
 
-def test_copies_are_made_in_the_memory_of_those_before(tmp_path: Path):
-    """Each checkpoint has the bits of its own step; a tensor of another size gets room of its own,
-    and what is not there any more is not written."""
-    copies = checkpoint.Copies()
-    first = copies.of([("a", torch.ones(3)), ("b", torch.zeros(2))])
-    places = {name: tensor.data_ptr() for name, tensor in first.items()}
-    second = copies.of([("a", torch.full((3,), 2.0)), ("b", torch.full((5,), 3.0))])
-    assert second["a"].tolist() == [2.0] * 3 and second["b"].tolist() == [3.0] * 5
-    assert second["a"].data_ptr() == places["a"]
-    assert copies.of([("a", torch.ones(3, dtype=torch.int64))])["a"].dtype == torch.int64
-
-    model = network()
-    engine = PlainEngine(model, squared_error, CONFIG, torch.device("cpu"))
-    averages = Averages(engine.fragments(), 0.9, ())
-    for step in (1, 2):
+def test_each_checkpoint_has_the_bits_of_its_own_step(tmp_path: Path):
+    """Copies are made in the memory of those before."""
+    engine, _, checkpoints = plain(tmp_path, asynchronous=True)
+    for step in (1, 2, 3):
         with torch.no_grad():
-            model.get_parameter("weight").fill_(step)
-        checkpoint.capture(tmp_path, engine, averages, Progress(step=step), {}, copies)()
-    for step in (1, 2):
+            engine.model.get_parameter("weight").fill_(step)
+        checkpoints.save(Progress(step=step))
+    checkpoints.wait()
+    for step in (1, 2, 3):
         stored = load_file(str(step_folder(tmp_path, step) / "model.safetensors"))
         assert stored["weight"].item() == step
 
 
-def held(gate: threading.Event, done: list[str], name: str) -> Callable[[], Callable[[], None]]:
-    """A write that waits for `gate`; its capture says so as well."""
+def test_one_write_at_a_time():
+    gate, done = threading.Event(), list[str]()
 
-    def write() -> None:
+    def held() -> None:
         assert gate.wait(10)
-        done.append(f"wrote {name}")
+        done.append("first")
 
-    def capture() -> Callable[[], None]:
-        done.append(f"captured {name}")
-        return write
-
-    return capture
-
-
-def test_one_write_at_a_time_and_no_copy_before_the_last_is_written():
-    gate, done = threading.Event(), []
-    writer = Writer(beside=True)
-    writer.begin(held(gate, done, "a"))
-    assert done == ["captured a"], "the steps go on while it writes"
+    writer = Writer(asynchronous=True)
+    writer.start(held)
+    assert not done and not writer.idle, "the steps continue while it writes"
     threading.Timer(0.2, gate.set).start()
-    writer.begin(held(gate, done, "b"))
-    assert done[:3] == ["captured a", "wrote a", "captured b"]
-    writer.finish()
-    assert done[-1] == "wrote b"
-    writer.finish()
+    writer.start(lambda: done.append("second"))
+    assert done[0] == "first"
+    writer.wait()
+    assert done == ["first", "second"] and writer.idle
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_a_write_that_fails_is_told_by_the_next_call(beside: bool):
-    writer = Writer(beside=beside)
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_write_that_fails_is_raised_by_the_next_call(asynchronous: bool):
+    writer = Writer(asynchronous=asynchronous)
 
     def full() -> None:
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space left"):
-        writer.begin(lambda: full)
-        writer.finish()
-    writer.begin(lambda: lambda: None)
-    writer.finish()
+        writer.start(full)
+        writer.wait()
+    writer.start(lambda: None)
+    writer.wait()
 
 
-def test_a_run_whose_disk_is_full_says_so_and_keeps_what_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    config = with_options(CONFIG, checkpoint_every=2)
-    real, calls = checkpoint.save_file, iter(range(10))
-
-    def failing(tensors: dict[str, torch.Tensor], path: str) -> None:
-        if next(calls) == 1:
-            raise OSError("no space left on device")
-        real(tensors, path)
-
-    monkeypatch.setattr(checkpoint, "save_file", failing)
-    with pytest.raises(OSError, match="no space left"):
-        run(tmp_path / "full", config)
-    assert records(step_folder(tmp_path / "full", 2)) is not None
-    monkeypatch.undo()
-    whole, _ = run(tmp_path / "whole", config)
-    mended, _ = run(tmp_path / "full", config)
-    assert torch.equal(whole.get_parameter("weight"), mended.get_parameter("weight"))
-
-
-def test_the_first_rank_waits_for_the_parts_of_all(tmp_path: Path):
+def test_the_first_rank_waits_for_the_fragments_of_all(tmp_path: Path):
     """Of two ranks the second writes late: the export is of both."""
-    engines: list[Any] = []
+    both = []
     for rank in range(2):
         engine: Any = PlainEngine(network(), squared_error, CONFIG, torch.device("cpu"))
-        mine = engine.fragments()[rank : rank + 1]
-        engine.rank, engine.fragments = rank, lambda mine=mine: mine
-        engines.append(engine)
-    writes = []
-    for engine in engines:
-        averages = Averages(engine.fragments(), 0.9, ())
-        engine.world_size = 1  # no process group to wait in
-        write = checkpoint.capture(tmp_path, engine, averages, Progress(step=1), {"kind": "line"})
-        writes.append(write)
-    for engine in engines:
-        engine.world_size = 2
-    thread = threading.Thread(target=writes[0])
-    thread.start()
-    time.sleep(0.2)
-    assert thread.is_alive() and not (tmp_path / "step_00000001" / "model.safetensors").exists()
-    writes[1]()
-    thread.join(10)
+        own = engine.fragments()[rank : rank + 1]
+        engine.rank, engine.world_size, engine.fragments = rank, 2, lambda own=own: own
+        averages = Averages(own, 0.9, ())
+        checkpoints = Checkpointer(tmp_path, engine, averages, {"kind": "line"}, CONFIG)
+        both.append(checkpoints)
+    with pytest.MonkeyPatch.context() as patch:  # no process group to meet in
+        patch.setattr(checkpointer, "from_first_rank", lambda engine, value: value)
+        both[0].save(Progress(step=1))
+        time.sleep(0.2)
+        assert not both[0].idle and not (tmp_path / "step_00000001" / STATE_NAME).exists()
+        patch.setattr(checkpointer.shutil, "rmtree", lambda path: None)
+        both[1].save(Progress(step=1))
+    for each in both:
+        each.wait()
     exported = load_file(str(tmp_path / "step_00000001" / "model.safetensors"))
     expected = network().state_dict()
     assert all(torch.equal(exported[name], value) for name, value in expected.items())
@@ -180,57 +150,55 @@ def test_a_checkpoint_that_fewer_ranks_wrote_is_exported_without_waiting_for_mor
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A run killed between its fragments and its weights, and continued by a larger group."""
-    engine: Any = PlainEngine(network(), squared_error, CONFIG, torch.device("cpu"))
-    averages = Averages(engine.fragments(), 0.9, ())
-    save = partial(checkpoint.capture, tmp_path, engine, averages, Progress(step=1), {"kind": "x"})
-    folder = save()()
-    for name in (checkpoint.STATE_NAME, "ema.safetensors", "model.safetensors"):
+    engine, _, checkpoints = plain(tmp_path)
+    checkpoints.save(Progress(step=1))
+    folder = step_folder(tmp_path, 1)
+    for name in (STATE_NAME, "ema.safetensors", "model.safetensors"):
         (folder / name).unlink()
-    assert not checkpoint.is_exported(folder)
-    write = save()
     engine.world_size = 3
-    monkeypatch.setattr(checkpoint, "AWAIT_SECONDS", 0)
-    write()
-    assert checkpoint.is_exported(folder) and (folder / "ema.safetensors").is_file()
+    monkeypatch.setattr(checkpointer, "from_first_rank", lambda engine, value: value)
+    monkeypatch.setattr(checkpointer, "AWAIT_SECONDS", 0)
+    checkpoints.save(Progress(step=1))
+    assert (folder / STATE_NAME).is_file() and (folder / "ema.safetensors").is_file()
 
 
 def test_waiting_for_a_slow_disk_is_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What a step may take is limited; what a checkpoint takes that is to be judged is not."""
+    """What a step may take is limited; what a checkpoint takes that is to be validated is not."""
     phases = ["start"]
     monkeypatch.setattr(Reporter, "enters", lambda self, step, phase: phases.append(phase))
-    finish, waits = Writer.finish, list[str]()
+    wait, waits = Writer.wait, list[str]()
 
-    def finishing(self: Writer) -> None:
+    def waiting(self: Writer) -> None:
         if not self.idle:
             waits.append(phases[-1])
-        finish(self)
+        wait(self)
 
-    whole = checkpoint._await_ranks
+    await_ranks = checkpointer.await_ranks
 
     def slowly(folder: Path) -> None:
         time.sleep(0.2)
-        whole(folder)
+        await_ranks(folder)
 
-    monkeypatch.setattr(Writer, "finish", finishing)
-    monkeypatch.setattr(checkpoint, "_await_ranks", slowly)
+    monkeypatch.setattr(Writer, "wait", waiting)
+    monkeypatch.setattr(checkpointer, "await_ranks", slowly)
     config = with_options(CONFIG, checkpoint_every=1)
     run(tmp_path, config, validate=lambda folder: {"loss": 0.0})
     assert waits and set(waits) == {"checkpoint"}
 
 
-def test_steps_go_on_while_a_checkpoint_that_is_to_be_judged_is_written(
+def test_steps_go_on_while_a_checkpoint_that_is_to_be_validated_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The write of step 2 lasts until step 4 is done; it is judged before the next one is begun,
+    """The write of step 2 lasts until step 4 is done; it is validated before the next one is begun,
     and each once."""
     gate, order = threading.Event(), list[str]()
-    whole = checkpoint._await_ranks
+    await_ranks = checkpointer.await_ranks
 
     def held_up(folder: Path) -> None:
         assert gate.wait(30)
-        whole(folder)
+        await_ranks(folder)
 
-    monkeypatch.setattr(checkpoint, "_await_ranks", held_up)
+    monkeypatch.setattr(checkpointer, "await_ranks", held_up)
 
     def objective(model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         order.append("step")
@@ -238,12 +206,12 @@ def test_steps_go_on_while_a_checkpoint_that_is_to_be_judged_is_written(
             gate.set()
         return squared_error(model, batch)
 
-    def judged(folder: Path) -> None:
-        assert records(folder) is not None
+    def validated(folder: Path) -> None:
+        assert valid_records(folder) is not None
         order.append(folder.name)
 
     config = with_options(CONFIG, checkpoint_every=2)
-    run(tmp_path / "run", config, objective, hand_over=judged)
+    run(tmp_path / "run", config, objective, on_checkpoint=validated)
     assert [each for each in order if each != "step"] == [
         f"step_{step:08d}" for step in (2, 4, 6, 7)
     ]

@@ -11,16 +11,16 @@ from training.config import PRESETS, ClipRunConfig
 def main(config: ClipRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
     from cluster.base.metrics import serve
-    from training.data.datasets import prepare_data
+    from training.data.inputs import prepare_data
     from training.runs.dry_run import dry_run
     from training.runs.worker import launch
-    from training.tasks.clip_and_decoder import build_clip_job, clip_model
+    from training.tasks.clip_and_decoder import build_clip_task, clip_model
 
     if config.dry_run:
         return dry_run(config, clip_model)
     serve(config.metrics_port)
     config = prepare_data(config)
-    return launch(config, config.run, build_clip_job, "clip")
+    return launch(config, config.run, build_clip_task, "clip")
 
 
 if __name__ == "__main__":

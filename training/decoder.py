@@ -11,7 +11,7 @@ from training.config import PRESETS, DecoderRunConfig
 def main(config: DecoderRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
     from cluster.base.metrics import serve
-    from training.data.datasets import prepare_data
+    from training.data.inputs import prepare_data
     from training.runs.dry_run import dry_run
     from training.runs.worker import launch
     from training.tasks.clip_and_decoder import build_decoder, decoder_model

@@ -12,7 +12,7 @@ from training.config import PRESETS, PriorRunConfig
 def main(config: PriorRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
     from cluster.base.metrics import serve
-    from training.data.datasets import prepare_data
+    from training.data.inputs import prepare_data
     from training.runs.dry_run import dry_run
     from training.runs.worker import launch
     from training.tasks.prior import build_prior, prior_model

@@ -1,10 +1,9 @@
 """Averages of any width after the run: the combination of its snapshots nearest to the profile.
 
-The maths is in models/power_ema.py. Here the fragments of a parameter are put together, one
-snapshot after another, and its sum is written before the next parameter is read.
+The maths is in models/power_ema.py. The fragments of one parameter are added up, snapshot after
+snapshot, and its sum is written before the next parameter is read.
 """
 
-import json
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.base.run_dir import step_folder
+from cluster.base.files import write_json
+from cluster.base.run_dir import EMA_SNAPSHOTS_FOLDER, step_folder
 from models.power_ema import Profile, coefficients, gamma_of
 from models.weights import (
     FINAL_NAME,
@@ -26,9 +26,8 @@ from models.weights import (
     rewrite_weights,
     save_config,
 )
-from training.checkpoints.checkpoint import SNAPSHOTS
-from training.checkpoints.fragments import Fragments
-from training.checkpoints.records import Progress, records
+from training.checkpoints.fragment_reader import FragmentReader
+from training.checkpoints.records import Progress, valid_records
 from training.engine.ema import POWER
 
 
@@ -37,16 +36,16 @@ class _Snapshot:
     """The averages after one step."""
 
     progress: Progress
-    stored: Fragments
+    stored: FragmentReader
     sections: dict[str, set[str]]
 
 
 def reconstruct(run: Path, sigma_rel: float, step: int, out: Path) -> dict[str, Any]:
     """Write the average of width `sigma_rel` at `step` (0: the last snapshot's) as the run `out`.
 
-    Returns what config.json tells of it under "post_hoc_ema": the error is the fit's, see
-    models/power_ema.py. Raises ValueError where there is no such average to be had, or
-    something in its place.
+    Returns what config.json says of it under "post_hoc_ema"; "error" is the fit's, see
+    models/power_ema.py. Raises ValueError where the snapshots hold no such average, or `out` holds
+    files.
     """
     gamma = gamma_of(sigma_rel)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -61,7 +60,7 @@ def reconstruct(run: Path, sigma_rel: float, step: int, out: Path) -> dict[str, 
         for s, section in places
     ]
     shares, error = coefficients(profiles, wanted)
-    told = {
+    fit = {
         "run": str(run), "sigma_rel": sigma_rel, "step": step, "error": error,
         "snapshots": len(snapshots), "profiles": len({section for _, section in places}),
     }  # fmt: skip
@@ -69,28 +68,28 @@ def reconstruct(run: Path, sigma_rel: float, step: int, out: Path) -> dict[str, 
         (float(share), s.stored, section)
         for share, (s, section) in zip(shares, places, strict=True)
     ]
-    _write_run(source, out, terms, told)
-    return told
+    _write_run(source, out, terms, fit)
+    return fit
 
 
 def _snapshots(run: Path) -> list[_Snapshot]:
     """Open the snapshots of a run, in order; every byte is checked against its record."""
     found = []
-    for folder in sorted((run / SNAPSHOTS).glob("step_*")):
-        with warnings.catch_warnings(record=True) as told:
+    for folder in sorted((run / EMA_SNAPSHOTS_FOLDER).glob("step_*")):
+        with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
-            of_ranks = records(folder)
-        if of_ranks is None:
+            records = valid_records(folder)
+        if records is None:
             raise ValueError(
-                f"{folder}: found a broken snapshot ({told[-1].message}), expected a whole one; "
-                "move the folder away to do without it"
+                f"{folder}: found a broken snapshot ({messages[-1].message}), expected a "
+                "complete one; move the folder away to do without it"
             )
-        stored = Fragments(folder, len(of_ranks))
-        progress = Progress(**of_ranks[0].progress)
+        stored = FragmentReader(folder, len(records))
+        progress = Progress(**records[0].progress)
         found.append(_Snapshot(progress=progress, stored=stored, sections=stored.sections()))
     if not found:
         raise ValueError(
-            f"{run}: found no snapshots in {SNAPSHOTS}/, expected some; train with "
+            f"{run}: found no snapshots in {EMA_SNAPSHOTS_FOLDER}/, expected some; train with "
             "--train.power-ema 0.05 0.10 --train.snapshot-every"
         )
     return found
@@ -107,31 +106,31 @@ def _time_of(step: int, snapshots: list[_Snapshot], run: Path) -> float:
 
 
 def _write_run(
-    source: Path, out: Path, terms: list[tuple[float, Fragments, str]], told: dict[str, Any]
+    source: Path, out: Path, terms: list[tuple[float, FragmentReader, str]], fit: dict[str, Any]
 ) -> None:
     """Write a finished run with the sum of `terms` (share, fragments, section) as its weights.
 
-    Buffers, and parameters that were not trained, are those of `source`. Under another name until
-    it is whole.
+    Buffers, and parameters that were not trained, are those of `source`. The folder has another
+    name until it is complete.
     """
     sizes = num_elements(source / "ema.safetensors")
     names = {name for _, stored, section in terms for name in stored.sections()[section]}
-    part = out.with_name(f"{out.name}.part")
-    if part.exists():  # of a killed attempt
-        shutil.rmtree(part)
-    folder = step_folder(part, told["step"])
+    unfinished = out.with_name(f"{out.name}.part")
+    if unfinished.exists():  # of a killed attempt
+        shutil.rmtree(unfinished)
+    folder = step_folder(unfinished, fit["step"])
     folder.mkdir(parents=True)
     weights = folder / "ema.safetensors"
     summed = _summed(terms, {name: sizes[name] for name in sorted(names) if name in sizes})
     rewrite_weights(source / "ema.safetensors", weights, names, summed)
     shutil.copyfile(weights, folder / "model.safetensors")
-    save_config(folder, {**load_config(source), "post_hoc_ema": told})
-    (part / FINAL_NAME).write_text(json.dumps({"step": folder.name}))
-    part.replace(out)
+    save_config(folder, {**load_config(source), "post_hoc_ema": fit})
+    write_json(unfinished / FINAL_NAME, {"step": folder.name})
+    unfinished.replace(out)
 
 
 def _summed(
-    terms: list[tuple[float, Fragments, str]], sizes: dict[str, int]
+    terms: list[tuple[float, FragmentReader, str]], sizes: dict[str, int]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter's sum over `terms`, flat, added up in float64."""
     for name, size in sizes.items():

@@ -1,6 +1,6 @@
-"""What vouches for the parts of a checkpoint: records, and which checkpoint a run goes on from.
+"""Records vouch for the fragments of a checkpoint, and decide from which one a run continues.
 
-A checkpoint is valid when the records of all its ranks are there, agree and verify.
+A checkpoint is valid when the records of all its ranks are present, agree and verify.
 """
 
 import json
@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from cluster.base.files import digest_file
-from cluster.base.run_dir import step_folder, step_folders, step_of
+from cluster.base.run_dir import FRAGMENTS_FOLDER, fragment_path, step_folder, step_folders, step_of
 from training.engine.engines import Engine
 
 FORMAT = 1
@@ -36,7 +37,7 @@ class Progress:
         return self.step - self.nonfinite_steps
 
     def after(self, num_real: int, *, finite: bool) -> "Progress":
-        """Return the progress after one more step, of so many samples."""
+        """Return the progress after one more step, of `num_real` samples."""
         return Progress(
             step=self.step + 1,
             samples_seen=self.samples_seen + num_real,
@@ -46,7 +47,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One rank's part of a checkpoint; version: of the project, which wrote it."""
+    """What one rank wrote; version: of the project that wrote it; sha256: of its fragments."""
 
     format: int
     rank: int
@@ -57,50 +58,47 @@ class Record:
     version: str = ""
 
 
-def record_name(rank: int) -> str:
-    return f"rank_{rank:04d}.json"
-
-
-def records(folder: Path) -> list[Record] | None:
-    """Return the records of a valid checkpoint in rank order, or None, with a warning that says
+def valid_records(folder: Path) -> list[Record] | None:
+    """Return the records of a valid checkpoint in rank order, or None with a warning that says
     what is wrong."""
-    found = told_of(folder)
-    return found if found and _verify(folder, found) else None
+    records = read_records(folder)
+    return records if records and _verify(folder, records) else None
 
 
-def told_of(folder: Path) -> list[Record] | None:
+def read_records(folder: Path) -> list[Record] | None:
     """Return the records of all ranks where they agree, or None with a warning; the fragments that
     they vouch for are not read.
 
-    Raises OSError where a storage fails: what it does not give now it may give to the next attempt,
-    and a run that went on without would delete it.
+    Raises OSError where the storage fails: it may answer the next attempt, and a run that continued
+    without this checkpoint would delete it.
     """
-    found: list[Record] = []
-    for path in sorted((folder / "fragments").glob("rank_*.json")):
+    records: list[Record] = []
+    for path in sorted((folder / FRAGMENTS_FOLDER).glob("rank_*.json")):
         try:
-            told = json.loads(path.read_text())
-            if told["format"] == FORMAT:
-                found.append(Record(**told))
+            values = json.loads(path.read_text())
+            if values["format"] == FORMAT:
+                records.append(Record(**values))
                 continue
         except (FileNotFoundError, *NOT_A_RECORD) as error:
             warnings.warn(f"{folder}: unreadable checkpoint ({error})", stacklevel=2)
             return None
-        raise ValueError(_other_format(path, told))
-    if not found or [r.rank for r in found] != list(range(found[0].world_size)):
+        raise ValueError(_other_format(path, values))
+    if not records or [r.rank for r in records] != list(range(records[0].world_size)):
         warnings.warn(
-            f"{folder}: found the records of {len(found)} ranks, incomplete; skipped", stacklevel=2
+            f"{folder}: found the records of {len(records)} ranks, incomplete; skipped",
+            stacklevel=2,
         )
         return None
-    if any(r.progress != found[0].progress for r in found):
+    if any(r.progress != records[0].progress for r in records):
         warnings.warn(f"{folder}: its ranks disagree about their progress; skipped", stacklevel=2)
         return None
-    return found
+    return records
 
 
-def _verify(folder: Path, vouched: Iterable[Record]) -> bool:
-    """Say whether the fragments of these ranks bear the digests of their records; warn if not."""
-    for record in vouched:
-        path = folder / "fragments" / f"rank_{record.rank:04d}.safetensors"
+def _verify(folder: Path, records: Iterable[Record]) -> bool:
+    """Return whether the fragments have the digests of their records; warn if not."""
+    for record in records:
+        path = fragment_path(folder, record.rank)
         try:
             if digest_file(path) == record.sha256:
                 continue
@@ -112,64 +110,64 @@ def _verify(folder: Path, vouched: Iterable[Record]) -> bool:
     return True
 
 
-def _other_format(path: Path, told: dict) -> str:
-    """Say whose checkpoint it is: to skip it would be to begin a long run anew."""
-    who = f"version {told['version']}" if told.get("version") else "another version"
+def _other_format(path: Path, values: dict[str, Any]) -> str:
+    """Name the version that wrote a checkpoint: skipping it would restart a long run."""
+    writer = f"version {values['version']}" if values.get("version") else "another version"
     return (
-        f"{path}: found a checkpoint of format {told.get('format')}, expected {FORMAT}: {who} of "
-        "minidalle2 wrote it; continue with that one, or start over with --fresh"
+        f"{path}: found a checkpoint of format {values.get('format')}, expected {FORMAT}: {writer} "
+        "of minidalle2 wrote it; continue with that one, or start over with --fresh"
     )
 
 
 def newest_valid(run: Path) -> tuple[Path, Progress] | None:
     """Return the newest valid checkpoint of `run`; broken ones are skipped with a warning."""
     for folder in reversed(step_folders(run)):
-        found = records(folder)
-        if found:
-            return folder, Progress(**found[0].progress)
+        records = valid_records(folder)
+        if records:
+            return folder, Progress(**records[0].progress)
     return None
 
 
-def newest_agreed(run: Path, engine: Engine) -> int:
+def newest_valid_step(run: Path, engine: Engine) -> int:
     """Return the step of the newest checkpoint that is valid for all ranks, or -1; every rank calls
     this.
 
-    It is looked for where the first rank sees one: two ranks whose views of a storage differ must
-    not begin at two steps. Each verifies its share of the fragments, which are read once in all.
-    Raises OSError where a rank does not find what the first one found.
+    The first rank proposes the checkpoint: two ranks whose views of a storage differ must not start
+    at two steps. Each verifies its share of the fragments, so that all are read once. Raises
+    OSError where a rank does not see what the first one sees.
     """
     folders = step_folders(run) if engine.rank == 0 else []
     while True:
-        candidates = (f for f in reversed(folders) if told_of(f) is not None)
-        folder = next(candidates, None)
-        step = agreed(engine, -1 if folder is None else step_of(folder))
+        candidates = (f for f in reversed(folders) if read_records(f) is not None)
+        proposed = next(candidates, None)
+        step = from_first_rank(engine, -1 if proposed is None else step_of(proposed))
         if step < 0:
             return step
-        told = told_of(step_folder(run, step))
-        if not told:
+        folder = step_folder(run, step)
+        records = read_records(folder)
+        if not records:
             raise OSError(
-                f"{step_folder(run, step)}: found no whole checkpoint, expected the one that rank "
-                "0 found: is the run folder on storage that all nodes share?"
+                f"{folder}: found no complete checkpoint, expected the one that rank 0 found: is "
+                "the run folder on storage that all nodes share?"
             )
-        mine = told[engine.rank :: engine.world_size]
-        if agreed_by_all(engine, _verify(step_folder(run, step), mine)):
+        if on_all_ranks(engine, _verify(folder, records[engine.rank :: engine.world_size])):
             return step
         folders = [f for f in folders if step_of(f) < step]
 
 
-def agreed(engine: Engine, value: int) -> int:
+def from_first_rank(engine: Engine, value: int) -> int:
     """Return the first rank's value; every rank calls this, and waits for it."""
     if engine.world_size == 1:
         return value
-    told = torch.tensor(value, dtype=torch.int64, device=engine.device)
-    dist.broadcast(told, src=0)
-    return int(told)
+    shared = torch.tensor(value, dtype=torch.int64, device=engine.device)
+    dist.broadcast(shared, src=0)
+    return int(shared)
 
 
-def agreed_by_all(engine: Engine, value: bool) -> bool:
-    """Say whether all ranks say so; every rank calls this, and waits for the others."""
+def on_all_ranks(engine: Engine, value: bool) -> bool:
+    """Return whether `value` is true on all ranks; every rank calls this, and waits for all."""
     if engine.world_size == 1:
         return value
-    told = torch.tensor(int(value), dtype=torch.int64, device=engine.device)
-    dist.all_reduce(told, dist.ReduceOp.MIN)
-    return bool(told)
+    shared = torch.tensor(int(value), dtype=torch.int64, device=engine.device)
+    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    return bool(shared)

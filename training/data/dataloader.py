@@ -1,18 +1,26 @@
-"""The batches of a run: the samples that its plan names, read ahead of the step."""
+"""The batches of a run: the samples that its plan names, read ahead of the step.
+
+A sample's way: shard -> data set -> `KeyedDataset` -> torch's DataLoader -> `Batch` -> the loss.
+"""
 
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from models.diffusion.keyed_random import sample_keys
-from training.data.sampler import Plan, Slice
+from training.config import RunConfig
+from training.data.datasets import ColumnDataset, Columns
+from training.data.sampler import BatchIndex, Plan, PlanSampler
+
+STEPS_A_SPAN = 10_000  # that one execution of Ray Data reads
+STEPS_A_BLOCK = 8  # that one of its tasks reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +28,8 @@ class Batch:
     """Samples of one micro-batch.
 
     keys: int64 [B], the samples' random keys; weight: float32 [B], 0 for padding; num_real:
-    samples of weight 1 in the whole global batch; columns: name -> [B, ...] (image, image_embed,
-    text_embed, tokens) as stored, until `to` brings them to a device.
+    samples of weight 1 in the complete global batch; columns: name -> [B, ...] (image, image_embed,
+    text_embed, tokens) as stored, until `to` copies them to a device.
     """
 
     keys: Tensor
@@ -32,16 +40,25 @@ class Batch:
     def __getitem__(self, column: str) -> Tensor:
         return self.columns[column]
 
-    def part(self, count: int) -> "Batch":
-        """Return neighbouring samples, `count` at most, from where the first one's key says on.
+    def rows(self, rows: Tensor | slice) -> "Batch":
+        """Return some of the samples, by their rows."""
+        columns = {name: value[rows] for name, value in self.columns.items()}
+        return replace(self, keys=self.keys[rows], weight=self.weight[rows], columns=columns)
 
-        Neighbours, since the hard negatives of a data set stand together; not the first ones, since
-        a batch comes by index.
+    def part(self, count: int) -> "Batch":
+        """Return at most `count` neighbouring samples, from a row that the first key names.
+
+        Neighbours, since the hard negatives of a data set are adjacent; not the first ones, since
+        a batch is sorted by index.
         """
         start = int(self.keys[0]) % len(self.keys)
         rows = (start + torch.arange(min(count, len(self.keys)))) % len(self.keys)
-        columns = {name: value[rows] for name, value in self.columns.items()}
-        keys, weight = self.keys[rows], self.weight[rows]
+        return self.rows(rows)
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in pinned memory, from which a GPU copies while it computes."""
+        columns = {name: value.pin_memory() for name, value in self.columns.items()}
+        keys, weight = self.keys.pin_memory(), self.weight.pin_memory()
         return replace(self, keys=keys, weight=weight, columns=columns)
 
     def to(self, device: torch.device) -> "Batch":
@@ -51,85 +68,103 @@ class Batch:
         }
         for name, value in columns.items():
             columns[name] = value.float() if value.dtype == torch.float16 else value
-        keys, weight = self.keys.to(device), self.weight.to(device)
-        return Batch(keys=keys, weight=weight, num_real=self.num_real, columns=columns)
+        keys = self.keys.to(device, non_blocking=True)
+        weight = self.weight.to(device, non_blocking=True)
+        return replace(self, keys=keys, weight=weight, columns=columns)
 
 
-class Reader(Protocol):
-    """Reads columns of samples, as they are stored, by their index.
-
-    data_sets: for each data set that it reads, the sizes of its shards; the index runs through
-    one after the other.
-    """
-
-    data_sets: tuple[tuple[int, ...], ...]
-
-    def read(self, index: np.ndarray) -> dict[str, np.ndarray]: ...
+def as_batch(columns: Columns, keys: Tensor) -> Batch:
+    """Return the columns of real samples, and their random keys, as a batch."""
+    return Batch(
+        keys=keys,
+        weight=torch.ones(len(keys)),
+        num_real=len(keys),
+        columns={name: torch.from_numpy(value) for name, value in columns.items()},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feed:
-    """Reads a rank's batches ahead of the step, in a thread."""
+class KeyedDataset(Dataset[list[Batch]]):
+    """A data set whose samples get random keys and weights: the micro-batches of a step."""
 
-    plan: Plan
-    reader: Reader
-    rank: int = 0
-    world_size: int = 1
+    samples: ColumnDataset
+    seed: int
     grad_accum_steps: int = 1
-    prefetch: int = 3
 
-    def columns(self, step: int) -> dict[str, np.ndarray]:
-        """Read this rank's samples of `step`, as they are stored."""
-        return self.reader.read(self._slice(step).index)
+    def __getitems__(self, batch: BatchIndex) -> list[Batch]:
+        """Read the micro-batches of a step of one rank, as torch's DataLoader asks for them."""
+        return self.assemble(batch, self.samples.read(batch.index))
 
-    def step_batches(self, step: int) -> list[Batch]:
-        """Read the micro-batches of `step`."""
-        part = self._slice(step)
-        return self._assembled(part, self.reader.read(part.index))
-
-    def assemble(self, step: int, columns: dict[str, np.ndarray]) -> list[Batch]:
-        """Return the micro-batches of `step` whose columns have been read."""
-        return self._assembled(self._slice(step), columns)
-
-    def _slice(self, step: int) -> Slice:
-        """Return what this rank reads at `step`, by index: neighbours on the disk are neighbours
-        here, and a sum over a batch asks for no other order.
-
-        Where the ranks' shares of the global batch differ, the smaller are padded: all take as many
-        micro-batches, of the same size.
-        """
-        part = self.plan.slice(step, self.rank, self.world_size)
-        parts = self.grad_accum_steps
-        samples = -(-self.plan.global_batch_size // (self.world_size * parts)) * parts
-        part = part.padded(samples)
-        order = np.argsort(part.index, kind="stable")
-        return replace(
-            part, epoch=part.epoch[order], index=part.index[order], weight=part.weight[order]
+    def assemble(self, batch: BatchIndex, columns: Columns) -> list[Batch]:
+        """Return the micro-batches of samples whose columns have been read."""
+        epoch, index = torch.from_numpy(batch.epoch), torch.from_numpy(batch.index)
+        step = replace(
+            as_batch(columns, sample_keys(self.seed, epoch, index)),
+            weight=torch.from_numpy(batch.weight),
+            num_real=batch.num_real,
         )
+        parts = torch.arange(len(batch.index)).chunk(self.grad_accum_steps)
+        return [step.rows(slice(int(r[0]), int(r[-1]) + 1)) for r in parts]
 
-    def _assembled(self, part: Slice, columns: dict[str, np.ndarray]) -> list[Batch]:
-        epoch, index = torch.from_numpy(part.epoch), torch.from_numpy(part.index)
-        keys = sample_keys(self.plan.seed, epoch, index)
-        whole = as_batch(columns, keys)
-        weight = torch.from_numpy(part.weight)
-        whole = replace(whole, weight=weight, num_real=part.num_real)
-        return _split(whole, self.grad_accum_steps)
 
-    def iterate(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of steps [start, stop), reading ahead."""
+class StepLoader(Protocol):
+    """Returns the micro-batches of consecutive steps."""
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of steps [start, stop), read ahead."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadedLoader:
+    """torch's DataLoader, run by a thread of the training process.
+
+    No worker processes: images are decoded by threads, outside of Python's lock, and all share the
+    cache of decoded samples and the mapped files. prefetch: steps read ahead.
+    """
+
+    dataset: KeyedDataset
+    sampler: PlanSampler
+    prefetch: int = 3
+    pin_memory: bool = False
+
+    def read(self, step: int) -> list[Batch]:
+        """Return the micro-batches of one step, read now."""
+        return self.dataset.__getitems__(self.sampler.batch(step))
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of steps [start, stop), read ahead."""
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler.over(range(start, stop)),
+            collate_fn=_as_read,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # DataLoader draws a seed, else from torch's own state
+        )
         ahead: queue.Queue = queue.Queue(self.prefetch)
         stopped = threading.Event()
 
-        def work() -> None:
+        def put(item: object) -> None:
+            while not stopped.is_set():
+                try:
+                    return ahead.put(item, timeout=0.2)
+                except queue.Full:
+                    continue
+
+        gpu = torch.cuda.current_device() if self.pin_memory else None
+
+        def read() -> None:
             try:
-                for step in range(start, stop):
-                    _put(ahead, self.step_batches(step), stopped)
+                if gpu is not None:  # a thread starts on the first one
+                    torch.cuda.set_device(gpu)
+                for batches in loader:
+                    put(batches)
                     if stopped.is_set():
                         return
-            except BaseException as error:  # handed to the consumer, who raises it
-                _put(ahead, error, stopped)
+            except BaseException as error:  # raised by the consumer
+                put(error)
 
-        threading.Thread(target=work, name="feed", daemon=True).start()
+        threading.Thread(target=read, name="dataloader", daemon=True).start()
         try:
             for _ in range(start, stop):
                 item = ahead.get()
@@ -140,66 +175,106 @@ class Feed:
             stopped.set()
 
 
-def as_batch(columns: dict[str, np.ndarray], keys: Tensor) -> Batch:
-    """Return the columns of real samples, and their random keys, as a batch."""
-    return Batch(
-        keys=keys,
-        weight=torch.ones(len(keys)),
-        num_real=len(keys),
-        columns={name: torch.from_numpy(value) for name, value in columns.items()},
-    )
+def _as_read(batches: list[Batch]) -> list[Batch]:
+    return batches
 
 
-def _put(target: queue.Queue, item: object, stopped: threading.Event) -> None:
-    while not stopped.is_set():
-        try:
-            return target.put(item, timeout=0.2)
-        except queue.Full:
-            continue
+@dataclass(frozen=True, kw_only=True)
+class RayLoader:
+    """Reads through Ray Data: in the plan's order, on whichever CPUs of the cluster are free.
 
-
-def _split(batch: Batch, parts: int) -> list[Batch]:
-    if parts == 1:
-        return [batch]
-    pieces = []
-    for rows in torch.arange(len(batch.keys)).chunk(parts):
-        columns = {name: value[rows] for name, value in batch.columns.items()}
-        keys, weight = batch.keys[rows], batch.weight[rows]
-        pieces.append(Batch(keys=keys, weight=weight, num_real=batch.num_real, columns=columns))
-    return pieces
-
-
-class Cached:
-    """Keeps what a slow reader (JPEG decoding) gave, up to `limit_bytes`; beyond it reads again.
-
-    num_threads: samples read side by side; 0 = in the calling thread.
+    build_dataset: opens the data in each process that reads; num_readers: at most so many.
     """
 
-    def __init__(
-        self,
-        read_one: Callable[[int], np.ndarray],
-        *,
-        limit_bytes: int = 1 << 30,
-        num_threads: int = 0,
-    ) -> None:
-        self._read_one, self._limit = read_one, limit_bytes
-        self._map: Callable = map
-        if num_threads:
-            self._map = ThreadPoolExecutor(num_threads, thread_name_prefix="decode").map
-        self.clear()
+    dataset: KeyedDataset
+    sampler: PlanSampler
+    build_dataset: Callable[[], ColumnDataset]
+    num_readers: int
 
-    def clear(self) -> None:
-        """Keep nothing of what was read so far."""
-        self._left, self._kept = self._limit, dict[int, np.ndarray]()
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of steps [start, stop), read ahead."""
+        self._require_cpus()
+        for first in range(start, stop, STEPS_A_SPAN):
+            steps = range(first, min(first + STEPS_A_SPAN, stop))
+            for step, columns in zip(steps, self._columns(steps), strict=True):
+                yield self.dataset.assemble(self.sampler.batch(step), columns)
 
-    def read(self, index: np.ndarray) -> np.ndarray:
-        """Return the samples of an index, stacked: [n, ...]."""
-        numbers = index.tolist()
-        missing = [i for i in dict.fromkeys(numbers) if i not in self._kept]
-        fresh = dict(zip(missing, self._map(self._read_one, missing), strict=True))
-        found = np.stack([fresh[i] if i in fresh else self._kept[i] for i in numbers])
-        for i, value in fresh.items():
-            if value.nbytes <= self._left:
-                self._left -= value.nbytes
-                self._kept[i] = value
-        return found
+    def _require_cpus(self) -> None:
+        import ray
+
+        from cluster.base.ray_session import ensure_ray
+
+        ensure_ray()
+        cpus, world_size = ray.cluster_resources().get("CPU", 0), self.sampler.world_size
+        if cpus < 2 * world_size:
+            raise ValueError(
+                f"ingest: found ray over {cpus:.0f} CPUs for {world_size} workers, expected at "
+                "least one more CPU for each of them to read on; use --ingest native"
+            )
+
+    def _columns(self, steps: range) -> Iterator[Columns]:
+        """Yield the columns of each step."""
+        import ray.data
+
+        from cluster.base.ray_session import placed_on
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        blocks = -(-len(steps) // STEPS_A_BLOCK)
+        items = ray.data.from_items([{"step": step} for step in steps], override_num_blocks=blocks)
+        reader: Any = StepReader  # an actor's class, where the annotations know functions only
+        rows = items.map(
+            reader,
+            fn_constructor_args=(self.sampler.without_caches(), self.build_dataset),
+            num_cpus=1,
+            resources=placed_on("cpu_group"),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self.num_readers),
+        )
+        for row in rows.iter_rows():
+            yield {name: value.copy() for name, value in row.items()}  # Ray's are read-only
+
+
+class StepReader:
+    """An actor of Ray Data: opens a data set, and maps the number of a step to its columns."""
+
+    def __init__(self, sampler: PlanSampler, build_dataset: Callable[[], ColumnDataset]) -> None:
+        self._sampler, self._samples = sampler, build_dataset()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
+        return self._samples.read(self._sampler.batch(int(row["step"])).index)
+
+
+def make_loader(
+    build_dataset: Callable[[], ColumnDataset],
+    options: RunConfig,
+    *,
+    block_size: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> StepLoader:
+    """Return the loader of a rank that `options.ingest` names; both give the same batches.
+
+    block_size: neighbouring samples that stay together.
+    """
+    samples, data, config = build_dataset(), options.data, options.train
+    plan = Plan(
+        data_sets=samples.data_sets,
+        weights=data.weights,
+        global_batch_size=config.batch.global_batch_size,
+        seed=config.seed,
+        num_streams=data.num_streams,
+        window=data.window,
+        block_size=block_size,
+    )
+    parts = config.micro_batches(world_size)
+    sampler = PlanSampler(plan=plan, rank=rank, world_size=world_size, grad_accum_steps=parts)
+    dataset = KeyedDataset(samples=samples, seed=config.seed, grad_accum_steps=parts)
+    if options.ingest == "native":
+        return ThreadedLoader(
+            dataset=dataset, sampler=sampler, prefetch=data.prefetch, pin_memory=pin_memory
+        )
+    return RayLoader(
+        dataset=dataset, sampler=sampler, build_dataset=build_dataset, num_readers=data.num_threads
+    )

@@ -1,248 +1,329 @@
-"""What a run reads: which snapshots, of which encoder, and how several are mixed."""
+"""Data sets over the shards of pinned snapshots: random access to samples by index.
 
-import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+Columns come as they are stored: `image` uint8 [n, 3, S, S], `image_embed` and `text_embed` float16
+[n, E], `tokens` and `caption_tokens` int32 [n, L].
+"""
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+import io
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from typing import Generic, TypeVar
 
-from ingest.embedding.statistics import NAME as STATISTICS
-from ingest.embedding.statistics import EmbedStatistics
-from ingest.shards import Snapshot, load_snapshot, read_manifest
-from ingest.store.storage import absolute_root
-from models.clip import FrozenClip, absolute_spec, load_clip
-from models.weights import exported, load_config, load_weights
-from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
-from training.data.dataloader import Reader
-from training.data.readers import Mixture, short_sides
+import numpy as np
+from torch.utils.data import Dataset
 
-Model = TypeVar("Model", bound=nn.Module)
-Config = TypeVar("Config", ClipRunConfig, PriorRunConfig, DecoderRunConfig)
+from ingest.fetching.decode import square_pixels
+from ingest.shards import EmbedShard, ImageShard, ShardEntry, Snapshot
+from ingest.store.snapshots import latest_digest
 
-
-def prepare_data(config: Config) -> Config:
-    """Make the demo's data where the default folder is absent, and make data paths absolute."""
-    from training.data.demo_data import ensure_embeds, ensure_images
-
-    changes = {}
-    if isinstance(config, (ClipRunConfig, DecoderRunConfig)):
-        changes["images"] = tuple(ensure_images(root) for root in config.images)
-    if isinstance(config, (PriorRunConfig, DecoderRunConfig)) and not _upsampler(config):
-        changes["embeds"] = tuple(ensure_embeds(root) for root in config.embeds)
-        changes["clip"] = absolute_spec(config.clip)
-    if config.init and Path(config.init).is_dir():
-        changes["init"] = str(Path(config.init).absolute())
-    if isinstance(config, PriorRunConfig):
-        changes["validation"] = tuple(absolute_root(root) for root in config.validation)
-    if isinstance(config, DecoderRunConfig):
-        for images in changes["images"]:
-            require_size(images, config.image_size)
-        changes["validation"] = tuple(absolute_root(root) for root in config.validation)
-        embeds = tuple(absolute_root(root) for root in config.validation_embeds)
-        changes["validation_embeds"] = embeds
-        _require_paired("embeds", config.images, config.embeds, config)
-        _require_paired("validation_embeds", config.validation, embeds, config)
-    return dataclasses.replace(config, **changes)
+MAX_OPEN_SHARDS = 64
+CHECK_SECONDS = 10.0  # how often data sets check whether samples were removed
+TOKENS_BYTES = 1 << 28  # of tokenised captions kept in memory
+Shard = TypeVar("Shard", ImageShard, EmbedShard)
+Columns = dict[str, np.ndarray]  # name -> [n, ...]
+Tokenize = Callable[[list[str]], np.ndarray]  # captions -> int32 [n, L]
 
 
-def _require_paired(
-    name: str, images: tuple[str, ...], embeds: tuple[str, ...], config: DecoderRunConfig
-) -> None:
-    """Raise ValueError unless the base decoder has embeddings for each folder of images, and an
-    upsampler none, which it would not read."""
-    if _upsampler(config) and name == "validation_embeds" and embeds:
-        raise ValueError(f"{name}: found {len(embeds)} folders for an upsampler, expected none")
-    if not _upsampler(config) and len(images) != len(embeds):
-        raise ValueError(
-            f"{name}: found {len(embeds)} folders for {len(images)} of images, expected one for "
-            "each, in the same order"
-        )
+class ColumnDataset(Dataset[Columns]):
+    """Samples by their index, several at once.
 
-
-def _upsampler(config: PriorRunConfig | DecoderRunConfig) -> bool:
-    return isinstance(config, DecoderRunConfig) and config.stage != "base"
-
-
-def require_size(images: str, size: int) -> None:
-    """Say how many images of the first shard have no `size` px and will be enlarged.
-
-    Raises ValueError where none has: there is no detail of that size to learn from.
+    data_sets: for each data set within, the sizes of its shards; the index runs through one after
+    the other.
     """
-    sides = short_sides(load_snapshot(images))
-    small = int((sides < size).sum())
-    if not small:
-        return
-    if small == len(sides):
-        raise ValueError(
-            f"image_size: found {size} px over images of at most {sides.max()} px in the first "
-            f"shard of {images}, expected images as large; pass --image-size {sides.max()} or "
-            f"less, or download them again with --image-size {size}"
-        )
-    print(
-        f"{images}: {small} of the first shard's {len(sides)} images are smaller than {size} px, "
-        f"down to {sides.min()} px, and are enlarged; ingest/download.py --min-image-side {size} "
-        "leaves such out",
-        flush=True,
-    )
+
+    data_sets: tuple[tuple[int, ...], ...]
+
+    def read(self, index: np.ndarray) -> Columns:
+        """Return the columns of samples, in the order of `index`, int64 [n]."""
+        raise NotImplementedError
+
+    def __getitems__(self, index: np.ndarray) -> Columns:
+        """Read a batch, as torch's DataLoader asks for it."""
+        return self.read(index)
+
+    def __getitem__(self, index: int) -> Columns:
+        """Return the columns of one sample, without a batch dimension."""
+        return {name: values[0] for name, values in self.read(np.array([index])).items()}
+
+    def __len__(self) -> int:
+        return sum(sum(sizes) for sizes in self.data_sets)
 
 
-def clip_of(embeds: Sequence[str], clip: str) -> str:
-    """Return the specification of the encoder of `embeds`: `clip`, or the one they name."""
-    return clip or read_manifest(embeds[0])["clip"]
+class Shards(Generic[Shard]):
+    """The shards of a snapshot, opened when first needed; the last used stay open.
 
-
-def encoder_of(embeds: Sequence[str], clip: str) -> FrozenClip:
-    """Load the encoder that made all of `embeds`: `clip`, or the one the first's manifest names;
-    its text tower alone, since the images' embeddings are there.
-
-    Raises ValueError where one was made by another.
+    Samples that were removed are no longer returned within `CHECK_SECONDS`: then open shards are
+    opened again, and `on_change` is called.
     """
-    encoder = load_clip(clip_of(embeds, clip))
-    for root in embeds:
-        manifest = read_manifest(root)
-        if encoder.encoder_id != manifest["encoder_id"]:
+
+    def __init__(
+        self,
+        kind: Callable[..., Shard],
+        snapshot: Snapshot,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._kind, self._snapshot, self._on_change = kind, snapshot, on_change
+        self.sizes = tuple(entry.num_kept for entry in snapshot.shards)
+        self._starts = np.cumsum([0, *self.sizes])
+        self._any_excluded = any(entry.excluded for entry in snapshot.shards)
+        self.open = lru_cache(MAX_OPEN_SHARDS)(self._open)
+        self._latest, self._checked = latest_digest(snapshot.root), time.monotonic()
+
+    def _open(self, number: int) -> Shard:
+        entry = self._snapshot.shards[number]
+        return self._kind(self._snapshot.root, entry.name, digest=entry.digest)
+
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard and the row in it of each sample, int64 [n]."""
+        shards = np.searchsorted(self._starts, index, side="right") - 1
+        rows = index - self._starts[shards]
+        for number in np.unique(shards) if self._any_excluded else ():
+            here = shards == number
+            rows[here] = self._snapshot.shards[number].rows(rows[here])
+        return shards, rows
+
+    def sample(self, index: int) -> tuple[Shard, int]:
+        """Return the opened shard of one sample, and its row."""
+        shards, rows = self.locate(np.array([index]))
+        return self.open(int(shards[0])), int(rows[0])
+
+    def check_removals(self) -> None:
+        """Open the shards again where samples were removed since the last check."""
+        if time.monotonic() - self._checked < CHECK_SECONDS:
+            return
+        self._checked, latest = time.monotonic(), latest_digest(self._snapshot.root)
+        if latest != self._latest:
+            self._latest = latest
+            self.open.cache_clear()
+            self._on_change()
+
+
+class SampleCache:
+    """Keeps the results of a slow function of a sample, up to `limit_bytes`.
+
+    num_threads: samples computed in parallel; 0 = in the calling thread.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[int], np.ndarray],
+        *,
+        limit_bytes: int = 1 << 30,
+        num_threads: int = 0,
+    ) -> None:
+        self._compute, self._limit = compute, limit_bytes
+        self._map: Callable = map
+        if num_threads:
+            self._map = ThreadPoolExecutor(num_threads, thread_name_prefix="decode").map
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all results."""
+        self._room, self._kept = self._limit, dict[int, np.ndarray]()
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        """Return the results of samples, stacked: [n, ...]."""
+        numbers = index.tolist()
+        missing = [i for i in dict.fromkeys(numbers) if i not in self._kept]
+        fresh = dict(zip(missing, self._map(self._compute, missing), strict=True))
+        stacked = np.stack([fresh[i] if i in fresh else self._kept[i] for i in numbers])
+        for i, value in fresh.items():
+            if value.nbytes <= self._room:
+                self._room -= value.nbytes
+                self._kept[i] = value
+        return stacked
+
+
+class ImageDataset(ColumnDataset):
+    """`image`: the short side resized to `size` px, the centre cropped; with `tokenize`, `tokens`.
+
+    num_threads: images decoded in parallel; 0 = in the calling thread. Decoded images are kept in
+    memory up to a gigabyte: decoding then costs one epoch only.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        size: int,
+        num_threads: int = 0,
+        tokenize: Tokenize | None = None,
+    ) -> None:
+        self._size, self._tokenize = size, tokenize
+        self._images = SampleCache(self._decode, num_threads=num_threads)
+        self._tokens = SampleCache(self._tokens_of, limit_bytes=TOKENS_BYTES)
+        self.shards = Shards(ImageShard, snapshot, self._images.clear)
+        self.data_sets = (self.shards.sizes,)
+
+    def read(self, index: np.ndarray) -> Columns:
+        """Return `image`, and `tokens` of the captions."""
+        self.shards.check_removals()
+        columns = {"image": self._images.read(index)}
+        if self._tokenize is not None:
+            columns["tokens"] = self._tokens.read(index)
+        return columns
+
+    def _decode(self, index: int) -> np.ndarray:
+        shard, row = self.shards.sample(index)
+        return square_pixels(shard.image_bytes(row), self._size)
+
+    def _tokens_of(self, index: int) -> np.ndarray:
+        assert self._tokenize is not None
+        shard, row = self.shards.sample(index)
+        return self._tokenize([shard.caption(row)])[0]
+
+
+class EmbedDataset(ColumnDataset):
+    """`image_embed`, `text_embed` and `tokens`; with `tokenize`, `caption_tokens` too."""
+
+    COLUMNS = ("image_embed", "text_embed", "tokens")
+
+    def __init__(self, snapshot: Snapshot, tokenize: Tokenize | None = None) -> None:
+        self._tokenize = tokenize
+        self._tokens = SampleCache(self._tokens_of, limit_bytes=TOKENS_BYTES)
+        self.shards = Shards(EmbedShard, snapshot)
+        self.data_sets = (self.shards.sizes,)
+
+    def read(self, index: np.ndarray) -> Columns:
+        """Copy the rows of a batch from the mapped files of its shards."""
+        self.shards.check_removals()
+        shards, rows = self.shards.locate(index)
+
+        def rows_of(number: int, places: np.ndarray) -> Rows:
+            shard = self.shards.open(number)
+            return {name: (getattr(shard, name), rows[places]) for name in self.COLUMNS}
+
+        columns = _gather(shards, rows_of)
+        if self._tokenize is not None:
+            columns["caption_tokens"] = self._tokens.read(index)
+        return columns
+
+    def _tokens_of(self, index: int) -> np.ndarray:
+        assert self._tokenize is not None
+        shard, row = self.shards.sample(index)
+        return self._tokenize([shard.captions[row]])[0]
+
+
+class PairDataset(ColumnDataset):
+    """Images with their embeddings: row i of an embedding shard belongs to row i of its image
+    shard."""
+
+    def __init__(
+        self,
+        images: Snapshot,
+        embeds: Snapshot,
+        size: int,
+        num_threads: int = 0,
+        tokenize: Tokenize | None = None,
+    ) -> None:
+        """Read images of `size` px by `ImageDataset`, and embeddings by `EmbedDataset`."""
+        by_name = {entry.name: entry for entry in images.shards}
+        paired: list[ShardEntry] = []
+        for entry in embeds.shards:
+            image = by_name.get(entry.name)
+            if image is None or image.num_samples != entry.num_samples:
+                stored = "no such shard" if image is None else f"{image.num_samples} samples"
+                raise ValueError(
+                    f"{images.root}: shard {entry.name}: found {stored}, expected "
+                    f"{entry.num_samples} samples as in {embeds.root}; embed these images with: "
+                    "python ingest/embed.py"
+                )
+            paired.append(replace(image, excluded=entry.excluded))
+        matched = Snapshot(root=images.root, digest=images.digest, shards=tuple(paired))
+        self._images = ImageDataset(matched, size, num_threads)
+        self._embeds = EmbedDataset(embeds, tokenize)
+        self.data_sets = self._embeds.data_sets
+        self._root, self._checked = images.root, set[int]()
+        self._check_keys(0)  # the others when they are opened: there may be very many
+
+    def _check_keys(self, number: int) -> None:
+        embed, image = self._embeds.shards.open(number), self._images.shards.open(number)
+        source = embed.commit.config_hash
+        if source != image.commit.digest or image.keys != embed.keys:
             raise ValueError(
-                f"{root}: found embeddings of encoder {manifest['encoder_id']}, expected "
-                f"{encoder.encoder_id} of {clip_of(embeds, clip)}; embed again with this encoder "
-                "or pass the other one"
+                f"{self._root}: shard {image.name}: its embeddings are of other images; embed "
+                "these with: python ingest/embed.py"
             )
-    encoder.drop_vision()
-    return encoder
+        self._checked.add(number)
+
+    def read(self, index: np.ndarray) -> Columns:
+        """Return the columns of both, after a check of the keys of shards read first."""
+        shards, _ = self._images.shards.locate(index)
+        for number in set(shards.tolist()) - self._checked:
+            self._check_keys(number)
+        return {**self._images.read(index), **self._embeds.read(index)}
 
 
-# of a model's options, those that say how it learns or is drawn from: the same weights compute the
-# same whatever they are
-FREE = frozenset({
-    "dropout", "text_drop", "image_embed_drop", "embed_noise", "weighting", "noise_bias",
-    "bound_weight", "contrastive_weight", "degradation", "low_res_noise", "clip_x0", "energy",
-    "checkpointing", "channels_last",
-})  # fmt: skip
-# options that say nothing where another one is off
-IDLE = {"attn_resolutions": ("head_channels", "qk_norm"),
-        "text_tokens": ("text_width", "text_depth", "text_heads")}  # fmt: skip
+class MixedDataset(ColumnDataset):
+    """Several data sets, whose samples the index numbers one after the other.
 
-
-def start_from(model: Model, init: str, run: str, export: dict[str, Any]) -> Model:
-    """Take over the averaged weights of a finished run, or none for an empty `init` or a `run` that
-    has a checkpoint of its own.
-
-    export: what the new run tells of its model. Raises ValueError naming the first tensor that
-    differs, or what else does: the kind of model, its encoder, and every option but those that are
-    `FREE`, of which shapes do not tell all.
+    weighted: the plan keeps them apart; else their shards are dealt as those of one.
     """
-    if not init or any(Path(run).glob("step_*")):
-        return model
-    step = exported(Path(init))
-    found = load_config(step)
-    usual: Any = type(model.config)()  # has the options that are newer than those weights
-    theirs, ours = (_meanings(dataclasses.asdict(usual), each["model"]) for each in (found, export))
-    pairs = [(name, found.get(name), export.get(name)) for name in ("kind", "encoder_id", "factor")]
-    if found.get("kind") == export.get("kind"):
-        names = sorted(theirs.keys() | ours.keys())
-        pairs += [(name, theirs.get(name), ours.get(name)) for name in names]
-    differ = [each for each in pairs if each[1] != each[2]]
-    if differ:
-        told = "; ".join(f"{name}: found {old!r}, expected {new!r}" for name, old, new in differ)
-        raise ValueError(f"init: {init}: {told}; pass the options of those weights")
-    load_weights(model, step / "ema.safetensors")
-    return model.train()
+
+    def __init__(self, parts: Sequence[ColumnDataset], *, weighted: bool) -> None:
+        sizes = [sum(each.data_sets, ()) for each in parts]
+        self.data_sets = tuple(sizes) if weighted else (sum(sizes, ()),)
+        self._parts = parts
+        self._starts = np.cumsum([0, *(sum(each) for each in sizes)])
+
+    def read(self, index: np.ndarray) -> Columns:
+        """Return the columns of all, each sample read by its own data set."""
+        sources = np.searchsorted(self._starts, index, side="right") - 1
+
+        def rows_of(number: int, places: np.ndarray) -> Rows:
+            columns = self._parts[number].read(index[places] - self._starts[number])
+            return {name: (values, np.arange(len(places))) for name, values in columns.items()}
+
+        return _gather(sources, rows_of)
 
 
-def _meanings(usual: dict[str, Any], told: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the options of a model that its weights are for, those of its U-Net as unet.NAME.
+Rows = dict[str, tuple[np.ndarray, np.ndarray]]  # column -> an array, and which rows of it
 
-    usual: the default of each, for a model that was told before there was such an option.
+
+def _gather(sources: np.ndarray, rows_of: Callable[[int, np.ndarray], Rows]) -> Columns:
+    """Return the columns of samples that come from several sources.
+
+    sources: int [n], where each sample comes from; rows_of(source, places): where that source has
+    the columns of the samples at these places.
     """
-    whole = {**usual, **told}
-    off = {name for other, names in IDLE.items() if other in whole and not whole[other]
-           for name in names}  # fmt: skip
-    found = {}
-    for name, value in whole.items():
-        if isinstance(value, dict):
-            found |= _meanings(usual.get(name, {}), value, f"{name}.")
-        elif name not in FREE | off:
-            found[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return found
+    order = np.argsort(sources, kind="stable")
+    firsts = np.flatnonzero(np.diff(sources[order], prepend=-1))
+    columns: Columns = {}
+    for places in np.split(order, firsts[1:]):
+        first, last = int(places[0]), int(places[-1])
+        adjacent = last - first + 1 == len(places)  # as in a batch sorted by index
+        for name, (array, rows) in rows_of(int(sources[places[0]]), places).items():
+            if name not in columns:
+                columns[name] = np.empty((len(sources), *array.shape[1:]), array.dtype)
+            if adjacent:  # copied once; rows are in range, and mode "raise" would copy them twice
+                room = columns[name][first : last + 1]
+                np.take(array, rows, axis=0, out=room, mode="clip")
+            else:
+                columns[name][places] = array[rows]
+    return columns
 
 
-def pin_snapshots(run: str, kind: str, roots: Sequence[str]) -> list[Snapshot]:
-    """Return the snapshots a run reads: the latest when the run begins, those very ones when it
-    continues."""
-    paths = [Path(run) / f"snapshot_{kind}{_ordinal(number)}.txt" for number in range(len(roots))]
-    for path, root in zip(paths, roots, strict=True):
-        if rank() == 0 and not path.is_file():
-            part = path.with_suffix(".part")
-            part.write_text(load_snapshot(root).digest + "\n")
-            part.replace(path)
-    if dist.is_initialized():
-        dist.barrier()  # one rank chooses: a snapshot may be published between two ranks' looks
-    pairs = zip(roots, paths, strict=True)
-    return [load_snapshot(root, path.read_text().strip()) for root, path in pairs]
+def short_sides(snapshot: Snapshot) -> np.ndarray:
+    """Return the shorter side in px of each image of the first shard that holds any, int [n]."""
+    from PIL import Image
+
+    for entry in snapshot.shards:
+        if entry.num_samples:
+            shard = ImageShard(snapshot.root, entry.name, digest=entry.digest)
+            opened = (Image.open(io.BytesIO(shard.image_bytes(row))) for row in range(len(shard)))
+            return np.array([min(image.size) for image in opened])
+    return np.array([], int)
 
 
-def _ordinal(number: int) -> str:
-    return f"_{number + 1}" if number else ""
-
-
-def rank() -> int:
-    """Return this process's rank; 0 where it trains alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def part_of(snapshot: Snapshot, part: str) -> Snapshot:
-    """Return the shards of part "k/n" of `snapshot`: neighbours, since a list's order may mean
-    something."""
-    try:
-        k, n = (int(number) for number in part.split("/"))
-    except ValueError:
-        raise ValueError(f'part: found {part!r}, expected "k/n" such as 1/2') from None
-    count = len(snapshot.shards)
-    if not 1 <= k <= n <= count:
-        raise ValueError(
-            f"part: found {part!r}, expected 1 <= k <= n <= {count}, the number of shards"
-        )
-    shards = snapshot.shards[(k - 1) * count // n : k * count // n]
-    return dataclasses.replace(snapshot, shards=shards)
-
-
-def mixed(readers: Sequence[Reader], weights: Sequence[float]) -> Reader:
-    """Return one reader of several data sets, of weights or of none: see `DataConfig`."""
-    if weights and len(weights) != len(readers):
-        raise ValueError(
-            f"data.weights: found {len(weights)}, expected one for each of {len(readers)} data sets"
-        )
-    return readers[0] if len(readers) == 1 else Mixture(readers, weighted=bool(weights))
-
-
-def pin_statistics(run: str, embeds: Sequence[str], weights: Sequence[float]) -> EmbedStatistics:
-    """Return the moments of the image embeddings that a run reads from several folders.
-
-    Those of the day it began: they are kept in its folder.
-    """
-    if rank() == 0 and not (Path(run) / STATISTICS).is_file():
-        parts = [EmbedStatistics.read(root) for root in embeds]
-        EmbedStatistics.merge(parts, weights if len(parts) > 1 else ()).write(run)
-    if dist.is_initialized():
-        dist.barrier()
-    return EmbedStatistics.read(run)
-
-
-def mine_alone(mine: Tensor) -> tuple[Tensor, slice]:
-    """Return this rank's rows as all there are: `gathered` of a worker that trains alone."""
-    return mine, slice(len(mine))
-
-
-def gathered(mine: Tensor) -> tuple[Tensor, slice]:
-    """Return every rank's rows, and which of them are this one's.
-
-    Gradients flow back to the rank that owns them.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return mine_alone(mine)
-    from torch.distributed.nn.functional import all_gather
-
-    rows = slice(rank() * len(mine), (rank() + 1) * len(mine))
-    return torch.cat(all_gather(mine)), rows
+def captions_of(snapshots: Sequence[Snapshot], count: int) -> list[str]:
+    """Return the captions of the first `count` samples of these embeddings."""
+    captions: list[str] = []
+    for snapshot in snapshots:
+        for entry in snapshot.shards:
+            if len(captions) >= count:
+                break
+            stored = EmbedShard(snapshot.root, entry.name, digest=entry.digest).captions
+            captions += [stored[row] for row in entry.rows(np.arange(entry.num_kept))]
+    return captions[:count]

@@ -1,28 +1,29 @@
 """The order of samples: which of them make global batch number `step`.
 
 A `Plan` is a pure function of (snapshots, weights, seed, step), the same for any number of workers:
-the state of a reader is that one number, so resuming is exact and costs nothing. The shards of a
-data set are dealt to V virtual streams, anew in every epoch. Slot j of a global batch reads stream
+the state of a reader is that one number, so resuming is exact and O(1). The shards of a data set
+are dealt to V virtual streams, in another way in every epoch. Slot j of a global batch reads stream
 j mod V, and a rank owns the slots j = rank mod world_size: where world_size divides V, it opens the
-shards of its own streams only.
+shards of its own streams only. `PlanSampler` is the plan as a batch sampler of torch.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
+from torch.utils.data import Sampler
 
 PATTERN = 10_000  # data sets mix by weights in steps of a ten-thousandth
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slice:
-    """One rank's part of a global batch.
+class BatchIndex:
+    """The samples that one rank reads for a step.
 
     epoch: int64 [n], of each sample's own data set; index: int64 [n] into the samples of all data
     sets, one after the other; weight: float32 [n], 0 for padding; num_real: samples of weight 1 in
-    the whole global batch.
+    the complete global batch.
     """
 
     epoch: np.ndarray
@@ -30,15 +31,20 @@ class Slice:
     weight: np.ndarray
     num_real: int
 
-    def padded(self, count: int) -> "Slice":
-        """Return `count` samples, those after the slice's own of weight 0."""
+    def padded(self, count: int) -> "BatchIndex":
+        """Return `count` samples, those after the rank's own of weight 0."""
         room = (0, count - len(self.index))
         if not room[1]:
             return self
         epoch, index = np.pad(self.epoch, room, "edge"), np.pad(self.index, room, "edge")
-        return Slice(
-            epoch=epoch, index=index, weight=np.pad(self.weight, room), num_real=self.num_real
-        )
+        return replace(self, epoch=epoch, index=index, weight=np.pad(self.weight, room))
+
+    def sorted(self) -> "BatchIndex":
+        """Return the samples by index: neighbours on the disk are neighbours here, and a sum over a
+        batch asks for no other order."""
+        order = np.argsort(self.index, kind="stable")
+        epoch, index, weight = self.epoch[order], self.index[order], self.weight[order]
+        return replace(self, epoch=epoch, index=index, weight=weight)
 
 
 class Order:
@@ -255,7 +261,7 @@ class Plan:
         )
         return int(-(-rounds // self._num_rounds))
 
-    def slice(self, step: int, rank: int = 0, world_size: int = 1) -> Slice:
+    def slice(self, step: int, rank: int = 0, world_size: int = 1) -> BatchIndex:
         """Return what `rank` of `world_size` reads at `step`; ragged ends are padded with weight
         0."""
         rounds, streams, mine = self._slots(rank, world_size)
@@ -279,4 +285,39 @@ class Plan:
             places = zip(epochs[nth[gaps]].tolist(), streams[here][gaps].tolist(), strict=True)
             rows[gaps] = [order.padding(*place) for place in places]
             index[here] = rows + self._offsets[number]
-        return Slice(epoch=epoch, index=index, weight=weight, num_real=num_real)
+        return BatchIndex(epoch=epoch, index=index, weight=weight, num_real=num_real)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSampler(Sampler[BatchIndex]):
+    """The batch sampler of one rank: yields what it reads at each of `steps`.
+
+    Where the ranks' shares of the global batch differ, the smaller are padded: all take
+    `grad_accum_steps` micro-batches of the same size.
+    """
+
+    plan: Plan
+    rank: int = 0
+    world_size: int = 1
+    grad_accum_steps: int = 1
+    steps: range = range(0)
+
+    def batch(self, step: int) -> BatchIndex:
+        """Return what this rank reads at `step`, sorted by index."""
+        parts = self.grad_accum_steps
+        samples = -(-self.plan.global_batch_size // (self.world_size * parts)) * parts
+        return self.plan.slice(step, self.rank, self.world_size).padded(samples).sorted()
+
+    def over(self, steps: range) -> "PlanSampler":
+        """Return the sampler of other steps, by the same plan."""
+        return replace(self, steps=steps)
+
+    def without_caches(self) -> "PlanSampler":
+        """Return a copy for another process, without what the plan keeps of its windows."""
+        return replace(self, plan=replace(self.plan))
+
+    def __iter__(self) -> Iterator[BatchIndex]:
+        return map(self.batch, self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)

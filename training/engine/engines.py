@@ -1,13 +1,12 @@
-"""Engines: what turns losses into steps. DeepSpeed under Ray, plain PyTorch in one process, one
-small interface.
+"""Engines turn losses into steps: DeepSpeed under Ray, plain PyTorch in one process.
 
 A rank owns *fragments*: flat views of fp32 master weights and optimizer state, by parameter name
-and offset.
-EMA and checkpoints know fragments only, so that they are the same code for every engine and
+and offset. EMA and checkpoints know fragments only, so they are the same code for every engine and
 world size.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -19,13 +18,12 @@ from training.data.dataloader import Batch
 from training.engine.optimizer import Optimizer, build_optimizer, set_learning_rate
 from training.engine.precision import autocast, settled
 from training.engine.zero_partitions import (
-    SHARES,
+    STAGES,
     Fragment,
-    Shares,
-    gather_by_broadcasts,
-    take_norms_in_fp32,
-    trained_shapes,
-    whole_parameters,
+    ZeroPartition,
+    full_parameters,
+    trained_parameters,
+    without_compiled_collectives,
 )
 
 # Elements up to which stage 3 keeps a parameter whole on every rank: gathering norms, biases and
@@ -34,13 +32,14 @@ WHOLE_UP_TO = 100_000
 # Elements that DeepSpeed reduces at once, its default, for which it allocates memory whether or not
 # there are as many.
 BUCKET = 500_000_000
+Scores = dict[str, Tensor]  # {"loss": [B], ...}
 
 
 class Engine(Protocol):
     """One optimizer step at a time; `rank` and `world_size` as torch.distributed counts.
 
-    shapes: of the trained parameters, whole; `model` may hold them partitioned, and then computes
-    inside of `losses` only.
+    shapes: of the trained parameters, complete; `model` may hold them partitioned, and then
+    computes inside of `losses` only.
     """
 
     rank: int
@@ -50,39 +49,60 @@ class Engine(Protocol):
     shapes: dict[str, torch.Size]
     optimizer: Optimizer
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]: ...
-
-    def backward(self, loss: Tensor) -> None: ...
-
-    def step(self, learning_rate_ratio: float) -> float:
-        """Return the gradient's global norm; where that is not finite, nothing has moved."""
+    def losses(self, batch: Batch) -> Scores:
+        """Return the loss [B] of each sample, and its other scores."""
         ...
 
-    def discard(self) -> None: ...
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a scalar loss, divided by the number of micro-batches.
 
-    def fragments(self) -> list[Fragment]: ...
+        Where the loss is not finite the gradient is NaN, on all ranks after their sum.
+        """
+        ...
 
-    def refresh(self) -> None: ...
+    def step(self, learning_rate_ratio: float) -> float:
+        """Step along the accumulated gradient and return its global norm.
+
+        Where the norm is not finite, no rank moves.
+        """
+        ...
+
+    def fragments(self) -> list[Fragment]:
+        """Return what this rank owns of the weights and the optimizer state."""
+        ...
+
+    def sync_params(self) -> None:
+        """Copy the master fragments, after a restore, into every rank's weights."""
+        ...
 
 
 class Objective(nn.Module):
-    """A model and its objective as one module, so that an engine's forward pass is the
-    objective's."""
+    """A model and its objective as one module: an engine's forward pass is the objective's."""
 
-    def __init__(self, model: nn.Module, objective) -> None:
+    def __init__(self, model: nn.Module, objective: Callable[[Any, Batch], Scores]) -> None:
         super().__init__()
         self.model = model
         self._objective = objective
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> Scores:
+        """Return the losses [B] and scores [B] of a batch."""
         return self._objective(self.model, batch)
 
 
-def _clip(model: nn.Module, config: TrainConfig) -> float:
-    """Clip the gradients to a global norm of `grad_clip`; returns the norm they had.
+def poison_grads(loss: Tensor) -> Tensor:
+    """Return `loss`, whose gradient is NaN where the loss is not finite, and unchanged elsewhere.
 
-    What no micro-batch used gets a gradient of zero, as from DeepSpeed's sum over ranks: a curve
-    does not tell which engine drew it.
+    An infinite loss may have a finite gradient. The ranks' sum carries the NaN to all of them, so
+    all skip the step, and none waits for the host to look at its loss.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def _clip(model: nn.Module, config: TrainConfig) -> float:
+    """Clip the gradients to a global norm of `grad_clip`; returns the norm before.
+
+    A parameter that no micro-batch used gets a gradient of zero, as from DeepSpeed's sum over
+    ranks: both engines draw the same curve.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
@@ -97,75 +117,75 @@ class PlainEngine:
     rank, world_size = 0, 1
 
     def __init__(
-        self, model: nn.Module, objective, config: TrainConfig, device: torch.device
+        self, model: nn.Module, objective: Callable, config: TrainConfig, device: torch.device
     ) -> None:
         self.model, self.device, self._config = model.to(device), device, config
-        self.shapes = trained_shapes(model)
+        self.shapes = {name: p.shape for name, p in trained_parameters(model)}
         self._objective = objective
         self.optimizer = build_optimizer(model, config)
         self.optimizer.prepare()
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> Scores:
+        """Return the losses [B] of a batch, computed in the run's precision."""
         with autocast(self.device.type, self._config.workers.precision):
             return self._objective(self.model, batch)
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self._config.grad_accum_steps).backward()
+        """Accumulate the gradient of a micro-batch."""
+        (poison_grads(loss) / self._config.grad_accum_steps).backward()
 
     def step(self, learning_rate_ratio: float) -> float:
+        """Clip, step where the norm is finite, and drop the gradient; returns the norm."""
         norm = _clip(self.model, self._config)
         if math.isfinite(norm):
             set_learning_rate(self.optimizer.param_groups, learning_rate_ratio)
             self.optimizer.step()
-        self.discard()
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
     def fragments(self) -> list[Fragment]:
-        return list(whole_parameters(self.model, self.optimizer, 0, 1))
+        """Return all parameters, each as one fragment."""
+        return list(full_parameters(self.model, self.optimizer, 0, 1))
 
-    def refresh(self) -> None:
-        """Nothing to do: fragments are the parameters themselves."""
+    def sync_params(self) -> None:
+        """Do nothing: fragments are the parameters themselves."""
 
 
 class ZeroEngine:
-    """DeepSpeed, stages 0 to 3. Weights are fp32; bf16 is autocast, so one code path serves both
-    precisions."""
+    """DeepSpeed, stages 0 to 3, through its public interface.
+
+    Weights are fp32; bf16 is autocast, so one code path serves both precisions.
+    """
 
     def __init__(
-        self, model: nn.Module, objective, config: TrainConfig, device: torch.device
+        self, model: nn.Module, objective: Callable, config: TrainConfig, device: torch.device
     ) -> None:
         import deepspeed
-        import deepspeed.ops
 
-        # On the CPU DeepSpeed would compile a shared-memory collective, minutes of two cores on a
-        # fresh machine; gloo, which is there, does the same.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        take_norms_in_fp32()
-        if device.type == "cpu":
-            gather_by_broadcasts()
+        without_compiled_collectives()
         self.model, self.device, self._config = model.to(device), device, config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.shapes = trained_shapes(model)
+        self.shapes = {name: p.shape for name, p in trained_parameters(model)}
         _require_trained(model, config)
         self.optimizer = build_optimizer(model, config)
-        self._micro_batches, self._num_parts = 0, config.micro_batches(self.world_size)
+        self._num_backwards = 0
+        self._grad_accum_steps = config.micro_batches(self.world_size)
         self._engine: Any = deepspeed.initialize(
             model=Objective(model, objective), optimizer=self.optimizer, config=self._settings()
         )[0]
-        shares = SHARES[config.workers.zero_stage]
-        self._shares: Shares = shares(model, self._engine, self.optimizer)
+        stage = STAGES[config.workers.zero_stage]
+        self._partition: ZeroPartition = stage(model, self._engine, self.optimizer)
 
-    def _settings(self) -> dict:
+    def _settings(self) -> dict[str, Any]:
+        """Return DeepSpeed's configuration."""
         config, workers = self._config, self._config.workers
         samples = config.samples_a_worker(self.world_size)
         return {
             "train_batch_size": samples * self.world_size,
-            "train_micro_batch_size_per_gpu": samples // self._num_parts,
-            "gradient_accumulation_steps": self._num_parts,
-            # without ZeRO, DeepSpeed tells no norm and steps along a gradient that is not finite
+            "train_micro_batch_size_per_gpu": samples // self._grad_accum_steps,
+            "gradient_accumulation_steps": self._grad_accum_steps,
+            # Without ZeRO, DeepSpeed returns no norm and steps along a gradient that is not finite:
+            # `step` clips.
             "gradient_clipping": config.optimizer.grad_clip if workers.zero_stage else 0.0,
             "zero_optimization": {
                 "stage": workers.zero_stage,
@@ -176,33 +196,36 @@ class ZeroEngine:
                 "stage3_param_persistence_threshold": WHOLE_UP_TO,
                 **({"offload_optimizer": {"device": "cpu"}} if workers.offload == "cpu" else {}),
             },
-            # client optimizers pass DeepSpeed's tests for AdamW by type; ours is AdamW by
-            # arithmetic, on the CPU as well, where DeepSpeed's own would have to be compiled
+            # DeepSpeed recognises AdamW by type; ours is AdamW by arithmetic, on the CPU as well,
+            # where DeepSpeed's own would have to be compiled
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "torch_autocast": {
-                "enabled": settled(config.workers.precision, self.device.type) == "bf16",
+                "enabled": settled(workers.precision, self.device.type) == "bf16",
                 "dtype": "bfloat16",
             },
             "steps_per_print": 1 << 30,
         }
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> Scores:
+        """Return the losses [B] of a batch."""
         return self._engine(batch)
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
-        self._micro_batches += 1
-        if self._micro_batches % self._num_parts:
+        """Accumulate the gradient of a micro-batch."""
+        self._engine.backward(poison_grads(loss))
+        self._num_backwards += 1
+        if self._num_backwards % self._grad_accum_steps:
             # DeepSpeed counts micro-batches by these calls, and moves only at the last of them
             self._engine.step()
 
     def step(self, learning_rate_ratio: float) -> float:
+        """Step at the end of the accumulation; returns the norm of the gradient."""
         set_learning_rate(self._engine.optimizer.param_groups, learning_rate_ratio)
         if self._config.workers.zero_stage:
-            self._shares.settle()
+            self._partition.finalize_grads()
             self._engine.step()
-            self._shares.forget()
+            self._partition.zero_grads()
             return float(self._engine.get_global_grad_norm())
         norm = _clip(self.model, self._config)
         if not math.isfinite(norm):
@@ -210,24 +233,17 @@ class ZeroEngine:
         self._engine.step()
         return norm
 
-    def discard(self) -> None:
-        """Drop the gradient the way DeepSpeed drops one that is not finite, so that its counts of
-        micro-batches and its buffers stay in order."""
-        self._shares.spoil()
-        self._engine.step()
-        self._shares.forget()
-
     def fragments(self) -> list[Fragment]:
-        return list(self._shares.fragments())
+        """Return this rank's part of the weights and the optimizer state."""
+        return list(self._partition.fragments())
 
-    def refresh(self) -> None:
-        """Bring every rank's weights up to the master fragments: after a checkpoint was read
-        into them."""
-        self._shares.refresh()
+    def sync_params(self) -> None:
+        """Copy the master fragments into every rank's weights."""
+        self._partition.sync_params()
 
 
 def _require_trained(model: nn.Module, config: TrainConfig) -> None:
-    """Raise ValueError where stage 3 would partition a parameter that no fragment tells of."""
+    """Raise ValueError where stage 3 would partition a parameter that no fragment holds."""
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     if config.workers.zero_stage == 3 and frozen:
         raise ValueError(

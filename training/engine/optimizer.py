@@ -1,7 +1,7 @@
-"""The optimizer as one torch Optimizer, so that DeepSpeed can own it: AdamW, or Muon for
-matrices with AdamW.
+"""The optimizer as one torch Optimizer, so that DeepSpeed can own it: AdamW, or Muon for matrices
+with AdamW.
 
-State exists before the first step (`prepare`), so that a checkpoint can be written into it.
+State exists before the first step (`prepare`), so that a checkpoint can be restored into it.
 """
 
 import math
@@ -13,11 +13,14 @@ from torch.optim.adamw import adamw
 from training.config import TrainConfig
 from training.engine.precision import settled
 
-_NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # quintic that maps singular values into about [0.7, 1.2]
+# coefficients of the quintic that maps singular values into about [0.7, 1.2]
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# first and last layers, embeddings and norms, by how a part of their name begins
+_NOT_HIDDEN = (
+    "embed_to_cond", "embed_to_tokens", "caption_to_cond", "tokens", "conv_in", "conv_out", "x_in",
+    "text_in", "text_embed_in", "null", "query", "position", "dot_", "code_", "token_embedding",
+    "conv1", "proj", "text_projection", "time_in", "noise_in",
+)  # fmt: skip
 
 
 def orthogonalise(update: Tensor, steps: int = 5, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -38,7 +41,7 @@ def orthogonalise(update: Tensor, steps: int = 5, *, dtype: torch.dtype = torch.
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Groups with `muon` True take Muon's step, the others AdamW's; `lr` is each group's own.
+    """Takes Muon's step for groups with `muon` True, AdamW's for the others; `lr` is by group.
 
     matrix_dtype: in which Muon orthogonalises.
     """
@@ -53,22 +56,19 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         self.matrix_dtype = matrix_dtype
         defaults = {
-            "lr": 0.0,
-            "peak_lr": 0.0,
-            "weight_decay": 0.0,
-            "muon": False,
-            "beta1": 0.9,
-            "beta2": beta2,
-        }
-        super().__init__(groups, {**defaults, "momentum": 0.95, "eps": eps})
+            "lr": 0.0, "peak_lr": 0.0, "weight_decay": 0.0, "muon": False, "beta1": 0.9,
+            "beta2": beta2, "momentum": 0.95, "eps": eps,
+        }  # fmt: skip
+        super().__init__(groups, defaults)
 
     def prepare(self) -> None:
         """Create the state of every parameter that has none."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                self._state_of(parameter, group)
+                self.init_state(parameter, group)
 
-    def _state_of(self, parameter: Tensor, group: dict) -> dict:
+    def init_state(self, parameter: Tensor, group: dict) -> dict[str, Tensor]:
+        """Return the state of a parameter of `group`, created where it has none."""
         state = self.state[parameter]
         if not state:
             if not group["muon"]:
@@ -77,8 +77,21 @@ class Optimizer(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter)
         return state
 
+    @property
+    def num_steps(self) -> int:
+        """Return how many steps AdamW's moments have seen, 0 where all parameters are Muon's."""
+        counts = [int(state["step"]) for state in self.state.values() if "step" in state]
+        return max(counts, default=0)
+
+    @num_steps.setter
+    def num_steps(self, value: int) -> None:
+        for state in self.state.values():
+            if "step" in state:
+                state["step"].fill_(value)
+
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Move every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["muon"]:
@@ -87,7 +100,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._adamw(parameters, group)
 
     def _adamw(self, parameters: list[Tensor], group: dict) -> None:
-        states = [self._state_of(p, group) for p in parameters]
+        states = [self.init_state(p, group) for p in parameters]
         adamw(
             parameters,
             [p.grad for p in parameters if p.grad is not None],
@@ -115,7 +128,7 @@ class Optimizer(torch.optim.Optimizer):
             updates = []
             for p in members:
                 assert p.grad is not None
-                momentum = self._state_of(p, group)["exp_avg"]
+                momentum = self.init_state(p, group)["exp_avg"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 updates.append(p.grad.lerp(momentum, group["momentum"]).view(shape))
             stacked = orthogonalise(torch.stack(updates), dtype=self.matrix_dtype)
@@ -128,8 +141,7 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """Group the parameters: hidden matrices (Muon, or AdamW with weight decay), all else plain
-    AdamW.
+    """Group the parameters: hidden matrices (Muon, or AdamW with weight decay), all else AdamW.
 
     First and last layers, embeddings, norms and biases are not hidden matrices: their rows are not
     interchangeable, and orthogonal updates hurt them.
@@ -137,7 +149,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     hidden, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (hidden if parameter.ndim >= 2 and _is_hidden(name) else others).append(parameter)
+            is_hidden = parameter.ndim >= 2 and _is_hidden(name)
+            (hidden if is_hidden else others).append(parameter)
     settings = config.optimizer
     muon = settings.kind == "muon"
     peak = settings.matrix_learning_rate if muon else settings.learning_rate
@@ -145,39 +158,19 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         {"params": hidden, "muon": muon, "peak_lr": peak, "weight_decay": settings.weight_decay},
         {"params": others, "muon": False, "peak_lr": settings.learning_rate},
     ]
-    used = [group for group in groups if group["params"]]
     device = next(model.parameters()).device.type
     precision = settled(config.workers.precision, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return Optimizer(used, beta2=settings.beta2, eps=settings.adam_eps, matrix_dtype=dtype)
+    return Optimizer(
+        [group for group in groups if group["params"]],
+        beta2=settings.beta2, eps=settings.adam_eps, matrix_dtype=dtype,
+    )  # fmt: skip
 
 
 def _is_hidden(name: str) -> bool:
-    outer = (
-        "embed_to_cond",
-        "embed_to_tokens",
-        "caption_to_cond",
-        "tokens",
-        "conv_in",
-        "conv_out",
-        "x_in",
-        "text_in",
-        "text_embed_in",
-        "null",
-        "query",
-        "position",
-        "dot_",
-        "code_",
-        "token_embedding",
-        "conv1",
-        "proj",
-        "text_projection",
-        "time_in",
-        "noise_in",
-    )
-    if name == "out.weight":  # a prior's own last layer
-        return False
-    return not any(part.startswith(outer) for part in name.split("."))
+    """Return whether a matrix lies between the first and the last layer; `out.weight` is a prior's
+    last layer."""
+    return name != "out.weight" and not any(p.startswith(_NOT_HIDDEN) for p in name.split("."))
 
 
 def set_learning_rate(groups: list[dict], ratio: float) -> None:
@@ -189,12 +182,12 @@ def set_learning_rate(groups: list[dict], ratio: float) -> None:
 def learning_rate_ratio(config: TrainConfig, step: int) -> float:
     """Return the learning rate at `step` as a share of its peak: linear warm-up, then cosine to
     0, constant, or falling as 1 / sqrt(step)."""
-    warmup = max(1, round(config.schedule.warmup * config.schedule.num_steps))
+    warmup = max(1, round(config.warmup * config.num_steps))
     if step < warmup:
         return (step + 1) / warmup
-    if config.schedule.decay == "constant":
+    if config.decay == "constant":
         return 1.0
-    if config.schedule.decay == "inverse_sqrt":
+    if config.decay == "inverse_sqrt":
         return math.sqrt(warmup / step)
-    progress = (step - warmup) / max(1, config.schedule.num_steps - warmup)
+    progress = (step - warmup) / max(1, config.num_steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -18,8 +18,8 @@ from torch import Tensor
 from cluster.base.files import write_text
 from cluster.base.jsonl import add_line, read_lines
 from cluster.base.run_dir import METRICS_NAME, VALIDATION_NAME
+from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.records import Progress
-from training.checkpoints.writer import Writer
 from training.config import TrainConfig
 from training.data.dataloader import Batch
 from training.runs.events import SampleLog, SpikeDetector, record_event, report_incident
@@ -45,7 +45,7 @@ class Reporter:
         self._profiler = Profiler(run, config.logging.profile, rank)
         self._spikes = SpikeDetector(config.faults.spike_deviations)
         self._samples: SampleLog | None = None
-        self._writer: Writer | None = None
+        self._checkpointer: Checkpointer | None = None
         self._first_step_due = False
         self._started = time.perf_counter()
         self._begin_report(Progress())
@@ -108,10 +108,10 @@ class Reporter:
         self.enters(step, "forward")
 
     @contextmanager
-    def checkpointing(self, step: int, writer: Writer) -> Iterator[None]:
-        """Time what the steps give to a checkpoint; `writer` knows how long it writes."""
+    def checkpointing(self, step: int, checkpointer: Checkpointer) -> Iterator[None]:
+        """Time for how long a checkpoint blocks the steps; `checkpointer` times its write."""
         self.enters(step, "checkpoint")
-        self._writer = writer
+        self._checkpointer = checkpointer
         started = time.perf_counter()
         yield
         self._checkpoint_seconds += time.perf_counter() - started
@@ -163,7 +163,7 @@ class Reporter:
             "eta_seconds": samples_left / rate if rate else None,
             "data_wait_ratio": self._wait_seconds / seconds,
             "checkpoint_seconds": self._checkpoint_seconds,
-            "checkpoint_write_seconds": self._writer.seconds if self._writer else 0.0,
+            "checkpoint_write_seconds": getattr(self._checkpointer, "write_seconds", 0.0),
             "nonfinite_steps": progress.nonfinite_steps,
             "num_steps": config.schedule.num_steps,
             "seconds": now - self._started,

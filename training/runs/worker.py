@@ -46,7 +46,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of what a disk says, the sam
 
 
 def launch(config: RunConfig, run_folder: str, build: Callable, model_name: str) -> int:
-    """Train what `build(config) -> Job` describes, or continue it; returns the exit code.
+    """Train what `build(config) -> Task` describes, or continue it; returns the exit code.
 
     A finished run is left as it is. Raises ValueError when the folder holds another configuration.
     """
@@ -260,17 +260,17 @@ def _train(
     watchdog = Watchdog(run, rank, world_size, settings.faults.hang_seconds)
     with _locked(run, rank), watchdog:
         torch.manual_seed(settings.seed)  # every rank draws the same initial weights
-        job = build(config)
+        task = build(config)
         if settings.validator.command:
             from training.runs.validator import hand_over
 
-            job = dataclasses.replace(job, hand_over=partial(hand_over, rank=rank))
-        peak = world_size * _peak_samples(job.model, settings, device)
+            task = dataclasses.replace(task, on_checkpoint=partial(hand_over, rank=rank))
+        peak = world_size * _peak_samples(task.model, settings, device)
         if settings.workers.compile:
-            compile_model(job.model)
-        engine = engine_class(job.model, job.objective, settings, device)
+            compile_model(task.model)
+        engine = engine_class(task.model, task.objective, settings, device)
         reporter = Reporter(run, settings, rank, watchdog=watchdog, peak_samples_per_second=peak)
-        train(job, config, engine, run, reporter)
+        train(task, config, engine, run, reporter)
 
 
 def _peak_samples(model: "nn.Module", settings: TrainConfig, device: "torch.device") -> float:

@@ -32,8 +32,9 @@ from models.diffusion.losses import bounded, contrastive, require_weights
 from models.networks.transformer import attention_kernels, trimmed_length
 from models.upsampler import Upsampler
 from training.config import ClipRunConfig, DecoderRunConfig
-from training.data.dataloader import Batch, Reader
-from training.data.datasets import (
+from training.data.dataloader import Batch
+from training.data.datasets import ColumnDataset, ImageDataset, PairDataset
+from training.data.inputs import (
     clip_of,
     encoder_of,
     gathered,
@@ -43,10 +44,9 @@ from training.data.datasets import (
     pin_snapshots,
     start_from,
 )
-from training.data.readers import CaptionReader, ImageReader, JoinedReader
 from training.engine.precision import autocast
 from training.engine.sam import perturbed
-from training.loop import Job, as_it_is
+from training.loop import Task, no_context
 from training.runs.dry_run import encoder_sizes
 from training.tasks.pictures import pixels
 from training.tasks.validation import Validation
@@ -62,7 +62,7 @@ def clip_model(config: ClipRunConfig) -> CLIP:
     return build_clip(config.model)
 
 
-def build_clip_job(config: ClipRunConfig) -> Job:
+def build_clip_task(config: ClipRunConfig) -> Task:
     """Describe the training of a CLIP."""
     model = clip_model(config)
     if config.init:
@@ -73,13 +73,13 @@ def build_clip_job(config: ClipRunConfig) -> Job:
             f"train.micro_batch_size: found {config.train.batch.micro_batch_size}, expected 0: "
             "CLIP contrasts all samples of a step with each other"
         )
-    return Job(
+    return Task(
         model=model,
         objective=clip_objective,
-        build_reader=partial(clip_reader, config, *model_sizes(model)),
+        build_dataset=partial(clip_dataset, config, *model_sizes(model)),
         export=export,
         block_size=config.block_size,
-        around=partial(_around_clip, config) if config.sam_rho else as_it_is,
+        grad_context=partial(_sam_context, config) if config.sam_rho else no_context,
     )
 
 
@@ -110,7 +110,7 @@ def _require_equal(spec: str, what: str, found: dict[str, Any], wanted: dict[str
             )
 
 
-def _around_clip(config: ClipRunConfig, model: Any, batches: list[Batch]) -> AbstractContextManager:
+def _sam_context(config: ClipRunConfig, model: Any, batches: list[Batch]) -> AbstractContextManager:
     """Perturb this worker's weights by some of its samples, contrasted among themselves."""
     device = next(model.parameters()).device
     part = batches[0].part(config.sam_batch_size).to(device)
@@ -123,15 +123,15 @@ def _around_clip(config: ClipRunConfig, model: Any, batches: list[Batch]) -> Abs
     return perturbed(model, loss, config.sam_rho)
 
 
-def clip_reader(config: ClipRunConfig, image_size: int, context_length: int) -> Reader:
+def clip_dataset(config: ClipRunConfig, image_size: int, context_length: int) -> ColumnDataset:
     """Read images and their captions' tokens."""
     tokenize = tokenizer(context_length, config.model.vocab_size)
     parts = [
         part_of(one, config.part) for one in pin_snapshots(config.run, "images", config.images)
     ]
     threads = config.data.num_threads
-    readers = [CaptionReader(part, image_size, tokenize, threads) for part in parts]
-    return mixed(readers, config.data.weights)
+    data_sets = [ImageDataset(part, image_size, threads, tokenize) for part in parts]
+    return mixed(data_sets, config.data.weights)
 
 
 def clip_objective(model, batch: Batch, gathered: Gathered = gathered) -> dict[str, Tensor]:
@@ -172,12 +172,12 @@ def decoder_model(
     return model
 
 
-def build_decoder(config: DecoderRunConfig) -> Job:
+def build_decoder(config: DecoderRunConfig) -> Task:
     """Describe the training of one stage of the cascade."""
     return _build_base(config) if config.stage == "base" else _build_upsampler(config)
 
 
-def _build_base(config: DecoderRunConfig) -> Job:
+def _build_base(config: DecoderRunConfig) -> Task:
     if config.flip:
         raise ValueError(
             "flip: found true for stage base, expected false: its image embeddings and captions "
@@ -211,21 +211,21 @@ def _build_base(config: DecoderRunConfig) -> Job:
 
 def _stage_job(
     config: DecoderRunConfig, objective: Callable, export: dict[str, Any], condition: Any
-) -> Job:
+) -> Task:
     """Describe the training of a stage; condition: what a base decoder is told of a batch, None for
     an upsampler."""
     build, validate = partial(decoder_model, config), None
     if config.validation:
-        reader = stage_reader(config, latest(config.validation), latest(config.validation_embeds))
+        reader = stage_dataset(config, latest(config.validation), latest(config.validation_embeds))
         validate = Validation(
             build=build, objective=objective, condition=condition, reader=reader,
             device=config.train.workers.device,
         )  # fmt: skip
     model = start_from(build(), config.init, config.run, export)
-    return Job(
+    return Task(
         model=model,
         objective=objective,
-        build_reader=partial(decoder_reader, config),
+        build_dataset=partial(decoder_dataset, config),
         export=export,
         validate=validate,
     )
@@ -267,30 +267,28 @@ def decoder_condition(
     )
 
 
-def decoder_reader(config: DecoderRunConfig) -> Reader:
+def decoder_dataset(config: DecoderRunConfig) -> ColumnDataset:
     """Read the run's images; for the base decoder with their embeddings and tokens."""
     images = pin_snapshots(config.run, "images", config.images)
     base = config.stage == "base"
     embeds = pin_snapshots(config.run, "embeds", config.embeds) if base else []
-    return stage_reader(config, images, embeds, config.data.weights)
+    return stage_dataset(config, images, embeds, config.data.weights)
 
 
-def stage_reader(
+def stage_dataset(
     config: DecoderRunConfig,
     images: Sequence[Snapshot],
     embeds: Sequence[Snapshot],
     weights: tuple[float, ...] = (),
-) -> Reader:
+) -> ColumnDataset:
     """Read images as a stage does; embeds: of the base decoder's, one for each of `images`."""
     size, threads = config.image_size, config.data.num_threads
     if config.stage == "base":
         pairs = zip(images, embeds, strict=True)
         own = config.base.text_tokens
         tokenize = tokenizer(own) if own and config.base.use_text else None
-        readers = [JoinedReader(one, its, size, threads, tokenize) for one, its in pairs]
-    else:
-        readers = [ImageReader(one, size, threads) for one in images]
-    return mixed(readers, weights)
+        return mixed([PairDataset(*pair, size, threads, tokenize) for pair in pairs], weights)
+    return mixed([ImageDataset(each, size, threads) for each in images], weights)
 
 
 def cascade_sizes(config: DecoderRunConfig) -> tuple[int, int]:
@@ -306,7 +304,7 @@ def cascade_sizes(config: DecoderRunConfig) -> tuple[int, int]:
     return size // low_res, crop
 
 
-def _build_upsampler(config: DecoderRunConfig) -> Job:
+def _build_upsampler(config: DecoderRunConfig) -> Task:
     factor, crop = cascade_sizes(config)
     export = {
         "kind": "upsampler",

@@ -23,8 +23,9 @@ from models.priors.regression import RegressionPrior
 from models.scores import prior_scorecard
 from models.weights import load_weights
 from training.config import PriorRunConfig
-from training.data.dataloader import Batch, Reader, as_batch
-from training.data.datasets import (
+from training.data.dataloader import Batch, as_batch
+from training.data.datasets import ColumnDataset, EmbedDataset, captions_of
+from training.data.inputs import (
     clip_of,
     encoder_of,
     gathered,
@@ -33,9 +34,8 @@ from training.data.datasets import (
     pin_statistics,
     start_from,
 )
-from training.data.readers import EmbedReader, captions_of
 from training.engine.precision import device_of_run
-from training.loop import Job
+from training.loop import Task
 from training.runs.dry_run import encoder_sizes
 
 MAX_VALIDATED = 512  # held-out captions, the first ones: a scorecard takes seconds
@@ -69,7 +69,7 @@ def _sizes_of(config: PriorRunConfig, embed_dim: int) -> Any:
     return found
 
 
-def build_prior(config: PriorRunConfig) -> Job:
+def build_prior(config: PriorRunConfig) -> Task:
     """Describe the training of a prior; the frozen text tower stays outside the engine."""
     if config.prior == "regression" and config.train.most_micro_batches > 1:
         raise ValueError(
@@ -92,10 +92,10 @@ def build_prior(config: PriorRunConfig) -> Job:
     # with the statistics by which those weights scale embeddings
     start_from(model, config.init, config.run, export)
     own_tokens = getattr(config, config.prior).text_tokens
-    return Job(
+    return Task(
         model=model,
         objective=partial(prior_objective, encoder, bool(own_tokens)),
-        build_reader=partial(prior_reader, config),
+        build_dataset=partial(prior_dataset, config),
         export=export,
         validate=partial(validate_prior, config, encoder, sizes) if config.validation else None,
     )
@@ -169,7 +169,7 @@ def validate_prior(
     model.to(device)
     tokens = getattr(config, config.prior).text_tokens
     snapshots = [load_snapshot(root) for root in config.validation]
-    reader = mixed([EmbedReader(one, _tokenize(tokens)) for one in snapshots], ())
+    reader = mixed([EmbedDataset(one, _tokenize(tokens)) for one in snapshots], ())
     count = min(MAX_VALIDATED, sum(one.num_samples for one in snapshots))
     drawn, image, text, captions = [], [], [], captions_of(snapshots, count)
     for start in range(0, count, VALIDATED_AT_ONCE):
@@ -187,8 +187,8 @@ def _tokenize(own_tokens: int) -> Callable | None:
     return tokenizer(own_tokens) if own_tokens else None
 
 
-def prior_reader(config: PriorRunConfig) -> Reader:
+def prior_dataset(config: PriorRunConfig) -> ColumnDataset:
     """Read embeddings and tokens."""
     tokenize = _tokenize(getattr(config, config.prior).text_tokens)
     snapshots = pin_snapshots(config.run, "embeds", config.embeds)
-    return mixed([EmbedReader(one, tokenize) for one in snapshots], config.data.weights)
+    return mixed([EmbedDataset(one, tokenize) for one in snapshots], config.data.weights)

@@ -15,7 +15,8 @@ from models.decoder import Condition, ImageSampling
 from models.degradation import shrink
 from models.diffusion.samplers import dpmpp_2m
 from models.weights import load_weights
-from training.data.dataloader import Batch, Reader, as_batch
+from training.data.dataloader import Batch, as_batch
+from training.data.datasets import ColumnDataset
 from training.engine.precision import device_of_run
 from training.tasks.pictures import grid, pixels, save_png, to_uint8
 
@@ -38,7 +39,7 @@ class Validation:
     build: Callable[[], nn.Module]
     objective: Callable[[Any, Batch], dict[str, Tensor]]
     condition: Callable[[Batch], Condition] | None
-    reader: Reader
+    reader: ColumnDataset
     device: Literal["auto", "cpu", "cuda"]
 
     @torch.no_grad()

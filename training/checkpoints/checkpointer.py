@@ -1,0 +1,345 @@
+"""Checkpoints as fragments: each rank writes what it owns, any number of workers reads it back.
+
+    step_00001000/fragments/rank_0000.safetensors   section/parameter/offset -> flat fp32 tensor
+    step_00001000/fragments/rank_0000.json          digest of that file, world size, progress:
+                                                    written after it
+    step_00001000/{model,ema}.safetensors           assembled for inference
+    step_00001000/state.json                        progress, for people; written last
+    ema_snapshots/step_00001000/fragments/...       power-function averages alone, never pruned
+
+A checkpoint is valid when the records of all its ranks are present, agree and verify. Nothing is
+pickled.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cluster.base.files import digest_file, write_json
+from cluster.base.run_dir import (
+    EMA_SNAPSHOTS_FOLDER,
+    FRAGMENTS_FOLDER,
+    STATE_NAME,
+    STEP_PREFIX,
+    fragment_path,
+    record_path,
+    step_folder,
+    step_folders,
+    step_of,
+)
+from models.weights import FINAL_NAME, save_config, save_weights
+from training.checkpoints.fragment_reader import MASTER, FragmentReader
+from training.checkpoints.records import (
+    FORMAT,
+    VERSION,
+    Progress,
+    Record,
+    from_first_rank,
+    newest_valid_step,
+    read_records,
+    valid_records,
+)
+from training.checkpoints.writer import Writer, atomic_tensors
+from training.config import TrainConfig
+from training.engine.ema import EMA, POWER, Averages
+from training.engine.engines import Engine, Fragment
+
+AWAIT_SECONDS = 3600  # for the other ranks' fragments of a checkpoint
+BUFFER = "buffer"
+MOMENTUM, SQUARES = "exp_avg", "exp_avg_sq"  # as the optimizer names them
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankState:
+    """A copy of what one rank writes to a folder of fragments.
+
+    tensors: None where an earlier attempt left the folder complete, with the same bits. record:
+    without its digest.
+    """
+
+    folder: Path
+    tensors: dict[str, Tensor] | None
+    record: Record
+
+
+class Checkpointer:
+    """Saves, resumes, exports and deletes the checkpoints of one run; one object in each rank.
+
+    `save` blocks for a copy of the state; a thread writes it, without communication, while training
+    continues. Every rank makes the same calls.
+    """
+
+    def __init__(
+        self, run: Path, engine: Engine, averages: Averages, export: dict[str, Any],
+        config: TrainConfig,
+    ) -> None:  # fmt: skip
+        """export: what config.json says of the model."""
+        self._run, self._engine, self._averages = run, engine, averages
+        self._export_config, self._config = export, config
+        self._writer = Writer(asynchronous=config.checkpoint.async_checkpoints)
+        self._copies: dict[str, Tensor] = {}
+
+    # -- resume ------------------------------------------------------------------------------------
+
+    def resume(self) -> Progress:
+        """Restore the newest checkpoint that is valid for all ranks; the start where there is none.
+
+        A run may have been killed after a checkpoint's fragments: what follows them (the weights
+        for inference, the deletion of older checkpoints, the end of the run) is done again.
+        """
+        if self._engine.rank == 0:
+            _delete_temporary_files(self._run)
+        step = newest_valid_step(self._run, self._engine)
+        if step < 0:
+            return Progress()
+        progress = self.restore(step)
+        is_exported = (step_folder(self._run, step) / STATE_NAME).is_file()
+        is_last = step == self._config.schedule.num_steps
+        if from_first_rank(self._engine, int(is_last or not is_exported)):
+            self.save(progress)
+            self.wait()
+        return progress
+
+    @torch.no_grad()
+    def restore(self, step: int) -> Progress:
+        """Read a valid checkpoint into the engine and the averages; each rank reads what it owns
+        now, whoever wrote it."""
+        engine, averages = self._engine, self._averages
+        stored, records = _open(step_folder(self._run, step))
+        stored.require(set(engine.shapes), averages.sections())
+        for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):
+            restore_fragment(stored, fragment, shadows)
+        for name, buffer in engine.model.named_buffers():
+            flat = torch.empty(buffer.numel(), dtype=buffer.dtype)
+            stored.read(f"{BUFFER}/{name}", 0, flat)
+            buffer.copy_(flat.view(buffer.shape))
+        engine.optimizer.num_steps = records[0].optimizer_step
+        engine.sync_params()
+        return Progress(**records[0].progress)
+
+    # -- save --------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Whether the last write has ended."""
+        return self._writer.idle
+
+    @property
+    def write_seconds(self) -> float:
+        """What the last write took."""
+        return self._writer.seconds
+
+    def save(self, progress: Progress) -> None:
+        """Copy the state and start to write it as the checkpoint of its step.
+
+        The first rank then waits for the fragments of the others, exports the weights for inference
+        and deletes older checkpoints.
+        """
+        self._writer.wait()  # only one copy is ever held
+        engine = self._engine
+        tensors = checkpoint_tensors(engine, self._averages)
+        state = self._copy(step_folder(self._run, progress.step), tensors, progress)
+        if engine.rank:
+            self._writer.start(partial(write_rank_state, state))
+            return
+        untrained = {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in engine.model.state_dict().items()
+            if name not in engine.shapes
+        }
+        self._writer.start(partial(self._write_and_export, state, untrained, progress))
+
+    def save_averages(self, progress: Progress) -> None:
+        """Copy the power-function averages and start to write them as a snapshot."""
+        self._writer.wait()
+        folder = step_folder(self._run / EMA_SNAPSHOTS_FOLDER, progress.step)
+        tensors = power_tensors(self._engine, self._averages)
+        state = self._copy(folder, tensors, progress)
+        self._writer.start(partial(write_rank_state, state))
+
+    def wait(self) -> None:
+        """Wait for the write under way; raises what it raised."""
+        self._writer.wait()
+
+    def finish(self, progress: Progress) -> None:
+        """Wait for the last write; mark a run that has done all its steps as finished."""
+        self.wait()
+        if self._engine.rank == 0 and progress.step == self._config.schedule.num_steps:
+            write_json(self._run / FINAL_NAME, {"step": step_folder(self._run, progress.step).name})
+
+    def _copy(
+        self, folder: Path, tensors: Iterable[tuple[str, Tensor]], progress: Progress
+    ) -> RankState:
+        """Copy named flat tensors, unless `folder` holds them already.
+
+        A folder that a killed run left incomplete is deleted before any rank writes to it. The
+        memory of the copy is kept for the next one: on a CPU most of a copy's time goes to pages
+        that are touched for the first time, and pinned memory, to which a GPU copies several times
+        faster, takes long to allocate.
+        """
+        engine = self._engine
+        complete = engine.rank == 0 and folder.is_dir() and valid_records(folder) is not None
+        if engine.rank == 0 and folder.is_dir() and not complete:
+            shutil.rmtree(folder)
+        complete = bool(from_first_rank(engine, int(complete)))
+        record = Record(
+            format=FORMAT, rank=engine.rank, world_size=engine.world_size, sha256="",
+            optimizer_step=engine.optimizer.num_steps, progress=asdict(progress), version=VERSION,
+        )  # fmt: skip
+        if complete:
+            return RankState(folder=folder, tensors=None, record=record)
+        copied = {}
+        for name, tensor in tensors:
+            room = self._copies.get(name)
+            if room is None or (room.shape, room.dtype) != (tensor.shape, tensor.dtype):
+                room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._copies[name] = room
+            copied[name] = room.copy_(tensor.detach())
+        return RankState(folder=folder, tensors=copied, record=record)
+
+    def _write_and_export(
+        self, state: RankState, untrained: dict[str, Tensor], progress: Progress
+    ) -> None:
+        write_rank_state(state)
+        await_ranks(state.folder)
+        export(state.folder, self._engine.shapes, untrained, self._export_config)
+        write_json(state.folder / STATE_NAME, asdict(progress))
+        kept = self._config.checkpoint
+        prune(self._run, kept.keep_checkpoints, state.folder, kept.keep_every)
+
+
+def checkpoint_tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a rank owns: "section/parameter/offset", flat tensor."""
+    for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):
+        sections = {MASTER: fragment.master, **shadows, **fragment.state}
+        for section, tensor in sections.items():
+            yield f"{section}/{fragment.name}/{fragment.offset}", tensor
+    if engine.rank == 0:
+        for name, buffer in engine.model.named_buffers():
+            yield f"{BUFFER}/{name}/0", buffer.reshape(-1)
+
+
+def power_tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]:
+    """Yield the power-function averages of what a rank owns."""
+    for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):
+        for section, tensor in shadows.items():
+            if section.startswith(POWER):
+                yield f"{section}/{fragment.name}/{fragment.offset}", tensor
+
+
+def write_rank_state(state: RankState) -> None:
+    """Write what a rank owns, then the record that makes it count."""
+    if state.tensors is None:
+        return
+    path = fragment_path(state.folder, state.record.rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_tensors(path) as temporary:
+        save_file(state.tensors, str(temporary))
+        record = replace(state.record, sha256=digest_file(temporary))
+    write_json(record_path(state.folder, record.rank), asdict(record))
+
+
+def await_ranks(folder: Path) -> None:
+    """Wait for the records of all ranks that write a checkpoint.
+
+    The first rank's record says how many: an earlier, larger or smaller group may have written it.
+    A rank that fails ends the group, and this wait.
+    """
+    world_size = json.loads(record_path(folder, 0).read_text())["world_size"]
+    deadline, missing = time.monotonic() + AWAIT_SECONDS, list(range(world_size))
+    while missing:
+        missing = [rank for rank in missing if not record_path(folder, rank).is_file()]
+        if missing and time.monotonic() > deadline:
+            ranks = ", ".join(map(str, missing))
+            raise OSError(f"{folder}: found no record of rank {ranks} in {AWAIT_SECONDS} s")
+        time.sleep(0.02 if missing else 0.0)
+
+
+def restore_fragment(
+    stored: FragmentReader, fragment: Fragment, shadows: dict[str, Tensor]
+) -> None:
+    """Fill a fragment and the averages of it from a checkpoint."""
+    stored.read(f"{MASTER}/{fragment.name}", fragment.offset, fragment.master)
+    state, name = dict(fragment.state), fragment.name
+    has_momentum, has_squares = (stored.holds(f"{key}/{name}") for key in (MOMENTUM, SQUARES))
+    if SQUARES in state and has_momentum and not has_squares:
+        # Muon's when it was written, AdamW's now, as CLIP's text_projection: its momentum shows how
+        # large its gradients were
+        squares = state.pop(SQUARES)
+        stored.read(f"{MOMENTUM}/{name}", fragment.offset, squares)
+        squares.square_()
+        print(f"{stored.folder}: {name}: no {SQUARES}, starts at {MOMENTUM} squared", flush=True)
+    for key, value in {**shadows, **state}.items():
+        stored.read(f"{key}/{name}", fragment.offset, value)
+
+
+def export(
+    folder: Path, shapes: dict[str, torch.Size], untrained: dict[str, Tensor],
+    config: dict[str, Any],
+) -> None:  # fmt: skip
+    """Assemble the weights for inference from the fragments of all ranks, read from storage.
+
+    untrained: the model's other tensors.
+    """
+    stored, _ = _open(folder)
+    for section, file in ((MASTER, "model.safetensors"), (EMA, "ema.safetensors")):
+        tensors = dict(untrained)
+        for name, shape in shapes.items():
+            flat = torch.empty(shape.numel())
+            stored.read(f"{section}/{name}", 0, flat)
+            tensors[name] = flat.view(shape)
+        with atomic_tensors(folder / file) as temporary:
+            save_weights(temporary, tensors)
+    save_config(folder, config)
+
+
+def _open(folder: Path) -> tuple[FragmentReader, list[Record]]:
+    records = read_records(folder)
+    assert records, f"{folder} was verified or written a moment ago"
+    return FragmentReader(folder, len(records)), records
+
+
+def prune(run: Path, num_kept: int, newest: Path, keep_every: int = 0) -> None:
+    """Delete all checkpoints but `newest`, the `num_kept` - 1 before it, and those at multiples of
+    `keep_every` steps (0: none).
+
+    One after `newest` is broken, or the run would have continued from it; so is an earlier one that
+    a kill cut short. Snapshots of averages are in another folder, and stay.
+    """
+    folders = step_folders(run)
+    complete = [f for f in folders if f.name <= newest.name and read_records(f) is not None]
+    kept = [*complete[-num_kept:], newest]
+    if keep_every:
+        kept += [f for f in complete if step_of(f) % keep_every == 0]
+    for folder in folders:
+        if folder not in kept:
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint, its records first: half of one is none.
+
+    What cannot be deleted now, such as a file that is open on NFS, is left to the next time:
+    training does not need its room yet.
+    """
+    try:
+        for record in (folder / FRAGMENTS_FOLDER).glob("rank_*.json"):
+            record.unlink()
+        shutil.rmtree(folder)
+    except OSError as error:
+        print(f"{folder}: not deleted, the next checkpoint tries again: {error}", flush=True)
+
+
+def _delete_temporary_files(run: Path) -> None:
+    """Delete what a killed attempt left beside files that it was writing."""
+    for path in (*run.glob(f".{FINAL_NAME}.*.part"), *run.glob(f"{STEP_PREFIX}*/.*.part")):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,247 @@
+"""What a run reads: which snapshots, of which encoder, and how several are mixed."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ingest.embedding.statistics import NAME as STATISTICS
+from ingest.embedding.statistics import EmbedStatistics
+from ingest.shards import Snapshot, load_snapshot, read_manifest
+from ingest.store.storage import absolute_root
+from models.clip import FrozenClip, absolute_spec, load_clip
+from models.weights import exported, load_config, load_weights
+from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
+from training.data.datasets import ColumnDataset, MixedDataset, short_sides
+
+Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config", ClipRunConfig, PriorRunConfig, DecoderRunConfig)
+
+
+def prepare_data(config: Config) -> Config:
+    """Make the demo's data where the default folder is absent, and make data paths absolute."""
+    from training.data.demo_data import ensure_embeds, ensure_images
+
+    changes = {}
+    if isinstance(config, (ClipRunConfig, DecoderRunConfig)):
+        changes["images"] = tuple(ensure_images(root) for root in config.images)
+    if isinstance(config, (PriorRunConfig, DecoderRunConfig)) and not _upsampler(config):
+        changes["embeds"] = tuple(ensure_embeds(root) for root in config.embeds)
+        changes["clip"] = absolute_spec(config.clip)
+    if config.init and Path(config.init).is_dir():
+        changes["init"] = str(Path(config.init).absolute())
+    if isinstance(config, PriorRunConfig):
+        changes["validation"] = tuple(absolute_root(root) for root in config.validation)
+    if isinstance(config, DecoderRunConfig):
+        for images in changes["images"]:
+            require_size(images, config.image_size)
+        changes["validation"] = tuple(absolute_root(root) for root in config.validation)
+        embeds = tuple(absolute_root(root) for root in config.validation_embeds)
+        changes["validation_embeds"] = embeds
+        _require_paired("embeds", config.images, config.embeds, config)
+        _require_paired("validation_embeds", config.validation, embeds, config)
+    return dataclasses.replace(config, **changes)
+
+
+def _require_paired(
+    name: str, images: tuple[str, ...], embeds: tuple[str, ...], config: DecoderRunConfig
+) -> None:
+    """Raise ValueError unless the base decoder has embeddings for each folder of images, and an
+    upsampler none, which it would not read."""
+    if _upsampler(config) and name == "validation_embeds" and embeds:
+        raise ValueError(f"{name}: found {len(embeds)} folders for an upsampler, expected none")
+    if not _upsampler(config) and len(images) != len(embeds):
+        raise ValueError(
+            f"{name}: found {len(embeds)} folders for {len(images)} of images, expected one for "
+            "each, in the same order"
+        )
+
+
+def _upsampler(config: PriorRunConfig | DecoderRunConfig) -> bool:
+    return isinstance(config, DecoderRunConfig) and config.stage != "base"
+
+
+def require_size(images: str, size: int) -> None:
+    """Say how many images of the first shard have no `size` px and will be enlarged.
+
+    Raises ValueError where none has: there is no detail of that size to learn from.
+    """
+    sides = short_sides(load_snapshot(images))
+    small = int((sides < size).sum())
+    if not small:
+        return
+    if small == len(sides):
+        raise ValueError(
+            f"image_size: found {size} px over images of at most {sides.max()} px in the first "
+            f"shard of {images}, expected images as large; pass --image-size {sides.max()} or "
+            f"less, or download them again with --image-size {size}"
+        )
+    print(
+        f"{images}: {small} of the first shard's {len(sides)} images are smaller than {size} px, "
+        f"down to {sides.min()} px, and are enlarged; ingest/download.py --min-image-side {size} "
+        "leaves such out",
+        flush=True,
+    )
+
+
+def clip_of(embeds: Sequence[str], clip: str) -> str:
+    """Return the specification of the encoder of `embeds`: `clip`, or the one they name."""
+    return clip or read_manifest(embeds[0])["clip"]
+
+
+def encoder_of(embeds: Sequence[str], clip: str) -> FrozenClip:
+    """Load the encoder that made all of `embeds`: `clip`, or the one the first's manifest names;
+    its text tower alone, since the images' embeddings are there.
+
+    Raises ValueError where one was made by another.
+    """
+    encoder = load_clip(clip_of(embeds, clip))
+    for root in embeds:
+        manifest = read_manifest(root)
+        if encoder.encoder_id != manifest["encoder_id"]:
+            raise ValueError(
+                f"{root}: found embeddings of encoder {manifest['encoder_id']}, expected "
+                f"{encoder.encoder_id} of {clip_of(embeds, clip)}; embed again with this encoder "
+                "or pass the other one"
+            )
+    encoder.drop_vision()
+    return encoder
+
+
+# of a model's options, those that say how it learns or is drawn from: the same weights compute the
+# same whatever they are
+FREE = frozenset({
+    "dropout", "text_drop", "image_embed_drop", "embed_noise", "weighting", "noise_bias",
+    "bound_weight", "contrastive_weight", "degradation", "low_res_noise", "clip_x0", "energy",
+    "checkpointing", "channels_last",
+})  # fmt: skip
+# options that say nothing where another one is off
+IDLE = {"attn_resolutions": ("head_channels", "qk_norm"),
+        "text_tokens": ("text_width", "text_depth", "text_heads")}  # fmt: skip
+
+
+def start_from(model: Model, init: str, run: str, export: dict[str, Any]) -> Model:
+    """Take over the averaged weights of a finished run, or none for an empty `init` or a `run` that
+    has a checkpoint of its own.
+
+    export: what the new run tells of its model. Raises ValueError naming the first tensor that
+    differs, or what else does: the kind of model, its encoder, and every option but those that are
+    `FREE`, of which shapes do not tell all.
+    """
+    if not init or any(Path(run).glob("step_*")):
+        return model
+    step = exported(Path(init))
+    found = load_config(step)
+    usual: Any = type(model.config)()  # has the options that are newer than those weights
+    theirs, ours = (_meanings(dataclasses.asdict(usual), each["model"]) for each in (found, export))
+    pairs = [(name, found.get(name), export.get(name)) for name in ("kind", "encoder_id", "factor")]
+    if found.get("kind") == export.get("kind"):
+        names = sorted(theirs.keys() | ours.keys())
+        pairs += [(name, theirs.get(name), ours.get(name)) for name in names]
+    differ = [each for each in pairs if each[1] != each[2]]
+    if differ:
+        told = "; ".join(f"{name}: found {old!r}, expected {new!r}" for name, old, new in differ)
+        raise ValueError(f"init: {init}: {told}; pass the options of those weights")
+    load_weights(model, step / "ema.safetensors")
+    return model.train()
+
+
+def _meanings(usual: dict[str, Any], told: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the options of a model that its weights are for, those of its U-Net as unet.NAME.
+
+    usual: the default of each, for a model that was told before there was such an option.
+    """
+    whole = {**usual, **told}
+    off = {name for other, names in IDLE.items() if other in whole and not whole[other]
+           for name in names}  # fmt: skip
+    found = {}
+    for name, value in whole.items():
+        if isinstance(value, dict):
+            found |= _meanings(usual.get(name, {}), value, f"{name}.")
+        elif name not in FREE | off:
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def pin_snapshots(run: str, kind: str, roots: Sequence[str]) -> list[Snapshot]:
+    """Return the snapshots a run reads: the latest when the run begins, those very ones when it
+    continues."""
+    paths = [Path(run) / f"snapshot_{kind}{_ordinal(number)}.txt" for number in range(len(roots))]
+    for path, root in zip(paths, roots, strict=True):
+        if rank() == 0 and not path.is_file():
+            part = path.with_suffix(".part")
+            part.write_text(load_snapshot(root).digest + "\n")
+            part.replace(path)
+    if dist.is_initialized():
+        dist.barrier()  # one rank chooses: a snapshot may be published between two ranks' looks
+    pairs = zip(roots, paths, strict=True)
+    return [load_snapshot(root, path.read_text().strip()) for root, path in pairs]
+
+
+def _ordinal(number: int) -> str:
+    return f"_{number + 1}" if number else ""
+
+
+def rank() -> int:
+    """Return this process's rank; 0 where it trains alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def part_of(snapshot: Snapshot, part: str) -> Snapshot:
+    """Return the shards of part "k/n" of `snapshot`: neighbours, since a list's order may mean
+    something."""
+    try:
+        k, n = (int(number) for number in part.split("/"))
+    except ValueError:
+        raise ValueError(f'part: found {part!r}, expected "k/n" such as 1/2') from None
+    count = len(snapshot.shards)
+    if not 1 <= k <= n <= count:
+        raise ValueError(
+            f"part: found {part!r}, expected 1 <= k <= n <= {count}, the number of shards"
+        )
+    shards = snapshot.shards[(k - 1) * count // n : k * count // n]
+    return dataclasses.replace(snapshot, shards=shards)
+
+
+def mixed(parts: Sequence[ColumnDataset], weights: Sequence[float]) -> ColumnDataset:
+    """Return one data set of several, mixed by weights or by their sizes: see `DataConfig`."""
+    if weights and len(weights) != len(parts):
+        raise ValueError(
+            f"data.weights: found {len(weights)}, expected one for each of {len(parts)} data sets"
+        )
+    return parts[0] if len(parts) == 1 else MixedDataset(parts, weighted=bool(weights))
+
+
+def pin_statistics(run: str, embeds: Sequence[str], weights: Sequence[float]) -> EmbedStatistics:
+    """Return the moments of the image embeddings that a run reads from several folders.
+
+    Those of the day it began: they are kept in its folder.
+    """
+    if rank() == 0 and not (Path(run) / STATISTICS).is_file():
+        parts = [EmbedStatistics.read(root) for root in embeds]
+        EmbedStatistics.merge(parts, weights if len(parts) > 1 else ()).write(run)
+    if dist.is_initialized():
+        dist.barrier()
+    return EmbedStatistics.read(run)
+
+
+def mine_alone(mine: Tensor) -> tuple[Tensor, slice]:
+    """Return this rank's rows as all there are: `gathered` of a worker that trains alone."""
+    return mine, slice(len(mine))
+
+
+def gathered(mine: Tensor) -> tuple[Tensor, slice]:
+    """Return every rank's rows, and which of them are this one's.
+
+    Gradients flow back to the rank that owns them.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine_alone(mine)
+    from torch.distributed.nn.functional import all_gather
+
+    rows = slice(rank() * len(mine), (rank() + 1) * len(mine))
+    return torch.cat(all_gather(mine)), rows
