@@ -19,33 +19,35 @@ from cluster.base.files import digest_file, digest_of
 from eval.sampling.image_source import ImageSet, open_images
 
 FOLDER = Path(__file__).parent / "protocols"
-KINDS = ("coco", "shapes", "shards")
-REFERENCES = {
+REFERENCES = {  # by kind
     "coco": ("whole_validation", "matched"),
     "shapes": ("drawn",),
     "shards": ("held_out",),
 }
 CHOICES = ("one_per_image", "uniform")
-FIELDS: dict[str, type] = {  # that every protocol has
-    "name": str,
-    "kind": str,
-    "source": str,
-    "image_size": int,
-    "seed": int,
-    "features": list,
-    "references": list,
-}
+FIELDS: dict[str, dict[str, type]] = {  # of every protocol, and of each kind
+    "": {"name": str, "kind": str, "source": str, "image_size": int, "seed": int,
+         "features": list, "references": list},
+    "coco": {"images": str, "annotations": str, "num_real": int, "num_captions": int,
+             "captions": str, "caption_seed": int},
+    "shapes": {"num_captions": int, "splits": list, "caption_seed": int},
+    "shards": {"images": str},
+}  # fmt: skip
+TYPE_NAMES = {str: "text", int: "a whole number", list: "a list"}
+
+Captions = list[str]
+References = dict[str, ImageSet]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a protocol comes to on this machine.
+    """A protocol with its data on this machine.
 
-    references: by name, the first one being the headline's; about: what eval.json says of it.
+    references: by name, the headline's first; about: what eval.json states of the protocol.
     """
 
-    captions: list[str]
-    references: dict[str, ImageSet]
+    captions: Captions
+    references: References
     image_size: int
     seed: int
     features: tuple[str, ...]
@@ -55,16 +57,18 @@ class Prepared:
 def prepare(name: str, data: str, work: Path) -> Prepared:
     """Read a protocol, by the name of a shipped one or the path of a JSON file, and find its data.
 
-    data: folder of the data; empty = where the protocol says. work: where a set that is drawn on
-    the spot is kept. Raises ValueError naming the field, the file or the count that is not as the
-    protocol says.
+    data: folder of the data; empty = where the protocol states. work: folder for a set that is
+    drawn here. Raises ValueError naming the field, the file or the count that differs from the
+    protocol.
     """
-    path = _path(name)
-    protocol = _read(path)
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.json")))
+        raise ValueError(f"--protocol: found {name!r}, expected a JSON file or one of {known}")
+    protocol = _read_protocol(path)
     makers = {"coco": _coco, "shapes": _shapes, "shards": _shards}
     captions, references = makers[protocol["kind"]](protocol, data, work)
     size = protocol["image_size"]
-    chosen = {name: references[name].fitted(size) for name in protocol["references"]}
     about = {
         "name": protocol["name"],
         "sha256": digest_file(path),
@@ -76,7 +80,7 @@ def prepare(name: str, data: str, work: Path) -> Prepared:
     }
     return Prepared(
         captions=captions,
-        references=chosen,
+        references={name: references[name].fitted(size) for name in protocol["references"]},
         image_size=size,
         seed=protocol["seed"],
         features=tuple(protocol["features"]),
@@ -84,53 +88,37 @@ def prepare(name: str, data: str, work: Path) -> Prepared:
     )
 
 
-def _path(name: str) -> Path:
-    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.json")))
-        raise ValueError(f"--protocol: found {name!r}, expected a JSON file or one of {known}")
-    return path
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read_protocol(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        protocol = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: found {error}, expected JSON") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: found a {type(found).__name__}, expected an object")
-    for name, kind in FIELDS.items():
-        _require(path, found, name, kind)
-    if found["kind"] not in KINDS:
-        raise ValueError(
-            f"{path}: kind: found {found['kind']!r}, expected one of {', '.join(KINDS)}"
-        )
-    known = REFERENCES[found["kind"]]
-    if not found["references"] or not set(found["references"]) <= set(known):
-        raise ValueError(
-            f"{path}: references: found {found['references']}, expected some of {', '.join(known)}"
-        )
-    own = {
-        "coco": {"images": str, "annotations": str, "num_real": int, "num_captions": int,
-                 "captions": str, "caption_seed": int},
-        "shapes": {"num_captions": int, "splits": list, "caption_seed": int},
-        "shards": {"images": str},
-    }  # fmt: skip
-    for name, kind in own[found["kind"]].items():
-        _require(path, found, name, kind)
-    return found
+    if not isinstance(protocol, dict):
+        raise ValueError(f"{path}: found a {type(protocol).__name__}, expected an object")
+    _require_fields(path, protocol, "")
+    kind, chosen = protocol["kind"], protocol["references"]
+    if kind not in REFERENCES:
+        kinds = ", ".join(REFERENCES)
+        raise ValueError(f"{path}: kind: found {kind!r}, expected one of {kinds}")
+    if not chosen or not set(chosen) <= set(REFERENCES[kind]):
+        known = ", ".join(REFERENCES[kind])
+        raise ValueError(f"{path}: references: found {chosen}, expected some of {known}")
+    _require_fields(path, protocol, kind)
+    return protocol
 
 
-def _require(path: Path, found: dict[str, Any], name: str, kind: type) -> None:
-    if type(found.get(name)) is not kind or (kind is int and found[name] < 0):
-        words = {str: "text", int: "a whole number", list: "a list"}
-        raise ValueError(f"{path}: {name}: found {found.get(name)!r}, expected {words[kind]}")
+def _require_fields(path: Path, protocol: dict[str, Any], kind: str) -> None:
+    for name, field_type in FIELDS[kind].items():
+        value = protocol.get(name)
+        if type(value) is not field_type or (isinstance(value, int) and value < 0):
+            expected = TYPE_NAMES[field_type]
+            raise ValueError(f"{path}: {name}: found {value!r}, expected {expected}")
 
 
 # -- MS-COCO ---------------------------------------------------------------------------------------
 
 
-def _coco(protocol: dict[str, Any], data: str, work: Path) -> tuple[list[str], dict[str, ImageSet]]:
+def _coco(protocol: dict[str, Any], data: str, work: Path) -> tuple[Captions, References]:
     """Choose captions of the validation set; its images are read in the order of their ids."""
     if not data:
         raise ValueError(
@@ -163,10 +151,10 @@ def _coco(protocol: dict[str, Any], data: str, work: Path) -> tuple[list[str], d
 def _annotations(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     """Read COCO's captions: file by image id, and captions by image id in order of their ids."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        files = {int(image["id"]): str(image["file_name"]) for image in found["images"]}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
         rows = sorted((int(a["id"]), int(a["image_id"]), str(a["caption"]))
-                      for a in found["annotations"])  # fmt: skip
+                      for a in content["annotations"])  # fmt: skip
     except FileNotFoundError:
         raise ValueError(f"{path}: found no such file, expected COCO's captions") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
@@ -183,21 +171,22 @@ def _annotations(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
 
 
 def _choose(captions: dict[int, list[str]], protocol: dict[str, Any]) -> list[tuple[int, str]]:
-    """Return (image id, caption) pairs: those of the least sha256("seed:image[:caption]").
+    """Return the (image id, caption) pairs of the least keys, sha256("seed:image[:caption]").
 
-    one_per_image: of each image the caption whose place is that number modulo their count; uniform:
-    of all captions alike, so that an image may come more than once.
+    one_per_image: of each image one caption, number key mod count; uniform: of all captions, so
+    that an image may occur more than once.
     """
     seed, how, count = (protocol[n] for n in ("caption_seed", "captions", "num_captions"))
     if how not in CHOICES:
         raise ValueError(f"captions: found {how!r}, expected one of {', '.join(CHOICES)}")
     pairs = []
-    for image, found in captions.items():
+    for image, candidates in captions.items():
         if how == "uniform":
-            pairs += [(_key(seed, image, i), image, caption) for i, caption in enumerate(found)]
+            keyed = enumerate(candidates)
+            pairs += [(_key(seed, image, i), image, caption) for i, caption in keyed]
         else:
             key = _key(seed, image)
-            pairs.append((key, image, found[key % len(found)]))
+            pairs.append((key, image, candidates[key % len(candidates)]))
     if len(pairs) < count:
         raise ValueError(f"captions: found {len(pairs)}, expected {count}")
     return [(image, caption) for _, image, caption in sorted(pairs)[:count]]
@@ -210,13 +199,8 @@ def _key(*parts: int) -> int:
 # -- what runs on any machine ----------------------------------------------------------------------
 
 
-def _shapes(
-    protocol: dict[str, Any], data: str, work: Path
-) -> tuple[list[str], dict[str, ImageSet]]:
-    """Draw the real set anew, or find it drawn; a training set never holds these captions' kinds.
-
-    data: not used, for there is none.
-    """
+def _shapes(protocol: dict[str, Any], data: str, work: Path) -> tuple[Captions, References]:
+    """Draw the real set, or find it drawn; a training set never holds these captions' kinds."""
     from ingest.shapes import make_pairs
 
     if data:
@@ -234,18 +218,14 @@ def _shapes(
     paths = tuple(folder / f"{number:06d}.jpg" for number in range(len(pairs)))
     for path, pair in zip(paths, pairs, strict=True):
         if not path.is_file() or path.read_bytes() != pair.image_bytes:
-            part = path.with_suffix(".part")
-            part.write_bytes(pair.image_bytes)
-            part.replace(path)
+            path.write_bytes(pair.image_bytes)  # a file cut short is written again next time
     captions = [pair.caption for pair in pairs]
     return captions, {
         "drawn": ImageSet(source="shapes, drawn anew", captions=captions, paths=paths)
     }
 
 
-def _shards(
-    protocol: dict[str, Any], data: str, work: Path
-) -> tuple[list[str], dict[str, ImageSet]]:
+def _shards(protocol: dict[str, Any], data: str, work: Path) -> tuple[Captions, References]:
     """Open the shards whose captions are drawn and whose images are the reference."""
     where = data or protocol["images"]
     if not Path(where).is_dir():

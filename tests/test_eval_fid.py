@@ -13,7 +13,7 @@ from _inception import write_inception
 from PIL import Image
 
 from eval import fid
-from eval.evaluation import JUDGES
+from eval.evaluation import SCORER_RELATIONS
 from eval.fid import FidConfig
 from eval.sampling.image_source import Incomplete
 from models.clip import load_clip
@@ -59,7 +59,7 @@ def test_every_score_names_its_variant_and_counts(config: FidConfig):
     assert (found["k_precision"], found["k_density"], found["kid_subset_size"]) == (3, 5, COUNT)
     assert found["digest"] != found["digest_real"]
     images = scores["images"]
-    assert images["fd_clip"] == found["fd"] and images["judge_relation"] == JUDGES[None]
+    assert images["fd_clip"] == found["fd"] and images["judge_relation"] == SCORER_RELATIONS[None]
     assert scores["provenance"]["num_threads"] == 1
 
 
@@ -191,7 +191,7 @@ def test_captions_are_drawn_and_measured_in_one_job(
     scores = evaluated(drawing)
     assert scores["sampling"]["n"] == COUNT and scores["sampling"]["seed"] == 5
     images = scores["images"]
-    assert images["judge_relation"] == JUDGES[True] and "clip_score_shuffled" in images
+    assert images["judge_relation"] == SCORER_RELATIONS[True] and "clip_score_shuffled" in images
     of_captions = scores["sampling"]["captions_sha256"]
     assert images["captions_sha256"] == scores["features"]["clip"]["captions_sha256"] == of_captions
     settings = json.loads((tmp_path / "drawn" / "settings.json").read_text())
@@ -199,7 +199,7 @@ def test_captions_are_drawn_and_measured_in_one_job(
     assert evaluated(drawing) == scores
     assert f"sample: 0 images drawn, {COUNT} were there" in capsys.readouterr().out
     other = evaluated(drawing, judge="ViT-S-32-alt:random")["images"]
-    assert other["judge_relation"] == JUDGES[False] and "ViT-S-32-alt" in other["judge"]
+    assert other["judge_relation"] == SCORER_RELATIONS[False] and "ViT-S-32-alt" in other["judge"]
 
 
 def test_a_protocol_says_what_is_drawn_and_how_many_there_must_be(

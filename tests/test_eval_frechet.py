@@ -65,7 +65,7 @@ def test_batches_give_the_moments_of_the_whole():
     x = features(101, 8, seed=0, shift=1e4)  # a large mean is where naive sums lose their digits
     streamed = Moments.of(x[:7])
     for start in range(7, 101, 13):
-        streamed = streamed.add(x[start : start + 13])
+        streamed = streamed.plus(Moments.of(x[start : start + 13]))
     assert streamed.count == 101
     np.testing.assert_allclose(streamed.mean, x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(streamed.covariance, np.cov(x, rowvar=False), rtol=1e-8)
@@ -105,5 +105,5 @@ def test_users_mistakes_are_named():
         Moments.of([[0.0, 1.0], [0.0, float("nan")]])
     with pytest.raises(ValueError, match=r"shape \[3\]"):
         Moments.of(np.zeros(3))
-    with pytest.raises(ValueError, match="no part"):
+    with pytest.raises(ValueError, match="no set"):
         Moments.merge([])

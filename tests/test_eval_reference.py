@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from eval.distances.frechet import Moments
-from eval.distances.reference import WORDS, Statistics, load_statistics
+from eval.distances.reference import ABOUT, Statistics, load_statistics
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_what_is_saved_is_read_back(known: Statistics, tmp_path: Path):
     path = known.save(tmp_path)
     found = load_statistics(path)
     assert path.name == "clip.npz" and found.moments.count == 20
-    assert all(getattr(found, name) == getattr(known, name) for name in WORDS)
+    assert all(getattr(found, name) == getattr(known, name) for name in ABOUT)
     np.testing.assert_array_equal(found.moments.scatter, known.moments.scatter)
     assert [p.name for p in tmp_path.iterdir()] == ["clip.npz"]
 

@@ -325,7 +325,7 @@ def test_other_features_need_no_clip(
     spec = ColoursSpec(
         space="inception", name="colours", resize="none", any_size=False, official=False
     )
-    monkeypatch.setattr("eval.evaluation.Weights.spec", lambda self, space: spec)
+    monkeypatch.setattr("eval.evaluation.network_spec", lambda request, space: spec)
     monkeypatch.chdir(Path(fid_config.fake))  # where there is no runs/clip
     bare = FidConfig(
         real=fid_config.real, fake=fid_config.fake, out=fid_config.out, features=("inception",)

@@ -1,6 +1,6 @@
 """The Frechet distance between two sets of features, from float64 sums that stream and merge.
 
-FID when the features are Inception's; the CLIP Frechet distance when they are CLIP embeddings.
+It is called FID for Inception's features, and FD-CLIP for CLIP embeddings.
 """
 
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """What a Frechet distance needs to know of N features of width D.
+    """Count, mean and scatter of N features of width D, for a Frechet distance.
 
     count: N; mean: [D] float64; scatter: [D, D] float64, the sum of (x - mean)(x - mean)^T.
-    Centred sums, since E[xx^T] - mean mean^T loses the digits that matter when the mean is large.
+    The sums are centred: E[xx^T] - mean mean^T loses significant digits where the mean is large.
     """
 
     count: int
@@ -36,37 +36,30 @@ class Moments:
         if not np.isfinite(x).all():
             bad = int((~np.isfinite(x)).any(axis=1).sum())
             raise ValueError(f"moments: found {bad} of {len(x)} features not finite, expected none")
-        if counts is not None:
-            return cls._counted(x, np.asarray(counts))
-        mean = x.mean(axis=0) if len(x) else np.zeros(x.shape[1])
-        centred = x - mean
-        return cls(count=len(x), mean=mean, scatter=centred.T @ centred)
-
-    @classmethod
-    def _counted(cls, x: NDArray[np.float64], counts: NDArray) -> Self:
-        x, counts = x[counts > 0], counts[counts > 0]
-        total = int(counts.sum())
-        mean = counts @ x / total if total else np.zeros(x.shape[1])
-        scaled = (x - mean) * np.sqrt(counts)[:, None]
+        if counts is None:
+            mean = x.mean(axis=0) if len(x) else np.zeros(x.shape[1])
+            centred = x - mean  # [N, D]
+            return cls(count=len(x), mean=mean, scatter=centred.T @ centred)
+        weights = np.asarray(counts)
+        x, weights = x[weights > 0], weights[weights > 0]
+        total = int(weights.sum())
+        mean = weights @ x / total if total else np.zeros(x.shape[1])
+        scaled = (x - mean) * np.sqrt(weights)[:, None]  # [N, D]
         return cls(count=total, mean=mean, scatter=scaled.T @ scaled)
 
     @classmethod
-    def merge(cls, parts: Iterable[Self]) -> Self:
-        """Return the moments of all parts together, added in the order given.
+    def merge(cls, moments: Iterable[Self]) -> Self:
+        """Return the moments of all sets together, added in the order given.
 
-        The order changes the last bits alone; give the parts in shard order for the same bits every
-        time. Raises ValueError if there is no part or their widths differ.
+        The order changes only the last bits; add in shard order for the same bits every time.
+        Raises ValueError if there is no set or the widths differ.
         """
         total = None
-        for part in parts:  # one at a time is in memory
-            total = part if total is None else total.plus(part)
+        for each in moments:  # an iterator, so that one is in memory at a time
+            total = each if total is None else total.plus(each)
         if total is None:
-            raise ValueError("moments: found no part to merge, expected at least one")
+            raise ValueError("moments: found no set to merge, expected at least one")
         return total
-
-    def add(self, features: ArrayLike) -> Self:
-        """Return the moments with the batch `features` [B, D] added."""
-        return self.plus(type(self).of(features))
 
     def plus(self, other: Self) -> Self:
         """Return the moments of both sets together (Chan, Golub and LeVeque 1979).
@@ -107,7 +100,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Moments that many sets are held against; factor: [r, D] F with F^T F = S, found once."""
+    """Moments that many sets are compared with; factor: [r, D] F with F^T F = S, computed once."""
 
     moments: Moments
     factor: NDArray[np.float64]
@@ -125,7 +118,7 @@ class Reference:
         """
         _check_widths(self.moments, other)
         covariance = other.covariance
-        product = np.linalg.eigvalsh(self.factor @ covariance @ self.factor.T)
+        product = np.linalg.eigvalsh(self.factor @ covariance @ self.factor.T)  # [r]
         overlap = np.sqrt(product.clip(min=0)).sum()
         shift = self.moments.mean - other.mean
         traces = np.trace(self.moments.covariance) + np.trace(covariance)
@@ -135,9 +128,9 @@ class Reference:
 def _factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return [r, D] F with F^T F = `covariance`, r its rank.
 
-    Cholesky's where the matrix is regular, in a tenth of the time of the eigenvectors, which serve
-    where it is not (N <= D, or features that never move): what rounding leaves of its null space
-    would count as overlap.
+    Cholesky's factor for a regular matrix, in a tenth of the time of the eigenvectors. A singular
+    one (N <= D, or constant features) needs these: rounding in its null space would count as
+    overlap.
     """
     least = len(covariance) * np.finfo(np.float64).eps
     with suppress(np.linalg.LinAlgError):

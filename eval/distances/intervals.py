@@ -1,6 +1,6 @@
-"""Distances between two sets of features, and how sure one can be of them.
+"""Distances between two sets of features, and their uncertainty.
 
-Every draw is seeded: the same features give the same number, always.
+Every draw is seeded: the same features always give the same number.
 """
 
 import numpy as np
@@ -18,12 +18,15 @@ NORMAL_95 = 1.959964  # standard errors to either side of 95 % of a normal distr
 
 
 def real_halves(features: Features) -> float:
-    """Return the Frechet distance of two random halves of a set: the floor of any distance to it,
-    but for its smaller n."""
+    """Return the Frechet distance of two random halves of a set.
+
+    It is a lower bound of what a distance to the set can reach, up to its smaller n.
+    """
     order = np.random.default_rng(SEED).permutation(len(features))
-    first, second = np.array_split(order, 2)
-    halves = [features.moments(_counts(rows, len(features))) for rows in (first, second)]
-    return Reference.of(halves[0]).distance(halves[1])
+    first, second = (
+        features.moments(_counts(rows, len(features))) for rows in np.array_split(order, 2)
+    )
+    return Reference.of(first).distance(second)
 
 
 def _counts(rows: np.ndarray, n: int) -> np.ndarray:
@@ -31,59 +34,52 @@ def _counts(rows: np.ndarray, n: int) -> np.ndarray:
 
 
 def fd_infinity(fake: Features, real: Reference) -> tuple[float, int] | None:
-    """Return the distance at n -> infinity and the number of points that it was read off; None for
-    a set of fewer than 12.
+    """Return the distance at n -> infinity and the number of fitted points; None for n < 12.
 
-    The estimate falls like a line in 1/n: the intercept of that line, fitted to distances of random
-    subsets from a sixth of the generated set to all of it, is free of that bias (Chong and Forsyth
-    2020, section 3). What bias the real set brings stays.
+    The bias of the estimate is linear in 1/n: FD_n = FD_inf + c / n. The line is fitted to the
+    distances of random subsets, from a sixth of the generated set to all of it (Chong and Forsyth
+    2020, section 3). The bias of the real set remains.
     """
     n = len(fake)
     if n < 12:
         return None
     rng = np.random.default_rng(SEED)
     sizes = np.unique(np.linspace(max(2, n * INFINITY_LEAST), n, INFINITY_POINTS).astype(int))
-    found = []
-    for size in sizes:
-        counts = _counts(rng.choice(n, size, replace=False), n)
-        found.append(real.distance(fake.moments(counts)))
-    slope, intercept = np.polyfit(1 / sizes, found, 1)
+    subsets = (_counts(rng.choice(n, size, replace=False), n) for size in sizes)
+    distances = [real.distance(fake.moments(counts)) for counts in subsets]
+    _, intercept = np.polyfit(1 / sizes, distances, 1)
     return float(intercept), len(sizes)
 
 
 def bootstrap_error(fake: Features, real: Reference, num_resamples: int) -> float:
-    """Return the standard error of the distance, over resamples of the generated set.
+    """Return the standard error of the distance, over bootstrap resamples of the generated set.
 
-    Resampled sets repeat images, by which their distances are biased upwards: their spread is
-    wanted, not their place.
+    Resampled sets repeat images, which biases their distances upwards: only the spread is used.
     """
     rng, n = np.random.default_rng(SEED + 1), len(fake)
-    found = [
-        real.distance(fake.moments(_counts(rng.integers(0, n, n), n))) for _ in range(num_resamples)
-    ]
-    return float(np.std(found, ddof=1))
+    resamples = (_counts(rng.integers(0, n, n), n) for _ in range(num_resamples))
+    return float(np.std([real.distance(fake.moments(counts)) for counts in resamples], ddof=1))
 
 
 def kernel_distance(fake: Features, real: Features) -> dict[str, float | int]:
     """Return KID: mean and deviation, over subsets, of the unbiased MMD^2 under (x.y / D + 1)^3.
 
-    Binkowski et al. 2018, section 4. Subsets are torch-fidelity's: 100 of 1,000 images a side, or
-    of the smaller side where that has fewer. A side that is in each subset whole adds nothing to
-    the deviation: there is none then; and one subset is enough where both are.
+    Binkowski et al. 2018, section 4. Subsets are torch-fidelity's: 100 of 1,000 images a set, or
+    of the smaller set's size. There is no deviation where a subset is a complete set, and only one
+    subset where it is both.
     """
     size = min(KID_SUBSET_SIZE, len(fake), len(real))
-    whole = [size == len(side) for side in (fake, real)]
+    complete = [size == len(features) for features in (fake, real)]
     rng = np.random.RandomState(KID_SEED)
-    found = []
-    for _ in range(1 if all(whole) else KID_SUBSETS):
-        x = fake.take(rng.choice(len(fake), size, replace=False))
+    values = []
+    for _ in range(1 if all(complete) else KID_SUBSETS):
+        x = fake.take(rng.choice(len(fake), size, replace=False))  # [M, D]
         y = real.take(rng.choice(len(real), size, replace=False))
-        found.append(_cubic_mmd2(x, y))
-    deviation = {} if any(whole) else {"kid_std": float(np.std(found))}
-    return {
-        "kid": float(np.mean(found)), **deviation, "kid_subsets": len(found),
-        "kid_subset_size": size,
-    }  # fmt: skip
+        values.append(_cubic_mmd2(x, y))
+    scores: dict[str, float | int] = {"kid": float(np.mean(values))}
+    if not any(complete):
+        scores["kid_std"] = float(np.std(values))
+    return scores | {"kid_subsets": len(values), "kid_subset_size": size}
 
 
 def _cubic_mmd2(x: np.ndarray, y: np.ndarray) -> float:
@@ -100,7 +96,7 @@ def _cubic_mmd2(x: np.ndarray, y: np.ndarray) -> float:
 def cmmd(fake: Features, real: Features) -> float:
     """Return 1,000 times the MMD^2 of unit-norm CLIP embeddings under an RBF kernel of sigma 10.
 
-    Jayasumana et al. 2024, equation 3, with the diagonal, as their code has it: not unbiased, but
+    CMMD of Jayasumana et al. 2024, equation 3, with the diagonal, as in their code: biased, but
     never negative.
     """
     xx, yy, xy = (_mean_rbf(a, b) for a, b in ((fake, fake), (real, real), (fake, real)))
@@ -108,9 +104,9 @@ def cmmd(fake: Features, real: Features) -> float:
 
 
 def _mean_rbf(a: Features, b: Features) -> float:
-    """Return the mean of exp(-|x - y|^2 / (2 sigma^2)) over all pairs, a chunk of each at a time.
+    """Return the mean of k - 1, k = exp(-|x - y|^2 / (2 sigma^2)), over all pairs.
 
-    1 - k is summed: kernels of unit vectors all lie near 1, and their differences are the score.
+    The ones cancel in MMD^2. Kernels of unit vectors are all near 1, so k itself would lose digits.
     """
     total = 0.0
     for _, x in a.chunks():

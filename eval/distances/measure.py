@@ -1,7 +1,9 @@
-"""Everything that is said of one set of images against another in one space of features."""
+"""All scores of one set of images against another in one space of features."""
 
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from eval.distances.frechet import Reference
 from eval.distances.intervals import (
@@ -26,7 +28,7 @@ NEAR_QUANTILE = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
-    """The generated or the real images, or what is known of them without having them.
+    """The generated or the real images, or only their statistics.
 
     statistics: by space, of a set that is given as npz files; images: None for such a set.
     """
@@ -63,8 +65,8 @@ def space_scores(
 ) -> dict[str, Any]:
     """Return the distances of `fake` to `real` in one space, each with its variant and counts.
 
-    What needs features is left out where a side is statistics only. Raises ValueError for sets
-    whose features were not made alike, and for fewer than 2 images.
+    Distances that need features are left out where a set is only statistics. Raises ValueError for
+    features that were made differently, and for fewer than 2 images.
     """
     (fake_features, fake_known), (real_features, real_known) = fake, real
     fake_known.require_alike(real_known)
@@ -73,7 +75,7 @@ def space_scores(
     reference = Reference.of(real_known.moments)
     distance = reference.distance(fake_known.moments)
     scores: dict[str, Any] = {
-        "name": f"{FD_NAMES[spec.space]}" if quotable else _plain_name(spec, min(n, n_real)),
+        "name": FD_NAMES[spec.space] if quotable else _plain_name(spec, min(n, n_real)),
         "extractor": spec.name,
         "resize": spec.resize,
         "resolution": fake_known.resolution,
@@ -89,60 +91,54 @@ def space_scores(
     if real_features is not None and n_real >= 4:
         scores |= {"fd_real_halves": real_halves(real_features), "n_real_halves": n_real // 2}
     if fake_features is not None:
-        scores |= _certainty(fake_features, reference, distance, num_resamples)
+        limit = fd_infinity(fake_features, reference)
+        if limit is not None:
+            scores["fd_infinity"], scores["fd_infinity_points"] = limit
+        if num_resamples >= 2:
+            error = bootstrap_error(fake_features, reference, num_resamples)
+            low, high = interval(distance, error)
+            scores |= {"fd_ci95_low": low, "fd_ci95_high": high, "fd_resamples": num_resamples}
     if fake_features is not None and real_features is not None:
-        scores |= _by_features(fake_features, real_features, spec)
+        scores |= kernel_distance(fake_features, real_features)
+        if min(n, n_real) > max(K_PRECISION, K_DENSITY):
+            scores |= manifold_scores(fake_features, real_features)
+        if spec.space == "clip":
+            scores["cmmd"] = cmmd(fake_features, real_features)
     return scores
 
 
 def _plain_name(spec: ExtractorSpec, n: int) -> str:
-    """Name a distance that must not be quoted under its published name, and say why."""
-    reasons = []
-    if n < QUOTABLE:
-        reasons.append(f"n = {n:,} is below {QUOTABLE:,}")
+    """Name a distance that must not be quoted under its published name, with the reasons."""
+    reasons = [f"n = {n:,} is below {QUOTABLE:,}"] if n < QUOTABLE else []
     if not spec.official:
         reasons.append("not the published weights")
     kind = "CLIP" if spec.space == "clip" else spec.space.replace("_", " ")
     return f"Frechet distance in the space of {kind} ({'; '.join(reasons)})"
 
 
-def _certainty(
-    fake: Features, reference: Reference, distance: float, num_resamples: int
-) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    limit = fd_infinity(fake, reference)
-    if limit is not None:
-        found["fd_infinity"], found["fd_infinity_points"] = limit
-    if num_resamples >= 2:
-        low, high = interval(distance, bootstrap_error(fake, reference, num_resamples))
-        found |= {"fd_ci95_low": low, "fd_ci95_high": high, "fd_resamples": num_resamples}
-    return found
-
-
-def _by_features(fake: Features, real: Features, spec: ExtractorSpec) -> dict[str, Any]:
-    found: dict[str, Any] = dict(kernel_distance(fake, real))
-    if min(len(fake), len(real)) > max(K_PRECISION, K_DENSITY):
-        found |= manifold_scores(fake, real)
-    if spec.space == "clip":
-        found["cmmd"] = cmmd(fake, real)
-    return found
-
-
 def memorisation(
     fake: ImageSet, real: ImageSet | None, train: ImageSet, spec: ExtractorSpec, place: Place
 ) -> dict[str, Any]:
-    """Hold generated images against their nearest training images, and real ones against theirs.
+    """Compare the distances of generated and of real images to their nearest training images.
 
-    A model that copies is nearer to its training set than unseen real images are. Raises
-    ValueError if the real images are the training set itself.
+    share_closer: the share of generated images that are nearer to training than the 5 % quantile
+    of real images; .05 where nothing is copied. Raises ValueError if the real images are the
+    training set itself.
     """
     if real is not None and real.digest == train.digest:
         raise ValueError(
             f"--train: found the very images of --real, {train.source}; expected real images that "
             "training never saw"
         )
-    _, known = place.extracted(train, spec)
-    found: dict[str, Any] = {
+    _, train_features = place.extracted(train, spec)
+
+    def nearest(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+        distances, rows = nearest_rows(place.extracted(images, spec)[1], train_features)
+        # of unit vectors |x - y|^2 / 2 is 1 - x.y
+        return (distances**2 / 2 if spec.space == "clip" else distances), rows  # [N], [N]
+
+    distances, rows = nearest(fake)
+    scores: dict[str, Any] = {
         "space": spec.space,
         "extractor": spec.name,
         "metric": "cosine distance" if spec.space == "clip" else "euclidean distance",
@@ -150,39 +146,26 @@ def memorisation(
         "digest_train": train.digest,
         "n_train": len(train),
         "n": len(fake),
+        "mean": float(distances.mean()),
+        "p05": float(np.quantile(distances, NEAR_QUANTILE)),
     }
-    distances, which = _distances(fake, known, spec, place)
-    found |= {"mean": float(distances.mean()), "p05": _near(distances)}
     if real is not None:
-        held_out, _ = _distances(real, known, spec, place)
-        found |= {
+        held_out, _ = nearest(real)
+        near = float(np.quantile(held_out, NEAR_QUANTILE))
+        scores |= {
             "n_real": len(real),
             "mean_real": float(held_out.mean()),
-            "p05_real": _near(held_out),
-            "share_closer": float((distances < _near(held_out)).mean()),
+            "p05_real": near,
+            "share_closer": float((distances < near).mean()),
         }
-    closest = distances.argsort(kind="stable")[:NUM_NEAREST].tolist()
-    found["nearest"] = [
+    scores["nearest"] = [
         {
             "fake": fake.name(i),
-            "train": train.name(int(which[i])),
+            "train": train.name(int(rows[i])),
             "fake_number": i,
-            "train_number": int(which[i]),
+            "train_number": int(rows[i]),
             "distance": float(distances[i]),
         }
-        for i in closest
+        for i in distances.argsort(kind="stable")[:NUM_NEAREST].tolist()
     ]
-    return found
-
-
-def _distances(images: ImageSet, train: Features, spec: ExtractorSpec, place: Place) -> Any:
-    _, features = place.extracted(images, spec)
-    distances, which = nearest_rows(features, train)
-    # of unit vectors |x - y|^2 / 2 is 1 - x.y
-    return (distances**2 / 2 if spec.space == "clip" else distances), which
-
-
-def _near(distances: Any) -> float:
-    import numpy as np
-
-    return float(np.quantile(distances, NEAR_QUANTILE))
+    return scores

@@ -1,6 +1,6 @@
 """Scores by nearest neighbours: precision and recall, density and coverage, memorisation.
 
-Distances are taken a block against a block in float64, so that memory does not grow with n.
+Distances are computed block by block in float64, so that memory does not grow with n^2.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def manifold_scores(fake: Features, real: Features) -> dict[str, float | int]:
     ball, density_ball = radii_real[:, K_PRECISION], radii_real[:, K_DENSITY]
     precise, dense = np.zeros(len(fake), bool), np.zeros(len(fake), np.int64)
     recalled, nearest = np.zeros(len(real), bool), np.full(len(real), np.inf)
-    for rows, columns, squares in _squares(real, fake):
+    for rows, columns, squares in _squares(real, fake):  # [rows of real, columns of fake]
         precise[columns] |= (squares <= ball[rows, None]).any(0)
         recalled[rows] |= (squares <= radii_fake[columns, K_PRECISION]).any(1)
         dense[columns] += (squares < density_ball[rows, None]).sum(0)
@@ -52,17 +52,17 @@ def manifold_scores(fake: Features, real: Features) -> dict[str, float | int]:
 def _radii(features: Features) -> np.ndarray:
     """Return [N, k + 1]: squared distances of each to its nearest, itself first, in order."""
     most = max(K_PRECISION, K_DENSITY)
-    found = np.full((len(features), most + 1), np.inf)
+    radii = np.full((len(features), most + 1), np.inf)
     for rows, _, squares in _squares(features, features):
-        joined = np.concatenate([found[rows], squares], axis=1)
-        found[rows] = np.partition(joined, most, axis=1)[:, : most + 1]
-    return np.sort(found, axis=1)
+        joined = np.concatenate([radii[rows], squares], axis=1)
+        radii[rows] = np.partition(joined, most, axis=1)[:, : most + 1]
+    return np.sort(radii, axis=1)
 
 
 def _squares(a: Features, b: Features) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """Yield (rows of a, rows of b, their squared distances) for all pairs of chunks.
 
-    Equal features are at distance 0, and not at what rounding leaves of it.
+    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y; of equal features exactly 0, without rounding errors.
     """
     for rows, x in a.chunks():
         x_norms = np.einsum("nd,nd->n", x, x)[:, None]
@@ -74,12 +74,12 @@ def _squares(a: Features, b: Features) -> Iterator[tuple[slice, slice, np.ndarra
 
 
 def nearest_rows(queries: Features, among: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for each query, the distance [N] to its nearest in `among`, and which that is."""
-    best, which = np.full(len(queries), np.inf), np.zeros(len(queries), np.int64)
+    """Return the distance [N] of each query to its nearest row of `among`, and that row [N]."""
+    best, nearest = np.full(len(queries), np.inf), np.zeros(len(queries), np.int64)
     for rows, columns, squares in _squares(queries, among):
-        place = squares.argmin(1)
-        found = squares[np.arange(len(place)), place]
-        better = found < best[rows]
-        best[rows] = np.where(better, found, best[rows])
-        which[rows] = np.where(better, place + columns.start, which[rows])
-    return np.sqrt(best), which
+        column = squares.argmin(1)
+        least = squares[np.arange(len(column)), column]
+        better = least < best[rows]
+        best[rows] = np.where(better, least, best[rows])
+        nearest[rows] = np.where(better, column + columns.start, nearest[rows])
+    return np.sqrt(best), nearest

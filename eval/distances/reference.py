@@ -1,8 +1,8 @@
-"""What a score needs to know of one set of images: its moments, and what they are moments of.
+"""Statistics of one set of images: the moments of its features, and how these were made.
 
-    statistics/inception.npz   mean [D], scatter [D, D] float64, n, and the words below
+    statistics/inception.npz   mean [D], scatter [D, D] float64, n, and the texts of `ABOUT`
 
-Two sets are compared only if their features were made alike.
+Two sets are compared only if their features were made the same way.
 """
 
 import json
@@ -13,21 +13,22 @@ from typing import Any
 
 import numpy as np
 
+from cluster.base.files import atomic_write
 from eval.distances.frechet import Moments
 
 FORMAT = 1
-WORDS = ("space", "extractor", "resize", "resolution", "source", "digest")
-ALIKE = ("space", "extractor", "resize", "resolution")
+ABOUT = ("space", "extractor", "resize", "resolution", "source", "digest")
+COMPARED = ("space", "extractor", "resize", "resolution")
 ANY_SIZE = "any"  # resolution, where the extractor crops for itself
 MAX_WIDTH = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Moments of one space's features.
+    """Moments of the features of one space, and how they were made.
 
-    extractor, resize: of `ExtractorSpec`; resolution: size of the images in px before it, and how
-    they were brought there; source, digest: of the images.
+    extractor, resize: of `ExtractorSpec`; resolution: size of the images in px before the
+    extractor, and how they were resized to it; source, digest: of the images.
     """
 
     moments: Moments
@@ -39,32 +40,27 @@ class Statistics:
     digest: str
 
     def require_alike(self, other: "Statistics") -> None:
-        """Raise ValueError naming the first field in which features were not made alike."""
-        for name in ALIKE:
+        """Raise ValueError naming the first field in which the features were made differently."""
+        for name in COMPARED:
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
+                remedy = "make the statistics again, or score with what they were made with"
+                if name == "resolution":
+                    remedy = "give --image-size, by which both are cropped and resized"
                 raise ValueError(
                     f"{name}: found {ours!r} for {self.source} and {theirs!r} for {other.source}, "
-                    f"expected the same; {_remedy(name)}"
+                    f"expected the same; {remedy}"
                 )
 
     def save(self, folder: Path) -> Path:
-        """Write `folder`/<space>.npz whole or not at all; return its path."""
+        """Write `folder`/<space>.npz atomically; return its path."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.space}.npz"
-        part = path.with_suffix(".part")
-        words: dict[str, Any] = {name: getattr(self, name) for name in WORDS}
-        told = json.dumps({"format": FORMAT, "n": self.moments.count, **words})
-        with part.open("wb") as file:
-            mean, scatter = self.moments.mean, self.moments.scatter
-            np.savez(file, mean=mean, scatter=scatter, about=np.array(told))
-        return part.replace(path)
-
-
-def _remedy(name: str) -> str:
-    if name == "resolution":
-        return "give --image-size, by which both are cropped and resized"
-    return "make the statistics again, or score with what they were made with"
+        path, moments = folder / f"{self.space}.npz", self.moments
+        texts = {name: getattr(self, name) for name in ABOUT}
+        about = json.dumps({"format": FORMAT, "n": moments.count, **texts})
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, mean=moments.mean, scatter=moments.scatter, about=np.array(about))
+        return path
 
 
 def load_statistics(path: Path) -> Statistics:
@@ -85,14 +81,14 @@ def load_statistics(path: Path) -> Statistics:
         raise ValueError(f"{path}: found no statistics ({error}), expected an npz") from None
     _check(path, about, mean, scatter)
     moments = Moments(count=int(about["n"]), mean=mean, scatter=scatter)
-    return Statistics(moments=moments, **{name: about[name] for name in WORDS})
+    return Statistics(moments=moments, **{name: about[name] for name in ABOUT})
 
 
 def _check(path: Path, about: Any, mean: np.ndarray, scatter: np.ndarray) -> None:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else about
         raise ValueError(f"{path}: format: found {found!r}, expected {FORMAT}")
-    for name in WORDS:
+    for name in ABOUT:
         if not isinstance(about.get(name), str):
             raise ValueError(f"{path}: {name}: found {about.get(name)!r}, expected text")
     if type(about.get("n")) is not int or about["n"] < 2:

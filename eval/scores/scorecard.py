@@ -1,6 +1,7 @@
-"""The scores of a chain on held-out captions: of the prior alone, of its images, and with parts
+"""Scores of a chain on held-out captions: of its CLIP, its prior, its images, and with parts
 exchanged."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -13,43 +14,43 @@ from torch import Tensor
 from cluster.base.files import digest_of
 from eval.features.extractors import ClipFeatures, extract, in_batches
 from eval.html_report.formats import CAPTIONS_KEY
+from eval.sampling.chain import chain_weights, load_chain
 from eval.sampling.generate import caption_keys, render_all, sampling_of
 from eval.sampling.image_source import ImageSet
+from eval.sampling.sample_job import Model
 from eval.scores.shapes import score, summarise
 from ingest.shapes import is_held_out, parse
 from ingest.shards import EmbedShard, load_snapshot
 from models.clip import FrozenClip
 from models.scores import mean_cosine, prior_scorecard, retrieval_at_k, shuffled_cosine
 from models.unclip import Sampling, UnClip
+from training.tasks.pictures import grid, save_png
 
 BATCH_SIZE = 100  # captions at once
+NUM_SHOWN = 8  # columns of ablation.png
 
 
 def read_embeds(root: str) -> tuple[list[str], Tensor, Tensor]:
-    """Return captions, image_embed [N, E] and text_embed [N, E] of the latest snapshot of
-    `root`."""
-    snapshot = load_snapshot(root)
-    shards = [EmbedShard(root, entry.name, digest=entry.digest) for entry in snapshot.shards]
+    """Return captions, image_embed [N, E] and text_embed [N, E] of the latest snapshot."""
+    shards = [EmbedShard(root, e.name, digest=e.digest) for e in load_snapshot(root).shards]
     captions = [caption for shard in shards for caption in shard.captions]
-    arrays = [
-        np.concatenate([np.asarray(getattr(s, part)) for s in shards])
-        for part in ("image_embed", "text_embed")
-    ]
-    image, text = (torch.from_numpy(array.astype(np.float32)) for array in arrays)
+    image, text = (
+        torch.from_numpy(np.concatenate([np.asarray(e) for e in embeds]).astype(np.float32))
+        for embeds in ([s.image_embed for s in shards], [s.text_embed for s in shards])
+    )
     return captions, image, text
 
 
 def is_drawn(captions: list[str]) -> bool:
-    """Say whether every caption is one of the drawn set's."""
+    """Return whether every caption is one of the drawn set's."""
     try:
-        return all(parse(caption) for caption in captions) and bool(captions)
+        return bool(captions) and all(parse(caption) for caption in captions)
     except ValueError:
         return False
 
 
 def meaning(caption: str) -> str:
-    """Name what a drawn caption says, so that its phrasings count as one; other captions are
-    themselves."""
+    """Return what a drawn caption means, equal for all its phrasings; another caption itself."""
     try:
         scene = parse(caption)
     except ValueError:
@@ -80,42 +81,37 @@ def prior_scores(
 ) -> dict[str, Any]:
     """Compare the prior's draws with the true image and text embeddings [N, E] of `captions`."""
     keys = caption_keys(captions, 0).split(BATCH_SIZE)
-    parts = zip(keys, in_batches(captions, BATCH_SIZE), strict=True)
-    drawn = torch.cat([chain.imagine(mine, part, sampling).cpu() for mine, part in parts])
+    batches = zip(keys, in_batches(captions, BATCH_SIZE), strict=True)
+    drawn = torch.cat([chain.imagine(key, batch, sampling).cpu() for key, batch in batches])
     scores = prior_scorecard(drawn, image, text, [meaning(caption) for caption in captions])
     return {**scores, CAPTIONS_KEY: digest_of(captions)}
 
 
 def shape_scores(captions: list[str], images: Iterable[np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Score drawings against their captions: {set: what `summarise` returns}.
+    """Score drawings, uint8 [H, W, 3] each, against their captions: {set: `summarise`'s scores}.
 
-    Squares of another size, such as a base decoder's own, are brought to the scorer's 64 px:
+    Squares of another size, such as a base decoder's own, are resized to the scorer's 64 px:
     drawings that went through 32 px are read as well as others.
     """
-    found: dict[str, list] = {}
+    scores: dict[str, list] = {}
     for caption, image in zip(captions, images, strict=True):
-        found.setdefault(shape_set(caption), []).append(score(_at_64_px(image), caption))
-    summaries = {name: dict(summarise(scores)) for name, scores in found.items()}
+        if image.shape[0] == image.shape[1] != 64:
+            small = Image.fromarray(image)
+            image = np.asarray(small.resize((64, 64), Image.Resampling.BICUBIC))
+        scores.setdefault(shape_set(caption), []).append(score(image, caption))
+    summaries = {name: dict(summarise(of_set)) for name, of_set in scores.items()}
     if "single" in summaries:
         summaries["single"].pop("relation", None)
     return summaries
 
 
-def _at_64_px(image: np.ndarray) -> np.ndarray:
-    if image.shape[0] != image.shape[1] or image.shape[0] == 64:
-        return image
-    return np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC))
-
-
-def arrays(images: Iterable[Image.Image]) -> Iterable[np.ndarray]:
-    return (np.asarray(image) for image in images)
-
-
 def shapes_with_real(fake: ImageSet, real: ImageSet) -> dict[str, dict[str, Any]]:
-    """Return `shape_scores` of `fake`, with the `all` that true drawings get beside it as `real`:
-    None for a set that `real` has no drawing of."""
-    scores = shape_scores(fake.captions, arrays(fake))
-    truth = shape_scores(real.captions, arrays(real))
+    """Return `shape_scores` of `fake`, with the score `all` of true drawings as `real`.
+
+    `real` is None for a set of which there is no true drawing.
+    """
+    scores = shape_scores(fake.captions, map(np.asarray, fake))
+    truth = shape_scores(real.captions, map(np.asarray, real))
     captions: dict[str, list[str]] = {}
     for caption in fake.captions:
         captions.setdefault(shape_set(caption), []).append(caption)
@@ -132,19 +128,21 @@ def shapes_with_real(fake: ImageSet, real: ImageSet) -> dict[str, dict[str, Any]
 def caption_scores(
     images: Iterable[Image.Image], captions: list[str], encoder: FrozenClip
 ) -> dict[str, float]:
-    """Return CLIP score, the mean cosine of image and caption, and the same over all wrong
-    pairs."""
+    """Return `embed_scores` of images whose embeddings are not known yet."""
     return embed_scores(extract(ClipFeatures(encoder), images), captions, encoder)
 
 
 def embed_scores(
     image_embed: np.ndarray, captions: list[str], encoder: FrozenClip
 ) -> dict[str, float]:
-    """Return what `caption_scores` does, of image embeddings [N, E] that are known."""
+    """Return the CLIP score, the mean cosine of image [N, E] and caption, and that of wrong pairs.
+
+    CLIPScore of Hessel et al. 2021, without its factor 2.5 and its clipping at 0.
+    """
     image = torch.from_numpy(image_embed)
     text = torch.cat([
-        encoder.encode_text(torch.from_numpy(encoder.tokenize(part)))[0].cpu()
-        for part in in_batches(captions, BATCH_SIZE)
+        encoder.encode_text(torch.from_numpy(encoder.tokenize(batch)))[0].cpu()
+        for batch in in_batches(captions, BATCH_SIZE)
     ])  # fmt: skip
     return {
         "clip_score": mean_cosine(image, text),
@@ -156,26 +154,70 @@ def ablation(
     chain: UnClip,
     embeds: tuple[list[str], Tensor, Tensor],
     samples: ImageSet,
-    judge: Callable[[np.ndarray], dict],
+    score_images: Callable[[np.ndarray], dict],
     shown: Sequence[int],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Decode the true image embedding and the text embedding in place of the prior's (Ramesh et
-    al., 5.1).
+    al. 2022, section 5.1).
 
-    embeds: as of `read_embeds`. samples: what the chain drew for these captions; the others are
-    drawn as they were. judge: maps images uint8 [N, H, W, 3] to scores. Returns the scores of each
-    variant, and its images at the places `shown`; all images of one are held at a time.
+    embeds: as of `read_embeds`. samples: what the chain drew for these captions; the other variants
+    are drawn in the same way. score_images: maps images uint8 [N, H, W, 3] to scores. Returns the
+    scores of each variant, and its images at the rows `shown`; one variant is in memory at a time.
     """
     captions, image, text = embeds
     sampling, seed = sampling_of(samples.settings), samples.settings["seed"]
     variants = {
         "true_image_embed": partial(render_all, chain, captions, image, sampling, seed=seed),
-        "prior": lambda: np.stack(list(arrays(samples))),
+        "prior": lambda: np.stack([np.asarray(each) for each in samples]),
         "text_embed": partial(render_all, chain, captions, text, sampling, seed=seed),
     }
     scores, images = {}, {}
     for name, draw in variants.items():
         print(f"ablation: {name}: {len(captions)} images", flush=True)
-        found = draw()
-        scores[name], images[name] = judge(found), found[list(shown)]
+        drawn = draw()
+        scores[name], images[name] = score_images(drawn), drawn[list(shown)]
     return scores, images
+
+
+def chain_scores(
+    embeds: str, model: Model, fake: ImageSet, encoder: FrozenClip | None, device: str
+) -> dict[str, Any]:
+    """Score the CLIP on embeddings, and the prior and the ablation of a chain where there is one.
+
+    The ablation needs `fake` to be the chain's samples for these captions. encoder: scores it where
+    the captions are not drawn ones.
+    """
+    captions, image, text = read_embeds(embeds)
+    scores: dict[str, Any] = {"clip": clip_scores(captions, image, text)}
+    if not model.prior:
+        return scores
+    guide = fake.settings.get("guide", "")
+    runs = ("", model.prior, model.decoder, model.upsampler)
+    chain = load_chain(*runs, guide=guide, device=device)
+    scores["prior"] = prior_scores(chain, captions, image, text, sampling_of(fake.settings))
+    if not model.decoder:
+        return scores
+    drawn = is_drawn(captions)
+    if encoder is None and not drawn:
+        print("ablation: left out: no --clip to judge it")
+        return scores
+    weights = chain_weights(model.prior, model.decoder, model.upsampler, guide)
+    if fake.captions != captions or not weights.items() <= fake.settings.items():
+        print(
+            f"ablation: left out: {fake.source} are not the samples of --prior, --decoder and "
+            "--upsampler as they are now, for all captions of --embeds"
+        )
+        return scores
+
+    def score_images(images: np.ndarray) -> dict[str, Any]:
+        if drawn or encoder is None:
+            return shape_scores(captions, images)
+        return caption_scores(map(Image.fromarray, images), captions, encoder)
+
+    shown = range(0, len(captions), max(1, len(captions) // NUM_SHOWN))[:NUM_SHOWN]
+    scores["ablation"], images = ablation(chain, (captions, image, text), fake, score_images, shown)
+    folder = fake.paths[0].parent
+    rows = [list(row) for row in images.values()]
+    save_png(folder / "ablation.png", grid(rows, list(images), []))
+    (folder / "ablation.json").write_text(json.dumps([captions[i] for i in shown]))
+    return scores

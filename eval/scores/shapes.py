@@ -1,11 +1,11 @@
 """Scores a drawing against its caption by arithmetic, with the renderer's own shapes as templates.
 
-Pixels go to the nearest colour that is solidly there; the largest patch of each captioned colour is
-fitted with every shape, at every place and diameter nearby. What fits best is what was drawn. No
-judge is learned, so nothing can be flattered; blurs and specks are forgiven, other things are not.
+Each pixel gets the nearest colour that forms a solid patch. The largest patch of each captioned
+colour is fitted with every shape, at every place and diameter nearby; the best fit is the drawn
+shape. Nothing is learned. Blur and specks are tolerated, additional things are not.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,8 +50,11 @@ class ShapeScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
-    """What was found of a thing: its shape, diameter and centre (x, y) in px of a 64 px canvas."""
+class ShapeFit:
+    """A template fitted to a patch: shape, diameter and centre (x, y) in px of a 64 px canvas.
+
+    overlap: intersection over union of template and patch.
+    """
 
     shape: str
     diameter: float
@@ -88,29 +91,29 @@ def summarise(scores: Iterable[ShapeScore]) -> dict[str, float | int | None]:
     caption has one.
 
     attribute_error: standard error of the mean of the images' shares, their sample deviation over
-    sqrt(n); None for one image. `all` and `relation` are shares themselves: n tells their error.
+    sqrt(n); None for one image. `all` and `relation` are shares of n images: n gives their error.
     Raises ValueError if there are no scores.
     """
-    found = list(scores)
-    if not found:
+    scores = list(scores)
+    n = len(scores)
+    if not n:
         raise ValueError("shape scores: found none, expected at least one drawing to summarise")
-    relations = [s.relation for s in found if s.relation is not None]
-    attributes = np.array([s.attribute for s in found])
-    spread = float(attributes.std(ddof=1)) if len(found) > 1 else None
+    relations = [s.relation for s in scores if s.relation is not None]
+    attributes = np.array([s.attribute for s in scores])
     return {
-        "all": float(np.mean([s.all for s in found])),
+        "all": float(np.mean([s.all for s in scores])),
         "attribute": float(attributes.mean()),
-        "attribute_error": None if spread is None else spread / len(found) ** 0.5,
+        "attribute_error": float(attributes.std(ddof=1)) / n**0.5 if n > 1 else None,
         "relation": float(np.mean(relations)) if relations else None,
-        "n": len(found),
+        "n": n,
     }
 
 
 def _patches(image: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Find the solid patches of colour: (name, bool [64, 64]); "" names a colour out of palette."""
-    pixels = image.reshape(-1, 3).astype(np.float32)
-    known = np.array([*PALETTE.values(), _background(image)], np.float32)
-    distance = np.linalg.norm(pixels[:, None] - known, axis=-1)
+    pixels = image.reshape(-1, 3).astype(np.float32)  # [4096, 3]
+    known = np.array([*PALETTE.values(), _background(image)], np.float32)  # [C + 1, 3]
+    distance = np.linalg.norm(pixels[:, None] - known, axis=-1)  # [4096, C + 1]
     nearest = np.where(distance.min(1) > MAX_COLOUR_DISTANCE, OTHER, distance.argmin(1))
     nearest = nearest.reshape(64, 64)
     solid = [label for label in range(len(COLOURS)) if _has_core(nearest == label)]
@@ -120,32 +123,32 @@ def _patches(image: np.ndarray) -> list[tuple[str, np.ndarray]]:
     labels = distance.argmin(1).reshape(64, 64)
     strange = ndimage.binary_opening(nearest == OTHER, CORE)
     labels[strange] = OTHER
-    found = []
+    patches = []
     for label in [*solid, *([OTHER] if strange.any() else [])]:
-        parts = np.empty(labels.shape, np.int32)
-        ndimage.label(labels == label, output=parts)
-        areas = np.bincount(parts.ravel())[1:]
+        components = np.empty(labels.shape, np.int32)
+        ndimage.label(labels == label, output=components)
+        areas = np.bincount(components.ravel())[1:]
         name = COLOURS[label] if label < len(COLOURS) else ""
-        found += [(name, parts == i + 1) for i in np.flatnonzero(areas >= CORE.size)]
-    return [(name, mask) for name, mask in found if _has_core(mask)]
+        patches += [(name, components == i + 1) for i in np.flatnonzero(areas >= CORE.size)]
+    return [(name, mask) for name, mask in patches if _has_core(mask)]
 
 
 def _background(image: np.ndarray) -> np.ndarray:
     """Return the median RGB of the border; the nearest known background where that is coloured."""
     edges = (image[:2], image[-2:], image[:, :2], image[:, -2:])
-    found = np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
-    if np.ptp(found) <= MAX_TINT:
-        return found
+    border = np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
+    if np.ptp(border) <= MAX_TINT:
+        return border
     known = np.array([*BACKGROUNDS.values()])
-    return known[np.linalg.norm(known - found, axis=1).argmin()]
+    return known[np.linalg.norm(known - border, axis=1).argmin()]
 
 
 def _has_core(mask: np.ndarray) -> bool:
     return bool(ndimage.binary_erosion(mask, CORE).any())
 
 
-def _fit(colour: str, patches: list[tuple[str, np.ndarray]]) -> Fit | None:
-    """Fit the largest patch of a colour; holes that other patches cover are left out of account."""
+def _fit(colour: str, patches: list[tuple[str, np.ndarray]]) -> ShapeFit | None:
+    """Fit the largest patch of a colour; its holes that other patches cover do not count."""
     mask = max((mask for name, mask in patches if name == colour), key=np.sum, default=None)
     if mask is None or mask.sum() < MIN_THING_PIXELS:
         return None
@@ -166,36 +169,36 @@ def _between(mask: np.ndarray) -> np.ndarray:
     return after[0] & before[0] & after[1] & before[1]
 
 
-def _start(shape: str, mask: np.ndarray, hidden: np.ndarray) -> Fit:
-    """Give `shape` the area and the centroid of what was found."""
+def _start(shape: str, mask: np.ndarray, hidden: np.ndarray) -> ShapeFit:
+    """Place `shape` with the area and the centroid of the patch."""
     ys, xs = np.nonzero(mask | hidden)
     diameter = 2 * float(np.sqrt(len(ys) / UNIT_AREA[shape]))
     x, y = float(xs.mean()) + 0.5, float(ys.mean()) + 0.5
     return _place(shape, (diameter, x, y - UNIT_CENTROID_Y[shape] * diameter / 2), mask, hidden)
 
 
-def _climb(best: Fit, mask: np.ndarray, hidden: np.ndarray) -> Fit:
+def _climb(best: ShapeFit, mask: np.ndarray, hidden: np.ndarray) -> ShapeFit:
     """Move to the place and diameter nearby at which the shape covers the mask best."""
     for step in SEARCH_STEPS:
         for axis in range(3):
             for sign in (-1.0, 1.0):
-                tried = [best.diameter, *best.centre]
-                tried[axis] += sign * step
-                best = max(best, _place(best.shape, tried, mask, hidden), key=lambda f: f.overlap)
+                moved = [best.diameter, *best.centre]
+                moved[axis] += sign * step
+                best = max(best, _place(best.shape, moved, mask, hidden), key=lambda f: f.overlap)
     return best
 
 
-def _place(shape: str, place, mask: np.ndarray, hidden: np.ndarray) -> Fit:
+def _place(shape: str, place: Sequence[float], mask: np.ndarray, hidden: np.ndarray) -> ShapeFit:
     """Fit (diameter, x, y): intersection over union, away from hidden pixels."""
     diameter, x, y = place
-    fit = Fit(shape=shape, diameter=diameter, centre=(x, y), overlap=0.0)
+    fit = ShapeFit(shape=shape, diameter=diameter, centre=(x, y), overlap=0.0)
     template = fit.mask() & ~hidden
     overlap = float((template & mask).sum() / max(1, (template | mask).sum()))
-    return Fit(shape=shape, diameter=diameter, centre=(x, y), overlap=overlap)
+    return ShapeFit(shape=shape, diameter=diameter, centre=(x, y), overlap=overlap)
 
 
-def _attributes(thing: Thing, fit: Fit | None) -> tuple[bool, bool, bool]:
-    """Say whether colour, shape and size are right; without the colour nothing is."""
+def _attributes(thing: Thing, fit: ShapeFit | None) -> tuple[bool, bool, bool]:
+    """Return whether colour, shape and size are right; without the colour nothing is."""
     if fit is None:
         return False, False, False
     size = "small" if fit.diameter < SMALL_BELOW else "large"
@@ -203,8 +206,8 @@ def _attributes(thing: Thing, fit: Fit | None) -> tuple[bool, bool, bool]:
     return True, shape, size == thing.size and fit.diameter < LARGE_BELOW
 
 
-def _related(scene: Scene, fits: list[Fit | None]) -> bool:
-    """Say whether the first thing stands to the second as the caption says."""
+def _related(scene: Scene, fits: list[ShapeFit | None]) -> bool:
+    """Return whether the first thing has the captioned relation to the second."""
     first, second = fits
     if first is None or second is None:
         return False
