@@ -182,12 +182,13 @@ def set_learning_rate(groups: list[dict], ratio: float) -> None:
 def learning_rate_ratio(config: TrainConfig, step: int) -> float:
     """Return the learning rate at `step` as a share of its peak: linear warm-up, then cosine to
     0, constant, or falling as 1 / sqrt(step)."""
-    warmup = max(1, round(config.warmup * config.num_steps))
+    schedule = config.schedule
+    warmup = max(1, round(schedule.warmup * schedule.num_steps))
     if step < warmup:
         return (step + 1) / warmup
-    if config.decay == "constant":
+    if schedule.decay == "constant":
         return 1.0
-    if config.decay == "inverse_sqrt":
+    if schedule.decay == "inverse_sqrt":
         return math.sqrt(warmup / step)
-    progress = (step - warmup) / max(1, config.num_steps - warmup)
+    progress = (step - warmup) / max(1, schedule.num_steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
