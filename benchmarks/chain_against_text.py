@@ -74,7 +74,7 @@ def _right(chain, split: str, config: Config) -> dict[str, np.ndarray]:
     captions = [pair.caption for pair in pairs]
     pictures = [Image.open(io.BytesIO(pair.image_bytes)).convert("RGB") for pair in pairs]
     image = torch.from_numpy(extract(ClipFeatures(chain.clip), pictures))
-    _, text, _, _ = chain.describe(captions)
+    _, text, _, _ = chain.encode_captions(captions)
     found = {}
     for name, embed in {"prior": None, "text_embed": text, "true_image_embed": image}.items():
         images = render_all(chain, captions, embed, default_sampling(), seed=config.seed)

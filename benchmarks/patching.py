@@ -91,7 +91,7 @@ def _train(script: str, config: Config, run: Path, steps: int, *arguments: str) 
 
 def _decoder(config: Config, root: Path, name: str, steps: int) -> dict[str, float]:
     """Train one decoder, and return its size, its time and its errors."""
-    from models.costs.flops import num_parameters
+    from models.costs import num_parameters
     from models.unclip import load_model
 
     patch_size, attending = SHAPES[name]

@@ -138,8 +138,7 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
     import torch
 
     from cluster.planning.stages import CHAINS, build_encoder
-    from models.costs.flops import num_parameters
-    from models.costs.training import training_flops
+    from models.costs import num_parameters, training_flops
     from training.engine.precision import settled
     from training.runs.profiling import peak_tflops
     from training.runs.worker import compile_model
@@ -227,7 +226,7 @@ def _predicted(told: Any, build: Any, script: str, preset: str, encoder: Any, ba
     import torch
 
     from cluster.planning.stages import Stage
-    from models.costs.flops import state_bytes
+    from models.costs import state_bytes
 
     with torch.device("meta"):
         model = build()

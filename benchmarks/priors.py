@@ -141,10 +141,10 @@ def _draws(
     prior = dataclasses.replace(sampling.prior, **changes)
     sampling = dataclasses.replace(sampling, precision="fp32", prior=prior)
     keys = caption_keys(captions, seed)
-    chain.imagine(keys[:100], captions[:100], sampling)
+    chain.sample_prior(keys[:100], captions[:100], sampling)
     started = time.perf_counter()
     parts = [
-        chain.imagine(keys[start : start + 100], captions[start : start + 100], sampling)
+        chain.sample_prior(keys[start : start + 100], captions[start : start + 100], sampling)
         for start in range(0, len(captions), 100)
     ]
     seconds = time.perf_counter() - started

@@ -8,7 +8,7 @@ ScheduleName = Literal["cosine", "linear", "scaled_linear"]
 Prediction = Literal["x0", "eps", "v"]
 Weighting = Literal["simple", "min_snr", "p2", "edm", "early"]
 Spacing = Literal["trailing", "strided", "karras"]
-SpacingChoice = Spacing | Literal["auto"]  # auto: what suits the sampler, see `suited`
+SpacingChoice = Spacing | Literal["auto"]  # auto: see `default_spacing`
 Degradation = Literal["blur", "bsr"]
 Interpolation = Literal["bilinear", "bicubic"]
 

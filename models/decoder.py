@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.configs import DecoderConfig, Spacing
@@ -20,20 +21,24 @@ from models.diffusion.samplers import (
     learned_ddpm,
 )
 from models.diffusion.schedule import NoiseSchedule
-from models.networks.text_encoder import TextEncoder
+from models.networks.transformer import TextEncoder
 from models.networks.unet import UNet
 
 GRID_FEATURES = 32
-WITH_GUIDE = ["use_text", "text_tokens", "prediction", "schedule", "num_timesteps", "zero_terminal"]
+# The options that a guide shares with the decoder it guides
+GUIDE_OPTIONS = (
+    "use_text", "text_tokens", "prediction", "schedule", "num_timesteps", "zero_terminal",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What the decoder is told: z_i, and of a caption whatever the decoder reads.
+    """A decoder's input: z_i, and what it reads of the caption.
 
-    image_embed [B, E]; text_states [B, L, W] of CLIP, or tokens int [B, L] of a decoder that reads
-    its own, with token_mask [B, L]; text_embed [B, E], z_t. without_text: z_i alone, as where
-    training dropped the caption; not of a decoder with `empty_caption`: see `UnClip.wordless`.
+    image_embed: z_i, [B, E]; text_states: CLIP's, [B, L, W], or tokens: int [B, L] of a decoder
+    with a text encoder of its own; token_mask: bool [B, L], True = keep; text_embed: z_t, [B, E].
+    without_text: z_i alone, as where training dropped the caption; not for a decoder with
+    `empty_caption`, see `UnClip.condition`.
     """
 
     image_embed: Tensor
@@ -45,13 +50,28 @@ class Condition:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodedCondition:
+    """A condition whose caption the decoder has encoded, once for all steps of a sample.
+
+    image_embed: z_i, [B, E]; text: [B, L, context] with token_mask bool [B, L], None without a
+    caption; pooled: [B, cond], what the caption adds to the timestep embedding.
+    """
+
+    image_embed: Tensor
+    text: Tensor | None = None
+    token_mask: Tensor | None = None
+    pooled: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageSampling:
     """How to sample a decoder or an upsampler.
 
-    sampler: "learned_ddpm" takes the network's own variance (Ramesh et al. 2022, table 3); spacing:
-    which timesteps are visited, see `NoiseSchedule.timesteps`; guidance_interval: shares [low,
-    high] of the noising time in which to guide; guidance_rescale: see `guided`; tile: side in px of
-    the parts in which an upsampler looks at its image, 0 for the whole.
+    sampler: "learned_ddpm" uses the variance that the network learned (Ramesh et al. 2022, table
+    3); spacing: which timesteps are visited, see `NoiseSchedule.timesteps`; cfg_scale: 1 = no
+    guidance; guidance_interval: shares [low, high] of the noising time in which to guide, None for
+    all; guidance_rescale: see `guided`; tile: side in px of the tiles that an upsampler works on,
+    0 for the complete image.
     """
 
     sampler: Sampler | Literal["learned_ddpm"]
@@ -63,25 +83,11 @@ class ImageSampling:
     tile: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Read:
-    """A condition as the network has read it, once for all steps of a sample.
-
-    words: [B, L, context] with word_mask [B, L], None without captions; pooled: [B, cond], what
-    the caption adds to the timestep embedding.
-    """
-
-    image_embed: Tensor
-    words: Tensor | None = None
-    word_mask: Tensor | None = None
-    pooled: Tensor | None = None
-
-
 class _EmbedToGrid(nn.Sequential):
-    """Lay z_i out in space: [B, E] -> [B, channels, side, side].
+    """Map z_i [B, E] to a grid of cells [B, channels, side, side].
 
-    What is where is a product of attributes and places, which one linear map cannot tell; a few
-    features a cell, widened to `channels`, keep the second map small.
+    What is where is a product of attributes and places, which one linear map cannot express; a few
+    features per cell, widened to `channels`, keep the second map small.
     """
 
     def __init__(self, embed_dim: int, *, channels: int, side: int) -> None:
@@ -96,18 +102,19 @@ class _EmbedToGrid(nn.Sequential):
 
 
 def dropped_captions(config: DecoderConfig, keys: Tensor) -> Tensor:
-    """Say which samples' captions training drops: bool [B]."""
+    """Return which samples' captions training drops, bool [B], for sample `keys` int64 [B]."""
     return keyed_random.uniform(keys, "text_drop") < config.text_drop
 
 
-def _require_sense(config: DecoderConfig) -> None:
-    """Refuse options that would do nothing."""
-    if config.text_embed_cond and (config.text_tokens or not config.use_text):
+def _validate(config: DecoderConfig) -> None:
+    """Refuse options that would have no effect."""
+    reads_clip = config.use_text and not config.text_tokens
+    if config.text_embed_cond and not reads_clip:
         raise ValueError(
             "text_embed_cond: found true for a decoder that does not read CLIP's captions, "
             "expected false: z_t comes with CLIP's token states"
         )
-    if config.empty_caption and (config.text_tokens or not config.use_text):
+    if config.empty_caption and not reads_clip:
         raise ValueError(
             "empty_caption: found true for a decoder that does not read CLIP's captions, expected "
             "false"
@@ -117,8 +124,11 @@ def _require_sense(config: DecoderConfig) -> None:
 
 
 class Decoder(nn.Module):
-    """z_i goes into the timestep embedding and into extra tokens; the caption into tokens of its
-    own."""
+    """A U-Net over images, conditioned on z_i and optionally on the caption.
+
+    z_i goes into the timestep embedding and into extra tokens (Ramesh et al. 2022, section 2.1);
+    the caption becomes tokens of its own (Nichol et al. 2021, GLIDE).
+    """
 
     def __init__(
         self,
@@ -129,11 +139,14 @@ class Decoder(nn.Module):
         text_width: int,
         vocab_size: int = 0,
     ) -> None:
-        """Build for an encoder of these sizes; vocab_size: of `config.text_tokens` own tokens."""
+        """Build for images of image_size px and an encoder of these sizes.
+
+        embed_dim: E; text_width: W of CLIP's states; vocab_size: number of own tokens, with
+        `config.text_tokens`. Raises ValueError for options that would have no effect.
+        """
         super().__init__()
-        _require_sense(config)
-        self.config = config
-        self.image_size = image_size
+        _validate(config)
+        self.config, self.image_size = config, image_size
         self.schedule = NoiseSchedule.build(
             config.schedule,
             config.num_timesteps,
@@ -148,9 +161,9 @@ class Decoder(nn.Module):
             out_channels=6 if config.learned_variance else 3,
             context=context,
         )
-        self.embed_scale = (
-            embed_dim**0.5
-        )  # unit-norm rows become unit RMS, what linear layers expect
+
+        # z_i: a vector, tokens and a grid. Unit-norm rows become unit RMS, as linear layers expect
+        self.embed_scale = embed_dim**0.5
         self.null_image_embed = nn.Parameter(torch.randn(embed_dim) * 0.02)
         self.embed_to_cond = nn.Linear(embed_dim, self.unet.cond_width)
         self.embed_to_tokens = nn.Linear(embed_dim, config.num_embed_tokens * context)
@@ -159,132 +172,128 @@ class Decoder(nn.Module):
             if config.embed_grid
             else None
         )
-        self._build_caption(text_width, embed_dim, vocab_size)
-        self.token_norm = nn.LayerNorm(context)
 
-    def _build_caption(self, text_width: int, embed_dim: int, vocab_size: int) -> None:
-        """Make what reads captions: CLIP's states, or a text transformer of the decoder's own."""
-        config, context = self.config, self.config.context_width
+        # The caption: CLIP's states, or a text transformer of the decoder's own
         self.text_in = self.text_encoder = self.caption_to_cond = None
-        if not config.use_text:
-            return
-        if config.text_tokens:
-            qk_norm = config.unet.qk_norm or config.unet.magnitude_preserving  # as the U-Net's
+        if config.use_text and config.text_tokens:
+            qk_norm = config.unet.qk_norm or config.unet.magnitude_preserving  # as the U-Net
             self.text_encoder = TextEncoder(
                 context_length=config.text_tokens, vocab_size=vocab_size, width=context,
                 depth=config.text_depth, num_heads=config.text_heads, qk_norm=qk_norm,
             )  # fmt: skip
             self.caption_to_cond = nn.Linear(context, self.unet.cond_width)
-        else:
+        elif config.use_text:
             self.text_in = nn.Linear(text_width, context)
             if config.text_embed_cond:
                 self.caption_to_cond = nn.Linear(embed_dim, self.unet.cond_width)
+        self.token_norm = nn.LayerNorm(context)
 
-    def read(self, condition: Condition) -> Read:
-        """Read the caption; ValueError if the condition lacks what this decoder was trained
-        with."""
+    def encode_condition(self, condition: Condition) -> EncodedCondition:
+        """Encode the caption, if the decoder reads one.
+
+        Raises ValueError if the condition lacks something that the decoder was trained with.
+        """
         if condition.without_text and self.config.empty_caption:
             raise ValueError(
-                "decoder: found no caption for a decoder that was trained on the empty one where "
-                "it was told none, expected that one; take UnClip.wordless"
+                "decoder: found no caption for a decoder that was trained on the empty caption in "
+                "place of a dropped one, expected that one; use UnClip.condition(None, ...)"
             )
+        image_embed, mask = condition.image_embed, condition.token_mask
         if not self.config.use_text or condition.without_text:
-            return Read(image_embed=condition.image_embed)
-        wanted = {"token_mask": condition.token_mask}
+            return EncodedCondition(image_embed=image_embed)
+        expected = {"token_mask": mask}
         if self.text_encoder is not None:
-            wanted["tokens"] = condition.tokens
+            expected["tokens"] = condition.tokens
         else:
-            wanted["text_states"] = condition.text_states
+            expected["text_states"] = condition.text_states
             if self.caption_to_cond is not None:
-                wanted["text_embed"] = condition.text_embed
-        missing = [name for name, value in wanted.items() if value is None]
+                expected["text_embed"] = condition.text_embed
+        missing = sorted(name for name, value in expected.items() if value is None)
         if missing:
             raise ValueError(
-                f"decoder: trained with captions, found none; pass {', '.join(sorted(missing))}"
+                f"decoder: trained with captions, found none; pass {', '.join(missing)}"
             )
-        mask, pooled = condition.token_mask, None
-        assert mask is not None
+
+        pooled = None
         if self.text_encoder is not None:
-            assert condition.tokens is not None and self.caption_to_cond is not None
-            words = self.text_encoder(condition.tokens, mask)
-            end = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-            pooled = self.caption_to_cond(words[torch.arange(len(words), device=end.device), end])
+            assert condition.tokens is not None and mask is not None
+            assert self.caption_to_cond is not None
+            text = self.text_encoder(condition.tokens, mask)  # [B, L, context]
+            end = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # [B]
+            row = torch.arange(len(text), device=end.device)
+            pooled = self.caption_to_cond(text[row, end])  # [B, cond]
         else:
-            assert self.text_in is not None and condition.text_states is not None
-            words = self.text_in(condition.text_states)
+            assert self.text_in is not None
+            text = self.text_in(condition.text_states)  # [B, L, context]
             if self.caption_to_cond is not None:
-                assert condition.text_embed is not None
-                pooled = self.caption_to_cond(condition.text_embed)
-        words = self.token_norm(words)
-        return Read(image_embed=condition.image_embed, words=words, word_mask=mask, pooled=pooled)
+                pooled = self.caption_to_cond(condition.text_embed)  # [B, cond]
+        text = self.token_norm(text)
+        return EncodedCondition(image_embed=image_embed, text=text, token_mask=mask, pooled=pooled)
 
     def forward(
         self,
         x_t: Tensor,
         t: Tensor,
-        condition: Condition | Read,
+        condition: Condition | EncodedCondition,
         image_drop: Tensor,
         text_drop: Tensor,
     ) -> Tensor:
-        """Predict `config.prediction` for x_t [B, 3, H, W] at t [B]; image_drop, text_drop: bool
-        [B].
+        """Predict `config.prediction` for x_t [B, 3, H, W] at t int64 [B].
 
-        Returns [B, 3, H, W], and with `config.learned_variance` three channels more: see
-        `learned_log_variance`.
+        image_drop, text_drop: bool [B], True hides z_i, or the caption (classifier-free guidance).
+        Returns float32 [B, 3, H, W], and with `config.learned_variance` three channels more: see
+        `learned_log_variance`. Raises ValueError as `encode_condition`.
         """
-        read = condition if isinstance(condition, Read) else self.read(condition)
-        z = read.image_embed * self.embed_scale
+        if isinstance(condition, Condition):
+            condition = self.encode_condition(condition)
+        z = condition.image_embed * self.embed_scale  # [B, E]
         z = torch.where(image_drop[:, None], self.null_image_embed * self.embed_scale, z)
-        tokens = self.embed_to_tokens(z).unflatten(
-            1, (self.config.num_embed_tokens, -1)
-        )  # [B, 4, context]
+        tokens = self.embed_to_tokens(z)  # [B, K * context], K embed tokens
+        tokens = tokens.unflatten(1, (self.config.num_embed_tokens, -1))  # [B, K, context]
         tokens = self.token_norm(tokens) if self.config.norm_embed_tokens else tokens
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=z.device)
-        cond = self.embed_to_cond(z)
-        if read.words is not None and read.word_mask is not None:
-            tokens = torch.cat([tokens, read.words.to(tokens.dtype)], dim=1)
-            # a dropped caption is hidden, not replaced: attention then sees z_i's tokens alone
-            mask = torch.cat([mask, read.word_mask & ~text_drop[:, None]], dim=1)
-        if read.pooled is not None:
-            cond = cond + read.pooled.masked_fill(text_drop[:, None], 0.0)
-        grid = None if self.embed_to_grid is None else self.embed_to_grid(z)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=z.device)  # [B, K]
+        cond = self.embed_to_cond(z)  # [B, cond]
+        if condition.text is not None and condition.token_mask is not None:
+            tokens = torch.cat([tokens, condition.text.to(tokens.dtype)], dim=1)  # [B, K + L, ...]
+            # a dropped caption is hidden, not replaced: attention then reads z_i's tokens alone
+            text_mask = condition.token_mask & ~text_drop[:, None]  # [B, L]
+            mask = torch.cat([mask, text_mask], dim=1)  # [B, K + L]
+        if condition.pooled is not None:
+            cond = cond + condition.pooled.masked_fill(text_drop[:, None], 0.0)  # [B, cond]
+        grid = None if self.embed_to_grid is None else self.embed_to_grid(z)  # [B, C, H/p, W/p]
         return self.unet(x_t, t, cond=cond, grid=grid, tokens=tokens, token_mask=mask)
 
     def losses(self, keys: Tensor, image: Tensor, condition: Condition) -> dict[str, Tensor]:
-        """Return {"loss": [B]} for image [B, 3, H, W] in [-1, 1]; randomness comes from the
-        sample `keys`.
+        """Return {"loss": [B]} for image [B, 3, H, W] in [-1, 1].
 
-        With `config.empty_caption` the caller has put the empty caption where one is dropped; else
-        it is hidden here. With a learned variance the loss is L_hybrid (Nichol & Dhariwal 2021,
-        eq. 16), and "bound" its second part, in bits a dimension.
+        Timesteps, noise and dropped conditions come from the sample `keys` int64 [B]. With
+        `config.empty_caption` the caller has replaced dropped captions; otherwise they are hidden
+        here. With a learned variance the loss is L_hybrid (Nichol & Dhariwal 2021, eq. 16), and
+        "bound" [B] is its second part, in bits per dimension.
         """
-        config = self.config
-        t = draw_timesteps(self.schedule, keys, config.noise_bias)
-        eps = keyed_random.normal(keys, "eps", image.shape[1:])
-        x_t = self.schedule.q_sample(image, t, eps)
+        config, z = self.config, condition.image_embed
+        if config.embed_noise:
+            # blur z_i a little, since at sampling it comes from a prior and not from CLIP
+            level = config.embed_noise * keyed_random.uniform(keys, "embed_noise_level")[:, None]
+            noise = keyed_random.normal(keys, "embed_noise", z.shape[1:]) / self.embed_scale
+            condition = replace(condition, image_embed=F.normalize(z + level * noise, dim=1))
+        t = draw_timesteps(self.schedule, keys, config.noise_bias)  # [B]
+        eps = keyed_random.normal(keys, "eps", image.shape[1:])  # [B, 3, H, W]
+        x_t = self.schedule.q_sample(image, t, eps)  # [B, 3, H, W]
         image_drop = keyed_random.uniform(keys, "image_embed_drop") < config.image_embed_drop
-        hidden = torch.zeros_like(image_drop)
-        text_drop = hidden if config.empty_caption else dropped_captions(config, keys)
-        output = self(x_t, t, self._noised(keys, condition), image_drop, text_drop)
-        output, fraction = output[:, :3], output[:, 3:]
+        keep = torch.zeros_like(image_drop)
+        text_drop = keep if config.empty_caption else dropped_captions(config, keys)
+        output = self(x_t, t, condition, image_drop, text_drop)
+        output, fraction = output[:, :3], output[:, 3:]  # [B, 3, H, W]; the second may be empty
         target = self.schedule.target(config.prediction, image, t, eps)
-        error = (output - target).square().mean((1, 2, 3))
+        error = (output - target).square().mean((1, 2, 3))  # [B]
         loss = timestep_weight(self.schedule, config.weighting, config.prediction, t) * error
         if not config.learned_variance:
             return {"loss": loss}
         x0 = self.schedule.to_x0(config.prediction, output, x_t, t).clamp(-1, 1)
-        bound = variational_bound(self.schedule, image, x_t, t, x0, fraction)
+        bound = variational_bound(self.schedule, image, x_t, t, x0, fraction)  # [B]
         bound = bound * self.schedule.num_timesteps
         return {"loss": loss + config.bound_weight * bound, "bound": bound.detach()}
-
-    def _noised(self, keys: Tensor, condition: Condition) -> Condition:
-        """Blur z_i a little, since at sampling it comes from a prior and not from CLIP."""
-        if self.config.embed_noise == 0:
-            return condition
-        z = condition.image_embed
-        level = self.config.embed_noise * keyed_random.uniform(keys, "embed_noise_level")[:, None]
-        noise = keyed_random.normal(keys, "embed_noise", z.shape[1:]) / self.embed_scale
-        return replace(condition, image_embed=nn.functional.normalize(z + level * noise, dim=1))
 
     # -- sampling ----------------------------------------------------------------------------------
 
@@ -300,65 +309,83 @@ class Decoder(nn.Module):
         guide: "Decoder | None" = None,
         known: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Draw images [B, 3, H, W] in [-1, 1]; the same key gives the same image in any batch.
+        """Draw images [B, 3, H, W] in [-1, 1] for sample `keys` int64 [B]; a key gives the same
+        image in any batch.
 
-        start: x_T, None for noise of the keys; empty: what guidance leads away from, None for no
-        z_i and no caption; guide: a weaker decoder to lead away from instead, under the same
-        condition (Karras et al. 2024, autoguidance); known: an image and a mask [B, 1, H, W], 1
-        where it is to be kept.
+        start: x_T [B, 3, H, W], None for noise of the keys; empty: the condition that guidance
+        leads away from, None for no z_i and no caption; guide: a weaker decoder to lead away from
+        instead, under the same condition (Karras et al. 2024, autoguidance); known: an image
+        [B, 3, H, W] and a mask [B, 1, H, W], 1 where the image is kept (inpainting).
+
+        Raises ValueError for a condition that lacks something, for a guide of another kind, and for
+        learned_ddpm without a learned variance.
         """
-        shape = (3, self.image_size, self.image_size)
-        fraction: list[Tensor] = []
-        strong = self._network(condition, dropped=False, fraction=fraction)
-        if options.cfg_scale == 1:
-            weak = strong
-        elif guide is not None:
-            weak = guide._as_guide_of(self, condition)
-        else:
-            weak = self._network(empty or condition, dropped=True, keep_text=empty is not None)
-        # what the network predicts is guided, not x0: eps moves x0 10,000-fold at the noisy end
-        network = guided(
-            strong,
-            weak,
-            options.cfg_scale,
-            interval=self._timesteps(options.guidance_interval),
-            rescale=options.guidance_rescale,
-        )
+        if options.sampler == "learned_ddpm" and not self.config.learned_variance:
+            raise ValueError(
+                "sampler: found learned_ddpm for a decoder that learned no variance, expected one "
+                "of the others; train with --base.learned-variance"
+            )
+
+        # Denoiser. Guidance applies to the network's prediction and not to x0: at the noisy end
+        # eps moves x0 10,000-fold
+        variance: list[Tensor] = []  # the network's last output for its variance, [B, 3, H, W]
+        network = self._network(condition, dropped=False, variance=variance)
+        if options.cfg_scale != 1:
+            if guide is not None:
+                self.require_guide(guide)
+                weak = guide._network(condition, dropped=False)
+            else:
+                weak = self._network(empty or condition, dropped=True, keep_text=empty is not None)
+            interval = None
+            if options.guidance_interval is not None:
+                count = self.schedule.num_timesteps
+                low, high = (round(share * count) for share in options.guidance_interval)
+                interval = low, high - 1
+            network = guided(
+                network,
+                weak,
+                options.cfg_scale,
+                interval=interval,
+                rescale=options.guidance_rescale,
+            )
         denoise = clipped(self._to_x0(network), 1.0)
-        denoise = denoise if known is None else inpainted(denoise, *known)
+        if known is not None:
+            denoise = inpainted(denoise, *known)
+
+        # Sampler
+        shape = (3, self.image_size, self.image_size)
         x = keyed_random.normal(keys, "decoder", shape) if start is None else start
-        noise = lambda step: keyed_random.normal(keys, f"decoder_{step}", shape)  # noqa: E731
-        sampler, schedule = self._sampler(options, fraction), self.schedule.spaced(options.spacing)
+        noise = keyed_random.step_noise(keys, "decoder", shape)
+        sampler, schedule = options.sampler, self.schedule.spaced(options.spacing)
+        if sampler == "learned_ddpm":
+            sampler = learned_ddpm(lambda: variance[0])
         return sampler(denoise, x, schedule, options.sample_steps, noise).clamp(-1, 1)
 
     @torch.no_grad()
     def invert(
         self, image: Tensor, condition: Condition, sample_steps: int, spacing: Spacing = "trailing"
     ) -> Tensor:
-        """Return the x_T [B, 3, H, W] from which DDIM, unguided and at the same timesteps, comes
-        back to an image.
+        """Return the x_T [B, 3, H, W] from which DDIM, unguided and at the same timesteps, returns
+        to image [B, 3, H, W].
 
-        (Ramesh et al. 2022, section 3: the second half of an image's latent, beside z_i.)
+        (Ramesh et al. 2022, section 3: the second half of an image's latent, beside z_i.) Raises
+        ValueError for a schedule of zero terminal SNR.
         """
         denoise = clipped(self._to_x0(self._network(condition, dropped=False)), 1.0)
         return ddim_invert(denoise, image, self.schedule.spaced(spacing), sample_steps)
 
-    def _to_x0(self, network: Denoiser) -> Denoiser:
-        prediction = self.config.prediction
-        return lambda x, t: self.schedule.to_x0(prediction, network(x, t), x, t)
-
     def require_guide(self, guide: "Decoder") -> None:
-        """Raise ValueError for a decoder that cannot guide this one: it draws another size, reads
-        another condition, or predicts otherwise."""
-        sizes = {"image_size": (guide.image_size, self.image_size)}
-        shared = {n: (getattr(guide.config, n), getattr(self.config, n)) for n in WITH_GUIDE}
-        for name, (found, expected) in (shared | sizes).items():
+        """Raise ValueError for a decoder that cannot guide this one: of another image size, of
+        another condition, or of another prediction."""
+        options = {n: (getattr(guide.config, n), getattr(self.config, n)) for n in GUIDE_OPTIONS}
+        options["image_size"] = (guide.image_size, self.image_size)
+        for name, (found, expected) in options.items():
             if found != expected:
                 raise ValueError(f"guide: {name}: found {found!r}, expected {expected!r}")
 
-    def _as_guide_of(self, other: "Decoder", condition: Condition) -> Denoiser:
-        other.require_guide(self)
-        return self._network(condition, dropped=False)
+    def _to_x0(self, network: Denoiser) -> Denoiser:
+        prediction = self.config.prediction
+        return lambda x, t: self.schedule.to_x0(prediction, network(x, t), x, t)
 
     def _network(
         self,
@@ -366,35 +393,20 @@ class Decoder(nn.Module):
         *,
         dropped: bool,
         keep_text: bool = False,
-        fraction: list[Tensor] | None = None,
+        variance: list[Tensor] | None = None,
     ) -> Denoiser:
-        """Return the network under a condition, or without it; `fraction` gets what it said last of
-        its variance."""
-        read = self.read(condition)
+        """Return the network under a condition, or with z_i and the caption dropped.
+
+        keep_text: drop z_i alone; variance: receives the network's output for its variance.
+        """
+        encoded = self.encode_condition(condition)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             image_drop = torch.full_like(t, dropped, dtype=torch.bool)
             text_drop = torch.full_like(t, dropped and not keep_text, dtype=torch.bool)
-            output = self(x, t, read, image_drop, text_drop)
-            if fraction is not None:
-                fraction[:] = [output[:, 3:]]
+            output = self(x, t, encoded, image_drop, text_drop)
+            if variance is not None:
+                variance[:] = [output[:, 3:]]
             return output[:, :3]
 
         return predict
-
-    def _sampler(self, options: ImageSampling, fraction: list[Tensor]) -> Sampler:
-        if options.sampler != "learned_ddpm":
-            return options.sampler
-        if not self.config.learned_variance:
-            raise ValueError(
-                "sampler: found learned_ddpm for a decoder that learned no variance, expected one "
-                "of the others; train with --base.learned-variance"
-            )
-        return learned_ddpm(lambda: fraction[0])
-
-    def _timesteps(self, interval: tuple[float, float] | None) -> tuple[int, int] | None:
-        """Return shares of the noising time as timesteps."""
-        if interval is None:
-            return None
-        low, high = (round(share * self.schedule.num_timesteps) for share in interval)
-        return low, high - 1

@@ -8,7 +8,7 @@ et al. 2022, section 3).
     pca_images       z_i from its first principal components alone (figure 7)
 
 All are under z_i alone: a caption would speak for the image as it was. Images are the base
-decoder's, [B, 3, S, S] in [-1, 1]; `UnClip.enlarge` takes them further.
+decoder's, [B, 3, S, S] in [-1, 1]; `UnClip.upsample` takes them further.
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def encode(chain: UnClip, images: Sequence[Image.Image], sampling: Sampling) -> 
     them."""
     image_embed = embed_images(chain, images)
     image = pixels_of(images, chain.base.image_size).to(chain.device)
-    told = chain.wordless(image_embed)
+    told = chain.condition(None, image_embed)
     how = sampling.decoder
     with sampling.autocast(image_embed):
         start = chain.base.invert(image, told, how.sample_steps, how.spacing)
@@ -80,7 +80,9 @@ def reconstructions(
     """
     plain = replace(sampling.decoder, sampler=ddim(eta), cfg_scale=1.0)
     plain = replace(sampling, decoder=plain)
-    return chain.draw(keys, chain.wordless(latents.image_embed), plain, start=latents.start)
+    return chain.sample_base(
+        keys, chain.condition(None, latents.image_embed), plain, start=latents.start
+    )
 
 
 def slerp(a: Tensor, b: Tensor, theta: float) -> Tensor:
@@ -119,7 +121,7 @@ def text_diffs(
     without: a caption of the image as it is, or a plain one; empty for none (z_t0 = 0). Raises
     ValueError where the two captions say the same, and there is no direction.
     """
-    embed = chain.describe([caption, without])[1]
+    embed = chain.encode_captions([caption, without])[1]
     difference = embed[:1] - (embed[1:] if without else 0)
     if difference.norm() < 1e-5 * embed[:1].norm():
         raise ValueError(

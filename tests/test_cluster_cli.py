@@ -248,7 +248,7 @@ def test_every_shipped_preset_can_be_run_dry(
     stem: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The count told is the model's own, and nothing is allocated to count it."""
-    from models.costs.flops import num_parameters
+    from models.costs import num_parameters
     from training.runs.dry_run import dry_run
     from training.tasks.clip_and_decoder import clip_model, decoder_model
     from training.tasks.prior import prior_model

@@ -17,7 +17,7 @@ from cluster.planning.report import Planner
 from cluster.planning.request import PRESETS, PlanRequest
 from cluster.planning.stages import CHAINS, build_stages, read_preset
 from models.clip import FrozenClip, build_clip
-from models.costs.flops import state_bytes
+from models.costs import state_bytes
 from training.runs.profiling import PEAK_TFLOPS
 
 ROOT = Path(__file__).parent.parent

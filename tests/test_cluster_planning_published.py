@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cluster.planning import efficiency, published
 from cluster.planning.published import Row
 from models.configs import UNetConfig
-from models.costs.flops import forward_macs, num_parameters
+from models.costs import forward_macs, num_parameters
 from models.networks.unet import UNet
 
 

@@ -267,7 +267,7 @@ def test_the_ablation_decodes_as_the_samples_were(
     sampling, places = sampling_of(fake.settings), []
     for start in range(0, len(captions), 2):
         keys = scorecard.caption_keys(captions[start : start + 2], 5, start)
-        places.append(chain.imagine(keys, captions[start : start + 2], sampling))
+        places.append(chain.sample_prior(keys, captions[start : start + 2], sampling))
     embeds = (captions, image, torch.cat(places))
     shown = range(len(captions))
     _, images = scorecard.ablation(chain, embeds, fake, lambda found: {}, shown)

@@ -8,8 +8,7 @@ from torch import nn
 
 from models.clip import build_clip
 from models.configs import ClipConfig, DecoderConfig, UNetConfig
-from models.costs.activations import peak_bytes
-from models.costs.training import forward_of
+from models.costs import forward_of, peak_bytes
 from models.decoder import Decoder
 
 

@@ -112,7 +112,7 @@ def ours(monkeypatch: pytest.MonkeyPatch, folder: Path, encoder: FrozenClip) -> 
         upsampler=ImageSampling(sampler=ddpm, sample_steps=upsampler, spacing="strided"),
     )  # fmt: skip
     keys = torch.arange(3)
-    z = chain.imagine(keys, CAPTIONS, sampling)
+    z = chain.sample_prior(keys, CAPTIONS, sampling)
     assert (z.norm(dim=1) - 1).abs().min() > 0.1
     return chain.render(keys, CAPTIONS, z, sampling)
 

@@ -14,7 +14,7 @@ from models.configs import DiffusionPriorConfig
 from models.convert.files import WEIGHTS_NAME
 from models.convert.priors import prior_from_diffusers, prior_to_diffusers
 from models.priors.base import PriorText
-from models.priors.diffusion import DiffusionPrior, Read
+from models.priors.diffusion import DiffusionPrior, TextCache
 
 SHAPES = [  # heads, channels a head, layers, E, L
     (2, 8, 1, 12, 5),
@@ -60,7 +60,7 @@ def theirs(model: Any, x: torch.Tensor, t: torch.Tensor, text: PriorText) -> tor
 
 @torch.no_grad()
 def ours(
-    prior: DiffusionPrior, x: torch.Tensor, t: torch.Tensor, text: PriorText | Read
+    prior: DiffusionPrior, x: torch.Tensor, t: torch.Tensor, text: PriorText | TextCache
 ) -> torch.Tensor:
     return prior(x, t, text, torch.zeros(len(x), dtype=torch.bool))
 
@@ -74,7 +74,7 @@ def test_a_converted_prior_says_what_diffusers_does(shape: tuple[int, ...], tmp_
     expected = theirs(model, x, t, text)
     torch.testing.assert_close(ours(prior, x, t, text), expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        told = prior.read(text, torch.zeros(len(x), dtype=torch.bool))
+        told = prior.prefill(text, torch.zeros(len(x), dtype=torch.bool))
     for _ in "ab":  # what is read once serves every step
         torch.testing.assert_close(ours(prior, x, t, told), expected, atol=1e-5, rtol=1e-5)
     z = prior.scale.restore(x)

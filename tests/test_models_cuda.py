@@ -19,8 +19,7 @@ from models.configs import (
     UNetConfig,
     UpsamplerConfig,
 )
-from models.costs.activations import peak_bytes
-from models.costs.training import forward_of
+from models.costs import forward_of, peak_bytes
 from models.decoder import Condition, Decoder, ImageSampling
 from models.diffusion import keyed_random
 from models.diffusion.samplers import SAMPLERS

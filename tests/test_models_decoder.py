@@ -138,7 +138,7 @@ def test_training_and_sampling_raise_the_low_resolution_alike():
     model.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 3:]))
     keys, image = torch.arange(2), images(2, 16)
     model.losses(keys, image)
-    low_res, _ = model.corrupted(image, keys)
+    low_res, _ = model.degrade(image, keys)
     model.sample(keys, low_res, ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=1))
     torch.testing.assert_close(seen[0], seen[1], atol=0, rtol=0)
 
@@ -254,15 +254,15 @@ def test_the_end_of_a_caption_is_its_last_real_token_whatever_stands_between():
     seen = []
     model.caption_to_cond.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     states = model.text_encoder(words, gap)
-    model.read(replace(told, token_mask=gap))
+    model.encode_condition(replace(told, token_mask=gap))
     torch.testing.assert_close(seen[0], states[torch.arange(4), torch.tensor([2, 3, 4, 5])])
 
 
 def test_corruptions_are_computed_in_fp32_under_autocast():
     model, keys = upsampler(degradation="bsr", low_res_noise=0.1), torch.arange(4)
-    exact, _ = model.corrupted(images(4, 32), keys)
+    exact, _ = model.degrade(images(4, 32), keys)
     with torch.autocast("cpu", torch.bfloat16):
-        found, _ = model.corrupted(images(4, 32), keys)
+        found, _ = model.degrade(images(4, 32), keys)
     assert found.dtype == torch.float32 and torch.equal(found, exact)
 
 

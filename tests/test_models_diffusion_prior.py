@@ -70,7 +70,7 @@ def test_the_last_tokens_alone_are_what_they_are_among_all():
     block = Block(width=16, num_heads=2, qk_norm=True)
     x = torch.randn(3, LENGTH, 16)
     mask = causal_mask(LENGTH, torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [False] * 5]))
-    torch.testing.assert_close(block(x, mask, last=2), block(x, mask)[:, -2:])
+    torch.testing.assert_close(block(x, mask, num_queries=2), block(x, mask)[:, -2:])
 
 
 def test_padding_is_not_read():
@@ -158,7 +158,7 @@ def test_a_caption_that_is_read_once_is_one_that_is_read_at_every_step(
     words: list[int] = []
     prior.text_in.register_forward_hook(lambda module, args, output: words.append(1))
     assert torch.equal(prior.sample(keys, text_of(given), how), found) and len(words) == 2
-    monkeypatch.setattr(prior, "read", lambda text, drop: text)
+    monkeypatch.setattr(prior, "prefill", lambda text, drop: text)
     expected = prior.sample(keys, text_of(given), how)
     assert len(words) > 2 + 3 * 2 * 3
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -8,7 +8,7 @@ import torch
 from cluster.base.cli import parse
 from models.clip import VOCAB_SIZE, build_clip
 from models.configs import ClipConfig
-from models.costs.flops import forward_macs, num_parameters, offloaded_bytes, state_bytes
+from models.costs import forward_macs, num_parameters, offloaded_bytes, state_bytes
 from models.decoder import Condition, Decoder
 from models.priors.base import PriorText
 from models.upsampler import Upsampler

@@ -225,7 +225,7 @@ def test_every_edit_writes_its_rows(files, tmp_path):
     ],
 )
 def test_no_split_into_batches_changes_an_edit(command, arguments, files, tmp_path, monkeypatch):
-    rows, most, draw, enlarge = {}, [], UnClip.draw, UnClip.enlarge
+    rows, most, draw, enlarge = {}, [], UnClip.sample_base, UnClip.upsample
     for name, real in (("draw", draw), ("enlarge", enlarge)):
         def seen(chain, keys, *told, real=real, **more):  # fmt: skip
             most.append(len(keys))

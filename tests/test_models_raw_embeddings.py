@@ -153,8 +153,8 @@ def test_edits_tell_a_decoder_what_training_told_it_where_it_dropped_the_caption
     z = batch["image_embed"]
     with torch.no_grad():
         expected = model(x, t, trained, never, never if empty_caption else ~never)
-        found = model(x, t, chain.wordless(z), never, never)
-        pooled = model.read(chain.wordless(z[:1])).pooled
+        found = model(x, t, chain.condition(None, z), never, never)
+        pooled = model.encode_condition(chain.condition(None, z[:1])).pooled
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
     seen: list[Any] = []
@@ -167,6 +167,6 @@ def test_edits_tell_a_decoder_what_training_told_it_where_it_dropped_the_caption
     if empty_caption:
         assert pooled is not None and all(each.allclose(pooled, atol=1e-6) for each in seen)
         with pytest.raises(ValueError, match="decoder: found no caption for a decoder that was"):
-            model.read(Condition(image_embed=z, without_text=True))
+            model.encode_condition(Condition(image_embed=z, without_text=True))
     else:
         assert pooled is None and seen == [None] * len(seen)

@@ -17,10 +17,10 @@ from models.diffusion.samplers import (
     clipped,
     ddim,
     ddim_invert,
+    default_spacing,
     gaussian_posterior_variance,
     guided,
     sampler_named,
-    suited,
 )
 from models.diffusion.schedule import NoiseSchedule
 
@@ -304,9 +304,10 @@ def test_karras_begins_where_no_signal_is_left_and_stays_within_the_paper_s_sigm
 @pytest.mark.parametrize(("name", "spacing"), [("dpmpp_2m", "karras"), ("heun", "karras"),
                                                ("ddim", "trailing"), ("ddpm", "trailing")])
 def test_a_sampler_has_the_spacing_that_suits_it_unless_told(name: str, spacing: Spacing):
-    assert suited("auto", name) == spacing and suited("strided", name) == "strided"
+    assert default_spacing("auto", name) == spacing
+    assert default_spacing("strided", name) == "strided"
     with pytest.raises(ValueError, match="spacing: found 'Karras', expected one of trailing"):
-        suited(cast(Any, "Karras"), name)
+        default_spacing(cast(Any, "Karras"), name)
 
 
 def test_guidance_is_off_at_one_and_affine_elsewhere():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
-from models.costs.flops import forward_macs, num_parameters
+from models.costs import forward_macs, num_parameters
 from models.decoder import Condition, Decoder, ImageSampling
 from models.diffusion.samplers import SAMPLERS
 from models.networks.unet import UNet
@@ -27,7 +27,7 @@ from models.networks.unet_mp import (
     mp_sum,
     unit,
 )
-from models.unclip import _with_unet
+from models.unclip import build_model
 from models.upsampler import Upsampler
 
 EMBED, TEXT, CONTEXT, LENGTH, SIZE = 8, 12, 8, 5, 8
@@ -308,13 +308,14 @@ def test_a_norm_that_would_do_nothing_is_refused():
         network(config)
 
 
-def test_a_configuration_from_before_the_options_builds_what_it_did():
-    told = json.loads(json.dumps({"unet": dataclasses.asdict(PLAIN)}))
-    assert _with_unet(told)["unet"] == PLAIN
-    del told["unet"]["magnitude_preserving"], told["unet"]["channels_last"]
-    assert _with_unet(told)["unet"] == PLAIN
-    told = json.loads(json.dumps({"unet": dataclasses.asdict(UNET)}))
-    assert _with_unet(told)["unet"] == UNET
+@pytest.mark.parametrize("unet", [PLAIN, UNET])
+def test_a_configuration_from_before_the_options_builds_what_it_did(unet: UNetConfig):
+    sizes = {"kind": "decoder", "image_size": SIZE, "embed_dim": EMBED, "text_width": TEXT}
+    model = json.loads(json.dumps({"unet": dataclasses.asdict(unet)}))
+    assert build_model({**sizes, "model": model}).unet.config == unet
+    if unet == PLAIN:
+        del model["unet"]["magnitude_preserving"], model["unet"]["channels_last"]
+        assert build_model({**sizes, "model": model}).unet.config == unet
 
 
 def test_its_parameters_and_multiplications_are_counted():

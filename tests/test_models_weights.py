@@ -88,7 +88,7 @@ def test_finished_runs_join_into_a_chain_from_caption_to_image(
     prior = PriorSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
     how = Sampling(prior=prior, decoder=image, upsampler=image)
     keys, captions = torch.arange(2), ["a red cube", "a blue cone"]
-    embed = whole.imagine(keys, captions, how)
+    embed = whole.sample_prior(keys, captions, how)
     assert embed.shape == (2, clip.embed_dim)
     assert whole.render(keys, captions, embed, how).shape == (2, 3, 16, 16)
 
@@ -102,9 +102,9 @@ def test_a_prior_alone_imagines_as_the_whole_chain_does_and_draws_nothing(
     prior = PriorSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
     how = Sampling(prior=prior, decoder=image, upsampler=image)
     keys, captions = torch.arange(2), ["a red cube", "a blue cone"]
-    embed = alone.imagine(keys, captions, how)
+    embed = alone.sample_prior(keys, captions, how)
     whole = UnClip.load(clip, runs["prior"], runs["decoder"])
-    assert torch.equal(embed, whole.imagine(keys, captions, how))
+    assert torch.equal(embed, whole.sample_prior(keys, captions, how))
     with pytest.raises(ValueError, match="decoder: found none"):
         alone.render(keys, captions, embed, how)
     with pytest.raises(ValueError, match="found an upsampler without a decoder"):

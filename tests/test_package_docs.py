@@ -152,7 +152,7 @@ def test_sizes_are_those_that_the_page_on_smaller_models_shows():
     import torch
 
     from cluster.base.cli import parse
-    from models.costs.flops import num_parameters
+    from models.costs import num_parameters
     from training.config import PRESETS, DecoderRunConfig, PriorRunConfig
     from training.tasks.clip_and_decoder import decoder_model
     from training.tasks.prior import prior_model

@@ -85,7 +85,7 @@ def test_a_pipeline_becomes_a_chain(runs: dict[str, ConvertConfig], encoder: Fro
     chain = UnClip.load(encoder, runs["prior"].run, runs["decoder"].run, (runs["upsampler"].run,))
     captions, sampling = ["a red cube", "a hat"], default_sampling()
     keys = caption_keys(captions, 0)
-    image = chain.render(keys, captions, chain.imagine(keys, captions, sampling), sampling)
+    image = chain.render(keys, captions, chain.sample_prior(keys, captions, sampling), sampling)
     assert image.shape == (2, 3, 16, 16) and (image[0] != image[1]).any()
 
 

@@ -29,7 +29,7 @@ from models.configs import (
     RegressionPriorConfig,
     UNetConfig,
 )
-from models.costs.training import training_flops
+from models.costs import training_flops
 from models.decoder import Decoder
 from training.checkpoints.records import Progress, newest_valid
 from training.config import ClipRunConfig, PriorRunConfig

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from cluster.planning.devices import GPUS, Gpu
 from cluster.planning.efficiency import Layout, Step, load_of, step_time
 from cluster.planning.stages import Stage
-from models.costs.flops import offloaded_bytes, state_bytes
+from models.costs import offloaded_bytes, state_bytes
 from training.engine.engines import BUCKET
 
 MAX_LIVE = 1_000_000_000  # elements of weights that stage 3 keeps gathered

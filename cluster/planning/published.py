@@ -16,8 +16,7 @@ from cluster.planning.request import LLAMA_NODES, NODE_MTBF_HOURS, PlanRequest
 from cluster.planning.sampling import flops_an_image, whole_image_macs
 from cluster.planning.simulation import Nodes, Training, best_interval, mean_goodput, simulate
 from cluster.planning.stages import Stage, build_stages
-from models.costs.flops import num_parameters
-from models.costs.training import forward_of
+from models.costs import forward_of, num_parameters
 
 GIB, MIB, DAY = 2**30, 2**20, 86_400.0
 SIZES, RUNS = 0.05, 0.25  # how near to a size, and to a run's time, a plan is to come
@@ -112,7 +111,7 @@ def _size(what: str, ours: float, published: float, unit: str, source: str = _SI
 def mixed_bytes(parameters: int, zero_stage: int, workers: int) -> float:
     """Return a worker's state where weights and gradients are bf16 and masters, moments and EMA are
     fp32: 20 bytes a parameter (Rajbhandari et al. 2020, section 3.1, and 4 of EMA). Our engine
-    keeps fp32 weights under autocast instead: `models.costs.flops.state_bytes`."""
+    keeps fp32 weights under autocast instead: `models.costs.state_bytes`."""
     shared = (0, 16, 18, 20)[zero_stage]
     return parameters * ((20 - shared) + shared / workers)
 

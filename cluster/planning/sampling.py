@@ -5,8 +5,7 @@ from typing import Any
 import torch
 
 from cluster.planning.stages import CHAINS, Stage
-from models.costs.flops import forward_macs
-from models.costs.training import forward_of
+from models.costs import forward_macs, forward_of
 from models.decoder import Decoder
 from models.priors.diffusion import DiffusionPrior
 from models.upsampler import Upsampler

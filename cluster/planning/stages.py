@@ -12,9 +12,7 @@ import torch
 from cluster.base.cli import parse
 from cluster.planning.request import PlanRequest
 from models.clip import build_clip, model_sizes
-from models.costs.activations import peak_bytes
-from models.costs.flops import forward_macs, num_parameters
-from models.costs.training import FLOPS_A_MAC, forward_of
+from models.costs import FLOPS_PER_MAC, forward_macs, forward_of, num_parameters, peak_bytes
 from models.decoder import Decoder
 from models.priors.diffusion import DiffusionPrior
 from models.upsampler import Upsampler
@@ -183,7 +181,7 @@ class Stage:
 
         share: samples of a worker's step, of which SAM takes some twice; 0 = no SAM.
         """
-        own = float(FLOPS_A_MAC * self.macs)
+        own = float(FLOPS_PER_MAC * self.macs)
         if share and isinstance(self.config, ClipRunConfig) and self.config.sam_rho:
             own *= 1 + min(self.config.sam_batch_size, share) / share
         return own + (2 * self.frozen.macs[1] if self.frozen else 0)

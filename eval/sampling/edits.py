@@ -68,7 +68,7 @@ def run_edit(command: str, config: EditConfig) -> int:
     enlarged = _in_batches(
         config.batch_size,
         len(keys),
-        lambda part: chain.enlarge(keys[part], rows.pixels[part], sampling),
+        lambda part: chain.upsample(keys[part], rows.pixels[part], sampling),
     )
     _write(command, config, dataclasses.replace(rows, pixels=enlarged))
     print(f"{command}: {len(rows.pixels)} images -> {config.out}")
@@ -258,12 +258,13 @@ def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> Row
     def draw(part: slice) -> "Tensor":
         captions = [config.caption] * (part.stop - part.start)
         if config.caption:
-            told = chain.condition(captions, chain.imagine(keys[part], captions, sampling))
+            image_embed = chain.sample_prior(keys[part], captions, sampling)
+            condition = chain.condition(captions, image_embed)
         else:
             own = [images[number // config.count] for number in range(part.start, part.stop)]
-            told = chain.wordless(embed_images(chain, own))
+            condition = chain.condition(None, embed_images(chain, own))
         masks = mask.expand(len(captions), -1, -1, -1)
-        return chain.draw(keys[part], told, sampling, known=(known[part], masks))
+        return chain.sample_base(keys[part], condition, sampling, known=(known[part], masks))
 
     drawn = _in_batches(config.batch_size, count, draw)
     rows = known.unflatten(0, (len(images), -1))[:, :1], drawn.unflatten(0, (len(images), -1))
@@ -278,12 +279,13 @@ def guidance(config: GuidanceConfig, chain: "UnClip", sampling: "Sampling") -> R
     keys = _keys(config.seed, len(captions))
 
     def draw(part: slice) -> "Tensor":
-        told = chain.condition(captions[part], chain.imagine(keys[part], captions[part], sampling))
+        image_embed = chain.sample_prior(keys[part], captions[part], sampling)
+        condition = chain.condition(captions[part], image_embed)
         drawn = []
         for scale in config.scales:
             options = dataclasses.replace(sampling.decoder, cfg_scale=scale)
             one = dataclasses.replace(sampling, decoder=options)
-            drawn.append(chain.draw(keys[part], told, one))
+            drawn.append(chain.sample_base(keys[part], condition, one))
         return torch.stack(drawn, dim=1)
 
     drawn = _in_batches(config.batch_size, len(captions), draw)

@@ -14,7 +14,7 @@ from torch import Tensor
 from models.configs import SpacingChoice
 from models.decoder import ImageSampling
 from models.diffusion.keyed_random import sample_keys
-from models.diffusion.samplers import SAMPLERS, Sampler, sampler_named, suited
+from models.diffusion.samplers import SAMPLERS, Sampler, default_spacing, sampler_named
 from models.priors.base import PriorSampling
 from models.unclip import Sampling, UnClip
 from training.engine.precision import Precision, settled
@@ -86,7 +86,7 @@ class SamplingSettings:
             prior=PriorSampling(
                 sampler=_prior_sampler(self.prior_sampler),
                 sample_steps=self.prior_steps,
-                spacing=suited(self.spacing, self.prior_sampler),
+                spacing=default_spacing(self.spacing, self.prior_sampler),
                 best_of=self.best_of,
                 cfg_scale=self.prior_cfg_scale,
                 temperature=self.temperature,
@@ -96,7 +96,7 @@ class SamplingSettings:
             decoder=ImageSampling(
                 sampler=base,
                 sample_steps=self.decoder_steps,
-                spacing=suited(self.spacing, self.sampler),
+                spacing=default_spacing(self.spacing, self.sampler),
                 cfg_scale=self.cfg_scale,
                 guidance_interval=self._interval(),
                 guidance_rescale=self.guidance_rescale,
@@ -104,7 +104,7 @@ class SamplingSettings:
             upsampler=ImageSampling(
                 sampler=enlarging,
                 sample_steps=self.upsampler_steps,
-                spacing=suited(self.spacing, name_above),
+                spacing=default_spacing(self.spacing, name_above),
                 tile=self.upsampler_tile,
             ),
             precision=settled(self.precision, device_type),
@@ -162,6 +162,6 @@ def render_all(
         part = captions[start : start + batch_size]
         keys = caption_keys(part, seed, offset + start)
         given = None if image_embed is None else image_embed[start : start + batch_size]
-        z = chain.imagine(keys, part, sampling) if given is None else given
+        z = chain.sample_prior(keys, part, sampling) if given is None else given
         parts.append(to_uint8(chain.render(keys, part, z, sampling)))
     return np.concatenate(parts)

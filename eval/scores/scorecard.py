@@ -82,7 +82,7 @@ def prior_scores(
     """Compare the prior's draws with the true image and text embeddings [N, E] of `captions`."""
     keys = caption_keys(captions, 0).split(BATCH_SIZE)
     batches = zip(keys, in_batches(captions, BATCH_SIZE), strict=True)
-    drawn = torch.cat([chain.imagine(key, batch, sampling).cpu() for key, batch in batches])
+    drawn = torch.cat([chain.sample_prior(key, batch, sampling).cpu() for key, batch in batches])
     scores = prior_scorecard(drawn, image, text, [meaning(caption) for caption in captions])
     return {**scores, CAPTIONS_KEY: digest_of(captions)}
 

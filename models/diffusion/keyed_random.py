@@ -1,17 +1,14 @@
 """Random numbers that belong to a sample, not to a process.
 
-Every draw is a pure function of (key of the sample, purpose, position). A batch split over 1, 2
-or 64
-workers, in any order, therefore sees the same timesteps, noise and conditioning drops, and a
-resumed run
-continues the very sequence it would have had. The generator is counter-based: the splitmix64
-finaliser
-(Steele, Lea and Flood 2014) over key and counter; two rounds, so that neighbouring keys and
-counters part.
+Every draw is a pure function of (key of the sample, purpose, position). A batch split over 1, 2 or
+64 workers, in any order, therefore sees the same timesteps, noise and conditioning drops, and a
+resumed run continues the same sequence. The generator is counter-based: the splitmix64 finaliser
+(Steele, Lea and Flood 2014) over key and counter, in two rounds, so that neighbouring keys and
+counters are independent.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +24,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
+    """Apply the splitmix64 finaliser to int64 `x`."""
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
@@ -42,9 +40,9 @@ def _stream(purpose: str) -> int:
 
 def bits(keys: Tensor, purpose: str, count: int) -> Tensor:
     """Return int64 [B, count] of uniform 64-bit words for int64 `keys` [B]."""
-    keyed = _mix(keys * _GOLDEN + _stream(purpose))
+    keyed = _mix(keys * _GOLDEN + _stream(purpose))  # [B]
     counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
-    return _mix(keyed[:, None] + counter[None, :])
+    return _mix(keyed[:, None] + counter[None, :])  # [B, count]
 
 
 def uniform(keys: Tensor, purpose: str, shape: Sequence[int] = ()) -> Tensor:
@@ -57,13 +55,17 @@ def normal(keys: Tensor, purpose: str, shape: Sequence[int]) -> Tensor:
     """Draw float32 [B, *shape] standard normal for int64 `keys` [B] (Box and Muller 1958)."""
     count = math.prod(shape)
     words = bits(keys, purpose, (count + 1) // 2)
-    radius = (
-        _shift_right(words, 32).to(torch.float32) + 1.0
-    ) * 2.0**-32  # (0, 1]: the log is finite
+    # in (0, 1]: the log is finite
+    radius = (_shift_right(words, 32).to(torch.float32) + 1.0) * 2.0**-32
     radius = torch.sqrt(-2.0 * torch.log(radius.clamp(max=1.0)))
     angle = (words & 0xFFFFFFFF).to(torch.float32) * (2.0 * math.pi * 2.0**-32)
     pair = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
     return pair[:, :count].reshape(len(keys), *shape)
+
+
+def step_noise(keys: Tensor, purpose: str, shape: Sequence[int]) -> Callable[[int], Tensor]:
+    """Return a sampler's source of noise: from a step to float32 [B, *shape], standard normal."""
+    return lambda step: normal(keys, f"{purpose}_{step}", shape)
 
 
 def sample_keys(seed: int, epoch: Tensor, sample: Tensor) -> Tensor:
@@ -79,8 +81,8 @@ def sample_keys(seed: int, epoch: Tensor, sample: Tensor) -> Tensor:
 def row_hashes(rows: Tensor) -> Tensor:
     """Return an int64 [B] for each row of int [B, L], the same for equal rows.
 
-    A sum of one word for each value at each place (Zobrist 1970): two different rows share theirs
-    once in 2^64.
+    A sum of one word for each value at each position (Zobrist 1970): two different rows share
+    theirs once in 2^64.
     """
-    place = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.int64) * _GOLDEN
-    return _mix(_mix(rows.long() * _MIX_2) + place).sum(1)
+    position = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.int64) * _GOLDEN
+    return _mix(_mix(rows.long() * _MIX_2) + position).sum(1)

@@ -1,8 +1,8 @@
 """Samplers, one signature: sampler(denoise, x, schedule, sample_steps, noise) -> x0.
 
 `denoise(x_t [B, ...], t [B] int64) -> x0` is the network behind any prediction type and any
-guidance. `noise(step) -> like x` supplies fresh standard normals, keyed by sample; deterministic
-samplers ignore it. Which timesteps they visit, the schedule says.
+guidance. `noise(step) -> like x` returns fresh standard normals, keyed by sample; deterministic
+samplers ignore it. The schedule determines the timesteps that they visit.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,9 +19,13 @@ Noise = Callable[[int], Tensor]
 
 
 class Sampler(Protocol):
+    """From x_T [B, ...], or any x at the schedule's first timestep, to x0 [B, ...]."""
+
     def __call__(
         self, denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Sample in `sample_steps` steps; see the module for the arguments."""
+        ...
 
 
 def _transitions(
@@ -30,11 +34,10 @@ def _transitions(
     """Yield (step, t [B], t_next [B]) down to the clean end, t_next = -1."""
     steps = schedule.timesteps(sample_steps)
     for i, (t, t_next) in enumerate(zip(steps, [*steps[1:], -1], strict=True)):
-        yield (
-            i,
-            torch.full((len(x),), t, device=x.device),
-            torch.full((len(x),), t_next, device=x.device),
-        )
+        yield i, *(torch.full((len(x),), value, device=x.device) for value in (t, t_next))
+
+
+# -- samplers --------------------------------------------------------------------------------------
 
 
 def ddim(eta: float = 0.0) -> Sampler:
@@ -47,10 +50,10 @@ def ddim(eta: float = 0.0) -> Sampler:
         for i, t, t_next in _transitions(schedule, sample_steps, x):
             x0 = denoise(x, t)
             eps = schedule.to_eps(x0, x, t)
-            # in float64: nearly all of a first step's noise is fresh, and what is kept a difference
+            # in float64: nearly all of a first step's noise is fresh, and the rest a difference
             signal, sigma = schedule.coefficients(t, x, torch.float64)
             signal_next, sigma_next = schedule.coefficients(t_next, x, torch.float64)
-            # eq. 16: the share of the next noise that is drawn afresh
+            # eq. 16: the standard deviation of the fresh part of the next noise
             fresh = eta * sigma_next / sigma * (1 - (signal / signal_next) ** 2).clamp(min=0).sqrt()
             kept = (sigma_next**2 - fresh**2).clamp(min=0).sqrt()
             x = signal_next.to(x.dtype) * x0 + kept.to(x.dtype) * eps
@@ -62,11 +65,11 @@ def ddim(eta: float = 0.0) -> Sampler:
 
 
 def analytic_ddpm(posterior_variance: Tensor) -> Sampler:
-    """Return DDPM with the best variance of each step (Bao et al. 2022, "Analytic-DPM", eq. 8).
+    """Return DDPM with the optimal variance of each step (Bao et al. 2022, "Analytic-DPM", eq. 8).
 
     posterior_variance: [T], the mean over dimensions of Var(x0 | x_t): see
     `gaussian_posterior_variance`. The step from t to s draws from q(x_s | x_t, x0), whose mean
-    holds x0 times a; not knowing x0 adds a^2 Var(x0 | x_t) to its variance.
+    contains a x0; the uncertainty of x0 adds a^2 Var(x0 | x_t) to its variance.
     """
 
     def sample(
@@ -89,8 +92,8 @@ def analytic_ddpm(posterior_variance: Tensor) -> Sampler:
 def learned_ddpm(fraction: Callable[[], Tensor]) -> Sampler:
     """Return DDPM with the variance that the network learned (Nichol & Dhariwal 2021, eq. 15).
 
-    fraction: what the network said of it, like x, in its last evaluation: see
-    `learned_log_variance`. Guidance does not move it: it is the conditional's.
+    fraction: returns the network's last output for it, like x: see `learned_log_variance`. It is
+    the conditional network's; guidance does not change it.
     """
 
     def sample(
@@ -108,61 +111,42 @@ def learned_ddpm(fraction: Callable[[], Tensor]) -> Sampler:
     return sample
 
 
-def learned_log_variance(fraction: Tensor, variance: Tensor, beta: Tensor) -> Tensor:
-    """Return log sigma^2 between that of q(x_s | x_t, x0) and that of q(x_t | x_s), its bounds.
-
-    v log beta + (1 - v) log beta~, v = (fraction + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
-    fraction: any shape, about [-1, 1]; variance, beta: positive, broadcast over it.
-    """
-    v = (fraction + 1) / 2
-    return v * beta.log() + (1 - v) * variance.log()
-
-
-def gaussian_posterior_variance(schedule: NoiseSchedule, variances: Tensor) -> Tensor:
-    """Return the mean of Var(x0 | x_t) over dimensions, float64 [T], of Gaussian data.
-
-    v (1 - alpha_bar) / (alpha_bar v + 1 - alpha_bar) for each of `variances` [E], the eigenvalues
-    of the data's covariance; data that are not Gaussian have less.
-    """
-    alpha_bar, v = schedule.alpha_bar[:, None], variances.double().cpu()[None]
-    return (v * (1 - alpha_bar) / (alpha_bar * v + 1 - alpha_bar)).mean(1)
-
-
 def heun(
     denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
 ) -> Tensor:
-    """Sample with Heun's method, order 2, two evaluations a step (Karras et al. 2022, algorithm 1).
+    """Sample with Heun's method, order 2, two evaluations per step (Karras et al. 2022, algorithm
+    1).
 
     In the angle a with cos a = signal and sin a = sigma, where the flow is dx/da = v and neither
-    end is singular; EDM's variable, sigma / signal, has no end. The last step, to a = 0, is DDIM's.
+    end is singular; EDM's variable, sigma / signal, is infinite at the noisy end. The last step,
+    to a = 0, is DDIM's.
     """
+
+    def angle(t: Tensor) -> Tensor:
+        signal, sigma = schedule.coefficients(t, x)
+        return torch.atan2(sigma, signal)
+
+    def velocity(x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return schedule.target("v", x0, t, schedule.to_eps(x0, x, t))
+
     for _, t, t_next in _transitions(schedule, sample_steps, x):
         x0 = denoise(x, t)
         if (t_next < 0).all():
             return x0
-        slope = _velocity(schedule, x0, x, t)
-        turn = _angle(schedule, t_next, x) - _angle(schedule, t, x)
+        slope = velocity(x0, x, t)
+        turn = angle(t_next) - angle(t)
         euler = x + turn * slope
-        there = _velocity(schedule, denoise(euler, t_next), euler, t_next)
-        x = x + turn * (slope + there) / 2
+        slope_next = velocity(denoise(euler, t_next), euler, t_next)
+        x = x + turn * (slope + slope_next) / 2
     return x
-
-
-def _angle(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Tensor:
-    signal, sigma = schedule.coefficients(t, like)
-    return torch.atan2(sigma, signal)
-
-
-def _velocity(schedule: NoiseSchedule, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    return schedule.target("v", x0, t, schedule.to_eps(x0, x, t))
 
 
 def dpmpp_2m(
     denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
 ) -> Tensor:
-    """Sample with DPM-Solver++ 2M, order 2, one evaluation a step (Lu et al. 2022, algorithm 2).
+    """Sample with DPM-Solver++ 2M, order 2, one evaluation per step (Lu et al. 2022, algorithm 2).
 
-    lambda = log(signal / sigma); the last step to lambda = infinity is the first-order one, x = x0.
+    lambda = log(signal / sigma); the last step, to lambda = infinity, is of first order, x = x0.
     """
     x0_last, h_last = None, None
     for _, t, t_next in _transitions(schedule, sample_steps, x):
@@ -187,11 +171,11 @@ def ddim_invert(
     sample_steps: int,
     num_refinements: int = 3,
 ) -> Tensor:
-    """Return the x_T from which `ddim()` with as many steps comes back to `x0`.
+    """Return the x_T [B, ...] from which `ddim()` with as many steps returns to `x0` [B, ...].
 
-    (Dhariwal & Nichol 2021, appendix F.) Each step solves DDIM's own for its starting point: eps is
-    taken there, at a guess that is improved `num_refinements` times, instead of at its end alone.
-    Raises ValueError for a schedule without terminal signal, whose first step forgets x_T.
+    (Dhariwal & Nichol 2021, appendix F.) Each step solves DDIM's own step for its starting point:
+    eps is evaluated there, at a guess that is improved `num_refinements` times. Raises ValueError
+    for a schedule of zero terminal SNR, whose first step does not depend on x_T.
     """
     if schedule.alpha_bar[-1] == 0:
         raise ValueError(
@@ -210,23 +194,53 @@ def ddim_invert(
     return x
 
 
+# -- variances -------------------------------------------------------------------------------------
+
+
+def learned_log_variance(fraction: Tensor, variance: Tensor, beta: Tensor) -> Tensor:
+    """Return log sigma^2 between its bounds, that of q(x_s | x_t, x0) and that of q(x_t | x_s).
+
+    v log beta + (1 - v) log beta~, v = (fraction + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
+    fraction: any shape, about [-1, 1]; variance, beta: positive, broadcast over it.
+    """
+    v = (fraction + 1) / 2
+    return v * beta.log() + (1 - v) * variance.log()
+
+
+def gaussian_posterior_variance(schedule: NoiseSchedule, variances: Tensor) -> Tensor:
+    """Return the mean of Var(x0 | x_t) over dimensions, float64 [T], of Gaussian data.
+
+    v (1 - alpha_bar) / (alpha_bar v + 1 - alpha_bar) for each of `variances` [E], the eigenvalues
+    of the data's covariance; data that are not Gaussian have less.
+    """
+    alpha_bar, v = schedule.alpha_bar[:, None], variances.double().cpu()[None]
+    return (v * (1 - alpha_bar) / (alpha_bar * v + 1 - alpha_bar)).mean(1)
+
+
+# -- samplers by name ------------------------------------------------------------------------------
+
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim(),
     "ddpm": ddim(eta=1.0),
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
 }
-
-
 SECOND_ORDER = ("heun", "dpmpp_2m")
 
 
-def suited(spacing: SpacingChoice, name: str) -> Spacing:
-    """Return the spacing in the place of "auto" for the sampler called `name`.
+def sampler_named(name: str) -> Sampler:
+    """Return the sampler called `name`; ValueError lists the valid names."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler: found {name!r}, expected one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
 
-    Those of order 2, in few steps, follow the flow of a decoder and an upsampler three times as
-    closely in `karras`, which looks more often at both ends (`benchmarks/results.md`). Raises
-    ValueError for an unknown one.
+
+def default_spacing(spacing: SpacingChoice, name: str) -> Spacing:
+    """Return `spacing`, or for "auto" the best spacing for the sampler called `name`.
+
+    Samplers of order 2, in few steps, follow the flow of a decoder and an upsampler three times as
+    closely with `karras`, which has more timesteps at both ends (`benchmarks/results.md`). Raises
+    ValueError for an unknown spacing.
     """
     if spacing != "auto":
         if spacing not in get_args(Spacing):
@@ -236,11 +250,7 @@ def suited(spacing: SpacingChoice, name: str) -> Spacing:
     return "karras" if name in SECOND_ORDER else "trailing"
 
 
-def sampler_named(name: str) -> Sampler:
-    """Return the sampler called `name`; ValueError lists the valid names."""
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler: found {name!r}, expected one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
+# -- wrapped denoisers -----------------------------------------------------------------------------
 
 
 def guided(
@@ -262,16 +272,16 @@ def guided(
         return conditional
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        found = conditional(x, t)
+        cond = conditional(x, t)
         if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
-            return found
-        without = unconditional(x, t)
-        moved = without + cfg_scale * (found - without)
+            return cond
+        uncond = unconditional(x, t)
+        result = uncond + cfg_scale * (cond - uncond)
         if rescale:
-            parts = tuple(range(1, x.ndim))
-            ratio = found.std(parts, keepdim=True) / moved.std(parts, keepdim=True)
-            moved = moved * (rescale * ratio + 1 - rescale)
-        return moved
+            dims = tuple(range(1, x.ndim))
+            ratio = cond.std(dims, keepdim=True) / result.std(dims, keepdim=True)
+            result = result * (rescale * ratio + 1 - rescale)
+        return result
 
     return denoise
 

@@ -1,4 +1,5 @@
-"""Transformer parts shared by the priors and the U-Nets."""
+"""Transformer layers shared by the priors and the U-Nets: attention, blocks, and the caption's
+input."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -11,59 +12,90 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 TRIM_MULTIPLE = 8  # tokens
 
 
+# -- functions -------------------------------------------------------------------------------------
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return softmax(q k^T / sqrt(d) + mask) v, all [B, H, tokens, d]; `mask` bool, True = keep.
+    """Return softmax(q k^T / sqrt(d) + mask) v (Vaswani et al. 2017, eq. 1).
+
+    q: [B, H, N, d]; k, v: [B, H, M, d]; mask: bool, broadcast to [B, H, N, M], True = keep.
+    Returns [B, H, N, d].
 
     On an accelerator this is the fused kernel. On the CPU the fused backward in bf16 took 28 % of a
     U-Net's step, and plain matrix products half of that, so there the formula is spelled out.
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    logits = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
+    logits = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)  # [B, H, N, M]
     if mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
+def attention_kernels(like: Tensor) -> AbstractContextManager:
+    """Return a context that selects attention kernels for the device of `like`, for models that
+    call the fused attention themselves: on the CPU the plain formula, as in `attend`."""
+    return nullcontext() if like.is_cuda else sdpa_kernel(SDPBackend.MATH)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager:
+    """Return a context without autocast on the device of `like`.
+
+    For products that bf16's 8 bits would spoil: codes would move to their neighbours, and logits
+    near 100 would be equal. The meta device, on which costs are counted, has no autocast.
+    """
+    if like.is_meta:
+        return nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def causal_mask(length: int, keep: Tensor) -> Tensor:
+    """Return a causal mask without padding: bool [B, 1, N, N], True where query i may read key
+    j <= i.
+
+    length: N; keep: bool [B, N], False for padding. Every token reads itself, so that no row is
+    empty.
+    """
+    lower = torch.ones(length, length, dtype=torch.bool, device=keep.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=keep.device)
+    return ((lower & keep[:, None, :]) | itself)[:, None]
+
+
+def trimmed_length(token_mask: Tensor) -> int:
+    """Return the number of columns of bool [B, L] that hold every real token, as a multiple of
+    `TRIM_MULTIPLE` or L."""
+    width = token_mask.shape[1]
+    position = torch.arange(1, width + 1, device=token_mask.device)
+    longest = int((position * token_mask).max())
+    return min(width, -(-max(1, longest) // TRIM_MULTIPLE) * TRIM_MULTIPLE)
+
+
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Embed t [B] as cosines and sines of `width`/2 frequencies each (Vaswani et al. 2017).
-    Returns [B, width]."""
+    """Embed t [B] as cosines and sines of width/2 frequencies each (Vaswani et al. 2017, section
+    3.5). Returns float32 [B, width]."""
     half = width // 2
     frequency = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device) / half)
     angle = t.float()[:, None] * frequency[None, :]
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def attention_kernels(like: Tensor) -> AbstractContextManager:
-    """Choose, for models that call the fused attention themselves, the kernels that suit the
-    device of `like`.
-
-    On the CPU that is the plain formula, for the reason given in `attend`.
-    """
-    return nullcontext() if like.is_cuda else sdpa_kernel(SDPBackend.MATH)
-
-
-def trimmed_length(token_mask: Tensor) -> int:
-    """Return how many columns of bool [B, L] hold every real token, rounded up."""
-    width = token_mask.shape[1]
-    places = torch.arange(1, width + 1, device=token_mask.device)
-    longest = int((places * token_mask).max())
-    return min(width, -(-max(1, longest) // TRIM_MULTIPLE) * TRIM_MULTIPLE)
+# -- layers ----------------------------------------------------------------------------------------
 
 
 class TimestepMLP(nn.Sequential):
-    """Sinusoids -> linear -> SiLU -> linear: [B] int64 -> [B, width]."""
+    """Embed a timestep: sinusoids, linear, SiLU, linear."""
 
     def __init__(self, sinusoids: int, width: int) -> None:
         super().__init__(nn.Linear(sinusoids, width), nn.SiLU(), nn.Linear(width, width))
         self.sinusoids = sinusoids
 
     def forward(self, t: Tensor) -> Tensor:
+        """Map t [B], of any number type, to [B, width]."""
         return super().forward(timestep_embedding(t, self.sinusoids))
 
 
 class KeyValues:
-    """Keys and values of the tokens a block has read, with room for all that will come.
+    """The keys and values of the tokens that a block has processed, with room for N tokens.
 
     shape: (B, H, N, d); like: a tensor of their type and device.
     """
@@ -73,19 +105,21 @@ class KeyValues:
         self.length = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of n further tokens, [B, H, n, d] each; return all there are."""
+        """Append those of n tokens, [B, H, n, d] each; return all, [B, H, length, d]."""
         start, self.length = self.length, self.length + k.shape[2]
         self._k[:, :, start : self.length], self._v[:, :, start : self.length] = k, v
         return self._k[:, :, : self.length], self._v[:, :, : self.length]
 
-    def back_to(self, length: int) -> None:
-        """Forget all tokens but the first `length`."""
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens only."""
         self.length = length
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over [B, N, width], with optional QK-norm (Dehghani et al.
-    2023)."""
+    """Multi-head self-attention, with optional QK-norm (Dehghani et al. 2023).
+
+    Raises ValueError for a width that num_heads does not divide.
+    """
 
     def __init__(self, *, width: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
@@ -102,25 +136,26 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(head, elementwise_affine=False) if qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, mask: Tensor, last: int = 0, cache: "KeyValues | None" = None
+        self, x: Tensor, mask: Tensor, num_queries: int = 0, cache: KeyValues | None = None
     ) -> Tensor:
-        """Return [B, N, width], or of the `last` tokens alone, which read all the others.
+        """Map x [B, N, width] to [B, N, width], or to [B, num_queries, width] of the last tokens,
+        which read all the others.
 
-        cache: keys and values of earlier tokens, which these read as well and are added to; then
-        mask is [..., N, earlier + N].
+        mask: bool [..., N, M], True = keep. cache: M - N earlier tokens, which these tokens read
+        and are appended to; None for none, M = N. num_queries: 0 for all.
         """
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # [B, N, width] each
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # [B, N, W] each
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        q, mask = q[..., -last:, :], mask[..., -last:, :]  # -0 takes all
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, mask = q[..., -num_queries:, :], mask[..., -num_queries:, :]  # -0 takes all
+        q, k = self.q_norm(q), self.k_norm(k)  # [B, H, N, d]
         if cache is not None:
-            k, v = cache.extend(k, v)
+            k, v = cache.extend(k, v)  # [B, H, M, d]
         y = attend(q, k, v, mask)  # [B, H, N, d]
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(y.transpose(1, 2).flatten(2))  # [B, N, W]
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then a 4x GELU MLP."""
+    """Pre-norm transformer block: self-attention, then an MLP of 4 widths with GELU."""
 
     def __init__(
         self, *, width: int, num_heads: int, dropout: float = 0.0, qk_norm: bool = False
@@ -135,19 +170,67 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor, last: int = 0, cache: "KeyValues | None" = None
+        self, x: Tensor, mask: Tensor, num_queries: int = 0, cache: KeyValues | None = None
     ) -> Tensor:
-        """Map [B, N, width] to the same, or to the `last` tokens alone: [B, last, width]; see
-        `SelfAttention` for the cache."""
-        x = x[:, -last:] + self.dropout(self.attention(self.norm_1(x), mask, last, cache))
-        return x + self.dropout(self.mlp(self.norm_2(x)))
+        """Map x [B, N, width] to [B, N, width], or to [B, num_queries, width] of the last tokens;
+        see `SelfAttention` for the arguments."""
+        h = self.attention(self.norm_1(x), mask, num_queries, cache)  # [B, N, W]
+        x = x[:, -num_queries:] + self.dropout(h)  # [B, N, W]
+        return x + self.dropout(self.mlp(self.norm_2(x)))  # [B, N, W]
 
 
-def causal_mask(length: int, keep: Tensor) -> Tensor:
-    """Combine causality with padding: bool [B, 1, N, N], True where query i may read key j <= i.
+class TextInput(nn.Module):
+    """Bring a caption to a network's width.
 
-    keep: bool [B, N], False for padding. Every token reads itself, so that no row is empty.
+    text_width: W of CLIP's states, 0 for own tokens; vocab_size: number of own tokens.
     """
-    lower = torch.ones(length, length, dtype=torch.bool, device=keep.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=keep.device)
-    return ((lower & keep[:, None, :]) | itself)[:, None]
+
+    def __init__(self, *, text_width: int, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.states = nn.Linear(text_width, width) if text_width else None
+        self.tokens = None if text_width else nn.Embedding(vocab_size, width)
+        if self.tokens is not None:
+            nn.init.normal_(self.tokens.weight, std=0.02)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Map CLIP's states [B, L, W] or own tokens int [B, L] to [B, L, width]."""
+        if self.states is not None:
+            return self.states(text)  # [B, L, width]
+        assert self.tokens is not None
+        return self.tokens(text.long())  # [B, L, width]
+
+
+class TextEncoder(nn.Module):
+    """A causal transformer over the caption's own tokens."""
+
+    def __init__(
+        self,
+        *,
+        context_length: int,
+        vocab_size: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tokens = TextInput(text_width=0, vocab_size=vocab_size, width=width)
+        self.position = nn.Parameter(torch.randn(1, context_length, width) * 0.02)
+        self.blocks = nn.ModuleList(
+            Block(width=width, num_heads=num_heads, dropout=dropout, qk_norm=qk_norm)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """Map tokens int [B, L] with token_mask bool [B, L] (True = keep) to states [B, L, width].
+
+        L may be less than `context_length` if the end of every caption is within L.
+        """
+        length = tokens.shape[1]
+        h = self.tokens(tokens) + self.position[:, :length]  # [B, L, W]
+        mask = causal_mask(length, token_mask)  # [B, 1, L, L]
+        for block in self.blocks:
+            h = block(h, mask)  # [B, L, W]
+        return self.norm(h)  # [B, L, W]

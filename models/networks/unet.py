@@ -1,8 +1,7 @@
-"""The U-Net of the decoder and of the upsamplers, laid out from ADM's blocks
-(models/networks/unet_blocks.py) or from those that keep magnitudes (models/networks/unet_mp.py)."""
+"""The U-Net of the decoder and of the upsamplers, built from ADM's layers
+(models/networks/unet_blocks.py) or from magnitude-preserving ones (models/networks/unet_mp.py)."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.configs import UNetConfig
-from models.networks.unet_blocks import ADM, Parts
+from models.networks.unet_blocks import ADM, UNetLayers
 from models.networks.unet_mp import MAGNITUDE_PRESERVING
 
 
@@ -26,17 +25,33 @@ class _Level(nn.Module):
     def forward(
         self, x: Tensor, cond: Tensor, tokens: Tensor | None, token_mask: Tensor | None
     ) -> Tensor:
-        x = self.block(x, cond)
+        x = self.block(x, cond)  # [B, C', H', W']
         return x if self.attention is None else self.attention(x, tokens, token_mask)
 
 
-def _require_sense(config: UNetConfig) -> None:
-    """Refuse options that would do nothing."""
+def _validate(config: UNetConfig, image_size: int) -> None:
+    """Refuse attention that the network could not have, and options without effect."""
     if config.magnitude_preserving and config.qk_norm:
         raise ValueError(
             "qk_norm: found true with magnitude_preserving, expected false: its attention "
-            "normalises queries, keys and values as it is"
+            "normalises queries, keys and values without it"
         )
+    grid = image_size // config.patch_size
+    sides = [grid // 2**i for i in range(len(config.channel_mult))]
+    unknown = [side for side in config.attn_resolutions if side not in sides]
+    if unknown:
+        raise ValueError(
+            f"attn_resolutions: found {', '.join(map(str, unknown))}, expected some of "
+            f"{', '.join(map(str, sides))}: the sides in cells of images of {image_size} px "
+            f"with patch_size {config.patch_size} and {len(sides)} resolutions"
+        )
+    for mult, side in zip(config.channel_mult, sides, strict=True):
+        width, head = mult * config.channels, config.head_channels
+        if side in config.attn_resolutions and width > head and width % head:
+            raise ValueError(
+                f"head_channels: found {head} with {width} channels at side {side}, expected a "
+                "divisor of the channels wherever there is attention"
+            )
 
 
 class UNet(nn.Module):
@@ -44,8 +59,8 @@ class UNet(nn.Module):
 
     image_size: side in px in training, which `config.attn_resolutions` refer to; in_channels,
     out_channels: of the images; context: width of the condition's tokens (0 = none). Raises
-    ValueError for a size that does not halve, for attention at a resolution that there is not, and
-    for options that would do nothing.
+    ValueError for a size that does not halve, for attention at a resolution that the network does
+    not have, and for options that would have no effect.
     """
 
     def __init__(
@@ -58,113 +73,94 @@ class UNet(nn.Module):
         context: int = 0,
     ) -> None:
         super().__init__()
-        _require_sense(config)
-        self.config = config
-        self.grid = image_size // config.patch_size
+        self.config, self.context = config, context
         self._require_halving(image_size)
-        self._require_attended(image_size)
-        area = config.patch_size**2
-        width = config.channels
-        self.cond_width = 4 * width
-        self.context = context
-        self.time_in = self.parts.time_in(width, self.cond_width)
-        self.conv_in = self.parts.conv_in(in_channels * area, width)
-        self._build_levels(width)
-        self.norm_out = self.parts.norm_out(width)
-        self.conv_out = self.parts.conv_out(width, out_channels * area)
+        _validate(config, image_size)
+        self.grid = image_size // config.patch_size
+        self.cond_width = 4 * config.channels
+        layers, width, area = self.layers, config.channels, config.patch_size**2
+        self.time_in = layers.time_in(width, self.cond_width)
+        self.conv_in = layers.conv_in(in_channels * area, width)
+
+        # Down; `skips` holds the channels of the feature maps that the way up joins
+        side, channels, skips = self.grid, width, [width]
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i, mult in enumerate(config.channel_mult):
+            for _ in range(config.num_res_blocks):
+                self.down.append(self._level(layers.block_down, channels, mult * width, side))
+                channels = mult * width
+                skips.append(channels)
+            if i + 1 < len(config.channel_mult):
+                level = self._level(layers.block_down, channels, channels, side, "down")
+                self.down.append(level)
+                skips.append(channels)
+                side //= 2
+
+        # Middle: attention in the first level alone
+        middle = [self._level(layers.block_up, channels, channels, s) for s in (side, 0)]
+        self.middle = nn.ModuleList(middle)
+
+        # Up
+        for i, mult in reversed(list(enumerate(config.channel_mult))):
+            for j in range(config.num_res_blocks + 1):
+                joined = channels + skips.pop()
+                channels = mult * width
+                self.up.append(self._level(layers.block_up, joined, channels, side))
+                if i > 0 and j == config.num_res_blocks:
+                    self.up.append(self._level(layers.block_up, channels, channels, side, "up"))
+                    side *= 2
+
+        self.norm_out = layers.norm_out(width)
+        self.conv_out = layers.conv_out(width, out_channels * area)
 
     @property
-    def parts(self) -> Parts:
-        """The kind of layers that the network is laid out from."""
+    def layers(self) -> UNetLayers:
+        """The kind of layers that the network is built from."""
         return MAGNITUDE_PRESERVING if self.config.magnitude_preserving else ADM
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Of activations. Weights stay contiguous: ZeRO flattens them, and Muon views them as
-        matrices; a convolution follows its input."""
+        """The memory format of activations.
+
+        Weights stay contiguous: ZeRO flattens them, and Muon views them as matrices; a convolution
+        follows its input.
+        """
         return torch.channels_last if self.config.channels_last else torch.contiguous_format
 
     def _require_halving(self, *sides: int) -> None:
-        """Refuse sides in px that some resolution could not halve, before torch does, obscurely."""
+        """Raise ValueError for sides in px that some resolution could not halve."""
         patch, halvings = self.config.patch_size, len(self.config.channel_mult) - 1
         if any(side % (patch * 2**halvings) for side in sides):
             raise ValueError(
                 f"image size: found {' x '.join(map(str, sides))}, expected a multiple of "
-                f"patch_size = {patch} times 2^{halvings} (one halving a resolution)"
+                f"patch_size = {patch} times 2^{halvings} (one halving per resolution)"
             )
-
-    def _require_attended(self, image_size: int) -> None:
-        """Refuse attention at a resolution that the network does not have: it would have none; and
-        heads that do not divide the channels they share."""
-        config = self.config
-        sides = [self.grid // 2**i for i in range(len(config.channel_mult))]
-        unknown = [side for side in config.attn_resolutions if side not in sides]
-        if unknown:
-            raise ValueError(
-                f"attn_resolutions: found {', '.join(map(str, unknown))}, expected some of "
-                f"{', '.join(map(str, sides))}: the sides in cells of images of {image_size} px "
-                f"with patch_size {config.patch_size} and {len(sides)} resolutions"
-            )
-        for mult, side in zip(config.channel_mult, sides, strict=True):
-            width, head = mult * config.channels, config.head_channels
-            if side in config.attn_resolutions and width > head and width % head:
-                raise ValueError(
-                    f"head_channels: found {head} with {width} channels at side {side}, expected a "
-                    "divisor of the channels wherever there is attention"
-                )
 
     def _level(
         self,
+        block: Callable[..., nn.Module],
         channels: int,
         out: int,
         side: int,
         resample: str | None = None,
-        *,
-        block: Callable[..., nn.Module],
     ) -> _Level:
+        """Build a level at `side` cells, with attention if the configuration has it there."""
         config = self.config
-        made = block(
+        residual = block(
             channels=channels,
             out=out,
             cond=self.cond_width,
             dropout=config.dropout,
             resample=resample,
         )
-        attends = side in config.attn_resolutions and resample is None
-        norms = (
-            {"qk_norm": True} if config.qk_norm else {}
-        )  # no choice of magnitude-preserving ones
-        attention = self.parts.attention(
+        # magnitude-preserving attention has no choice of norms
+        norms = {"qk_norm": True} if config.qk_norm else {}
+        # built even where it is left out: random initial weights do not depend on its presence
+        attention = self.layers.attention(
             channels=out, head_channels=config.head_channels, context=self.context, **norms
         )
-        return _Level(made, attention if attends else None)
-
-    def _build_levels(self, width: int) -> None:
-        """Lay out down, middle and up; `skips` are the channels that the way up will find."""
-        config, side, channels = self.config, self.grid, width
-        level_down = partial(self._level, block=self.parts.block_down)
-        level_up = partial(self._level, block=self.parts.block_up)
-        skips = [channels]
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for i, mult in enumerate(config.channel_mult):
-            for _ in range(config.num_res_blocks):
-                self.down.append(level_down(channels, mult * width, side))
-                channels = mult * width
-                skips.append(channels)
-            if i + 1 < len(config.channel_mult):
-                self.down.append(level_down(channels, channels, side, "down"))
-                skips.append(channels)
-                side //= 2
-        self.middle = nn.ModuleList(
-            [level_up(channels, channels, side), level_up(channels, channels, 0)]
-        )
-        for i, mult in reversed(list(enumerate(config.channel_mult))):
-            for j in range(config.num_res_blocks + 1):
-                self.up.append(level_up(channels + skips.pop(), mult * width, side))
-                channels = mult * width
-                if i > 0 and j == config.num_res_blocks:
-                    self.up.append(level_up(channels, channels, side, "up"))
-                    side *= 2
+        has_attention = side in config.attn_resolutions and resample is None
+        return _Level(residual, attention if has_attention else None)
 
     def _run(self, level: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.config.checkpointing and self.training:
@@ -184,31 +180,32 @@ class UNet(nn.Module):
         """Map x [B, in_channels, H, W] at t int64 [B] to float32 [B, out_channels, H, W].
 
         cond: [B, 4 channels], added to the timestep embedding; grid: [B, channels, H/p, W/p],
-        added to the first layer's output (see `Parts.add`); tokens [B, N, context] with token_mask
-        [B, N]: read by every attention layer. Raises ValueError for sides that do not halve or do
-        not fit `grid`.
+        added to the first layer's output (see `UNetLayers.add`); tokens [B, N, context] with
+        token_mask bool [B, N] (True = keep): read by every attention layer. Raises ValueError for
+        sides that do not halve or do not fit `grid`.
         """
         self._require_halving(*x.shape[2:])
-        parts, time = self.parts, self.time_in(t)
-        cond = time if cond is None else parts.add(time, cond)
-        x = F.pixel_unshuffle(x, self.config.patch_size)
-        h = self.conv_in(x.contiguous(memory_format=self.memory_format))
-        if grid is not None and grid.shape[2:] != h.shape[2:]:
-            found, expected = (
-                " x ".join(str(self.config.patch_size * side) for side in cells.shape[2:])
-                for cells in (h, grid)
-            )
-            raise ValueError(f"image size: found {found}, expected {expected} as in training")
-        h = h if grid is None else parts.add(h, grid)
+        layers, time = self.layers, self.time_in(t)  # [B, 4C]
+        cond = time if cond is None else layers.add(time, cond)  # [B, 4C]
+        x = F.pixel_unshuffle(x, self.config.patch_size)  # [B, in p^2, H/p, W/p]
+        h = self.conv_in(x.contiguous(memory_format=self.memory_format))  # [B, C, H/p, W/p]
+        if grid is not None:
+            if grid.shape[2:] != h.shape[2:]:
+                found, expected = (
+                    " x ".join(str(self.config.patch_size * side) for side in cells.shape[2:])
+                    for cells in (h, grid)
+                )
+                raise ValueError(f"image size: found {found}, expected {expected} as in training")
+            h = layers.add(h, grid)  # [B, C, H/p, W/p]
         skips = [h]
         for level in self.down:
-            h = self._run(level, h, cond, tokens, token_mask)
+            h = self._run(level, h, cond, tokens, token_mask)  # [B, mC, H/(2^i p), W/(2^i p)]
             skips.append(h)
         for level in self.middle:
             h = self._run(level, h, cond, tokens, token_mask)
         for level in self.up:
             if level.takes_skip:
-                h = parts.join(h, skips.pop())
+                h = layers.join(h, skips.pop())
             h = self._run(level, h, cond, tokens, token_mask)
-        h = self.conv_out(parts.activate(self.norm_out(h))).contiguous()
-        return F.pixel_shuffle(h, self.config.patch_size).float()
+        h = self.conv_out(layers.activate(self.norm_out(h))).contiguous()  # [B, out p^2, H/p, W/p]
+        return F.pixel_shuffle(h, self.config.patch_size).float()  # [B, out, H, W]

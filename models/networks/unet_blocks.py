@@ -1,7 +1,7 @@
-"""What a U-Net is laid out from: ADM blocks (Dhariwal & Nichol 2021) with GLIDE's attention.
+"""The layers of a U-Net: ADM's blocks (Dhariwal & Nichol 2021) with GLIDE's attention.
 
-Tokens of the condition are projected per attention layer and concatenated to that layer's keys
-and values (Nichol et al. 2021, GLIDE), not attended to by a layer of their own.
+Tokens of the condition are projected by each attention layer and concatenated to its keys and
+values (Nichol et al. 2021, GLIDE); there is no cross-attention layer.
 """
 
 import math
@@ -12,17 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.networks.autocast import without_autocast
-from models.networks.transformer import TimestepMLP, attend
+from models.networks.transformer import TimestepMLP, attend, without_autocast
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """The layers of one kind of U-Net; `UNet` decides where they go.
+class UNetLayers:
+    """The layers of one kind of U-Net; `UNet` arranges them.
 
-    block_down, block_up: residual blocks of the way down, and of the middle and the way up;
-    join: what is on the way up, with a skip; add: what is on the way, with a condition of its
-    shape; activate: what the last layer reads.
+    block_down: residual blocks of the way down; block_up: those of the middle and the way up; join:
+    a feature map of the way up, with a skip; add: a feature map, with a condition of its shape;
+    activate: the input of the last layer.
     """
 
     block_down: Callable[..., nn.Module]
@@ -48,7 +47,7 @@ def resized(x: Tensor, resample: str | None) -> Tensor:
 
 
 def in_channels_last(x: Tensor) -> bool:
-    """Whether x [B, C, H, W] has its channels side by side in memory."""
+    """Return whether x [B, C, H, W] has its channels side by side in memory."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
@@ -58,16 +57,16 @@ def cells_of(x: Tensor) -> Tensor:
 
 
 def image_of(cells: Tensor, like: Tensor) -> Tensor:
-    """Return cells [B, HW, C] as an image [B, C, H, W], in memory as `like` [B, *, H, W] is."""
+    """Return cells [B, HW, C] as an image [B, C, H, W], in the memory format of `like`."""
     x = cells.transpose(1, 2)
-    # .contiguous(): cells last, GroupNorm on the CPU takes ten times as long
+    # .contiguous(): with cells last, GroupNorm on the CPU takes ten times as long
     x = x if in_channels_last(like) else x.contiguous()
     return x.unflatten(2, like.shape[2:])
 
 
-def read_cells(
+def attend_cells(
     qkv: Tensor,
-    more: Tensor | None,
+    context: Tensor | None,
     token_mask: Tensor | None,
     *,
     num_heads: int,
@@ -76,21 +75,22 @@ def read_cells(
 ) -> Tensor:
     """Attend over cells, with tokens beside the cells in keys and values.
 
-    qkv: [B, HW, 3 C]; more: keys and values of tokens, [B, N, 2 C], with token_mask [B, N] (True =
-    keep); qk_norm, v_norm: give queries and keys, and values, unit RMS. Returns [B, HW, C].
+    qkv: [B, HW, 3 C]; context: keys and values of tokens, [B, N, 2 C], with token_mask bool [B, N]
+    (True = keep); qk_norm: queries and keys get unit RMS; v_norm: values as well. Returns
+    [B, HW, C].
     """
-    q, k, v = qkv.chunk(3, dim=-1)  # [B, HW, C]
+    q, k, v = qkv.chunk(3, dim=-1)  # [B, HW, C] each
     mask = None
-    if more is not None and token_mask is not None:
-        more_k, more_v = more.chunk(2, dim=-1)  # [B, N, C]
-        k, v = torch.cat([more_k, k], dim=1), torch.cat([more_v, v], dim=1)
+    if context is not None and token_mask is not None:
+        context_k, context_v = context.chunk(2, dim=-1)  # [B, N, C] each
+        k, v = torch.cat([context_k, k], dim=1), torch.cat([context_v, v], dim=1)  # [B, N + HW, C]
         mask = F.pad(token_mask, (0, q.shape[1]), value=True)[:, None, None]  # [B, 1, 1, N + HW]
     q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in (q, k, v))
     if qk_norm:
-        q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))
+        q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))  # [B, heads, ..., d]
     if v_norm:
         v = F.rms_norm(v, v.shape[-1:])
-    return attend(q, k, v, mask).transpose(1, 2).flatten(2)
+    return attend(q, k, v, mask).transpose(1, 2).flatten(2)  # [B, HW, C]
 
 
 # -- ADM's blocks ----------------------------------------------------------------------------------
@@ -104,17 +104,17 @@ def _zeroed(layer: nn.Module) -> nn.Module:
 
 
 class _GroupNorm(nn.GroupNorm):
-    """Group norm that leaves its input's type and memory format alone.
+    """Group norm that keeps its input's type and memory format.
 
-    Autocast would make fp32 of a bf16 image, and of all that follows up to the next convolution:
+    Autocast would convert a bf16 image to fp32, and all that follows up to the next convolution:
     four tenths of a step's activations. torch's kernels keep the sums in fp32 by themselves, as
     ADM's half precision does. On GPUs they make their input contiguous.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = (each.to(input.dtype) for each in (self.weight, self.bias))
+        weight, bias = (each.to(input.dtype) for each in (self.weight, self.bias))  # [C] each
         with without_autocast(input):
-            out = torch.group_norm(input, self.num_groups, weight, bias, self.eps)
+            out = torch.group_norm(input, self.num_groups, weight, bias, self.eps)  # [B, C, H, W]
         if in_channels_last(input):
             return out.contiguous(memory_format=torch.channels_last)
         return out
@@ -126,7 +126,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 class ResBlock(nn.Module):
     """Residual block with scale-shift conditioning and, for "up" or "down", a change of
-    resolution inside."""
+    resolution (Dhariwal & Nichol 2021, section 3)."""
 
     def __init__(
         self, *, channels: int, out: int, cond: int, dropout: float, resample: str | None = None
@@ -143,10 +143,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Map x [B, C, H, W] under cond [B, cond] to [B, out, H', W']."""
-        h = self.conv_1(resized(F.silu(self.norm_1(x)), self.resample))
-        scale, shift = self.cond(F.silu(cond))[:, :, None, None].chunk(2, dim=1)
-        h = self.norm_2(h) * (1 + scale) + shift
-        return self.skip(resized(x, self.resample)) + self.conv_2(self.dropout(F.silu(h)))
+        h = resized(F.silu(self.norm_1(x)), self.resample)  # [B, C, H', W']
+        h = self.conv_1(h)  # [B, out, H', W']
+        scale, shift = self.cond(F.silu(cond))[:, :, None, None].chunk(2, dim=1)  # [B, out, 1, 1]
+        h = self.norm_2(h) * (1 + scale) + shift  # [B, out, H', W']
+        h = self.conv_2(self.dropout(F.silu(h)))  # [B, out, H', W']
+        return self.skip(resized(x, self.resample)) + h
 
 
 class AttentionBlock(nn.Module):
@@ -165,15 +167,17 @@ class AttentionBlock(nn.Module):
         self.out = _zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, tokens: Tensor | None, token_mask: Tensor | None) -> Tensor:
-        """Map x [B, C, H, W] with tokens [B, N, context] and their mask [B, N] (True = keep) to
-        [B, C, H, W]."""
-        qkv = self.qkv(cells_of(self.norm(x)))
-        more = None if self.context is None or tokens is None else self.context(tokens)
-        h = read_cells(qkv, more, token_mask, num_heads=self.num_heads, qk_norm=self.qk_norm)
-        return x + image_of(self.out(h), like=x)
+        """Map x [B, C, H, W] with tokens [B, N, context] and their mask bool [B, N] (True = keep)
+        to [B, C, H, W]."""
+        qkv = self.qkv(cells_of(self.norm(x)))  # [B, HW, 3C]
+        context = None if self.context is None or tokens is None else self.context(tokens)
+        h = attend_cells(
+            qkv, context, token_mask, num_heads=self.num_heads, qk_norm=self.qk_norm
+        )  # [B, HW, C]
+        return x + image_of(self.out(h), like=x)  # [B, C, H, W]
 
 
-ADM = Parts(
+ADM = UNetLayers(
     block_down=ResBlock,
     block_up=ResBlock,
     attention=AttentionBlock,

@@ -1,16 +1,16 @@
-"""ADM's blocks in a form that keeps magnitudes (Karras et al. 2024, "Analyzing and Improving the
-Training Dynamics of Diffusion Models", EDM2: configuration G of section 2, without its forced
+"""ADM's blocks in a form that preserves magnitudes (Karras et al. 2024, "Analyzing and Improving
+the Training Dynamics of Diffusion Models", EDM2: configuration G of section 2, without its forced
 weight normalisation).
 
 Activations have unit magnitude, that is a root mean square of 1 over channels, because every
-layer keeps it by its form: there are no norms of groups and no biases, which a constant channel of
-the input replaces.
+layer preserves it by its form. There are no group norms and no biases; a constant channel of the
+input replaces the biases.
 
 The paper also writes its normalised weights back into the parameters after every step (its
 "forced" weight normalisation, appendix B). Ours are normalised in the forward pass alone: DeepSpeed
-owns the parameters, its ZeRO flattens and shares them out, and what is written behind its back is
-lost at its next step. Gradients are orthogonal to such weights, so that their norms grow and what
-the learning rate amounts to falls; `weight_decay` and the learning rate's own fall hold against it.
+owns the parameters, its ZeRO flattens and partitions them, and a write from outside is lost at its
+next step. Gradients are orthogonal to such weights, so that their norms grow and the effective
+learning rate falls; `weight_decay` and the learning rate's own decay counteract it.
 """
 
 import math
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.networks.transformer import timestep_embedding
-from models.networks.unet_blocks import Parts, cells_of, image_of, read_cells, resized
+from models.networks.unet_blocks import UNetLayers, attend_cells, cells_of, image_of, resized
 
 SILU_MAGNITUDE = 0.596  # root mean square of silu(x) for x ~ N(0, 1)
 BRANCH = 0.3  # share of a residual branch in its sum (the paper's t)
@@ -35,17 +35,19 @@ def mp_silu(x: Tensor) -> Tensor:
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Return (1 - t) a + t b at unit magnitude, for independent a and b of one (eq. 88); t in [0,
-    1]."""
+    """Return (1 - t) a + t b at unit magnitude, for independent a and b of unit magnitude (eq. 88);
+    t in [0, 1]."""
     return torch.lerp(a, b.to(a.dtype), t) / math.hypot(1 - t, t)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float = BALANCE) -> Tensor:
-    """Join a [B, N, H, W] and b [B, M, H, W] at unit magnitude, of which b has the share t of what
-    a next layer sees, whatever N and M (eq. 103)."""
+    """Concatenate a [B, N, H, W] and b [B, M, H, W] at unit magnitude (eq. 103).
+
+    The next layer's input is b for a share t, whatever N and M. Returns [B, N + M, H, W].
+    """
     n, m = a.shape[1], b.shape[1]
-    whole = math.sqrt(n + m) / math.hypot(1 - t, t)
-    return torch.cat([a * (whole * (1 - t) / math.sqrt(n)), b * (whole * t / math.sqrt(m))], dim=1)
+    scale = math.sqrt(n + m) / math.hypot(1 - t, t)
+    return torch.cat([a * (scale * (1 - t) / math.sqrt(n)), b * (scale * t / math.sqrt(m))], dim=1)
 
 
 def unit(x: Tensor, dim: int | tuple[int, ...] = 1) -> Tensor:
@@ -57,22 +59,22 @@ def unit(x: Tensor, dim: int | tuple[int, ...] = 1) -> Tensor:
 
 class _Normalised(nn.Module):
     """A weight [out, ...] whose every output channel is brought to norm 1 in the forward pass, so
-    that independent inputs of unit magnitude come out at unit magnitude (eq. 47).
+    that independent inputs of unit magnitude give outputs of unit magnitude (eq. 47).
 
-    gain: also learn a factor, which starts at 0. Only it knows the weight's magnitude.
+    gain: also learn a factor, which starts at 0. It alone has a magnitude.
     """
 
     def __init__(self, *shape: int, gain: bool = False) -> None:
         super().__init__()
         self.fan_in = math.prod(shape[1:])
-        # The paper draws N(0, 1) and steps by 1e-2. No output tells scales apart, but the share of
-        # a weight that a step moves does: at norm 1, which is torch's own scale, the learning rates
-        # of other networks fit, and Muon's too, whose steps have rows of norm 1.
+        # The paper draws N(0, 1) and steps by 1e-2. No output depends on the scale, but the share
+        # of a weight that a step moves does: at norm 1, which is torch's own scale, the learning
+        # rates of other networks fit, and Muon's too, whose steps have rows of norm 1.
         self.weight = nn.Parameter(torch.randn(shape) / math.sqrt(self.fan_in))
         self.gain = nn.Parameter(torch.zeros(())) if gain else None
 
     def normalised(self) -> Tensor:
-        """Return the weight that is multiplied by, [out, ...]."""
+        """Return the effective weight [out, ...]."""
         weight = F.normalize(self.weight.flatten(1), dim=1).view_as(self.weight)
         if self.gain is None:
             return weight
@@ -81,37 +83,41 @@ class _Normalised(nn.Module):
 
 
 class MPLinear(_Normalised):
-    """Linear map [..., channels] -> [..., out] of normalised weights, without bias."""
+    """Linear map of normalised weights, without bias."""
 
     def __init__(self, channels: int, out: int, *, gain: bool = False) -> None:
         super().__init__(out, channels, gain=gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.normalised())
+        """Map x [..., channels] to [..., out]."""
+        return F.linear(x, self.normalised())  # [..., out]
 
 
 class MPConv(_Normalised):
-    """Convolution [B, channels, H, W] -> [B, out, H, W] of normalised weights, without bias."""
+    """Convolution of normalised weights, without bias."""
 
     def __init__(self, channels: int, out: int, side: int = 3, *, gain: bool = False) -> None:
         super().__init__(out, channels, side, side, gain=gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.normalised(), padding=self.weight.shape[-1] // 2)
+        """Map x [B, channels, H, W] to [B, out, H, W]."""
+        return F.conv2d(x, self.normalised(), padding=self.weight.shape[-1] // 2)  # [B, out, H, W]
 
 
 class MPFirstConv(MPConv):
-    """Convolution of an image beside a channel of ones: the network's only bias."""
+    """Convolution of an image with an added channel of ones: the network's only bias."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__(channels + 1, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+        """Map x [B, channels, H, W] to [B, out, H, W]."""
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # [B, channels + 1, H, W]
+        return super().forward(x)  # [B, out, H, W]
 
 
 class MPTimestep(nn.Module):
-    """Sinusoids of unit magnitude -> linear: [B] int64 -> [B, width].
+    """Embed a timestep: sinusoids of unit magnitude, linear.
 
     Sinusoids of the timestep, not the paper's random Fourier features of the noise level: cosine
     and sine of one angle have unit magnitude together at every t, after a factor sqrt(2).
@@ -123,12 +129,14 @@ class MPTimestep(nn.Module):
         self.linear = MPLinear(sinusoids, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.linear(math.sqrt(2) * timestep_embedding(t, self.sinusoids))
+        """Map t int64 [B] to [B, width]."""
+        x = math.sqrt(2) * timestep_embedding(t, self.sinusoids)  # [B, sinusoids]
+        return self.linear(x)  # [B, width]
 
 
 class MPResBlock(nn.Module):
     """Residual block (figure 2): a change of resolution first, then on the way down (`norm`) a
-    pixel norm at its entry; a gain of each channel is all that it learns of the condition."""
+    pixel norm at its entry; the condition sets one gain per channel."""
 
     def __init__(
         self,
@@ -151,16 +159,17 @@ class MPResBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Map x [B, C, H, W] under cond [B, cond] to [B, out, H', W']."""
-        x = resized(x, self.resample)
-        x = unit(self.skip(x)) if self.norm else x
-        h = self.conv_1(mp_silu(x))
-        h = mp_silu(h * (1 + self.cond(mp_silu(cond))[:, :, None, None]))
-        return mp_sum(x if self.norm else self.skip(x), self.conv_2(self.dropout(h)), BRANCH)
+        x = resized(x, self.resample)  # [B, C, H', W']
+        x = unit(self.skip(x)) if self.norm else x  # [B, out, H', W'] if norm
+        h = self.conv_1(mp_silu(x))  # [B, out, H', W']
+        gain = 1 + self.cond(mp_silu(cond))[:, :, None, None]  # [B, out, 1, 1]
+        h = self.conv_2(self.dropout(mp_silu(h * gain)))  # [B, out, H', W']
+        return mp_sum(x if self.norm else self.skip(x), h, BRANCH)
 
 
 class MPAttentionBlock(nn.Module):
-    """Cosine attention (figure 2) over cells and, as GLIDE's, the condition's tokens: queries, keys
-    and values all of unit magnitude."""
+    """Cosine attention (figure 2) over cells and, as in GLIDE, the condition's tokens: queries,
+    keys and values all have unit magnitude."""
 
     def __init__(self, *, channels: int, head_channels: int, context: int) -> None:
         super().__init__()
@@ -170,23 +179,26 @@ class MPAttentionBlock(nn.Module):
         self.out = MPLinear(channels, channels)
 
     def forward(self, x: Tensor, tokens: Tensor | None, token_mask: Tensor | None) -> Tensor:
-        """Map x [B, C, H, W] with tokens [B, N, context] and their mask [B, N] (True = keep) to
-        [B, C, H, W]."""
-        more = None if self.context is None or tokens is None else self.context(tokens)
-        h = read_cells(
-            self.qkv(cells_of(x)), more, token_mask,
-            num_heads=self.num_heads, qk_norm=True, v_norm=True,
-        )  # fmt: skip
-        return mp_sum(x, image_of(self.out(h), like=x), BRANCH)
+        """Map x [B, C, H, W] with tokens [B, N, context] and their mask bool [B, N] (True = keep)
+        to [B, C, H, W]."""
+        context = None if self.context is None or tokens is None else self.context(tokens)
+        qkv = self.qkv(cells_of(x))  # [B, HW, 3C]
+        h = attend_cells(
+            qkv, context, token_mask, num_heads=self.num_heads, qk_norm=True, v_norm=True
+        )  # [B, HW, C]
+        return mp_sum(x, image_of(self.out(h), like=x), BRANCH)  # [B, C, H, W]
 
 
 def _add_condition(x: Tensor, condition: Tensor) -> Tensor:
-    """Sum x and a condition of its shape, whose layers outside the U-Net keep no magnitude; it is
-    brought to one sample by sample, so that a grid's cells keep their contrast."""
+    """Sum x and a condition of its shape, whose layers outside the U-Net preserve no magnitude.
+
+    The condition is brought to unit magnitude sample by sample, so that a grid's cells keep their
+    contrast.
+    """
     return mp_sum(x, unit(condition, tuple(range(1, condition.ndim))), BALANCE)
 
 
-MAGNITUDE_PRESERVING = Parts(
+MAGNITUDE_PRESERVING = UNetLayers(
     block_down=partial(MPResBlock, norm=True),
     block_up=MPResBlock,
     attention=MPAttentionBlock,

@@ -1,14 +1,19 @@
-"""What the three priors share: what they are told of a caption, how they read it, and in which
-units they think of image embeddings."""
+"""What the three priors share: the caption as their input, sampling options, and the scale of
+image embeddings."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.configs import Spacing
+from models.configs import (
+    AutoregressivePriorConfig,
+    DiffusionPriorConfig,
+    RegressionPriorConfig,
+    Spacing,
+)
 from models.diffusion.samplers import Sampler
 from models.networks.transformer import trimmed_length
 
@@ -17,7 +22,7 @@ EMBED_RMS = 0.5375  # the paper's 17.2 / sqrt(1024): RMS of ImageNet's pixels in
 
 @dataclass(frozen=True, kw_only=True)
 class PriorText:
-    """A caption as a prior is told it.
+    """A caption as a prior's input.
 
     text_embed: z_t, float [B, E], unit norm; text: CLIP's token states, float [B, L, W], or the
     prior's own tokens, int [B, L]; token_mask: bool [B, L], True = keep.
@@ -28,10 +33,10 @@ class PriorText:
     token_mask: Tensor
 
     def trimmed(self) -> "PriorText":
-        """Return the same captions without the columns that only pad: nothing reads them.
+        """Return the same captions without the columns that are padding in every row.
 
         Most captions fill a fifth of 77 tokens. Lengths are multiples of `TRIM_MULTIPLE`, so that a
-        compiled network meets few.
+        compiled network sees few.
         """
         length = trimmed_length(self.token_mask)
         text, token_mask = self.text[:, :length], self.token_mask[:, :length]
@@ -40,12 +45,12 @@ class PriorText:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorSampling:
-    """How to sample a prior: of each field, the priors that know it.
+    """How to sample a prior; each field applies to the priors that have it.
 
     sampler, sample_steps, spacing, best_of: diffusion; temperature, top_share, mean_of:
-    autoregressive; cfg_scale: both. sampler "analytic_ddpm" takes the prior's own statistics;
-    temperature 0 draws nothing, see `AutoregressivePrior.sample_codes`; mean_of: so many draws are
-    averaged, an estimate of E[z_i | caption], which is nearer to z_i than a draw and less varied.
+    autoregressive; cfg_scale: both. sampler "analytic_ddpm" uses the prior's own statistics.
+    temperature 0 draws nothing, see `AutoregressivePrior.sample_codes`. mean_of: number of draws to
+    average, an estimate of E[z_i | caption]: nearer to z_i than a draw, and less varied.
     """
 
     sampler: Sampler | Literal["analytic_ddpm"]
@@ -62,10 +67,11 @@ class Prior(Protocol):
     """From a caption to image embeddings."""
 
     embed_dim: int
-    config: Any  # with text_tokens: how many of its own it reads, 0 for CLIP's states
+    config: DiffusionPriorConfig | AutoregressivePriorConfig | RegressionPriorConfig
 
     def losses(self, keys: Tensor, image_embed: Tensor, text: PriorText) -> dict[str, Tensor]:
-        """Return {"loss": [B], other scores: [B]}; all randomness comes from the `keys` [B]."""
+        """Return {"loss": [B], other scores: [B]} of image_embed [B, E]; all randomness comes from
+        the sample `keys` int64 [B]."""
         ...
 
     def sample(self, keys: Tensor, text: PriorText, options: PriorSampling) -> Tensor:
@@ -74,7 +80,7 @@ class Prior(Protocol):
 
 
 class EmbedScale(nn.Module):
-    """The units in which a network sees embeddings: x = (z - mean) / std, kept in the checkpoint.
+    """The units in which a network sees embeddings: x = (z - mean) / std, saved with the weights.
 
     As built, one scale for all dimensions, with which a unit vector has the paper's norm.
     """
@@ -95,16 +101,16 @@ class EmbedScale(nn.Module):
         self.std.copy_(std.clamp(min=1e-6))
 
     def set_spectrum(self, covariance: Tensor) -> None:
-        """Take the covariance of z, [E, E]: its eigenvalues in our units give Analytic-DPM's
+        """Set the covariance of z, [E, E]: its eigenvalues in units of x give Analytic-DPM's
         variances."""
         std = self.std.double()
         self.spectrum.copy_(torch.linalg.eigvalsh(covariance.double() / std / std[:, None]))
 
     def forward(self, z: Tensor) -> Tensor:
-        return (z - self.mean) / self.std
+        """Map embeddings z [B, E] to x [B, E]."""
+        return (z - self.mean) / self.std  # [B, E]
 
     def restore(self, x: Tensor, *, unit_norm: bool = True) -> Tensor:
-        """Undo `forward` and return to the unit sphere, where CLIP embeddings live unless their
-        length is kept."""
-        z = x * self.std + self.mean
+        """Map x [B, E] back to embeddings z [B, E], by default on the unit sphere."""
+        z = x * self.std + self.mean  # [B, E]
         return F.normalize(z, dim=-1) if unit_norm else z

@@ -12,8 +12,14 @@ from models.diffusion import keyed_random
 from models.diffusion.losses import draw_timesteps, timestep_weight
 from models.diffusion.samplers import analytic_ddpm, clipped, gaussian_posterior_variance, guided
 from models.diffusion.schedule import NoiseSchedule
-from models.networks.text_encoder import TextInput
-from models.networks.transformer import TRIM_MULTIPLE, Block, KeyValues, TimestepMLP, causal_mask
+from models.networks.transformer import (
+    TRIM_MULTIPLE,
+    Block,
+    KeyValues,
+    TextInput,
+    TimestepMLP,
+    causal_mask,
+)
 from models.priors.base import EmbedScale, PriorSampling, PriorText
 
 NUM_EXTRA_TOKENS = 4  # z_t, t, noised z_i, query
@@ -21,12 +27,12 @@ NUM_STEP_TOKENS = 3  # those that a step of sampling changes: t, noised z_i, que
 
 
 @dataclass(frozen=True, kw_only=True)
-class Read:
-    """A caption as the network has read it, once for all steps and draws of a sample: nothing of
-    [text | z_t] looks at what comes after.
+class TextCache:
+    """The P tokens [text | z_t] as every block processed them, for all steps of a sample: they
+    attend to nothing that comes after.
 
-    caches: keys and values of these P tokens in each block; mask: bool [B, 1, 3, P + 3], what the
-    three tokens after them may read; dtype: of the words.
+    caches: their keys and values in each block; mask: bool [B, 1, 3, P + 3], True where the three
+    tokens of a step may read; dtype: of the tokens.
     """
 
     caches: list[KeyValues]
@@ -50,8 +56,8 @@ class DiffusionPrior(nn.Module):
     ) -> None:
         """Build for an encoder of these sizes.
 
-        context_length: tokens of CLIP's states; with `config.text_tokens` the prior reads so many
-        tokens of its own instead, of which there are `vocab_size`.
+        embed_dim: E; text_width, context_length: channels and tokens of CLIP's states. With
+        `config.text_tokens` the prior has its own table of `vocab_size` tokens instead.
         """
         super().__init__()
         width = config.width
@@ -59,8 +65,8 @@ class DiffusionPrior(nn.Module):
         self.schedule = NoiseSchedule.build(
             config.schedule, config.num_timesteps, zero_terminal=config.zero_terminal
         )
-        num_words = config.text_tokens or context_length
-        self.length = num_words + NUM_EXTRA_TOKENS
+        num_tokens = config.text_tokens or context_length
+        self.length = num_tokens + NUM_EXTRA_TOKENS
         self.text_in = TextInput(
             text_width=0 if config.text_tokens else text_width, vocab_size=vocab_size, width=width
         )
@@ -68,7 +74,7 @@ class DiffusionPrior(nn.Module):
         self.time_in = TimestepMLP(config.time_channels or min(width, 256), width)
         self.x_in = nn.Linear(embed_dim, width)
         self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        num_nulls = min(TRIM_MULTIPLE, num_words)  # as few as captions are trimmed to
+        num_nulls = min(TRIM_MULTIPLE, num_tokens)  # the shortest length that captions are cut to
         self.null_text = nn.Parameter(torch.randn(1, num_nulls, width) * 0.02)
         self.null_text_embed = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.position = nn.Parameter(torch.randn(1, self.length, width) * 0.02)
@@ -84,114 +90,121 @@ class DiffusionPrior(nn.Module):
         self.norm_out = nn.LayerNorm(width)
         self.out = nn.Linear(width, embed_dim)
         self.scale = EmbedScale(embed_dim)
-        # tokens of the null caption that are read: all of a learned one
+        # number of valid tokens of the null caption: all of a learned one
         self.register_buffer("null_length", torch.tensor([num_nulls]))
 
-    def _told(self, text: PriorText, drop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return words [B, L, width] and z_t [B, 1, width], learned nulls where `drop`, and which
-        of the words are read, bool [B, L]."""
-        gone = drop[:, None, None]
+    def encode_text(self, text: PriorText, drop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the caption's tokens [B, L, W], z_t's [B, 1, W], and bool [B, L], True = keep.
+
+        drop: bool [B], True for learned nulls in place of the caption and z_t.
+        """
+        states = self.text_in(text.text)  # [B, L, W]
+        num_padded = states.shape[1] - self.null_text.shape[1]
+        null = F.pad(self.null_text, (0, 0, 0, num_padded)).to(states.dtype)  # [1, L, W]
+        states = torch.where(drop[:, None, None], null, states)  # [B, L, W]
         z_t = self.scale(text.text_embed) if self.config.scale_text else text.text_embed
-        words = self.text_in(text.text)  # [B, L, width]
-        spare = words.shape[1] - self.null_text.shape[1]
-        null = F.pad(self.null_text, (0, 0, 0, spare)).to(words.dtype)
-        words = torch.where(gone, null, words)
-        z_t = torch.where(gone, self.null_text_embed, self.text_embed_in(z_t)[:, None])
-        read = torch.arange(words.shape[1], device=drop.device) < self.null_length
-        return words, z_t.to(words.dtype), torch.where(drop[:, None], read, text.token_mask)
+        z_t = self.text_embed_in(z_t)[:, None]  # [B, 1, W]
+        z_t = torch.where(drop[:, None, None], self.null_text_embed, z_t)
+        null_mask = torch.arange(states.shape[1], device=drop.device) < self.null_length  # [L]
+        keep = torch.where(drop[:, None], null_mask, text.token_mask)  # [B, L]
+        return states, z_t.to(states.dtype), keep
 
-    def _noised(self, x_t: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the tokens [B, 3, width] that change from step to step."""
-        parts = [self.time_in(t)[:, None], self.x_in(x_t)[:, None]]
-        parts.append(self.query.expand(len(x_t), -1, -1))
-        return torch.cat([part.to(dtype) for part in parts], dim=1)
+    def _step_tokens(self, x_t: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the tokens [B, 3, W] that change from step to step."""
+        query = self.query.expand(len(x_t), -1, -1)
+        tokens = self.time_in(t)[:, None], self.x_in(x_t)[:, None], query  # [B, 1, W] each
+        return torch.cat([token.to(dtype) for token in tokens], dim=1)
 
-    def forward(self, x_t: Tensor, t: Tensor, text: PriorText | Read, drop: Tensor) -> Tensor:
-        """Predict the un-noised, scaled z_i, shaped as `x_t`.
+    def forward(self, x_t: Tensor, t: Tensor, text: PriorText | TextCache, drop: Tensor) -> Tensor:
+        """Predict the clean, scaled z_i, float32 [B, E].
 
         x_t: [B, E], scaled; t: int64 [B]; drop: bool [B], True replaces caption and z_t by learned
-        nulls (classifier-free guidance); of a caption that has been read, `read` was told.
+        nulls (classifier-free guidance); a `TextCache` has it applied already.
         """
-        if isinstance(text, Read):
-            return self._after(text, x_t, t)
-        words, z_t, keep = self._told(text, drop)
-        h = torch.cat([words, z_t, self._noised(x_t, t, words.dtype)], dim=1)
-        ends = self.position[:, : words.shape[1]], self.position[:, -NUM_EXTRA_TOKENS:]
-        h = h + torch.cat(ends, dim=1)
-        mask = causal_mask(h.shape[1], F.pad(keep, (0, NUM_EXTRA_TOKENS), value=True))
+        if isinstance(text, TextCache):
+            return self.decode_step(text, x_t, t)
+        states, z_t, keep = self.encode_text(text, drop)  # [B, L, W], [B, 1, W], [B, L]
+        h = torch.cat([states, z_t, self._step_tokens(x_t, t, states.dtype)], dim=1)
+        ends = self.position[:, : states.shape[1]], self.position[:, -NUM_EXTRA_TOKENS:]
+        h = h + torch.cat(ends, dim=1)  # [B, N, W], N = L + 4
+        keep = F.pad(keep, (0, NUM_EXTRA_TOKENS), value=True)  # [B, N]
+        mask = causal_mask(h.shape[1], keep)  # [B, 1, N, N]
         for i, block in enumerate(self.blocks):
             if self.config.checkpointing and self.training:
-                h = checkpoint(block, h, mask, self._asked(i), use_reentrant=False)
+                h = checkpoint(block, h, mask, self.num_queries(i), use_reentrant=False)
             else:
-                h = block(h, mask, last=self._asked(i))
+                h = block(h, mask, self.num_queries(i))  # [B, N, W], at last [B, 1, W]
         return self.out(self.norm_out(h[:, -1])).float()  # [B, E]
 
-    def _asked(self, block: int) -> int:
-        """Return how many tokens of a block's are read, 0 for all: of the last one only the
-        query."""
+    def num_queries(self, block: int) -> int:
+        """Return how many of a block's last tokens are needed, 0 for all: one of the last block."""
         return 1 if block == len(self.blocks) - 1 else 0
 
-    def read(self, text: PriorText, drop: Tensor) -> Read:
-        """Read captions, or the null where `drop`, bool [B], for all steps to come."""
-        words, z_t, keep = self._told(text, drop)
-        ends = self.position[:, : words.shape[1]], self.position[:, [-NUM_EXTRA_TOKENS]]
-        h = torch.cat([words, z_t], dim=1) + torch.cat(ends, dim=1)
-        count, heads = h.shape[1], self.config.num_heads
-        whole = count + NUM_STEP_TOKENS
-        mask = causal_mask(whole, F.pad(keep, (0, NUM_EXTRA_TOKENS), value=True))
-        shape = (len(h), heads, whole, self.config.width // heads)
-        caches = [KeyValues(shape, words) for _ in self.blocks]
+    def prefill(self, text: PriorText, drop: Tensor) -> TextCache:
+        """Process captions, or learned nulls where `drop`, bool [B], once for all steps."""
+        states, z_t, keep = self.encode_text(text, drop)  # [B, L, W], [B, 1, W], [B, L]
+        ends = self.position[:, : states.shape[1]], self.position[:, [-NUM_EXTRA_TOKENS]]
+        h = torch.cat([states, z_t], dim=1) + torch.cat(ends, dim=1)  # [B, P, W], P = L + 1
+        prefix, length = h.shape[1], h.shape[1] + NUM_STEP_TOKENS
+        mask = causal_mask(length, F.pad(keep, (0, NUM_EXTRA_TOKENS), value=True))
+        heads = self.config.num_heads
+        shape = (len(h), heads, length, self.config.width // heads)
+        caches = [KeyValues(shape, states) for _ in self.blocks]
         for i, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
-            h = block(h, mask[:, :, :count, :count], last=self._asked(i), cache=cache)
-        return Read(caches=caches, mask=mask[:, :, count:], dtype=words.dtype)
+            h = block(h, mask[:, :, :prefix, :prefix], self.num_queries(i), cache)
+        return TextCache(caches=caches, mask=mask[:, :, prefix:], dtype=states.dtype)
 
-    def _after(self, read: Read, x_t: Tensor, t: Tensor) -> Tensor:
-        """Predict as `forward` does, after a caption that has been read."""
-        h = self._noised(x_t, t, read.dtype) + self.position[:, -NUM_STEP_TOKENS:]
-        count = read.mask.shape[-1] - NUM_STEP_TOKENS
-        for i, (block, cache) in enumerate(zip(self.blocks, read.caches, strict=True)):
-            cache.back_to(count)
-            h = block(h, read.mask, last=self._asked(i), cache=cache)
-        return self.out(self.norm_out(h[:, -1])).float()
+    def decode_step(self, text: TextCache, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predict as `forward`, float32 [B, E], after a caption that is in the cache."""
+        h = self._step_tokens(x_t, t, text.dtype) + self.position[:, -NUM_STEP_TOKENS:]
+        prefix = text.mask.shape[-1] - NUM_STEP_TOKENS
+        for i, (block, cache) in enumerate(zip(self.blocks, text.caches, strict=True)):
+            cache.truncate(prefix)
+            h = block(h, text.mask, self.num_queries(i), cache)  # [B, 3, W], at last [B, 1, W]
+        return self.out(self.norm_out(h[:, -1])).float()  # [B, E]
 
     def losses(self, keys: Tensor, image_embed: Tensor, text: PriorText) -> dict[str, Tensor]:
-        """Return {"loss": [B]}, the weighted MSE on x0."""
-        x0 = self.scale(image_embed)
-        t = draw_timesteps(self.schedule, keys)
-        drop = keyed_random.uniform(keys, "text_drop") < self.config.text_drop
+        """Return {"loss": [B]}, the weighted MSE on x0, of image_embed [B, E].
+
+        Timesteps, noise and dropped captions come from the sample `keys` int64 [B].
+        """
+        x0 = self.scale(image_embed)  # [B, E]
+        t = draw_timesteps(self.schedule, keys)  # [B]
+        drop = keyed_random.uniform(keys, "text_drop") < self.config.text_drop  # [B]
         x_t = self.schedule.q_sample(x0, t, keyed_random.normal(keys, "eps", x0.shape[1:]))
-        x0_pred = self(x_t, t, text, drop)
-        weight = timestep_weight(self.schedule, self.config.weighting, "x0", t)
+        x0_pred = self(x_t, t, text, drop)  # [B, E]
+        weight = timestep_weight(self.schedule, self.config.weighting, "x0", t)  # [B]
         return {"loss": weight * (x0_pred - x0).square().mean(1)}
 
     @torch.no_grad()
     def sample(self, keys: Tensor, text: PriorText, options: PriorSampling) -> Tensor:
-        """Draw z_i [B, E], of unit norm if `config.unit_norm`: of `best_of` draws the one with the
-        largest z_i . z_t (section 2.2)."""
-        never, always = torch.zeros_like(keys, dtype=torch.bool), torch.ones_like(keys).bool()
-        told = self.read(text, never)
-        untold = told if options.cfg_scale == 1 else self.read(text, always)
+        """Draw z_i [B, E], of unit norm if `config.unit_norm`, for sample `keys` int64 [B].
+
+        Of `best_of` draws, the one with the largest z_i . z_t is returned (section 2.2).
+        """
+        # Denoiser: the network after the cached caption, guided away from the null caption
+        keep = torch.zeros_like(keys, dtype=torch.bool)
+        cached = self.prefill(text, keep)
+        null = cached if options.cfg_scale == 1 else self.prefill(text, ~keep)
         denoise = guided(
-            lambda x, t: self(x, t, told, never),
-            lambda x, t: self(x, t, untold, always),
+            lambda x, t: self(x, t, cached, keep),
+            lambda x, t: self(x, t, null, ~keep),
             options.cfg_scale,
         )
         if self.config.clip_x0:
             denoise = clipped(denoise, self.config.clip_x0)
-        sampler = options.sampler
+        sampler, schedule = options.sampler, self.schedule.spaced(options.spacing)
         if sampler == "analytic_ddpm":
-            unknown = gaussian_posterior_variance(self.schedule, self.scale.spectrum.clamp(min=0))
-            sampler = analytic_ddpm(unknown)
-        draws, schedule = [], self.schedule.spaced(options.spacing)
+            spectrum = self.scale.spectrum.clamp(min=0)
+            sampler = analytic_ddpm(gaussian_posterior_variance(self.schedule, spectrum))
+
+        # Draws, and the best of each sample
+        draws, shape = [], (self.embed_dim,)
         for draw in range(options.best_of):
-            x = keyed_random.normal(keys, f"prior_{draw}", (self.embed_dim,))
-            noise = _fresh_noise(keys, draw, x)
-            x0 = sampler(denoise, x, schedule, options.sample_steps, noise)
+            x = keyed_random.normal(keys, f"prior_{draw}", shape)  # [B, E]
+            noise = keyed_random.step_noise(keys, f"prior_{draw}", shape)
+            x0 = sampler(denoise, x, schedule, options.sample_steps, noise)  # [B, E]
             draws.append(self.scale.restore(x0, unit_norm=self.config.unit_norm))
         z = torch.stack(draws)  # [D, B, E]
         best = (z * text.text_embed).sum(-1).argmax(0)  # [B]
-        return z[best, torch.arange(len(keys), device=keys.device)]
-
-
-def _fresh_noise(keys: Tensor, draw: int, like: Tensor):
-    return lambda step: keyed_random.normal(keys, f"prior_{draw}_{step}", like.shape[1:])
+        return z[best, torch.arange(len(keys), device=keys.device)]  # [B, E]

@@ -1,7 +1,7 @@
 """The regression prior: a caption's image embedding in one pass, without diffusion.
 
 After ECLIPSE (Patel et al. 2024): squared error to z_i, and a contrastive term that keeps it near
-the caption's own embedding. It gives a mean, not a draw: the fast baseline.
+the caption's own embedding. It predicts a mean and draws nothing: the fast baseline.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from models.configs import RegressionPriorConfig
 from models.diffusion.losses import contrastive
-from models.networks.autocast import without_autocast
-from models.networks.text_encoder import TextInput
-from models.networks.transformer import Block
+from models.networks.transformer import Block, TextInput, without_autocast
 from models.priors.base import EmbedScale, PriorSampling, PriorText
 
 CONTRASTIVE_SCALE = 1 / 0.07  # CLIP's initial temperature
-Gathered = Callable[[Tensor], tuple[Tensor, slice]]
+NUM_EXTRA_TOKENS = 2  # z_t, query
+
+# From local rows [b, ...] to the rows of all workers [G, ...] and the slice that is local
+Gather = Callable[[Tensor], tuple[Tensor, slice]]
 
 
-def _alone(rows: Tensor) -> tuple[Tensor, slice]:
+def _single_worker(rows: Tensor) -> tuple[Tensor, slice]:
     return rows, slice(len(rows))
 
 
@@ -41,13 +42,13 @@ class RegressionPrior(nn.Module):
         super().__init__()
         width = config.width
         self.config, self.embed_dim = config, embed_dim
-        num_words = config.text_tokens or context_length
+        length = (config.text_tokens or context_length) + NUM_EXTRA_TOKENS
         self.text_in = TextInput(
             text_width=0 if config.text_tokens else text_width, vocab_size=vocab_size, width=width
         )
         self.text_embed_in = nn.Linear(embed_dim, width)
         self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.position = nn.Parameter(torch.randn(1, num_words + 2, width) * 0.02)
+        self.position = nn.Parameter(torch.randn(1, length, width) * 0.02)
         self.blocks = nn.ModuleList(
             Block(
                 width=width,
@@ -62,39 +63,38 @@ class RegressionPrior(nn.Module):
         self.scale = EmbedScale(embed_dim)
 
     def forward(self, text: PriorText) -> Tensor:
-        """Predict the scaled z_i, [B, E]."""
-        words = self.text_in(text.text)  # [B, L, width]
-        z_t = self.text_embed_in(self.scale(text.text_embed))[:, None]
-        query = self.query.expand(len(z_t), -1, -1)
-        h = torch.cat([words, z_t.to(words.dtype), query.to(words.dtype)], dim=1)
-        ends = self.position[:, : words.shape[1]], self.position[:, -2:]
-        h = h + torch.cat(ends, dim=1)
-        mask = F.pad(text.token_mask, (0, 2), value=True)[:, None, None, :].expand(
-            -1, -1, h.shape[1], -1
-        )
+        """Predict the scaled z_i, float32 [B, E]."""
+        states = self.text_in(text.text)  # [B, L, W]
+        z_t = self.text_embed_in(self.scale(text.text_embed))[:, None]  # [B, 1, W]
+        query = self.query.expand(len(z_t), -1, -1)  # [B, 1, W]
+        h = torch.cat([states, z_t.to(states.dtype), query.to(states.dtype)], dim=1)
+        ends = self.position[:, : states.shape[1]], self.position[:, -NUM_EXTRA_TOKENS:]
+        h = h + torch.cat(ends, dim=1)  # [B, N, W], N = L + 2
+        keep = F.pad(text.token_mask, (0, NUM_EXTRA_TOKENS), value=True)  # [B, N]
+        mask = keep[:, None, None, :].expand(-1, -1, h.shape[1], -1)  # [B, 1, N, N]
         for i, block in enumerate(self.blocks):
-            h = block(h, mask, last=1 if i == len(self.blocks) - 1 else 0)
-        return self.out(self.norm_out(h[:, -1])).float()
+            is_last = i == len(self.blocks) - 1
+            h = block(h, mask, num_queries=1 if is_last else 0)  # [B, N, W], at last [B, 1, W]
+        return self.out(self.norm_out(h[:, -1])).float()  # [B, E]
 
     def losses(
-        self, keys: Tensor, image_embed: Tensor, text: PriorText, gathered: Gathered = _alone
+        self, keys: Tensor, image_embed: Tensor, text: PriorText, gather: Gather = _single_worker
     ) -> dict[str, Tensor]:
-        """Return {"loss", "mse", "accuracy": [B]}.
+        """Return {"loss", "mse", "accuracy": [B]} of image_embed [B, E]; `keys` are not used.
 
-        gathered: adds the rows of other workers and says which are this one's: all of them are the
-        contrastive term's negatives.
+        gather: adds the rows of the other workers, which are negatives of the contrastive term.
         """
-        x = self(text)
-        mse = (x - self.scale(image_embed)).square().mean(1)
-        (z, mine), (z_t, _) = gathered(self.scale.restore(x)), gathered(text.text_embed)
+        x = self(text)  # [B, E]
+        mse = (x - self.scale(image_embed)).square().mean(1)  # [B]
+        (z, local), (z_t, _) = gather(self.scale.restore(x)), gather(text.text_embed)  # [G, E]
         with without_autocast(z_t):  # bf16 has no number between .996 and 1
-            same = (z_t[mine] @ z_t.T) > 1 - 1e-4  # one caption twice is no negative
+            same = (z_t[local] @ z_t.T) > 1 - 1e-4  # [B, G]: a caption is no negative of itself
         scale = torch.tensor(CONTRASTIVE_SCALE, device=x.device)
-        told, accuracy = contrastive(z, z_t, scale, ~same, mine)
-        loss = mse + self.config.contrastive_weight * told
+        contrastive_loss, accuracy = contrastive(z, z_t, scale, ~same, local)  # [B] each
+        loss = mse + self.config.contrastive_weight * contrastive_loss
         return {"loss": loss, "mse": mse.detach(), "accuracy": accuracy.detach()}
 
     @torch.no_grad()
     def sample(self, keys: Tensor, text: PriorText, options: PriorSampling) -> Tensor:
-        """Return z_i [B, E], unit norm; the same for every key."""
+        """Return z_i [B, E], unit norm: the prediction, whatever the keys and options."""
         return self.scale.restore(self(text))

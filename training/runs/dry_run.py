@@ -10,7 +10,7 @@ from cluster.base.cli import to_yaml
 from ingest.shards import read_manifest
 from ingest.store.storage import storage_of
 from models.configs import ClipConfig
-from models.costs.flops import num_parameters, offloaded_bytes, state_bytes
+from models.costs import num_parameters, offloaded_bytes, state_bytes
 from training.config import RunConfig
 
 COPIED_BYTES = 16  # a parameter: master weight, two moments, average

@@ -276,7 +276,7 @@ def _train(
 def _peak_samples(model: "nn.Module", settings: TrainConfig, device: "torch.device") -> float:
     """Return the samples a second that one device would train on at its peak; 0 where its peak is
     not known, or is not of this precision."""
-    from models.costs.training import training_flops
+    from models.costs import training_flops
     from training.runs.profiling import peak_tflops
 
     known = peak_tflops(device) if settings.workers.precision == "bf16" else 0.0
