@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cluster.base.cli import parse, run_script
 from cluster.base.files import canonical_json
-from ingest.download import DownloadConfig, _open, _prepare
+from ingest.download import DownloadConfig, prepare
 from ingest.lists.filters import FilterConfig
 from ingest.shards import shard_name
 from ingest.store.commits import Commit
@@ -138,8 +138,7 @@ def resume(folder: Path, unique: tuple) -> tuple[float, float]:
 def _manifest(folder: Path, config: DownloadConfig) -> None:
     """Write the manifest that the command would have begun with."""
     elsewhere = replace(config, out=str(folder / "manifest"))
-    listed, row_filter = _open(elsewhere)
-    _prepare(elsewhere, listed, row_filter)
+    prepare(elsewhere)
     shutil.copy(folder / "manifest" / "_manifest.json", folder / "commits")
     shutil.rmtree(folder / "manifest")
 

@@ -154,8 +154,8 @@ class Pipeline:
             "--image-size", 32, "--samples-per-shard", SHARD, "--num-threads", 2, "--no-robots",
             "--allow-address", self.address, "--host-rate", 0, "--host-connections", 32,
         ))  # fmt: skip
-        stage.run(("cpu", "_supervised") if lose else None)
-        assert stage.where("_supervised") == {"cpu"}
+        stage.run(("cpu", "_make_in_task") if lose else None)
+        assert stage.where("_make_in_task") == {"cpu"}
         return load_snapshot(str(self.root / "images")).digest
 
     def embed(self, lose: bool) -> str:

@@ -17,8 +17,8 @@ from PIL import Image, PngImagePlugin
 
 from ingest.download import DownloadConfig, main
 from ingest.fetching.decode import Resizer
+from ingest.fetching.engine import EngineConfig, RowRequest, fetch_rows
 from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
-from ingest.fetching.harvest import HarvestConfig, Request, harvest
 from ingest.fetching.net import connect
 from ingest.lists.filters import MAX_CAPTION_CHARS
 from ingest.shards import ImageShard, committed
@@ -184,8 +184,8 @@ def test_no_case_takes_too_long_or_too_much_memory_or_leads_astray(site, cases, 
         fetcher = Fetcher(policy)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, started = _memory("VmRSS"), time.monotonic()
-        config = HarvestConfig(num_threads=1, retries=0)
-        found = harvest([Request(row=0, url=url)], fetcher, resizer, config)[0]
+        config = EngineConfig(num_threads=1, retries=0)
+        found = fetch_rows([RowRequest(row=0, url=url)], fetcher, resizer, config)[0]
         seconds, growth = time.monotonic() - started, _memory("VmHWM") - before
         if (found.reason or GOOD) != reason:
             problems.append(f"{name}: {found.reason}, expected {reason}")

@@ -63,7 +63,7 @@ def download(site, tmp_path) -> Work:
     return Work(
         command=spell,
         num_commits=NUM_ROWS // SHARD,
-        worker="ray::_supervised",
+        worker="ray::_make_in_task",
         whole=tmp_path / "whole",
     )
 

@@ -10,7 +10,7 @@ import pytest
 
 from ingest.download import DownloadConfig, main
 from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
-from ingest.fetching.net import proxy_named
+from ingest.fetching.net import resolve_proxy
 from ingest.shards import load_snapshot
 
 
@@ -134,8 +134,8 @@ def test_the_environments_proxy_is_ignored_unless_asked_for(site, monkeypatch):
             monkeypatch.setenv(name, url)
         policy = FetchPolicy(allow_addresses=(parse_allow_address(site.address),), host_rate=0)
         assert Fetcher(policy).fetch(site.put("/a", site.picture())).body == site.picture()
-        assert heads == [] and proxy_named("") == ""
-        assert proxy_named("environment") == url
+        assert heads == [] and resolve_proxy("") == ""
+        assert resolve_proxy("environment") == url
 
 
 def test_a_download_goes_through_it(site, tmp_path):
@@ -166,7 +166,7 @@ def test_a_wrong_proxy_is_refused_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize("proxy", ["localhost:3128", "socks5://a:1", "http://a", "http://a:1/x"])
 def test_what_is_no_proxy_is_refused(proxy: str):
     with pytest.raises(ValueError, match="--proxy: found .*, expected http://HOST:PORT"):
-        proxy_named(proxy)
+        resolve_proxy(proxy)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_what_is_no_proxy_is_refused(proxy: str):
 )  # fmt: skip
 def test_no_refusal_tells_a_password(proxy: str):
     with pytest.raises(ValueError, match=r"--proxy: found .*a\.example.*, expected") as caught:
-        proxy_named(proxy)
+        resolve_proxy(proxy)
     assert "secret" not in str(caught.value) and "me:" not in str(caught.value)
     assert caught.value.__context__ is None, "urllib's own words may hold a part of it"
     assert "secret" not in repr(FetchPolicy(proxy=proxy))
@@ -187,4 +187,4 @@ def test_an_environment_without_a_proxy_is_refused(monkeypatch):
     monkeypatch.delenv("HTTPS_PROXY", raising=False)
     monkeypatch.delenv("https_proxy", raising=False)
     with pytest.raises(ValueError, match="environment with HTTPS_PROXY set"):
-        proxy_named("environment")
+        resolve_proxy("environment")

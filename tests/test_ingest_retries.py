@@ -10,7 +10,7 @@ import pytest
 
 from ingest.download import DownloadConfig, main
 from ingest.fetching import shard_task
-from ingest.fetching.retries import Plan, Round, pick
+from ingest.fetching.retries import DownloadPlan, RetryRound, pick
 from ingest.lists.filters import FilterConfig
 from ingest.shards import ImageShard, committed, load_snapshot
 
@@ -121,15 +121,15 @@ def test_repeated_urls_stay_out_of_rounds(config, site, capsys):
 
 def test_a_plan_gives_every_shard_its_rows():
     rounds = (
-        Round(number=1, rows=np.array([1, 4, 5, 9, 10]), reasons=tuple("abcde")),
-        Round(number=2, rows=np.array([4]), reasons=("f",)),
+        RetryRound(number=1, rows=np.array([1, 4, 5, 9, 10]), reasons=tuple("abcde")),
+        RetryRound(number=2, rows=np.array([4]), reasons=("f",)),
     )
-    plan = Plan(num_rows=11, samples_per_shard=4, rounds=rounds)
+    plan = DownloadPlan(num_rows=11, samples_per_shard=4, rounds=rounds)
     assert plan.num_shards == 3 + 2 + 1
     found = [plan.rows_of(n).tolist() for n in range(plan.num_shards)]
     assert found == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10], [1, 4, 5, 9], [10], [4]]
-    told = [plan.reasons_of(n) for n in range(plan.num_shards)]
-    assert told == [[], [], [], ["a", "b", "c", "d"], ["e"], ["f"]]
+    reasons = [plan.reasons_of(n) for n in range(plan.num_shards)]
+    assert reasons == [[], [], [], ["a", "b", "c", "d"], ["e"], ["f"]]
 
 
 @pytest.mark.parametrize("size", [1, 3, 50])

@@ -83,7 +83,7 @@ class DecodeError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class ResizedImage:
     """What is stored of an image. jpeg: its bytes; sizes in px, the original's when upright."""
 
     jpeg: bytes
@@ -107,7 +107,7 @@ class Resizer:
     min_image_side: int = 0
     quality: int = 95
 
-    def __call__(self, data: bytes) -> Picture:
+    def __call__(self, data: bytes) -> ResizedImage:
         """Return what is stored of an image file's bytes; DecodeError if nothing can be."""
         from PIL import Image
 
@@ -125,7 +125,7 @@ class Resizer:
             raise
         except Exception:  # noqa: BLE001 - decoders of a dozen formats raise whatever they like
             raise DecodeError("undecodable") from None
-        return Picture(
+        return ResizedImage(
             jpeg=file.getvalue(),
             width=resized.width,
             height=resized.height,

@@ -173,7 +173,7 @@ def _head(sock: socket.socket) -> bytes:
     return bytes(head)
 
 
-def proxy_named(proxy: str) -> str:
+def resolve_proxy(proxy: str) -> str:
     """Return a proxy's URL: itself, that of HTTPS_PROXY for "environment", empty for none.
 
     Raises ValueError for what is none.

@@ -1,13 +1,14 @@
-"""Rounds of retries: rows that failed for passing reasons, fetched again into new shards.
+"""The shards of a download: the list's, then those of rounds of retries.
 
     <images>/_retries/0001.parquet    row (its place in the list) and reason, in the list's order
 
-A round's shards follow the list's and those of earlier rounds. A round is written once; until its
-last shard is committed it belongs to what a download has to do, whoever runs it.
+A round takes the rows that failed for reasons that may pass into new shards, after those of the
+list and of earlier rounds. It is written once; until its last shard is committed, every download
+to the folder works on it.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,19 @@ import numpy as np
 
 from cluster.base.outcomes import TRANSIENT
 from ingest.lists.url_list import rechunk
+from ingest.shards import shard_name
+from ingest.store.shard_runner import Unit
 from ingest.store.storage import storage_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FAILED_BEFORE = "_failed_before"  # column of a round's shards: why the row failed
+
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
-    """rows: int64 [n], places in the list, rising; reasons: why each failed before."""
+class RetryRound:
+    """rows: int64 [n], places in the list, ascending; reasons: why each failed before."""
 
     number: int
     rows: np.ndarray
@@ -31,78 +36,89 @@ class Round:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class DownloadPlan:
     """All shards that a download consists of: the list's, then those of each round."""
 
     num_rows: int
     samples_per_shard: int
-    rounds: tuple[Round, ...] = ()
+    rounds: tuple[RetryRound, ...] = ()
 
     @property
     def num_shards(self) -> int:
         """Number of shards, the rounds' included."""
-        return sum(self._shards_of(count) for count in self._sizes)
+        sizes = [self.num_rows, *(len(each.rows) for each in self.rounds)]
+        return sum(self._num_shards(size) for size in sizes)
 
-    @property
-    def _sizes(self) -> list[int]:
-        return [self.num_rows, *(len(one.rows) for one in self.rounds)]
+    def _num_shards(self, num_rows: int) -> int:
+        return -(-num_rows // self.samples_per_shard)
 
-    def _shards_of(self, count: int) -> int:
-        return -(-count // self.samples_per_shard)
+    def _locate(self, shard: int) -> tuple[RetryRound | None, slice]:
+        """Return the round of a shard, None for the list, and the shard's rows there."""
+        size = self.samples_per_shard
+        for source in (None, *self.rounds):
+            num_rows = self.num_rows if source is None else len(source.rows)
+            if shard < self._num_shards(num_rows):
+                return source, slice(shard * size, min(num_rows, (shard + 1) * size))
+            shard -= self._num_shards(num_rows)
+        raise IndexError(shard)
 
     def rows_of(self, shard: int) -> np.ndarray:
         """Return the places in the list of a shard's rows, int64 [n]."""
-        size = self.samples_per_shard
-        for number, count in enumerate(self._sizes):
-            shards = self._shards_of(count)
-            if shard < shards:
-                start, stop = shard * size, min(count, (shard + 1) * size)
-                places = self.rounds[number - 1].rows[start:stop] if number else None
-                return np.arange(start, stop) if places is None else places
-            shard -= shards
-        raise IndexError(shard)
+        source, rows = self._locate(shard)
+        return np.arange(rows.start, rows.stop) if source is None else source.rows[rows]
 
     def reasons_of(self, shard: int) -> list[str]:
         """Return why each of a shard's rows failed before; empty for a shard of the list."""
-        shard -= self._shards_of(self.num_rows)
-        for one in self.rounds if shard >= 0 else ():
-            shards = self._shards_of(len(one.rows))
-            if shard < shards:
-                size = self.samples_per_shard
-                return list(one.reasons[shard * size : (shard + 1) * size])
-            shard -= shards
-        return []
+        source, rows = self._locate(shard)
+        return [] if source is None else list(source.reasons[rows])
+
+    def units(self, read_list: "Callable[[], Iterator[pa.Table]]") -> Iterator[Unit]:
+        """Yield every shard with its rows; read_list: yields the list's shards from the start."""
+        import pyarrow as pa
+
+        number = 0
+        for source in (None, *self.rounds):
+            tables = read_list()
+            if source is not None:
+                tables = pick(tables, source.rows, self.samples_per_shard)
+            for rows in tables:
+                if source is not None:
+                    reasons = pa.array(self.reasons_of(number), pa.string())
+                    rows = rows.append_column(FAILED_BEFORE, reasons)
+                yield Unit(name=shard_name(number), payload=rows)
+                number += 1
 
 
-def read_rounds(root: str | os.PathLike[str]) -> tuple[Round, ...]:
+def read_rounds(root: str | os.PathLike[str]) -> tuple[RetryRound, ...]:
     """Return the rounds of a download, in order."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    storage, found = storage_of(root), []
+    storage = storage_of(root)
+    rounds: list[RetryRound] = []
     for name in storage.names("_retries"):
-        if name != f"{len(found) + 1:04d}.parquet":  # one that was being written
+        number = len(rounds) + 1
+        if name != f"{number:04d}.parquet":  # a file that was being written
             continue
         table = pq.ParquetFile(pa.BufferReader(storage.read(f"_retries/{name}"))).read()
         reasons = tuple(table["reason"].to_pylist())
-        found.append(Round(number=len(found) + 1, rows=table["row"].to_numpy(), reasons=reasons))
-    return tuple(found)
+        rounds.append(RetryRound(number=number, rows=table["row"].to_numpy(), reasons=reasons))
+    return tuple(rounds)
 
 
-def start_round(root: str | os.PathLike[str], plan: Plan, shards: Sequence[str]) -> Round | None:
+def start_round(root: str | os.PathLike[str], plan: DownloadPlan) -> RetryRound | None:
     """Write the next round, of all rows whose last failure may pass; None if there are none.
 
-    shards: the names of the plan's, in order, all committed.
+    All shards of the plan must be committed.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     storage, names = storage_of(root), sorted(TRANSIENT)
     last = np.zeros(plan.num_rows, np.int8)  # 1 + place of the reason in `names`; 0 for none
-    for number, name in enumerate(shards):
-        with storage.open(f"{name}.parquet") as file:
-            table = pq.ParquetFile(file).read(columns=["error"])
-        errors = table["error"].to_pylist()
+    for number in range(plan.num_shards):
+        with storage.open(f"{shard_name(number)}.parquet") as file:
+            errors = pq.ParquetFile(file).read(columns=["error"])["error"].to_pylist()
         codes = [1 + names.index(error) if error in TRANSIENT else 0 for error in errors]
         last[plan.rows_of(number)] = codes
     rows = np.flatnonzero(last)
@@ -113,13 +129,13 @@ def start_round(root: str | os.PathLike[str], plan: Plan, shards: Sequence[str])
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"row": pa.array(rows, pa.int64()), "reason": list(reasons)}), sink)
     storage.replace(f"_retries/{number:04d}.parquet", sink.getvalue().to_pybytes())
-    return Round(number=number, rows=rows, reasons=reasons)
+    return RetryRound(number=number, rows=rows, reasons=reasons)
 
 
 def pick(tables: "Iterator[pa.Table]", rows: np.ndarray, size: int) -> "Iterator[pa.Table]":
     """Yield tables of `size` rows (the last: what is left) of the list's `rows`, in their order.
 
-    tables: the list from its beginning; rows: int64, rising.
+    tables: the list from its beginning; rows: int64, ascending.
     """
     import pyarrow as pa
 

@@ -9,16 +9,17 @@ import faulthandler
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.base.outcomes import RETRIED, status_of
 from ingest.fetching.decode import Resizer
+from ingest.fetching.engine import EngineConfig, RowRequest, RowResult, fetch_rows
 from ingest.fetching.fetch import Fetcher, FetchPolicy
-from ingest.fetching.harvest import HarvestConfig, Harvested, Request, harvest, without_repetitions
+from ingest.fetching.retries import FAILED_BEFORE
 from ingest.lists.filters import RowFilter, normalised
 from ingest.shards import (
     STORED,
@@ -36,10 +37,11 @@ if TYPE_CHECKING:
 
 JPEG_QUALITY = 95
 MIN_ROW_DIGITS = 3  # of a key, after the shard's name
-FAILED_BEFORE = "_failed_before"  # column of a round of retries: why the row failed
-OUTAGE = frozenset({"no_network", "resolver_failed"})  # reasons that speak of our own network
+OUTAGE = frozenset({"no_network", "resolver_failed"})  # reasons that mean our own network is down
 OUTAGE_SHARE = 0.5
 GRACE_SECONDS = 60.0  # after a shard's deadline, for the tries in progress and for writing
+
+TableRow = dict[str, Any]  # of a shard's Parquet file
 
 
 class NetworkDown(OSError):
@@ -53,7 +55,7 @@ class ShardJob:
     root: str
     samples_per_shard: int
     resizer: Resizer
-    harvest: HarvestConfig
+    engine: EngineConfig
     config_hash: str
     policy: FetchPolicy
     row_filter: RowFilter
@@ -69,8 +71,8 @@ class ShardJob:
         if unit.share is None:
             return make_shard(self, unit.name, unit.payload, fetcher)
         fetcher.limits.change(unit.share.connections, unit.share.rate)
-        if self.harvest.deadline_seconds is not None:
-            limit = self.harvest.deadline_seconds + GRACE_SECONDS
+        if self.engine.deadline_seconds is not None:
+            limit = self.engine.deadline_seconds + GRACE_SECONDS
             faulthandler.dump_traceback_later(limit, exit=True)
         try:
             return make_shard(self, unit.name, unit.payload, fetcher)
@@ -93,102 +95,101 @@ def make_shard(job: ShardJob, name: str, rows: "pa.Table", fetcher: Fetcher) -> 
     """
     started = time.time()
     rows = normalised(rows)
-    found = {row: Harvested(reason=why) for row, why in job.row_filter.problems(rows).items()}
-    urls, forgotten = rows["url"].to_pylist(), read_forgotten(job.root)
-    for row, url in enumerate(urls if forgotten else ()):
-        if forgotten.covers(url):
-            found[row] = Harvested(reason=FORGOTTEN)
-    requests = [one for one in _requests(rows, job.row_filter.hashes) if one.row not in found]
-    with Attempt(job.root, name) as attempt:
-        fetched = harvest(requests, fetcher, job.resizer, job.harvest)
-        _require_network(fetched)
-        forgotten = read_forgotten(job.root)  # again: fetching may have taken long
-        for row, one in fetched.items():
-            known = forgotten.covers(urls[row], one.sha256)
-            found[row] = Harvested(reason=FORGOTTEN) if known else one
-        if "images" in job.row_filter.config.unique:
-            found = without_repetitions(found)
-        described = _described(job, name, rows, found)
-        num_samples = write_image_shard(
-            attempt.path,
-            name,
-            _samples(described, found),
-            described,
-            kept=rows.select(job.kept).schema,
-        )
-        counts = count_outcomes(described)
-        if FAILED_BEFORE in rows.column_names:
-            before = Counter(f"{RETRIED}:{reason}" for reason in rows[FAILED_BEFORE].to_pylist())
-            counts |= dict(sorted(before.items()))
-        _write_stats(attempt.path / f"{name}_stats.json", described, started)
-        return attempt.commit(num_samples=num_samples, counts=counts, config_hash=job.config_hash)
+    urls = rows["url"].to_pylist()
 
-
-def count_outcomes(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Count rows as "stored", "filtered:REASON" and "failed:REASON"."""
-    return dict(sorted(Counter(outcome(row["status"], row["error"]) for row in rows).items()))
-
-
-Row = dict[str, Any]
-
-
-def _requests(rows: "pa.Table", columns: Mapping[str, str]) -> list[Request]:
-    hashes = {kind: rows[name].to_pylist() for kind, name in columns.items()}
-    return [
-        Request(
+    # Rows that are left out before they are fetched
+    reasons = job.row_filter.problems(rows)
+    forgotten = read_forgotten(job.root)
+    if forgotten:
+        reasons |= {row: FORGOTTEN for row, url in enumerate(urls) if forgotten.covers(url)}
+    results = {row: RowResult(reason=reason) for row, reason in reasons.items()}
+    hashes = {kind: rows[name].to_pylist() for kind, name in job.row_filter.hashes.items()}
+    requests = [
+        RowRequest(
             row=row,
             url=url,
             hashes={kind: values[row] for kind, values in hashes.items() if values[row]},
         )
-        for row, url in enumerate(rows["url"].to_pylist())
+        for row, url in enumerate(urls)
+        if row not in results
     ]
+    with Attempt(job.root, name) as attempt:
+        # The others
+        fetched = fetch_rows(requests, fetcher, job.resizer, job.engine)
+        cut_off = sum(result.reason in OUTAGE for result in fetched.values())
+        if cut_off and cut_off >= OUTAGE_SHARE * len(fetched):
+            raise NetworkDown(f"no network for {cut_off} of {len(fetched)} rows; not committed")
+        forgotten = read_forgotten(job.root)  # again: fetching may have taken long
+        for row, result in fetched.items():
+            covered = forgotten.covers(urls[row], result.sha256)
+            results[row] = RowResult(reason=FORGOTTEN) if covered else result
+        if "images" in job.row_filter.config.unique:
+            _mark_repeated_images(results)
+
+        # Files and commit
+        table = _table_rows(job, name, rows, results)
+        kept = rows.select(job.kept).schema
+        samples = _samples(table, results)
+        num_samples = write_image_shard(attempt.path, name, samples, table, kept=kept)
+        counts = Counter(outcome(row["status"], row["error"]) for row in table)
+        if FAILED_BEFORE in rows.column_names:
+            counts.update(f"{RETRIED}:{reason}" for reason in rows[FAILED_BEFORE].to_pylist())
+        _write_stats(attempt.path / f"{name}_stats.json", table, started)
+        return attempt.commit(
+            num_samples=num_samples,
+            counts=dict(sorted(counts.items())),
+            config_hash=job.config_hash,
+        )
 
 
-def _require_network(fetched: Mapping[int, Harvested]) -> None:
-    """Raise NetworkDown if most rows failed for reasons that speak of our own network."""
-    cut_off = sum(one.reason in OUTAGE for one in fetched.values())
-    if cut_off and cut_off >= OUTAGE_SHARE * len(fetched):
-        raise NetworkDown(f"no network for {cut_off} of {len(fetched)} rows; not committed")
+def _mark_repeated_images(results: dict[int, RowResult]) -> None:
+    """Leave out images whose fetched bytes an earlier row of the shard has."""
+    seen: set[str] = set()
+    for row, result in sorted(results.items()):
+        if result.sha256 in seen:
+            results[row] = replace(result, image=None, reason="duplicate_image")
+        elif result.sha256 is not None:
+            seen.add(result.sha256)
 
 
-def _described(
-    job: ShardJob, name: str, rows: "pa.Table", found: Mapping[int, Harvested]
-) -> list[Row]:
+def _table_rows(
+    job: ShardJob, name: str, rows: "pa.Table", results: Mapping[int, RowResult]
+) -> list[TableRow]:
     """Return the Parquet row of every row of the list, in order."""
     digits = max(MIN_ROW_DIGITS, len(str(job.samples_per_shard - 1)))
-    described = []
+    table = []
     for number, row in enumerate(rows.select(["url", "caption", *job.kept]).to_pylist()):
-        one = found[number]
-        picture = one.picture
-        row |= {"key": f"{name}{number:0{digits}d}", "sha256": one.sha256, "error": one.reason}
-        if one.reason == FORGOTTEN:
+        result = results[number]
+        row |= {"key": f"{name}{number:0{digits}d}", "sha256": result.sha256}
+        row["error"] = result.reason
+        if result.reason == FORGOTTEN:
             row |= dict.fromkeys(("url", "caption", *job.kept))
-        row["status"] = STORED if one.reason is None else status_of(one.reason)
+        row["status"] = STORED if result.reason is None else status_of(result.reason)
         for size in ("width", "height", "original_width", "original_height"):
-            row[size] = getattr(picture, size) if picture else None
-        described.append(row)
-    return described
+            row[size] = getattr(result.image, size) if result.image else None
+        table.append(row)
+    return table
 
 
-def _samples(described: list[Row], found: Mapping[int, Harvested]):
+def _samples(table: list[TableRow], results: Mapping[int, RowResult]) -> Iterator[Sample]:
     """Yield the sample of every row that has one; its metadata are the row's."""
-    for number, row in enumerate(described):
-        picture = found[number].picture
-        if picture is not None:
+    for number, row in enumerate(table):
+        image = results[number].image
+        if image is not None:
             metadata = {name: value for name, value in row.items() if name != "error"}
             yield Sample(
-                key=row["key"], image_bytes=picture.jpeg, caption=row["caption"], json=metadata
+                key=row["key"], image_bytes=image.jpeg, caption=row["caption"], json=metadata
             )
 
 
-def _write_stats(path: Path, rows: list[Row], started: float) -> None:
+def _write_stats(path: Path, table: list[TableRow], started: float) -> None:
     """Write img2dataset's own statistics of a shard; what it calls resizing is decoding here."""
-    reasons = Counter(row["error"] or STORED for row in rows)
+    reasons = Counter(row["error"] or STORED for row in table)
     ended, undecodable = time.time(), reasons["undecodable"] + reasons["too_small"]
     stats = {
-        "count": len(rows),
+        "count": len(table),
         "successes": reasons[STORED],
-        "failed_to_download": len(rows) - reasons[STORED] - undecodable,
+        "failed_to_download": len(table) - reasons[STORED] - undecodable,
         "failed_to_resize": undecodable,
         "duration": ended - started,
         "start_time": started,

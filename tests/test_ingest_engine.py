@@ -1,4 +1,4 @@
-"""Laws of the harvest: every row has an outcome, what may pass is tried again, deadlines hold."""
+"""Laws of fetching rows: every row has an outcome, what may pass is tried again, deadlines hold."""
 
 import hashlib
 import time
@@ -6,14 +6,8 @@ import time
 import pytest
 
 from ingest.fetching.decode import Resizer
+from ingest.fetching.engine import EngineConfig, RowRequest, fetch_rows
 from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
-from ingest.fetching.harvest import (
-    HarvestConfig,
-    Request,
-    backoff_seconds,
-    harvest,
-    without_repetitions,
-)
 
 RESIZER = Resizer(image_size=32, resize_mode="keep_ratio")
 
@@ -23,11 +17,11 @@ def gather(site, urls, *, retries=0, deadline_seconds=None, num_threads=4, hashe
     fetcher = Fetcher(
         FetchPolicy(allow_addresses=allowed, host_rate=0, host_connections=8, timeout_seconds=5)
     )
-    requests = [Request(row=i, url=url, hashes=hashes or {}) for i, url in enumerate(urls)]
-    config = HarvestConfig(
+    requests = [RowRequest(row=i, url=url, hashes=hashes or {}) for i, url in enumerate(urls)]
+    config = EngineConfig(
         num_threads=num_threads, retries=retries, deadline_seconds=deadline_seconds
     )
-    return harvest(requests, fetcher, RESIZER, config)
+    return fetch_rows(requests, fetcher, RESIZER, config)
 
 
 def test_every_row_has_an_outcome(site):
@@ -38,7 +32,7 @@ def test_every_row_has_an_outcome(site):
     assert [found[i].reason for i in (7, 8, 9, 10)] == [
         "not_found", "invalid_url", "invalid_url", "not_an_image",
     ]  # fmt: skip
-    assert all((one.picture is None) == (one.reason is not None) for one in found.values())
+    assert all((one.image is None) == (one.reason is not None) for one in found.values())
     assert found[0].sha256 == hashlib.sha256(site.picture(40, 40, 0)).hexdigest()
 
 
@@ -46,13 +40,13 @@ def test_every_row_has_an_outcome(site):
     ("status", "tries"), [(404, 1), (403, 1), (418, 1), (429, 3), (500, 3), (503, 3)]
 )
 def test_only_what_may_pass_is_tried_again(site, monkeypatch, status: int, tries: int):
-    monkeypatch.setattr("ingest.fetching.harvest.backoff_seconds", lambda number: 0.01)
+    monkeypatch.setattr("ingest.fetching.engine.backoff_seconds", lambda number: 0.01)
     gather(site, [site.put("/a", status=status)], retries=2)
     assert len(site.hits) == tries
 
 
 def test_a_failure_that_passes_is_a_success(site, monkeypatch):
-    monkeypatch.setattr("ingest.fetching.harvest.backoff_seconds", lambda number: 0.01)
+    monkeypatch.setattr("ingest.fetching.engine.backoff_seconds", lambda number: 0.01)
     url = site.put("/a", status=500)
     failing = site.answers["/a"]
 
@@ -61,7 +55,7 @@ def test_a_failure_that_passes_is_a_success(site, monkeypatch):
         site.put("/a", site.picture())
 
     site.answers["/a"] = passing
-    assert gather(site, [url], retries=1)[0].picture is not None
+    assert gather(site, [url], retries=1)[0].image is not None
     assert len(site.hits) == 2
 
 
@@ -85,7 +79,7 @@ def test_a_host_that_asks_for_a_pause_gets_it_for_all_of_its_rows(site):
 
     site.answers["/b"] = timed
     found = gather(site, [refusing, site.url("/b")], retries=1, num_threads=1)
-    assert found[0].picture is not None and found[1].picture is not None
+    assert found[0].image is not None and found[1].image is not None
     assert times[1] - times[0] >= 0.99
 
 
@@ -95,7 +89,7 @@ def test_a_host_that_asks_for_too_long_a_pause_is_left(site):
     assert len(site.hits) == 1
 
 
-def test_what_the_deadline_leaves_over_is_told(site):
+def test_rows_left_at_the_deadline_have_that_reason(site):
     def slow(handler) -> None:
         time.sleep(0.3)
         handler.send_error(404)
@@ -114,38 +108,24 @@ def test_bytes_that_are_not_those_of_the_list_are_refused(site):
     body = site.picture()
     url = site.put("/a", body)
     right = {name: hashlib.new(name, body).hexdigest() for name in ("sha256", "md5")}
-    assert gather(site, [url], hashes={"md5": right["md5"].upper()})[0].picture is not None
-    assert gather(site, [url], hashes=right)[0].picture is not None
+    assert gather(site, [url], hashes={"md5": right["md5"].upper()})[0].image is not None
+    assert gather(site, [url], hashes=right)[0].image is not None
     assert gather(site, [url], hashes={**right, "sha256": "0" * 64})[0].reason == "hash_mismatch"
 
 
-def test_an_image_that_repeats_an_earlier_ones_bytes_is_marked(site):
-    pictures = [site.picture(40, 40, red) for red in (0, 90, 0, 90, 180)]
-    found = gather(site, [site.put(f"/{i}", body) for i, body in enumerate(pictures)])
-    marked = without_repetitions(found)
-    assert [one.reason for one in marked.values()] == [
-        None, None, "duplicate_image", "duplicate_image", None,
-    ]  # fmt: skip
-
-
-def test_an_error_of_our_own_ends_the_harvest(site):
+def test_an_error_of_our_own_is_raised(site):
     class Broken(Resizer):
         def __call__(self, data: bytes):
             raise OSError("disk gone")
 
     allowed = (parse_allow_address(site.address),)
     fetcher = Fetcher(FetchPolicy(allow_addresses=allowed, host_rate=0))
-    requests = [Request(row=i, url=site.put(f"/{i}", site.picture())) for i in range(30)]
+    requests = [RowRequest(row=i, url=site.put(f"/{i}", site.picture())) for i in range(30)]
     with pytest.raises(OSError, match="disk gone"):
-        harvest(
+        fetch_rows(
             requests,
             fetcher,
             Broken(image_size=8, resize_mode="no"),
-            HarvestConfig(num_threads=3, retries=0),
+            EngineConfig(num_threads=3, retries=0),
         )
     assert len(site.hits) < 30
-
-
-def test_pauses_grow_and_are_spread():
-    assert [backoff_seconds(n, lambda: 1.0) for n in range(6)] == [0.5, 1, 2, 4, 8, 8]
-    assert backoff_seconds(3, lambda: 0.0) == 0
