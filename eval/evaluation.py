@@ -9,9 +9,10 @@ from typing import Any
 from cluster.base.files import digest_of
 from eval.distances.measure import QUOTABLE, ImageSource, memorisation, space_scores
 from eval.distances.reference import load_statistics
-from eval.features.actor_pool import Place, Workers
 from eval.features.extractors import ExtractorSpec, clip_spec, dinov2_spec, inception_spec
+from eval.features.store import FeatureExtraction
 from eval.features.weights import DINOV2, INCEPTION, find_weights, require_local_clip
+from eval.features.workers import Workers
 from eval.html_report.formats import CAPTIONS_KEY
 from eval.protocol import Prepared, prepare
 from eval.request import EvalRequest
@@ -38,7 +39,7 @@ class Evaluation:
 
     request: EvalRequest
     model: Model
-    place: Place
+    place: FeatureExtraction
     fake: ImageSource
     real: dict[str, ImageSource]
     spaces: tuple[str, ...]
@@ -149,7 +150,7 @@ def open_evaluation(request: EvalRequest, model: Model) -> Evaluation:
     workers = Workers(
         number=request.num_workers, num_threads=request.num_threads, device=request.device
     )
-    place = Place(folder=folder, workers=workers)
+    place = FeatureExtraction(folder=folder, workers=workers)
     if request.fresh:
         _delete_features(folder)
     protocol = None

@@ -16,9 +16,9 @@ from eval.distances.intervals import (
 )
 from eval.distances.neighbours import K_DENSITY, K_PRECISION, manifold_scores, nearest_rows
 from eval.distances.reference import Statistics
-from eval.features.actor_pool import Place
 from eval.features.blocks import Features
 from eval.features.extractors import FD_NAMES, ExtractorSpec
+from eval.features.store import FeatureExtraction
 from eval.sampling.image_source import ImageSet
 
 QUOTABLE = 2049  # with fewer images a covariance of 2,048 features is singular
@@ -37,7 +37,9 @@ class ImageSource:
     images: ImageSet | None
     statistics: dict[str, Statistics]
 
-    def measured(self, spec: ExtractorSpec, place: Place) -> tuple[Features | None, Statistics]:
+    def measured(
+        self, spec: ExtractorSpec, place: FeatureExtraction
+    ) -> tuple[Features | None, Statistics]:
         """Return features, where there are images, and statistics in the space of `spec`."""
         if self.images is not None:
             return place.measured(self.images, spec)
@@ -117,7 +119,11 @@ def _plain_name(spec: ExtractorSpec, n: int) -> str:
 
 
 def memorisation(
-    fake: ImageSet, real: ImageSet | None, train: ImageSet, spec: ExtractorSpec, place: Place
+    fake: ImageSet,
+    real: ImageSet | None,
+    train: ImageSet,
+    spec: ExtractorSpec,
+    place: FeatureExtraction,
 ) -> dict[str, Any]:
     """Compare the distances of generated and of real images to their nearest training images.
 

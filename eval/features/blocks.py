@@ -1,4 +1,4 @@
-"""Features in blocks of rows, on disk or in memory: sums and distances never hold them all."""
+"""Features in blocks of rows, on disk or in memory; sums never need all of them in memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ CHUNK_BLOCKS = 8  # blocks whose features are in memory at once, as float64: 2,0
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Features [N, D] in blocks, on disk or in memory, that are never all in memory."""
+    """Features [N, D] in blocks, float32; each block is a file or an array."""
 
     parts: Sequence[Path | np.ndarray]
     sizes: Sequence[int]
@@ -41,15 +41,15 @@ class Features:
         """Return float64 [len(rows), D]: those rows, in their order."""
         starts = np.concatenate([[0], np.cumsum(self.sizes)])
         blocks = np.searchsorted(starts, rows, side="right") - 1
-        found: np.ndarray | None = None
+        taken: np.ndarray | None = None
         for block in np.unique(blocks):
-            mine = np.flatnonzero(blocks == block)
-            picked = _load(self.parts[block], lazily=True)[rows[mine] - starts[block]]
-            if found is None:
-                found = np.empty((len(rows), picked.shape[1]))
-            found[mine] = picked
-        assert found is not None, "no rows asked for"
-        return found
+            places = np.flatnonzero(blocks == block)
+            picked = _load(self.parts[block], lazily=True)[rows[places] - starts[block]]
+            if taken is None:
+                taken = np.empty((len(rows), picked.shape[1]))
+            taken[places] = picked
+        assert taken is not None, "no rows asked for"
+        return taken
 
     def all(self) -> np.ndarray:
         """Return every feature, float32 [N, D]: for narrow spaces only."""

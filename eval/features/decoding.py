@@ -1,4 +1,4 @@
-"""Pictures as extractors see them: 8-bit RGB, or one line that says why not."""
+"""Pictures as extractors take them: 8-bit RGB, or a one-line error."""
 
 import io
 from pathlib import Path
@@ -16,11 +16,11 @@ MODES = {
 
 
 def read_picture(file: Path | bytes, where: str) -> Image.Image:
-    """Decode a whole picture to RGB; `where` names it in errors.
+    """Decode a picture completely, to RGB; `where` names it in errors.
 
-    Grey becomes equal channels, and an alpha channel that hides nothing is dropped. Raises
-    ValueError for a file that does not decode, for pixels of more than 8 bits, and for
-    transparency: what lies behind a picture is the user's choice, and would be part of the score.
+    Grey becomes equal channels, and a fully opaque alpha channel is dropped. Raises ValueError for
+    a file that does not decode, for pixels of more than 8 bits, and for transparency: the
+    background is the user's choice, and would be part of the score.
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:

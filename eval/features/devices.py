@@ -1,4 +1,4 @@
-"""Devices by name; apart from what takes seconds to import."""
+"""Devices by name; a module of its own, since torch takes seconds to import."""
 
 import re
 

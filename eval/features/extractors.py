@@ -1,14 +1,14 @@
-"""Features of images, by extractors that name themselves: a number is quoted with its extractor.
+"""Features of images. Each extractor has a name, with which its numbers are quoted.
 
     clip              unit-norm CLIP image embeddings
     inception         pool-3 features of the 2015-12-05 Inception, TF1 bilinear resize: FID's
     inception_clean   the same network after clean-fid's resize (Parmar et al. 2022)
     dinov2            the class token of DINOv2 ViT-L/14: FD-DINOv2's (Stein et al. 2023)
 
-No weights are ever fetched here: a missing file is an error that says where it comes from.
+No weights are downloaded here: a missing file is an error with its address.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
@@ -35,23 +35,27 @@ FD_NAMES: dict[str, str] = {  # of the distance, where the weights are the publi
 
 
 class Extractor(Protocol):
-    """Maps images to float features [B, D]; `any_size` says whether they may differ in size."""
+    """Maps images to float features [B, D]."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name that a score is quoted with."""
+        ...
 
     @property
-    def any_size(self) -> bool: ...
+    def any_size(self) -> bool:
+        """Whether images of a set may differ in size."""
+        ...
 
     def __call__(self, images: list[Image.Image]) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractorSpec:
-    """What builds an extractor in any process, and what its features are to be called.
+    """Builds an extractor in any process, and names its features.
 
-    source: of the weights: the name of a CLIP, or a file. name, resize: as a score is quoted;
-    official: the weights are the published ones, so that the score may bear its published name.
+    name, resize: as quoted with a score; official: the weights are the published ones, so the score
+    may have its published name. clip or weights: where the weights are.
     """
 
     space: Space
@@ -128,6 +132,7 @@ class ClipFeatures:
 
     @property
     def name(self) -> str:
+        """The encoder's id, after its kind."""
         return f"clip {self.encoder.encoder_id}"
 
     def __call__(self, images: list[Image.Image]) -> np.ndarray:
@@ -138,13 +143,15 @@ class ClipFeatures:
 class NetworkFeatures:
     """Features of a published network; `prepare` maps an RGB image to [3, H, W] in [0, 255].
 
-    Images are stretched to the network's square whatever their shape, so a set is of one size, as
-    in torch-fidelity: how other pictures are cropped is the user's choice, and part of the number.
+    Images are stretched to the network's square whatever their shape, so a set has one size, as in
+    torch-fidelity: cropping others is the user's choice, and part of the number.
     """
 
     any_size = False
 
-    def __init__(self, network: torch.nn.Module, prepare, name: str) -> None:
+    def __init__(
+        self, network: torch.nn.Module, prepare: Callable[[Image.Image], np.ndarray], name: str
+    ) -> None:
         self._network, self._prepare, self.name = network, prepare, name
         self._device = next(network.parameters()).device
 

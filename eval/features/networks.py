@@ -58,11 +58,12 @@ class InceptionPool(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
-        x = pixels.float()
+        """Return the features of pixels of any size; both are described at the class."""
+        x = pixels.float()                          # [B, 3, H, W]
         if x.shape[2:] != (INCEPTION_SIDE, INCEPTION_SIDE):
             x = tf1_bilinear(x, INCEPTION_SIDE)
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
-        network = self.network                       # [B, 3, 299, 299]
+        network = self.network                      # [B, 3, 299, 299]
         for name in (
             "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1",
             "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2",
@@ -70,7 +71,7 @@ class InceptionPool(nn.Module):
             "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c",
         ):  # fmt: skip
             x = getattr(network, name)(x)
-        return network.AvgPool(x).flatten(1)         # [B, 2048]
+        return network.AvgPool(x).flatten(1)        # [B, 2048]
 
 
 def tf1_bilinear(x: Tensor, side: int) -> Tensor:
@@ -119,11 +120,13 @@ class DinoV2(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
+        """Return the class tokens; shapes are given at the class."""
         mean, std = (
             torch.tensor(values, device=pixels.device)[:, None, None]
             for values in (PIXEL_MEAN, PIXEL_STD)
         )
-        return self.network((pixels.float() / 255 - mean) / std).float()
+        x = (pixels.float() / 255 - mean) / std     # [B, 3, 224, 224]
+        return self.network(x).float()              # [B, 1024]
 
 
 def resampled(pos_embed: Tensor, grid: int) -> Tensor:

@@ -4,11 +4,11 @@
     <root>/000000.features.npy       float32 [B, D] of images 0 ... B - 1
     <root>/_commits/000000.json      from here on the block exists
 
-A block is the unit of work, of batches and of sums: what a score is made of depends neither on the
-number of workers nor on who did what.
+A block is the unit of work, of batches and of sums, so a score does not depend on the number of
+workers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ import numpy as np
 from cluster.base.files import digest_of
 from eval.distances.reference import ANY_SIZE, Statistics
 from eval.features.blocks import BLOCK_SIZE, Features
+from eval.features.devices import device_named
 from eval.features.extractors import BATCH_SIZE, Extractor, ExtractorSpec
+from eval.features.workers import Workers
 from eval.sampling.image_source import ImageSet, Incomplete
 from ingest.shards import shard_name
 from ingest.store.commits import Attempt, committed, recover, withdraw_damaged
@@ -25,7 +27,7 @@ from ingest.store.snapshots import write_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Store:
+class FeatureStore:
     """The blocks of one set of images in one space."""
 
     root: Path
@@ -35,6 +37,7 @@ class Store:
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks, committed or not."""
         return -(-len(self.images) // self.block_size)
 
     def numbers(self, block: int) -> range:
@@ -43,62 +46,56 @@ class Store:
         return range(start, min(start + self.block_size, len(self.images)))
 
     def pending(self) -> list[int]:
-        """Return the blocks that are still to be made."""
+        """Return the blocks that are not committed."""
         done = committed(self.root)
         return [block for block in range(self.num_blocks) if shard_name(block) not in done]
 
     def make(self, block: int, extractor: Extractor) -> int:
-        """Compute and commit a block; returns its number of images.
+        """Compute and commit a block; return its number of images.
 
         Raises ValueError naming the image that cannot be read, is of another size, or whose
         features are not finite.
         """
-        numbers = self.numbers(block)
-        found = np.concatenate([
-            self._extract(numbers[i : i + BATCH_SIZE], extractor)
-            for i in range(0, len(numbers), BATCH_SIZE)
-        ])  # fmt: skip
-        self.commit(block, found)
-        return len(found)
+        numbers, batches = self.numbers(block), []
+        for start in range(0, len(numbers), BATCH_SIZE):
+            batch = numbers[start : start + BATCH_SIZE]
+            if not extractor.any_size:
+                self._require_one_size(batch)
+            features = extractor([self.images[number] for number in batch])
+            bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+            if len(bad):
+                raise ValueError(
+                    f"{self.images.name(batch[bad[0]])}: found features that are not finite by "
+                    f"{self.spec.name}, expected numbers; look at the image, or at the weights"
+                )
+            batches.append(features)
+        self.commit(block, np.concatenate(batches))
+        return len(numbers)
+
+    def _require_one_size(self, numbers: range) -> None:
+        expected = self.images.size(0)
+        for number in numbers:
+            size = self.images.size(number)
+            if size != expected:
+                found, first = (f"{width} x {height} px" for width, height in (size, expected))
+                raise ValueError(
+                    f"{self.images.source}: found image {number} of {found} after images of "
+                    f"{first}, expected one size; crop and resize them alike by --image-size, or "
+                    "take --features clip"
+                )
 
     def take_from(self, features: Features, numbers: Sequence[int]) -> None:
-        """Commit what is pending from the features of a larger set, of which image i is
-        `numbers`[i]."""
+        """Commit what is pending from the features of a larger set; image i is its `numbers`[i]."""
         rows = np.asarray(numbers)
         for block in self.pending():
             self.commit(block, features.take(rows[list(self.numbers(block))]))
 
     def commit(self, block: int, features: np.ndarray) -> None:
-        """Commit the features [B, D] of a block; those of whoever came first stay."""
+        """Commit the features [B, D] of a block, unless another worker did so first."""
         with Attempt(self.root, shard_name(block)) as attempt:
             path = attempt.path / f"{shard_name(block)}.features.npy"
             np.save(path, features.astype(np.float32), allow_pickle=False)
             attempt.commit(num_samples=len(features), counts={}, config_hash="")
-
-    def _extract(self, numbers: range, extractor: Extractor) -> np.ndarray:
-        images = []
-        for number in numbers:
-            if not extractor.any_size:
-                self._require_size(number)
-            images.append(self.images[number])
-        features = extractor(images)
-        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-        if len(bad):
-            raise ValueError(
-                f"{self.images.name(numbers[bad[0]])}: found features that are not finite by "
-                f"{self.spec.name}, expected numbers; look at the image, or at the weights"
-            )
-        return features
-
-    def _require_size(self, number: int) -> None:
-        expected, size = self.images.size(0), self.images.size(number)
-        if size != expected:
-            found, first = (f"{width} x {height} px" for width, height in (size, expected))
-            raise ValueError(
-                f"{self.images.source}: found image {number} of {found} after images of {first}, "
-                "expected one size; crop and resize them alike by --image-size, or take "
-                "--features clip"
-            )
 
     def features(self) -> Features:
         """Return the features of all images; Incomplete if there are fewer than images."""
@@ -130,10 +127,10 @@ class Store:
 
 def open_store(
     folder: Path, images: ImageSet, spec: ExtractorSpec, block_size: int = BLOCK_SIZE
-) -> Store:
-    """Create or reopen the store of these very images and this extractor below `folder`.
+) -> FeatureStore:
+    """Create or reopen the store of exactly these images and this extractor below `folder`.
 
-    What was interrupted is settled, and damaged blocks are withdrawn, to be made again.
+    Interrupted commits are finished; damaged blocks are withdrawn, to be made again.
     """
     about = {
         "space": spec.space,
@@ -151,4 +148,42 @@ def open_store(
     recover(root)
     for name, problem in withdraw_damaged(root).items():
         print(f"features: block {name} is made again: {problem}", flush=True)
-    return Store(root=root, images=images, spec=spec, block_size=block_size)
+    return FeatureStore(root=root, images=images, spec=spec, block_size=block_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionWork:
+    """The blocks of a store, as work for `Workers`."""
+
+    store: FeatureStore
+    device: str
+
+    def build(self) -> Callable[[int], int]:
+        """Load the extractor; return what computes and commits a block."""
+        extractor = self.store.spec.build(device_named(self.device))
+        return lambda block: self.store.make(block, extractor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureExtraction:
+    """Where features are kept, who computes them, and how many images a block has."""
+
+    folder: Path
+    workers: Workers
+    block_size: int = BLOCK_SIZE
+
+    def extracted(self, images: ImageSet, spec: ExtractorSpec) -> tuple[FeatureStore, Features]:
+        """Return the store of `images` and its features; only what is missing is computed."""
+        store = open_store(self.folder, images, spec, self.block_size)
+        if images.parent is not None:
+            store.take_from(self.extracted(images.parent, spec)[1], images.numbers)
+        blocks = store.pending()
+        count = sum(len(store.numbers(block)) for block in blocks)
+        work = ExtractionWork(store=store, device=self.workers.device)
+        self.workers.run(f"{spec.space} features of {images.source}", work, blocks, count)
+        return store, store.features()
+
+    def measured(self, images: ImageSet, spec: ExtractorSpec) -> tuple[Features, Statistics]:
+        """Return the features of `images` and their statistics."""
+        store, features = self.extracted(images, spec)
+        return features, store.statistics(features)

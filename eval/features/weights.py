@@ -1,4 +1,4 @@
-"""Weights of the published extractors: looked for on this machine, verified, and never fetched."""
+"""Weights of the published extractors: found on this machine, verified, never downloaded."""
 
 import io
 import os
@@ -13,7 +13,7 @@ VARIABLE = "MINIDALLE2_WEIGHTS"
 
 @dataclass(frozen=True, kw_only=True)
 class Official:
-    """A published file of weights: what it is called, where it is given out, and its sha256."""
+    """A published file of weights: its name, its address, and its sha256."""
 
     file: str
     address: str
@@ -35,7 +35,7 @@ DINOV2 = Official(
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsFile:
-    """A file of weights and the sha256 that it must have; official: it is the published one."""
+    """A file of weights with its expected sha256. official: it is the published file."""
 
     path: str
     sha256: str
@@ -43,14 +43,14 @@ class WeightsFile:
 
     @property
     def label(self) -> str:
-        """Say in a score's name what the weights are, where they are not the published ones."""
+        """The suffix of a score's name where the weights are not the published ones."""
         return "" if self.official else f", weights sha256 {self.sha256[:12]}: not the official"
 
     def load(self) -> dict[str, Any]:
         """Return the tensors of the file; ValueError for another digest, or for more than tensors.
 
-        It is read once, so that the bytes that were verified are the bytes that are loaded, and by
-        the unpickler that builds nothing but tensors.
+        The file is read once, so the loaded bytes are the verified ones. The unpickler builds
+        nothing but tensors.
         """
         import torch
 
@@ -75,53 +75,59 @@ class WeightsFile:
 def find_weights(
     official: Official, folder: str, flag: str, file: str = "", digest: str = ""
 ) -> WeightsFile:
-    """Return the weights to use: `official` in a folder, or another `file` of a known `digest`.
+    """Return the published weights in `folder`, or another `file` with its sha256 `digest`.
 
-    folder: empty = the one that MINIDALLE2_WEIGHTS names. flag: what the two options for another
-    file begin with, for errors. Raises ValueError where there is no file, saying where it is given
-    out, and for a file without its digest. `load` verifies it.
+    folder: "" = the one that $MINIDALLE2_WEIGHTS names. flag: the prefix of the two options for
+    another file, for errors. Raises ValueError where there is no file, with its address, and for a
+    file without its digest. `WeightsFile.load` verifies it.
     """
     if bool(file) != bool(digest):
-        there, missing = ("weights", "sha256") if file else ("sha256", "weights")
+        given, missing = ("weights", "sha256") if file else ("sha256", "weights")
         raise ValueError(
-            f"--{flag}-{there}: found it without --{flag}-{missing}, expected both: a score is "
+            f"--{flag}-{given}: found it without --{flag}-{missing}, expected both: a score is "
             "named after its weights"
         )
     if file:
-        return _given(flag, file, digest.lower(), official)
+        digest = digest.lower()
+        if not Path(file).is_file():
+            raise ValueError(f"--{flag}-weights: found no file {file}, expected one")
+        if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise ValueError(f"--{flag}-sha256: found {digest!r}, expected 64 hex digits")
+        same = digest == official.sha256
+        return WeightsFile(path=str(Path(file).absolute()), sha256=digest, official=same)
     where = folder or os.environ.get(VARIABLE, "")
     path = Path(where) / official.file
     if not where or not path.is_file():
-        told = f"{path}: found no such file" if where else "found neither"
+        found = f"{path}: found no such file" if where else "found neither"
         raise ValueError(
-            f"weights: {told}; expected {official.file} in --weights-dir or {VARIABLE}: get it "
+            f"weights: {found}; expected {official.file} in --weights-dir or {VARIABLE}: get it "
             f"from {official.address} (sha256 {official.sha256}); nothing is downloaded here"
         )
     return WeightsFile(path=str(path.absolute()), sha256=official.sha256, official=True)
 
 
-def _given(flag: str, file: str, digest: str, official: Official) -> WeightsFile:
-    if not Path(file).is_file():
-        raise ValueError(f"--{flag}-weights: found no file {file}, expected one")
-    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        raise ValueError(f"--{flag}-sha256: found {digest!r}, expected 64 hex digits")
-    same = digest == official.sha256
-    return WeightsFile(path=str(Path(file).absolute()), sha256=digest, official=same)
-
-
 def require_local_clip(clip: str) -> None:
     """Raise ValueError for an ARCHITECTURE:TAG whose weights open_clip would download.
 
-    Runs, files and untrained encoders pass, as does what `load_clip` knows better to refuse.
+    Runs, files and untrained encoders pass, and so do invalid names, which `load_clip` refuses.
     """
     architecture, _, tag = clip.partition(":")
     if Path(clip).is_dir() or not tag or tag == "random" or tag.endswith(".safetensors"):
         return
+    from huggingface_hub import try_to_load_from_cache
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
     from open_clip.pretrained import get_pretrained_cfg
 
-    told: dict[str, Any] = get_pretrained_cfg(architecture, tag)
-    hub, address = told.get("hf_hub", ""), told.get("url", "")
-    if not told or (_in_hub_cache(hub) if hub else _in_clip_cache(address)):
+    config: dict[str, str] = get_pretrained_cfg(architecture, tag)
+    hub, address = config.get("hf_hub", ""), config.get("url", "")
+    if hub:
+        repository, _, file = hub.rpartition("/")
+        names = (file,) if file else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
+        present = any(isinstance(try_to_load_from_cache(repository, n), str) for n in names)
+    else:
+        file = address.rpartition("/")[2]
+        present = bool(file) and (Path.home() / ".cache" / "clip" / file).is_file()
+    if present or not config:
         return
     where = " or ".join([f"https://huggingface.co/{hub}"] * bool(hub) + [address] * bool(address))
     raise ValueError(
@@ -129,17 +135,3 @@ def require_local_clip(clip: str) -> None:
         f"get them from {where}, and name a file as {architecture}:FILE.safetensors; nothing is "
         "downloaded here"
     )
-
-
-def _in_hub_cache(hub: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-
-    repository, _, file = hub.rpartition("/")
-    names = (file,) if file else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
-    return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
-
-
-def _in_clip_cache(address: str) -> bool:
-    name = address.rpartition("/")[2]
-    return bool(name) and (Path.home() / ".cache" / "clip" / name).is_file()

@@ -1,12 +1,12 @@
-"""Draws images for captions as a job, in committed blocks: a rerun makes only what is missing.
+"""Generate images for captions as a job, in committed blocks: a rerun makes what is missing.
 
     samples/settings.json            what the images depend on: options, captions, weights
     samples/000000.png ...           an image a caption
-    samples/_commits/000000.json     a block of 50 is whole, with the sha256 of each image
+    samples/_commits/000000.json     commits a block of 50, with the sha256 of each image
     samples/samples.jsonl            written last, a line an image
 
-An image's noise is keyed by (seed, caption, its place in the list); with the blocks fixed, it does
-not depend on how many workers there are, to the last bit.
+An image's noise is keyed by (seed, caption, its place in the list), and the blocks are fixed, so
+images do not depend on the number of workers, to the last bit.
 """
 
 import json
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.features.actor_pool import Workers
+from cluster.base.files import write_json, write_text
+from eval.features.workers import Workers
 from eval.sampling.generate import SamplingSettings, render_all, sampling_of
 from eval.sampling.image_source import SAMPLES_NAME, SETTINGS_NAME, Incomplete
 from ingest.shards import shard_name
@@ -31,7 +32,7 @@ BLOCK_SIZE = 50  # captions: eval/sample.py's batch
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The finished runs that draw, and how they are guided."""
+    """The finished runs that generate images, and the run that guides them."""
 
     prior: str
     decoder: str
@@ -41,15 +42,14 @@ class Model:
 
     def absolute(self) -> "Model":
         """Return the same runs by paths that mean the same in any process."""
-
-        from models.clip import absolute_spec as whole
+        from models.clip import absolute_spec
 
         return Model(
-            prior=whole(self.prior),
-            decoder=whole(self.decoder),
-            upsampler=tuple(map(whole, self.upsampler)),
-            guide=whole(self.guide),
-            clip=whole(self.clip),
+            prior=absolute_spec(self.prior),
+            decoder=absolute_spec(self.decoder),
+            upsampler=tuple(map(absolute_spec, self.upsampler)),
+            guide=absolute_spec(self.guide),
+            clip=absolute_spec(self.clip),
         )
 
 
@@ -59,35 +59,36 @@ def image_name(number: int) -> str:
 
 
 def open_samples(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
-    """Create the folder, or reopen it if it holds samples of these very settings, or none yet.
+    """Create the folder, or reopen it if it is empty or holds samples of these settings.
 
-    fresh: delete it first; only what bears settings of samples, as any tool may write a file of
+    fresh: delete it first; only a folder with settings of samples, as any tool may write a file of
     that name.
     """
-    path, part = out / SETTINGS_NAME, out / "settings.part"
+    path = out / SETTINGS_NAME
     found = _settings_in(path)
     if fresh and found:
         shutil.rmtree(out)
-    others = [each for each in out.iterdir() if each not in (path, part)] if out.is_dir() else []
-    if others and not found:
+    out.mkdir(parents=True, exist_ok=True)
+    leftovers = {out / "settings.part", *out.glob(f".{SETTINGS_NAME}.*.part")}  # of killed runs
+    if set(out.iterdir()) <= {path, *leftovers}:
+        for leftover in leftovers:
+            leftover.unlink(missing_ok=True)
+        write_json(path, settings, indent=1)
+        return
+    if not found:
         raise ValueError(
             f"{out}: found a folder without {SETTINGS_NAME}, expected samples or nothing"
         )
-    different = [name for name, value in settings.items() if others and found.get(name) != value]
-    if different:
-        name = different[0]
-        told = f" ({found.get(name)!r}, expected {settings[name]!r})" if name != "captions" else ""
-        raise ValueError(
-            f"{out}: found samples of another {name}{told}; name another folder, or --fresh"
-        )
-    if not others:
-        out.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(settings, indent=1))
-        part.replace(path)
+    for name, value in settings.items():
+        if found.get(name) != value:
+            values = f" ({found.get(name)!r}, expected {value!r})" if name != "captions" else ""
+            raise ValueError(
+                f"{out}: found samples of another {name}{values}; name another folder, or --fresh"
+            )
 
 
 def _settings_in(path: Path) -> dict[str, Any]:
-    """Return the settings of samples that a file holds; none if it is not there, or another's."""
+    """Return the settings of samples in a file; empty if it is absent, or holds other things."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
@@ -97,18 +98,16 @@ def _settings_in(path: Path) -> dict[str, Any]:
 
 
 def list_samples(out: Path, captions: Sequence[str], seed: int) -> None:
-    """Write samples.jsonl, by which a folder of samples is finished."""
-    lines = [
-        {"file": image_name(i), "caption": caption, "seed": seed}
+    """Write samples.jsonl, which marks a folder of samples as finished."""
+    lines = (
+        json.dumps({"file": image_name(i), "caption": caption, "seed": seed})
         for i, caption in enumerate(captions)
-    ]
-    part = out / "samples.part"
-    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    part.replace(out / SAMPLES_NAME)
+    )
+    write_text(out / SAMPLES_NAME, "".join(f"{line}\n" for line in lines))
 
 
 def grid_of_samples(out: Path, captions: Sequence[str], most: int = 24, columns: int = 6) -> None:
-    """Write grid.png of images spread over the captions, and grid.json with theirs."""
+    """Write grid.png of images spread over the captions, and grid.json with their captions."""
     from PIL import Image
 
     step = max(1, len(captions) // most)
@@ -116,12 +115,12 @@ def grid_of_samples(out: Path, captions: Sequence[str], most: int = 24, columns:
     images = [np.asarray(Image.open(out / image_name(i)).convert("RGB")) for i in chosen]
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     save_png(out / "grid.png", grid(rows, [], []))
-    (out / "grid.json").write_text(json.dumps([captions[i] for i in chosen]))
+    write_json(out / "grid.json", [captions[i] for i in chosen])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """The work of `draw`: a block is drawn and committed by whoever is given it."""
+class SampleWork:
+    """The blocks of `draw`, as work for `Workers`."""
 
     out: Path
     model: Model
@@ -130,7 +129,7 @@ class Drawing:
     device: str
 
     def build(self) -> Callable[[int], int]:
-        """Load the chain."""
+        """Load the chain; return what generates and commits a block."""
         from eval.sampling.chain import load_chain
 
         model = self.model
@@ -138,17 +137,16 @@ class Drawing:
             model.clip, model.prior, model.decoder, model.upsampler,
             guide=model.guide, device=self.device,
         )  # fmt: skip
-        return lambda block: self._draw(chain, block)
+        return lambda block: self._make(chain, block)
 
-    def _draw(self, chain: Any, block: int) -> int:
+    def _make(self, chain: Any, block: int) -> int:
         from PIL import Image
 
         from cluster.base.metrics import counter
 
         start = block * BLOCK_SIZE
-        part = self.captions[start : start + BLOCK_SIZE]
         images = render_all(
-            chain, part, None, sampling_of(self.settings),
+            chain, self.captions[start : start + BLOCK_SIZE], None, sampling_of(self.settings),
             seed=self.settings["seed"], offset=start,
         )  # fmt: skip
         with Attempt(self.out, shard_name(block)) as attempt:
@@ -168,16 +166,18 @@ def draw(
     *,
     fresh: bool = False,
 ) -> int:
-    """Draw what is missing of `captions` into `out`; returns the number of images drawn.
+    """Generate what is missing of `captions` into `out`; return the number of new images.
 
-    options: of eval/sample.py, as in a settings.json; those left out are its defaults. Raises
-    ValueError for a folder of other samples, Incomplete if images are missing in the end.
+    options: of eval/sample.py, as in a settings.json; others have its defaults. Raises ValueError
+    for a folder of other samples, Incomplete if images are missing in the end.
     """
     settings = _settings(model, captions, options, workers.device)
-    sampling_of(settings)  # what it refuses leaves the folder as it is
+    sampling_of(settings)  # refuses bad options before the folder changes
     open_samples(out, settings, fresh=fresh)
     if (out / SAMPLES_NAME).is_file() and not committed(out):  # eval/sample.py finished it
         return 0
+
+    # Which blocks are missing
     recover(out)
     for name, problem in withdraw_damaged(out).items():
         print(f"samples: block {name} is drawn again: {problem}", flush=True)
@@ -185,8 +185,10 @@ def draw(
     blocks = [b for b in range(-(-len(captions) // BLOCK_SIZE)) if shard_name(b) not in done]
     if blocks:
         (out / SAMPLES_NAME).unlink(missing_ok=True)
+
+    # Make them
     count = sum(len(captions[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]) for b in blocks)
-    work = Drawing(
+    work = SampleWork(
         out=out.absolute(),
         model=model.absolute(),
         captions=captions,
@@ -194,9 +196,11 @@ def draw(
         device=workers.device,
     )
     made = workers.run("sample", work, blocks, count)
-    found = sum(commit.num_samples for commit in committed(out).values())
-    if found != len(captions):
-        raise Incomplete(f"{out}: found {found} samples, expected {len(captions)}")
+
+    # Finish the folder
+    total = sum(commit.num_samples for commit in committed(out).values())
+    if total != len(captions):
+        raise Incomplete(f"{out}: found {total} samples, expected {len(captions)}")
     if not (out / SAMPLES_NAME).is_file():
         grid_of_samples(out, captions)
         list_samples(out, captions, settings["seed"])
@@ -206,7 +210,7 @@ def draw(
 def _settings(
     model: Model, captions: list[str], options: dict[str, Any], device: str
 ) -> dict[str, Any]:
-    """Return what the images depend on: options, captions, and the weights that draw them."""
+    """Return what the images depend on: options, captions, and the weights of the model."""
     from eval.features.devices import device_named
     from eval.sampling.chain import chain_weights
     from models.clip import load_clip
@@ -249,43 +253,41 @@ def model_in(folder: Path) -> Model:
 
 
 def read_options(source: str) -> tuple[dict[str, Any], str]:
-    """Return sampling options, and the run that guides, of a JSON file or a settings.json.
+    """Return the sampling options, and the guiding run, of a JSON file or a settings.json.
 
-    Raises ValueError for another file, or an option that there is not.
+    Raises ValueError for another file, an unknown option, or a value of another type.
     """
-    known = {*asdict(SamplingSettings()), "seed"}
-    told = {*asdict(Model(prior="", decoder="")), "encoder_id", "captions"}
+    defaults = {**asdict(SamplingSettings()), "seed": 0}
+    others = {*asdict(Model(prior="", decoder="")), "encoder_id", "captions"}
     try:
         found = json.loads(Path(source).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--sampling: {source}: found {error}, expected JSON") from None
     if not isinstance(found, dict):
         raise ValueError(f"--sampling: {source}: found a {type(found).__name__}, expected options")
-    rest = [n for n in found if n not in known | told and not n.endswith("_weights")]
-    if rest:
-        raise ValueError(
-            f"--sampling: {source}: found {rest[0]!r}, expected some of {', '.join(sorted(known))}"
-        )
-    options = {name: found[name] for name in found if name in known}
-    for name, value in options.items():
-        _require_type(source, name, value, {**asdict(SamplingSettings()), "seed": 0}[name])
+    for name, value in found.items():
+        if name in defaults:
+            expected = _expected_type(value, defaults[name])
+            if expected:
+                raise ValueError(
+                    f"--sampling: {source}: {name}: found {value!r}, expected {expected}"
+                )
+        elif name not in others and not name.endswith("_weights"):
+            known = ", ".join(sorted(defaults))
+            raise ValueError(f"--sampling: {source}: found {name!r}, expected some of {known}")
+    options = {name: value for name, value in found.items() if name in defaults}
     return options, str(found.get("guide", ""))
 
 
-def _require_type(source: str, name: str, value: Any, default: Any) -> None:
-    """Raise ValueError for an option whose value is not of the type of its default."""
-    wanted = "a number" if isinstance(default, int | float) else f"a {type(default).__name__}"
+def _expected_type(value: Any, default: Any) -> str:
+    """Return the type of an option's default, empty if `value` is of this type."""
     if isinstance(default, tuple):
         numbers = isinstance(value, list) and all(map(_is_number, value))
-        right = numbers and len(value) == len(default)
-        wanted = f"{len(default)} numbers"
-    elif isinstance(default, float):
-        right = _is_number(value)
-    else:
-        right = type(value) is type(default)
-        wanted = "a whole number" if isinstance(default, int) else wanted
-    if not right:
-        raise ValueError(f"--sampling: {source}: {name}: found {value!r}, expected {wanted}")
+        return "" if numbers and len(value) == len(default) else f"{len(default)} numbers"
+    if isinstance(default, float):
+        return "" if _is_number(value) else "a number"
+    name = "whole number" if type(default) is int else type(default).__name__
+    return "" if type(value) is type(default) else f"a {name}"
 
 
 def _is_number(value: Any) -> bool:

@@ -12,7 +12,7 @@ import errno
 import heapq
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,7 @@ def run_units(
     *,
     passing: tuple[type[BaseException], ...] = (),
     deal_share: Callable[[Sequence[Any], int], Any] | None = None,
-) -> Iterator[UnitResult]:
+) -> Generator[UnitResult, None, None]:
     """Make each unit; yield the results as they come. After a full disk no unit is started.
 
     make: picklable. units: read as workers become free. passing: errors after which a unit is tried
