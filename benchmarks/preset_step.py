@@ -137,7 +137,8 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
     import numpy as np
     import torch
 
-    from cluster.planning.stages import CHAINS, build_encoder
+    from cluster.planning.counts import encoder_counts
+    from cluster.planning.request import CHAINS
     from models.costs import num_parameters, training_flops
     from training.engine.precision import settled
     from training.runs.profiling import peak_tflops
@@ -148,16 +149,17 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
     chain = next(
         (c for c in CHAINS.values() if preset in (c.prior, c.ar, *c.decoders)), CHAINS["mini"]
     )
-    encoder = build_encoder(chain.encoder)
-    told, build = _config(script, preset, channels_last, encoder.sizes)
-    predicted = _predicted(told, build, script, preset, encoder, batch)
+    encoder = encoder_counts(chain.encoder)
+    sizes = {key: encoder[key] for key in ("embed_dim", "text_width", "context_length")}
+    told, build = _config(script, preset, channels_last, sizes)
+    predicted = _predicted(build, encoder, batch)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     with device:
         model = build()
     flops = training_flops(model, WORDS)
     if compiled:
         compile_model(model)
-    columns = _columns(model, encoder.sizes, batch, device)
+    columns = _columns(model, sizes, batch, device)
     parts = _times(config, model, columns, told.train, device)
     peak = peak_tflops(device) * 1e12
     rate, on_gpu = batch / float(np.median(parts)), device.type == "cuda"
@@ -205,7 +207,7 @@ def _config(script: str, preset: str, channels_last: bool, sizes: dict[str, int]
     """Return a preset's configuration for one process, and what builds its model."""
     from dataclasses import replace
 
-    from cluster.planning.stages import read_preset
+    from cluster.planning.counts import read_preset
     from training.tasks.clip_and_decoder import decoder_model
     from training.tasks.prior import prior_model
 
@@ -221,20 +223,20 @@ def _config(script: str, preset: str, channels_last: bool, sizes: dict[str, int]
     return told, lambda: decoder_model(told, sizes)
 
 
-def _predicted(told: Any, build: Any, script: str, preset: str, encoder: Any, batch: int) -> float:
+def _predicted(build: Any, encoder: dict[str, Any], batch: int) -> float:
     """Return the bytes that a plan reckons with: state, and activations of the batch."""
     import torch
 
-    from cluster.planning.stages import Stage
+    from cluster.planning.counts import count_model
     from models.costs import state_bytes
 
     with torch.device("meta"):
         model = build()
-    stage = Stage(
-        name=preset, kind=script, preset=preset, config=told, model=model,
-        words=min(WORDS, encoder.sizes["context_length"]),
-    )  # fmt: skip
-    return state_bytes(model) + stage.activations[stage.checkpointing[0]].of(batch)
+    counts = count_model(model, min(WORDS, encoder["context_length"]))
+    network = getattr(model, "unet", model)
+    checkpointed = getattr(getattr(network, "config", None), "checkpointing", False)
+    activations = counts["activations"]["checkpointed" if checkpointed else "kept"]
+    return state_bytes(model) + activations["fixed"] + activations["each"] * batch
 
 
 def _columns(model: Any, sizes: dict[str, int], count: int, device: Any) -> Any:

@@ -1,7 +1,7 @@
 """Plan a training: what a preset needs on a cluster, how long it takes, what it costs.
 
 python cluster/plan.py --preset paper --gpu h200 --num-gpus 64 --images 250e6
-python cluster/plan.py --validate                  # its errors against published sizes and runs
+python cluster/plan.py --preset demo               # two CPU cores
 """
 
 from cluster.base.cli import INCOMPLETE, parse, run_script
@@ -11,41 +11,24 @@ from cluster.planning.request import PRESETS, PlanRequest
 def main(request: PlanRequest) -> int:
     """Print the plan that `request` asks for; 1 where it does not fit, or not into the budget."""
     import json
-    from dataclasses import asdict
+    import sys
 
     from rich.console import Console
 
-    from cluster.planning import published, tables
+    from cluster.planning import tables
     from cluster.planning.report import Planner
 
-    console = Console(width=None if Console().is_terminal else 200)
-    if request.validate:
-        rows = published.rows()
-        if request.json:
-            told = [asdict(row) | {"error": row.error, "holds": row.holds} for row in rows]
-            print(json.dumps(told, indent=2))
-        else:
-            tables.print_comparisons(rows, console)
-        return 0 if all(row.holds for row in rows if row.role != "apart") else INCOMPLETE
     plan = Planner(request).plan()
     if request.json:
         print(json.dumps(plan, indent=2))
     else:
-        tables.print_plan(plan, console)
-    return _verdict(request, plan)
-
-
-def _verdict(request: PlanRequest, plan: dict) -> int:
-    import sys
-
+        tables.print_plan(plan, Console(width=None if Console().is_terminal else 200))
     if not plan["fits"]:
         names = ", ".join(stage["name"] for stage in plan["stages"] if not stage["fits"])
         print(f"does not fit: {names}", file=sys.stderr)
         return INCOMPLETE
     if request.budget and plan["cost"] > request.budget:
-        print(
-            f"over the budget: ${plan['cost']:,.0f} of ${request.budget:,.0f}", file=sys.stderr
-        )
+        print(f"over the budget: ${plan['cost']:,.0f} of ${request.budget:,.0f}", file=sys.stderr)
         return INCOMPLETE
     return 0
 

@@ -10,19 +10,22 @@ import pytest
 
 from cluster.base.cli import parse, with_options
 from cluster.plan import main
-from cluster.planning import fitting, flows
+from cluster.planning import counts, layouts, report
+from cluster.planning.counts import read_preset
 from cluster.planning.devices import GPUS, find_gpu
-from cluster.planning.efficiency import Layout, Load, efficiency, read_measured, step_time
+from cluster.planning.efficiency import efficiency, read_measured
+from cluster.planning.layouts import Layout, Load, step_time
 from cluster.planning.report import Planner
-from cluster.planning.request import PRESETS, PlanRequest
-from cluster.planning.stages import CHAINS, build_stages, read_preset
+from cluster.planning.request import CHAINS, PRESETS, PlanRequest
+from cluster.planning.stages import build_stages
 from models.clip import FrozenClip, build_clip
-from models.costs import state_bytes
+from models.costs import offloaded_bytes, state_bytes
+from training.engine.engines import BUCKET
 from training.runs.profiling import PEAK_TFLOPS
 
 ROOT = Path(__file__).parent.parent
 DEMO = PlanRequest(chain="demo", gpu="cpu", num_gpus=1, images=8000.0, train_clip=True,
-                   simulations=2, eval_images=16)  # fmt: skip
+                   eval_images=16)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +34,12 @@ def demo():
 
 
 @pytest.fixture(scope="module")
-def told(demo):
+def plan(demo):
     return demo.plan()
+
+
+def sizes_of(encoder) -> dict[str, int]:
+    return {key: encoder[key] for key in ("embed_dim", "text_width", "context_length")}
 
 
 # -- the models are those that are trained ---------------------------------------------------------
@@ -40,7 +47,6 @@ def told(demo):
 
 def dry_run_parameters(kind: str, preset: str, sizes: dict, folder: Path, capsys) -> int:
     """What --dry-run prints for a preset beside embeddings of an encoder of these sizes."""
-    from cluster.planning.stages import read_preset
     from training.runs.dry_run import dry_run
     from training.tasks.clip_and_decoder import clip_model, decoder_model
     from training.tasks.prior import prior_model
@@ -62,9 +68,29 @@ def test_parameters_are_those_of_the_dry_run(chain: str, tmp_path: Path, capsys)
     assert [stage.name for stage in stages][: 1 + trains][-1] == "prior"
     for stage in stages:
         found = dry_run_parameters(
-            stage.kind, stage.preset, encoder.sizes, tmp_path / "embeds", capsys
+            stage.kind, stage.preset, sizes_of(encoder), tmp_path / "embeds", capsys
         )
         assert stage.parameters == found, stage.name
+
+
+@pytest.mark.parametrize("chain", ["debug", pytest.param("mini", marks=pytest.mark.slow),
+                                   pytest.param("paper", marks=pytest.mark.slow)])  # fmt: skip
+def test_stored_counts_are_what_the_models_count(chain: str, monkeypatch):
+    """`python cluster/planning/counts.py` writes them again."""
+    trains = CHAINS[chain].encoder.startswith("clip_")
+    request = PlanRequest(chain=chain, train_clip=trains)  # type: ignore[arg-type]
+    stored = build_stages(request)
+    empty: dict = {}
+    monkeypatch.setattr(counts, "_stored", lambda: empty)
+    for one, two in zip(stored[1], build_stages(request)[1], strict=True):
+        assert one.counts == two.counts and one.frozen == two.frozen, one.name
+
+
+def test_all_shipped_presets_have_stored_counts(monkeypatch):
+    """A plan of a shipped preset counts nothing; `python cluster/planning/counts.py` adds it."""
+    monkeypatch.setattr(counts, "_count_stage", None)
+    monkeypatch.setattr(counts, "_count_encoder", None)
+    assert len([look_up() for look_up in counts.shipped()]) >= 30
 
 
 def test_every_chain_names_presets_that_are_shipped():
@@ -83,7 +109,7 @@ def test_every_chain_names_presets_that_are_shipped():
 # -- devices and efficiencies ----------------------------------------------------------------------
 
 
-def test_peaks_are_those_that_training_tells_its_use_by():
+def test_peaks_are_those_of_training_reports():
     names = {"a100-40": "A100", "a100-80": "A100", "h100": "H100", "h200": "H200", "b200": "B200",
              "l40s": "L40S"}  # fmt: skip
     for name, known in names.items():
@@ -183,26 +209,30 @@ def test_memory_falls_with_partitioning_and_grows_with_the_micro_batch(demo):
     stage = paper_like(demo, "base")
     for micro in (1, 4):
         totals = [
-            fitting.memory_of(
+            layouts.memory_of(
                 stage, 64, Layout(zero_stage=zero, micro_batch=micro, checkpointing=False)
             ).state
             for zero in range(4)
         ]
         assert totals == sorted(totals, reverse=True)
     one, four = (
-        fitting.memory_of(stage, 64, Layout(zero_stage=1, micro_batch=n, checkpointing=False))
+        layouts.memory_of(stage, 64, Layout(zero_stage=1, micro_batch=n, checkpointing=False))
         for n in (1, 4)
     )
-    line = stage.activations[False]
-    assert four.total - one.total == pytest.approx(3 * line.each)
-    assert stage.activations[True].each < line.each
+    each = {name: each["each"] for name, each in stage.counts["activations"].items()}
+    assert four.total - one.total == pytest.approx(3 * each["kept"])
+    assert each["checkpointed"] < each["kept"]
 
 
-def test_state_is_what_the_engine_says_it_keeps(demo):
+def test_state_is_what_the_engine_keeps(demo):
     stage = paper_like(demo, "prior")
-    for zero in range(4):
-        layout = Layout(zero_stage=zero, micro_batch=1, checkpointing=False)
-        assert fitting.memory_of(stage, 4, layout).state == state_bytes(stage.model, zero, 4)
+    model = counts.build_model(stage.config, sizes_of(demo.encoder))
+    for zero, offload in [(zero, False) for zero in range(4)] + [(2, True), (3, True)]:
+        layout = Layout(zero_stage=zero, micro_batch=1, checkpointing=False, offload=offload)
+        found = layouts.memory_of(stage, 4, layout).state
+        assert found == pytest.approx(state_bytes(model, zero, 4, offload=offload), abs=4)
+    assert layouts.BUCKET == BUCKET
+    assert layouts.host_bytes(stage, 4) == pytest.approx(offloaded_bytes(model, 4), abs=4)
 
 
 def test_of_the_encoder_a_gpu_holds_what_training_holds(demo):
@@ -210,7 +240,7 @@ def test_of_the_encoder_a_gpu_holds_what_training_holds(demo):
     encoder = FrozenClip(build_clip(read_preset("clip", "demo").model), "demo")
     encoder.drop_vision()  # as training does
     layout = Layout(zero_stage=1, micro_batch=1, checkpointing=False)
-    found = fitting.memory_of(stage, 4, layout).frozen
+    found = layouts.memory_of(stage, 4, layout).frozen
     assert found == sum(p.nbytes for p in encoder.parameters()) > 0
 
 
@@ -226,62 +256,60 @@ def adamw(stage):
 
 def test_what_fits_is_the_quickest_and_what_does_not_names_the_nearest(demo):
     stage = adamw(paper_like(demo, "base"))
-    roomy = fitting.place(stage, tiny_gpu(80), 4, 0.2, 0.1)
+    roomy = layouts.place(stage, tiny_gpu(80), 4, 0.2, 0.1)
     assert roomy[0].fits
     assert roomy[0].layout.micro_batch == 16 and not roomy[0].layout.checkpointing
     limit = 50 / 1024
-    tight = fitting.place(stage, tiny_gpu(limit), 4, 0.2, 0.1)
-    best = next(one for one in tight if one.fits)
+    tight = layouts.place(stage, tiny_gpu(limit), 4, 0.2, 0.1)
+    best = next(each for each in tight if each.fits)
     assert best.memory.total <= limit * 0.9 * 2**30
     assert best.layout != roomy[0].layout
     assert all(one.step.seconds >= best.step.seconds for one in tight if one.fits)
-    nothing = fitting.place(stage, tiny_gpu(0.001), 4, 0.2, 0.1)
+    nothing = layouts.place(stage, tiny_gpu(0.001), 4, 0.2, 0.1)
     assert not any(one.fits for one in nothing)
-    (other,) = fitting.nearest(stage, tiny_gpu(0.001), 4, 0.2, 0.1)
+    (other,) = layouts.nearest(stage, tiny_gpu(0.001), 4, 0.2, 0.1)
     assert other.startswith("4 x a100-40 with ZeRO ")
 
 
 def test_flags_make_the_training_script_take_the_placement(demo):
-    from cluster.planning.stages import read_preset
-
     stage = adamw(paper_like(demo, "base"))
     for zero, micro, again in ((0, 16, False), (2, 4, True)):
         layout = Layout(zero_stage=zero, micro_batch=micro, checkpointing=again)
         placement = dataclasses.replace(
-            fitting.place(stage, tiny_gpu(80), 4, 0.2, 0.1)[0], layout=layout
+            layouts.place(stage, tiny_gpu(80), 4, 0.2, 0.1)[0], layout=layout
         )
-        words = fitting.flags(stage, placement).split()
+        words = layouts.flags(stage, placement).split()
         config = read_preset("decoder", "demo", "--train.optimizer", "adamw", *words)
-        assert fitting.preset_layout(dataclasses.replace(stage, config=config), 4) == Layout(
-            zero_stage=zero, micro_batch=micro, checkpointing=stage.checkpointing[0]
+        assert layouts.preset_layout(dataclasses.replace(stage, config=config), 4) == Layout(
+            zero_stage=zero, micro_batch=micro, checkpointing=again
         )
-        assert config.train.num_workers == 4
+        assert config.train.workers.num_workers == 4
         assert config.base.unet.checkpointing == again
 
 
 def test_workers_share_the_global_batch_out_evenly(demo):
     stage = paper_like(demo, "base")  # batches of 64
-    found = [fitting.usable_workers(stage, n) for n in (1, 3, 48, 64, 1000)]
+    found = [layouts.usable_workers(stage, n) for n in (1, 3, 48, 64, 1000)]
     assert found == [1, 2, 32, 64, 64]
 
 
 def test_muon_stays_whole_and_clip_takes_its_share_at_once(demo):
     clip = paper_like(demo, "clip")
-    (only,) = fitting.layouts(clip, 2, offload=False)
+    (only,) = layouts.layouts(clip, 2, offload=False)
     assert only == Layout(zero_stage=0, micro_batch=64, checkpointing=False)
-    assert list(fitting.layouts(clip, 2, offload=True)) == []
+    assert list(layouts.layouts(clip, 2, offload=True)) == []
 
 
 # -- the plan as a whole ---------------------------------------------------------------------------
 
 
-def test_parts_add_up(told):
-    stages = told["stages"]
+def test_parts_add_up(plan):
+    stages = plan["stages"]
     assert [stage["name"] for stage in stages] == ["clip", "prior", "base", "up64"]
-    assert told["fits"] and all(stage["fits"] for stage in stages)
-    whole = told["download"]["cost"] + told["embed"]["cost"] + told["evaluation"]["cost"]
-    assert told["cost"] == pytest.approx(whole + sum(stage["cost"] for stage in stages))
-    storage = dict(told["storage_bytes"])
+    assert plan["fits"] and all(stage["fits"] for stage in stages)
+    whole = plan["download"]["cost"] + plan["embed"]["cost"] + plan["evaluation"]["cost"]
+    assert plan["cost"] == pytest.approx(whole + sum(stage["cost"] for stage in stages))
+    storage = dict(plan["storage_bytes"])
     assert storage.pop("all") == pytest.approx(sum(storage.values()))
     for stage in stages:
         assert stage["samples"] == stage["num_steps"] * stage["global_batch_size"]
@@ -289,7 +317,7 @@ def test_parts_add_up(told):
         least = stage["num_steps"] * stage["step_seconds"]["all"] / 86_400
         assert stage["days"] == pytest.approx(least / stage["failures"]["goodput"])
         assert stage["gpu_hours"] == pytest.approx(24 * stage["days"] * stage["workers"])
-    pipeline = told["pipeline"]
+    pipeline = plan["pipeline"]
     assert pipeline["days"] >= pipeline["days_without_failures"] * (1 - 1e-9)
     assert list(pipeline["stages"]) == ["download", "embed", "clip", "prior", "base", "up64"]
 
@@ -297,7 +325,7 @@ def test_parts_add_up(told):
 def test_a_checkpoints_size_is_what_training_writes(demo):
     """Master weights, two moments and the average in fragments; model and ema.safetensors."""
     stage = paper_like(demo, "prior")
-    assert flows.checkpoint_bytes(stage) == stage.parameters * 24
+    assert report.checkpoint_bytes(stage) == stage.parameters * 24
 
 
 def test_rows_of_embeddings_are_what_shards_hold(demo, tmp_path: Path):
@@ -305,7 +333,7 @@ def test_rows_of_embeddings_are_what_shards_hold(demo, tmp_path: Path):
 
     from ingest.shards import write_embed_shard
 
-    sizes, n = demo.encoder.sizes, 1000
+    sizes, n = demo.encoder, 1000
     write_embed_shard(
         tmp_path, "000000", image_embed=np.zeros((n, sizes["embed_dim"])),
         text_embed=np.zeros((n, sizes["embed_dim"])),
@@ -315,23 +343,23 @@ def test_rows_of_embeddings_are_what_shards_hold(demo, tmp_path: Path):
     npy = sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
     row = 4 * sizes["embed_dim"] + 4 * sizes["context_length"]
     assert npy == pytest.approx(n * row, rel=0.01)
-    found = flows.storage_bytes(DEMO, demo.encoder, [])["embeddings, tokens and keys"]
-    assert found == pytest.approx(8000 * (row + flows.KEYS_BYTES))
+    found = report.storage_bytes(DEMO, demo.encoder, [])["embeddings, tokens and keys"]
+    assert found == pytest.approx(8000 * (row + report.KEYS_BYTES))
 
 
 def test_the_download_is_done_in_the_days_allowed():
     request = PlanRequest(images=5e9, download_days=7.0)
-    found = flows.plan_download(request)
-    assert found.days <= 7.0 and found.bound == "vCPUs"
-    fewer = flows.plan_download(dataclasses.replace(request, download_days=found.days * 1.5))
-    assert fewer.nodes < found.nodes
-    narrow = flows.plan_download(dataclasses.replace(request, node_gbits=0.5))
-    assert narrow.bound == "network" and narrow.nodes > found.nodes
-    assert found.images_per_second * 86_400 * found.days == pytest.approx(5e9)
+    found = report.download_plan(request)
+    assert found["days"] <= 7.0 and found["bound"] == "vCPUs"
+    fewer = report.download_plan(dataclasses.replace(request, download_days=found["days"] * 1.5))
+    assert fewer["nodes"] < found["nodes"]
+    narrow = report.download_plan(dataclasses.replace(request, node_gbits=0.5))
+    assert narrow["bound"] == "network" and narrow["nodes"] > found["nodes"]
+    assert found["images_per_second"] * 86_400 * found["days"] == pytest.approx(5e9)
 
 
-def test_the_script_prints_tables_and_json_and_exits_by_the_budget(told, capsys, monkeypatch):
-    monkeypatch.setattr(Planner, "plan", lambda self: told)
+def test_the_script_prints_tables_and_json_and_exits_by_the_budget(plan, capsys, monkeypatch):
+    monkeypatch.setattr(Planner, "plan", lambda self: plan)
     monkeypatch.setattr(Planner, "__init__", lambda self, request: None)
     assert main(DEMO) == 0
     shown = capsys.readouterr().out
@@ -340,12 +368,12 @@ def test_the_script_prints_tables_and_json_and_exits_by_the_budget(told, capsys,
                   "--preset demo --train.num-workers 1"):  # fmt: skip
         assert words in shown
     assert main(dataclasses.replace(DEMO, json=True)) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(told))
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(plan))
     assert main(dataclasses.replace(DEMO, budget=1e-9)) == 1
     assert "over the budget: $" in capsys.readouterr().err
-    stage = {**told["stages"][0], "fits": False, "least_bytes": 2**40, "least_layout": "ZeRO 3",
+    stage = {**plan["stages"][0], "fits": False, "least_bytes": 2**40, "least_layout": "ZeRO 3",
              "nearest": ["8 x h200 with ZeRO 3"]}  # fmt: skip
-    bad = {**told, "fits": False, "stages": [stage, *told["stages"][1:]], "pipeline": {}}
+    bad = {**plan, "fits": False, "stages": [stage, *plan["stages"][1:]], "pipeline": {}}
     monkeypatch.setattr(Planner, "plan", lambda self: bad)
     assert main(DEMO) == 1
     found = capsys.readouterr()

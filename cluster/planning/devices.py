@@ -30,6 +30,7 @@ class Gpu:
 
     @property
     def memory_bytes(self) -> float:
+        """Memory in bytes."""
         return self.memory_gib * 2**30
 
     def wire(self, num_gpus: int) -> float:
@@ -37,8 +38,8 @@ class Gpu:
         return self.link if num_gpus <= self.per_node else min(self.link, self.network)
 
 
-# Memory is what nvidia-smi reports, in MiB / 1024: less than the name says where ECC takes its
-# part. The link is half of NVLink's figure, which counts both ways; of the L40S PCIe 4.0 x16. The
+# Memory is what nvidia-smi reports, in MiB / 1024: less than the name says where ECC takes
+# some. The link is half of NVLink's figure, which counts both ways; of the L40S PCIe 4.0 x16. The
 # network is a DGX's: a 200 Gb/s card for each A100, a 400 Gb/s card for each H100 and later; of the
 # L40S one 200 Gb/s card for two.
 _GB = 1e9

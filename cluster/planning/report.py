@@ -1,30 +1,89 @@
-"""A plan: every stage of a preset on a cluster, put together as plain data."""
+"""A plan: every stage of a chain on a cluster, put together as plain data."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from cluster.planning import fitting, flows
+from cluster.planning import layouts
 from cluster.planning.devices import find_gpu
-from cluster.planning.efficiency import Layout, efficiency, read_measured
-from cluster.planning.fitting import Placement
-from cluster.planning.flows import DAY
-from cluster.planning.request import PlanRequest
-from cluster.planning.sampling import flops_an_image
-from cluster.planning.simulation import (
+from cluster.planning.efficiency import efficiency, read_measured
+from cluster.planning.failures import (
+    Checkpoints,
     Nodes,
-    PipelineStage,
-    Tasks,
-    Training,
+    best_checkpoints,
     best_interval,
-    best_simulated_interval,
-    mean_goodput,
-    simulate,
-    simulate_pipeline,
+    tasks_goodput,
+    training_goodput,
     young_interval,
 )
-from cluster.planning.stages import Stage, build_stages
+from cluster.planning.layouts import Layout, Placement
+from cluster.planning.request import PlanRequest
+from cluster.planning.stages import Stage, build_stages, image_flops
 
+DAY = 86_400.0
+# img2dataset, 100 machines of 96 vCPUs: 200,000 images a second (its PR 272)
+DOWNLOAD_A_VCPU = 200_000 / (100 * 96)
+DECODE_SECONDS = 2.4e-3  # CLIP's preprocessing of a 256 px JPEG, a core (benchmarked)
+EMBED_SECONDS = 1e-6  # a million embeddings a second and core (benchmarks/results.md)
+NETWORK_USE = 0.8  # of a card's rate that downloads reach, many small transfers: an assumption
+# 10,000 images of 256 px make a shard of 270 MB (laion-prepro, LAION-400M)
+IMAGE_BYTES_256 = 270e6 / 10_000
+# of 413 M images of LAION-400M, 9.6 M are at least 1024 px on both sides (LAION-400M's statistics)
+SHARE_1024 = 9.6 / 413
+# 1024 px on the short side, aspect 4:3, 1.5 bits a pixel in a JPEG of quality 95: an assumption
+IMAGE_BYTES_1024 = 1024**2 * (4 / 3) * 1.5 / 8
+KEYS_BYTES = 100  # of a row of keys.parquet, key and caption, compressed: an assumption
+CHECKPOINT_BYTES = 4 * (1 + 2 + 1) + 4 + 4  # fragments: master, moments, EMA; model, ema files
+INCEPTION_MACS = 5.7e9  # of a 299 px image (Szegedy et al. 2016)
 SHARD_SECONDS = 600.0  # of one node for one shard of a download or an embedding: an assumption
 COPY = 25e9  # bytes a second from a GPU to the memory of its CPU, for which steps wait
+
+Plan = dict[str, Any]  # JSON: numbers in the units that their names give, and their sources
+
+
+def download_plan(request: PlanRequest) -> Plan:
+    """Return how many nodes the download needs to end in the days allowed."""
+    wanted = request.images / (request.download_days * DAY)
+    by_cpu = request.vcpus_per_node * DOWNLOAD_A_VCPU
+    by_network = NETWORK_USE * request.node_gbits * 1e9 / 8 / request.fetched_bytes
+    nodes = math.ceil(wanted / min(by_cpu, by_network))
+    rate = nodes * min(by_cpu, by_network)
+    days = request.images / rate / DAY
+    return {
+        "rows": request.images / request.success,
+        "images_per_second": rate,
+        "nodes": nodes,
+        "bound": "vCPUs" if by_cpu <= by_network else "network",
+        "days": days,
+        "gbits_per_second": rate * request.fetched_bytes * 8 / 1e9,
+        "cost": nodes * request.vcpus_per_node * 24 * days * request.cpu_hour_price,
+    }
+
+
+def checkpoint_bytes(stage: Stage) -> float:
+    """Return the size of a checkpoint: fragments, and the weights assembled for inference."""
+    return stage.parameters * (CHECKPOINT_BYTES + stage.average_bytes)
+
+
+def storage_bytes(
+    request: PlanRequest, encoder: Mapping[str, int], stages: list[Stage]
+) -> dict[str, float]:
+    """Return the bytes on storage, by what they are."""
+    sizes = {"images of 256 px": request.images * IMAGE_BYTES_256}
+    if any(stage.name == "up1024" for stage in stages):
+        each = request.images * SHARE_1024 * IMAGE_BYTES_1024
+        sizes["images of 1024 px, where the web has them"] = each
+    sizes["embeddings, tokens and keys"] = request.images * embedding_bytes(encoder)
+    for stage in stages:
+        # while the newest is written, the one it will replace is still there
+        kept = stage.train.checkpoint.keep_checkpoints + 1
+        sizes[f"checkpoints of {stage.name}, {kept} at most"] = kept * checkpoint_bytes(stage)
+    return sizes
+
+
+def embedding_bytes(encoder: Mapping[str, int]) -> int:
+    """Return the bytes of a row: two float16 embeddings, int32 tokens, key and caption."""
+    return 2 * 2 * encoder["embed_dim"] + 4 * encoder["context_length"] + KEYS_BYTES
 
 
 class Planner:
@@ -35,223 +94,192 @@ class Planner:
         self.price = request.gpu_hour_price or self.gpu.hour_price
         self.measured = read_measured(request.measured)
         self.encoder, self.stages = build_stages(request)
-        self._best: dict[str, Placement] = {}
 
-    def plan(self) -> dict[str, Any]:
-        """Return the whole plan: numbers in the units that their names say, and their sources."""
-        request = self.request
-        download = flows.plan_download(request)
-        encodes = efficiency("encoder", self.gpu, request, self.measured)
-        embed = flows.plan_embed(request, self.encoder, self.gpu, encodes)
+    def plan(self) -> Plan:
+        """Return the complete plan."""
+        request, gpu = self.request, self.gpu
+        download, embed = download_plan(request), self._embed()
         trained = [self._trained(stage) for stage in self.stages]
         evaluation = self._evaluation()
-        pipeline = self._pipeline(download, embed, trained)
-        storage = flows.storage_bytes(request, self.encoder, self.stages)
-        costs = [download.cost, embed.gpu_hours * self.price, evaluation["cost"]]
-        costs += [stage["cost"] for stage in trained if stage["fits"]]
+        storage = storage_bytes(request, self.encoder, self.stages)
+        fits = all(stage["fits"] for stage in trained)
+        sizes = {key: self.encoder[key] for key in ("embed_dim", "text_width", "context_length")}
         return {
             "chain": request.chain,
             "gpu": {
-                "name": self.gpu.name, "num_gpus": request.num_gpus,
-                "peak_tflops": self.gpu.peak_tflops, "memory_gib": self.gpu.memory_gib,
-                "hour_price": self.price, "source": self.gpu.source,
+                "name": gpu.name, "num_gpus": request.num_gpus, "peak_tflops": gpu.peak_tflops,
+                "memory_gib": gpu.memory_gib, "hour_price": self.price, "source": gpu.source,
                 "price_is_assumed": not request.gpu_hour_price,
             },
             "images": request.images,
-            "encoder": {"name": self.encoder.name, **self.encoder.sizes},
-            "download": vars(download),
-            "embed": {**vars(embed), "cost": embed.gpu_hours * self.price, "mfu": encodes.mfu},
-            "stages": trained,
-            "evaluation": evaluation,
+            "encoder": {"name": self.encoder["name"], **sizes},
+            "download": download, "embed": embed, "stages": trained, "evaluation": evaluation,
             "storage_bytes": {**storage, "all": sum(storage.values())},
-            "pipeline": pipeline,
-            "cost": sum(costs),
-            "fits": all(stage["fits"] for stage in trained),
+            "pipeline": self._pipeline(download, embed, trained) if fits else {},
+            "cost": download["cost"] + embed["cost"] + evaluation["cost"]
+            + sum(stage["cost"] for stage in trained if stage["fits"]),
+            "fits": fits,
         }  # fmt: skip
 
-    # -- one stage that is trained -----------------------------------------------------------------
+    def _embed(self) -> Plan:
+        """Return how long both towers take over all images, and the nodes that decode for them."""
+        request, found = self.request, self._efficiency("encoder")
+        flops = 2.0 * (self.encoder["image_macs"] + self.encoder["caption_macs"])
+        rate = request.num_gpus * self.gpu.peak_tflops * 1e12 * found.mfu / flops
+        days = request.images / rate / DAY
+        hours = 24 * days * request.num_gpus
+        return {
+            "images_per_second": rate, "days": days, "gpu_hours": hours,
+            "decode_nodes": math.ceil(rate * DECODE_SECONDS / request.vcpus_per_node),
+            "read_gbits": rate * IMAGE_BYTES_256 * 8 / 1e9, "source": found.source,
+            "cost": hours * self.price, "mfu": found.mfu,
+        }  # fmt: skip
 
-    def _trained(self, stage: Stage) -> dict[str, Any]:
+    def _trained(self, stage: Stage) -> Plan:
+        """Return a stage's size, memory by layout, and its speed, failures and cost if it fits."""
         request, gpu = self.request, self.gpu
-        found = efficiency(stage.network, gpu, request, self.measured, stage.preset)
-        workers = fitting.usable_workers(stage, request.num_gpus)
-        placements = fitting.place(stage, gpu, workers, found.mfu, request.headroom)
-        best = next((one for one in placements if one.fits), None)
-        train = stage.config.train
-        told = {
+        found = self._efficiency(stage.network, stage.preset)
+        workers = layouts.usable_workers(stage, request.num_gpus)
+        flops = stage.flops(stage.global_batch_size // workers)
+        own = layouts.preset_layout(stage, workers)
+        own_bytes = layouts.memory_of(stage, workers, own).total
+        placements = layouts.place(stage, gpu, workers, found.mfu, request.headroom)
+        best = next((each for each in placements if each.fits), None)
+        plan = {
             "name": stage.name, "kind": stage.kind, "preset": stage.preset,
             "network": stage.network, "parameters": stage.parameters,
             "caption_tokens": stage.words, "forward_macs": stage.macs,
-            "flops_a_sample": stage.flops(train.batch.global_batch_size // workers),
-            "num_steps": train.schedule.num_steps,
-            "global_batch_size": train.batch.global_batch_size,
-            "samples": stage.samples, "epochs": stage.samples / request.images,
-            "train_flops": stage.flops(train.batch.global_batch_size // workers) * stage.samples,
+            "flops_a_sample": flops, "num_steps": stage.num_steps,
+            "global_batch_size": stage.global_batch_size, "samples": stage.samples,
+            "epochs": stage.samples / request.images, "train_flops": flops * stage.samples,
             "workers": workers, "mfu": found.mfu, "efficiency_source": found.source,
-            "activation_bytes": {
-                ("checkpointed" if kept else "kept"): vars(line)
-                for kept, line in stage.activations.items()
-            },
+            "activation_bytes": stage.counts["activations"],
             "memory": self._memory_table(stage, workers), "fits": best is not None,
-            "preset_layout": self._preset_layout(stage, workers),
+            "preset_layout": {
+                "layout": str(own), "bytes": own_bytes,
+                "fits": own_bytes <= gpu.memory_bytes * (1 - request.headroom),
+            },
         }  # fmt: skip
-        if best is None:
-            least = min(placements, key=lambda one: one.memory.total)
-            told["least_bytes"] = least.memory.total
-            told["least_layout"] = fitting.told(stage, least.layout)
-            told["nearest"] = fitting.nearest(stage, gpu, workers, found.mfu, request.headroom)
-            return told
-        self._best[stage.name] = best
-        return {**told, **self._speed(stage, best)}
+        if best is not None:
+            return {**plan, **self._speed(stage, best)}
+        least = min(placements, key=lambda each: each.memory.total)
+        plan["least_bytes"], plan["least_layout"] = least.memory.total, str(least.layout)
+        plan["nearest"] = layouts.nearest(stage, gpu, workers, found.mfu, request.headroom)
+        return plan
 
-    def _preset_layout(self, stage: Stage, workers: int) -> dict[str, Any]:
-        layout = fitting.preset_layout(stage, workers)
-        total = fitting.memory_of(stage, workers, layout).total
-        room = self.gpu.memory_bytes * (1 - self.request.headroom)
-        return {
-            "layout": fitting.told(stage, layout), "bytes": total, "fits": total <= room,
-        }  # fmt: skip
-
-    def _memory_table(self, stage: Stage, workers: int) -> list[dict[str, Any]]:
+    def _memory_table(self, stage: Stage, workers: int) -> list[Plan]:
         """Return, by ZeRO stage: the state, and the largest micro-batch with activations kept and
         computed again."""
         rows = []
-        pairs = [(zero, False) for zero in range(4)] + [(2, True), (3, True)]
-        for zero, offload in pairs:
-            row: dict[str, Any] = {"zero_stage": zero, "offload": offload}
+        for zero, offload in [(zero, False) for zero in range(4)] + [(2, True), (3, True)]:
+            row: Plan = {"zero_stage": zero, "offload": offload}
             for again in stage.checkpointing:
                 layout = Layout(
                     zero_stage=zero, micro_batch=1, checkpointing=again, offload=offload
                 )
-                memory = fitting.memory_of(stage, workers, layout)
+                memory, suffix = layouts.memory_of(stage, workers, layout), "_again" * again
                 row["state_bytes"] = memory.state
-                row["host_bytes"] = fitting.host_bytes(stage, workers) if offload else 0.0
-                row["bytes_at_1_again" if again else "bytes_at_1"] = memory.total
-                most = fitting.largest_micro_batch(
+                row["host_bytes"] = layouts.host_bytes(stage, workers) if offload else 0.0
+                row[f"bytes_at_1{suffix}"] = memory.total
+                row[f"micro_batch{suffix}"] = layouts.largest_micro_batch(
                     stage, self.gpu, workers, layout, self.request.headroom
                 )
-                row["micro_batch_again" if again else "micro_batch"] = most
             rows.append(row)
         return rows
 
-    def _speed(self, stage: Stage, best: Placement) -> dict[str, Any]:
+    def _speed(self, stage: Stage, best: Placement) -> Plan:
         """Return a fitting stage's throughput, time, failures and cost."""
-        train, step = stage.config.train, best.step
-        training, nodes = self._simulated(stage, best)
-        histories = simulate(
-            training, nodes, seed=self.request.seed, count=self.request.simulations
+        train, seconds, size = stage.train.checkpoint, best.step.seconds, checkpoint_bytes(stage)
+        nodes, own_interval = self._nodes(best.workers), train.checkpoint_every * seconds
+        block = 16.0 * stage.parameters / best.workers / COPY
+        write = size / (1e9 * self.request.storage_gbytes)
+        checkpoints = Checkpoints(
+            interval=max(own_interval, write),
+            block=block if train.async_checkpoints else block + write,
+            write=write if train.async_checkpoints else 0.0,
         )
-        goodput = mean_goodput(histories)
-        days = train.schedule.num_steps * step.seconds / goodput / DAY
-        rate = train.batch.global_batch_size / step.seconds
-        hours = 24 * days * best.workers
-        own_every = train.checkpoint.checkpoint_every * step.seconds
-        interval, at_best = best_simulated_interval(training, nodes, seed=self.request.seed)
+        goodput = training_goodput(checkpoints, nodes)
+        optimum, best_goodput = best_checkpoints(checkpoints, nodes)
+        block, mtbf = checkpoints.block, nodes.system_mtbf
+        days = stage.num_steps * seconds / goodput / DAY
+        rate, hours = stage.global_batch_size / seconds, 24 * days * best.workers
+
+        if stage.kind == "prior":
+            read, decode = float(embedding_bytes(self.encoder)), EMBED_SECONDS
+        elif stage.name == "up1024":
+            read, decode = IMAGE_BYTES_1024, DECODE_SECONDS * 16  # by area
+        else:
+            read, decode = IMAGE_BYTES_256, DECODE_SECONDS
         return {
-            "layout": vars(best.layout), "layout_told": fitting.told(stage, best.layout),
-            "flags": fitting.flags(stage, best), "memory_bytes": vars(best.memory),
-            "total_bytes": best.memory.total,
-            "step_seconds": {**vars(step), "all": step.seconds},
+            "layout": vars(best.layout), "layout_text": str(best.layout),
+            "flags": layouts.flags(stage, best), "memory_bytes": vars(best.memory),
+            "total_bytes": best.memory.total, "step_seconds": {**vars(best.step), "all": seconds},
             "samples_per_second": rate, "tflops_a_gpu": rate * stage.flops() / best.workers / 1e12,
             "failures": {
-                "mtbf_hours": nodes.system_mtbf / 3600, "goodput": goodput,
-                "expected_failures": sum(h.failures for h in histories) / len(histories),
-                "checkpoint_bytes": flows.checkpoint_bytes(stage),
-                "block_seconds": training.block, "write_seconds": training.write,
-                "preset_interval_seconds": own_every,
-                "simulated_interval_seconds": training.interval,
-                "young_seconds": young_interval(training.block, nodes.system_mtbf),
-                "daly_seconds": best_interval(training.block, nodes.restart, nodes.system_mtbf),
-                "best_interval_seconds": interval, "best_goodput": at_best,
-                "best_checkpoint_every": max(1, round(interval / step.seconds)),
+                "mtbf_hours": mtbf / 3600, "goodput": goodput,
+                "expected_failures": days * DAY / mtbf,
+                "checkpoint_bytes": size, "block_seconds": block,
+                "write_seconds": checkpoints.write, "preset_interval_seconds": own_interval,
+                "interval_seconds": checkpoints.interval,
+                "young_seconds": young_interval(block, mtbf),
+                "daly_seconds": best_interval(block, nodes.restart, mtbf),
+                "best_interval_seconds": optimum.interval, "best_goodput": best_goodput,
+                "best_checkpoint_every": max(1, round(optimum.interval / seconds)),
             },
             "days": days, "gpu_hours": hours, "cost": hours * self.price,
-            "read_gbits": rate * flows.sample_bytes(stage, self.encoder) * 8 / 1e9,
-            "decode_cores": rate * flows.decode_seconds(stage),
+            "read_gbits": rate * read * 8 / 1e9, "decode_cores": rate * decode,
         }  # fmt: skip
 
     def _nodes(self, gpus: int) -> Nodes:
         request = self.request
         return Nodes(
-            count=-(-gpus // self.gpu.per_node),
-            mtbf=3600 * request.node_mtbf_hours,
-            restart=request.restart_seconds,
-            repair=3600 * request.repair_hours,
-            spares=request.spare_nodes,
-            elastic=request.elastic,
-        )
+            count=-(-gpus // self.gpu.per_node), mtbf=3600 * request.node_mtbf_hours,
+            restart=request.restart_seconds, repair=3600 * request.repair_hours,
+            spares=request.spare_nodes, elastic=request.elastic,
+        )  # fmt: skip
 
-    def _simulated(self, stage: Stage, best: Placement) -> tuple[Training, Nodes]:
-        """Describe a training for the simulation, at the preset's own interval of checkpoints."""
-        train, size = stage.config.train, flows.checkpoint_bytes(stage)
-        block = 16.0 * stage.parameters / best.workers / COPY
-        write = size / (1e9 * self.request.storage_gbytes)
-        training = Training(
-            work=train.schedule.num_steps * best.step.seconds,
-            interval=max(train.checkpoint.checkpoint_every * best.step.seconds, write),
-            block=block if train.checkpoint.async_checkpoints else block + write,
-            write=write if train.checkpoint.async_checkpoints else 0.0,
-        )
-        return training, self._nodes(best.workers)
-
-    # -- the rest ----------------------------------------------------------------------------------
-
-    def _evaluation(self) -> dict[str, Any]:
-        """Return what drawing and scoring the evaluation's images costs."""
-        request, gpu = self.request, self.gpu
-        each = flops_an_image(request.chain, self.stages)
-        seconds = 2 * 2 * flows.INCEPTION_MACS / (gpu.peak_tflops * 1e12 * self._share("encoder"))
+    def _evaluation(self) -> Plan:
+        """Return what it costs to sample and score the evaluation's images."""
+        request, peak = self.request, self.gpu.peak_tflops * 1e12
+        flops = image_flops(request.chain, self.stages)
+        seconds = 2 * 2 * INCEPTION_MACS / (peak * self._efficiency("encoder").mfu)
         for stage in self.stages:
-            if stage.name in each:
-                share = self._share(stage.network, stage.preset)
-                seconds += each[stage.name] / (gpu.peak_tflops * 1e12 * share)
+            mfu = self._efficiency(stage.network, stage.preset).mfu
+            seconds += flops.get(stage.name, 0.0) / (peak * mfu)
         hours = seconds * request.eval_images / 3600
         return {
-            "images": request.eval_images, "flops_an_image": each, "gpu_seconds_an_image": seconds,
+            "images": request.eval_images, "flops_an_image": flops, "gpu_seconds_an_image": seconds,
             "gpu_hours": hours, "days": hours / 24 / request.num_gpus, "cost": hours * self.price,
         }  # fmt: skip
 
-    def _share(self, network: str, preset: str = "") -> float:
-        return efficiency(network, self.gpu, self.request, self.measured, preset).mfu
+    def _efficiency(self, network: str, preset: str = "") -> Any:
+        return efficiency(network, self.gpu, self.request, self.measured, preset)
 
-    def _pipeline(self, download: Any, embed: Any, trained: list[dict]) -> dict[str, Any]:
-        """Simulate the whole, stage after stage, where all of it fits."""
-        if not all(stage["fits"] for stage in trained):
-            return {}
-        plain = Nodes(
-            count=download.nodes, mtbf=3600 * self.request.node_mtbf_hours,
-            restart=self.request.restart_seconds, repair=3600 * self.request.repair_hours,
+    def _pipeline(self, download: Plan, embed: Plan, trained: list[Plan]) -> Plan:
+        """Return when each stage begins and ends: one after the other, failures included."""
+        request = self.request
+        pieces = Nodes(
+            count=download["nodes"], mtbf=3600 * request.node_mtbf_hours,
+            restart=request.restart_seconds, repair=3600 * request.repair_hours,
         )  # fmt: skip
-        tasks = Tasks(work=download.days * DAY, piece=SHARD_SECONDS)
-        every = [PipelineStage(name="download", job=tasks, nodes=plain, pool="cpu")]
-        every.append(
-            PipelineStage(
-                name="embed", job=Tasks(work=embed.days * DAY, piece=SHARD_SECONDS),
-                nodes=self._nodes(self.request.num_gpus), pool="gpu", after=("download",),
-            )
-        )  # fmt: skip
-        for stage in self.stages:
-            job, nodes = self._simulated(stage, self._best[stage.name])
-            before = ("embed",) if stage.kind == "prior" or stage.name == "base" else ("download",)
-            every.append(
-                PipelineStage(name=stage.name, job=job, nodes=nodes, pool="gpu", after=before)
-            )
-        runs = [
-            simulate_pipeline(every, seed=self.request.seed + number)
-            for number in range(self.request.simulations)
-        ]
-        last = runs[0]
-        return {
-            "days": sum(run.elapsed for run in runs) / len(runs) / DAY,
-            "days_without_failures": self._ideal(every) / DAY,
-            "stages": {
-                name: {"begins_day": last.begins[name] / DAY, "ends_day": last.ends[name] / DAY,
-                       "failures": last.histories[name].failures,
-                       "goodput": last.histories[name].goodput}
-                for name in last.begins
-            },
-        }  # fmt: skip
-
-    @staticmethod
-    def _ideal(stages: list[PipelineStage]) -> float:
-        return sum(stage.job.work for stage in stages)
+        rows = []  # name, days without failures, goodput, mean time between failures in days
+        gpu_nodes = self._nodes(request.num_gpus)
+        for name, days, nodes in (
+            ("download", download["days"], pieces),
+            ("embed", embed["days"], gpu_nodes),
+        ):
+            goodput = tasks_goodput(SHARD_SECONDS, nodes)
+            rows.append((name, days, goodput, nodes.system_mtbf / DAY))
+        for stage in trained:
+            failures = stage["failures"]
+            ideal = stage["days"] * failures["goodput"]
+            rows.append((stage["name"], ideal, failures["goodput"], failures["mtbf_hours"] / 24))
+        now, stages = 0.0, {}
+        for name, ideal, goodput, mtbf in rows:
+            begins, now = now, now + ideal / goodput
+            stages[name] = {
+                "begins_day": begins, "ends_day": now,
+                "failures": (now - begins) / mtbf, "goodput": goodput,
+            }  # fmt: skip
+        ideal = sum(row[1] for row in rows)
+        return {"days": now, "days_without_failures": ideal, "stages": stages}

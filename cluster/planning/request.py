@@ -1,4 +1,4 @@
-"""What is asked of a plan; nothing heavy here, so that --help is quick."""
+"""The options of a plan, and the chains of presets that it knows."""
 
 import math
 from dataclasses import dataclass
@@ -10,6 +10,43 @@ PRESETS = Path(__file__).parent / "presets"
 # (Dubey et al. 2024, The Llama 3 Herd of Models, section 3.3.4)
 LLAMA_NODES, LLAMA_DAYS, LLAMA_STOPS = 2048, 54, 419
 NODE_MTBF_HOURS = 24 * LLAMA_DAYS * LLAMA_NODES / LLAMA_STOPS  # 6,335
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """The models of a plan: presets of training/presets by stage, and their encoder.
+
+    encoder: a preset of a CLIP, as "clip_paper", or the name of an open_clip architecture; ar: the
+    preset of the autoregressive prior; sample_steps: of prior, decoder and upsamplers;
+    passes_per_step: of prior and decoder, 2 under guidance.
+    """
+
+    encoder: str
+    prior: str
+    ar: str
+    decoders: tuple[str, ...]
+    sample_steps: tuple[int, ...] = (16, 16, 8, 8)  # the defaults of eval/sample.py
+    passes_per_step: tuple[float, float] = (2, 2)
+
+
+CHAINS = {
+    "paper": Chain(
+        encoder="clip_paper", prior="paper", ar="paper_ar",
+        decoders=("paper", "paper_up256", "paper_up1024"),
+        # table 3; guiding the prior hurt results
+        sample_steps=(64, 250, 27, 15), passes_per_step=(1, 2),
+    ),
+    "karlo": Chain(
+        encoder="ViT-L-14", prior="modern", ar="modern", decoders=("karlo", "karlo_up256")
+    ),
+    "modern": Chain(
+        encoder="ViT-H-14", prior="modern", ar="modern",
+        decoders=("modern", "paper_up256", "paper_up1024"),
+    ),
+    "mini": Chain(encoder="ViT-L-14", prior="mini", ar="mini", decoders=("mini", "mini_up")),
+    "demo": Chain(encoder="clip_demo", prior="demo", ar="demo", decoders=("demo", "demo_up")),
+    "debug": Chain(encoder="clip_debug", prior="debug", ar="debug", decoders=("debug", "debug_up")),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +83,9 @@ class PlanRequest:
     cpu_hour_price: float = 0.05
     """dollars for a vCPU and hour, of the nodes that download and decode"""
     budget: float = 0.0
-    """dollars that there are; 0 = any. More than that is told, with exit code 1"""
+    """dollars to spend; 0 = any. A plan that costs more ends with exit code 1"""
     download_days: float = 7.0
-    """days the download may take; tells how many nodes it needs"""
+    """days the download may take, which decides how many nodes it needs"""
     vcpus_per_node: int = 32
     """vCPUs of a node that downloads and decodes"""
     node_gbits: float = 10.0
@@ -60,23 +97,17 @@ class PlanRequest:
     storage_gbytes: float = 5.0
     """GB/s that the shared storage writes, for checkpoints"""
     node_mtbf_hours: float = NODE_MTBF_HOURS
-    """hours between failures of one node, mean; Llama 3's 54 days told 6,335"""
+    """hours between failures of one node, mean; 6,335 in Llama 3's 54 days"""
     restart_seconds: float = 300.0
     """from a failure to the next step: noticing, new workers, reading the checkpoint"""
     repair_hours: float = 4.0
     """hours until a failed node is back"""
     spare_nodes: int = 0
-    """nodes that stand by"""
+    """spare nodes"""
     elastic: bool = True
-    """go on with fewer nodes while none is spare, where waiting would cost more"""
-    simulations: int = 32
-    """simulated histories of each training"""
+    """continue on fewer nodes while no spare is left, where waiting would cost more"""
     eval_images: int = 30_000
     """images drawn for the evaluation"""
-    seed: int = 0
-    """of the simulation"""
-    validate: bool = False
-    """print the errors against published sizes and runs instead of a plan, and stop"""
     json: bool = False
     """print JSON instead of tables"""
 
@@ -112,7 +143,5 @@ _LIMITS = (
     ("restart_seconds", 0, 86_400),
     ("repair_hours", 0, 24 * 365),
     ("spare_nodes", 0, 100_000),
-    ("simulations", 1, 10_000),
     ("eval_images", 0, 1e9),
-    ("seed", 0, 2**32 - 1),
 )

@@ -1,0 +1,240 @@
+"""What each model of a plan costs, counted on torch's meta device: parameters, multiplications, and
+the bytes that a training step keeps.
+
+Counting takes seconds a model, so the counts of the shipped presets are kept in counts.jsonl, by a
+digest of the architecture. A model that is not in it is counted when it is asked for.
+
+python cluster/planning/counts.py        # count all shipped presets again, after models/ changed
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from cluster.base.cli import parse
+from cluster.base.files import digest_of, write_text
+from cluster.planning.request import CHAINS
+from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig
+
+COUNTS = Path(__file__).parent / "counts.jsonl"
+CONFIGS: dict[str, type[RunConfig]] = {
+    "clip": ClipRunConfig,
+    "prior": PriorRunConfig,
+    "decoder": DecoderRunConfig,
+}
+MAX_WORDS = 256  # tokens of a caption that the paper's text encoders read
+PROBE = 8  # samples on which the memory of a step is counted
+BF16_BYTES = 2
+
+Counts = dict[str, Any]  # one JSON object
+
+
+def read_preset(kind: str, name: str, *flags: str) -> Any:
+    """Return the configuration that a training script reads from a preset and flags."""
+    return parse(CONFIGS[kind], presets=PRESETS / kind, argv=["--preset", name, *flags])
+
+
+def architecture(config: Any) -> tuple[str, Any]:
+    """Return the name and value of the group of options that describes the network."""
+    if isinstance(config, ClipRunConfig):
+        return "model", config.model
+    if isinstance(config, PriorRunConfig):
+        return config.prior, getattr(config, config.prior)
+    name = "base" if config.stage == "base" else "up"
+    return name, getattr(config, name)
+
+
+def encoder_counts(name: str) -> Counts:
+    """Return the sizes of a CLIP, the multiply-accumulates of an image and of a caption, and the
+    parameters that are left without its vision tower."""
+    sizes: Any = name
+    if name.startswith("clip_"):
+        sizes = dataclasses.asdict(read_preset("clip", name.removeprefix("clip_")).model)
+    return _look_up({"encoder": name, "sizes": sizes}, lambda: _count_encoder(name))
+
+
+def stage_counts(kind: str, config: Any, encoder: Counts, words: int) -> Counts:
+    """Return the counts of the model that a training script builds from `config`.
+
+    words: tokens of a caption that the model reads. Returns `parameters`; `macs` of a forward pass
+    on one sample as it is trained; `text_macs`, the share of a text encoder of its own, which
+    sampling runs once; `image_macs` on an image of full size; `activations`, as `count_model`.
+    """
+    sizes = {key: encoder[key] for key in ("embed_dim", "text_width", "context_length")}
+    name, network = architecture(config)
+    key = {
+        "kind": kind, "network": name, "architecture": dataclasses.asdict(network),
+        "sizes": sizes, "words": words,
+    }  # fmt: skip
+    if kind == "decoder":
+        key |= {each: getattr(config, each) for each in ("image_size", "low_res_size", "crop_size")}
+    return _look_up(key, lambda: _count_stage(kind, config, sizes, words))
+
+
+# -- the file of counts ----------------------------------------------------------------------------
+
+
+@cache
+def _stored() -> dict[str, Counts]:
+    lines = COUNTS.read_text().splitlines() if COUNTS.is_file() else []
+    return {entry["digest"]: entry["counts"] for entry in map(json.loads, lines)}
+
+
+def _look_up(key: dict[str, Any], count: Callable[[], Counts]) -> Counts:
+    digest = digest_of(key)[:16]
+    if digest not in _stored():
+        _stored()[digest] = count()
+    return _stored()[digest]
+
+
+def shipped() -> Iterator[Callable[[], Counts]]:
+    """Yield a function for every model of a shipped chain, which looks its counts up."""
+    for chain in CHAINS.values():
+        encoder = encoder_counts(chain.encoder)
+        yield partial(encoder_counts, chain.encoder)
+        models = [("prior", chain.prior, ()), ("prior", chain.ar, ("--prior", "autoregressive"))]
+        models += [("decoder", name, ()) for name in chain.decoders]
+        if chain.encoder.startswith("clip_"):
+            models.append(("clip", chain.encoder.removeprefix("clip_"), ()))
+        for kind, name, flags in models:
+            config = read_preset(kind, name, *flags)
+            words, _ = caption_words(config, encoder, MAX_WORDS)
+            yield partial(stage_counts, kind, config, encoder, words)
+
+
+def caption_words(config: Any, encoder: Counts, most: int) -> tuple[int, bool]:
+    """Return how many tokens of a caption a model reads, and whether it reads them as states of the
+    encoder's frozen text tower."""
+    _, network = architecture(config)
+    if isinstance(config, ClipRunConfig):
+        return most, False
+    has_text = hasattr(network, "text_tokens") and getattr(network, "use_text", True)
+    own = network.text_tokens if has_text else 0
+    return min(most, own or encoder["context_length"]), bool(has_text and not own)
+
+
+def write_counts() -> None:
+    """Count every shipped model again and replace the file."""
+    _stored().clear()
+    COUNTS.unlink(missing_ok=True)
+    for look_up in shipped():
+        look_up()
+    lines = [json.dumps({"digest": key, "counts": value}) for key, value in _stored().items()]
+    write_text(COUNTS, "".join(f"{line}\n" for line in lines))
+
+
+# -- counting --------------------------------------------------------------------------------------
+
+
+def build_encoder(name: str) -> Any:
+    """Build a preset's CLIP ("clip_paper"), or one of open_clip's architectures, on the meta
+    device."""
+    import open_clip
+    import torch
+
+    from models.clip import build_clip
+
+    with torch.device("meta"):
+        if name.startswith("clip_"):
+            return build_clip(read_preset("clip", name.removeprefix("clip_")).model)
+        sizes = open_clip.get_model_config(name)
+        if sizes is None:
+            raise ValueError(f"encoder: found {name!r}, expected an architecture of open_clip")
+        vision = open_clip.CLIPVisionCfg(**sizes["vision_cfg"])
+        text = open_clip.CLIPTextCfg(**sizes["text_cfg"])
+        return open_clip.CLIP(sizes["embed_dim"], vision, text)
+
+
+def build_model(config: Any, sizes: dict[str, int]) -> Any:
+    """Build what a training script trains, for an encoder of these sizes, on the meta device."""
+    import torch
+
+    from training.tasks.clip_and_decoder import clip_model, decoder_model
+    from training.tasks.prior import prior_model
+
+    with torch.device("meta"):
+        if isinstance(config, ClipRunConfig):
+            return clip_model(config)
+        if isinstance(config, PriorRunConfig):
+            return prior_model(config, sizes)
+        return decoder_model(config, sizes)
+
+
+def _count_encoder(name: str) -> Counts:
+    import torch
+
+    from models.clip import model_sizes
+    from models.costs import forward_macs, num_parameters
+
+    model = build_encoder(name).eval()
+    size, context = model_sizes(model)
+    with torch.device("meta"):
+        image, tokens = torch.zeros(1, 3, size, size), torch.ones(1, context, dtype=torch.long)
+        image_macs = forward_macs(lambda: model.encode_image(image))
+        caption_macs = forward_macs(lambda: model.encode_text(tokens))
+    return {
+        "embed_dim": int(model.text_projection.shape[1]),
+        "text_width": int(model.token_embedding.weight.shape[1]),
+        "context_length": context,
+        "image_macs": image_macs, "caption_macs": caption_macs,
+        "text_parameters": num_parameters(model) - num_parameters(model.visual),
+    }  # fmt: skip
+
+
+def _count_stage(kind: str, config: Any, sizes: dict[str, int], words: int) -> Counts:
+    import torch
+
+    from models.costs import forward_macs, forward_of
+
+    model = build_model(config, sizes)
+    counts = count_model(model, words)
+
+    # A text encoder of a decoder's own, and an upsampler's whole image
+    text_macs, image_macs = 0, counts["macs"]
+    model.eval()
+    if kind == "decoder" and config.stage == "base" and model.text_encoder is not None:
+        tokens = torch.ones(1, words, dtype=torch.long, device="meta")
+        text_macs = forward_macs(lambda: model.text_encoder(tokens, tokens > 0))
+    elif kind == "decoder" and config.stage != "base":
+        model.crop_size = config.image_size
+        forward = forward_of(model, words)
+        with torch.device("meta"):
+            image_macs = forward_macs(forward)
+    return {**counts, "text_macs": text_macs, "image_macs": image_macs}
+
+
+def count_model(model: Any, words: int) -> Counts:
+    """Return `parameters`, `macs` and `activations` of a model on the meta device.
+
+    activations: by "kept" and "checkpointed", the bytes that a step holds beside its state: `fixed`
+    (autocast's bf16 copies of weights) and `each` for every sample of a micro-batch.
+    """
+    import torch
+
+    from models.costs import forward_macs, forward_of, num_parameters, peak_bytes
+
+    parameters = num_parameters(model)
+    forward = forward_of(model.eval(), words)
+    with torch.device("meta"):
+        macs = forward_macs(forward)
+    network = getattr(model, "unet", model)  # whose configuration says what is checkpointed
+    own_config: Any = getattr(network, "config", None)
+    may_checkpoint = hasattr(own_config, "checkpointing")
+    activations = {}
+    for name in ("kept", "checkpointed") if may_checkpoint else ("kept",):
+        if may_checkpoint:
+            checkpointing = name == "checkpointed"
+            network.config = dataclasses.replace(own_config, checkpointing=checkpointing)
+        fixed = BF16_BYTES * parameters
+        peak = peak_bytes(model.train(), forward_of(model, words, PROBE))
+        activations[name] = {"fixed": fixed, "each": max(0, peak - fixed) / PROBE}
+    if may_checkpoint:
+        network.config = own_config
+    return {"parameters": parameters, "macs": macs, "activations": activations}
+
+
+if __name__ == "__main__":
+    write_counts()
