@@ -240,7 +240,7 @@ def _encoded_rows(
     import ray
     import ray.data
 
-    from cluster.base.ray_session import placed_on
+    from cluster.base.ray_session import group_resources
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it narrates each plan
@@ -256,7 +256,7 @@ def _encoded_rows(
         num_cpus=1,
         memory=memory,
         concurrency=config.num_readers,
-        resources=placed_on("cpu_group"),
+        resources=group_resources("cpu_group"),
     )
     encode: Any = Encoder  # an actor's class, where the annotations know functions only
     return chunks.map(
@@ -264,7 +264,7 @@ def _encoded_rows(
         fn_constructor_args=(config,),
         num_gpus=gpus,
         num_cpus=1,
-        resources=placed_on("gpu_group"),
+        resources=group_resources("gpu_group"),
         compute=ray.data.ActorPoolStrategy(
             min_size=num_actors,
             max_size=config.max_actors or num_actors,
@@ -279,9 +279,9 @@ def _encoders(config: EmbedConfig, gpus_there: int) -> tuple[int, int]:
     Where there are GPUs, two encoders would crowd on one, or one be slow on a CPU; so there are as
     many encoders as GPUs, and that is said. Groups of nodes start GPUs as they are asked for.
     """
-    from cluster.base.ray_session import placed_on
+    from cluster.base.ray_session import group_resources
 
-    if placed_on("gpu_group"):
+    if group_resources("gpu_group"):
         return config.num_actors, 1
     if 0 < gpus_there < config.num_actors:
         wait = f"; up to {config.max_actors} as GPUs come" if config.max_actors else ""

@@ -4,9 +4,9 @@ import pytest
 import ray
 
 from cluster.base.cli import JOB_VARIABLE, require_lasting, require_local
-from cluster.base.ray_session import GROUPS, has_gpus, placed_on
+from cluster.base.ray_session import GROUPS, group_resources, has_gpus
 from training.config import TrainConfig
-from training.runs.ray_train import _use_gpu
+from training.runs.ray_train import worker_device
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, **resources: float) -> None:
@@ -16,9 +16,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch, **resources: float) -> None:
 def test_work_asks_for_its_group_only_where_the_head_has_groups(monkeypatch):
     for group in ("cpu_group", "gpu_group"):
         cluster(monkeypatch, CPU=4.0, GPU=1.0)
-        assert placed_on(group) == {}
+        assert group_resources(group) == {}
         cluster(monkeypatch, **{GROUPS: 1.0})  # all nodes are scaled away
-        assert placed_on(group) == {group: 0.001}
+        assert group_resources(group) == {group: 0.001}
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,8 @@ def test_work_asks_for_its_group_only_where_the_head_has_groups(monkeypatch):
 )
 def test_workers_get_gpus_where_there_are_or_will_be_any(device, resources, found, monkeypatch):
     cluster(monkeypatch, **resources)
-    assert _use_gpu(TrainConfig.of(device=device, num_workers=2)) is found
+    expected = "GPU" if found else "CPU"
+    assert worker_device(TrainConfig.of(device=device, num_workers=2)) == expected
     if device == "auto":
         assert has_gpus() is found
 
@@ -45,7 +46,7 @@ def test_workers_get_gpus_where_there_are_or_will_be_any(device, resources, foun
 def test_too_few_gpus_are_refused_where_no_more_will_come(device, gpus, monkeypatch):
     cluster(monkeypatch, CPU=4.0, GPU=gpus)
     with pytest.raises(ValueError, match=f"num_workers: found 2 for {gpus:.0f} GPUs"):
-        _use_gpu(TrainConfig.of(device=device, num_workers=2))
+        worker_device(TrainConfig.of(device=device, num_workers=2))
 
 
 def test_what_a_job_writes_must_outlast_its_copy(monkeypatch: pytest.MonkeyPatch):

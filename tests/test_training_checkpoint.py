@@ -28,7 +28,8 @@ from models.weights import FINAL_NAME
 from training.checkpoints import checkpointer
 from training.checkpoints.records import Progress, newest_valid
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig, TrainConfig
-from training.runs.worker import prepare_run, train_here
+from training.runs.run_folder import prepare_run
+from training.runs.worker import train_here
 from training.tasks import clip_and_decoder as jobs
 from training.tasks import prior as prior_job
 

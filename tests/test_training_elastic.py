@@ -28,7 +28,7 @@ from training.runs.events import (
     trained_samples,
 )
 from training.runs.follower import Follower
-from training.runs.ray_train import RAY_TIMES, _interruptible, _losses_of, _what
+from training.runs.ray_train import RAY_TIMES, interruptible, loss_callback, root_cause
 
 # -- shares of a batch -----------------------------------------------------------------------------
 
@@ -213,8 +213,8 @@ def test_what_is_lost_is_told_in_one_line():
     health, group = RuntimeError("A worker health check failed."), RuntimeError("of the group")
     health.__dict__["health_check_failure"] = ConnectionError("it died\n\nlast words")
     group.__dict__["worker_failures"] = {1: health}
-    assert _what(group) == "ConnectionError: it died"
-    assert len(_what(ValueError("word " * 1000))) <= 160
+    assert root_cause(group) == "ConnectionError: it died"
+    assert len(root_cause(ValueError("word " * 1000))) <= 160
 
 
 def test_rays_own_names_of_times_are_those_that_are_set():
@@ -226,11 +226,11 @@ def test_rays_own_names_of_times_are_those_that_are_set():
 
 def test_ctrl_c_is_an_interrupt_though_ray_train_takes_it_over_and_remains_one():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), _interruptible():
+    with pytest.raises(KeyboardInterrupt), interruptible():
         signal.signal(signal.SIGINT, lambda *_: sys.exit(0))  # as Ray Train's fit does
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-    with _interruptible():
+    with interruptible():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -242,10 +242,10 @@ def test_a_loss_is_told_and_a_heartbeat_cut_short_does_not_end_the_run(
     heartbeat = tmp_path / HEARTBEATS_FOLDER / "rank_0000.json"
     heartbeat.parent.mkdir()
     heartbeat.write_text('{"step": 7')
-    losses, context = _losses_of(tmp_path), None
+    losses, context = loss_callback(tmp_path), None
     losses.after_exception(context, {0: RuntimeError("its node is gone")})
     assert read_timeline(tmp_path)[-1]["message"] == "rank 0: RuntimeError: its node is gone"
-    assert "lost, and not noted" in capsys.readouterr().out
+    assert "lost, and not recorded" in capsys.readouterr().out
     heartbeat.write_text('{"step": 7}')
     losses.after_exception(context, {0: RuntimeError("its node is gone")})
     (incident,) = read_lines(tmp_path / "incidents.jsonl")

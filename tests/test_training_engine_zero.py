@@ -26,7 +26,8 @@ from models.configs import DiffusionPriorConfig
 from training.config import PriorRunConfig, TrainConfig
 from training.engine import engines as zero
 from training.loop import Task
-from training.runs.worker import _train, prepare_run
+from training.runs.run_folder import prepare_run
+from training.runs.worker import train_rank
 from training.tasks.prior import build_prior
 
 pytestmark = pytest.mark.slow
@@ -190,8 +191,8 @@ def act(root: Path, calls: list) -> None:
         zero.WHOLE_UP_TO = whole_up_to
         if kind == "train":
             config = config_of(root, name, changes)
-            world = dist.get_world_size()
-            _train(config, Path(config.run), build, zero.ZeroEngine, rank=rank, world_size=world)
+            ranks = {"rank": rank, "world_size": dist.get_world_size()}
+            train_rank(config, Path(config.run), build, zero.ZeroEngine, **ranks)
         elif kind == "gather":
             save_gathered(root, name)
         else:
@@ -259,7 +260,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path
     """All the runs: whole ones of one and two ranks, then those that continue their first half."""
     root = write_data(tmp_path_factory.mktemp("zero"), num_shards=2, samples_per_shard=20)
     plain = config_of(root, "plain", {})
-    _train(plain, prepare_run(plain, plain.run), build, zero.PlainEngine, rank=0, world_size=1)
+    train_rank(plain, prepare_run(plain, plain.run), build, zero.PlainEngine, rank=0, world_size=1)
     two = [["train", name, {"num_workers": 2, **changes}, whole]
            for name, (changes, whole) in TWO.items()]  # fmt: skip
     gathers = [["gather", "stage_3", {}, 0], ["gather", "stage_3_small_whole", {}, 400]]

@@ -117,7 +117,7 @@ def test_sigterm_ends_a_training_script_with_a_checkpoint(
         told, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "SIGTERM: a checkpoint at the next step" in told
-    assert "stopped, as was wished, at a checkpoint; rerun the same command" in told
+    assert "stopped on request, at a checkpoint; rerun the same command" in told
     found = newest_valid(tmp_path / "run")
     assert found is not None and found[1].step == read_lines(metrics)[-1]["step"]
     assert not (tmp_path / "run" / "stop").exists()

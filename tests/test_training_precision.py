@@ -1,6 +1,7 @@
 """What "auto" comes to: the device's own, chosen once a run."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from training.config import PriorRunConfig, TrainConfig
 from training.engine.optimizer import build_optimizer
 from training.engine.precision import Precision, autocast, native_bf16, settled
 from training.runs import worker
-from training.runs.worker import prepare_run, with_precision
+from training.runs.run_folder import prepare_run
+from training.runs.worker import resolve_precision
 
 CONFIG = PriorRunConfig(train=TrainConfig.of(num_workers=0))
 
@@ -28,7 +30,7 @@ def device(monkeypatch):
 
 
 def chosen(config: PriorRunConfig) -> str:
-    return with_precision(config, worker.Path(config.run)).train.workers.precision
+    return resolve_precision(config, Path(config.run)).train.workers.precision
 
 
 def test_a_processor_without_the_instructions_has_no_native_bf16(monkeypatch):
@@ -48,7 +50,7 @@ def test_auto_is_what_the_device_computes_in(device, tmp_path):
 def test_a_run_keeps_the_precision_it_began_with(device, tmp_path, capsys):
     config = with_options(CONFIG, run=str(tmp_path / "run"))
     device(True)
-    run = prepare_run(with_precision(config, tmp_path / "run"), config.run)
+    run = prepare_run(resolve_precision(config, tmp_path / "run"), config.run)
     assert read_yaml(run / "config.yaml")["train"]["precision"] == "bf16"
     device(False)
     capsys.readouterr()
@@ -56,7 +58,7 @@ def test_a_run_keeps_the_precision_it_began_with(device, tmp_path, capsys):
     assert chosen(dataclasses.replace(config, fresh=True)) == "fp32"
     other = dataclasses.replace(config, train=TrainConfig.of(num_workers=0, precision="fp32"))
     with pytest.raises(ValueError, match="train.precision: found 'bf16' in the run"):
-        prepare_run(with_precision(other, run), config.run)
+        prepare_run(resolve_precision(other, run), config.run)
 
 
 def test_networks_and_muon_compute_in_it():

@@ -25,7 +25,8 @@ from training.config import PriorRunConfig, TrainConfig
 from training.engine.ema import Averages
 from training.engine.engines import Fragment
 from training.reconstruct_ema import EmaConfig
-from training.runs.worker import prepare_run, train_here
+from training.runs.run_folder import prepare_run
+from training.runs.worker import train_here
 from training.tasks import prior as prior_job
 
 NUM_STEPS, EVERY = 12, 3

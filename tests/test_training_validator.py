@@ -31,7 +31,7 @@ print("looked at", whole)
 
 
 def told(run: Path, command: str, seconds: float = 60.0) -> dict:
-    return {"command": command, "run": str(run), "here": str(run.parent), "seconds": seconds}
+    return {"command": command, "run": str(run), "folder": str(run.parent), "seconds": seconds}
 
 
 def test_a_command_runs_where_the_caller_stood_and_its_words_are_kept(tmp_path: Path):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cluster import demo
-from cluster.base.cli import JOB_VARIABLE, merged, read_yaml, with_options
+from cluster.base.cli import JOB_VARIABLE, merged, read_yaml
+from cluster.base.files import try_lock
 from cluster.base.run_dir import LAUNCH_LOCK, TRAIN_LOCK
 from cluster.demo import DemoConfig
 from models.configs import DiffusionPriorConfig
@@ -22,7 +23,8 @@ from training.config import PriorRunConfig, TrainConfig
 from training.convert import ConvertConfig
 from training.reconstruct_ema import EmaConfig
 from training.runs.cards import DATA_CARD
-from training.runs.worker import _launched_alone, _locked, _try_lock, launch, prepare_run
+from training.runs.run_folder import launch_lock, prepare_run, train_lock
+from training.runs.worker import launch
 
 CONFIG = PriorRunConfig(embeds=("/data/embeds",), diffusion=DiffusionPriorConfig(width=32))
 
@@ -37,7 +39,7 @@ def test_a_run_is_reopened_by_its_own_configuration(tmp_path: Path):
     run = prepare_run(CONFIG, str(tmp_path))
     (run / "metrics.jsonl").write_text("{}\n")
     moved = TrainConfig.of(num_workers=2, zero_stage=1, keep_checkpoints=5, checkpoint_every=7)
-    assert prepare_run(with_options(CONFIG, train=moved), str(tmp_path)) == run
+    assert prepare_run(dataclasses.replace(CONFIG, train=moved), str(tmp_path)) == run
     assert (run / "metrics.jsonl").is_file()
 
 
@@ -58,7 +60,7 @@ def test_another_configuration_is_refused_by_the_name_of_its_field(
     prepare_run(CONFIG, str(tmp_path))
     before = (tmp_path / "config.yaml").read_text()
     with pytest.raises(ValueError, match=field) as caught:
-        prepare_run(with_options(CONFIG, **changes), str(tmp_path))
+        prepare_run(dataclasses.replace(CONFIG, **changes), str(tmp_path))
     assert "--fresh" in str(caught.value) and "\n" not in str(caught.value)
     assert (tmp_path / "config.yaml").read_text() == before
 
@@ -66,7 +68,7 @@ def test_another_configuration_is_refused_by_the_name_of_its_field(
 def test_starting_over_deletes_a_run_of_ours(tmp_path: Path):
     run = prepare_run(CONFIG, str(tmp_path / "run"))
     (run / "step_00000001").mkdir()
-    other = with_options(CONFIG, embeds=("/data/other",), fresh=True)
+    other = dataclasses.replace(CONFIG, embeds=("/data/other",), fresh=True)
     prepare_run(other, str(run))
     assert {path.name for path in run.iterdir()} == {"config.yaml", TRAIN_LOCK}
 
@@ -74,12 +76,12 @@ def test_starting_over_deletes_a_run_of_ours(tmp_path: Path):
 def test_starting_over_waits_for_a_worker_that_outlives_its_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("training.runs.worker.LOCK_SECONDS", 0)
+    monkeypatch.setattr("training.runs.run_folder.TRAIN_SECONDS", 0)
     run = prepare_run(CONFIG, str(tmp_path / "run"))
     (run / "step_00000001").mkdir()
-    fresh = with_options(CONFIG, fresh=True)
+    fresh = dataclasses.replace(CONFIG, fresh=True)
     with (run / TRAIN_LOCK).open("w") as file:
-        assert _try_lock(file)
+        assert try_lock(file)
         with pytest.raises(OSError, match="a worker of an earlier launch still trains here"):
             prepare_run(fresh, str(run))
         assert (run / "step_00000001").is_dir()
@@ -88,7 +90,7 @@ def test_starting_over_waits_for_a_worker_that_outlives_its_driver(
 
 
 def test_a_runs_own_configuration_continues_it_also_where_it_began_fresh(tmp_path: Path):
-    config = with_options(CONFIG, fresh=True)
+    config = dataclasses.replace(CONFIG, fresh=True)
     run = prepare_run(config, str(tmp_path / "run"))
     (run / "step_00000001").mkdir()
     again = merged(PriorRunConfig(), read_yaml(run / "config.yaml"), "config.yaml")
@@ -105,16 +107,16 @@ def test_a_run_older_than_an_option_goes_on_with_its_default(tmp_path: Path):
     other = dataclasses.replace(CONFIG.diffusion, qk_norm=False)
     (run / "config.yaml").write_text(told.replace("  qk_norm: true\n", "", 1))
     with pytest.raises(ValueError, match="qk_norm: found True in the run, expected False"):
-        prepare_run(with_options(CONFIG, diffusion=other), str(tmp_path))
+        prepare_run(dataclasses.replace(CONFIG, diffusion=other), str(tmp_path))
 
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_folder_that_is_not_ours_is_left_alone(fresh: bool, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="found a folder without config.yaml"):
-        prepare_run(with_options(CONFIG, fresh=fresh), str(tmp_path))
+        prepare_run(dataclasses.replace(CONFIG, fresh=fresh), str(tmp_path))
     with pytest.raises(ValueError, match="found a file .*thesis.tex, expected a folder"):
-        prepare_run(with_options(CONFIG, fresh=fresh), str(tmp_path / "thesis.tex"))
+        prepare_run(dataclasses.replace(CONFIG, fresh=fresh), str(tmp_path / "thesis.tex"))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -146,7 +148,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_run_under_way_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Neither another launch nor --fresh touches it; once it has ended, --fresh clears it."""
-    monkeypatch.setattr("training.runs.worker.LAUNCH_SECONDS", 0)
+    monkeypatch.setattr("training.runs.run_folder.LAUNCH_SECONDS", 0)
     prepare_run(CONFIG, str(tmp_path))
     (tmp_path / "step_00000001").mkdir()
 
@@ -154,14 +156,14 @@ def test_a_run_under_way_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
         raise AssertionError("built beside another process")
 
     before = sorted(path.name for path in tmp_path.iterdir())
-    with _launched_alone(tmp_path):
+    with launch_lock(tmp_path):
         for fresh in (False, True):
-            config = with_options(CONFIG, fresh=fresh)
+            config = dataclasses.replace(CONFIG, fresh=fresh)
             with pytest.raises(ValueError, match="another process trains here"):
                 launch(config, str(tmp_path), build, "prior")
     after = sorted(path.name for path in tmp_path.iterdir() if path.name != LAUNCH_LOCK)
     assert after == before
-    prepare_run(with_options(CONFIG, fresh=True), str(tmp_path))
+    prepare_run(dataclasses.replace(CONFIG, fresh=True), str(tmp_path))
     assert not (tmp_path / "step_00000001").exists()
 
 
@@ -177,8 +179,8 @@ def test_a_launch_waits_for_who_only_looks_at_the_run(
             waits.append(seconds)
             fcntl.flock(file, fcntl.LOCK_UN)
 
-        monkeypatch.setattr("training.runs.worker.time.sleep", sleep)
-        with _launched_alone(tmp_path):
+        monkeypatch.setattr("training.runs.run_folder.time.sleep", sleep)
+        with launch_lock(tmp_path):
             assert len(waits) == 1
             with pytest.raises(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -186,14 +188,14 @@ def test_a_launch_waits_for_who_only_looks_at_the_run(
 
 def test_of_two_first_launches_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The other has the folder, and has written nothing in it yet."""
-    monkeypatch.setattr("training.runs.worker.LAUNCH_SECONDS", 0)
+    monkeypatch.setattr("training.runs.run_folder.LAUNCH_SECONDS", 0)
     run = tmp_path / "new"
     run.mkdir()
 
     def build(config: PriorRunConfig):
         raise AssertionError("built beside another process")
 
-    with _launched_alone(run), pytest.raises(ValueError, match="another process trains here"):
+    with launch_lock(run), pytest.raises(ValueError, match="another process trains here"):
         launch(CONFIG, str(run), build, "prior")
     assert [path.name for path in run.iterdir()] == [LAUNCH_LOCK]
 
@@ -201,7 +203,7 @@ def test_of_two_first_launches_one_trains(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_folder_of_somebody_else_gets_nothing(tmp_path: Path):
     (tmp_path / "config.yaml").write_text("theirs: true")
     with pytest.raises(ValueError, match="expected a run or nothing"):
-        launch(with_options(CONFIG, fresh=True), str(tmp_path), None, "prior")  # type: ignore
+        launch(dataclasses.replace(CONFIG, fresh=True), str(tmp_path), None, "prior")  # type: ignore
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
@@ -235,14 +237,15 @@ def test_a_default_folder_is_refused_in_a_job(
 
 
 def test_two_processes_do_not_train_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("training.runs.worker.LOCK_SECONDS", 0)
-    with _locked(tmp_path, rank=0):
-        with pytest.raises(OSError, match="still trains here"), _locked(tmp_path, 0):
-            raise AssertionError("both hold the lock")
-        with _locked(tmp_path, rank=1):  # the other ranks of the same run
-            pass
+    monkeypatch.setattr("training.runs.run_folder.TRAIN_SECONDS", 0)
+    with (
+        train_lock(tmp_path),
+        pytest.raises(OSError, match="still trains here"),
+        train_lock(tmp_path),
+    ):
+        raise AssertionError("both hold the lock")
     with (tmp_path / ".lock").open("w") as file:
-        assert _try_lock(file)
+        assert try_lock(file)
 
 
 WITHOUT = """
@@ -274,7 +277,7 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_built(tmp_path: P
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here: nothing to refuse")
     train = TrainConfig.of(num_workers=0, device="cuda", precision="fp32")
-    config = with_options(CONFIG, train=train)
+    config = dataclasses.replace(CONFIG, train=train)
 
     def build(config: PriorRunConfig):
         raise AssertionError("built")

@@ -41,7 +41,7 @@ def ensure_ray() -> None:
     export_to_ray()
 
 
-def placed_on(group: Group) -> dict[str, float]:
+def group_resources(group: Group) -> dict[str, float]:
     """Return the resources by which Ray places work on one group of the cluster's nodes.
 
     cpu_group: for downloads and decoding; gpu_group: for encoders and training. A cluster has them
@@ -57,7 +57,7 @@ def has_gpus() -> bool:
     """Say whether the cluster has GPUs, or starts nodes that have when they are asked for."""
     import ray
 
-    return bool(ray.cluster_resources().get("GPU") or placed_on("gpu_group"))
+    return bool(ray.cluster_resources().get("GPU") or group_resources("gpu_group"))
 
 
 def require_own_node() -> None:

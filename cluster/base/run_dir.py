@@ -15,6 +15,7 @@ TIMELINE_NAME = "timeline.jsonl"  # when the run was launched, lost workers, con
 INCIDENTS_NAME = "incidents.jsonl"  # what went wrong without ending the run
 CODE_NAME = "code.json"  # commit and versions of the code that trained it
 STATISTICS_NAME = "_statistics.npz"  # of the embeddings that a prior is trained on
+VALIDATOR_LOG_NAME = "validator.log"  # what the validation command printed
 STOP_NAME = "stop"  # its presence asks the run to stop
 LAUNCH_LOCK, TRAIN_LOCK = ".launch", ".lock"  # held by the driver; by its first rank
 LOCKS = (LAUNCH_LOCK, TRAIN_LOCK)
@@ -85,6 +86,11 @@ def samples_paths(run: Path) -> list[Path]:
 def error_path(run: Path, rank: int) -> Path:
     """Return the file in which a rank leaves the error that ended it."""
     return run / f"{ERROR_PREFIX}{rank:05d}.txt"
+
+
+def error_paths(run: Path) -> list[Path]:
+    """Return the errors that ranks have left, by rank."""
+    return sorted(run.glob(f"{ERROR_PREFIX}*.txt"))
 
 
 def snapshot_path(run: Path, kind: str) -> Path:

@@ -70,12 +70,12 @@ class Workers:
         """Return the actors, which share the free CPUs and GPUs; on the GPU group, if it exists."""
         if self.number == 0:
             return WorkerPool(number=0)
-        from cluster.base.ray_session import ensure_ray, placed_on
+        from cluster.base.ray_session import ensure_ray, group_resources
 
         ensure_ray()
         free = free_resources()
         gpus = free["GPU"] / self.number
-        if placed_on("gpu_group") and not free["GPU"]:
+        if group_resources("gpu_group") and not free["GPU"]:
             gpus = 1.0  # an autoscaler starts what is requested
         return WorkerPool(
             number=min(self.number, num_blocks),

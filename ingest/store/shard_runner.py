@@ -153,7 +153,7 @@ class _RayRunner:
         passing: tuple[type[BaseException], ...],
         deal_share: Callable[[Sequence[Any], int], Any] | None,
     ) -> None:
-        from cluster.base.ray_session import ensure_ray, placed_on
+        from cluster.base.ray_session import ensure_ray, group_resources
 
         ensure_ray()
         import ray
@@ -168,7 +168,7 @@ class _RayRunner:
         options: dict[str, Any] = {
             "num_cpus": pool.num_cpus or min(1.0, cpus / (pool.number or cpus)),
             "num_gpus": pool.num_gpus,
-            "resources": placed_on(pool.group),
+            "resources": group_resources(pool.group),
         }
         if pool.actors:
             self._remote: Any = ray.remote(**options, max_restarts=0)(_Actor)

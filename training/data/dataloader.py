@@ -216,7 +216,7 @@ class RayLoader:
         """Yield the columns of each step."""
         import ray.data
 
-        from cluster.base.ray_session import placed_on
+        from cluster.base.ray_session import group_resources
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -228,7 +228,7 @@ class RayLoader:
             reader,
             fn_constructor_args=(self.sampler.without_caches(), self.build_dataset),
             num_cpus=1,
-            resources=placed_on("cpu_group"),
+            resources=group_resources("cpu_group"),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self.num_readers),
         )
         for row in rows.iter_rows():

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 
-# dense bf16 teraFLOPs a second without sparsity, of the manufacturer's data sheets
+from cluster.base.run_dir import PROFILE_FOLDER
+
+# dense bf16 teraFLOPs a second without sparsity, by the manufacturers' data sheets
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -23,7 +25,7 @@ def peak_tflops(device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
+    return next((peak for model, peak in PEAK_TFLOPS.items() if model in name), 0.0)
 
 
 def window(text: str) -> range:
@@ -31,7 +33,7 @@ def window(text: str) -> range:
     if not text:
         return range(0)
     try:
-        first, count = (int(part) for part in text.split(":"))
+        first, count = map(int, text.split(":"))
     except ValueError:
         first = count = -1
     if first < 0 or count < 1:
@@ -43,11 +45,11 @@ class Profiler:
     """Profiles a window of a rank's steps into <run>/profile/rank_0000.json."""
 
     def __init__(self, run: Path, text: str, rank: int) -> None:
-        self._steps, self._path = window(text), run / "profile" / f"rank_{rank:04d}.json"
+        self._steps, self._path = window(text), run / PROFILE_FOLDER / f"rank_{rank:04d}.json"
         self._running: torch.profiler.profile | None = None
 
     def begin(self, step: int) -> None:
-        """Begin where the window does, or where the run is taken up inside it."""
+        """Start where the window does, or where the run continues inside it."""
         if self._running is None and step in self._steps:
             self._running = torch.profiler.profile(record_shapes=True)
             self._running.start()

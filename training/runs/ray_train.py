@@ -1,6 +1,6 @@
 """Workers that Ray Train places, loses and replaces: how many, and how soon a loss is noticed.
 
-Every waiting time of a recovery stands here. What a worker does is in training/runs/worker.py; this
+Every time limit of a recovery is here. What a worker does is in training/runs/worker.py; this
 module imports no torch, since Ray's controller, which starts first, imports it.
 """
 
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster.base.run_dir import RAY_FOLDER
 from training.config import TrainConfig
 from training.runs.events import record_event, report_incident
 from training.runs.signals import stopping_on_sigterm
@@ -21,29 +22,31 @@ from training.runs.validator import validation_config
 from training.runs.watchdog import last_step
 
 RAY_TIMES = {
-    # For room to place the workers. After a node's death the first decision may be made on what
-    # was known before (Ray looks every 20 s), waits for room that is gone, and is then made anew:
-    # a long wait would be a part of every such recovery. Waiting for an autoscaler's nodes goes on
-    # in as many such rounds as it takes; they do not count as failures.
+    # For room to place the workers. After a node's death the first decision may rest on what was
+    # known before (Ray looks every 20 s), wait for room that is gone, and then be made again: a
+    # long wait would delay every such recovery. Waiting for the nodes of an autoscaler takes as
+    # many such rounds as it needs; they do not count as failures.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
-    # Between two looks at the workers, each of which takes milliseconds: half of it is what a
-    # killed worker costs until it is noticed.
+    # Between two checks of the workers, each of which takes milliseconds: half of it is the time
+    # until a killed worker is noticed.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    # Until a worker that does not answer is given up. Its answer comes from another thread than
-    # the one that trains, so only a stopped process or a machine that is gone is silent for long.
+    # Until a worker that does not answer is given up. Another thread than the one that trains
+    # answers, so only a stopped process or a machine that is gone is silent for long.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
 }
-# Of a collective. Longer than a validation, during which the others wait for the first rank. It is
-# not what ends a wait for the dead: a dead process closes its connections, Ray ends the workers
-# beside a node that it has lost, and what hangs the watchdog ends.
+# Of a collective. Longer than a validation, during which the others wait for the first rank. It
+# does not end the wait for a dead rank: a dead process closes its connections, Ray ends the workers
+# beside a node that it has lost, and the watchdog ends what hangs.
 COLLECTIVE_SECONDS = 7200
-# Between two looks for room for more workers, where some are missing: as often as Ray itself looks.
-RESIZE_SECONDS = 20.0
-TOLD_LENGTH = 160  # of what a lost rank is told by
+RESIZE_SECONDS = 20.0  # between two looks for room for missing workers, as often as Ray looks
+MESSAGE_LENGTH = 160  # of the error of a lost rank
 
 
 def fit(
-    worker: Callable[[dict], None], arguments: dict[str, Any], settings: TrainConfig, run: Path
+    worker: Callable[[dict[str, Any]], None],
+    arguments: dict[str, Any],
+    settings: TrainConfig,
+    run: Path,
 ) -> None:
     """Run `worker(arguments)` in as many processes as there is room for, until it returns.
 
@@ -51,54 +54,74 @@ def fit(
     """
     for name, value in RAY_TIMES.items():
         os.environ.setdefault(name, value)
-    from cluster.base.ray_session import ensure_ray, placed_on
+    from cluster.base.ray_session import ensure_ray, group_resources
 
     ensure_ray()
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    use_gpu = _use_gpu(settings)
-    if not use_gpu:
-        _require_cpus(settings)
-    most = settings.workers.num_workers
-    fewest = settings.workers.min_workers or most
+    group = group_resources("gpu_group")
+    device = worker_device(settings)
+    most, max_failures = settings.workers.num_workers, settings.faults.max_failures
+    least = settings.workers.min_workers or most
     trainer = TorchTrainer(
         worker,
         train_loop_config=arguments,
         torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS
+            backend="nccl" if device == "GPU" else "gloo", timeout_s=COLLECTIVE_SECONDS
         ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=most if fewest == most else (fewest, most),
-            use_gpu=use_gpu,
-            resources_per_worker={"GPU" if use_gpu else "CPU": 1, **placed_on("gpu_group")},
+            num_workers=most if least == most else (least, most),
+            use_gpu=device == "GPU",
+            resources_per_worker={device: 1, **group},
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=ray.train.RunConfig(
-            # Ray's own state of the run; ours is what counts, and a rerun continues from ours alone
-            name=f"attempt_{int(time.time())}",
-            storage_path=str(run / "_ray"),
-            failure_config=ray.train.FailureConfig(max_failures=settings.faults.max_failures),
-            callbacks=[_losses_of(run)],
+            name=f"attempt_{int(time.time())}",  # Ray's own state, which a rerun does not read
+            storage_path=str(run / RAY_FOLDER),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            callbacks=[loss_callback(run)],
         ),
-        validation_config=validation_config(settings, run, placed_on("gpu_group")),
+        validation_config=validation_config(settings, run, group),
     )
     try:
-        with _interruptible(), stopping_on_sigterm(run):  # Ray has set its own handlers by now
+        with interruptible(), stopping_on_sigterm(run):  # Ray has set its own handlers by now
             trainer.fit()
     except ray.train.TrainingFailedError as error:
-        most_failures = settings.faults.max_failures
-        often = f"lost workers more often than train.max_failures {most_failures}; last: "
-        lost = isinstance(error, ray.train.WorkerGroupError)
-        raise OSError(f"{run}: {often if lost else ''}{_what(error)}") from error
+        cause = ""
+        if isinstance(error, ray.train.WorkerGroupError):
+            cause = f"lost workers more often than train.max_failures {max_failures}; last: "
+        raise OSError(f"{run}: {cause}{root_cause(error)}") from error
+
+
+def worker_device(settings: TrainConfig) -> str:
+    """Return the resource that a worker gets, "GPU" or "CPU".
+
+    Raises ValueError where the cluster has too few of them, and will have: Ray would wait for ever.
+    """
+    import ray
+
+    from cluster.base.ray_session import group_resources, has_gpus
+
+    workers = settings.workers
+    use_gpu = workers.device == "cuda" or (workers.device == "auto" and has_gpus())
+    device = "GPU" if use_gpu else "CPU"
+    available = int(ray.cluster_resources().get(device, 0))
+    least = workers.min_workers or workers.num_workers
+    if available < least and not group_resources("gpu_group"):  # a group of nodes may grow
+        raise ValueError(
+            f"train.num_workers: found {least} for {available} {device}s, expected at most "
+            f"{available}"
+        )
+    return device
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C be a KeyboardInterrupt, within and afterwards.
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt, within the block and afterwards.
 
-    Ray Train takes the signal over and keeps it, for what a process does next, too: once the
-    workers have ended it exits with code 0, as if the training had come to its end.
+    Ray Train handles the signal itself and keeps doing so: once the workers have ended, the process
+    exits with code 0, as if the training were complete.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -110,65 +133,36 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _use_gpu(settings: TrainConfig) -> bool:
-    """Say whether workers get a GPU each; ValueError where there are too few, and will be."""
-    import ray
-
-    from cluster.base.ray_session import has_gpus, placed_on
-
-    wished = settings.workers.device == "cuda" or settings.workers.device == "auto" and has_gpus()
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    fewest = settings.workers.min_workers or settings.workers.num_workers
-    if wished and gpus < fewest and not placed_on("gpu_group"):  # a group of nodes may grow
-        raise ValueError(f"train.num_workers: found {fewest} for {gpus} GPUs, expected no more")
-    return wished
-
-
-def _require_cpus(settings: TrainConfig) -> None:
-    """Raise ValueError where there are too few CPUs, and will be: Ray would wait for ever."""
-    import ray
-
-    from cluster.base.ray_session import placed_on
-
-    cpus = int(ray.cluster_resources().get("CPU", 0))
-    fewest = settings.workers.min_workers or settings.workers.num_workers
-    if cpus < fewest and not placed_on("gpu_group"):
-        raise ValueError(f"train.num_workers: found {fewest} for {cpus} CPUs, expected no more")
-
-
-def _losses_of(run: Path) -> Any:
-    """Return what Ray's controller calls when workers are lost: it says so in the run's folder."""
+def loss_callback(run: Path) -> Any:
+    """Return the callback by which Ray's controller records lost workers in the run's folder."""
     from ray.train import UserCallback
 
-    class Losses(UserCallback):
+    class LossCallback(UserCallback):
         def after_exception(
             self, run_context: Any, worker_exceptions: dict[int, Exception]
         ) -> None:
-            message = "; ".join(
-                f"rank {rank}: {_what(error)}"
-                for rank, error in sorted(worker_exceptions.items(), key=_dead_first)
+            # The dead first: a rank that lives has met the end of its connections
+            causes = sorted(
+                worker_exceptions.items(),
+                key=lambda item: (getattr(item[1], "health_check_failure", None) is None, item[0]),
             )
+            message = "; ".join(f"rank {rank}: {root_cause(error)}" for rank, error in causes)
             try:
                 record_event(run, "lost", message=message)
                 report_incident(run, "lost", last_step(run), message)
             except (OSError, ValueError) as error:  # the restart matters more than its record
-                print(f"{run}: lost, and not noted ({error}): {message}", flush=True)
+                print(f"{run}: lost, and not recorded ({error}): {message}", flush=True)
 
-    return Losses()
-
-
-def _dead_first(told: tuple[int, Exception]) -> tuple[bool, int]:
-    """Order by who is to blame: a rank that lives on has met the end of its connections."""
-    return getattr(told[1], "health_check_failure", None) is None, told[0]
+    return LossCallback()
 
 
-def _what(error: BaseException) -> str:
-    """Say what an error of Ray's is about, in one line: it wraps one in the other."""
+def root_cause(error: BaseException) -> str:
+    """Return one line on an error of Ray's, which wraps one in the other."""
     for name in ("health_check_failure", "controller_failure", "worker_failures"):
         inner = getattr(error, name, None)
         if isinstance(inner, dict):
             inner = next(iter(inner.values()), None)
         if isinstance(inner, BaseException):
-            return _what(inner)
+            return root_cause(inner)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return textwrap.shorten(f"{type(error).__name__}: {lines[0] if lines else ''}", TOLD_LENGTH)
+    return textwrap.shorten(f"{type(error).__name__}: {lines[0] if lines else ''}", MESSAGE_LENGTH)
