@@ -208,8 +208,7 @@ def _config(script: str, preset: str, channels_last: bool, sizes: dict[str, int]
     from dataclasses import replace
 
     from cluster.planning.counts import read_preset
-    from training.tasks.clip_and_decoder import decoder_model
-    from training.tasks.prior import prior_model
+    from training.tasks.networks import decoder_model, prior_model
 
     more = ["--train.num-workers", "0", "--train.zero-stage", "0"]
     if script == "prior":

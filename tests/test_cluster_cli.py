@@ -194,6 +194,37 @@ def test_missing_files_and_values_are_named(tmp_path: Path):
         parse(PriorRunConfig, presets=PRESETS / "prior", argv=["--preset", "dbug"])
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "right"),
+    [
+        ("prior", "--preset paper --prior autoregressive", "--preset paper_ar"),
+        ("prior", "--preset modern --prior regression", "--preset debug or demo or mini"),
+        ("decoder", "--preset paper --stage up256", "--preset paper_up256"),
+        ("decoder", "--preset paper --stage up1024", "--preset paper_up1024"),
+        ("decoder", "--preset karlo --stage up256", "--preset karlo_up256"),
+        ("decoder", "--preset mini --stage up256", "--preset mini_up"),
+    ],
+)
+def test_a_preset_without_sizes_for_the_chosen_kind_is_refused(name: str, flags: str, right: str):
+    with pytest.raises(ValueError, match=f"preset: found .*, which has no sizes .*{right}$"):
+        parse(CONFIGS[name], presets=PRESETS / name, argv=flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--lr", "--train.learning-rate"), ("--batch-size", "--train.global-batch-size"),
+        ("--steps", "--train.num-steps"), ("--output", "--run"), ("--wd", "--train.weight-decay"),
+        ("--gpus", "--train.num-workers"), ("--train.bf16", "--train.precision"),
+        ("--learning-rate", "--train.learning-rate"), ("--no-compile", "--train.compile"),
+        ("--width", "--diffusion.width or --autoregressive.width or --regression.width"),
+    ],
+)  # fmt: skip
+def test_an_unknown_flag_names_the_one_that_means_it(flag: str, meant: str):
+    with pytest.raises(ValueError, match=f"unknown flag {flag}; did you mean {meant}\\?$"):
+        parse(PriorRunConfig, argv=[flag, "3"])
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_written_configuration_reads_back_as_it_was(name: str, tmp_path: Path):
     path = tmp_path / "config.yaml"
@@ -250,8 +281,8 @@ def test_every_shipped_preset_can_be_run_dry(
     """The count told is the model's own, and nothing is allocated to count it."""
     from models.costs import num_parameters
     from training.runs.dry_run import dry_run
-    from training.tasks.clip_and_decoder import clip_model, decoder_model
-    from training.tasks.prior import prior_model
+    from training.tasks.clip import clip_model
+    from training.tasks.networks import decoder_model, prior_model
 
     monkeypatch.chdir(tmp_path)
     kind, _, preset = stem.partition("_")
@@ -259,7 +290,8 @@ def test_every_shipped_preset_can_be_run_dry(
     build = {"clip": clip_model, "prior": prior_model, "decoder": decoder_model}[kind]
     assert dry_run(config, build) == 0
     told = capsys.readouterr().out
-    assert f"\nparameters: {num_parameters(build(config)):,}\n" in told
+    if preset in ("debug", "debug_up", "demo"):  # what is allocated has as many
+        assert f"\nparameters: {num_parameters(build(config)):,}\n" in told
     described = told.split("parameters: ")[0]
     assert merged(CONFIGS[kind](), yaml.safe_load(described), "told") == config
 

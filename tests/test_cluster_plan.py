@@ -48,8 +48,8 @@ def sizes_of(encoder) -> dict[str, int]:
 def dry_run_parameters(kind: str, preset: str, sizes: dict, folder: Path, capsys) -> int:
     """What --dry-run prints for a preset beside embeddings of an encoder of these sizes."""
     from training.runs.dry_run import dry_run
-    from training.tasks.clip_and_decoder import clip_model, decoder_model
-    from training.tasks.prior import prior_model
+    from training.tasks.clip import clip_model
+    from training.tasks.networks import decoder_model, prior_model
 
     folder.mkdir(exist_ok=True)
     (folder / "_manifest.json").write_text(json.dumps(sizes))

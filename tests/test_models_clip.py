@@ -29,7 +29,7 @@ from models.clip import (
 from models.configs import ClipConfig
 from models.diffusion.losses import contrastive
 from training.data.dataloader import Batch
-from training.tasks.clip_and_decoder import clip_objective
+from training.tasks.clip import clip_objective
 
 CAPTIONS = ["a red cube", "two blue spheres beside a green cone", ""]
 

@@ -13,8 +13,7 @@ from models.decoder import Condition, Decoder
 from models.priors.base import PriorText
 from models.upsampler import Upsampler
 from training.config import PRESETS, DecoderRunConfig, PriorRunConfig
-from training.tasks.clip_and_decoder import cascade_sizes
-from training.tasks.prior import prior_model
+from training.tasks.networks import cascade_sizes, prior_model
 
 PAPER_CLIP = {"embed_dim": 1024, "text_width": 1024, "context_length": 77}
 

@@ -16,8 +16,7 @@ from models.diffusion.losses import bounded, require_weights, variational_bound
 from models.diffusion.samplers import learned_ddpm, learned_log_variance
 from models.diffusion.schedule import NoiseSchedule
 from training.config import DecoderRunConfig, PriorRunConfig
-from training.tasks.clip_and_decoder import decoder_model
-from training.tasks.prior import prior_model
+from training.tasks.networks import decoder_model, prior_model
 
 SCHEDULE = NoiseSchedule.build("cosine", 1000)
 SHAPE = (4, 3, 8, 8)

@@ -22,7 +22,7 @@ from training.config import DecoderRunConfig, PriorRunConfig
 from training.data import demo_data
 from training.data.dataloader import as_batch
 from training.loop import Task
-from training.tasks import clip_and_decoder as jobs
+from training.tasks import decoder as jobs
 from training.tasks import prior as prior_job
 
 SPEC = "tiny:random"

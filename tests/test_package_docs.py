@@ -154,8 +154,7 @@ def test_sizes_are_those_that_the_page_on_smaller_models_shows():
     from cluster.base.cli import parse
     from models.costs import num_parameters
     from training.config import PRESETS, DecoderRunConfig, PriorRunConfig
-    from training.tasks.clip_and_decoder import decoder_model
-    from training.tasks.prior import prior_model
+    from training.tasks.networks import decoder_model, prior_model
 
     text = (ROOT / "docs" / "smaller-model.md").read_text(encoding="utf-8")
     rows = re.findall(r"\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \|", text)

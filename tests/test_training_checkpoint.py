@@ -30,7 +30,8 @@ from training.checkpoints.records import Progress, newest_valid
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig, TrainConfig
 from training.runs.run_folder import prepare_run
 from training.runs.worker import train_here
-from training.tasks import clip_and_decoder as jobs
+from training.tasks import clip as clip_task
+from training.tasks import decoder as jobs
 from training.tasks import prior as prior_job
 
 HALF, WHOLE = 3, 6
@@ -53,7 +54,7 @@ def clip_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:
                        patch_size=16, vocab_size=512)  # fmt: skip
     train = with_options(TRAIN, micro_batch_size=0)
     config = ClipRunConfig(images=(str(data / "images"),), run=str(run), model=model, train=train)
-    return config, jobs.build_clip_task
+    return config, clip_task.build_clip_task
 
 
 def prior_run(data: Path, run: Path) -> tuple[RunConfig, Callable]:

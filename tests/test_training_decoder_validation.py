@@ -17,8 +17,8 @@ from training.data.dataloader import as_batch
 from training.data.inputs import prepare_data
 from training.engine.precision import device_of_run
 from training.runs.worker import launch
-from training.tasks import clip_and_decoder as jobs
-from training.tasks.validation import Validation
+from training.tasks import decoder as jobs
+from training.tasks.decoder import Validation
 
 UNET = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=(),
                   patch_size=8)  # fmt: skip

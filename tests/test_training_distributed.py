@@ -23,7 +23,7 @@ from training.config import ClipRunConfig, PriorRunConfig, RunConfig, TrainConfi
 from training.loop import Task
 from training.runs.events import read_timeline
 from training.runs.worker import launch
-from training.tasks.clip_and_decoder import build_clip_task
+from training.tasks.clip import build_clip_task
 from training.tasks.prior import build_prior
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from training.config import ClipRunConfig, DataConfig, PriorRunConfig, RunConfig
 from training.data import dataloader
 from training.data.dataloader import make_loader
 from training.runs.worker import launch
-from training.tasks.clip_and_decoder import build_clip_task
+from training.tasks.clip import build_clip_task
 from training.tasks.prior import build_prior
 
 pytestmark = pytest.mark.slow

@@ -41,8 +41,8 @@ from training.runs.profiling import peak_tflops, window
 from training.runs.reporting import Reporter
 from training.runs.signals import forget_stop, stop_wanted, stopping_on_sigterm
 from training.runs.watchdog import Heartbeat, Watchdog
-from training.tasks.clip_and_decoder import clip_model
-from training.tasks.prior import prior_model
+from training.tasks.clip import clip_model
+from training.tasks.networks import prior_model
 
 # -- stopping --------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from training.engine.optimizer import (
     orthogonalise,
     set_learning_rate,
 )
-from training.tasks.prior import prior_model
+from training.tasks.networks import prior_model
 
 
 def network() -> nn.Module:

@@ -21,7 +21,7 @@ from training.data import demo_data, inputs
 from training.data.dataloader import KeyedDataset, ThreadedLoader
 from training.data.datasets import EmbedDataset, ImageDataset, MixedDataset, PairDataset
 from training.data.sampler import Plan, PlanSampler
-from training.tasks import clip_and_decoder as jobs
+from training.tasks import decoder as jobs
 from training.tasks import prior as prior_job
 
 SIZE, PER_SHARD = 32, 8

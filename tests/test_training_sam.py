@@ -15,7 +15,7 @@ from training.config import ClipRunConfig, TrainConfig
 from training.data.dataloader import Batch, make_loader
 from training.engine.sam import perturbed
 from training.runs.worker import launch
-from training.tasks import clip_and_decoder as jobs
+from training.tasks import clip as clip_task
 
 
 def bowl() -> nn.Linear:
@@ -91,10 +91,10 @@ def test_a_clip_is_perturbed_by_some_samples_contrasted_among_themselves(
     data: Path, tmp_path: Path
 ):
     config = run_of(data, tmp_path, 0.1)
-    job = jobs.build_clip_task(config)
+    job = clip_task.build_clip_task(config)
     (batch,) = next(make_loader(job.build_dataset, config).steps(0, 1))
     part = batch.part(8)
-    loss = jobs.clip_objective(job.model, part)["loss"].mean()
+    loss = clip_task.clip_objective(job.model, part)["loss"].mean()
     named = dict(job.model.named_parameters())
     gradients = torch.autograd.grad(loss, list(named.values()))
     norm = torch.stack([g.norm() for g in gradients]).norm()
@@ -120,19 +120,19 @@ def test_the_samples_that_perturb_are_neighbours_from_anywhere():
 
 def test_a_clip_starts_from_anothers_weights(data: Path, tmp_path: Path):
     first = run_of(data, tmp_path / "first", 0.0)
-    assert launch(first, first.run, jobs.build_clip_task, "clip") == 0
+    assert launch(first, first.run, clip_task.build_clip_task, "clip") == 0
     again = dataclasses.replace(first, run=str(tmp_path / "again"), init=first.run)
-    found = dict(jobs.build_clip_task(again).model.state_dict())
+    found = dict(clip_task.build_clip_task(again).model.state_dict())
     expected = load_file(str(tmp_path / "first" / "step_00000004" / "ema.safetensors"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     heads = dataclasses.replace(first.model, head_channels=16)
     with pytest.raises(ValueError, match=r"init: .*attn.num_heads: found 1, expected 2"):
-        jobs.build_clip_task(dataclasses.replace(again, model=heads))
+        clip_task.build_clip_task(dataclasses.replace(again, model=heads))
     warmer = dataclasses.replace(first.model, temperature=0.5)
-    jobs.build_clip_task(dataclasses.replace(again, model=warmer))
+    clip_task.build_clip_task(dataclasses.replace(again, model=warmer))
     other = dataclasses.replace(again, init="tiny:random")
     with pytest.raises(ValueError, match="init: tiny:random: tensor .*: found .*, expected"):
-        jobs.build_clip_task(other)
+        clip_task.build_clip_task(other)
 
 
 def test_a_run_with_it_differs_repeats_itself_and_resumes(data: Path, tmp_path: Path):
@@ -141,7 +141,7 @@ def test_a_run_with_it_differs_repeats_itself_and_resumes(data: Path, tmp_path: 
         config = dataclasses.replace(
             config, train=with_options(config.train, decay="constant", warmup=0.0)
         )
-        assert launch(config, config.run, jobs.build_clip_task, "clip") == 0
+        assert launch(config, config.run, clip_task.build_clip_task, "clip") == 0
         return (tmp_path / name / f"step_{steps:08d}" / "model.safetensors").read_bytes()
 
     plain, sharp = trained("plain", 0.0), trained("sharp", 0.1)

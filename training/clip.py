@@ -10,14 +10,16 @@ from training.config import PRESETS, ClipRunConfig
 
 def main(config: ClipRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
+    if config.dry_run:
+        from training.runs.dry_run import dry_run
+        from training.tasks.clip import clip_model
+
+        return dry_run(config, clip_model)
     from cluster.base.metrics import serve
     from training.data.inputs import prepare_data
-    from training.runs.dry_run import dry_run
     from training.runs.worker import launch
-    from training.tasks.clip_and_decoder import build_clip_task, clip_model
+    from training.tasks.clip import build_clip_task
 
-    if config.dry_run:
-        return dry_run(config, clip_model)
     serve(config.metrics_port)
     config = prepare_data(config)
     return launch(config, config.run, build_clip_task, "clip")

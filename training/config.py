@@ -394,7 +394,10 @@ class PriorRunConfig(RunConfig):
     """encoder of the caption's token states; empty = the one the embeddings name"""
     run: Annotated[str, MAY_CHANGE] = "runs/prior"
     """folder of the run"""
-    prior: Literal["diffusion", "autoregressive", "regression"] = "diffusion"
+    prior: Annotated[
+        Literal["diffusion", "autoregressive", "regression"],
+        Option(groups=("diffusion", "autoregressive", "regression")),
+    ] = "diffusion"
     """kind of prior"""
     validation: tuple[str, ...] = ()
     """folders of held-out embeddings, of the same encoder: a scorecard at each checkpoint"""
@@ -429,7 +432,9 @@ class DecoderRunConfig(RunConfig):
     """folder of the run"""
     init: str = ""
     """start from the weights of a finished run of this stage and these sizes"""
-    stage: Literal["base", "up256", "up1024"] = "base"
+    stage: Annotated[Literal["base", "up256", "up1024"], Option(groups=("base", "up", "up"))] = (
+        "base"
+    )
     """stage of the cascade"""
     validation: tuple[str, ...] = ()
     """folders of held-out image shards: their loss, and a picture in <run>/validation, at each

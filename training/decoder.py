@@ -10,18 +10,20 @@ from training.config import PRESETS, DecoderRunConfig
 
 def main(config: DecoderRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
+    if config.dry_run:
+        from training.runs.dry_run import dry_run
+        from training.tasks.networks import decoder_model
+
+        return dry_run(config, decoder_model)
     from cluster.base.metrics import serve
     from training.data.inputs import prepare_data
-    from training.runs.dry_run import dry_run
     from training.runs.worker import launch
-    from training.tasks.clip_and_decoder import build_decoder, decoder_model
+    from training.tasks.decoder import build_decoder
 
-    if config.dry_run:
-        return dry_run(config, decoder_model)
     serve(config.metrics_port)
     config = prepare_data(config)
-    told = "decoder" if config.stage == "base" else config.stage
-    return launch(config, config.run, build_decoder, told)
+    name = "decoder" if config.stage == "base" else config.stage
+    return launch(config, config.run, build_decoder, name)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,16 @@ from training.config import PRESETS, PriorRunConfig
 
 def main(config: PriorRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
+    if config.dry_run:
+        from training.runs.dry_run import dry_run
+        from training.tasks.networks import prior_model
+
+        return dry_run(config, prior_model)
     from cluster.base.metrics import serve
     from training.data.inputs import prepare_data
-    from training.runs.dry_run import dry_run
     from training.runs.worker import launch
-    from training.tasks.prior import build_prior, prior_model
+    from training.tasks.prior import build_prior
 
-    if config.dry_run:
-        return dry_run(config, prior_model)
     serve(config.metrics_port)
     config = prepare_data(config)
     return launch(config, config.run, build_prior, "prior")

@@ -64,14 +64,16 @@ class Option:
 
     hidden: its flags work, but --help leaves them out; may_change: another launch of the same run
     may have another value; name: in flags and YAML, where that is not the field's own; inline: a
-    group whose fields are named as if the class that holds it had them. A group's hidden and
-    may_change hold for all of its fields.
+    group whose fields are named as if the class that holds it had them; groups: of a field with
+    choices, the group of options that each choice uses. A group's hidden and may_change hold for
+    all of its fields.
     """
 
     hidden: bool = False
     may_change: bool = False
     name: str = ""
     inline: bool = False
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def parse(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     default = config_class()
-    for path in _take_files(arguments, presets):
+    files = _take_files(arguments, presets)
+    for path in files:
         default = merged(default, read_yaml(path), str(path))
     flags = {_flag(name): field.hint for name, field in options_of(config_class).items()}
     dry_run = DRY_RUN not in flags and DRY_RUN in arguments
@@ -147,6 +150,9 @@ def parse(
     if DRY_RUN not in flags:
         usage.append(f"{DRY_RUN} prints the merged configuration and stops.")
     config = _read_flags(default, _join_values(arguments), flags, " ".join(usage))
+    for path in files:
+        if path.parent == presets:
+            _require_sizes(config, path)
     if dry_run:
         if check is not None:
             check(config)
@@ -495,6 +501,27 @@ def _preset_path(name: str, presets: Path | None) -> Path:
             f"preset: found {name!r}, expected one of {', '.join(names) or 'none: there are none'}"
         )
     return presets / f"{name}.yaml"
+
+
+def _require_sizes(config: Any, preset: Path) -> None:
+    """Refuse a preset that states the sizes of other choices than the one chosen: the defaults, of
+    a toy, would be trained in their place."""
+    stated = read_yaml(preset).keys()
+    for name, field in options_of(type(config)).items():
+        chosen = option_values(config)[name]
+        group = dict(zip(_choices(field.hint), field.option.groups, strict=False)).get(chosen)
+        if group is None or group in stated or not stated & {*field.option.groups}:
+            continue
+        others = {path.stem: read_yaml(path) for path in sorted(preset.parent.glob("*.yaml"))}
+        right = [
+            stem for stem, content in others.items()
+            if group in content and content.get(name, chosen) == chosen
+        ]  # fmt: skip
+        family = [stem for stem in right if stem.startswith(f"{preset.stem}_")]
+        raise ValueError(
+            f"preset: found {preset.stem}, which has no sizes for {_flag(name)} {chosen}; expected "
+            f"--preset {' or '.join(family or right)}"
+        )
 
 
 # -- checks that several scripts share -------------------------------------------------------------

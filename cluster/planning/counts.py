@@ -152,8 +152,8 @@ def build_model(config: Any, sizes: dict[str, int]) -> Any:
     """Build what a training script trains, for an encoder of these sizes, on the meta device."""
     import torch
 
-    from training.tasks.clip_and_decoder import clip_model, decoder_model
-    from training.tasks.prior import prior_model
+    from training.tasks.clip import clip_model
+    from training.tasks.networks import decoder_model, prior_model
 
     with torch.device("meta"):
         if isinstance(config, ClipRunConfig):

@@ -1,15 +1,12 @@
 """--dry-run: what would be trained, without data, without allocating it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from cluster.base.cli import to_yaml
-from ingest.shards import read_manifest
-from ingest.store.storage import storage_of
-from models.configs import ClipConfig
 from models.costs import num_parameters, offloaded_bytes, state_bytes
 from training.config import RunConfig
 
@@ -45,16 +42,3 @@ def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
         f"micro-batches"
     )
     return 0
-
-
-def encoder_sizes(embeds: Sequence[str]) -> dict[str, int]:
-    """Return embed_dim, text_width and context_length of the encoder that made `embeds`.
-
-    Where there are no embeddings yet, a default CLIP's, and says so: a dry run needs no data.
-    """
-    if storage_of(embeds[0]).size("_manifest.json") is not None:
-        manifest = read_manifest(embeds[0])
-        return {key: manifest[key] for key in ("embed_dim", "text_width", "context_length")}
-    default = ClipConfig()
-    print(f"# {embeds[0]}: absent; sizes of a default CLIP are assumed")
-    return {key: getattr(default, key) for key in ("embed_dim", "text_width", "context_length")}

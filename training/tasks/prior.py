@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ingest.embedding.statistics import EmbedStatistics
 from ingest.shards import load_snapshot
-from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
-from models.diffusion.losses import require_weights
+from models.clip import FrozenClip, token_mask, tokenizer
 from models.diffusion.samplers import ddim
 from models.networks.transformer import trimmed_length
 from models.priors.autoregressive import AutoregressivePrior
@@ -36,41 +35,15 @@ from training.data.inputs import (
 )
 from training.engine.precision import device_of_run
 from training.loop import Task
-from training.runs.dry_run import encoder_sizes
+from training.tasks.networks import encoder_sizes, prior_model
 
 MAX_VALIDATED = 512  # held-out captions, the first ones: a scorecard takes seconds
 VALIDATED_AT_ONCE = 128
 VALIDATION_SAMPLING = PriorSampling(sampler=ddim(eta=1.0))
-PRIORS: dict[str, type[nn.Module]] = {
-    "diffusion": DiffusionPrior,
-    "autoregressive": AutoregressivePrior,
-    "regression": RegressionPrior,
-}
-
-
-def prior_model(config: PriorRunConfig, sizes: dict[str, int] | None = None) -> nn.Module:
-    """Build the prior for an encoder of these sizes; None for that of its embeddings."""
-    sizes = sizes or encoder_sizes(config.embeds)
-    kind: Any = PRIORS[config.prior]
-    model = kind(_sizes_of(config, sizes["embed_dim"]), **sizes, vocab_size=VOCAB_SIZE)
-    if isinstance(model, DiffusionPrior):
-        require_weights(model.schedule, model.config.weighting, "x0")
-    return model
-
-
-def _sizes_of(config: PriorRunConfig, embed_dim: int) -> Any:
-    """Return the configuration of the prior's own sizes.
-
-    Where only the data tell how many codes there are, all dimensions, as a dry run counts them.
-    """
-    found = getattr(config, config.prior)
-    if config.prior == "autoregressive" and not found.num_codes:
-        return dataclasses.replace(found, num_codes=embed_dim)
-    return found
 
 
 def build_prior(config: PriorRunConfig) -> Task:
-    """Describe the training of a prior; the frozen text tower stays outside the engine."""
+    """Return the task of training a prior; the frozen text tower stays outside the engine."""
     if config.prior == "regression" and config.train.most_micro_batches > 1:
         raise ValueError(
             f"train.micro_batch_size: found {config.train.batch.micro_batch_size}, expected 0: the "

@@ -1,0 +1,129 @@
+"""What training/clip.py trains: a CLIP, its contrastive objective and its data."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from open_clip import CLIP
+from torch import Tensor
+
+from models.clip import (
+    MAX_LOGIT_SCALE,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    build_clip,
+    load_clip,
+    model_options,
+    model_sizes,
+    normalise_pixels,
+    tokenizer,
+)
+from models.diffusion import keyed_random
+from models.diffusion.losses import bounded, contrastive
+from models.networks.transformer import attention_kernels
+from training.config import ClipRunConfig
+from training.data.dataloader import Batch
+from training.data.datasets import ColumnDataset, ImageDataset
+from training.data.inputs import gathered, mine_alone, mixed, part_of, pin_snapshots
+from training.engine.precision import autocast
+from training.engine.sam import perturbed
+from training.loop import Task, no_context
+
+Gathered = Callable[[Tensor], tuple[Tensor, slice]]
+
+
+def clip_model(config: ClipRunConfig) -> CLIP:
+    """Build the CLIP."""
+    return build_clip(config.model)
+
+
+def build_clip_task(config: ClipRunConfig) -> Task:
+    """Return the task of training a CLIP."""
+    if config.train.most_micro_batches > 1:
+        raise ValueError(
+            f"train.micro_batch_size: found {config.train.batch.micro_batch_size}, expected 0: "
+            "CLIP contrasts all samples of a step with each other"
+        )
+    model = clip_model(config)
+    if config.init:
+        copy_weights(model, config.init)
+    return Task(
+        model=model,
+        objective=clip_objective,
+        build_dataset=partial(clip_dataset, config, *model_sizes(model)),
+        export={"kind": "clip", "model": dataclasses.asdict(config.model)},
+        block_size=config.block_size,
+        grad_context=partial(sharpness_aware, config) if config.sam_rho else no_context,
+    )
+
+
+def clip_objective(model: Any, batch: Batch, gather: Gathered = gathered) -> dict[str, Tensor]:
+    """Contrast every image of the global batch with every other caption; returns loss [B] and
+    accuracy [B].
+
+    gather: adds the other workers' rows, and says which are this one's.
+    """
+    with attention_kernels(batch.keys):
+        image, rows = gather(model.encode_image(normalise_pixels(batch["image"]), normalize=True))
+        text, _ = gather(model.encode_text(batch["tokens"].long(), normalize=True))
+    scale = bounded(model.logit_scale, math.log(MAX_LOGIT_SCALE)).exp()
+    keep = gather(batch.weight)[0] > 0
+    captions = gather(keyed_random.row_hashes(batch["tokens"]))[0]
+    # A caption that comes twice in a batch fits both images: neither is a negative of the other.
+    # Two captions of one meaning are known for the same by their words alone.
+    negative = keep[rows, None] & keep & (captions[rows, None] != captions)
+    loss, accuracy = contrastive(image, text, scale, negative, rows)
+    return {"loss": loss, "accuracy": accuracy.detach()}
+
+
+def clip_dataset(config: ClipRunConfig, image_size: int, context_length: int) -> ColumnDataset:
+    """Read images and their captions' tokens."""
+    tokenize = tokenizer(context_length, config.model.vocab_size)
+    threads = config.data.num_threads
+    data_sets = [
+        ImageDataset(part_of(snapshot, config.part), image_size, threads, tokenize)
+        for snapshot in pin_snapshots(config.run, "images", config.images)
+    ]
+    return mixed(data_sets, config.data.weights)
+
+
+def sharpness_aware(
+    config: ClipRunConfig, model: Any, batches: list[Batch]
+) -> AbstractContextManager:
+    """Perturb this worker's weights by some of its samples, contrasted among themselves."""
+    device = next(model.parameters()).device
+    part = batches[0].part(config.sam_batch_size).to(device)
+
+    def loss() -> Tensor:
+        with autocast(device.type, config.train.workers.precision):
+            losses = clip_objective(model, part, mine_alone)["loss"]
+        return (losses * part.weight).sum() / part.weight.sum().clamp(min=1)
+
+    return perturbed(model, loss, config.sam_rho)
+
+
+def copy_weights(model: CLIP, spec: str) -> None:
+    """Take over the weights of another CLIP; ValueError naming the first tensor that differs, or
+    the first option that shapes do not tell."""
+    other = load_clip(spec)
+    state = dict(other.clip.state_dict())
+    state["logit_scale"] = state["logit_scale"].reshape(1)  # see build_clip
+
+    def facts(weights: dict[str, Tensor], options: dict[str, Any], pixels: Any) -> dict[str, Any]:
+        tensors = {f"tensor {name}": list(value.shape) for name, value in weights.items()}
+        return {**tensors, **options, "mean and deviation of pixels": pixels}
+
+    pixels = (other.pixel_mean, other.pixel_std)
+    theirs = facts(state, model_options(other.clip), pixels)
+    ours = facts(model.state_dict(), model_options(model), (PIXEL_MEAN, PIXEL_STD))
+    for name in dict.fromkeys([*theirs, *ours]):
+        old, new = theirs.get(name, "none"), ours.get(name, "none")
+        if old != new:
+            raise ValueError(
+                f"init: {spec}: {name}: found {old}, expected {new}; pass the sizes, or the "
+                "--model.architecture, of those weights"
+            )
+    model.load_state_dict(state)

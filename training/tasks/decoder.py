@@ -1,0 +1,240 @@
+"""What training/decoder.py trains: one stage of the cascade, its objective, data and validation."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ingest.shards import Snapshot, load_snapshot
+from models.clip import FrozenClip, token_mask, tokenizer
+from models.decoder import Condition, Decoder, ImageSampling, dropped_captions
+from models.degradation import shrink
+from models.diffusion import keyed_random
+from models.diffusion.samplers import dpmpp_2m
+from models.networks.transformer import trimmed_length
+from models.upsampler import Upsampler
+from models.weights import load_weights
+from training.config import DecoderRunConfig
+from training.data.dataloader import Batch, as_batch
+from training.data.datasets import ColumnDataset, ImageDataset, PairDataset
+from training.data.inputs import clip_of, encoder_of, mixed, pin_snapshots, start_from
+from training.engine.precision import device_of_run
+from training.loop import Task
+from training.tasks.networks import cascade_sizes, decoder_model
+from training.tasks.pictures import grid, pixels, save_png, to_uint8
+
+MAX_VALIDATED = 512  # held-out images, the first ones
+VALIDATED_AT_ONCE = 32
+NUM_DRAWN = 8
+DRAWING = ImageSampling(sampler=dpmpp_2m, sample_steps=16, spacing="karras")
+
+
+def build_decoder(config: DecoderRunConfig) -> Task:
+    """Return the task of training one stage of the cascade."""
+    objective: Callable[[Any, Batch], dict[str, Tensor]]
+    if config.stage == "base":
+        encoder = _encoder(config)
+        condition = partial(decoder_condition, encoder, config)
+        objective = partial(base_objective, encoder, config)
+        export = {
+            "kind": "decoder",
+            "model": dataclasses.asdict(config.base),
+            "encoder_id": encoder.encoder_id,
+            "clip": clip_of(config.embeds, config.clip),
+            "image_size": config.image_size,
+            "embed_dim": encoder.embed_dim,
+            "text_width": encoder.text_width,
+        }
+    else:
+        factor, crop = cascade_sizes(config)
+        condition = None
+        objective = partial(upsampler_objective, crop, config.flip)
+        export = {
+            "kind": "upsampler",
+            "model": dataclasses.asdict(config.up),
+            "image_size": config.image_size,
+            "factor": factor,
+            "crop_size": crop,
+        }
+    build, validate = partial(decoder_model, config), None
+    if config.validation:
+        dataset = stage_dataset(config, latest(config.validation), latest(config.validation_embeds))
+        validate = Validation(
+            build=build, objective=objective, condition=condition, dataset=dataset,
+            device=config.train.workers.device,
+        )  # fmt: skip
+    return Task(
+        model=start_from(build(), config.init, config.run, export),
+        objective=objective,
+        build_dataset=partial(decoder_dataset, config),
+        export=export,
+        validate=validate,
+    )
+
+
+def _encoder(config: DecoderRunConfig) -> FrozenClip:
+    """Load the encoder of a base decoder; ValueError for options that do not suit it."""
+    if config.flip:
+        raise ValueError(
+            "flip: found true for stage base, expected false: its image embeddings and captions "
+            "are of the images as they are"
+        )
+    encoder = encoder_of((*config.embeds, *config.validation_embeds), config.clip)
+    if config.base.embed_noise and not encoder.unit_norm:
+        raise ValueError(
+            f"base.embed_noise: found {config.base.embed_noise} for embeddings that keep their "
+            "length, expected 0: what it makes of them is of unit norm"
+        )
+    return encoder
+
+
+# -- objectives ------------------------------------------------------------------------------------
+
+
+def base_objective(
+    encoder: FrozenClip, config: DecoderRunConfig, model: Decoder, batch: Batch
+) -> dict[str, Tensor]:
+    """Return the losses [B] of a base decoder."""
+    drop = dropped_captions(config.base, batch.keys) if config.base.empty_caption else None
+    condition = decoder_condition(encoder, config, batch, drop)
+    return model.losses(batch.keys, pixels(batch["image"]), condition)
+
+
+def upsampler_objective(crop: int, flip: bool, model: Upsampler, batch: Batch) -> dict[str, Tensor]:
+    """Return the losses [B] of an upsampler, on crops of `crop` px."""
+    image = keyed_crops(pixels(batch["image"]), batch.keys, crop)
+    return model.losses(batch.keys, keyed_flips(image, batch.keys) if flip else image)
+
+
+def decoder_condition(
+    encoder: FrozenClip, config: DecoderRunConfig, batch: Batch, drop: Tensor | None = None
+) -> Condition:
+    """Return what conditions a base decoder on a batch; drop: bool [B], whose captions are to be
+    the empty one."""
+    if not config.base.use_text:
+        return Condition(image_embed=batch["image_embed"])
+    text_embed, states = batch["text_embed"], {}
+    if config.base.text_tokens:
+        tokens = batch["caption_tokens"]
+        tokens = tokens[:, : trimmed_length(token_mask(tokens))]
+        states["tokens"] = tokens
+    else:
+        tokens = batch["tokens"]
+        if drop is not None:
+            empty = torch.from_numpy(encoder.tokenize([""])).to(tokens)
+            tokens = torch.where(drop[:, None], empty, tokens)
+        tokens = encoder.trimmed(tokens)
+        embed, states["text_states"] = encoder.to(batch.keys.device).encode_text(tokens)
+        if drop is not None:
+            text_embed = torch.where(drop[:, None], embed, text_embed)
+    return Condition(
+        image_embed=batch["image_embed"],
+        text_embed=text_embed,
+        token_mask=token_mask(tokens),
+        **states,
+    )
+
+
+def keyed_crops(image: Tensor, keys: Tensor, crop: int) -> Tensor:
+    """Cut a crop [B, 3, crop, crop] out of each image [B, 3, H, H], where the sample's key says."""
+    room = image.shape[-1] - crop + 1
+    corner = (keyed_random.uniform(keys, "crop", (2,)) * room).long()  # [B, 2]
+    span = torch.arange(crop, device=image.device)
+    rows, columns = corner[:, :1] + span, corner[:, 1:] + span  # [B, crop]
+    batch = torch.arange(len(image), device=image.device)[:, None, None]
+    return image.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
+
+
+def keyed_flips(image: Tensor, keys: Tensor) -> Tensor:
+    """Mirror half of the images [B, 3, H, W] left to right, where the sample's key says."""
+    mirrored = keyed_random.uniform(keys, "flip") < 0.5
+    return torch.where(mirrored[:, None, None, None], image.flip(-1), image)
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def decoder_dataset(config: DecoderRunConfig) -> ColumnDataset:
+    """Read the run's images; for the base decoder with their embeddings and tokens."""
+    images = pin_snapshots(config.run, "images", config.images)
+    embeds = pin_snapshots(config.run, "embeds", config.embeds) if config.stage == "base" else []
+    return stage_dataset(config, images, embeds, config.data.weights)
+
+
+def stage_dataset(
+    config: DecoderRunConfig,
+    images: Sequence[Snapshot],
+    embeds: Sequence[Snapshot],
+    weights: tuple[float, ...] = (),
+) -> ColumnDataset:
+    """Read images as a stage does; embeds: for the base decoder, one for each of `images`."""
+    size, threads = config.image_size, config.data.num_threads
+    if config.stage != "base":
+        return mixed([ImageDataset(snapshot, size, threads) for snapshot in images], weights)
+    length = config.base.text_tokens
+    tokenize = tokenizer(length) if length and config.base.use_text else None
+    pairs = zip(images, embeds, strict=True)
+    return mixed([PairDataset(*pair, size, threads, tokenize) for pair in pairs], weights)
+
+
+def latest(roots: tuple[str, ...]) -> list[Snapshot]:
+    """Load the latest snapshot of each folder."""
+    return [load_snapshot(root) for root in roots]
+
+
+# -- validation ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Scores a checkpoint of a stage on held-out samples: its loss, and a picture.
+
+    build: makes the model; objective: training's; condition: what conditions the base decoder on a
+    batch, None for an upsampler; dataset: the held-out samples, of which at most 512 are used;
+    device: as of training.
+    """
+
+    build: Callable[[], nn.Module]
+    objective: Callable[[Any, Batch], dict[str, Tensor]]
+    condition: Callable[[Batch], Condition] | None
+    dataset: ColumnDataset
+    device: Literal["auto", "cpu", "cuda"]
+
+    @torch.no_grad()
+    def __call__(self, folder: Path) -> dict[str, float]:
+        """Return {"loss"} of a checkpoint's averaged weights, with the same noise at each, and draw
+        <run>/validation/<step>.png: images, and below what the base decoder draws under their
+        embeddings and captions, or an upsampler of them made small."""
+        model: Any = load_weights(self.build(), folder / "ema.safetensors")
+        device = device_of_run(self.device)
+        model.to(device)
+        count = min(MAX_VALIDATED, sum(sum(sizes) for sizes in self.dataset.data_sets))
+        losses = []
+        for start in range(0, count, VALIDATED_AT_ONCE):
+            index = np.arange(start, min(start + VALIDATED_AT_ONCE, count))
+            batch = as_batch(self.dataset.read(index), torch.from_numpy(index)).to(device)
+            losses.append(self.objective(model, batch)["loss"].cpu())
+            if start == 0:
+                self._draw(model, batch.part(NUM_DRAWN), folder)
+        return {"loss": float(torch.cat(losses).mean())}
+
+    def _draw(self, model: Any, batch: Batch, folder: Path) -> None:
+        image, draw = pixels(batch["image"]), partial(model.sample, batch.keys)
+        rows = {"image": image}
+        if self.condition is not None:
+            rows["drawn"] = draw(self.condition(batch), DRAWING)
+        else:
+            low_res = shrink(image, model.factor)
+            rows["small"] = F.interpolate(low_res, scale_factor=model.factor, mode="nearest")
+            rows["drawn"] = draw(low_res, DRAWING)
+        picture = grid([list(to_uint8(row)) for row in rows.values()], list(rows), [])
+        save_png(folder.parent / "validation" / f"{folder.name}.png", picture)
