@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.base.cli import read_yaml, with_options
+from cluster.base.cli import read_yaml
 from training.config import PriorRunConfig, TrainConfig
 from training.engine.optimizer import build_optimizer
 from training.engine.precision import Precision, autocast, native_bf16, settled
@@ -40,7 +40,7 @@ def test_a_processor_without_the_instructions_has_no_native_bf16(monkeypatch):
 
 
 def test_auto_is_what_the_device_computes_in(device, tmp_path):
-    config = with_options(CONFIG, run=str(tmp_path / "run"))
+    config = dataclasses.replace(CONFIG, run=str(tmp_path / "run"))
     for native, expected in ((True, "bf16"), (False, "fp32")):
         device(native)
         assert chosen(config) == settled("auto", "cpu") == expected
@@ -48,7 +48,7 @@ def test_auto_is_what_the_device_computes_in(device, tmp_path):
 
 
 def test_a_run_keeps_the_precision_it_began_with(device, tmp_path, capsys):
-    config = with_options(CONFIG, run=str(tmp_path / "run"))
+    config = dataclasses.replace(CONFIG, run=str(tmp_path / "run"))
     device(True)
     run = prepare_run(resolve_precision(config, tmp_path / "run"), config.run)
     assert read_yaml(run / "config.yaml")["train"]["precision"] == "bf16"
