@@ -19,7 +19,7 @@ def write_sets(
     test set holds out combinations of shape, colour and relation. seed: another one draws other
     scenes, and splits a file otherwise.
     """
-    from cluster.demo_data import drawn_pairs, given_pairs
+    from cluster.demo_data import drawn_pairs, given_pairs, read_pairs
 
     if pairs is None:
         sets = drawn_pairs(root / "pairs", num_train, num_test // 3, seed)
@@ -27,7 +27,7 @@ def write_sets(
         salt = f"{seed} " if seed else ""
         sets = given_pairs(root / "pairs", pairs, num_train + num_test, salt)
     for name, found in sets.items():
-        _write_shards(root / name, [(row["image"], row["caption"]) for row in found.read()])
+        _write_shards(root / name, [(row["image"], row["caption"]) for row in read_pairs(found)])
 
 
 def _write_shards(root: Path, rows: list[tuple[bytes, str]]) -> None:

@@ -2,8 +2,8 @@
 
 python cluster/dashboards.py
 
-They are cluster/prometheus/recording.yaml and cluster/grafana/dashboards/*.json. The metrics stand
-in cluster/base/metrics.py and the panels in cluster/panels.py: edit those.
+They are cluster/prometheus/recording.yaml and cluster/grafana/dashboards/*.json. Edit the metrics
+in cluster/base/metrics.py and the panels in cluster/panels.py.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.base.cli import DONE, INCOMPLETE, parse, run_script
+from cluster.base.files import write_text
 
 if TYPE_CHECKING:
     from cluster.panels import Dashboard, Panel
@@ -29,7 +30,7 @@ DATA_SOURCE = "${source}"
 
 @dataclass(frozen=True, kw_only=True)
 class DashboardsConfig:
-    """Both kinds of files are in the repository: a run that changes them is to be committed."""
+    """Both kinds of files are in the repository: commit what a run changes."""
 
     out: str = str(HERE)
     """folder that holds prometheus/ and grafana/"""
@@ -47,11 +48,9 @@ def main(config: DashboardsConfig) -> int:
         stale.append(name)
         if not config.check:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(path.name + ".part")
-            part.write_text(text)
-            part.replace(path)
-    word = "not as it should be" if config.check else "written"
-    print("\n".join(f"{root / name}: {word}" for name in stale) or f"{root}: nothing to change")
+            write_text(path, text)
+    state = "out of date" if config.check else "written"
+    print("\n".join(f"{root / name}: {state}" for name in stale) or f"{root}: nothing to change")
     return INCOMPLETE if config.check and stale else DONE
 
 
@@ -70,7 +69,7 @@ def files() -> dict[str, str]:
 
 
 def address(dashboard: "Dashboard") -> str:
-    """Return what Grafana knows a dashboard by."""
+    """Return the address (uid) of a dashboard in Grafana."""
     return f"minidalle2-{dashboard.name}"
 
 
@@ -78,6 +77,7 @@ def grafana_json(dashboard: "Dashboard") -> str:
     """Return a dashboard as Grafana's JSON."""
     from grafana_foundation_sdk.builders import dashboard as builders
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, GridPos
 
     board = (
         builders.Dashboard(dashboard.title)
@@ -86,7 +86,7 @@ def grafana_json(dashboard: "Dashboard") -> str:
         .time("now-3h", "now")
         .refresh("30s")
         .timezone("browser")
-        .tooltip(_shared_crosshair())
+        .tooltip(DashboardCursorSync.CROSSHAIR)
         .with_variable(
             builders.DatasourceVariable("source").label("Prometheus").type("prometheus")
         )
@@ -95,26 +95,14 @@ def grafana_json(dashboard: "Dashboard") -> str:
         board = board.link(link)
     top = 0
     for title, panels in dashboard.rows.items():
-        board = board.with_row(builders.Row(title).grid_pos(_place(0, top, WIDTH, 1)))
+        board = board.with_row(builders.Row(title).grid_pos(GridPos(x=0, y=top, w=WIDTH, h=1)))
         for number, panel in enumerate(panels):
             line, column = divmod(number, COLUMNS)
             width = WIDTH // COLUMNS
-            at = _place(column * width, top + 1 + line * HEIGHT, width, HEIGHT)
-            board = board.with_panel(_chart(panel).grid_pos(at))
+            place = GridPos(x=column * width, y=top + 1 + line * HEIGHT, w=width, h=HEIGHT)
+            board = board.with_panel(_chart(panel).grid_pos(place))
         top += 1 + -(-len(panels) // COLUMNS) * HEIGHT
     return json.dumps(json.loads(JSONEncoder().encode(board.build())), indent=1) + "\n"
-
-
-def _shared_crosshair() -> Any:
-    from grafana_foundation_sdk.models.dashboard import DashboardCursorSync
-
-    return DashboardCursorSync.CROSSHAIR
-
-
-def _place(x: int, y: int, width: int, height: int) -> Any:
-    from grafana_foundation_sdk.models.dashboard import GridPos
-
-    return GridPos(x=x, y=y, w=width, h=height)
 
 
 def _links(dashboard: "Dashboard") -> list[Any]:

@@ -1,10 +1,10 @@
-"""The whole pipeline, small, on this machine: from a URL list to a measured model and its report.
+"""The complete pipeline, small, on this machine: from a URL list to a measured model and a report.
 
     python cluster/demo.py                                     # the drawn set
     python cluster/demo.py --pairs pairs.parquet --limit 3000  # your pictures: image and caption
 
-The drawn set takes some 13 minutes on two cores. Each stage is a script of its own; its command is
-printed before it runs. What is done is not done again: rerun the same command to continue.
+The drawn set takes some 13 minutes on two cores. Each stage is a script; its command is printed
+before it runs. A finished stage is not run again: rerun the same command to continue.
 """
 
 import dataclasses
@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.cli import DONE, parse, require_local, run_script
+from cluster.base.files import write_json
+from cluster.base.run_dir import DEMO_NAME, EVAL_NAME, PROVENANCE_NAME, TIMINGS_NAME
 from cluster.timings import Timings
 
-CONFIG_NAME = "demo.json"  # also the mark by which --fresh knows that a folder is ours
+SCORES_NAME = "scores.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +50,11 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One command of the pipeline, and the number of images that it handles.
+class Command:
+    """One stage of the pipeline, and the number of images that it handles.
 
-    output, inputs: of a script that does not know by itself that it is done, the file that it
-    writes last and those whose change calls for another.
+    output, inputs: for a script that cannot tell by itself that it is done, the file that it
+    writes last, and the files whose change makes that one out of date.
     """
 
     name: str
@@ -72,20 +74,25 @@ def main(config: DemoConfig) -> int:
     port = serve(config.metrics_port)
     if port is not None:
         print(f"metrics: http://127.0.0.1:{port}/metrics")
-    timings = Timings(run / "timings.json")
+    timings = Timings(run / TIMINGS_NAME)
+
+    # Pairs of image and caption, then shards of them by way of a URL list
     with timings.attempt("pairs") as attempt:
         sets = _pairs(config, run / "source")
         attempt.done = True
     code = _download(run, sets, timings, port)
     if code:
         return code
+
+    # CLIP, embeddings, prior, decoder, upsampler, samples, scores
     ensure_ray()
     counts = {name: len(rows) for name, rows in sets.items()}
-    drawn = not config.pairs
-    for stage in _stages(config, run, counts, drawn):
-        code = _run_stage(stage, timings, port)
+    for command in _commands(config, run, counts):
+        code = _run_command(command, timings, port)
         if code:
             return code
+
+    # The report
     _finish(config, run, timings)
     return 0
 
@@ -95,16 +102,14 @@ def _open(config: DemoConfig) -> Path:
     is a folder that would not last."""
     require_local("--run", config.run)
     run = Path(config.run).absolute()
-    mark = run / CONFIG_NAME
-    wanted = {
-        k: v
-        for k, v in dataclasses.asdict(config).items()
-        if k not in ("run", "metrics_port", "fresh")
-    }
+    mark = run / DEMO_NAME
+    wanted = dataclasses.asdict(config)
+    for name in ("run", "metrics_port", "fresh"):
+        del wanted[name]
     if run.is_dir() and any(run.iterdir()) and not mark.is_file():
         raise ValueError(
-            f"{run}: found a folder without {CONFIG_NAME}, expected a demo or nothing; name "
-            f"another --run"
+            f"{run}: found a folder without {DEMO_NAME}, expected a demo or nothing; name another "
+            "--run"
         )
     if config.fresh and mark.is_file():
         shutil.rmtree(run)
@@ -118,18 +123,19 @@ def _open(config: DemoConfig) -> Path:
                 )
         return run
     run.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps(wanted, indent=1))
+    write_json(mark, wanted, indent=1)
     return run
 
 
 def _pairs(config: DemoConfig, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    from cluster.demo_data import drawn_pairs, given_pairs
+    """Draw or split the pairs, and return their rows by set."""
+    from cluster.demo_data import drawn_pairs, given_pairs, read_pairs
 
     if config.pairs:
-        found = given_pairs(folder, Path(config.pairs), config.limit)
+        paths = given_pairs(folder, Path(config.pairs), config.limit)
     else:
-        found = drawn_pairs(folder, config.num_train, config.num_test, config.seed)
-    return {name: pairs.read() for name, pairs in found.items()}
+        paths = drawn_pairs(folder, config.num_train, config.num_test, config.seed)
+    return {name: read_pairs(path) for name, path in paths.items()}
 
 
 def _download(
@@ -137,19 +143,19 @@ def _download(
 ) -> int:
     """Serve the pairs on the loopback and download them, as one would from the web.
 
-    Returns the exit code. A download that is whole needs no server, nor its old port.
+    Returns the exit code. A complete download needs no server, nor its old port.
     """
     from cluster.demo_data import is_fetched, serve_pairs, write_url_list
 
     folders = {name: run / "data" / name / "images" for name in sets}
-    # an even number of shards, so that a judge can learn from the other half of them
+    # an even number of shards, so that a second CLIP can learn from the other half
     per_shard = {name: max(1, min(500, -(-len(rows) // 8))) for name, rows in sets.items()}
     mark = run / "source" / "port"
     known = int(mark.read_text()) if mark.is_file() else 0
-    whole = known and all(
+    complete = known and all(
         is_fetched(folders[name], -(-len(rows) // per_shard[name])) for name, rows in sets.items()
     )
-    with nullcontext(known) if whole else serve_pairs(sets, known) as served:
+    with nullcontext(known) if complete else serve_pairs(sets, known) as served:
         mark.write_text(str(served))
         for name, rows in sets.items():
             urls = run / "source" / f"{name}_urls.parquet"
@@ -161,116 +167,110 @@ def _download(
                 "--num-processes", "0", "--allow-address", f"127.0.0.1:{served}",
                 "--host-rate", "0", "--host-connections", "32",
             )  # fmt: skip
-            stage = Stage(
-                name=f"download {name}",
-                script="ingest/download.py",
-                arguments=arguments,
+            command = Command(
+                name=f"download {name}", script="ingest/download.py", arguments=arguments,
                 num_images=len(rows),
-            )
-            code = _run_stage(stage, timings, port)
+            )  # fmt: skip
+            code = _run_command(command, timings, port)
             if code:
                 print(f"{run}: the download of {name} is incomplete; rerun the same command")
                 return code
     return DONE
 
 
-def _stages(config: DemoConfig, run: Path, counts: dict[str, int], drawn: bool) -> list[Stage]:
-    """List the commands after the download, in order."""
+def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Command]:
+    """List the commands after the download, in order.
+
+    The drawn set is scored by the CLIP that it trains. Given pairs are few and unlike the drawn
+    ones, so a second CLIP, trained on the other half of the shards, scores them.
+    """
     from eval.sampling.image_source import SAMPLES_NAME
     from models.weights import FINAL_NAME
 
-    data = {
-        name: (str(run / "data" / name / "images"), str(run / "data" / name / "embeds"))
-        for name in counts
-    }
-    (images, embeds), (test_images, test_embeds) = data["train"], data["test"]
-    runs = {name: str(run / name) for name in ("clip", "judge", "prior", "base", "up")}
-    finals = [run / name / FINAL_NAME for name in runs if name != "judge" or not drawn]
-    preset, samples = ("--preset", config.size), str(run / "samples")
-    chain = ("--prior", runs["prior"], "--decoder", runs["base"], "--upsampler", runs["up"])
-
-    def trainer(name: str, script: str, *arguments: str) -> Stage:
-        return Stage(
-            name=name, script=script, arguments=(*arguments, "--run", runs[name]), num_images=0
-        )
-
-    neighbours = () if drawn else ("--block-size", "1", "--part", "1/2")
-    stages = [trainer("clip", "training/clip.py", *preset, "--images", images, *neighbours)]
+    drawn, preset = not config.pairs, ("--preset", config.size)
+    images = {name: str(run / "data" / name / "images") for name in counts}
+    embeds = {name: str(run / "data" / name / "embeds") for name in counts}
+    clip, judge, prior, base, up = (
+        str(run / name) for name in ("clip", "judge", "prior", "base", "up")
+    )
+    scorer, half, other_half = clip, (), ()
     if not drawn:
-        other = ("--block-size", "1", "--part", "2/2", "--train.seed", "1")
-        stages.append(trainer("judge", "training/clip.py", *preset, "--images", images, *other))
-    for name, (source, target) in data.items():
-        arguments = ("--images", source, "--clip", runs["clip"], "--out", target)
-        stages.append(
-            Stage(
-                name=f"embed {name}",
-                script="ingest/embed.py",
-                arguments=arguments,
-                num_images=counts[name],
-            )
-        )
-    inputs = ("--images", images, "--embeds", embeds)
-    up_preset = ("--preset", f"{config.size}_up")
-    stages += [
-        trainer("prior", "training/prior.py", *preset, "--embeds", embeds),
-        trainer("base", "training/decoder.py", *preset, *inputs, "--stage", "base"),
-        trainer("up", "training/decoder.py", *up_preset, *inputs),
-        Stage(
-            name="sample",
-            script="eval/sample.py",
-            arguments=(*chain, "--captions", test_images, "--out", samples),
-            num_images=counts["test"],
+        scorer = judge
+        half = ("--block-size", "1", "--part", "1/2")
+        other_half = ("--block-size", "1", "--part", "2/2", "--train.seed", "1")
+    train_images, samples = ("--images", images["train"]), str(run / "samples")
+    data = (*train_images, "--embeds", embeds["train"])
+    chain = ("--prior", prior, "--decoder", base, "--upsampler", up)
+
+    def train(name: str, script: str, *arguments: str) -> Command:
+        return Command(
+            name=name, script=f"training/{script}.py", num_images=0,
+            arguments=(*arguments, "--run", str(run / name)),
+        )  # fmt: skip
+
+    def embed(name: str) -> Command:
+        return Command(
+            name=f"embed {name}", script="ingest/embed.py", num_images=counts[name],
+            arguments=("--images", images[name], "--clip", clip, "--out", embeds[name]),
+        )  # fmt: skip
+
+    finals = [Path(path) / FINAL_NAME for path in dict.fromkeys((clip, scorer, prior, base, up))]
+    return [
+        train("clip", "clip", *preset, *train_images, *half),
+        *([] if drawn else [train("judge", "clip", *preset, *train_images, *other_half)]),
+        *(embed(name) for name in counts),
+        train("prior", "prior", *preset, "--embeds", embeds["train"]),
+        train("base", "decoder", *preset, *data, "--stage", "base"),
+        train("up", "decoder", "--preset", f"{config.size}_up", *data),
+        Command(
+            name="sample", script="eval/sample.py", num_images=counts["test"],
+            arguments=(*chain, "--captions", images["test"], "--out", samples),
         ),
-        Stage(
-            name="evaluate",
-            script="eval/fid.py",
+        Command(
+            name="evaluate", script="eval/fid.py", num_images=counts["test"],
             arguments=(
-                "--real", test_images, "--fake", samples, "--embeds", test_embeds, *chain,
-                "--clip", runs["clip" if drawn else "judge"], "--out", str(run / "scores.json"),
+                "--real", images["test"], "--fake", samples, "--embeds", embeds["test"], *chain,
+                "--clip", scorer, "--out", str(run / SCORES_NAME),
             ),
-            num_images=counts["test"],
-            output=run / "scores.json",
+            output=run / SCORES_NAME,
             inputs=(run / "samples" / SAMPLES_NAME, *finals),
         ),
     ]  # fmt: skip
-    return stages
 
 
-def _run_stage(stage: Stage, timings: Timings, port: int | None) -> int:
-    """Print the stage's command and run its `main` with the configuration that this command
-    gives, unless its output is there already."""
+def _run_command(command: Command, timings: Timings, port: int | None) -> int:
+    """Print a command and run its script's `main` with the configuration that it gives, unless its
+    output is up to date."""
     from training.config import RunConfig
 
-    shown = " ".join(_short(argument) for argument in stage.arguments)
-    command = f"python {stage.script} {shown}"
-    print(f"\n$ {command}", flush=True)
-    config_class, run_main, presets = _script(stage.script)
-    config = parse(config_class, presets=presets, argv=stage.arguments)
+    line = f"python {command.script} {' '.join(_short(each) for each in command.arguments)}"
+    print(f"\n$ {line}", flush=True)
+    config_class, run_main, presets = _script(command.script)
+    config = parse(config_class, presets=presets, argv=command.arguments)
     config = dataclasses.replace(config, metrics_port=port)
-    images = stage.num_images
+    images = command.num_images
     if isinstance(config, RunConfig):
         images = config.train.schedule.num_steps * config.train.batch.global_batch_size
-    with timings.attempt(stage.name, command, images) as attempt:
-        code = DONE if _is_current(stage) else run_main(config)
+    with timings.attempt(command.name, line, images) as attempt:
+        code = DONE if _is_current(command) else run_main(config)
         attempt.done = code == DONE
     return code
 
 
-def _is_current(stage: Stage) -> bool:
-    """Say, and tell, whether the stage's output is newer than everything that it was made of."""
-    if stage.output is None or not stage.output.is_file():
+def _is_current(command: Command) -> bool:
+    """Return, and print, whether a command's output is newer than all of its inputs."""
+    if command.output is None or not command.output.is_file():
         return False
-    written = stage.output.stat().st_mtime_ns
-    if any(path.stat().st_mtime_ns >= written for path in stage.inputs):
+    written = command.output.stat().st_mtime_ns
+    if any(path.stat().st_mtime_ns >= written for path in command.inputs):
         return False
-    print(f"{_short(str(stage.output))}: newer than what it is made of; delete it to make it anew")
+    print(f"{_short(str(command.output))}: newer than its inputs; delete it to make it again")
     return True
 
 
 def _short(argument: str) -> str:
-    """Show a path below the working directory as relative to it."""
-    here = str(Path.cwd())
-    return argument.removeprefix(here + "/") if argument.startswith(here) else argument
+    """Return a path below the working directory relative to it."""
+    return argument.removeprefix(f"{Path.cwd()}/")
 
 
 def _script(path: str) -> tuple[type, Callable[[Any], int], Path | None]:
@@ -293,42 +293,35 @@ def _script(path: str) -> tuple[type, Callable[[Any], int], Path | None]:
 
 
 def _finish(config: DemoConfig, run: Path, timings: Timings) -> None:
-    """Join scores and timings into eval.json, say where everything comes from, write the report."""
+    """Join scores and timings into eval.json, write where everything comes from, and the report."""
     from rich.console import Console
     from rich.table import Table
 
     from eval.html_report.page import card_scores, write_report
     from training.runs.cards import refresh_cards
 
-    scores = json.loads((run / "scores.json").read_text())
-    judge = (
-        "the CLIP that the model was trained on"
-        if not config.pairs
-        else "a second CLIP, of the other half"
-    )
+    scores = json.loads((run / SCORES_NAME).read_text())
+    judge = "the CLIP that the model was trained on"
+    if config.pairs:
+        judge = "a second CLIP, of the other half"
     scores["images"]["judge"] = f"{judge}: {scores['images']['judge']}"
     scores["seconds"] = {row["stage"].replace(" ", "_"): row["seconds"] for row in timings.rows}
-    part = run / "eval.part"
-    part.write_text(json.dumps(scores, indent=1))
-    part.replace(run / "eval.json")
-    (run / "provenance.json").write_text(json.dumps(_provenance(config, run), indent=1))
+    write_json(run / EVAL_NAME, scores, indent=1)
+    write_json(run / PROVENANCE_NAME, _provenance(config, run), indent=1)
     report = write_report(run)
     refresh_cards(run, card_scores(run))
     table = Table("stage", "seconds", "images/s", "peak memory")
     for row in timings.rows:
         rate = f"{row['images_per_second']:.1f}" if row["images_per_second"] else ""
-        table.add_row(
-            row["stage"],
-            f"{row['seconds']:.1f}",
-            rate,
-            f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
-        )
+        memory = f"{row['peak_memory_bytes'] / 2**30:.2f} GiB"
+        table.add_row(row["stage"], f"{row['seconds']:.1f}", rate, memory)
     table.add_row("all", f"{sum(row['seconds'] for row in timings.rows):.1f}", "", "")
     Console().print(table)
     print(f"scores: {_short(str(run / 'eval.json'))}\nreport: {_short(str(report))}")
 
 
 def _provenance(config: DemoConfig, run: Path) -> dict[str, Any]:
+    """Return the code's version, the configuration and the digests of the data."""
     from ingest.shards import load_snapshot
     from training.runs.cards import code_version
 

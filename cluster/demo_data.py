@@ -1,4 +1,4 @@
-"""The demo's source: pairs of caption and image, and the loopback web server that stands for the
+"""The demo's source: pairs of caption and image, and a loopback web server in place of the
 internet."""
 
 import http.server
@@ -8,9 +8,10 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cluster.base.files import atomic_write
 
 TEST_ONE_IN = 10
 SKIN_TONE = re.compile(
@@ -18,59 +19,60 @@ SKIN_TONE = re.compile(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """Pairs as a Parquet file with columns image (encoded bytes) and caption, in a fixed order."""
-
-    path: Path
-
-    def read(self) -> list[dict[str, Any]]:
-        import pyarrow.parquet as pq
-
-        return pq.read_table(self.path, columns=["image", "caption"]).to_pylist()
+Rows = list[dict[str, Any]]  # {"image": encoded bytes, "caption": text}
 
 
-def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Pairs:
-    """Write pairs whole or not at all."""
-    import pyarrow as pa
+def read_pairs(path: Path) -> Rows:
+    """Read a Parquet file of pairs, in its order."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=["image", "caption"]).to_pylist()
+
+
+def _write_table(path: Path, table: Any) -> Path:
+    """Write a Parquet file atomically."""
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    pq.write_table(pa.Table.from_pylist(rows), part)
-    part.replace(path)
-    return Pairs(path=path)
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary)
+    return path
 
 
-def drawn_pairs(folder: Path, num_train: int, num_test: int, seed: int) -> dict[str, Pairs]:
-    """Draw the shapes: a training set, and a test set of `num_test` of each of the three
-    held-back kinds."""
+def write_pairs(path: Path, rows: Rows) -> Path:
+    """Write pairs to a Parquet file atomically."""
+    import pyarrow as pa
+
+    return _write_table(path, pa.Table.from_pylist(rows))
+
+
+def drawn_pairs(folder: Path, num_train: int, num_test: int, seed: int) -> dict[str, Path]:
+    """Draw the shapes, unless they are there: a training set, and a test set of `num_test` of each
+    of the three held-back kinds. Returns their Parquet files."""
     from ingest.shapes import make_pairs
 
     sizes = {
         "train": (("train", num_train),),
         "test": tuple((s, num_test) for s in ("single", "seen", "held_out")),
     }
-    found = {}
-    for name, parts in sizes.items():
-        path = folder / f"{name}.parquet"
+    paths = {name: folder / f"{name}.parquet" for name in sizes}
+    for name, path in paths.items():
         if not path.is_file():
-            pairs = [pair for split, count in parts for pair in make_pairs(count, seed, split)]
+            pairs = [pair for split, n in sizes[name] for pair in make_pairs(n, seed, split)]
             write_pairs(path, [{"image": p.image_bytes, "caption": p.caption} for p in pairs])
-        found[name] = Pairs(path=path)
-    return found
+    return paths
 
 
-def given_pairs(folder: Path, source: Path, limit: int, salt: str = "") -> dict[str, Pairs]:
+def given_pairs(folder: Path, source: Path, limit: int, salt: str = "") -> dict[str, Path]:
     """Split a user's Parquet file by base name, so that no variant of a test picture is trained on.
-    salt: another one makes another split.
+    salt: another one makes another split. Returns the Parquet files of the sets.
 
-    What was split stays as it is. Raises ValueError as `_read_given` does, for a picture that does
-    not decode, and for too few pairs.
+    An existing split stays as it is. Raises ValueError as `_read_given` does, for a picture that
+    does not decode, and for too few pairs.
     """
     paths = {name: folder / f"{name}.parquet" for name in ("train", "test")}
     if all(path.is_file() for path in paths.values()):
-        return {name: Pairs(path=path) for name, path in paths.items()}
+        return paths
     rows = _read_given(source)
     # a stable shuffle by base name: variants stay together, and a limit takes whole names
     rows.sort(
@@ -82,18 +84,17 @@ def given_pairs(folder: Path, source: Path, limit: int, salt: str = "") -> dict[
     )
     rows = rows[: limit or None]
     _require_pictures(source, rows)
-    split: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    split: dict[str, Rows] = {"train": [], "test": []}
     for row in rows:
         held_out = zlib.crc32(f"{salt}test {base_name(row['name'])}".encode()) % TEST_ONE_IN == 0
-        split["test" if held_out else "train"].append(
-            {"image": row["image"], "caption": row["caption"]}
-        )
-    for name, part in split.items():
-        if len(part) < 2:
+        pair = {"image": row["image"], "caption": row["caption"]}
+        split["test" if held_out else "train"].append(pair)
+    for name, pairs in split.items():
+        if len(pairs) < 2:
             raise ValueError(
-                f"{source}: found {len(part)} pairs for {name}, expected more; raise --limit"
+                f"{source}: found {len(pairs)} pairs for {name}, expected more; raise --limit"
             )
-    return {name: write_pairs(paths[name], part) for name, part in split.items()}
+    return {name: write_pairs(paths[name], pairs) for name, pairs in split.items()}
 
 
 def _read_given(source: Path) -> list[dict[str, Any]]:
@@ -114,16 +115,16 @@ def _read_given(source: Path) -> list[dict[str, Any]]:
         if column not in names:
             raise ValueError(
                 f"{source}: column {column}: found only {', '.join(names)}, expected image and "
-                f"caption"
+                "caption"
             )
     table = pq.read_table(source, columns=[c for c in ("image", "caption", "name") if c in names])
     for column in table.column_names:
         values, expected = table[column], "binary" if column == "image" else "string"
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         if str(kind).removeprefix("large_") != expected:
-            told = "the bytes of an encoded picture" if column == "image" else "text"
+            meaning = "the bytes of an encoded picture" if column == "image" else "text"
             raise ValueError(
-                f"{source}: column {column}: found {kind}, expected {expected}: {told}"
+                f"{source}: column {column}: found {kind}, expected {expected}: {meaning}"
             )
         if values.null_count:
             first = values.is_null().to_pylist().index(True)
@@ -156,10 +157,9 @@ def base_name(name: str) -> str:
     return SKIN_TONE.sub("", name).strip().lower()
 
 
-def write_url_list(path: Path, pairs: list[dict[str, Any]], port: int, name: str) -> None:
+def write_url_list(path: Path, pairs: Rows, port: int, name: str) -> None:
     """Write a URL list with LAION's columns that points at the loopback server."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
     from PIL import Image
 
     sizes = [Image.open(io.BytesIO(pair["image"])).size for pair in pairs]
@@ -171,13 +171,11 @@ def write_url_list(path: Path, pairs: list[dict[str, Any]], port: int, name: str
             "HEIGHT": pa.array([size[1] for size in sizes], pa.int32()),
         }
     )
-    part = path.with_suffix(".part")
-    pq.write_table(table, part)
-    part.replace(path)
+    _write_table(path, table)
 
 
 def is_fetched(images: Path, num_shards: int) -> bool:
-    """Say whether all `num_shards` shards of a download are committed and undamaged."""
+    """Return whether all `num_shards` shards of a download are committed and undamaged."""
     from ingest.shards import committed, damage
 
     commits = committed(images).values()
@@ -185,7 +183,7 @@ def is_fetched(images: Path, num_shards: int) -> bool:
 
 
 @contextmanager
-def serve_pairs(sets: dict[str, list[dict[str, Any]]], port: int) -> Iterator[int]:
+def serve_pairs(sets: dict[str, Rows], port: int) -> Iterator[int]:
     """Serve /<set>/<row> on the loopback; port 0 takes any free one. Yields the port.
 
     Raises ValueError if the port is taken: a URL list that was written for it cannot move.
@@ -205,15 +203,14 @@ def serve_pairs(sets: dict[str, list[dict[str, Any]]], port: int) -> Iterator[in
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing: a line for each of thousands of images would bury the demo's own."""
+            """Log nothing: a line for each of thousands of images would bury the demo's own."""
 
     try:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
         raise ValueError(
-            f"port {port}: found it taken ({error.strerror}), expected the port that the URL "
-            f"list names; "
-            "free it or start over with --fresh"
+            f"port {port}: found it taken ({error.strerror}), expected the port that the URL list "
+            "names; free it or start over with --fresh"
         ) from error
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

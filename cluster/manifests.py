@@ -2,13 +2,14 @@
 
     python cluster/manifests.py
 
-The rules stand in cluster/prometheus/recording.yaml and alerts.yaml: edit those.
+Edit the rules in cluster/prometheus/recording.yaml and alerts.yaml.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.base.cli import DONE, INCOMPLETE, parse, read_yaml, run_script
+from cluster.base.files import write_text
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("recording.yaml", "alerts.yaml")
@@ -17,7 +18,7 @@ HEADER = "# Made by cluster/manifests.py from cluster/prometheus: edit that.\n"
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestsConfig:
-    """The file is in the repository: a run that changes it is to be committed."""
+    """The file is in the repository: commit it when a run changes it."""
 
     prometheus: str = str(HERE / "prometheus")
     """folder of the rules"""
@@ -34,11 +35,9 @@ def main(config: ManifestsConfig) -> int:
         print(f"{path}: nothing to change")
         return DONE
     if config.check:
-        print(f"{path}: not as it should be")
+        print(f"{path}: out of date")
         return INCOMPLETE
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)
+    write_text(path, text)
     print(f"{path}: written")
     return DONE
 

@@ -1,4 +1,4 @@
-"""What is watched: the panels of three dashboards, once, for Grafana and for the page of watch.py.
+"""The panels of three dashboards, stated once for Grafana and for the page of watch.py.
 
 A query reads the series that `cluster/prometheus/recording.yaml` makes of the metrics, wherever
 these came from: a script's own port, or Ray's exporter with its `ray_` and its WorkerId.
@@ -15,7 +15,7 @@ UNITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A chart: a PromQL query, and what the name of each of its lines is made of.
+    """A chart: a PromQL query, and the name of each of its lines.
 
     legend: {{label}} stands for a label's value. gpu: whether only a run on a GPU has it.
     """

@@ -1,4 +1,4 @@
-"""What each stage of a run took, kept over reruns: seconds, images a second, peak memory."""
+"""The time and memory of each stage of a run, kept over reruns."""
 
 import json
 import time
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.base.files import write_json
+
 
 @dataclass
 class Attempt:
-    """One try at a stage; `done` is set by the block that works, when nothing is left to do."""
+    """One try at a stage; the block sets `done` when nothing is left to do."""
 
     done: bool = False
 
@@ -28,8 +30,8 @@ class Timings:
     def attempt(self, stage: str, command: str = "", num_images: int = 0) -> Iterator[Attempt]:
         """Time the block and add it to the stage's row, however the block ends.
 
-        The seconds of attempts that were cut short count: they were needed too. A row that is done
-        stays as it is: what a rerun takes to find nothing left to do is not the stage's.
+        The seconds of interrupted attempts count. A finished row stays as it is: the time of a
+        rerun that finds nothing to do is not the stage's.
         """
         from cluster.base.memory import PeakMemory
 
@@ -55,9 +57,7 @@ class Timings:
 
     def _keep(self, row: dict[str, Any]) -> None:
         self.rows = [other for other in self.rows if other["stage"] != row["stage"]] + [row]
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self.rows, indent=1))
-        part.replace(self._path)
+        write_json(self._path, self.rows, indent=1)
 
     def _expose(self, stage: str) -> None:
         """Set the metric of finished stages; "embed train" and "embed test" are one of them."""

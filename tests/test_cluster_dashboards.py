@@ -53,7 +53,7 @@ def test_a_stale_file_is_told_and_made_anew(tmp_path: Path, capsys: pytest.Captu
     path.write_text(path.read_text() + "# by hand\n")
     capsys.readouterr()
     assert run("--check") == 1
-    assert capsys.readouterr().out == f"{path}: not as it should be\n"
+    assert capsys.readouterr().out == f"{path}: out of date\n"
     assert run() == 0 and run("--check") == 0
 
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster import demo
-from cluster.demo import DemoConfig, Stage
-from cluster.demo_data import base_name, drawn_pairs, given_pairs
+from cluster.demo import Command, DemoConfig
+from cluster.demo_data import base_name, drawn_pairs, given_pairs, read_pairs
 from cluster.timings import Timings
 from ingest.shapes import make_pairs
 from ingest.shards import load_snapshot
@@ -27,7 +27,7 @@ def fail_to_write(*_: object) -> None:
 def downloaded(run: Path) -> int:
     """Draw a few pairs and download them; returns the exit code."""
     pairs = drawn_pairs(run / "source", NUM_TRAIN, NUM_TEST, seed=0)
-    sets = {name: found.read() for name, found in pairs.items()}
+    sets = {name: read_pairs(found) for name, found in pairs.items()}
     return demo._download(run, sets, Timings(run / "timings.json"), None)
 
 
@@ -78,7 +78,7 @@ def test_pending_rows_need_the_old_port(tmp_path: Path, taken: Callable):
 
 def test_an_output_is_made_anew_when_what_it_is_made_of_is_newer(tmp_path: Path):
     output, inputs = tmp_path / "scores.json", (tmp_path / "samples.jsonl", tmp_path / "final.json")
-    stage = Stage(
+    stage = Command(
         name="evaluate", script="", arguments=(), num_images=0, output=output, inputs=inputs
     )
 
@@ -114,7 +114,7 @@ def written(path: Path, content: dict[str, Any]) -> Path:
 def test_every_pair_is_in_one_part_and_variants_stay_together(tmp_path: Path):
     given = columns()
     found = given_pairs(tmp_path, written(tmp_path / "own.parquet", given), 0)
-    parts = {name: pairs.read() for name, pairs in found.items()}
+    parts = {name: read_pairs(pairs) for name, pairs in found.items()}
     captions = {name: {row["caption"] for row in rows} for name, rows in parts.items()}
     assert captions["train"] | captions["test"] == set(given["caption"])
     bases = {name: {base_name(caption) for caption in captions[name]} for name in captions}
@@ -128,14 +128,14 @@ def test_captions_may_be_encoded_as_a_dictionary(tmp_path: Path):
     plain = given_pairs(tmp_path / "a", written(tmp_path / "a.parquet", given), 0)
     coded = {**given, "caption": pa.array(given["caption"]).dictionary_encode()}
     found = given_pairs(tmp_path / "b", written(tmp_path / "b.parquet", coded), 0)
-    assert found["train"].read() == plain["train"].read()
+    assert read_pairs(found["train"]) == read_pairs(plain["train"])
 
 
 def test_what_was_split_stays(tmp_path: Path):
     source = written(tmp_path / "own.parquet", columns())
-    before = given_pairs(tmp_path, source, 0)["test"].read()
+    before = read_pairs(given_pairs(tmp_path, source, 0)["test"])
     source.unlink()
-    assert given_pairs(tmp_path, source, 0)["test"].read() == before
+    assert read_pairs(given_pairs(tmp_path, source, 0)["test"]) == before
 
 
 def holed(values: list[Any], row: int, value: Any = None) -> list[Any]:
@@ -171,7 +171,7 @@ def test_what_is_no_pair_is_named_in_one_line(
 def test_pictures_beyond_the_limit_are_not_looked_at(tmp_path: Path):
     given = columns()
     pairs = given_pairs(tmp_path / "a", written(tmp_path / "a.parquet", given), 36)
-    used = {row["caption"] for found in pairs.values() for row in found.read()}
+    used = {row["caption"] for found in pairs.values() for row in read_pairs(found)}
     row = next(i for i, caption in enumerate(given["caption"]) if caption not in used)
     given["image"] = holed(given["image"], row, b"no picture")
     assert len(used) == 36
