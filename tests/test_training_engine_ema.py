@@ -16,7 +16,7 @@ from training.checkpoints.checkpointer import Checkpointer, RankState
 from training.checkpoints.fragment_reader import FragmentReader
 from training.checkpoints.records import FORMAT, Progress, Record, valid_records
 from training.config import TrainConfig
-from training.engine.ema import Averages, PowerEma
+from training.engine.ema import EMA, Averages
 from training.engine.engines import Fragment
 
 SIGMAS = (0.05, 0.1)
@@ -33,18 +33,19 @@ def test_the_average_is_the_weighted_sum_over_all_updates(sigma_rel: float):
     """Against the sum of w_tau theta_tau, w_tau the product of shares, in float64 loops."""
     walk = random_walk(60)
     fragment = Fragment(name="w", offset=0, master=torch.zeros(7), state={})
-    power = PowerEma([fragment], sigma_rel)
+    averages = Averages([fragment], 0.9, (sigma_rel,))
     for t in range(1, 61):
         fragment.master.copy_(walk[t - 1])
-        power.update(t)
+        averages.update(t - 1, 0)
     exponent, expected = gamma_of(sigma_rel) + 1, torch.zeros(7, dtype=torch.float64)
     for tau in range(1, 61):
         share = 1 - (1 - 1 / tau) ** exponent
         for t in range(tau + 1, 61):
             share *= (1 - 1 / t) ** exponent
         expected += share * walk[tau - 1].double()
-    torch.testing.assert_close(power.shadows[0].double(), expected, atol=1e-6, rtol=0)
-    assert power.shadows[0].dtype == torch.float32
+    (shadow,) = averages.shadows[f"power_{sigma_rel}"]
+    torch.testing.assert_close(shadow.double(), expected, atol=1e-6, rtol=0)
+    assert shadow.dtype == torch.float32
 
 
 def test_a_skipped_step_is_as_if_it_had_not_been():
@@ -60,7 +61,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been():
                 continue
             fragment.master.copy_(next(weights))
             averages.update(step, nonfinite)
-        shadows.extend(power.shadows[0] for power in averages.powers)
+        shadows.extend(averages.shadows[f"power_{sigma}"][0] for sigma in SIGMAS)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -130,10 +131,12 @@ def test_a_snapshot_of_two_ranks_holds_the_power_averages_and_nothing_else(tmp_p
     assert found is not None and len(found) == 2
     stored = FragmentReader(folder, len(found))
     assert stored.sections() == {"power_0.05": {"w"}, "power_0.1": {"w"}}
-    for power in trained(fake_engine(0, 1, torch.zeros(7))).powers:
+    for section, (shadow,) in trained(fake_engine(0, 1, torch.zeros(7))).shadows.items():
+        if section == EMA:
+            continue
         whole = torch.empty(7)
-        stored.read(f"{power.section}/w", 0, whole)
-        assert torch.equal(whole, power.shadows[0])
+        stored.read(f"{section}/w", 0, whole)
+        assert torch.equal(whole, shadow)
 
 
 @pytest.mark.parametrize("sigmas", [(), (0.05,), (0.05, 0.2), (0.05, 0.1, 0.2)])

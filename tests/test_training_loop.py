@@ -16,7 +16,7 @@ from cluster.base.jsonl import read_lines
 from training.checkpoints.records import Progress
 from training.config import TrainConfig
 from training.data.dataloader import Batch
-from training.engine.ema import Ema
+from training.engine.ema import EMA, Averages
 from training.engine.engines import Fragment
 from training.engine.optimizer import learning_rate_ratio
 from training.loop import MAX_NONFINITE_IN_A_ROW, seed_dropout
@@ -84,11 +84,12 @@ def test_the_average_is_the_one_computed_directly(tmp_path: Path):
 
 def test_an_average_of_constant_weights_is_those_weights():
     fragment = Fragment(name="w", offset=0, master=torch.arange(3.0), state={})
-    ema = Ema([fragment], decay=0.999)
+    averages = Averages([fragment], decay=0.999)
     for step in range(20):
-        ema.update(step)
-    torch.testing.assert_close(ema.shadows[0], torch.arange(3.0))
-    assert ema.shadows[0].data_ptr() != fragment.master.data_ptr()
+        averages.update(step, 0)
+    (shadow,) = averages.shadows[EMA]
+    torch.testing.assert_close(shadow, torch.arange(3.0))
+    assert shadow.data_ptr() != fragment.master.data_ptr()
 
 
 def test_a_run_starts_from_its_seed_and_repeats_itself(tmp_path: Path):

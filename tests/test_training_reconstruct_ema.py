@@ -215,15 +215,15 @@ def wander(run: Path, kept: float, num_steps: int = 400, skipped: int = 0) -> to
         rank=0, world_size=1, fragments=lambda: [fragment], optimizer=SimpleNamespace(num_steps=1)
     )
     stored = Averages([fragment], 0.9, (0.05, 0.1))
-    checkpoints = Checkpointer(run, engine, stored, {}, TrainConfig(async_checkpoints=False))
-    third = Averages([fragment], 0.9, (kept,)).powers[0]
+    checkpoints = Checkpointer(run, engine, stored, {}, TrainConfig.of(async_checkpoints=False))
+    third = Averages([fragment], 0.9, (kept,))
     draw = torch.Generator().manual_seed(0)
     for step in range(num_steps):
         nonfinite = min(step + 1, skipped)
         if step >= skipped:
             fragment.master.add_(torch.randn(300, generator=draw) / num_steps**0.5)
             stored.update(step, nonfinite)
-            third.update(step + 1 - nonfinite)
+            third.update(step, nonfinite)
         if (step + 1) % (num_steps // 8) == 0:
             progress = Progress(step=step + 1, nonfinite_steps=nonfinite)
             checkpoints.save_averages(progress)
@@ -232,7 +232,7 @@ def wander(run: Path, kept: float, num_steps: int = 400, skipped: int = 0) -> to
     save_weights(folder / "ema.safetensors", {"w": torch.zeros(20, 15), "count": torch.arange(3)})
     save_config(folder, {"kind": "walk"})
     (run / "final.json").write_text(json.dumps({"step": folder.name}))
-    return third.shadows[0]
+    return third.shadows[f"power_{kept}"][0]
 
 
 @pytest.mark.parametrize("skipped", [0, 7])

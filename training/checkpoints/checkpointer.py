@@ -115,7 +115,7 @@ class Checkpointer:
         now, whoever wrote it."""
         engine, averages = self._engine, self._averages
         stored, records = _open(step_folder(self._run, step))
-        stored.require(set(engine.shapes), averages.sections())
+        stored.require(set(engine.shapes), set(averages.shadows))
         for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):
             restore_fragment(stored, fragment, shadows)
         for name, buffer in engine.model.named_buffers():

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cluster.base.files import write_text
+from cluster.base.run_dir import snapshot_path
 from ingest.embedding.statistics import NAME as STATISTICS
 from ingest.embedding.statistics import EmbedStatistics
 from ingest.shards import Snapshot, load_snapshot, read_manifest
@@ -125,12 +127,12 @@ IDLE = {"attn_resolutions": ("head_channels", "qk_norm"),
 
 
 def start_from(model: Model, init: str, run: str, export: dict[str, Any]) -> Model:
-    """Take over the averaged weights of a finished run, or none for an empty `init` or a `run` that
-    has a checkpoint of its own.
+    """Load the averaged weights of a finished run, or none for an empty `init` or a `run` that has
+    a checkpoint of its own.
 
-    export: what the new run tells of its model. Raises ValueError naming the first tensor that
-    differs, or what else does: the kind of model, its encoder, and every option but those that are
-    `FREE`, of which shapes do not tell all.
+    export: what config.json of the new run says of its model. Raises ValueError naming the first
+    tensor that differs, or the kind of model, its encoder and its options but those that are
+    `FREE`.
     """
     if not init or any(Path(run).glob("step_*")):
         return model
@@ -144,50 +146,42 @@ def start_from(model: Model, init: str, run: str, export: dict[str, Any]) -> Mod
         pairs += [(name, theirs.get(name), ours.get(name)) for name in names]
     differ = [each for each in pairs if each[1] != each[2]]
     if differ:
-        told = "; ".join(f"{name}: found {old!r}, expected {new!r}" for name, old, new in differ)
-        raise ValueError(f"init: {init}: {told}; pass the options of those weights")
+        reasons = "; ".join(f"{name}: found {old!r}, expected {new!r}" for name, old, new in differ)
+        raise ValueError(f"init: {init}: {reasons}; pass the options of those weights")
     load_weights(model, step / "ema.safetensors")
     return model.train()
 
 
-def _meanings(usual: dict[str, Any], told: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _meanings(usual: dict[str, Any], stored: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the options of a model that its weights are for, those of its U-Net as unet.NAME.
 
-    usual: the default of each, for a model that was told before there was such an option.
+    usual: the default of each, for a model that is older than such an option.
     """
-    whole = {**usual, **told}
-    off = {name for other, names in IDLE.items() if other in whole and not whole[other]
-           for name in names}  # fmt: skip
-    found = {}
-    for name, value in whole.items():
+    options = {**usual, **stored}
+    off = {name for other, names in IDLE.items() if not options.get(other, True) for name in names}
+    meanings = {}
+    for name, value in options.items():
         if isinstance(value, dict):
-            found |= _meanings(usual.get(name, {}), value, f"{name}.")
+            meanings |= _meanings(usual.get(name, {}), value, f"{name}.")
         elif name not in FREE | off:
-            found[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return found
+            meanings[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return meanings
 
 
 def pin_snapshots(run: str, kind: str, roots: Sequence[str]) -> list[Snapshot]:
-    """Return the snapshots a run reads: the latest when the run begins, those very ones when it
+    """Return the snapshots a run reads: the latest when the run begins, and the same ones when it
     continues."""
-    paths = [Path(run) / f"snapshot_{kind}{_ordinal(number)}.txt" for number in range(len(roots))]
-    for path, root in zip(paths, roots, strict=True):
-        if rank() == 0 and not path.is_file():
-            part = path.with_suffix(".part")
-            part.write_text(load_snapshot(root).digest + "\n")
-            part.replace(path)
+    kinds = [kind, *(f"{kind}_{number}" for number in range(2, len(roots) + 1))]
+    pins = [(root, snapshot_path(Path(run), each)) for root, each in zip(roots, kinds, strict=True)]
+    for root, path in pins:
+        if _rank() == 0 and not path.is_file():
+            write_text(path, load_snapshot(root).digest + "\n")
     if dist.is_initialized():
-        dist.barrier()  # one rank chooses: a snapshot may be published between two ranks' looks
-    pairs = zip(roots, paths, strict=True)
-    return [load_snapshot(root, path.read_text().strip()) for root, path in pairs]
+        dist.barrier()  # one rank chooses: a snapshot may be published between two ranks' reads
+    return [load_snapshot(root, path.read_text().strip()) for root, path in pins]
 
 
-def _ordinal(number: int) -> str:
-    return f"_{number + 1}" if number else ""
-
-
-def rank() -> int:
-    """Return this process's rank; 0 where it trains alone."""
+def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -217,11 +211,9 @@ def mixed(parts: Sequence[ColumnDataset], weights: Sequence[float]) -> ColumnDat
 
 
 def pin_statistics(run: str, embeds: Sequence[str], weights: Sequence[float]) -> EmbedStatistics:
-    """Return the moments of the image embeddings that a run reads from several folders.
-
-    Those of the day it began: they are kept in its folder.
-    """
-    if rank() == 0 and not (Path(run) / STATISTICS).is_file():
+    """Return the moments of the image embeddings that a run reads: those of the day it began, kept
+    in its folder."""
+    if _rank() == 0 and not (Path(run) / STATISTICS).is_file():
         parts = [EmbedStatistics.read(root) for root in embeds]
         EmbedStatistics.merge(parts, weights if len(parts) > 1 else ()).write(run)
     if dist.is_initialized():
@@ -243,5 +235,5 @@ def gathered(mine: Tensor) -> tuple[Tensor, slice]:
         return mine_alone(mine)
     from torch.distributed.nn.functional import all_gather
 
-    rows = slice(rank() * len(mine), (rank() + 1) * len(mine))
+    rows = slice(_rank() * len(mine), (_rank() + 1) * len(mine))
     return torch.cat(all_gather(mine)), rows

@@ -76,7 +76,7 @@ class Order:
         self._dealt = lru_cache(2)(self._deal)
         self.padding = lru_cache(2 * num_streams)(self._find_padding)
         self._starts = lru_cache(4 * num_streams)(self._find_starts)
-        self._shuffled: dict[int, dict[tuple[int, int], np.ndarray]] = {}
+        self._window_rows = lru_cache(2 * num_streams)(self._shuffle)
 
     def read(self, first: int, count: int, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return samples [first, first + count) of the given streams, and their epochs.
@@ -133,15 +133,6 @@ class Order:
         blocks = self._rng(epoch, 1 + stream, number).permutation(-(-len(rows) // size))
         spread = (blocks[:, None] * size + np.arange(size)).ravel()
         return rows[spread[spread < len(rows)]]
-
-    def _window_rows(self, epoch: int, stream: int, number: int) -> np.ndarray:
-        """Return what `_shuffle` does, which is kept for each stream's last two windows."""
-        kept = self._shuffled.setdefault(stream, {})
-        if (epoch, number) not in kept:
-            if len(kept) > 1:
-                kept.pop(next(iter(kept)))
-            kept[epoch, number] = self._shuffle(epoch, stream, number)
-        return kept[epoch, number]
 
     def _stream_rows(self, epoch: int, stream: int, start: int, count: int) -> np.ndarray:
         """Return rows [start, start + count) of a stream's epoch; fewer past its end."""

@@ -49,8 +49,7 @@ def autocast(device_type: str, precision: Precision) -> AbstractContextManager:
 
 
 def compute_whole_fp32() -> None:
-    """Let convolutions in fp32 on a GPU be that: unless told so, torch computes them in TF32, with
-    10 of 23 bits."""
+    """Compute convolutions in fp32 on a GPU with all 23 bits; torch's default is TF32, with 10."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = False
