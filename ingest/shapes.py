@@ -4,7 +4,7 @@ A scene is one thing, or two in a relation, on a plain background that captions 
 
     "a small red circle"    "a large blue cross to the left of a small green triangle"
 
-Chosen so that a right drawing can be told by arithmetic (eval/scores/shapes.py), even after 32 px:
+Chosen so that arithmetic (eval/scores/shapes.py) can recognise a right drawing, even after 32 px:
 - colours are at least 120 apart in RGB, from each other and from every background;
 - two things always differ in colour, so that a colour names a thing;
 - three shapes that stay apart when small: a square of 9 px is a circle to a blur;
@@ -252,7 +252,7 @@ def _grammar() -> re.Pattern[str]:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Tell whether a scene is kept out of training: for one of its things, or for its pair."""
+    """Return whether a scene is kept out of training: for one of its things, or for its pair."""
     return any(map(_is_thing_held_out, scene.things)) or _is_pair_held_out(scene.things)
 
 

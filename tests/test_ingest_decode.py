@@ -155,7 +155,7 @@ def test_crop_and_border_are_centred():
     assert all(map(is_colour, colours, (WHITE, RED, WHITE)))
 
 
-def test_an_image_whose_shorter_side_is_too_small_is_told():
+def test_an_image_whose_shorter_side_is_too_small_is_refused():
     resizer = Resizer(image_size=64, resize_mode="no", min_image_side=40)
     with pytest.raises(DecodeError, match="too_small"):
         resizer(encoded(flag(90, 39)).getvalue())
@@ -203,7 +203,7 @@ def test_cheap_reduction_costs_no_more_than_the_jpeg_that_is_stored(size: tuple[
 # -- hostile bytes ---------------------------------------------------------------------------------
 
 
-def test_ten_thousand_damaged_images_are_stored_or_refused_and_nothing_else():
+def test_damaged_images_are_stored_or_refused_and_nothing_else():
     picture = photograph((40, 32))
     originals = [
         encoded(picture, kind, **options).getvalue()
@@ -213,7 +213,7 @@ def test_ten_thousand_damaged_images_are_stored_or_refused_and_nothing_else():
         )
     ]  # fmt: skip
     draw, outcomes = random.Random(0), {True: 0, False: 0}
-    for number in range(10_000):
+    for number in range(3000):
         data = bytearray(originals[number % len(originals)])
         for _ in range(draw.choice((1, 2, 8, 64))):
             data[draw.randrange(len(data))] = draw.randrange(256)
@@ -229,7 +229,7 @@ def test_ten_thousand_damaged_images_are_stored_or_refused_and_nothing_else():
             outcomes[False] += 1
         else:
             outcomes[True] += 1
-    assert min(outcomes.values()) > 1000
+    assert min(outcomes.values()) > 300
 
 
 @pytest.mark.parametrize("data", [b"", b"<svg/>", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"%!PS-Adobe"])

@@ -138,7 +138,7 @@ def test_a_killed_run_continues_with_what_is_missing(config, tmp_path, monkeypat
     assert data_of(config.out) == data_of(whole.out)
 
 
-def test_a_shard_that_fails_is_told_and_made_by_the_next_run(config, monkeypatch, capsys):
+def test_a_shard_that_fails_is_reported_and_made_by_the_next_run(config, monkeypatch, capsys):
     real = shard_task.make_shard
 
     def full(job, name, *rest):

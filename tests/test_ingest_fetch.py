@@ -3,16 +3,14 @@
 import errno
 import socket
 import ssl
-import struct
 import threading
 import time
-import zlib
 from email.utils import formatdate
 
 import pytest
 
 from cluster.base.outcomes import FAILED, FILTERED, TRANSIENT, status_of
-from ingest.fetching.decode import header_problem, may_be_image
+from ingest.fetching.decode import may_be_image
 from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
 from ingest.fetching.net import Resolver, connect, is_public
 
@@ -85,7 +83,7 @@ def _no_connection(address: str, port: int) -> socket.socket:
     raise AssertionError(f"connected to {address}:{port}")
 
 
-def test_the_connection_goes_to_the_address_that_was_judged(site):
+def test_the_connection_goes_to_the_address_that_was_checked(site):
     """A name is looked up once: a second answer, private this time, is never asked for."""
     answers, dialled = iter([["93.184.215.14"], ["127.0.0.1"]]), []
 
@@ -107,7 +105,7 @@ def test_allowing_an_address_allows_that_port_only(site, canary):
     assert Fetcher(policy).fetch(canary.url("/")).reason == "port_refused"
 
 
-def test_redirects_are_followed_and_judged_anew(site, canary):
+def test_redirects_are_followed_and_checked_again(site, canary):
     site.put("/a", site.picture())
     site.put("/to-a", status=302, headers={"Location": "/a"})
     site.put("/to-canary", status=302, headers={"Location": canary.url("/")})
@@ -141,7 +139,7 @@ def test_a_server_that_says_when_is_heard(site):
     assert 90 < (found.fetch(at_a_time).retry_after or 0) <= 100
 
 
-def test_bodies_are_judged_by_type_and_by_content(site):
+def test_bodies_are_checked_by_type_and_by_content(site):
     found = fetcher(site)
     html = site.put("/html", b"<html>", kind="text/html; charset=utf-8")
     liar = site.put("/liar", b"<html>not a picture</html>")
@@ -254,12 +252,6 @@ def test_connections_are_kept_between_fetches(site):
     assert len(dialled) == 1, "robots.txt and three images over one connection"
 
 
-def test_proxies_of_the_environment_are_not_used(site, canary, monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, canary.url(""))
-    assert fetcher(site).fetch(site.put("/a", site.picture())).body == site.picture()
-
-
 def test_spaces_and_letters_beyond_ascii_are_encoded(site):
     site.put("/b%C3%A4r%20eins", site.picture())
     assert fetcher(site).fetch(site.url("/bär eins")).body == site.picture()
@@ -308,7 +300,7 @@ def test_a_name_is_looked_up_once_a_minute(monkeypatch):
     assert asked == ["inside.example"]
 
 
-def test_a_network_that_is_down_is_told_from_a_host_that_is():
+def test_a_network_that_is_down_is_not_a_host_that_is():
     def dial(address: str, port: int) -> socket.socket:
         raise OSError(errno.ENETUNREACH, "network is unreachable")
 
@@ -333,23 +325,6 @@ def test_the_user_agent_says_who_asks_and_where_to_complain(site):
     site.answers["/a"] = answer
     fetcher(site, contact="https://example.com/bot").fetch(site.url("/a"))
     assert seen[0].startswith("minidalle2/") and "https://example.com/bot" in seen[0]
-
-
-def bomb(width: int, height: int, color_type: int) -> bytes:
-    """Return the start of a PNG that claims to be huge."""
-    head = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
-    chunk = b"IHDR" + head
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(
-        ">I", zlib.crc32(chunk)
-    ) + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))  # fmt: skip
-
-
-def test_a_decompression_bomb_is_stopped_at_its_header():
-    assert header_problem(bomb(60_000, 60_000, 2), max_pixels=50_000_000) == "too_many_pixels"
-    assert header_problem(bomb(9_000, 9_000, 2), max_pixels=50_000_000) == "too_many_pixels"
-    assert header_problem(bomb(6_000, 6_000, 2), max_pixels=50_000_000) is None
-    assert header_problem(bomb(6_000, 6_000, 6), max_pixels=50_000_000) == "too_many_pixels"
-    assert header_problem(b"", max_pixels=50_000_000) == "not_an_image"
 
 
 def test_an_answer_that_is_no_http_is_a_reason_and_not_an_error(site):

@@ -38,7 +38,7 @@ def can_mount() -> bool:
 
 @pytest.mark.skipif(not can_mount(), reason="unshare (Debian: util-linux) may not mount here")
 @pytest.mark.parametrize("size", ["60k", "200k", "300k", "400k"])
-def test_a_full_disk_is_told_and_a_rerun_with_room_completes(site, tmp_path, size: str):
+def test_a_full_disk_is_reported_and_a_rerun_with_room_completes(site, tmp_path, size: str):
     draw = random.Random(0)
     urls = []
     for i in range(NUM_ROWS):

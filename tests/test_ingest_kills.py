@@ -154,28 +154,28 @@ def digests(out: Path) -> dict[str, str]:
 
 def campaign(work: Work, tmp_path: Path, kills: list[tuple[str, int]]) -> list[str]:
     """Kill runs one after the other, each in a folder of its own; return what happened."""
-    told = []
+    reports = []
     for number, (victim, seed) in enumerate(kills):
         out = tmp_path / f"killed{number}"
-        told.append(kill_once(work, out, victim, random.Random(seed)))
+        reports.append(kill_once(work, out, victim, random.Random(seed)))
         run(work.command(out))
-        assert digests(out) == digests(work.whole), told[-1]
+        assert digests(out) == digests(work.whole), reports[-1]
         assert load_snapshot(out).digest == load_snapshot(work.whole).digest
         assert list((out / "_attempts").iterdir()) == []
-    return told
+    return reports
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["download", "embed"])
 def test_killed_once_each_it_ends_as_if_undisturbed(name, request, tmp_path):
     work = request.getfixturevalue(name)
-    told = campaign(work, tmp_path, [(victim, seed) for seed, victim in enumerate(VICTIMS)])
-    print(*told, sep="\n")
+    reports = campaign(work, tmp_path, [(victim, seed) for seed, victim in enumerate(VICTIMS)])
+    print(*reports, sep="\n")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["download", "embed"])
 def test_killed_twenty_times_it_ends_as_if_undisturbed(name, request, tmp_path):
     work = request.getfixturevalue(name)
-    told = campaign(work, tmp_path, [(VICTIMS[i % 3], 100 + i) for i in range(20)])
-    print(*told, sep="\n")
+    reports = campaign(work, tmp_path, [(VICTIMS[i % 3], 100 + i) for i in range(20)])
+    print(*reports, sep="\n")

@@ -1,4 +1,4 @@
-"""A proxy is used when asked for alone, is told checked addresses, and its faults are our own."""
+"""A proxy is used when asked for alone, gets checked addresses, and its faults are our own."""
 
 import base64
 import socket
@@ -103,8 +103,8 @@ def test_credentials_go_to_the_proxy():
     with serve_proxy(b"HTTP/1.1 403 no\r\n\r\n") as (url, heads):
         signed = url.replace("http://", "http://me:p%40ss@")
         assert through(signed).fetch("http://a.example/").reason == "unreachable"
-    told = b"Proxy-Authorization: Basic " + base64.b64encode(b"me:p@ss") + b"\r\n"
-    assert told in heads[0]
+    header = b"Proxy-Authorization: Basic " + base64.b64encode(b"me:p@ss") + b"\r\n"
+    assert header in heads[0]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_what_is_no_proxy_is_refused(proxy: str):
      "http://me:secret@a.example:1/x", "http://me:secret/@a.example:1", "http://me:secret@a.example:b",
      "http://me:se@secret@a.example", "http://[me:secret@a.example:1"],
 )  # fmt: skip
-def test_no_refusal_tells_a_password(proxy: str):
+def test_no_refusal_contains_a_password(proxy: str):
     with pytest.raises(ValueError, match=r"--proxy: found .*a\.example.*, expected") as caught:
         resolve_proxy(proxy)
     assert "secret" not in str(caught.value) and "me:" not in str(caught.value)

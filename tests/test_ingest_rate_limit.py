@@ -10,7 +10,7 @@ from ingest.fetching.rate_limit import HostLimits, RowQueue
 
 
 class Clock:
-    """A clock that moves when it is told to."""
+    """A clock that moves on demand."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -43,7 +43,7 @@ def test_no_window_sees_more_requests_than_the_rate_and_one_burst(rate: float):
     assert len(sent) > 0.9 * rate * (sent[-1] - sent[0]), "and it is used up"
 
 
-def test_the_wait_that_is_told_is_enough():
+def test_the_wait_that_is_returned_is_enough():
     clock = Clock()
     limits = HostLimits(10, 2.0, clock=clock)
     assert [limits.try_acquire("a") for _ in range(2)] == [0, 0]

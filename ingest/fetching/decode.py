@@ -134,7 +134,7 @@ class Resizer:
         )
 
     def _target(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the size to which the whole image of `size` is scaled, before crop or border."""
+        """Return the size to which an image of `size` is scaled, before crop or border."""
         if self.resize_mode == "no":
             return size
         shorter = self.resize_mode in ("keep_ratio", "center_crop")

@@ -1,10 +1,8 @@
 """Fetch one URL from a hostile web: only public addresses, within deadlines and a byte limit.
 
-The name is resolved once, every address it has must be public, and the connection goes to one of
-those very addresses, so that no second lookup can answer otherwise. Each redirect is a new URL
-and is judged as one, by the rules of its own host. Proxies of the environment are used when asked
-for, and told the address, not the name.
-`Fetcher` takes its resolver and connector as arguments.
+A name is resolved once, all of its addresses must be public, and the connection goes to one of
+them, so no second lookup can give another answer. Each redirect is checked like a new URL, by the
+rules of its own host. A proxy is used on demand only, and gets the address, not the name.
 """
 
 import errno
@@ -26,7 +24,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, IncompleteRead, LocationParseError, SSLError
 from urllib3.util import Url, parse_url
 
-from ingest.fetching import net as dial
+from ingest.fetching import net
 from ingest.fetching.decode import header_problem, may_be_image
 from ingest.fetching.rate_limit import HostLimits
 from ingest.fetching.robots import MAX_BYTES as MAX_ROBOTS_BYTES
@@ -59,7 +57,7 @@ class FetchPolicy:
     max_aspect_ratio: float | None = None
     max_redirects: int = 5
     robots: bool = True
-    """Ask for a host's robots.txt, and keep to it."""
+    """Request a host's robots.txt, and obey it."""
     host_connections: int = 4
     """At once per host."""
     host_rate: float = 10.0
@@ -73,7 +71,7 @@ class FetchPolicy:
 
     @property
     def user_agent(self) -> str:
-        """What hosts are told of us."""
+        """The User-Agent header."""
         about = "; ".join(part for part in ("image-text data set builder", self.contact) if part)
         return f"{OUR_AGENT}/0.1 ({about})"
 
@@ -131,22 +129,22 @@ class Fetcher:
         resolve: Callable[[str, int], list[str]] | None = None,
         connect: Callable[[str, int], socket.socket] | None = None,
     ) -> None:
-        connect = connect or dial.connector(policy.proxy)
-        self.policy, self._resolve = policy, resolve or dial.Resolver()
+        connect = connect or net.connector(policy.proxy)
+        self.policy, self._resolve = policy, resolve or net.Resolver()
         self.limits = HostLimits(policy.host_connections, policy.host_rate)
         self._robots = RobotsCache(self._load_robots, OUR_AGENT)
         self._lock = threading.Lock()
         self._pools: OrderedDict[PoolKey, urllib3.HTTPConnectionPool] = OrderedDict()
-        dialled = {"_new_conn": lambda connection: connect(connection.host, connection.port)}
-        self._plain: Any = type("_PlainConnection", (HTTPConnection,), dialled)
-        self._secure: Any = type("_SecureConnection", (HTTPSConnection,), dialled)
+        methods = {"_new_conn": lambda connection: connect(connection.host, connection.port)}
+        self._plain: Any = type("_PlainConnection", (HTTPConnection,), methods)
+        self._secure: Any = type("_SecureConnection", (HTTPSConnection,), methods)
         self._tls = ssl.create_default_context()
-        self._tls.sslsocket_class = dial.DeadlineTlsSocket
+        self._tls.sslsocket_class = net.DeadlineTlsSocket
 
     def fetch(self, url: str | None) -> Fetched:
         """Try once; return the image behind `url`, or the reason why not. Raises for no URL."""
         policy = self.policy
-        dial.begin(policy.timeout_seconds, policy.connect_seconds, policy.read_seconds)
+        net.start_try(policy.timeout_seconds, policy.connect_seconds, policy.read_seconds)
         try:
             body = self._follow(url or "")
         except FetchError as error:
@@ -160,7 +158,7 @@ class Fetcher:
         return Fetched(reason=problem) if problem else Fetched(body=body)
 
     def _follow(self, url: str) -> bytes:
-        """Follow redirects to an answer and read it, by the rules and limits of each host."""
+        """Follow redirects to an image, by the rules and limits of each host; return its bytes."""
         held = host_of(url)
         for hop in range(self.policy.max_redirects + 1):
             target = _parse(url)
@@ -168,29 +166,22 @@ class Fetcher:
             borrowed = hop > 0 and host != held
             if hop > 0:
                 take = self.limits.acquire if borrowed else self.limits.take_token
-                if not take(host, until=dial.deadline()):
+                if not take(host, until=net.deadline()):
                     raise FetchError("timeout")
             try:
-                self._obey_robots(target)
-                answer = self._answer(target)
+                self._require_robots(target)
+                response = self._request(target)
+                try:
+                    if response.status not in REDIRECTS:
+                        self._require_image(response)
+                        return self._read(response, self.policy.max_bytes)
+                    url = _redirected(url, response.headers.get("Location", ""))
+                finally:
+                    self._finish(response)
             finally:
                 if borrowed:
                     self.limits.release(host)
-            if isinstance(answer, bytes):
-                return answer
-            url = _redirected(url, answer)
         raise FetchError("too_many_redirects")
-
-    def _answer(self, target: Url) -> bytes | str:
-        """Return the body, or where a redirect leads."""
-        response = self._request(target)
-        try:
-            if response.status in REDIRECTS:
-                return response.headers.get("Location", "")
-            self._judge_headers(response)
-            return self._read(response, self.policy.max_bytes)
-        finally:
-            self._finish(response)
 
     def _request(self, url: Url, accept: str = "image/*") -> urllib3.BaseHTTPResponse:
         host, port = (url.host or "").strip("[]"), url.port or PORTS[url.scheme or ""]
@@ -214,7 +205,7 @@ class Fetcher:
                     assert_same_host=False,
                     preload_content=False,
                     decode_content=False,
-                    timeout=dial.remaining(self.policy.connect_seconds),
+                    timeout=net.remaining(self.policy.connect_seconds),
                 )
             except (HTTPError, OSError, http.client.HTTPException, ValueError) as problem:
                 error = FetchError(_connection_reason(problem))
@@ -234,7 +225,7 @@ class Fetcher:
             raise FetchError("resolver_failed" if passing else "unresolved") from None
         except (OSError, UnicodeError):
             raise FetchError("unresolved") from None
-        if not allowed and not all(dial.is_public(address) for address in addresses):
+        if not allowed and not all(net.is_public(address) for address in addresses):
             raise FetchError("address_refused")
         return addresses
 
@@ -263,7 +254,7 @@ class Fetcher:
 
     # -- rules of a host ---------------------------------------------------------------------------
 
-    def _obey_robots(self, target: Url) -> None:
+    def _require_robots(self, target: Url) -> None:
         if not self.policy.robots:
             return
         scheme, host = target.scheme or "", target.host or ""
@@ -293,8 +284,8 @@ class Fetcher:
 
     # -- answers -----------------------------------------------------------------------------------
 
-    def _judge_headers(self, response: urllib3.BaseHTTPResponse) -> None:
-        """End the try for all that the headers already tell."""
+    def _require_image(self, response: urllib3.BaseHTTPResponse) -> None:
+        """Raise FetchError for an answer whose headers already exclude it."""
         headers: Mapping[str, str] = response.headers
         if response.status != 200:
             kind = "server_error" if response.status >= 500 else "client_error"
@@ -366,7 +357,7 @@ def _seconds_of(retry_after: str) -> float | None:
 def _connection_reason(problem: Exception) -> str:
     """Name the reason behind what urllib3 wraps a failure in."""
     causes: list[BaseException | None] = [problem, problem.__cause__, problem.__context__]
-    if time.monotonic() >= dial.deadline() or any(isinstance(c, TimeoutError) for c in causes):
+    if time.monotonic() >= net.deadline() or any(isinstance(c, TimeoutError) for c in causes):
         return "timeout"
     if any(isinstance(cause, (IncompleteRead, http.client.IncompleteRead)) for cause in causes):
         return "truncated"

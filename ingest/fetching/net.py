@@ -1,7 +1,7 @@
 """Names to addresses to sockets: which addresses are public, and connections with a deadline.
 
-A thread opens its try with `begin`; whatever it waits for then, a lookup, a connection, a
-handshake, a byte, ends when the try must end.
+A thread starts a try with `start_try`. Every later wait, for a lookup, a connection, a handshake or
+a byte, ends at that try's deadline.
 """
 
 import base64
@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 NAT64 = ipaddress.ip_network("64:ff9b::/32")
 NAMES_KEPT_SECONDS = 60.0
@@ -26,10 +26,10 @@ MAX_HEAD_BYTES = 16 << 10  # of a proxy's answer
 
 
 def is_public(address: str) -> bool:
-    """Say whether an IP address is a unicast address of the public internet.
+    """Return whether an IP address is a unicast address of the public internet.
 
-    IPv6 forms that smuggle an IPv4 address (6to4, Teredo, NAT64) are not: a mapped one is judged
-    as what it maps to.
+    IPv6 forms that contain an IPv4 address (6to4, Teredo, NAT64) are not; a mapped address counts
+    as the one that it maps to.
     """
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
@@ -45,8 +45,8 @@ def is_public(address: str) -> bool:
 _try = threading.local()  # .deadline on the monotonic clock; .connect and .read, seconds
 
 
-def begin(total: float, connect: float, read: float) -> None:
-    """Begin this thread's try: seconds in all, for one connection, and between two answers."""
+def start_try(total: float, connect: float, read: float) -> None:
+    """Start this thread's try: seconds in all, for one connection, and without a byte."""
     _try.deadline = time.monotonic() + total
     _try.connect, _try.read = connect, read
 
@@ -65,7 +65,7 @@ def remaining(at_most: float = float("inf")) -> float:
 
 
 class _DeadlineSocket(socket.socket):
-    """Waits for the rest of the try, not anew for each byte that drips in."""
+    """Waits for the rest of the try in all, not again for each byte that arrives."""
 
     def recv_into(self, *args: Any, **options: Any) -> int:
         self.settimeout(remaining(_try.read))
@@ -103,24 +103,29 @@ def connect(address: str, port: int) -> socket.socket:
 
 
 class Tunnel:
-    """Connects through an HTTP proxy, to the very address that was checked: CONNECT names no host.
+    """Connects through an HTTP proxy to the very address that was checked: CONNECT names no host.
 
     proxy: http://[USER:PASSWORD@]HOST:PORT. A proxy that cannot be reached, or that refuses us, is
     our own network's fault.
     """
 
     def __init__(self, proxy: str) -> None:
-        found, host, port = _split(proxy)
-        if found is None or not host or not port:
+        try:
+            url = urlsplit(proxy)
+            self._host, self._port = url.hostname or "", url.port or 0
+            valid = url.scheme == "http" and not url.path.strip("/") and self._host and self._port
+        except ValueError:  # whose message may contain a part of a password
+            url, valid = None, False
+        if url is None or not valid:
             raise ValueError(
                 f"--proxy: found {_without_password(proxy)!r}, expected http://HOST:PORT, or "
                 "environment with HTTPS_PROXY set to one"
             )
-        self._host, self._port, self._greeting = host, port, ""
-        if found.username is not None:
-            pair = f"{unquote(found.username)}:{unquote(found.password or '')}"
-            told = base64.b64encode(pair.encode()).decode()
-            self._greeting = f"Proxy-Authorization: Basic {told}\r\n"
+        self._authorization = ""
+        if url.username is not None:
+            pair = f"{unquote(url.username)}:{unquote(url.password or '')}"
+            credentials = base64.b64encode(pair.encode()).decode()
+            self._authorization = f"Proxy-Authorization: Basic {credentials}\r\n"
 
     def __call__(self, address: str, port: int) -> socket.socket:
         """Open a connection to an IP address within this thread's try."""
@@ -128,31 +133,26 @@ class Tunnel:
             sock = connect(resolve(self._host, self._port)[0], self._port)
         except OSError as error:
             raise OSError(errno.ENETUNREACH, f"the proxy cannot be reached: {error}") from None
-        there = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        target = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        head, byte = bytearray(), bytearray(1)
         try:
-            request = f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n{self._greeting}\r\n"
+            request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{self._authorization}\r\n"
             sock.sendall(request.encode())
-            answer = _head(sock).split(b" ", 2)
+            # The answer's head, and not a byte more: what follows is the target's
+            while not head.endswith(b"\r\n\r\n") and len(head) < MAX_HEAD_BYTES:
+                if not sock.recv_into(byte):
+                    raise ConnectionResetError("the proxy hung up")
+                head += byte
         except BaseException:
             sock.close()
             raise
-        if answer[1:2] == [b"200"]:
+        status = bytes(head).split(b" ", 2)[1:2]
+        if status == [b"200"]:
             return sock
         sock.close()
-        if answer[1:2] == [b"407"]:
+        if status == [b"407"]:
             raise OSError(errno.ENETUNREACH, "the proxy asks for other credentials")
-        raise ConnectionRefusedError(f"the proxy does not connect to {there}")
-
-
-def _split(proxy: str) -> tuple[SplitResult | None, str | None, int | None]:
-    """Return the parts of a proxy's URL, its host and its port; None for all that is none."""
-    try:
-        found = urlsplit(proxy)
-        port = found.port
-    except ValueError:  # whose message may hold a part of a password
-        return None, None, None
-    fits = found.scheme == "http" and not found.path.strip("/")
-    return (found, found.hostname, port) if fits else (None, None, None)
+        raise ConnectionRefusedError(f"the proxy does not connect to {target}")
 
 
 def _without_password(proxy: str) -> str:
@@ -161,16 +161,6 @@ def _without_password(proxy: str) -> str:
     plain = f"{scheme}{slashes}" if slashes and scheme.isalnum() else ""
     user, _, place = proxy.rpartition("@")
     return f"{plain}{place}" if user else place
-
-
-def _head(sock: socket.socket) -> bytes:
-    """Read an answer's head, and not a byte more."""
-    head, byte = bytearray(), bytearray(1)
-    while not head.endswith(b"\r\n\r\n") and len(head) < MAX_HEAD_BYTES:
-        if not sock.recv_into(byte):
-            raise ConnectionResetError("the proxy hung up")
-        head += byte
-    return bytes(head)
 
 
 def resolve_proxy(proxy: str) -> str:
@@ -195,14 +185,14 @@ def connector(proxy: str) -> Callable[[str, int], socket.socket]:
 
 def resolve(host: str, port: int) -> list[str]:
     """Return the addresses of a name, in the system's order of preference."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
 class Resolver:
-    """The system's resolver, which knows no deadline, behind threads that can be left waiting.
+    """The system's resolver, which has no deadline, in threads that can be left waiting.
 
-    A name's addresses are kept for a minute; what they may be used for is judged at every use.
+    A name's addresses are kept for a minute; whether they are public is checked at every use.
     """
 
     def __init__(self) -> None:
@@ -211,7 +201,7 @@ class Resolver:
         self._names: OrderedDict[tuple[str, int], tuple[float, Future[list[str]]]] = OrderedDict()
 
     def __call__(self, host: str, port: int) -> list[str]:
-        """Return the addresses of a name; OSError if it has none, TimeoutError if nobody says."""
+        """Return the addresses of a name; OSError for none, TimeoutError without an answer."""
         now = time.monotonic()
         with self._lock:
             until, future = self._names.get((host, port), (0.0, None))

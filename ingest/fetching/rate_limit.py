@@ -1,6 +1,6 @@
-"""How often one host is asked: connections at once and a token bucket, for a process's threads.
+"""Limits of connections and of requests per host, for the threads of a process.
 
-`RowQueue` deals the rows of a shard to threads so that no thread waits for one host while another
+`RowQueue` gives the rows of a shard to threads so that no thread waits for one host while another
 host's rows could be fetched.
 """
 
@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-MAX_HOSTS = 100_000  # remembered; beyond it the idle ones are forgotten, longest unused first
+MAX_HOSTS = 100_000  # remembered; beyond it idle ones are dropped, longest unused first
 MIN_FRACTION = 1e-9  # of the limits per host: a smaller rest is a rounding error
 
 
@@ -43,15 +43,15 @@ class HostLimits:
         self._hosts: OrderedDict[str, _Host] = OrderedDict()
 
     def change(self, connections: int, rate: float) -> None:
-        """Go on with other limits: what is open or paused, and what was sent, stays known."""
+        """Change the limits; open connections, pauses and used tokens stay counted."""
         with self.condition:
             self._connections, self._rate = connections, rate
             self._burst = max(1.0, rate)
             self.condition.notify_all()
 
     def try_acquire(self, host: str) -> float:
-        """Take a connection and a token and return 0; or return the seconds after which to ask
-        again, inf for when a connection is given back."""
+        """Take a connection and a token and return 0; or return the seconds after which to try
+        again, inf for when a connection is released."""
         with self.condition:
             state = self._state(host)
             if state.connections >= self._connections:
@@ -63,19 +63,15 @@ class HostLimits:
 
     def acquire(self, host: str, *, until: float) -> bool:
         """Wait for a connection and a token of `host`, at most to `until` on the clock."""
-        with self.condition:
-            while wait := self.try_acquire(host):
-                left = until - self.clock()
-                if left <= 0:
-                    return False
-                self.condition.wait(min(wait, left))
-        return True
+        return self._wait(lambda: self.try_acquire(host), until)
 
     def take_token(self, host: str, *, until: float) -> bool:
         """Wait for a token only: the connection is held already."""
+        return self._wait(lambda: self._take(self._state(host)), until)
+
+    def _wait(self, take: Callable[[], float], until: float) -> bool:
         with self.condition:
-            state = self._state(host)
-            while wait := self._take(state):
+            while wait := take():
                 left = until - self.clock()
                 if left <= 0:
                     return False
@@ -83,7 +79,7 @@ class HostLimits:
         return True
 
     def release(self, host: str) -> None:
-        """Give a connection back."""
+        """Release a connection."""
         with self.condition:
             self._hosts[host].connections -= 1
             self.condition.notify_all()
@@ -129,7 +125,7 @@ class Try:
 
 
 class RowQueue:
-    """Deals tries to threads: `take` one, then `done` with it, always both.
+    """Gives tries to threads: every `take` is followed by a `done`.
 
     Hosts take turns; a host without a free connection or token is passed over.
     """
@@ -152,16 +148,16 @@ class RowQueue:
         with condition:
             while self._open:
                 now = self._limits.clock()
-                found = self._next(now)
-                if found is not None:
-                    return found
+                attempt = self._next(now)
+                if attempt is not None:
+                    return attempt
                 moments = [heap[0][0] for heap in (self._due, self._later) if heap]
                 condition.wait(max(0.0, min(moments) - now) if moments else None)
             condition.notify_all()
             return None
 
     def done(self, item: Try, *, again_after: float | None = None) -> None:
-        """Give the host's connection back; the row is settled, or tried again after seconds."""
+        """Release the host's connection; the row is settled, or tried again after seconds."""
         with self._limits.condition:
             if again_after is None or self._drained:
                 self._open -= 1
@@ -184,9 +180,9 @@ class RowQueue:
         tries = self._waiting.setdefault(item.host, deque())
         tries.append(item)
         if len(tries) == 1 and item.host not in self._busy:
-            self._look_at(item.host, 0.0)
+            self._schedule(item.host, 0.0)
 
-    def _look_at(self, host: str, when: float) -> None:
+    def _schedule(self, host: str, when: float) -> None:
         self._serial += 1
         heapq.heappush(self._due, (when, self._serial, host))
 
@@ -195,7 +191,7 @@ class RowQueue:
             self._add(heapq.heappop(self._later)[2])
         for host in list(self._busy):
             self._busy.remove(host)
-            self._look_at(host, 0.0)
+            self._schedule(host, 0.0)
         while self._due and self._due[0][0] <= now:
             host = heapq.heappop(self._due)[2]
             tries = self._waiting.get(host)
@@ -205,12 +201,12 @@ class RowQueue:
             if wait == 0:
                 item = tries.popleft()
                 if tries:
-                    self._look_at(host, 0.0)
+                    self._schedule(host, 0.0)
                 return item
             if math.isinf(wait):
                 self._busy.add(host)
             else:
-                self._look_at(host, now + wait)
+                self._schedule(host, now + wait)
         return None
 
 

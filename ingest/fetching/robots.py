@@ -1,7 +1,7 @@
-"""robots.txt (RFC 9309), asked for once a host and kept for a day.
+"""robots.txt (RFC 9309), requested once a host and kept for a day.
 
-An answer that it does not exist allows everything. While the host cannot say, nothing is allowed
-(section 2.3.1.4), which counts as a failure that may pass.
+A host without the file allows everything. While a host cannot answer, nothing is allowed (section
+2.3.1.4), which counts as a failure that may pass.
 """
 
 import threading
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 500 * 1024  # section 2.5: what a crawler must read at least
 KEPT_SECONDS = 24 * 3600.0  # section 2.4
-FAILURE_KEPT_SECONDS = 10.0  # the other rows of a dead host need not each find out
+FAILURE_KEPT_SECONDS = 10.0  # the other rows of a dead host need no request of their own
 MAX_ORIGINS = 10_000
 
 Origin = tuple[str, str, int]  # scheme, host, port
 
 
 class RobotsUnavailable(Exception):
-    """The rules of a host could not be had. args: the reason, seconds until it is asked again."""
+    """A host's rules are not available. retry_after: seconds until they are requested again."""
 
     def __init__(self, reason: str, retry_after: float) -> None:
         super().__init__(reason)
@@ -41,7 +41,7 @@ class _Rules:
 
 
 class RobotsCache:
-    """The rules of every host that a process has met, for one user agent.
+    """The rules of every host that a process has requested from, for one user agent.
 
     load: returns the status and the body of an origin's /robots.txt, redirects followed; on a
     failure it raises OSError whose first argument is the reason. It runs once however many
@@ -60,7 +60,7 @@ class RobotsCache:
         self._rules: OrderedDict[Origin, Future[_Rules]] = OrderedDict()
 
     def allowed(self, origin: Origin, url: str) -> bool:
-        """Say whether `url` of `origin` may be fetched; RobotsUnavailable if nobody can say."""
+        """Return whether `url` of `origin` may be fetched; RobotsUnavailable without an answer."""
         rules = self._of(origin)
         if rules.failure is not None:
             raise RobotsUnavailable(rules.failure, max(0.0, rules.until - self._clock()))
@@ -70,36 +70,35 @@ class RobotsCache:
         with self._lock:
             future = self._rules.get(origin)
             stale = future is not None and future.done() and future.result().until <= self._clock()
-            mine = future is None or stale
-            if mine:
+            is_ours = future is None or stale
+            if future is None or stale:
                 future = self._rules[origin] = Future()
             self._rules.move_to_end(origin)
             while len(self._rules) > MAX_ORIGINS:
                 self._rules.popitem(last=False)
-        assert future is not None
-        if mine:
+        if is_ours:
             try:
-                future.set_result(self._ask(origin))
-            except BaseException as error:  # whoever waits must hear of it, whatever it is
+                future.set_result(self._request(origin))
+            except BaseException as error:  # the threads that wait must get it, whatever it is
                 with self._lock:
                     self._rules.pop(origin, None)
                 future.set_exception(error)
                 raise
         return future.result()
 
-    def _ask(self, origin: Origin) -> _Rules:
+    def _request(self, origin: Origin) -> _Rules:
         from protego import Protego
 
+        failure = None
         try:
             status, body = self._load(origin)
+            if status >= 500 or status == 429:
+                failure = "robots_unavailable"
         except OSError as error:
-            return self._failed(str(error.args[0]))
-        if status >= 500 or status == 429:
-            return self._failed("robots_unavailable")
+            failure = str(error.args[0])
+        if failure is not None:
+            return _Rules(until=self._clock() + FAILURE_KEPT_SECONDS, failure=failure)
         until = self._clock() + KEPT_SECONDS
         if status != 200:
             return _Rules(until=until)
         return _Rules(until=until, parser=Protego.parse(body.decode("utf-8", "replace")))
-
-    def _failed(self, reason: str) -> _Rules:
-        return _Rules(until=self._clock() + FAILURE_KEPT_SECONDS, failure=reason)

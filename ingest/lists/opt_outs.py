@@ -1,10 +1,10 @@
-"""Who asked not to be used: answer headers, robots directives, lists of domains and URLs.
+"""Opt-outs: answer headers, robots directives, lists of domains and URLs.
 
-Pure functions and values; `ingest.fetching.robots` asks for a host's robots.txt.
+Pure functions and values; `ingest.fetching.robots` requests a host's robots.txt.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -19,11 +19,11 @@ _UNAVAILABLE_AFTER = re.compile(r"(?:^|,)\s*unavailable_after\s*:(.*)$", re.IGNO
 
 
 def opted_out(robots_tags: Iterable[str], now: datetime | None = None) -> bool:
-    """Say whether X-Robots-Tag header values forbid use, for everybody or in general.
+    """Return whether X-Robots-Tag header values forbid use, for everybody or in general.
 
     A value is "noai, noindex" or "agent: noai"; only our own agent's is for us. Some directives
     have a value of their own, as in "noai, max-snippet:-1" or "unavailable_after: 25 Jun 2010
-    15:00:00 GMT", which forbids use once that moment has passed, and if it cannot be read.
+    15:00:00 GMT", which forbids use once that moment has passed, and if it cannot be parsed.
     now: with a time zone; None for the clock's.
     """
     for value in robots_tags:
@@ -42,7 +42,7 @@ def opted_out(robots_tags: Iterable[str], now: datetime | None = None) -> bool:
 
 
 def reserved(tdm_reservation: str | None) -> bool:
-    """Say whether a tdm-reservation header reserves the rights of text and data mining.
+    """Return whether a tdm-reservation header reserves the rights of text and data mining.
 
     TDM Reservation Protocol (W3C community group, 2024): "1" reserves them, "0" does not.
     """
@@ -50,34 +50,29 @@ def reserved(tdm_reservation: str | None) -> bool:
 
 
 def _has_passed(text: str, now: datetime) -> bool:
-    """Judge the date before the next directive; it may hold one comma of its own."""
-    for moment in _moments(text):
-        return moment <= now
-    return True
-
-
-def _moments(text: str) -> Iterator[datetime]:
+    """Return whether the date that `text` starts with has passed; it may contain one comma."""
     first, comma, rest = text.partition(",")
-    for candidate in (f"{first}{comma}{rest.partition(',')[0]}".strip(), first.strip()):
-        for read in (datetime.fromisoformat, parsedate_to_datetime):
+    for date in (f"{first}{comma}{rest.partition(',')[0]}".strip(), first.strip()):
+        for parse in (datetime.fromisoformat, parsedate_to_datetime):
             try:
-                moment = read(candidate)
+                moment = parse(date)
             except ValueError:
                 continue
-            yield moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) <= now
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptOuts:
-    """Domains and URLs that asked to be left out."""
+    """Domains and URLs to leave out."""
 
     domains: frozenset[str]
     urls: frozenset[str]
 
     @classmethod
     def of(cls, lines: Iterable[str]) -> "OptOuts":
-        """Read lines such as example.com, *.example.com or https://example.com/a.jpg; blank lines
-        and what follows a # at a line's start are left out."""
+        """Parse lines such as example.com, *.example.com or https://example.com/a.jpg; blank lines
+        and lines that start with # are skipped."""
         entries = {line.strip() for line in lines}
         entries = {entry for entry in entries if entry and not entry.startswith("#")}
         urls = {entry for entry in entries if "/" in entry}
@@ -85,7 +80,7 @@ class OptOuts:
         return cls(domains=frozenset(domains), urls=frozenset(urls))
 
     def forbid(self, url: str) -> bool:
-        """Say whether `url`, its host or a domain above its host asked to be left out."""
+        """Return whether `url`, its host or a domain above its host is to be left out."""
         try:
             host = _ascii_host(urlsplit(url.strip()).hostname or "")
         except ValueError:  # no URL: the fetcher says so

@@ -1,7 +1,7 @@
 """Read a URL list of the LAION family, a shard's rows at a time, from any storage fsspec supports.
 
-Parquet, CSV, TSV, JSON lines, or text files of URLs; all but Parquet also compressed. No file is
-held in memory as a whole. Bytes that are not UTF-8, and half of a surrogate pair, become U+FFFD.
+Parquet, CSV, TSV, JSON lines, or text files of URLs; all but Parquet also compressed. Files are
+read in blocks. Bytes that are not UTF-8, and half of a surrogate pair, become U+FFFD.
 """
 
 import hashlib
