@@ -76,7 +76,7 @@ Spot = tuple[float, tuple[float, float]]  # diameter, centre (x, y)
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One coloured shape: words of `PALETTE`, `SHAPES`, `SIZES`; any other is a ValueError."""
+    """One coloured shape out of `PALETTE`, `SHAPES`, `SIZES`; ValueError for another."""
 
     colour: str
     shape: str
@@ -178,8 +178,8 @@ def draw(scene: Scene, rng: np.random.Generator, size: int = CANVAS) -> np.ndarr
 def _place(scene: Scene, rng: np.random.Generator) -> list[Spot]:
     """Choose (diameter, (x, y)) of each thing, in px of a 64 px canvas: near the middle, jittered.
 
-    No caption tells places beyond the relation, so a decoder has to invent what they vary by:
-    little, for a set that is to be learned in minutes.
+    Captions state no places beyond the relation, so a decoder has to invent them. They vary little:
+    the set is to be learned in minutes.
     """
     diameters = [rng.uniform(*DIAMETERS[thing.size]) for thing in scene.things]
     middle = CANVAS / 2
@@ -187,7 +187,14 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[Spot]:
         x, y = middle + rng.uniform(-JITTER, JITTER, 2)
         return [(diameters[0], (x, y))]
     if scene.relation == "inside":
-        return _place_inside(scene.things[1].shape, rng)
+        outer = rng.uniform(*CONTAINER_DIAMETERS)
+        inner = rng.uniform(*CONTAINED_DIAMETERS)
+        x, y = middle + rng.uniform(-JITTER, JITTER, 2)
+        # The widest room in a triangle is below its middle: .4 leaves room around a small circle.
+        in_triangle = scene.things[1].shape == "triangle"
+        down, sway = (0.4 * outer / 2, 0.8) if in_triangle else (0.0, 2.0)
+        dx, dy = rng.uniform(-sway, sway, 2)
+        return [(inner, (x + dx, y + down + dy)), (outer, (x, y))]
     # Left to right, or top to bottom: the spare room goes to the start, the gap and the end.
     reverse = scene.relation in ("right of", "below")
     first, second = reversed(diameters) if reverse else diameters
@@ -200,16 +207,6 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[Spot]:
         centres = [(x, y) for y, x in centres]
     spots = list(zip((first, second), centres, strict=True))
     return spots[::-1] if reverse else spots
-
-
-def _place_inside(container: str, rng: np.random.Generator) -> list[Spot]:
-    outer = rng.uniform(*CONTAINER_DIAMETERS)
-    inner = rng.uniform(*CONTAINED_DIAMETERS)
-    x, y = CANVAS / 2 + rng.uniform(-JITTER, JITTER, 2)
-    # The widest room in the triangle is below its middle: .4 leaves room around a small circle.
-    down, sway = (0.4 * outer / 2, 0.8) if container == "triangle" else (0.0, 2.0)
-    dx, dy = rng.uniform(-sway, sway, 2)
-    return [(inner, (x + dx, y + down + dy)), (outer, (x, y))]
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
@@ -277,9 +274,14 @@ def sample_scene(rng: np.random.Generator, held_out: bool, num_things: int) -> S
     """
     if num_things not in (1, 2):
         raise ValueError(f"sample_scene: num_things is {num_things}; expected 1 or 2")
+
+    def sample_thing() -> Thing:
+        colour, shape, size = (str(rng.choice(list(names))) for names in (PALETTE, SHAPES, SIZES))
+        return Thing(colour=colour, shape=shape, size=size)
+
     while True:
         relation = str(rng.choice(RELATIONS)) if num_things == 2 else None
-        things = tuple(_sample_thing(rng) for _ in range(num_things))
+        things = tuple(sample_thing() for _ in range(num_things))
         if relation == "inside":
             things = (replace(things[0], size="small"), replace(things[1], size="large"))
         if _fault(things, relation):
@@ -292,11 +294,6 @@ def sample_scene(rng: np.random.Generator, held_out: bool, num_things: int) -> S
         if wanted:
             background = str(rng.choice(list(BACKGROUNDS)))
             return Scene(things=things, relation=relation, background=background)
-
-
-def _sample_thing(rng: np.random.Generator) -> Thing:
-    colour, shape, size = (str(rng.choice(list(words))) for words in (PALETTE, SHAPES, SIZES))
-    return Thing(colour=colour, shape=shape, size=size)
 
 
 def make_pairs(num_samples: int, seed: int, split: str) -> Iterator[Pair]:
@@ -318,29 +315,42 @@ def make_pairs(num_samples: int, seed: int, split: str) -> Iterator[Pair]:
 def _rows(num_samples: int, seed: int, split: str) -> Iterator[Pair]:
     stream = (seed, zlib.crc32(split.encode()))
     for start in range(0, num_samples, BLOCK):
-        scenes = _block(np.random.default_rng((*stream, start)), split)
+        rng = np.random.default_rng((*stream, start))
+        if split == "train":
+            scene = sample_scene(rng, False, 1 if rng.integers(4) == 0 else 2)
+            scenes = [scene, *_hard_negatives(scene, rng)]
+        else:
+            num_things = 1 if split == "single" else 2
+            scenes = [sample_scene(rng, split != "seen", num_things) for _ in range(BLOCK)]
         for row in range(min(BLOCK, num_samples - start)):
             rng = np.random.default_rng((*stream, start, row + 1))
             caption, image = describe(scenes[row], rng), encode_jpeg(draw(scenes[row], rng))
             yield Pair(caption=caption, image_bytes=image, scene=scenes[row], split=split)
 
 
-def _block(rng: np.random.Generator, split: str) -> list[Scene]:
-    if split != "train":
-        num_things = 1 if split == "single" else 2
-        return [sample_scene(rng, split != "seen", num_things) for _ in range(BLOCK)]
-    scene = sample_scene(rng, False, 1 if rng.integers(4) == 0 else 2)
-    return [scene, *_hard_negatives(scene, rng)]
-
-
 def _hard_negatives(scene: Scene, rng: np.random.Generator) -> list[Scene]:
     """Choose three training scenes of other meanings, each unlike `scene` in one attribute.
 
-    The first swaps the two things: which is where is what a CLIP learns last.
+    The first swaps the two things: their order is what a CLIP learns last.
     """
-    swapped = _training_scenes([(scene.things[::-1], scene.relation)], scene)
-    kinds = [kind for kind in _variants(scene) if kind]
-    chosen: dict[tuple, Scene] = {_meaning(other): other for other in swapped}
+    things, relation = scene.things, scene.relation
+
+    def training_scenes(options: list[tuple[tuple[Thing, ...], str | None]]) -> list[Scene]:
+        scenes = [replace(scene, things=a, relation=b) for a, b in options if not _fault(a, b)]
+        return [other for other in scenes if other != scene and not is_held_out(other)]
+
+    # By attribute, the scenes that differ in it alone
+    kinds = []
+    for name, values in (("colour", PALETTE), ("shape", SHAPES), ("size", SIZES)):
+        places = product(range(len(things)), values)
+        changes = [(i, replace(things[i], **{name: value})) for i, value in places]
+        options = [((*things[:i], new, *things[i + 1 :]), relation) for i, new in changes]
+        kinds.append(training_scenes(options))
+    if relation is not None:
+        kinds.append(training_scenes([(things, other) for other in RELATIONS]))
+    kinds = [kind for kind in kinds if kind]
+
+    chosen = {_meaning(other): other for other in training_scenes([(things[::-1], relation)])}
     while len(chosen) < BLOCK - 1:  # each of another attribute, as long as there are others
         for kind in rng.permutation(len(kinds)):
             other = kinds[kind][rng.integers(len(kinds[kind]))]
@@ -348,26 +358,8 @@ def _hard_negatives(scene: Scene, rng: np.random.Generator) -> list[Scene]:
     return list(chosen.values())[: BLOCK - 1]
 
 
-def _variants(scene: Scene) -> list[list[Scene]]:
-    """List the training scenes one colour, shape, size or relation from `scene`."""
-    things, relation = scene.things, scene.relation
-    kinds = []
-    for name, words in (("colour", PALETTE), ("shape", SHAPES), ("size", SIZES)):
-        spots = product(range(len(things)), words)
-        changes = [(i, replace(things[i], **{name: word})) for i, word in spots]
-        kinds.append([((*things[:i], new, *things[i + 1 :]), relation) for i, new in changes])
-    if relation is not None:
-        kinds.append([(things, word) for word in RELATIONS])
-    return [_training_scenes(kind, scene) for kind in kinds]
-
-
-def _training_scenes(options: list, scene: Scene) -> list[Scene]:
-    scenes = [replace(scene, things=a, relation=b) for a, b in options if not _fault(a, b)]
-    return [other for other in scenes if other != scene and not is_held_out(other)]
-
-
 def _meaning(scene: Scene) -> tuple:
-    """Name what a scene shows: "A right of B" and "B left of A" mean the same."""
+    """Return what a scene shows: "A right of B" and "B left of A" mean the same."""
     mirrored = {"right of": "left of", "below": "above"}.get(scene.relation or "")
     return (scene.things[::-1], mirrored) if mirrored else (scene.things, scene.relation)
 
@@ -380,7 +372,7 @@ def encode_jpeg(image: np.ndarray) -> bytes:
 
 
 def _fault(things: tuple[Thing, ...], relation: str | None) -> str | None:
-    """Say why these things in this relation cannot be a scene; None if they can."""
+    """Return why these things in this relation cannot be a scene; None if they can."""
     if len(things) != (1 if relation is None else 2):
         return f"{len(things)} things, relation {relation}; expected one without, or two with one"
     if relation is None:

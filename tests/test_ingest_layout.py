@@ -76,15 +76,6 @@ def test_it_is_img2datasets_own(urls: str, ours: Path, tmp_path: Path):
     assert [s["successes"] for s in stats] == [5, 5] and [s["count"] for s in stats] == [6, 6]
 
 
-def test_tar_lists_it(ours: Path):
-    listed = subprocess.run(
-        ["tar", "tf", str(ours / "000000.tar")], capture_output=True, text=True, check=True
-    )
-    keys = ["000000000", "000000001", "000000002", "000000004", "000000005"]
-    assert listed.stdout.split() == [f"{k}.{part}" for k in keys for part in ("jpg", "json", "txt")]
-    assert listed.stderr == ""
-
-
 def test_the_webdataset_library_reads_it(ours: Path):
     import webdataset
 
