@@ -1,12 +1,16 @@
-"""What the watch page is fed: the answers of Prometheus to the panels' queries, and no others."""
+"""What the watch page may ask of Prometheus: the queries of the panels, runs and alerts."""
 
+import functools
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.panels import DASHBOARDS, Panel
+
+if TYPE_CHECKING:
+    import urllib3
 
 WINDOWS = {"5m": 300, "15m": 900, "1h": 3600, "6h": 21600, "1d": 86400, "7d": 604800}  # in seconds
 POINTS = 240  # of a line, at most
@@ -22,83 +26,78 @@ RUNS = ("running", "step", "loss", "samples_per_second", "data_wait_ratio", "eta
 RUNS_QUERY = f'{{__name__=~"minidalle2:train_({"|".join(RUNS)})"}}'
 
 
-class FeedError(Exception):
+class PrometheusError(Exception):
     """Prometheus does not answer, or not as it should; args[0] says so in a line."""
 
 
 def layout() -> list[dict[str, Any]]:
-    """Return the dashboards as the page draws them, each panel with the key to ask for it by."""
+    """Return the dashboards as the page draws them, each panel with its key in PANELS."""
     keys = {id(panel): key for key, panel in PANELS.items()}
-    return [
-        {
-            "name": dashboard.name,
-            "title": dashboard.title.partition(": ")[2],
-            "rows": [
-                {
-                    "title": title,
-                    "panels": [
-                        {"key": keys[id(panel)], "title": panel.title, "help": panel.help,
-                         "unit": panel.unit}
-                        for panel in panels
-                    ],
-                }
-                for title, panels in dashboard.rows.items()
-            ],
-        }
-        for dashboard in DASHBOARDS
-    ]  # fmt: skip
+    dashboards = []
+    for dashboard in DASHBOARDS:
+        rows = []
+        for title, panels in dashboard.rows.items():
+            shown = [
+                {"key": keys[id(panel)], "title": panel.title, "help": panel.help,
+                 "unit": panel.unit}
+                for panel in panels
+            ]  # fmt: skip
+            rows.append({"title": title, "panels": shown})
+        title = dashboard.title.partition(": ")[2]
+        dashboards.append({"name": dashboard.name, "title": title, "rows": rows})
+    return dashboards
 
 
 @dataclass(frozen=True)
-class Feed:
+class PrometheusClient:
     """Reads one Prometheus, whose address ends without a slash."""
 
-    prometheus: str
+    url: str
 
     def answer(self, make: Callable[[], Any]) -> bytes:
-        """Return as JSON what `make`, one of the methods below, makes of Prometheus's answer.
+        """Return what `make`, one of the methods below, returns, as JSON.
 
-        Raises FeedError, also for an answer of another shape than Prometheus's.
+        Raises PrometheusError, also for an answer of another shape than Prometheus's.
         """
         try:
             return json.dumps(make()).encode()
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise FeedError(f"{self.prometheus} is no Prometheus") from error
+            raise PrometheusError(f"{self.url} is no Prometheus") from error
 
     def lines(self, key: str, window: str, now: float) -> dict[str, Any]:
-        """Return a panel's lines over the last `window`, as {"from", "to", "lines": [{"name",
-        "points": [[time, value]]}]}; key and window are of PANELS and WINDOWS."""
+        """Return a panel's lines over the last `window`; key and window are of PANELS and WINDOWS.
+
+        {"from", "to", "step", "lines": [{"name", "points": [[time, value]]}], "more"}
+        """
         panel, seconds = PANELS[key], WINDOWS[window]
         step = max(1, seconds // POINTS)
         end = int(now) // step * step  # so that points stay where they are from call to call
-        asked = {"query": panel.query, "start": end - seconds, "end": end, "step": step}
-        found = self._ask("query_range", asked)["result"]
+        query = {"query": panel.query, "start": end - seconds, "end": end, "step": step}
+        series = self._get("query_range", query)["result"]
         lines = [
             {
-                "name": named(panel.legend, each["metric"]),
-                "points": [[when, number(value)] for when, value in each["values"]],
+                "name": fill_legend(panel.legend, each["metric"]),
+                "points": [[time, finite(value)] for time, value in each["values"]],
             }
-            for each in found[:MAX_LINES]
+            for each in series[:MAX_LINES]
         ]
-        more = max(0, len(found) - MAX_LINES)
+        more = max(0, len(series) - MAX_LINES)
         lines.sort(key=lambda line: line["name"])
         return {"from": end - seconds, "to": end, "step": step, "lines": lines, "more": more}
 
     def runs(self) -> list[dict[str, Any]]:
-        """Return the trainings that Prometheus knows of now: {"model", "instance", and of RUNS
-        what each has}."""
-        found: dict[tuple[str, str], dict[str, Any]] = {}
-        for each in self._ask("query", {"query": RUNS_QUERY})["result"]:
+        """Return the trainings under way: {"model", "instance", and of RUNS what each has}."""
+        runs: dict[tuple[str, str], dict[str, Any]] = {}
+        for each in self._get("query", {"query": RUNS_QUERY})["result"]:
             labels = each["metric"]
             model, instance = labels.get("model", ""), labels.get("instance", "")
-            run = found.setdefault((model, instance), {"model": model, "instance": instance})
-            name = labels["__name__"].removeprefix("minidalle2:train_")
-            run[name] = number(each["value"][1])
-        return [found[key] for key in sorted(found)]
+            run = runs.setdefault((model, instance), {"model": model, "instance": instance})
+            run[labels["__name__"].removeprefix("minidalle2:train_")] = finite(each["value"][1])
+        return [runs[key] for key in sorted(runs)]
 
     def alerts(self) -> list[dict[str, str]]:
-        """Return what is wrong: {"name", "state", "severity", "summary", "help", "since"}."""
-        found = [
+        """Return the alerts: {"name", "state", "severity", "summary", "help", "since"}."""
+        alerts = [
             {
                 "name": each["labels"].get("alertname", ""),
                 "state": each["state"],
@@ -107,53 +106,44 @@ class Feed:
                 "help": each["annotations"].get("description", ""),
                 "since": each["activeAt"],
             }
-            for each in self._ask("alerts", {})["alerts"]
+            for each in self._get("alerts", {})["alerts"]
         ]
-        return sorted(found, key=lambda alert: (alert["state"], alert["severity"], alert["name"]))
+        return sorted(alerts, key=lambda alert: (alert["state"], alert["severity"], alert["name"]))
 
-    def _ask(self, what: str, fields: dict[str, Any]) -> dict[str, Any]:
-        """Ask one of Prometheus's read-only addresses; follows no redirect and no proxy."""
+    def _get(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """Read one of Prometheus's read-only addresses; follows no redirect and no proxy."""
         import urllib3
 
         try:
-            answer = _pool().request(
-                "GET",
-                f"{self.prometheus}/api/v1/{what}",
-                fields=fields,
-                redirect=False,
-                retries=False,
-                timeout=TIMEOUT_SECONDS,
-                preload_content=False,
-            )
-            body = answer.read(MAX_BYTES + 1, decode_content=True)
-            answer.release_conn() if len(body) <= MAX_BYTES else answer.close()
+            response = _pool().request(
+                "GET", f"{self.url}/api/v1/{path}", fields=fields, redirect=False, retries=False,
+                timeout=TIMEOUT_SECONDS, preload_content=False,
+            )  # fmt: skip
+            body = response.read(MAX_BYTES + 1, decode_content=True)
+            response.release_conn() if len(body) <= MAX_BYTES else response.close()
         except urllib3.exceptions.HTTPError as error:
-            raise FeedError(f"Prometheus at {self.prometheus} does not answer") from error
+            raise PrometheusError(f"Prometheus at {self.url} does not answer") from error
         if len(body) > MAX_BYTES:
-            raise FeedError(f"Prometheus at {self.prometheus} answers with too much")
+            raise PrometheusError(f"Prometheus at {self.url} answers with too much")
         content = json.loads(body)
-        if content["status"] == "success":
-            return content["data"]
-        raise FeedError(f"Prometheus at {self.prometheus}: {str(content['error'])[:200]}")
+        if content["status"] != "success":
+            raise PrometheusError(f"Prometheus at {self.url}: {str(content['error'])[:200]}")
+        return content["data"]
 
 
-def named(legend: str, labels: dict[str, str]) -> str:
+def fill_legend(legend: str, labels: dict[str, str]) -> str:
     """Fill a legend, such as "{{model}} {{instance}}", with labels."""
     return re.sub(r"{{(\w+)}}", lambda match: labels.get(match[1], ""), legend).strip()
 
 
-def number(text: str) -> float | None:
+def finite(text: str) -> float | None:
     """Return a sample's value; None, which JSON knows, for what is not finite."""
     value = float(text)
     return value if abs(value) < float("inf") else None
 
 
-def _pool() -> Any:
+@functools.cache
+def _pool() -> "urllib3.PoolManager":
     import urllib3
 
-    if "pool" not in _pools:
-        _pools["pool"] = urllib3.PoolManager(maxsize=8, block=False)
-    return _pools["pool"]
-
-
-_pools: dict[str, Any] = {}
+    return urllib3.PoolManager(maxsize=8, block=False)

@@ -1,9 +1,9 @@
-"""A live page of what runs, drawn from Prometheus, where there is no Grafana.
+"""A live page of what runs, from Prometheus, where there is no Grafana.
 
 python cluster/watch.py --prometheus http://127.0.0.1:9090       # then http://127.0.0.1:9480
 python cluster/watch.py --address 10.0.0.5 --token-file watch.token
 
-It asks for the panels of cluster/panels.py and for alerts, and passes no other query on.
+It queries the panels of cluster/panels.py, runs and alerts, and passes no other query on.
 """
 
 import base64
@@ -15,6 +15,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 from tyro.conf import UseAppendAction
 
 from cluster.base.cli import DONE, parse, run_script
-from cluster.queries import PANELS, WINDOWS, Feed, FeedError, layout
+from cluster.queries import PANELS, WINDOWS, PrometheusClient, PrometheusError, layout
 
 PAGE = Path(__file__).with_name("watch.html")
 COOKIE = "minidalle2_watch"
@@ -38,7 +39,7 @@ class WatchConfig:
     prometheus: str = "http://127.0.0.1:9090"
     """where Prometheus answers"""
     address: str = "127.0.0.1"
-    """to listen on; one that is not the loopback's needs --token-file"""
+    """to listen on; any but the loopback needs --token-file"""
     port: int = 9480
     """to listen on; 0 = any free one"""
     token_file: str = ""
@@ -46,7 +47,7 @@ class WatchConfig:
     allow_host: Annotated[tuple[str, ...], UseAppendAction] = ()
     """further name, without the port, that browsers may call this machine; repeatable"""
     every: float = 5.0
-    """seconds between two looks"""
+    """seconds between two updates"""
 
 
 def main(config: WatchConfig) -> int:
@@ -63,7 +64,7 @@ def main(config: WatchConfig) -> int:
 
 
 def open_server(config: WatchConfig) -> "WatchServer":
-    """Check the configuration and listen; raises ValueError where that cannot be."""
+    """Check the configuration and listen; raises ValueError where that fails."""
     if config.every <= 0:
         raise ValueError(f"--every: found {config.every}, expected seconds above 0")
     parts = urlsplit(config.prometheus)
@@ -100,7 +101,7 @@ def _token(config: WatchConfig) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Say whether only this machine can reach an address that one listens on."""
+    """Return whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -108,14 +109,14 @@ def is_loopback(address: str) -> bool:
 
 
 class WatchServer(http.server.ThreadingHTTPServer):
-    """Knows who may ask, by which name and with which token, and what it answers."""
+    """Holds who may ask, by which name and with which token, and what is answered."""
 
     daemon_threads = True
 
     def __init__(self, config: WatchConfig, token: str) -> None:
-        super().__init__((config.address, config.port), Handler)
+        super().__init__((config.address, config.port), WatchHandler)
         self.token = token
-        self.feed = Feed(config.prometheus.rstrip("/"))
+        self.prometheus = PrometheusClient(config.prometheus.rstrip("/"))
         self.layout = {"dashboards": layout(), "every": config.every, "windows": list(WINDOWS)}
         self.free = threading.BoundedSemaphore(MAX_AT_ONCE)
         port = self.server_address[1]
@@ -123,14 +124,14 @@ class WatchServer(http.server.ThreadingHTTPServer):
         names = {config.address, *config.allow_host}
         if is_loopback(config.address):
             names |= {"127.0.0.1", "localhost"}
-        # A page of another site that has its name point here is told apart by that name.
+        # Another site whose name points here is refused by that name
         self.hosts = {f"{name.lower()}:{port}" for name in names}
         if port == 80:
             self.hosts |= {name.lower() for name in names}
         self.page, self.policy = read_page()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: browsers hang up all the time."""
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Print nothing: browsers hang up all the time."""
 
 
 def read_page() -> tuple[bytes, str]:
@@ -150,7 +151,7 @@ def read_page() -> tuple[bytes, str]:
     return text.encode(), policy
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class WatchHandler(http.server.BaseHTTPRequestHandler):
     """Answers GET: the page, its layout, lines of a panel, runs and alerts."""
 
     server: WatchServer
@@ -159,7 +160,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout = 20
 
     def do_GET(self) -> None:
-        """Refuse, or answer."""
+        """Answer, or refuse."""
         with self.server.free:
             refusal = self._refusal()
             if refusal:
@@ -174,26 +175,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         link = self.headers.get("Sec-Fetch-Mode") == "navigate" and self._path() == "/"
         if self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none") and not link:
             return 403, b"not from another site\n"
-        if self.server.token and not self._bears_token():
+        if self.server.token and not self._has_token():
             return 401, b"open http://.../?token=TOKEN once\n"
         return None
 
     def _path(self) -> str:
         return urlsplit(self.path).path
 
-    def _bears_token(self) -> bool:
+    def _has_token(self) -> bool:
         header = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        pairs = (part.strip().partition("=") for part in self.headers.get("Cookie", "").split(";"))
-        cookies = {name: value for name, _, value in pairs}
-        asked = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
-        wanted = self.server.token.encode()
-        given = (header, cookies.get(COOKIE, ""), asked if self._path() == "/" else "")
-        return any(hmac.compare_digest(each.encode(), wanted) for each in given)
+        pairs = [pair.strip().partition("=") for pair in self.headers.get("Cookie", "").split(";")]
+        cookie = next((value for name, _, value in pairs if name == COOKIE), "")
+        query = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
+        tokens = (header, cookie, query if self._path() == "/" else "")
+        expected = self.server.token.encode()
+        return any(hmac.compare_digest(token.encode(), expected) for token in tokens)
 
     def _answer(self) -> None:
-        asked = parse_qs(urlsplit(self.path).query)
+        query = parse_qs(urlsplit(self.path).query)
         match self._path():
-            case "/" if "token" in asked:  # into a cookie, and out of the address
+            case "/" if "token" in query:  # into a cookie, and out of the address
                 cookie = f"{COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
                 more = {"Location": "/", "Set-Cookie": cookie} if self.server.token else {}
                 self._send(303 if more else 200, b"" if more else self.server.page, "html", more)
@@ -202,22 +203,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
             case "/api/layout":
                 self._send_json(lambda: self.server.layout)
             case "/api/lines":
-                key, window = (asked.get(name, [""])[0] for name in ("panel", "window"))
+                key, window = (query.get(name, [""])[0] for name in ("panel", "window"))
                 if key in PANELS and window in WINDOWS:
-                    self._send_json(lambda: self.server.feed.lines(key, window, time.time()))
+                    self._send_json(lambda: self.server.prometheus.lines(key, window, time.time()))
                 else:
                     self._send(400, b"no such panel or window\n")
             case "/api/runs":
-                self._send_json(self.server.feed.runs)
+                self._send_json(self.server.prometheus.runs)
             case "/api/alerts":
-                self._send_json(self.server.feed.alerts)
+                self._send_json(self.server.prometheus.alerts)
             case _:
                 self._send(404, b"no such page\n")
 
-    def _send_json(self, make: Any) -> None:
+    def _send_json(self, make: Callable[[], Any]) -> None:
         try:
-            self._send(200, self.server.feed.answer(make), "json")
-        except FeedError as error:
+            self._send(200, self.server.prometheus.answer(make), "json")
+        except PrometheusError as error:
             self._send(502, json.dumps({"error": str(error)}).encode(), "json")
 
     def _send(
@@ -240,7 +241,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: a look every few seconds is no news."""
+        """Print nothing: there is a request every few seconds."""
 
 
 if __name__ == "__main__":

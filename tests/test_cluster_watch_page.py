@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from _browser import browsing, needs_chromium
 
-from cluster.queries import MAX_LINES, PANELS, RUNS_QUERY, WINDOWS, named, number
+from cluster.queries import MAX_LINES, PANELS, RUNS_QUERY, WINDOWS, fill_legend, finite
 from cluster.watch import COOKIE, WatchConfig, WatchServer, open_server
 
 TOKEN = "0123456789abcdef0123"
@@ -169,9 +169,9 @@ def test_every_panel_is_in_the_layout_once(page: WatchServer):
 
 
 def test_names_are_filled_once_whatever_the_labels_hold():
-    assert named("{{model}} {{instance}}", {"model": HOSTILE, "instance": "a"}) == f"{HOSTILE} a"
-    assert named("{{model}} {{instance}}", {}) == ""
-    assert [number(text) for text in ("1.5", "NaN", "-Inf")] == [1.5, None, None]
+    legend, labels = "{{model}} {{instance}}", {"model": HOSTILE, "instance": "a"}
+    assert fill_legend(legend, labels) == f"{HOSTILE} a" and fill_legend(legend, {}) == ""
+    assert [finite(text) for text in ("1.5", "NaN", "-Inf")] == [1.5, None, None]
 
 
 # -- Prometheus that is not well -------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_strange_answers_are_told_in_a_line(
 
 
 def test_a_prometheus_that_is_down_is_told(page: WatchServer, fake: FakePrometheus):
-    page.feed = type(page.feed)("http://127.0.0.1:9")
+    page.prometheus = type(page.prometheus)("http://127.0.0.1:9")
     for path in ("/api/runs", "/api/alerts", "/api/lines?panel=training-0&window=1h"):
         status, body, _ = get(page, path)
         assert status == 502 and "does not answer" in json.loads(body)["error"]

@@ -1,4 +1,4 @@
-"""Files of JSON lines, which any process may add to, be killed at, or find on a full disk."""
+"""Files of JSON lines, which any process may append to, be killed at, or find on a full disk."""
 
 import json
 import os
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 
-def add_line(path: Path, told: dict[str, Any]) -> None:
-    """Add a line, in one write: it outlives this process at once.
+def add_line(path: Path, value: dict[str, Any]) -> None:
+    """Append a line, in one write: it outlives this process at once.
 
-    What a full disk has cut short before is ended first, so that the new line stands alone.
+    A line that a full disk has cut short is ended first, so that the new one is a line of its own.
     """
-    line = (json.dumps(told) + "\n").encode()
+    line = (json.dumps(value) + "\n").encode()
     with path.open("ab+", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -20,44 +20,40 @@ def add_line(path: Path, told: dict[str, Any]) -> None:
         file.write(line)
 
 
-def read_lines(path: Path) -> list[dict]:
-    """Read the whole lines of a file; what a kill or a full disk cut short is left out."""
-    return _lines_of(path.read_bytes())[0] if path.is_file() else []
-
-
-def _lines_of(data: bytes) -> tuple[list[dict], int]:
-    """Return the whole lines of a file's bytes, and how many bytes they are."""
-    end, found = data.rfind(b"\n") + 1, []
-    for line in data[:end].decode().splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found, end
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the complete lines of a file; what a kill or a full disk cut short is left out."""
+    return NewLines(path).read()
 
 
 class NewLines:
-    """The lines that a file has got since it was last looked at, at the cost of those alone.
+    """The lines that a file has got since it was last read, at the cost of those alone.
 
-    The first look finds all. Where a file was replaced by a shorter one, as by a run that goes back
-    to a checkpoint, what lies beyond the lines known before is new.
+    The first call returns all. Where the file was replaced by a shorter one, as by a run that goes
+    back to a checkpoint, the lines beyond the number known before are new.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._count, self._end, self._file = path, 0, 0, -1
+        self._path, self._count, self._end, self._inode = path, 0, 0, -1
 
-    def read(self) -> list[dict]:
+    def read(self) -> list[dict[str, Any]]:
         """Return the new lines; none where there is no file."""
         try:
             file = self._path.open("rb")
         except FileNotFoundError:
             return []
+        known = self._count
         with file:
-            told, known = os.fstat(file.fileno()), self._count
-            if told.st_ino != self._file or told.st_size < self._end:
-                self._file, self._end, self._count = told.st_ino, 0, 0
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._end:
+                self._inode, self._end, self._count = status.st_ino, 0, 0
             file.seek(self._end)
-            found, size = _lines_of(file.read())
+            data = file.read()
+        size, lines = data.rfind(b"\n") + 1, []
+        for text in data[:size].decode().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
         start = max(0, known - self._count)
-        self._end, self._count = self._end + size, self._count + len(found)
-        return found[start:]
+        self._end, self._count = self._end + size, self._count + len(lines)
+        return lines[start:]

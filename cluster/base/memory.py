@@ -4,7 +4,7 @@ import threading
 
 
 class PeakMemory:
-    """Context manager: `bytes` is the largest sum of unshared memory seen over the process tree.
+    """Context manager: `bytes` is the largest sum of unshared memory over the process tree.
 
     Shared pages (libraries, Ray's object store) are left out, since every process would count
     them again.
@@ -14,7 +14,7 @@ class PeakMemory:
         self.bytes = 0
         self._every = every_seconds
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+        self._thread = threading.Thread(target=self._sample, name="memory", daemon=True)
 
     def __enter__(self) -> "PeakMemory":
         self._thread.start()
@@ -24,18 +24,17 @@ class PeakMemory:
         self._stop.set()
         self._thread.join()
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         import psutil
 
-        me = psutil.Process()
-        while True:
+        root, stopped = psutil.Process(), False
+        while not stopped:
             total = 0
-            for process in [me, *me.children(recursive=True)]:
+            for process in [root, *root.children(recursive=True)]:
                 try:
                     memory = process.memory_info()
                     total += memory.rss - memory.shared
-                except psutil.NoSuchProcess:  # it ended between the listing and the look
+                except psutil.NoSuchProcess:  # it has ended since it was listed
                     continue
             self.bytes = max(self.bytes, total)
-            if self._stop.wait(self._every):
-                return
+            stopped = self._stop.wait(self._every)

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, a line now and then elsewhere."""
+"""The progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
 import sys
 import time
@@ -11,8 +11,10 @@ MADE_BY = {"download": "images", "embed": "embeds"}
 
 @contextmanager
 def progress(what: str, total: int, *, unit: str) -> Iterator[Callable[..., None]]:
-    """Show the progress of `total` units; what is yielded is called with the number just done, and
-    a note that stands beside the bar until the next."""
+    """Show the progress of `total` units of the work `what`.
+
+    Call what is yielded with the number just done, and a note that is shown until the next one.
+    """
     if sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -28,15 +30,15 @@ def progress(what: str, total: int, *, unit: str) -> Iterator[Callable[..., None
 
             yield move
         return
-    started = said = time.monotonic()
+    started = printed = time.monotonic()
     done = 0
 
     def advance(count: int = 1, note: str = "") -> None:
-        nonlocal done, said
+        nonlocal done, printed
         done += count
         now = time.monotonic()
-        if done >= total or now - said >= LINE_SECONDS:
-            said = now
+        if done >= total or now - printed >= LINE_SECONDS:
+            printed = now
             seconds = now - started
             left = f", {seconds * (total - done) / done:.0f} s to go" if 0 < done < total else ""
             rate = f", {done / seconds:.1f} a second" if seconds else ""

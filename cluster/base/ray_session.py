@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 LOOK_SECONDS = 5.0
-GROUPS = "minidalle2_groups"  # the resource by which a head says that its cluster has groups
+GROUPS = "minidalle2_groups"  # the resource of a head whose cluster has groups of nodes
 Group = Literal["cpu_group", "gpu_group"]
 
 
@@ -28,7 +28,7 @@ def ensure_ray() -> None:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        # the scripts tell their own progress; what workers print is in Ray's session folder
+        # The scripts print their own progress; what workers print is in Ray's session folder
         ray.init(
             address="local",
             include_dashboard=False,
@@ -45,8 +45,8 @@ def group_resources(group: Group) -> dict[str, float]:
     """Return the resources by which Ray places work on one group of the cluster's nodes.
 
     cpu_group: for downloads and decoding; gpu_group: for encoders and training. A cluster has them
-    if its head offers `GROUPS`, even while all nodes of a group are scaled away; in any other
-    nothing is asked for, and any node will do.
+    if its head offers `GROUPS`, even while all nodes of a group are scaled away; in any other the
+    result is empty, and any node will do.
     """
     import ray
 
@@ -54,7 +54,7 @@ def group_resources(group: Group) -> dict[str, float]:
 
 
 def has_gpus() -> bool:
-    """Say whether the cluster has GPUs, or starts nodes that have when they are asked for."""
+    """Return whether the cluster has GPUs, or starts nodes with GPUs on demand."""
     import ray
 
     return bool(ray.cluster_resources().get("GPU") or group_resources("gpu_group"))
@@ -64,7 +64,7 @@ def require_own_node() -> None:
     """Raise ConnectionError if this machine is no longer part of the Ray it joined.
 
     Without its raylet a driver would wait for ever: nothing that it submits can be placed. Ray
-    marks a node dead some 15 s after the raylet's last sign of life.
+    marks a node dead some 15 s after the last message of its raylet.
     """
     import ray
 
@@ -77,11 +77,11 @@ def require_own_node() -> None:
 def ending_with_own_node() -> Iterator[None]:
     """End the process, with a line and exit code 1, if its node leaves Ray within the block.
 
-    For waits inside Ray that would never end; `require_own_node` serves those that look up.
+    For waits inside Ray that would never end; a loop calls `require_own_node` instead.
     """
     ended = threading.Event()
 
-    def watch() -> None:
+    def check() -> None:
         while not ended.wait(LOOK_SECONDS):
             try:
                 require_own_node()
@@ -90,8 +90,7 @@ def ending_with_own_node() -> Iterator[None]:
                     print(f"error: {error}; rerun the same command", file=sys.stderr, flush=True)
                     os._exit(1)
 
-    watching = threading.Thread(target=watch, name="own node", daemon=True)
-    watching.start()
+    threading.Thread(target=check, name="own node", daemon=True).start()
     try:
         yield
     finally:
