@@ -17,7 +17,7 @@ ARGS ?=
 STAMP := $(VENV)/.setup-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c 1-16)
 
 # More threads than cores slow small models down, and every Ray worker would start as many.
-export OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS ?= $(shell nproc)
 export RAY_USAGE_STATS_ENABLED := 0
 export NO_ALBUMENTATIONS_UPDATE := 1
 

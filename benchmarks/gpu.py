@@ -7,7 +7,6 @@ embeddings, then the decoder for so long as was asked for. The grid shows held-o
 what the decoder makes of their embeddings. A machine without a GPU runs it too, as slowly as it is.
 """
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -136,7 +135,7 @@ def _grid(root: Path, config: Config) -> None:
     import torch
 
     from eval.sampling.chain import load_chain
-    from eval.sampling.generate import SamplingSettings, render_all
+    from eval.sampling.generate import SamplingSettings, build_sampling, render_all
     from eval.sampling.image_source import open_images
     from eval.scores.scorecard import read_embeds
     from training.tasks.pictures import grid, save_png
@@ -144,7 +143,7 @@ def _grid(root: Path, config: Config) -> None:
     captions, image, _ = read_embeds(str(root / "test_embeds"))
     chosen = range(0, len(captions), max(1, len(captions) // 12))[:12]
     chain = load_chain("", "", str(root / "base"), (), device="auto")
-    sampling = dataclasses.replace(SamplingSettings(), precision="fp32").build()
+    sampling = build_sampling(SamplingSettings(precision="fp32"))
     told = [captions[i] for i in chosen]
     drawn = render_all(chain, told, image[torch.tensor(list(chosen))], sampling)
     size = drawn.shape[1]

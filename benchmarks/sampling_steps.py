@@ -110,14 +110,14 @@ def _draw(
     import torch
     from PIL import Image
 
-    from eval.sampling.generate import SamplingSettings, caption_keys
+    from eval.sampling.generate import SamplingSettings, build_sampling, caption_keys
     from training.tasks.pictures import to_uint8
 
     sampler, steps, spacing = by
     settings = SamplingSettings(
         sampler=sampler, decoder_steps=steps, spacing=spacing, cfg_scale=1.0
     )  # fmt: skip
-    sampling = settings.build(chain.device.type)
+    sampling = build_sampling(settings, chain.device.type)
     found = []
     for start in range(0, len(captions), config.batch_size):
         part = captions[start : start + config.batch_size]

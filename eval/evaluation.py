@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.files import digest_of
+from cluster.base.machine import threads_for
 from eval.distances.measure import QUOTABLE, ImageSource, memorisation, space_scores
 from eval.distances.reference import load_statistics
 from eval.features.extractors import ExtractorSpec, clip_spec, dinov2_spec, inception_spec
@@ -147,9 +148,8 @@ def open_evaluation(request: EvalRequest, model: Model) -> Evaluation:
 
     out = Path(request.out)
     folder = Path(request.features_dir or out.with_name(f"{out.stem}_features")).absolute()
-    workers = Workers(
-        number=request.num_workers, num_threads=request.num_threads, device=request.device
-    )
+    threads = threads_for(request.num_threads, request.num_workers)
+    workers = Workers(number=request.num_workers, num_threads=threads, device=request.device)
     place = FeatureExtraction(folder=folder, workers=workers)
     if request.fresh:
         _delete_features(folder)

@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.base.cli import DONE, parse, run_script
 from cluster.base.files import write_json
+from cluster.base.machine import threads_for
 from eval.request import EvalRequest
 from eval.sample_and_score import publish
 
@@ -38,7 +39,7 @@ def main(config: FidConfig) -> int:
 
     model = config.check()
     serve(config.metrics_port)
-    torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(threads_for(config.num_threads))
     evaluation = open_evaluation(config, model)
     scores = evaluation.scores()
     if config.save_statistics:

@@ -84,8 +84,8 @@ class EvalRequest:
     """file of the scores"""
     device: str = "auto"
     """auto: a GPU where there is one; cpu, cuda or cuda:N"""
-    num_threads: int = 2
-    """threads on the CPU, of each worker"""
+    num_threads: int | None = None
+    """threads on the CPU, of each worker; None: the cores of this machine, shared by the workers"""
     fresh: bool = False
     """delete earlier features, and samples where they are drawn, instead of continuing"""
 

@@ -20,22 +20,22 @@ from typing import Annotated, Any
 from tyro.conf import UseAppendAction
 
 from cluster.base.cli import parse, require_at_least, require_local, run_script
-from models.configs import SpacingChoice
-from training.engine.precision import Precision, settled
+from cluster.base.machine import threads_for
+from eval.sampling.options import DrawingOptions, SamplingSettings
+from training.engine.precision import settled
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(SamplingSettings, DrawingOptions):
     """Defaults are the demo's: quick, and mildly guided."""
 
     prior: str = "runs/prior"
     """finished run of training/prior.py"""
-    decoder: str = "runs/base"
-    """finished run of training/decoder.py --stage base"""
-    upsampler: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """finished run of an upsampler, in order of the cascade; repeatable"""
     clip: str = ""
     """encoder; empty = the one the prior was trained on"""
+    guide: str = ""
+    """finished run of a weaker decoder that guidance leads away from (autoguidance): smaller, or
+    trained for less; empty = the decoder without its condition"""
     prompts: Annotated[tuple[str, ...], UseAppendAction] = ()
     """caption to draw; repeatable"""
     captions: str = ""
@@ -48,60 +48,13 @@ class SampleConfig:
     seed: int = 0
     """of all noise: the same seed, caption and place in the list give the same image, in any
     batch"""
-    sampler: str = "dpmpp_2m"
-    """sampler of the decoder: ddim, ddpm, heun, dpmpp_2m, or learned_ddpm, the paper's, for one
-    that learned its variance"""
-    upsampler_sampler: str = ""
-    """sampler of upsamplers: the same but the last; empty = the decoder's"""
-    spacing: SpacingChoice = "auto"
-    """timesteps that samplers visit: trailing; strided, the paper's; karras, more of them at both
-    ends; auto: karras for heun and dpmpp_2m, trailing for the others"""
-    prior_sampler: str = "ddpm"
-    """sampler of a diffusion prior: those, or analytic_ddpm, the paper's"""
-    prior_steps: int = 16
-    """sampling steps of the prior"""
-    decoder_steps: int = 16
-    """sampling steps of the decoder"""
-    upsampler_steps: int = 8
-    """sampling steps of an upsampler"""
-    upsampler_tile: int = 0
-    """side in px of the overlapping parts in which an upsampler works, where its whole image does
-    not fit the memory; 0 = whole"""
-    cfg_scale: float = 1.5
-    """guidance of the decoder; 1 = off"""
-    guide: str = ""
-    """finished run of a weaker decoder that guidance leads away from (autoguidance): smaller, or
-    trained for less; empty = the decoder without its condition"""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """shares of the noising time in which to guide the decoder; 0 is the clean end"""
-    guidance_rescale: float = 0.0
-    """share of the decoder's result that gets the standard deviation back that guidance took"""
-    prior_cfg_scale: float = 1.5
-    """guidance of the prior; 1 = off"""
-    best_of: int = 2
-    """draws of a diffusion prior, of which the one nearest to the caption is kept"""
-    temperature: float = 1.0
-    """of an autoregressive prior's codes; 0 = no draw: each code at its expected value, which is
-    nearer to the image than a draw"""
-    top_share: float = 0.5
-    """an autoregressive prior draws its dot-product token from this top part of its distribution"""
-    mean_of: int = 1
-    """draws of an autoregressive prior whose mean is taken: nearer to the image, and less varied"""
-    precision: Precision = "auto"
-    """of the networks; the samples themselves stay fp32; auto: bf16 where the device computes in
-    it"""
-    batch_size: int = 50
-    """captions at once"""
-    device: str = "auto"
-    """auto: a GPU where there is one; cpu, cuda or cuda:N"""
-    num_threads: int = 2
-    """threads on the CPU"""
     metrics_port: int | None = None
     """serve Prometheus metrics on this loopback port; 0 = any free one"""
     fresh: bool = False
     """delete earlier samples in --out instead of continuing them"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_at_least(self, limit=0, batch_size=1, num_threads=1)
         if self.guide and self.cfg_scale == 1:
             raise ValueError(
@@ -128,7 +81,7 @@ def main(config: SampleConfig) -> int:
     device = device_named(config.device)
     config = dataclasses.replace(config, precision=settled(config.precision, device.type))
     serve(config.metrics_port)
-    torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(threads_for(config.num_threads))
     captions, sampling = _captions(config), sampling_of(vars(config))
     out = Path(config.out)
     parts = (config.clip, config.prior, config.decoder, config.upsampler)
@@ -169,9 +122,7 @@ def _settings(config: SampleConfig, captions: list[str], chain: Any) -> dict[str
     return json.loads(json.dumps(settings))
 
 
-def _draw(
-    out: Path, config: SampleConfig, captions: list[str], chain: Any, sampling: Any
-) -> int:
+def _draw(out: Path, config: SampleConfig, captions: list[str], chain: Any, sampling: Any) -> int:
     """Draw the batches that are not whole yet; returns the number of images drawn."""
     from cluster.base.metrics import counter
     from cluster.base.progress import progress

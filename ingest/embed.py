@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.base.cli import DONE, INCOMPLETE, parse, require_lasting, run_script
+from cluster.base.machine import threads_for
 
 if TYPE_CHECKING:
     from ingest.shards import ShardEntry, Snapshot
@@ -35,8 +36,8 @@ class EmbedConfig:
     """encoders side by side at most, where a cluster grows; None: num_actors"""
     num_readers: int | None = None
     """shards read and decoded side by side, on CPUs; None: as many as keep the encoders busy"""
-    num_threads: int = 2
-    """threads of an encoder on the CPU"""
+    num_threads: int | None = None
+    """threads of an encoder on the CPU; None: the cores of its machine, shared by --num-actors"""
     batch_size: int = 256
     """samples a forward pass"""
     compile: bool = False
@@ -73,7 +74,7 @@ class Encoder:
 
         from models.clip import load_clip
 
-        torch.set_num_threads(config.num_threads)
+        torch.set_num_threads(threads_for(config.num_threads, config.num_actors))
         self._encoder = load_clip(config.clip)
         if torch.cuda.is_available():
             self._encoder.cuda()

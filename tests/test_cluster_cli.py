@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 import yaml
 
+from cluster.base import machine
 from cluster.base.cli import merged, parse, read_yaml, run_script, to_yaml
 from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 
@@ -235,6 +236,21 @@ def test_a_written_configuration_reads_back_as_it_was(name: str, tmp_path: Path)
         path.write_text(to_yaml(config))
         assert merged(CONFIGS[name](), read_yaml(path), str(path)) == config
         assert parse(CONFIGS[name], argv=["--config", str(path)]) == config
+
+
+# -- the machine -----------------------------------------------------------------------------------
+
+
+def test_threads_are_an_equal_share_of_the_cores_that_the_cgroup_admits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {*range(16)}, raising=False)
+    quota = tmp_path / "cpu.max"
+    for text, cores in (("max 100000", 16), ("600000 100000", 6), ("50000 100000", 1), ("", 16)):
+        quota.write_text(text)
+        assert machine.available_cpus(quota) == cores
+    assert machine.available_cpus(tmp_path / "absent") == 16
+    assert machine.threads_for(3, 8) == 3 and machine.threads_for(None, 100) == 1
 
 
 # -- exit codes ------------------------------------------------------------------------------------

@@ -26,9 +26,10 @@ INFINITY = float("inf")
 def _require(config: Any, group: str, low: float, high: float, *names: str) -> None:
     """Refuse a number outside of [low, high], or NaN."""
     for name in names:
-        if not low <= getattr(config, name) <= high:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
             expected = f"at least {low}" if high == INFINITY else f"{low} to {high}"
-            raise ValueError(f"{group}.{name}: found {getattr(config, name)}, expected {expected}")
+            raise ValueError(f"{group}.{name}: found {value}, expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +134,8 @@ class WorkersConfig:
     all"""
     device: Annotated[Literal["auto", "cpu", "cuda"], MAY_CHANGE] = "auto"
     """auto: a GPU for each worker where there are any; cuda: or else refuse; cpu: none"""
-    num_threads: Annotated[int, MAY_CHANGE] = 2
-    """threads a worker on the CPU"""
+    num_threads: Annotated[int | None, MAY_CHANGE] = None
+    """threads a worker on the CPU; None: the cores of its machine, shared by its workers there"""
     precision: Precision = "auto"
     """bf16: fp32 weights under autocast; fp32: no autocast; auto: bf16 where the device computes in
     it, which the run then keeps"""
@@ -326,8 +327,8 @@ class DataConfig:
     worker is to open its own shards only"""
     window: Annotated[int, HIDDEN] = 16
     """shards of a stream that are shuffled together"""
-    num_threads: Annotated[int, HIDDEN_MAY_CHANGE] = 2
-    """threads of a worker that decode images ahead of the step"""
+    num_threads: Annotated[int | None, HIDDEN_MAY_CHANGE] = None
+    """threads of a worker that decode images ahead of the step; None: as of train.num_threads"""
     prefetch: Annotated[int, HIDDEN_MAY_CHANGE] = 3
     """batches read ahead of the step"""
 

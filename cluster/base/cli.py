@@ -551,7 +551,8 @@ def require_local(name: str, path: str) -> None:
 def require_at_least(config: Any, **least: float) -> None:
     """Refuse a number that is less than `least` says for its field, by the name of its flag."""
     for name, bound in least.items():
-        if not getattr(config, name) >= bound:  # nor NaN
+        value = getattr(config, name)
+        if value is not None and not value >= bound:  # nor NaN
             raise ValueError(
                 f"{_flag(name)}: found {getattr(config, name)}, expected {bound} or more"
             )

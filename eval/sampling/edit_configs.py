@@ -5,17 +5,14 @@ from typing import Annotated
 
 from tyro.conf import UseAppendAction
 
+from eval.sampling.options import DrawingOptions, ImageOptions, PriorOptions
 from training.engine.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditConfig:
+class EditConfig(ImageOptions, DrawingOptions):
     """What every sub-command takes. Images are cut square; those of the grid are one a row."""
 
-    decoder: str = "runs/base"
-    """finished run of training/decoder.py --stage base"""
-    upsampler: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """finished run of an upsampler, in order of the cascade; repeatable"""
     clip: str = ""
     """encoder; empty = the one the decoder was trained on"""
     out: str = "edits"
@@ -24,33 +21,16 @@ class EditConfig:
     """of all noise"""
     decoder_steps: int = 50
     """sampling steps of the decoder, and of its inversion"""
-    upsampler_steps: int = 8
-    """sampling steps of an upsampler"""
-    upsampler_tile: int = 0
-    """side in px of the overlapping parts in which an upsampler works, where its whole image does
-    not fit the memory; 0 = whole"""
     precision: Precision = "fp32"
     """of the networks; inversion wants fp32"""
-    batch_size: int = 50
-    """images at once; changes memory and speed, not the images"""
-    device: str = "auto"
-    """auto: a GPU where there is one; cpu, cuda or cuda:N"""
-    num_threads: int = 2
-    """threads on the CPU"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagineConfig(EditConfig):
+class ImagineConfig(EditConfig, PriorOptions):
     """What the sub-commands take that ask a prior."""
 
     prior: str = ""
     """finished run of training/prior.py"""
-    prior_steps: int = 16
-    """sampling steps of the prior"""
-    prior_cfg_scale: float = 1.5
-    """guidance of the prior; 1 = off, as in the paper"""
-    best_of: int = 2
-    """draws of a diffusion prior, of which the one nearest to the caption is kept"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.base.cli import require_at_least
+from cluster.base.machine import threads_for
 from eval.sampling.edit_configs import (
     EditConfig,
     GuidanceConfig,
@@ -55,7 +56,7 @@ def run_edit(command: str, config: EditConfig) -> int:
     from eval.sampling.chain import load_chain
     from eval.sampling.generate import sampling_of
 
-    torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(threads_for(config.num_threads))
     device = device_named(config.device)
     config = dataclasses.replace(config, precision=settled(config.precision, device.type))
     settings = {**vars(config), "sampler": "ddim"}

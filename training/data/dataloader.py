@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cluster.base.machine import threads_for
 from models.diffusion.keyed_random import sample_keys
 from training.config import RunConfig
 from training.data.datasets import ColumnDataset, Columns
@@ -275,6 +276,7 @@ def make_loader(
         return ThreadedLoader(
             dataset=dataset, sampler=sampler, prefetch=data.prefetch, pin_memory=pin_memory
         )
+    num_readers = threads_for(data.num_threads)
     return RayLoader(
-        dataset=dataset, sampler=sampler, build_dataset=build_dataset, num_readers=data.num_threads
+        dataset=dataset, sampler=sampler, build_dataset=build_dataset, num_readers=num_readers
     )

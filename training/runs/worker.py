@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.base.cli import DONE, INCOMPLETE, with_options
 from cluster.base.files import write_text
+from cluster.base.machine import threads_for
 from cluster.base.run_dir import error_path, error_paths
 from models.weights import FINAL_NAME
 from training.config import RunConfig, TrainConfig
@@ -149,7 +150,10 @@ def train_rank(
     compute_whole_fp32()
     keep_freed_memory(ALL if device.type == "cpu" else KEPT_BYTES)
     if device.type == "cpu":
-        torch.set_num_threads(settings.workers.num_threads)
+        threads = threads_for(settings.workers.num_threads)
+        torch.set_num_threads(threads)
+        if not rank and settings.workers.num_threads is None:
+            print(f"threads: {threads} a worker, of this machine's cores", flush=True)
 
     lock = nullcontext() if rank else train_lock(run)
     with lock, Watchdog(run, rank, world_size, settings.faults.hang_seconds) as watchdog:

@@ -10,6 +10,7 @@ from typing import Any
 from open_clip import CLIP
 from torch import Tensor
 
+from cluster.base.machine import threads_for
 from models.clip import (
     MAX_LOGIT_SCALE,
     PIXEL_MEAN,
@@ -82,7 +83,7 @@ def clip_objective(model: Any, batch: Batch, gather: Gathered = gathered) -> dic
 def clip_dataset(config: ClipRunConfig, image_size: int, context_length: int) -> ColumnDataset:
     """Read images and their captions' tokens."""
     tokenize = tokenizer(context_length, config.model.vocab_size)
-    threads = config.data.num_threads
+    threads = threads_for(config.data.num_threads)
     data_sets = [
         ImageDataset(part_of(snapshot, config.part), image_size, threads, tokenize)
         for snapshot in pin_snapshots(config.run, "images", config.images)
