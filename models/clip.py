@@ -21,9 +21,9 @@ from models.configs import ClipConfig
 from models.networks.transformer import trimmed_length
 from models.weights import digest, exported, load_config, load_weights
 
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, kept by open_clip's models
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, as in open_clip's models
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-VOCAB_SIZE = 49408  # of CLIP's BPE: words, then start and end of text
+VOCAB_SIZE = 49408  # of CLIP's BPE; the last two are start and end of text
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
 _OPTIONS = ("num_heads", "eps", "pool_type", "text_pool_type", "text_eos_id")  # open_clip's names
 RAW = "+raw"  # ends the name of an encoder whose embeddings keep their length
@@ -99,18 +99,19 @@ def model_sizes(clip: open_clip.CLIP) -> tuple[int, int]:
 
 
 def model_options(clip: open_clip.CLIP) -> dict[str, Any]:
-    """Return what a CLIP computes with beside its weights: "module.option" -> value.
+    """Return what determines a CLIP's outputs beside its weights: "module.option" -> value.
 
-    The kind of each module, which tells GELU from QuickGELU, and the options that no shape tells,
-    such as the number of heads.
+    The type of each module, such as GELU or QuickGELU, and the options that no weight's shape
+    determines, such as the number of heads.
     """
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, module in clip.named_modules():
         prefix = f"{name}." if name else ""
-        found[f"{prefix}type"] = type(module).__name__
-        told = {option: getattr(module, option, None) for option in _OPTIONS}
-        found |= {f"{prefix}{option}": value for option, value in told.items() if value is not None}
-    return found
+        options[f"{prefix}type"] = type(module).__name__
+        for option in _OPTIONS:
+            if (value := getattr(module, option, None)) is not None:
+                options[f"{prefix}{option}"] = value
+    return options
 
 
 def tokenizer(
@@ -119,15 +120,15 @@ def tokenizer(
     """Return a function from captions to int32 [B, context_length]: BPE tokens, zero-padded, cut
     at the end.
 
-    A smaller `vocab_size` folds words onto each other; 0 stays padding, and the last two stay
+    A smaller `vocab_size` folds token ids onto each other; 0 stays padding, and the last two stay
     start and end.
     """
     tokenize = open_clip.SimpleTokenizer(context_length=context_length)
 
     def fold(tokens: np.ndarray) -> np.ndarray:
-        words = 1 + (tokens - 1) % (vocab_size - 3)
+        folded = 1 + (tokens - 1) % (vocab_size - 3)
         special = tokens - VOCAB_SIZE + vocab_size
-        return np.where(tokens == 0, 0, np.where(tokens >= VOCAB_SIZE - 2, special, words))
+        return np.where(tokens == 0, 0, np.where(tokens >= VOCAB_SIZE - 2, special, folded))
 
     def encode(captions: list[str]) -> np.ndarray:
         tokens = tokenize(captions).numpy().astype(np.int32)
@@ -138,8 +139,7 @@ def tokenizer(
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What turns a pair into an encoder's input, without the encoder. image_size: px;
-    context_length: tokens."""
+    """How a pair becomes an encoder's input. image_size: px; context_length, vocab_size: tokens."""
 
     image_size: int
     context_length: int
@@ -159,7 +159,7 @@ class FrozenClip(nn.Module):
         super().__init__()
         self.unit_norm = unit_norm
         self.image_size, self.context_length = model_sizes(clip)
-        # open_clip types its parts as Tensor | Module, which says nothing of what they can do
+        # open_clip annotates its modules as Tensor | Module
         self.clip: Any = clip.eval().requires_grad_(False)
         self.text_width = int(self.clip.ln_final.weight.shape[0])
         projection = self.clip.text_projection
@@ -167,7 +167,7 @@ class FrozenClip(nn.Module):
             projection.shape[1] if isinstance(projection, Tensor) else projection.out_features
         )
         state = dict(clip.state_dict())
-        del state["logit_scale"]  # says nothing of what is encoded, and comes in two shapes
+        del state["logit_scale"]  # does not affect embeddings, and has two shapes
         weights = digest(state)[:16]
         self.pixel_mean = tuple(getattr(self.clip.visual, "image_mean", None) or PIXEL_MEAN)
         self.pixel_std = tuple(getattr(self.clip.visual, "image_std", None) or PIXEL_STD)
@@ -181,7 +181,7 @@ class FrozenClip(nn.Module):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What its inputs go through before they come here."""
+        """The preprocessing of its inputs."""
         return Preprocessing(
             image_size=self.image_size,
             context_length=self.context_length,
@@ -194,12 +194,12 @@ class FrozenClip(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it encodes: inputs are brought there, and what comes out is there."""
+        """The device that inputs are moved to and results are on."""
         return self.clip.positional_embedding.device
 
     def drop_vision(self) -> None:
-        """Let go of the vision tower, most of the weights: what encodes captions alone, as training
-        does, need not hold it on every GPU."""
+        """Free the vision tower, most of the weights, where only captions are encoded, as in
+        training."""
         self.clip.visual = None
 
     @torch.no_grad()
@@ -209,7 +209,7 @@ class FrozenClip(nn.Module):
         Raises ValueError after `drop_vision`.
         """
         if self.clip.visual is None:
-            raise ValueError("encoder: found no vision tower any more, expected one; load it anew")
+            raise ValueError("encoder: found no vision tower any more, expected one; load it again")
         pixels = normalise_pixels(image.to(self.device), self.pixel_mean, self.pixel_std)
         return self._of_length(self.clip.encode_image(pixels).float())
 
@@ -217,10 +217,10 @@ class FrozenClip(nn.Module):
         return F.normalize(embed, dim=-1) if self.unit_norm else embed
 
     def trimmed(self, tokens: Tensor) -> Tensor:
-        """Return tokens int [B, L] without the columns that only pad, where that changes nothing.
+        """Return tokens int [B, L] without the columns that are padding in every row, if the tower
+        does not read them: a causal one that pools at a caption's end.
 
-        A causal tower that reads a caption off at its end never looks at what follows. Most
-        captions fill a fifth of the context.
+        Most captions fill a fifth of the context.
         """
         causal = self.clip.attn_mask is not None and self.clip.text_pool_type in ("argmax", "eos")
         return tokens[:, : trimmed_length(token_mask(tokens))] if causal else tokens
@@ -271,7 +271,7 @@ def load_clip(spec: str) -> FrozenClip:
 
     A run folder of training/clip.py; ARCHITECTURE:TAG, open_clip's own pretrained weights, which
     it fetches if they are not in its cache; ARCHITECTURE:random, seeded, for tests; or
-    ARCHITECTURE:FILE.safetensors. Any of these with "+raw" behind keeps the length of embeddings.
+    ARCHITECTURE:FILE.safetensors. Any of these followed by "+raw" keeps the length of embeddings.
     Raises ValueError when it names none of these.
     """
     unit_norm, spec = not spec.endswith(RAW), spec.removesuffix(RAW)
@@ -281,8 +281,7 @@ def load_clip(spec: str) -> FrozenClip:
     if ":" not in spec:
         raise ValueError(
             f"clip {spec}: found no such folder, expected a finished run of training/clip.py or "
-            f"ARCHITECTURE:TAG; "
-            "train one with: python training/clip.py"
+            "ARCHITECTURE:TAG; train one with: python training/clip.py"
         )
     architecture, weights = spec.split(":", 1)
     if weights == "random" or weights.endswith(".safetensors"):

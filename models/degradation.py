@@ -1,13 +1,12 @@
 """Corruptions of an upsampler's conditioning image (Ramesh et al. 2022, appendix C).
 
     shrink          the mean over cells: the low resolution that a stage starts from
-    gaussian_blur   kernel 3, sigma 0.6: the first upsampler's
-    bsr             blind super-resolution's degradation: the second upsampler's
+    gaussian_blur   kernel 3, sigma 0.6, of the first upsampler
+    bsr             degradation of blind super-resolution, of the second upsampler
 
 `bsr` is the degradation of BSRGAN (Zhang et al. 2021, "Designing a Practical Degradation Model"):
-two blurs, a reduction by a random filter, noise and JPEG, in an order drawn anew for each sample.
-In the place of its camera noise stands speckle; the reduction is one step, to the size that is
-wanted.
+two blurs, a reduction by a random filter, noise and JPEG, in a random order for each sample.
+Speckle replaces its camera noise; the reduction is one step, to the final size.
 """
 
 import math
@@ -28,7 +27,7 @@ BLUR_SHARE = 0.8  # of the samples, for either blur
 NOISE_RANGE = (1 / 255, 25 / 255)
 NOISE_SHARE, GREY_SHARE, SPECKLE_SHARE = 0.6, 0.4, 0.3
 QUALITY_RANGE, JPEG_SHARE = (30.0, 95.0), 0.9
-FILTERS = ("bilinear", "bicubic")  # antialiased; or else the mean over cells
+FILTERS = ("bilinear", "bicubic")  # antialiased; otherwise the mean over cells
 
 
 def gaussian_blur(image: Tensor) -> Tensor:
@@ -57,10 +56,10 @@ def shrink(image: Tensor, factor: int) -> Tensor:
 def bsr(image: Tensor, keys: Tensor, factor: int) -> Tensor:
     """Corrupt and reduce `image` [B, 3, H, W] in [-1, 1] to [B, 3, H / factor, W / factor].
 
-    keys: int64 [B]; everything random comes from them. Sides of at least 8 factor px.
+    All randomness comes from the sample `keys` int64 [B]. Sides: at least 8 factor px.
     """
     large = (image.float() + 1) / 2
-    small = F.avg_pool2d(large, factor)  # its rows are written when their turn comes
+    small = F.avg_pool2d(large, factor)  # [B, 3, h, w]; a row is set when it is reduced
     is_small = torch.zeros(len(keys), dtype=torch.bool, device=image.device)
     corruptions: list[Callable[[Tensor, Tensor, float], Tensor]] = [
         _isotropic, _anisotropic, _noisy, _speckled, _compressed,
@@ -68,26 +67,17 @@ def bsr(image: Tensor, keys: Tensor, factor: int) -> Tensor:
     order = keyed_random.uniform(keys, "bsr_order", (len(corruptions) + 1,)).argsort(dim=1)
     for turn in order.unbind(1):
         for number, corrupt in enumerate(corruptions):
-            _corrupt(large, 1.0, keys, (turn == number) & ~is_small, corrupt)
-            _corrupt(small, 1 / factor, keys, (turn == number) & is_small, corrupt)
+            # `scale`: px of this size per px of the large image
+            for image_now, scale, mask in ((large, 1.0, ~is_small), (small, 1 / factor, is_small)):
+                rows = ((turn == number) & mask).nonzero()[:, 0]
+                if len(rows):
+                    corrupted = corrupt(image_now[rows], keys[rows], scale)
+                    image_now[rows] = corrupted.clamp(0, 1)
         rows = (turn == len(corruptions)).nonzero()[:, 0]
         if len(rows):
             small[rows] = _reduced(large[rows], keys[rows], factor).clamp(0, 1)
             is_small[rows] = True
     return small * 2 - 1
-
-
-def _corrupt(
-    canvas: Tensor,
-    scale: float,
-    keys: Tensor,
-    mine: Tensor,
-    corrupt: Callable[[Tensor, Tensor, float], Tensor],
-) -> None:
-    """Corrupt some rows of a canvas, on which a pixel of the large image is `scale` wide."""
-    rows = mine.nonzero()[:, 0]
-    if len(rows):
-        canvas[rows] = corrupt(canvas[rows], keys[rows], scale).clamp(0, 1)
 
 
 def _some(keys: Tensor, name: str, share: float) -> Tensor:
@@ -155,15 +145,15 @@ def _compressed(image: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def _reduced(image: Tensor, keys: Tensor, factor: int) -> Tensor:
-    """Reduce by a filter that is drawn: the mean over cells, or an antialiased one."""
+    """Reduce by a random filter: the mean over cells, or an antialiased one."""
     size = [side // factor for side in image.shape[2:]]
     choice = (keyed_random.uniform(keys, "bsr_filter") * (1 + len(FILTERS))).long()
     choice = choice[:, None, None, None]
-    found = F.avg_pool2d(image, factor)
+    reduced = F.avg_pool2d(image, factor)
     for number, mode in enumerate(FILTERS, start=1):
-        way = F.interpolate(image, size, mode=mode, antialias=True)
-        found = torch.where(choice == number, way, found)
-    return found
+        filtered = F.interpolate(image, size, mode=mode, antialias=True)
+        reduced = torch.where(choice == number, filtered, reduced)
+    return reduced
 
 
 # -- JPEG ------------------------------------------------------------------------------------------
@@ -191,13 +181,13 @@ _TO_YCC = (
 def jpeg(image: Tensor, quality: Tensor) -> Tensor:
     """Return `image` [B, 3, H, W] in [0, 1] after JPEG of `quality` [B] in [1, 100].
 
-    What is lost is lost here as there: blocks of 8 px, quantised cosines, no chroma subsampling.
-    Sides that are no multiple of 8 are filled up by repeating their ends.
+    Blocks of 8 px and quantised cosines as in JPEG, without chroma subsampling. Sides that are no
+    multiple of 8 are padded by repeating their ends. (ITU-T T.81)
     """
     height, width = image.shape[2:]
     padded = F.pad(image, (0, -width % 8, 0, -height % 8), mode="replicate")
     to_ycc = torch.tensor(_TO_YCC, device=image.device)
-    # levels about 0, which is what the transform of luminance and differences both take
+    # the transform takes levels about 0
     ycc = torch.einsum("cd,bdhw->bchw", to_ycc, padded * 255)
     ycc[:, 0] -= 128
     blocks = ycc.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [B, 3, h, w, 8, 8]
@@ -212,11 +202,11 @@ def jpeg(image: Tensor, quality: Tensor) -> Tensor:
 
 
 def _cosines(device: torch.device) -> Tensor:
-    """Return the orthonormal cosine transform of 8 samples, [frequency, place]."""
+    """Return the orthonormal cosine transform of 8 samples, [frequency, position]."""
     k, n = torch.arange(8, device=device)[:, None], torch.arange(8, device=device)
-    found = torch.cos((2 * n + 1) * k * math.pi / 16) / 2
-    found[0] /= math.sqrt(2)
-    return found
+    cosines = torch.cos((2 * n + 1) * k * math.pi / 16) / 2
+    cosines[0] /= math.sqrt(2)
+    return cosines
 
 
 def _quantisers(quality: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""What one does with an image's two latents: z_i, what CLIP says of it, and x_T, all else (Ramesh
-et al. 2022, section 3).
+"""Operations on an image's two latents: z_i, its CLIP embedding, and x_T, all else (Ramesh et al.
+2022, section 3).
 
     encode           image -> (z_i, x_T), x_T by inverting DDIM under z_i
     reconstructions  (z_i, x_T) -> image, by DDIM; with eta > 0 its variations (figure 3)
@@ -7,8 +7,8 @@ et al. 2022, section 3).
     text_diffs       from an image toward what one caption says beyond another (figure 5)
     pca_images       z_i from its first principal components alone (figure 7)
 
-All are under z_i alone: a caption would speak for the image as it was. Images are the base
-decoder's, [B, 3, S, S] in [-1, 1]; `UnClip.upsample` takes them further.
+All use z_i without a caption, which would describe the original image. Images are the base
+decoder's, [B, 3, S, S] in [-1, 1]; `UnClip.upsample` enlarges them.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from models.clip import preprocess
 from models.diffusion.samplers import ddim
 from models.unclip import Sampling, UnClip
 
-PARALLEL = 1e-4  # sine of the angle below which two vectors are one
+PARALLEL = 1e-4  # sine of the angle below which two vectors count as parallel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """Of B images: image_embed [B, E], z_i; start, x_T [B, 3, S, S]."""
+    """The latents of B images. image_embed: z_i, [B, E]; start: x_T, [B, 3, S, S]."""
 
     image_embed: Tensor
     start: Tensor
@@ -43,40 +43,39 @@ class Latents:
 
     def row(self, number: int) -> "Latents":
         """Return those of one image, B = 1."""
-        part = slice(number, number + 1)
-        return Latents(image_embed=self.image_embed[part], start=self.start[part])
+        row = slice(number, number + 1)
+        return Latents(image_embed=self.image_embed[row], start=self.start[row])
 
 
 def pixels_of(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Return pictures as the base decoder knows them: [B, 3, size, size] in [-1, 1]."""
+    """Return pictures as the base decoder's images: [B, 3, size, size] in [-1, 1]."""
     stacked = torch.stack([torch.from_numpy(preprocess(image, size)) for image in images])
     return stacked.float() / 127.5 - 1
 
 
 def embed_images(chain: UnClip, images: Sequence[Image.Image]) -> Tensor:
-    """Return z_i [B, E] of pictures."""
+    """Return z_i [B, E] of pictures, by the chain's encoder."""
     stacked = [torch.from_numpy(chain.clip.preprocess(image)) for image in images]
     return chain.clip.encode_image(torch.stack(stacked))
 
 
 def encode(chain: UnClip, images: Sequence[Image.Image], sampling: Sampling) -> Latents:
-    """Return both latents of pictures; as many steps as `sampling.decoder` has come back to
-    them."""
+    """Return both latents of B pictures, by inverting DDIM with `sampling.decoder`'s steps."""
     image_embed = embed_images(chain, images)
     image = pixels_of(images, chain.base.image_size).to(chain.device)
-    told = chain.condition(None, image_embed)
-    how = sampling.decoder
+    condition, options = chain.condition(None, image_embed), sampling.decoder
     with sampling.autocast(image_embed):
-        start = chain.base.invert(image, told, how.sample_steps, how.spacing)
+        start = chain.base.invert(image, condition, options.sample_steps, options.spacing)
     return Latents(image_embed=image_embed, start=start)
 
 
 def reconstructions(
     chain: UnClip, keys: Tensor, latents: Latents, sampling: Sampling, eta: float = 0.0
 ) -> Tensor:
-    """Draw images of latents by DDIM, unguided; eta > 0 varies what z_i leaves open.
+    """Draw images [B, 3, S, S] of latents by DDIM, unguided; keys: int64 [B].
 
-    At eta = 0 they are the images that were encoded, as well as the decoder can.
+    At eta = 0 they are the encoded images, as well as the decoder can; eta > 0 varies what z_i
+    does not determine.
     """
     plain = replace(sampling.decoder, sampler=ddim(eta), cfg_scale=1.0)
     plain = replace(sampling, decoder=plain)
@@ -102,13 +101,13 @@ def slerp(a: Tensor, b: Tensor, theta: float) -> Tensor:
     return (of_a * a + of_b * b).to(a.dtype)
 
 
-def blends(one: Latents, other: Latents, thetas: Sequence[float], *, noise: bool) -> Latents:
-    """Return the latents between two images, one for each theta.
+def blends(a: Latents, b: Latents, thetas: Sequence[float], *, noise: bool) -> Latents:
+    """Return the latents between two images a and b, one row for each theta in [0, 1].
 
-    noise: blend x_T as well, so that both ends are the images; else all have the first one's.
+    noise: blend x_T as well, so that both ends are the images; otherwise all rows have a's.
     """
-    embeds = [slerp(one.image_embed, other.image_embed, theta) for theta in thetas]
-    starts = [slerp(one.start, other.start, theta) if noise else one.start for theta in thetas]
+    embeds = [slerp(a.image_embed, b.image_embed, theta) for theta in thetas]
+    starts = [slerp(a.start, b.start, theta) if noise else a.start for theta in thetas]
     return Latents(image_embed=torch.cat(embeds), start=torch.cat(starts))
 
 
@@ -118,8 +117,9 @@ def text_diffs(
     """Return one image's latents turned toward `caption` and away from `without`.
 
     z_d = norm(z_t - z_t0), z = slerp(z_i, z_d, theta); the paper's theta ends between .25 and .5.
-    without: a caption of the image as it is, or a plain one; empty for none (z_t0 = 0). Raises
-    ValueError where the two captions say the same, and there is no direction.
+    latents: of one image. without: a caption of the image as it is, or a plain one; empty for none
+    (z_t0 = 0). Returns one row for each theta. Raises ValueError for captions that the encoder
+    maps to the same embedding: there is no direction.
     """
     embed = chain.encode_captions([caption, without])[1]
     difference = embed[:1] - (embed[1:] if without else 0)

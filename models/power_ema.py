@@ -2,7 +2,7 @@
 the Training Dynamics of Diffusion Models", section 3).
 
 After t updates the average weighs the weights of time tau by f(tau) = (gamma + 1) tau^gamma /
-t^(gamma + 1) on [0, t]: a profile that grows with the run. Its width is told as sigma_rel, the
+t^(gamma + 1) on [0, t]: a profile that grows with the run. Its width is stated as sigma_rel, the
 standard deviation of f over t.
 """
 
@@ -47,7 +47,7 @@ def gamma_of(sigma_rel: float) -> float:
 def new_share(gamma: float, t: int) -> float:
     """Return 1 - beta_t = 1 - (1 - 1/t)^(gamma + 1): the share of the newest weights at update t.
 
-    The first update, t = 1, takes all of them, so the random start has no part in the average.
+    At the first update, t = 1, the share is 1, so the random start is not in the average.
     """
     return 1.0 if t <= 1 else -math.expm1((gamma + 1) * math.log1p(-1 / t))
 
@@ -69,14 +69,14 @@ def coefficients(stored: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray
     Least squares in float64, of coefficients that sum to one: the paper leaves their sum free,
     which with few snapshots shrinks or grows weights that do not move. The error is the norm of the
     profile's residual over the norm of the profile. Profiles are scaled to norm one, so that early
-    snapshots, whose norms are large, do not spoil the conditioning; equal ones share their part.
+    snapshots, whose norms are large, do not spoil the conditioning; equal ones share their weight.
     """
     gram = np.array([[inner_product(a, b) for b in stored] for a in stored])
     target = np.array([inner_product(a, wanted) for a in stored])
     norm = inner_product(wanted, wanted)
     scale = 1 / np.sqrt(np.diag(gram))
     sides = np.stack([target * scale, scale], 1)
-    free, towards_one = np.linalg.lstsq(gram * scale * scale[:, None], sides, rcond=None)[0].T
-    found = (free + (1 - scale @ free) / (scale @ towards_one) * towards_one) * scale
-    residual = norm - 2 * found @ target + found @ gram @ found
-    return found, math.sqrt(max(0.0, residual) / norm)
+    free, towards_unit_sum = np.linalg.lstsq(gram * scale * scale[:, None], sides, rcond=None)[0].T
+    result = (free + (1 - scale @ free) / (scale @ towards_unit_sum) * towards_unit_sum) * scale
+    residual = norm - 2 * result @ target + result @ gram @ result
+    return result, math.sqrt(max(0.0, residual) / norm)

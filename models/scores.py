@@ -1,4 +1,4 @@
-"""Pure scores of embeddings: no files, no models."""
+"""Scores of embeddings: tensors to numbers, without files and models."""
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,13 @@ def shuffled_cosine(a: Tensor, b: Tensor) -> float:
 
 def _nearest(query: Tensor, gallery: Tensor, k: int) -> Tensor:
     """Return the k rows of `gallery` nearest to each of `query` by cosine, int64 [N, k], nearest
-    first; a part of the queries at a time, so that memory grows with N and not its square."""
+    first; in batches of queries, so that memory grows with N and not with its square."""
     rows = F.normalize(gallery.double(), dim=1)
-    parts = [
-        (F.normalize(part.double(), dim=1) @ rows.T).topk(min(k, len(rows)), dim=1).indices
-        for part in query.split(QUERIES_AT_ONCE)
+    nearest = [
+        (F.normalize(batch.double(), dim=1) @ rows.T).topk(min(k, len(rows)), dim=1).indices
+        for batch in query.split(QUERIES_AT_ONCE)
     ]
-    return torch.cat(parts)
+    return torch.cat(nearest)
 
 
 def retrieval_at_k(query: Tensor, gallery: Tensor, captions: list[str], k: int = 1) -> float:
@@ -76,27 +76,27 @@ def retrieval_both_ways(
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     own = torch.tensor([numbers[caption] for caption in captions])
     repeats = own.bincount()[own]
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     ways = {"text_to_image": (text, image), "image_to_text": (image, text)}
     for way, (query, gallery) in ways.items():
         nearest = _nearest(query, gallery, max(ks)).cpu()
         for k in ks:
             hits = (own[nearest[:, :k]] == own[:, None]).sum(1).double()
-            wanted = repeats.clamp(max=k).double()
-            found[f"{way}_r@{k}_any"] = (hits > 0).double().mean().item()
-            found[f"{way}_r@{k}_all"] = (hits / wanted).mean().item()
-    return found
+            possible = repeats.clamp(max=k).double()
+            scores[f"{way}_r@{k}_any"] = (hits > 0).double().mean().item()
+            scores[f"{way}_r@{k}_all"] = (hits / possible).mean().item()
+    return scores
 
 
 def zero_shot(image: Tensor, classes: Tensor, labels: Tensor) -> float:
     """Return the share of images [N, E] whose nearest class is theirs; labels: int64 [N].
 
-    classes: [C, T, E], embeddings of T sentences for each class, whose normalised mean stands for
+    classes: [C, T, E], embeddings of T sentences for each class, whose normalised mean represents
     it (Radford et al. 2021, section 3.1.4).
     """
     weights = F.normalize(F.normalize(classes.double(), dim=-1).mean(1), dim=-1)
-    found = (F.normalize(image.double(), dim=1) @ weights.T).argmax(1)
-    return (found == labels).double().mean().item()
+    predicted = (F.normalize(image.double(), dim=1) @ weights.T).argmax(1)
+    return (predicted == labels).double().mean().item()
 
 
 def linear_probe(
@@ -108,18 +108,18 @@ def linear_probe(
     weight_decay: half of it times the squared weights is added to the mean loss.
     """
     (x, y), (test_x, test_y) = train, test
-    x, test_x = (F.normalize(part.double(), dim=1) for part in (x, test_x))
+    x, test_x = (F.normalize(rows.double(), dim=1) for rows in (x, test_x))
     num_classes = int(torch.cat([y, test_y]).max()) + 1
     weight = torch.zeros(num_classes, x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
     fit = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
 
-    def loss() -> Tensor:
+    def loss() -> float:
         fit.zero_grad()
         value = F.cross_entropy(x @ weight.T + bias, y) + weight_decay / 2 * weight.square().sum()
         value.backward()
-        return value
+        return value.item()
 
-    fit.step(loss)  # type: ignore[arg-type]
-    found = (test_x @ weight.T + bias).argmax(1)
-    return (found == test_y).double().mean().item()
+    fit.step(loss)
+    predicted = (test_x @ weight.T + bias).argmax(1)
+    return (predicted == test_y).double().mean().item()

@@ -32,7 +32,9 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     kind, model = config["kind"], dict(config["model"])
     if "unet" in model:
         # JSON has no tuples
-        unet = {k: tuple(v) if isinstance(v, list) else v for k, v in model["unet"].items()}
+        unet: dict[str, Any] = dict(model["unet"])
+        for name in ("channel_mult", "attn_resolutions"):
+            unet[name] = tuple(unet[name])
         model["unet"] = UNetConfig(**unet)
     if kind == "upsampler":
         sizes = {"factor": config["factor"], "crop_size": config["crop_size"]}

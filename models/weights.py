@@ -30,9 +30,9 @@ def rewrite_weights(
 ) -> None:
     """Copy the weights file `source` to `path` with other values for `names`, all fp32.
 
-    tensors: (name, tensor of any shape with as many elements), for each of `names` once; one at a
-    time is in memory. A safetensors file is 8 bytes of little-endian length, a JSON header with
-    each tensor's place after it, and the tensors.
+    tensors: (name, tensor with as many elements), each of `names` once; a single one is in memory
+    at a time. A safetensors file is 8 bytes of little-endian length, a JSON header with each
+    tensor's offsets after it, and the tensors. Raises ValueError for a tensor that is not fp32.
     """
     shutil.copyfile(source, path)
     with path.open("r+b") as file:
@@ -65,23 +65,20 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     """
     if not path.is_file():
         raise ValueError(f"{path}: found no weights file; expected safetensors written by training")
-    found = load_file(str(path))
-    expected = model.state_dict()
-    for name in sorted(found.keys() | expected.keys()):
-        shapes = [
-            list(side[name].shape) if name in side else "nothing" for side in (found, expected)
-        ]
+    state, expected = load_file(str(path)), model.state_dict()
+    for name in sorted(state.keys() | expected.keys()):
+        shapes = [list(s[name].shape) if name in s else "nothing" for s in (state, expected)]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"{path}: tensor {name}: found {shapes[0]}, expected {shapes[1]}; "
                 "these weights belong to another configuration"
             )
-    model.load_state_dict(found)
+    model.load_state_dict(state)
     return model.eval()
 
 
 def save_config(folder: Path, config: dict) -> None:
-    """Write `config.json`, whole or not at all: what is needed to build the model again."""
+    """Write `config.json` atomically: the configuration to build the model from."""
     part = folder / f"{CONFIG_NAME}.part"
     with part.open("w") as file:
         file.write(json.dumps(config, indent=1, sort_keys=True))
@@ -99,7 +96,7 @@ def load_config(folder: Path) -> dict:
 
 
 def exported(run: Path) -> Path:
-    """Return the step folder whose weights a finished run recommends; ValueError if it is
+    """Return the step folder with a finished run's exported weights; ValueError if it is
     unfinished."""
     marker = run / FINAL_NAME
     if not run.is_dir():
@@ -109,7 +106,7 @@ def exported(run: Path) -> Path:
     if not marker.is_file():
         raise ValueError(
             f"{run}: found an unfinished run, expected {FINAL_NAME}; rerun its training to "
-            f"finish it"
+            "finish it"
         )
     return run / json.loads(marker.read_text())["step"]
 

@@ -117,6 +117,7 @@ def ours(monkeypatch: pytest.MonkeyPatch, folder: Path, encoder: FrozenClip) -> 
     return chain.render(keys, CAPTIONS, z, sampling)
 
 
+@pytest.mark.slow
 def test_a_converted_chain_draws_the_pipelines_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

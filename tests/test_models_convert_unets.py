@@ -213,7 +213,7 @@ class Scheduler(UnCLIPScheduler):
 
 
 def test_a_decoder_and_its_upsamplers_draw_the_pipelines_images(tmp_path, monkeypatch):
-    """25 guided steps with the learned variance, away from the empty caption; then 7 steps, of
+    """6 guided steps with the learned variance, away from the empty caption; then 4 steps, of
     which the last is another network's."""
     models, up, last = their_decoder(), their_upsampler(1), their_upsampler(2)
     decoder = decoder_from_diffusers(saved(tmp_path, *models))
@@ -234,7 +234,7 @@ def test_a_decoder_and_its_upsamplers_draw_the_pipelines_images(tmp_path, monkey
         found, fraction = theirs(models, x, t, told, null=False).chunk(2, dim=1)
         return torch.cat([without + 3.0 * (found - without), fraction], dim=1)
 
-    small = Scheduler(variance_type="learned_range", prediction_type="epsilon").run(25, x, guided)
+    small = Scheduler(variance_type="learned_range", prediction_type="epsilon").run(6, x, guided)
     small = small.clamp(-1, 1)
     raised = F.interpolate(small, size=[2 * SIZE] * 2, mode="bicubic", align_corners=False,
                            antialias=True)  # fmt: skip
@@ -245,13 +245,13 @@ def test_a_decoder_and_its_upsamplers_draw_the_pipelines_images(tmp_path, monkey
         model = last if int(t) == 0 else up
         return model(torch.cat([x, raised], dim=1), t).sample
 
-    large = Scheduler(variance_type="fixed_small_log").run(7, start, enlarged).clamp(-1, 1)
+    large = Scheduler(variance_type="fixed_small_log").run(4, start, enlarged).clamp(-1, 1)
 
     noise_as_theirs(monkeypatch, start)
-    how = ImageSampling(sampler="learned_ddpm", sample_steps=25, cfg_scale=3.0, spacing="strided")
+    how = ImageSampling(sampler="learned_ddpm", sample_steps=6, cfg_scale=3.0, spacing="strided")
     drawn = decoder.sample(torch.arange(3), told, how, start=x, empty=empty)
     torch.testing.assert_close(drawn, small, atol=1e-4, rtol=0)
-    how = ImageSampling(sampler=SAMPLERS["ddpm"], sample_steps=7, spacing="strided")
+    how = ImageSampling(sampler=SAMPLERS["ddpm"], sample_steps=4, spacing="strided")
     found = mine[0].sample(torch.arange(3), small, how, final=mine[1])
     torch.testing.assert_close(found, large, atol=1e-4, rtol=0)
     assert small.std() > 0.2 and large.std() > 0.2

@@ -320,6 +320,7 @@ def test_what_is_known_stays_and_the_rest_is_drawn():
     assert not torch.allclose(found[..., SIZE // 2 :], known[..., SIZE // 2 :], atol=0.1)
 
 
+@pytest.mark.slow
 def test_an_inverted_training_image_comes_back():
     """From its x_T a decoder that has learned six images draws each again, to 35 dB."""
     model = decoder(embed_grid=True, unet=replace(ATTENDING, channels=16)).train()

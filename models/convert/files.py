@@ -12,63 +12,70 @@ from models.weights import save_weights
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
-def read_folder(folder: Path, class_name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the options and the tensors of a model; ValueError for another class, or none."""
-    try:
-        told = json.loads((folder / "config.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}: found no configuration of {class_name}: {error}") from None
-    if told.get("_class_name") != class_name:
-        found = told.get("_class_name")
-        raise ValueError(f"{folder}: found a {found}, expected a folder of {class_name}")
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        raise ValueError(f"{path}: found no such file, expected the weights of {class_name}")
-    return told, load_file(str(path))
+class DiffusersModel:
+    """A model's folder as it was read: its options, and the tensors not yet converted."""
+
+    def __init__(self, folder: Path, class_name: str) -> None:
+        """Read `folder`; ValueError for another class than `class_name`, or none."""
+        self.folder = folder
+        try:
+            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder}: found no configuration of {class_name}: {error}") from None
+        found = self.config.get("_class_name")
+        if found != class_name:
+            raise ValueError(f"{folder}: found a {found}, expected a folder of {class_name}")
+        path = folder / WEIGHTS_NAME
+        if not path.is_file():
+            raise ValueError(f"{path}: found no such file, expected the weights of {class_name}")
+        self.tensors = load_file(str(path))
+
+    def option(self, name: str) -> Any:
+        """Return an option that config.json must have; ValueError if it is missing."""
+        if name not in self.config:
+            raise ValueError(f"{self.folder}: {name}: found none in config.json, expected it")
+        return self.config[name]
+
+    def require(self, expected: dict[str, object], **defaults: object) -> None:
+        """Raise ValueError for an option with another value than expected.
+
+        defaults: what diffusers takes for an option that config.json omits; others are as expected.
+        """
+        for name, value in expected.items():
+            found = self.config.get(name, defaults.get(name, value))
+            if found != value:
+                raise ValueError(f"{self.folder}: {name}: found {found!r}, expected {value!r}")
+
+    def take(self, name: str) -> Tensor:
+        """Remove and return a tensor; ValueError if it is missing."""
+        if name not in self.tensors:
+            raise ValueError(f"{self.folder}: tensor {name}: found none, expected it")
+        return self.tensors.pop(name)
+
+    def require_empty(self) -> None:
+        """Raise ValueError for tensors that were not taken."""
+        if self.tensors:
+            names = ", ".join(sorted(self.tensors))
+            raise ValueError(f"{self.folder}: found tensors without a place: {names}")
 
 
-def option(folder: Path, told: dict[str, Any], name: str) -> Any:
-    """Return an option that a configuration must have; ValueError if it has not."""
-    if name not in told:
-        raise ValueError(f"{folder}: {name}: found none in config.json, expected it")
-    return told[name]
-
-
-def taken(folder: Path, tensors: dict[str, Tensor], name: str) -> Tensor:
-    """Take a tensor out of those that are left; ValueError if it is not there."""
-    if name not in tensors:
-        raise ValueError(f"{folder}: tensor {name}: found none, expected it")
-    return tensors.pop(name)
-
-
-def write_folder(folder: Path, told: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a model that diffusers can load; `told` names its class."""
+def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a model that diffusers can load; `config` names its class."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / WEIGHTS_NAME, tensors)
-    (folder / "config.json").write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def require(folder: Path, told: dict[str, Any], wanted: dict[str, Any], **defaults: Any) -> None:
-    """Raise ValueError for an option that is not as wanted.
+def require_convertible(
+    folder: Path, class_name: str, options: dict[str, tuple[object, object]]
+) -> None:
+    """Raise ValueError for an option of ours that diffusers' class does not have.
 
-    defaults: what diffusers takes where its configuration leaves one out; else what is wanted.
+    options: by name, the value of our model and the only one that the class can have.
     """
-    for name, value in wanted.items():
-        found = told.get(name, defaults.get(name, value))
-        if found != value:
-            raise ValueError(f"{folder}: {name}: found {found!r}, expected {value!r}")
-
-
-def require_option(folder: Path, class_name: str, name: str, found: Any, wanted: Any) -> None:
-    """Raise ValueError for an option of ours that diffusers' class does not have."""
-    if found != wanted:
-        raise ValueError(
-            f"{folder}: {name}: found {found!r}, expected {wanted!r}, which is all that "
-            f"{class_name} can be"
-        )
-
-
-def require_used(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError for tensors that found no place."""
-    if tensors:
-        raise ValueError(f"{folder}: found tensors without a place: {', '.join(sorted(tensors))}")
+    for name, (found, expected) in options.items():
+        if found != expected:
+            raise ValueError(
+                f"{folder}: {name}: found {found!r}, expected {expected!r}, which is all that "
+                f"{class_name} can be"
+            )

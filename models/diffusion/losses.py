@@ -2,11 +2,11 @@
 0."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from models.configs import Prediction, Weighting
 from models.diffusion import keyed_random
@@ -115,14 +115,15 @@ def variational_bound(
 
 class _Bounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, bound: float) -> Tensor:
-        ctx.save_for_backward(x, x.new_tensor(bound))
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bound = bound
         return x.clamp(max=bound)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        (x, bound), (grad,) = ctx.saved_tensors, grads
-        return torch.where((x <= bound) | (grad > 0), grad, 0.0), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        return torch.where((x <= ctx.bound) | (grad > 0), grad, 0.0), None
 
 
 def bounded(x: Tensor, bound: float) -> Tensor:

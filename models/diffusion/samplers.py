@@ -34,7 +34,8 @@ def _transitions(
     """Yield (step, t [B], t_next [B]) down to the clean end, t_next = -1."""
     steps = schedule.timesteps(sample_steps)
     for i, (t, t_next) in enumerate(zip(steps, [*steps[1:], -1], strict=True)):
-        yield i, *(torch.full((len(x),), value, device=x.device) for value in (t, t_next))
+        now, after = (torch.full((len(x),), value, device=x.device) for value in (t, t_next))
+        yield i, now, after
 
 
 # -- samplers --------------------------------------------------------------------------------------

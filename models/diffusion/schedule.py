@@ -77,12 +77,12 @@ class NoiseSchedule:
         """Build the named schedule; ValueError for fewer than 2 or, `linear`, too few timesteps.
 
         zero_terminal: no signal is left at the last timestep, so that what samplers start from is
-        what training saw; no network can tell x0 by `prediction` eps there, which is a ValueError.
+        what training saw; with `prediction` eps, x0 cannot be computed there: a ValueError.
         """
         if zero_terminal and prediction == "eps":
             raise ValueError(
                 "zero_terminal: found true with prediction eps, expected prediction v or x0: where "
-                "no signal is left, eps does not tell x0"
+                "no signal is left, eps does not determine x0"
             )
         # numpy, so that a model built on the meta device still has a schedule of numbers
         beta = _BETAS[name](num_timesteps) if num_timesteps > 1 else np.ones(1)
@@ -122,14 +122,15 @@ class NoiseSchedule:
         # the first step starts at the last timestep, whose sigma may be infinite, and leads to here
         largest = min(float(sigma[-1]), KARRAS_SIGMA_MAX)
         roots = np.linspace(largest ** (1 / KARRAS_RHO), float(sigma[0]) ** (1 / KARRAS_RHO), count)
-        found = [self.num_timesteps - 1]
-        for left, wanted in zip(range(count - 2, -1, -1), roots[1:] ** KARRAS_RHO, strict=True):
-            nearest = int(np.abs(sigma - wanted).argmin())
-            found.append(max(min(nearest, found[-1] - 1), left))
-        return found
+        timesteps = [self.num_timesteps - 1]
+        for left, target in zip(range(count - 2, -1, -1), roots[1:] ** KARRAS_RHO, strict=True):
+            nearest = int(np.abs(sigma - target).argmin())
+            timesteps.append(max(min(nearest, timesteps[-1] - 1), left))
+        return timesteps
 
     @property
     def num_timesteps(self) -> int:
+        """T."""
         return len(self.alpha_bar)
 
     def coefficients(
@@ -138,8 +139,8 @@ class NoiseSchedule:
         """Return (sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)), each [B, 1, ...] to broadcast over
         `like`.
 
-        t = -1 stands for the clean end, alpha_bar = 1, which samplers step to. dtype: None for that
-        of `like`.
+        t: int64 [B]; -1 is the clean end, alpha_bar = 1, which samplers step to. dtype: None for
+        that of `like`.
         """
         alpha_bar = self._alpha_bar(t, like)
         dtype = dtype or like.dtype
@@ -149,8 +150,8 @@ class NoiseSchedule:
         return self._table(t.device)[t].reshape(-1, *[1] * (like.ndim - 1))
 
     def _table(self, device: torch.device) -> Tensor:
-        """Return alpha_bar and the clean end's 1 behind it, [T + 1], kept where it is wanted: a
-        copy to a GPU would wait for all that the GPU still has to do."""
+        """Return alpha_bar with the clean end's 1 appended, [T + 1], cached on each device: a copy
+        to a GPU would wait for all its queued work."""
         if device not in self._tables:
             ends = torch.ones(1, dtype=self.alpha_bar.dtype, device=self.alpha_bar.device)
             self._tables[device] = torch.cat([self.alpha_bar, ends]).to(device)
@@ -168,8 +169,10 @@ class NoiseSchedule:
         return signal * x0 + noise * eps
 
     def target(self, prediction: Prediction, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return what a network of this `prediction` should say; v is Salimans & Ho 2022,
-        appendix D."""
+        """Return the target of a network of this `prediction`, shaped as x0 [B, ...]; t: int64 [B].
+
+        v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0  (Salimans & Ho 2022, appendix D)
+        """
         if prediction == "x0":
             return x0
         if prediction == "eps":
@@ -178,7 +181,8 @@ class NoiseSchedule:
         return signal * eps - noise * x0
 
     def to_x0(self, prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Convert a network's `output` at (x_t, t) to its estimate of x0; inverse of `target`."""
+        """Convert a network's `output` [B, ...] at (x_t [B, ...], t [B]) to its estimate of x0; the
+        inverse of `target`."""
         if prediction == "x0":
             return output
         signal, noise = self.coefficients(t, x_t)
@@ -187,7 +191,8 @@ class NoiseSchedule:
         return signal * x_t - noise * output
 
     def to_eps(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the noise that joins `x0` to `x_t`; finite because alpha_bar_t < 1 for t >= 0."""
+        """Return eps of x_t [B, ...] given x0 [B, ...]: (x_t - sqrt(alpha_bar_t) x0) /
+        sqrt(1 - alpha_bar_t), finite because alpha_bar_t < 1 for t >= 0."""
         signal, noise = self.coefficients(t, x_t)
         return (x_t - signal * x0) / noise
 
