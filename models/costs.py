@@ -47,11 +47,11 @@ def state_bytes(
 ) -> int:
     """Return the bytes of fp32 weights, gradients, moments and EMA on each worker's device.
 
-    Activations, and with `offload` what `offloaded_bytes` counts, are not included. The weights
-    are their own masters. ZeRO (Rajbhandari et al. 2020) partitions moments and EMA in stage 1,
-    gradients as well in stage 2, weights as well in stage 3. Stages 1 and 2 step along a flat copy
-    of the rank's gradients. The layers that stage 3 has gathered, and the small parameters that it
-    does not partition, come on top.
+    Activations, and with `offload` what `offloaded_bytes` counts, are not included. ZeRO
+    (Rajbhandari et al. 2020) partitions moments and EMA in stage 1, gradients as well in stage 2,
+    weights as well in stage 3. Stages 1 and 2 keep flat copies of the rank's part of the weights,
+    its masters, and of its gradients; elsewhere the fp32 weights are their own masters. The layers
+    that stage 3 has gathered, and the small parameters that it does not partition, come on top.
     """
     count = num_parameters(model)
     if zero_stage == 0:
@@ -60,10 +60,10 @@ def state_bytes(
         return count * WEIGHT // (world_size if zero_stage == 3 else 1)
     if zero_stage == 3:
         return count * (WEIGHT + GRAD + MOMENTS + EMA) // world_size
-    flat_grad = GRAD
+    flat_copies = WEIGHT + GRAD
     if zero_stage == 2:
-        return count * WEIGHT + count * (GRAD + MOMENTS + EMA + flat_grad) // world_size
-    return count * (WEIGHT + GRAD) + count * (MOMENTS + EMA + flat_grad) // world_size
+        return count * WEIGHT + count * (GRAD + MOMENTS + EMA + flat_copies) // world_size
+    return count * (WEIGHT + GRAD) + count * (MOMENTS + EMA + flat_copies) // world_size
 
 
 def offloaded_bytes(model: nn.Module, world_size: int = 1) -> int:

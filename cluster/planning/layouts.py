@@ -60,7 +60,8 @@ def memory_of(stage: Stage, workers: int, layout: Layout) -> Memory:
     """Return what each worker holds on its GPU (Rajbhandari et al. 2020; docs/planning.md).
 
     The EMA is sharded at every stage. Stage 1 partitions the moments, stage 2 the gradients too,
-    and both step along a flat copy of a rank's gradients; stage 3 partitions the weights as well.
+    and both keep flat copies of a rank's part of weights and gradients; stage 3 partitions the
+    weights as well.
     """
     count, zero = stage.parameters, layout.zero_stage
     if layout.offload:
@@ -72,15 +73,15 @@ def memory_of(stage: Stage, workers: int, layout: Layout) -> Memory:
             WEIGHT,
             0,
         )[zero]
-        sharded = (EMA, EMA + MOMENTS + GRADIENT, EMA + MOMENTS + 2 * GRADIENT,
+        copies = WEIGHT + GRADIENT  # flat, of a rank's part
+        sharded = (EMA, EMA + MOMENTS + copies, EMA + MOMENTS + GRADIENT + copies,
                    EMA + MOMENTS + GRADIENT + WEIGHT)[zero]  # fmt: skip
         state = count * (kept + (sharded + stage.average_bytes) / workers)
 
     # Under autocast DeepSpeed keeps a bucket for gradients that are sent in bf16 and one for those
-    # in fp32: both as fp32 in stages 1 and 2, which need none where one worker is alone
-    # (training/engine/zero_partitions.py), and each in its own type in stage 3.
-    bucket, alone = min(count, BUCKET), workers == 1 and not layout.offload
-    buffers = 0 if zero == 0 or alone else (4 + 4) * bucket
+    # in fp32: both as fp32 in stages 1 and 2, and each in its own type in stage 3.
+    bucket = min(count, BUCKET)
+    buffers = 0 if zero == 0 else (4 + 4) * bucket
     if zero == 3:
         buffers = (2 + 4) * bucket + 4 * min(count, MAX_LIVE)
     return Memory(

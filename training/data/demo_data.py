@@ -47,18 +47,12 @@ def ensure_embeds(root: str) -> str:
 
 
 def draw_images(
-    root: Path,
-    split: str = "train",
-    seed: int = 0,
-    num_shards: int = NUM_SHARDS,
+    root: Path, split: str = "train", seed: int = 0, num_shards: int = NUM_SHARDS,
     samples_per_shard: int = SAMPLES_PER_SHARD,
-) -> None:
-    """Write shards of drawn pairs straight to `root`, without a server between."""
-    fields = {
-        "source": f"shapes {split} {seed}",
-        "num_shards": num_shards,
-        "samples_per_shard": samples_per_shard,
-    }
+) -> None:  # fmt: skip
+    """Write shards of drawn pairs to `root`, without a download."""
+    source = f"shapes {split} {seed}"
+    fields = {"source": source, "num_shards": num_shards, "samples_per_shard": samples_per_shard}
     write_manifest(root, "images", fields)
     recover(root)
     pairs = list(make_pairs(num_shards * samples_per_shard, seed, split))
@@ -70,20 +64,14 @@ def draw_images(
         samples, rows = [], []
         for row, pair in enumerate(pairs[number * samples_per_shard :][:samples_per_shard]):
             key = f"{number * samples_per_shard + row:09d}"
-            samples.append(
-                Sample(
-                    key=key, image_bytes=pair.image_bytes, caption=pair.caption, json={"key": key}
-                )
-            )
-            sha256 = hashlib.sha256(pair.image_bytes).hexdigest()
+            image, caption = pair.image_bytes, pair.caption
+            samples.append(Sample(key=key, image_bytes=image, caption=caption, json={"key": key}))
             sizes = dict.fromkeys(("width", "height", "original_width", "original_height"), 64)
-            words = {
-                "key": key,
-                "url": f"shapes:{split}/{key}",
-                "caption": pair.caption,
-                "sha256": sha256,
-            }
-            rows.append({**words, "status": "success", "error": None, **sizes})
+            rows.append({
+                "key": key, "url": f"shapes:{split}/{key}", "caption": caption,
+                "sha256": hashlib.sha256(image).hexdigest(),
+                "status": "success", "error": None, **sizes,
+            })  # fmt: skip
         with Attempt(root, name) as attempt:
             stored = write_image_shard(attempt.path, name, samples, rows)
             attempt.commit(num_samples=stored, counts={"stored": stored}, config_hash=split)

@@ -5,6 +5,7 @@ State exists before the first step (`prepare`), so that a checkpoint can be rest
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class Optimizer(torch.optim.Optimizer):
                 state["step"].fill_(value)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Any = None) -> Any:
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]

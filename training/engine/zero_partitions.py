@@ -200,10 +200,10 @@ def _slice_of(parameter: nn.Parameter) -> tuple[int, int, int, int] | None:
     """Return where this rank's part of a parameter lies at stages 1 and 2, None where it owns
     nothing of it: the group, start and length in the group's slice, and offset in the parameter.
 
-    DeepSpeed states this layout in the private `_hp_mapping` alone; AttributeError where a version
-    of it has none. tests/test_training_engine_zero.py checks what it says.
+    DeepSpeed states this layout in the private `_hp_mapping` alone; KeyError where a version of it
+    has none. tests/test_training_engine_zero.py checks what it says.
     """
-    place: Any = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+    place: Any = vars(parameter)["_hp_mapping"]
     if place is None:
         return None
     in_slice, in_parameter = place.hp_fragment_address, place.lp_fragment_address
