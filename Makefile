@@ -73,6 +73,7 @@ $(BENCH_STAMP): | $(STAMP)
 	.venv-bench/bin/pip install --no-deps --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	@rm -f .venv-bench/.setup-* && touch $@
 
+# make bench ARGS=--quick runs all of them at small sizes.
 bench: $(STAMP) $(BENCH_STAMP)
 	@shopt -s nullglob; scripts=(benchmarks/[!_]*.py); \
 	(( $${#scripts[@]} )) || { echo "error: benchmarks/ holds no script" >&2; exit 2; }; \

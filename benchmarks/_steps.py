@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _common import BenchmarkConfig
 
 from training.engine.precision import Precision, autocast
 
@@ -22,7 +23,7 @@ WARMING_STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepsConfig:
+class StepsConfig(BenchmarkConfig):
     """Sizes of the comparison."""
 
     batch_size: int = 32

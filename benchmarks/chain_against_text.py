@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from cluster.base.cli import parse, run_script
+from _common import BenchmarkConfig, run_benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Of a finished demo."""
 
     run: str = "runs/demo"
@@ -84,4 +83,4 @@ def _right(chain, split: str, config: Config) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, num_samples=20)

@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from _common import BenchmarkConfig, run_benchmark
 from _pairs import write_sets
-
-from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Sizes of the run."""
 
     num_train: int = 6000
@@ -73,4 +72,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, num_train=600, num_steps=20)

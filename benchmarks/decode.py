@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _common import BenchmarkConfig, run_benchmark
 from download import _draw
 
-from cluster.base.cli import parse, run_script
 from ingest.fetching.decode import Resizer, decode_to
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """What is decoded."""
 
     shard: str = ""
@@ -116,4 +116,4 @@ def _psnr(image: Any, exact: Any) -> float:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, repeats=1)

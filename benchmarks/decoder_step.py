@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+from _common import run_benchmark
 from _steps import DALLE2, OURS, StepsConfig, run
-
-from cluster.base.cli import parse, run_script
 
 SIZE, EMBED, WORDS, CONTEXT = 32, 512, 20, 256
 CHANNELS, MULT, BLOCKS, HEAD = 64, (1, 2, 3), 1, 32
@@ -150,4 +149,4 @@ def _dalle2(compiled: bool) -> tuple[Any, Callable]:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, num_steps=1, repeats=1, batch_size=2)

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from cluster.base.cli import parse, run_script
+from _common import BenchmarkConfig, run_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_PICTURES = 40  # distinct ones; the list repeats them under paths of their own
@@ -30,7 +29,7 @@ SHARD = 500
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Sizes of the comparison."""
 
     num_samples: int = 2000
@@ -211,4 +210,4 @@ def _serve(folder: Path, latency: float) -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, num_samples=200, repeats=1, latencies=(0.0,))

@@ -24,16 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _common import BenchmarkConfig, run_benchmark
 from _cpu_time import cpu_seconds_of, method
 from download import _draw
-
-from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Sizes of the comparison."""
 
     clip: str = "ViT-S-32-alt"
@@ -227,4 +226,4 @@ def _bare_loop(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, many=3, samples_per_shard=16, batch_size=8, repeats=1)

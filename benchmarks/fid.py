@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from cluster.base.cli import parse, run_script
+from _common import BenchmarkConfig, run_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Sizes of the comparison."""
 
     num_images: int = 64
@@ -252,4 +251,7 @@ def _stream(root: Path) -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(
+        Config, main, num_images=8, batch_size=4, repeats=1, width=256, num_features=500,
+        memory_counts=(500, 1000),
+    )  # fmt: skip

@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _common import BenchmarkConfig, run_benchmark
 from _pairs import EMOJI, write_sets
-
-from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIAL = 30  # steps, to learn how many fit into the time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Sizes of the run."""
 
     minutes: float = 10.0
@@ -153,4 +152,6 @@ def _grid(root: Path, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(
+        Config, main, minutes=0.3, decoder="debug", num_train=300, num_test=60, clip_steps=5
+    )  # fmt: skip

@@ -15,16 +15,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from _common import BenchmarkConfig, run_benchmark
 from _cpu_time import joining, new_group, remove_group
-
-from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVAL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Sizes of the data."""
 
     num_shards: int = 10
@@ -155,4 +154,4 @@ def _read_epoch(root: Path) -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, num_shards=2, samples_per_shard=200)

@@ -15,9 +15,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from _common import BenchmarkConfig, run_benchmark
 from _pairs import EMOJI, write_sets
-
-from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 32  # px
@@ -27,7 +26,7 @@ THIRDS = ("clean third", "middle third", "noisy third")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Sizes of the comparison."""
 
     num_train: int = 4500
@@ -157,4 +156,4 @@ def _errors(decoder, config: Config, root: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, num_train=300, num_test=60, num_steps=5, clip_steps=5, num_draws=1)

@@ -11,7 +11,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-from cluster.base.cli import parse, run_script
+from _common import BenchmarkConfig, run_benchmark
+
 from ingest.shards import ShardEntry, load_snapshot, shard_name, write_manifest
 from ingest.store.snapshots import write_snapshot
 from training.data.datasets import EmbedDataset
@@ -19,7 +20,7 @@ from training.data.sampler import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Sizes of the plan."""
 
     num_shards: int = 200_000
@@ -80,4 +81,4 @@ def _write(root: str, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, num_shards=20_000)

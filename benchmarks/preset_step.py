@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.base.cli import parse, run_script
+from _common import BenchmarkConfig, run_benchmark
 
 WARMING_STEPS = 3
 WORDS = 32  # tokens of a caption, of which a web list's have about so many
@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[bool, bool]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """What to measure."""
 
     stages: tuple[str, ...] = ()
@@ -296,4 +296,4 @@ def _wait(device: Any) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, num_steps=1, repeats=1)

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+from _common import run_benchmark
 from _steps import DALLE2, StepsConfig, run
-
-from cluster.base.cli import parse, run_script
 
 WIDTH, DEPTH, HEADS, WORDS = 512, 6, 8, 77
 
@@ -116,4 +115,4 @@ def _dalle2(compiled: bool) -> tuple[Any, Callable]:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, num_steps=1, repeats=1, batch_size=4)

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _common import BenchmarkConfig, run_benchmark
 from _pairs import EMOJI, write_sets
-
-from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_AVERAGED = 16
@@ -40,7 +39,7 @@ QUOTED = tuple(VARIANTS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Sizes of the comparison."""
 
     num_train: int = 4500
@@ -152,4 +151,6 @@ def _draws(
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(
+        Config, main, num_train=300, num_test=60, num_steps=10, clip_steps=10, sets=("shapes",)
+    )  # fmt: skip

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from _common import BenchmarkConfig, run_benchmark
 from _faults import (
     CHECKPOINT_EVERY,
     HANG_SECONDS,
@@ -40,7 +41,7 @@ from _faults import (
     write_embeds,
 )
 
-from cluster.base.cli import DONE, INCOMPLETE, parse, run_script
+from cluster.base.cli import DONE, INCOMPLETE
 
 LIMITS = {"worker": 90.0, "raylet": 150.0, "driver": 90.0}  # seconds, of the medians
 KINDS = ("worker", "raylet", "driver", "hang", "elastic", "writing", "damaged")
@@ -55,7 +56,7 @@ ELASTIC_TOLERANCE = 1e-3  # of weights that another order of sums has led elsewh
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Faults and their number."""
 
     faults: tuple[str, ...] = ("worker", "raylet", "driver", "hang", "elastic")
@@ -209,4 +210,4 @@ def _print_table(found: dict[str, dict], lawful: dict[str, bool]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, faults=("worker",), repeats=1, steps_a_fault=20)

@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _common import BenchmarkConfig, run_benchmark
 from _pairs import write_sets
-
-from cluster.base.cli import parse, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Sizes of the comparison."""
 
     num_train: int = 4500
@@ -108,4 +107,4 @@ def _measure(
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, num_train=300, num_test=60, num_steps=10, seeds=(0,))

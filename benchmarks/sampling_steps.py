@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from cluster.base.cli import parse, run_script
+from _common import BenchmarkConfig, run_benchmark
 
 NUM_RESAMPLES = 1000
 FEW = ("dpmpp_2m", 20, "karras")
@@ -28,7 +27,7 @@ OTHERS = (("dpmpp_2m", 20, "trailing"), ("dpmpp_2m", 250, "karras"), ("ddpm", 25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Of a finished demo."""
 
     run: str = "runs/demo"
@@ -146,4 +145,4 @@ def _interval(real: np.ndarray, few: np.ndarray, many: np.ndarray) -> tuple[floa
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, num_samples=20, batch_size=20)

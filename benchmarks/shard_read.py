@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _common import BenchmarkConfig, run_benchmark
 from download import _draw
 
-from cluster.base.cli import parse, run_script
 from training.engine.allocator import keep_freed_memory
 
 SIZE = 64  # px, of decoded images
@@ -33,7 +33,7 @@ EMBED_DIM, CONTEXT_LENGTH = 768, 77
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Sizes of the comparison."""
 
     num_shards: int = 2
@@ -276,4 +276,6 @@ def _ray(tars: list[Path]) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(
+        Config, main, num_shards=1, samples_per_shard=400, embeds_per_shard=1000, repeats=1
+    )  # fmt: skip

@@ -33,9 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _common import BenchmarkConfig, run_benchmark
 from _engines import SIZES, bare_step, build_model, engine_step, join, saved_bytes
-
-from cluster.base.cli import parse, run_script
 
 ENGINES = ("aa", "plain", "zero0", "zero1", "zero2", "zero3")
 STAGES = ENGINES[2:]
@@ -51,7 +50,7 @@ BUFFERS = {"zero1": 4, "zero2": 4, "zero3": 12}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Sizes of the comparison."""
 
     pairs: int = 8
@@ -297,4 +296,4 @@ def _resident() -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, pairs=2, repeats=1, sizes=("small",))

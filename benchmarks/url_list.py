@@ -16,7 +16,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.base.cli import parse, run_script
+from _common import BenchmarkConfig, run_benchmark
+
 from cluster.base.files import canonical_json
 from ingest.download import DownloadConfig, prepare
 from ingest.lists.filters import FilterConfig
@@ -31,7 +32,7 @@ UNIQUE = {"all rows": (), "unique urls": ("urls",)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BenchmarkConfig):
     """Size of the list."""
 
     rows: int = 100_000_000
@@ -144,4 +145,4 @@ def _manifest(folder: Path, config: DownloadConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(Config)))
+    run_benchmark(Config, main, rows=500_000)

@@ -76,7 +76,7 @@ def test_parameters_are_those_of_the_dry_run(chain: str, tmp_path: Path, capsys)
 @pytest.mark.parametrize("chain", ["debug", pytest.param("mini", marks=pytest.mark.slow),
                                    pytest.param("paper", marks=pytest.mark.slow)])  # fmt: skip
 def test_stored_counts_are_what_the_models_count(chain: str, monkeypatch):
-    """`python cluster/planning/counts.py` writes them again."""
+    """`cluster.planning.counts.write_counts` writes them again."""
     trains = CHAINS[chain].encoder.startswith("clip_")
     request = PlanRequest(chain=chain, train_clip=trains)  # type: ignore[arg-type]
     stored = build_stages(request)
@@ -87,7 +87,7 @@ def test_stored_counts_are_what_the_models_count(chain: str, monkeypatch):
 
 
 def test_all_shipped_presets_have_stored_counts(monkeypatch):
-    """A plan of a shipped preset counts nothing; `python cluster/planning/counts.py` adds it."""
+    """A plan of a shipped preset counts nothing; `counts.write_counts` adds what is missing."""
     monkeypatch.setattr(counts, "_count_stage", None)
     monkeypatch.setattr(counts, "_count_encoder", None)
     assert len([look_up() for look_up in counts.shipped()]) >= 30
@@ -99,7 +99,7 @@ def test_every_chain_names_presets_that_are_shipped():
         for path in (ROOT / "training" / "presets").glob("*/*.yaml")
     }
     for chain in CHAINS.values():
-        names = {f"prior_{chain.prior}", f"prior_{chain.ar}"}
+        names = {f"prior_{name}" for name in (chain.prior, chain.ar) if name}
         assert names | {f"decoder_{name}" for name in chain.decoders} <= shipped
     for path in PRESETS.glob("*.yaml"):
         name = path.stem
@@ -412,6 +412,8 @@ def test_contradictions_are_refused():
         PlanRequest(mfu=0.3, effective_tflops=200.0)
     with pytest.raises(ValueError, match="effective_tflops: found 5000, expected at most the 989"):
         efficiency("unet", GPUS["h200"], PlanRequest(effective_tflops=5000.0), [])
+    with pytest.raises(ValueError, match="prior: found autoregressive for the preset modern"):
+        build_stages(PlanRequest(chain="modern", prior="autoregressive"))
     with pytest.raises(ValueError, match="train_clip: found true for the preset mini"):
         build_stages(PlanRequest(chain="mini", train_clip=True))
 

@@ -4,7 +4,7 @@ the bytes that a training step keeps.
 Counting takes seconds a model, so the counts of the shipped presets are kept in counts.jsonl, by a
 digest of the architecture. A model that is not in it is counted when it is asked for.
 
-python cluster/planning/counts.py        # count all shipped presets again, after models/ changed
+python -c "from cluster.planning.counts import write_counts; write_counts()"    # after a change
 """
 
 import dataclasses
@@ -95,7 +95,9 @@ def shipped() -> Iterator[Callable[[], Counts]]:
     for chain in CHAINS.values():
         encoder = encoder_counts(chain.encoder)
         yield partial(encoder_counts, chain.encoder)
-        models = [("prior", chain.prior, ()), ("prior", chain.ar, ("--prior", "autoregressive"))]
+        models: list[tuple[str, str, tuple[str, ...]]] = [("prior", chain.prior, ())]
+        if chain.ar:
+            models.append(("prior", chain.ar, ("--prior", "autoregressive")))
         models += [("decoder", name, ()) for name in chain.decoders]
         if chain.encoder.startswith("clip_"):
             models.append(("clip", chain.encoder.removeprefix("clip_"), ()))
@@ -234,7 +236,3 @@ def count_model(model: Any, words: int) -> Counts:
     if may_checkpoint:
         network.config = own_config
     return {"parameters": parameters, "macs": macs, "activations": activations}
-
-
-if __name__ == "__main__":
-    write_counts()

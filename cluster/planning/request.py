@@ -17,14 +17,14 @@ class Chain:
     """The models of a plan: presets of training/presets by stage, and their encoder.
 
     encoder: a preset of a CLIP, as "clip_paper", or the name of an open_clip architecture; ar: the
-    preset of the autoregressive prior; sample_steps: of prior, decoder and upsamplers;
+    preset of the autoregressive prior, or none; sample_steps: of prior, decoder and upsamplers;
     passes_per_step: of prior and decoder, 2 under guidance.
     """
 
     encoder: str
     prior: str
-    ar: str
     decoders: tuple[str, ...]
+    ar: str = ""
     sample_steps: tuple[int, ...] = (16, 16, 8, 8)  # the defaults of eval/sample.py
     passes_per_step: tuple[float, float] = (2, 2)
 
@@ -37,10 +37,10 @@ CHAINS = {
         sample_steps=(64, 250, 27, 15), passes_per_step=(1, 2),
     ),
     "karlo": Chain(
-        encoder="ViT-L-14", prior="modern", ar="modern", decoders=("karlo", "karlo_up256")
+        encoder="ViT-L-14", prior="modern", decoders=("karlo", "karlo_up256")
     ),
     "modern": Chain(
-        encoder="ViT-H-14", prior="modern", ar="modern",
+        encoder="ViT-H-14", prior="modern",
         decoders=("modern", "paper_up256", "paper_up1024"),
     ),
     "mini": Chain(encoder="ViT-L-14", prior="mini", ar="mini", decoders=("mini", "mini_up")),

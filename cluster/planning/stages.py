@@ -127,6 +127,11 @@ def build_stages(request: PlanRequest) -> tuple[Counts, list[Stage]]:
             )
         presets.append(("clip", chain.encoder.removeprefix("clip_"), ()))
     prior = chain.prior if request.prior == "diffusion" else chain.ar
+    if not prior:
+        raise ValueError(
+            f"prior: found autoregressive for the preset {request.chain}, which has none of that "
+            "kind, expected diffusion; paper, mini, demo and debug have one"
+        )
     presets.append(("prior", prior, ("--prior", request.prior)))
     presets += [("decoder", name, ()) for name in chain.decoders]
 
