@@ -69,18 +69,16 @@ class DiffusionPriorConfig:
     text_drop: float = 0.1
     """probability of dropping the caption and z_t together"""
     text_tokens: int = 0
-    """read so many tokens of the caption through a table of its own (256 in the paper); 0 = read
-    CLIP's token states"""
+    """tokens of the caption that an own token table reads (256 in the paper); 0 = CLIP's token
+    states"""
     time_channels: int = 0
     """sinusoids of the timestep; 0 = the width, 256 at most"""
     scale_text: bool = True
     """scale z_t as z_i"""
     clip_x0: float = 0.0
-    """largest magnitude, in scaled units, that sampling believes of an embedding's component;
-    0 = any"""
+    """bound on predicted components in sampling, in scaled units; 0 = none"""
     unit_norm: bool = True
-    """draw embeddings of unit norm; false for an encoder that keeps their length, which training
-    sees to by itself"""
+    """draw embeddings of unit norm; training sets false for an encoder that keeps their length"""
     checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
 
@@ -102,14 +100,13 @@ class AutoregressivePriorConfig:
     num_prefix: int = 64
     """positions of z_t and the pooled caption"""
     num_codes: int = 0
-    """principal components that are coded; 0 = as many as hold `energy`"""
+    """principal components that are coded; 0 = as many as contain `energy`"""
     energy: float = 0.99
-    """share of the embeddings' variance that the coded components hold"""
+    """share of the embeddings' variance that the coded components contain"""
     codebook_size: int = 1024
     """buckets of a component, and of the dot product"""
     tell_components: bool = False
-    """tell each code z_t's value of its component, which z_t as a prefix says to none in
-    particular; not in the paper"""
+    """add z_t's value of its component to each code's input; not in the paper"""
     text_drop: float = 0.1
     """probability of dropping the caption and z_t together"""
     text_tokens: int = 0
@@ -140,7 +137,7 @@ class RegressionPriorConfig:
     contrastive_weight: float = 0.2
     """weight of the contrastive term beside the squared error"""
     text_tokens: int = 0
-    """read so many tokens of the caption through a table of its own; 0 = CLIP's token states"""
+    """tokens of the caption that an own token table reads; 0 = CLIP's token states"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +147,9 @@ class UNetConfig:
     channels: int = 128
     """channels at the first resolution"""
     channel_mult: tuple[int, ...] = (1, 2, 3, 4)
-    """multiplier of the channels, one a resolution"""
+    """multiplier of the channels at each resolution"""
     num_res_blocks: int = 2
-    """residual blocks a resolution"""
+    """residual blocks per resolution"""
     attn_resolutions: tuple[int, ...] = (16, 8)
     """sides in cells, counted after patching, that get attention; in images of the training size"""
     head_channels: int = 64
@@ -164,10 +161,11 @@ class UNetConfig:
     checkpointing: bool = False
     """recompute the blocks' activations in the backward pass: less memory, a third more time"""
     patch_size: int = 1
-    """pixels a side folded into channels before the first layer; 4 turns 32 px into 8 x 8 cells"""
+    """side in px of the patches folded into channels before the first layer; 4 turns 32 px into
+    8 x 8 cells"""
     magnitude_preserving: bool = False
-    """blocks that keep activations at unit magnitude by normalised weights, without group norms and
-    biases (Karras et al. 2024, EDM2); their attention is normalised without qk_norm"""
+    """blocks that preserve unit magnitude of activations by normalised weights, without group norms
+    and biases (Karras et al. 2024, EDM2); their attention is normalised without qk_norm"""
     channels_last: bool = False
     """keep activations channels-last in memory: for GPUs; on the CPU group norms take up to ten
     times as long"""
@@ -182,7 +180,7 @@ class DecoderConfig:
     num_embed_tokens: int = 4
     """tokens z_i is projected into (the paper's 4)"""
     embed_grid: bool = False
-    """also map z_i onto the first layer's cells: tells a small network where things are"""
+    """also map z_i to the first layer's cells: gives a small network positions"""
     use_text: bool = True
     """let attention read the caption's CLIP text states"""
     context_width: int = 256
@@ -192,14 +190,14 @@ class DecoderConfig:
     text_embed_cond: bool = False
     """add z_t, projected, to the timestep embedding"""
     text_tokens: int = 0
-    """read so many tokens of the caption by a text transformer of its own, as wide as
-    context_width (256 in the paper); 0 = CLIP's token states"""
+    """tokens of the caption that an own text transformer of width context_width reads (256 in the
+    paper); 0 = CLIP's token states"""
     text_depth: int = 6
     """blocks of the own text transformer"""
     text_heads: int = 8
     """attention heads of the own text transformer"""
     empty_caption: bool = False
-    """a dropped caption is the empty one, as in diffusers' pipelines; else it is hidden"""
+    """replace a dropped caption by the empty one, as in diffusers' pipelines; false hides it"""
     schedule: ScheduleName = "cosine"
     """noise schedule"""
     num_timesteps: int = 1000
@@ -233,7 +231,7 @@ class UpsamplerConfig:
             channels=64, attn_resolutions=(), channel_mult=(1, 2, 3, 4)
         )
     )
-    """the network; the paper's has no attention, and so runs at any size"""
+    """the network; as in the paper without attention, so that it runs at any size"""
     schedule: ScheduleName = "cosine"
     """noise schedule"""
     num_timesteps: int = 1000
@@ -254,4 +252,4 @@ class UpsamplerConfig:
     low_res_noise: float = 0.0
     """largest standard deviation of noise added to the low resolution in training"""
     tell_noise: bool = False
-    """tell the network how much noise was added; samplers then add none, and say so"""
+    """condition the network on the level of that noise; samplers add none and pass level 0"""
