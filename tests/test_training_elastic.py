@@ -152,14 +152,6 @@ def test_a_step_of_which_a_rank_says_nothing_is_not_taken_for_whole(tmp_path: Pa
         trained_samples(tmp_path, 2)
 
 
-def test_a_line_cut_short_spoils_no_other(tmp_path: Path):
-    SampleLog(tmp_path, 0, num_workers=1, attempt=0).write(1, [batch_of([1], [1])])
-    with samples_path(tmp_path, 0).open("a") as file:
-        file.write('{"attempt": 0, "step": 2, "ke')
-    SampleLog(tmp_path, 0, num_workers=1, attempt=1).write(2, [batch_of([2], [1])])
-    assert trained_samples(tmp_path, 2) == [[1], [2]]
-
-
 def test_without_the_wish_nothing_is_logged(tmp_path: Path):
     run(tmp_path)
     assert not (tmp_path / SAMPLES_FOLDER).exists()

@@ -40,7 +40,7 @@ from training.runs.follower import Follower, describe
 from training.runs.profiling import peak_tflops, window
 from training.runs.reporting import Reporter
 from training.runs.signals import forget_stop, stop_wanted, stopping_on_sigterm
-from training.runs.watchdog import Heartbeat, Watchdog
+from training.runs.watchdog import Watchdog
 from training.tasks.clip import clip_model
 from training.tasks.networks import prior_model
 
@@ -279,14 +279,6 @@ def test_without_a_limit_nothing_is_watched(tmp_path: Path):
         watchdog.beat(1, "fetch")
         assert not [t for t in threading.enumerate() if t.name == "watchdog"]
     assert not (tmp_path / HEARTBEATS_FOLDER).exists()
-
-
-def test_a_heartbeat_says_how_far_a_rank_is():
-    told = {"since": 0.0, "at": 65.2, "host": "node7", "pid": 12}
-    early = Heartbeat(rank=3, step=4, phase="step", **told)
-    late = Heartbeat(rank=0, step=5, phase="fetch", **told)
-    assert early.progress < late.progress
-    assert str(early) == "rank 3 (node7, process 12) at step 4, in step for 65 s"
 
 
 # -- speed -----------------------------------------------------------------------------------------

@@ -186,20 +186,6 @@ def test_a_launch_waits_for_who_only_looks_at_the_run(
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
-def test_of_two_first_launches_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The other has the folder, and has written nothing in it yet."""
-    monkeypatch.setattr("training.runs.run_folder.LAUNCH_SECONDS", 0)
-    run = tmp_path / "new"
-    run.mkdir()
-
-    def build(config: PriorRunConfig):
-        raise AssertionError("built beside another process")
-
-    with launch_lock(run), pytest.raises(ValueError, match="another process trains here"):
-        launch(CONFIG, str(run), build, "prior")
-    assert [path.name for path in run.iterdir()] == [LAUNCH_LOCK]
-
-
 def test_a_folder_of_somebody_else_gets_nothing(tmp_path: Path):
     (tmp_path / "config.yaml").write_text("theirs: true")
     with pytest.raises(ValueError, match="expected a run or nothing"):

@@ -109,7 +109,7 @@ class Recovery:
 
     @property
     def total(self) -> float:
-        """The whole recovery, in seconds."""
+        """Seconds of all stages together."""
         return self.detection + self.restart + self.restore + self.step
 
 

@@ -151,6 +151,7 @@ class Reporter:
         rate = samples / seconds
         samples_left = (config.schedule.num_steps - progress.step) * config.batch.global_batch_size
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        write_seconds = self._checkpointer.write_seconds if self._checkpointer else 0.0
         line = {
             "step": progress.step,
             "samples_seen": progress.samples_seen,
@@ -163,7 +164,7 @@ class Reporter:
             "eta_seconds": samples_left / rate if rate else None,
             "data_wait_ratio": self._wait_seconds / seconds,
             "checkpoint_seconds": self._checkpoint_seconds,
-            "checkpoint_write_seconds": getattr(self._checkpointer, "write_seconds", 0.0),
+            "checkpoint_write_seconds": write_seconds,
             "nonfinite_steps": progress.nonfinite_steps,
             "num_steps": config.schedule.num_steps,
             "seconds": now - self._started,
