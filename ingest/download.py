@@ -236,7 +236,7 @@ def _make_missing(
     """
     from cluster.base.progress import progress, show_place
     from ingest.fetching.rate_limit import deal_host_share
-    from ingest.fetching.shard_task import NetworkDown
+    from ingest.fetching.shard_task import NetworkDownError
     from ingest.shards import committed_names, withdraw_damaged
     from ingest.store.accounts import Accounts, count_rows
     from ingest.store.shard_runner import WorkerPool, run_units
@@ -257,7 +257,7 @@ def _make_missing(
         job,
         (unit for unit in units if unit.name not in done),
         WorkerPool(number=config.num_processes, group="cpu_group"),
-        passing=(NetworkDown,),
+        passing=(NetworkDownError,),
         deal_share=partial(deal_host_share, config.host_connections, config.host_rate),
     )
     failures: dict[str, str] = {}

@@ -222,13 +222,13 @@ def parse(caption: str) -> Scene:
 
     Raises ValueError naming the caption if no phrasing fits, or if the scene cannot be drawn.
     """
-    found = _grammar().fullmatch(caption.strip().rstrip(".").lower())
-    if not found:
+    match = _grammar().fullmatch(caption.strip().rstrip(".").lower())
+    if not match:
         raise ValueError(
             f"caption {caption!r}: expected 'a SIZE COLOUR SHAPE', or two joined by a RELATION:"
             f" {'; '.join(', '.join(words) for words in (SIZES, PALETTE, SHAPES, RELATIONS))}"
         )
-    first, words, second = found.group("first", "relation", "second")
+    first, words, second = match.group("first", "relation", "second")
     relation = next((name for name, forms in RELATION_WORDS.items() if words in forms), None)
     try:
         triples = (thing.split() for thing in (first, second) if thing)

@@ -7,7 +7,7 @@ from ingest.fetching.robots import (
     FAILURE_KEPT_SECONDS,
     KEPT_SECONDS,
     RobotsCache,
-    RobotsUnavailable,
+    RobotsUnavailableError,
 )
 
 ORIGIN = ("http", "a.example", 80)
@@ -107,7 +107,7 @@ def test_rules_and_failures_are_kept_for_their_time_only():
 
     cache = RobotsCache(load, "minidalle2", clock=lambda: now[0])
     for _ in range(2):
-        with pytest.raises(RobotsUnavailable, match="timeout"):
+        with pytest.raises(RobotsUnavailableError, match="timeout"):
             cache.allowed(ORIGIN, "http://a.example/x")
     now[0] += FAILURE_KEPT_SECONDS
     assert not cache.allowed(ORIGIN, "http://a.example/x")

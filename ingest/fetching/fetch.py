@@ -28,7 +28,7 @@ from ingest.fetching import net
 from ingest.fetching.decode import header_problem, may_be_image
 from ingest.fetching.rate_limit import HostLimits
 from ingest.fetching.robots import MAX_BYTES as MAX_ROBOTS_BYTES
-from ingest.fetching.robots import Origin, RobotsCache, RobotsUnavailable
+from ingest.fetching.robots import Origin, RobotsCache, RobotsUnavailableError
 from ingest.lists.opt_outs import OUR_AGENT, opted_out, reserved
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -261,7 +261,7 @@ class Fetcher:
         origin = (scheme, host, target.port or PORTS[scheme])
         try:
             allowed = self._robots.allowed(origin, target.url)
-        except RobotsUnavailable as error:
+        except RobotsUnavailableError as error:
             raise FetchError(error.reason, error.retry_after) from None
         if not allowed:
             raise FetchError("robots_disallowed")

@@ -80,10 +80,12 @@ class DeadlineTlsSocket(ssl.SSLSocket):
     """The same over TLS; its handshake has the time left when the connection was made."""
 
     def recv_into(self, *args: Any, **options: Any) -> int:
+        """Receive, within this thread's try."""
         self.settimeout(remaining(_try.read))
         return super().recv_into(*args, **options)
 
     def sendall(self, *args: Any, **options: Any) -> None:
+        """Send, within this thread's try."""
         self.settimeout(remaining(_try.read))
         super().sendall(*args, **options)
 

@@ -23,7 +23,7 @@ MAX_ORIGINS = 10_000
 Origin = tuple[str, str, int]  # scheme, host, port
 
 
-class RobotsUnavailable(Exception):
+class RobotsUnavailableError(Exception):
     """A host's rules are not available. retry_after: seconds until they are requested again."""
 
     def __init__(self, reason: str, retry_after: float) -> None:
@@ -60,10 +60,13 @@ class RobotsCache:
         self._rules: OrderedDict[Origin, Future[_Rules]] = OrderedDict()
 
     def allowed(self, origin: Origin, url: str) -> bool:
-        """Return whether `url` of `origin` may be fetched; RobotsUnavailable without an answer."""
+        """Return whether `url` of `origin` may be fetched.
+
+        Raises RobotsUnavailableError while the host cannot answer.
+        """
         rules = self._of(origin)
         if rules.failure is not None:
-            raise RobotsUnavailable(rules.failure, max(0.0, rules.until - self._clock()))
+            raise RobotsUnavailableError(rules.failure, max(0.0, rules.until - self._clock()))
         return rules.parser is None or rules.parser.can_fetch(url, self._agent)
 
     def _of(self, origin: Origin) -> _Rules:

@@ -44,7 +44,7 @@ GRACE_SECONDS = 60.0  # after a shard's deadline, for the tries in progress and 
 TableRow = dict[str, Any]  # of a shard's Parquet file
 
 
-class NetworkDown(OSError):
+class NetworkDownError(OSError):
     """Our own network was down for most rows of a shard: it is better made later."""
 
 
@@ -90,8 +90,8 @@ def make_shard(job: ShardJob, name: str, rows: "pa.Table", fetcher: Fetcher) -> 
     """Download a shard and commit it; return the commit, of whoever came first.
 
     rows: the columns url and caption, then the kept ones and those that filters need.
-    Raises OSError when the files cannot be written, NetworkDown when there was no network for most
-    of the rows; a bad URL is never an error.
+    Raises OSError when the files cannot be written, NetworkDownError when there was no network for
+    most of the rows; a bad URL is never an error.
     """
     started = time.time()
     rows = normalised(rows)
@@ -118,7 +118,9 @@ def make_shard(job: ShardJob, name: str, rows: "pa.Table", fetcher: Fetcher) -> 
         fetched = fetch_rows(requests, fetcher, job.resizer, job.engine)
         cut_off = sum(result.reason in OUTAGE for result in fetched.values())
         if cut_off and cut_off >= OUTAGE_SHARE * len(fetched):
-            raise NetworkDown(f"no network for {cut_off} of {len(fetched)} rows; not committed")
+            raise NetworkDownError(
+                f"no network for {cut_off} of {len(fetched)} rows; not committed"
+            )
         forgotten = read_forgotten(job.root)  # again: fetching may have taken long
         for row, result in fetched.items():
             covered = forgotten.covers(urls[row], result.sha256)

@@ -34,13 +34,13 @@ def repeated(chunks: Iterable[np.ndarray], num_rows: int) -> np.ndarray:
         for chunk in chunks:
             chunk.tofile(file)
         for bucket in range(buckets):
-            found = [
-                (hashes[mine], start + np.flatnonzero(mine))
+            members = [
+                (hashes[is_member], start + np.flatnonzero(is_member))
                 for start, hashes in _chunks(file)
-                for mine in [(hashes != 0) & (hashes % buckets == bucket)]
+                for is_member in [(hashes != 0) & (hashes % buckets == bucket)]
             ]
-            if found:
-                hashes, places = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            if members:
+                hashes, places = (np.concatenate(arrays) for arrays in zip(*members, strict=True))
                 _, first = np.unique(hashes, return_index=True)
                 again[np.delete(places, first)] = True
     return again

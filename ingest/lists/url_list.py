@@ -80,8 +80,8 @@ def _read_json_lines(
     import pyarrow as pa
 
     def values(rows: list[dict[str, Any]], name: str) -> list[Any]:
-        found = (row.get(name) for row in rows)
-        return [_HALF_PAIR.sub("\ufffd", v) if isinstance(v, str) else v for v in found]
+        cells = (row.get(name) for row in rows)
+        return [_HALF_PAIR.sub("\ufffd", v) if isinstance(v, str) else v for v in cells]
 
     objects = _json_objects(stream)
     if columns is None:
