@@ -1,4 +1,4 @@
-"""From pixels to committed embeddings: open_clip's numbers, whole shards only, bad ones told."""
+"""From pixels to committed embeddings: open_clip's numbers, whole shards only, bad ones named."""
 
 import io
 import json
@@ -18,13 +18,13 @@ from ingest.embed import EmbedConfig
 from ingest.embedding.encode import (
     Assembler,
     Chunk,
-    Encoded,
     commit_shard,
     encode_chunk,
     encode_shard,
     open_embeds,
     read_chunks,
 )
+from ingest.embedding.ray_encoders import EncoderPool
 from ingest.shards import (
     Attempt,
     EmbedShard,
@@ -127,15 +127,15 @@ def test_an_image_that_cannot_be_decoded_has_no_embedding_and_the_rest_has(encod
     assert shard.keys == ImageShard(images.root, entry.name).keys
 
 
-def encoded(shard: str, start: int, count: int, total: int) -> Encoded:
+def encoded(shard: str, start: int, count: int, total: int) -> Chunk:
     rng = np.random.default_rng(start)
     embeds = rng.normal(size=(2, count, 4)).astype(np.float32)
     embeds /= np.linalg.norm(embeds, axis=2, keepdims=True)
-    chunk = Chunk(
+    return Chunk(
         shard=shard, start=start, total=total, bad=np.zeros(count, bool),
         tokens=np.full((count, 3), start, np.int32),
+        image_embed=embeds[0], text_embed=embeds[1],
     )  # fmt: skip
-    return Encoded(chunk=chunk, image_embed=embeds[0], text_embed=embeds[1], seconds=0.0)
 
 
 def test_a_shard_is_whole_when_its_last_chunk_came_whatever_their_order():
@@ -145,7 +145,7 @@ def test_a_shard_is_whole_when_its_last_chunk_came_whatever_their_order():
     assert assembler.add(encoded("a", 4, 2, 6)) is None  # from a task that was tried again
     assert assembler.add(b) == [b]
     whole = assembler.add(a)
-    assert whole is not None and [part.chunk.start for part in whole] == [0, 4]
+    assert whole is not None and [chunk.start for chunk in whole] == [0, 4]
     empty = encoded("c", 0, 0, 0)
     assert assembler.add(empty) == [empty]
 
@@ -179,10 +179,10 @@ def test_an_encoder_has_a_gpu_of_its_own_wherever_there_are_any(
 ):  # fmt: skip
     """Groups of nodes start what is asked for; elsewhere as many encoders begin as have a GPU."""
     monkeypatch.setattr(ray, "cluster_resources", lambda: {GROUPS: 1.0} if groups else {})
-    assert embed._encoders(EmbedConfig(num_actors=4), gpus) == (begin, each)
-    told = capsys.readouterr().out
-    assert bool(told) is (begin < 4)
-    assert not told or f"{gpus} of --num-actors 4 encoders, one for each GPU" in told
+    assert EncoderPool(clip="", batch_size=1, num_actors=4).actors(gpus) == (begin, each)
+    output = capsys.readouterr().out
+    assert bool(output) is (begin < 4)
+    assert not output or f"{gpus} of --num-actors 4 encoders, one for each GPU" in output
 
 
 @pytest.mark.slow
@@ -203,8 +203,9 @@ def test_the_job_embeds_what_is_pending_names_what_is_broken_and_is_cheap_to_rep
         images=str(images), clip="tiny:random", out=str(out), batch_size=4, num_threads=1
     )
     assert embed.main(config) == 1
-    told = capsys.readouterr().out
-    assert "failed: " in told and "000001.tar has" in told and "undecodable: 000000030" in told
+    output = capsys.readouterr().out
+    for message in ("failed: ", "000001.tar has", "undecodable: 000000030"):
+        assert message in output
     assert list(committed(out)) == ["000000", "000002", "000003"]
     record = json.loads((out / "_quarantine" / "000001.json").read_text())
     assert "000001.tar has" in record["problem"]

@@ -85,7 +85,7 @@ def embed(tmp_path) -> Work:
     return Work(
         command=spell,
         num_commits=24,
-        worker="ray::MapWorker(Map(Encoder))",
+        worker="ray::MapWorker(Map(ClipEncoder))",
         whole=whole,
     )
 

@@ -6,13 +6,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ingest import download, embed
+from ingest import download
 from ingest.download import DownloadConfig
 from ingest.embedding import near_duplicates as nd
 from ingest.embedding.near_duplicates import near_duplicates
 from ingest.embedding.publish import Rules, publish_embeds
 from ingest.embedding.statistics import COSINE_EDGES, EmbedStatistics
 from ingest.shards import Attempt, EmbedShard, load_snapshot, write_embed_shard, write_manifest
+from ingest.store.maintenance import record_failed
 from training.data.datasets import EmbedDataset, PairDataset
 from training.data.sampler import Plan
 
@@ -134,7 +135,7 @@ def test_verify_sets_embeddings_aside_and_what_is_left_out_stays_out(embeds, cap
     ]  # fmt: skip
     assert EmbedStatistics.read(embeds).snapshot == left.digest
     aside = list((embeds / "_quarantine").iterdir())
-    embed._quarantine(str(embeds), {})  # as the rerun does with its own records there
+    record_failed(embeds, {})  # as the rerun does with its own records there
     assert [path.name[:6] for path in aside] == ["000001"] and aside[0].is_dir()
 
 

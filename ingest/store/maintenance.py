@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,20 @@ def verify(root: Root) -> dict[str, str]:
     elif problems:
         publish_snapshot(root)
     return problems
+
+
+def record_failed(root: Root, problems: Mapping[str, str]) -> None:
+    """Record the problem of each shard that a run could not make; delete records of earlier runs.
+
+    <root>/_quarantine/<shard>.json   {"problem"}: the next run tries the shard again. Folders of
+    damaged shards, which --verify puts there, stay.
+    """
+    storage = storage_of(root)
+    for name in storage.names("_quarantine"):
+        if name.endswith(".json") and name.removesuffix(".json") not in problems:
+            storage.delete(f"_quarantine/{name}")
+    for shard, problem in problems.items():
+        storage.replace(f"_quarantine/{shard}.json", canonical_json({"problem": problem}))
 
 
 def orphan_files(root: Root) -> list[str]:
