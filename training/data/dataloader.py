@@ -135,9 +135,10 @@ class ThreadedLoader:
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield the micro-batches of steps [start, stop), read ahead."""
+        sampler: Any = self.sampler.over(range(start, stop))  # torch's type is of lists of indices
         loader = DataLoader(
             self.dataset,
-            batch_sampler=self.sampler.over(range(start, stop)),
+            batch_sampler=sampler,
             collate_fn=_as_read,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # DataLoader draws a seed, else from torch's own state
