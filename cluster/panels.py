@@ -79,11 +79,11 @@ PIPELINE = Dashboard(
         ),
         "Room and backlog": (
             _panel("Shards to go", "minidalle2:backlog_shards", "{{stage}} {{instance}}",
-                   "Should fall; what stands still is told as ShardBacklog."),
+                   "Should fall; the alert ShardBacklog fires where it does not."),
             _panel("Free space", "minidalle2:storage_free_bytes", "{{folder}} {{instance}}",
                    "Of the disks where local folders lie.", "bytes"),
             _panel("Free share", "minidalle2:storage_free_bytes / minidalle2:storage_size_bytes",
-                   "{{folder}} {{instance}}", "Below .1 somebody is told.", "percentunit"),
+                   "{{folder}} {{instance}}", "Below .1 an alert fires.", "percentunit"),
             _panel("Stages that are done", "minidalle2:stage_seconds", "{{stage}}",
                    "Time each took, over all of its attempts.", "s"),
             _panel("Targets", "up", "{{job}} {{instance}}", "Who answers Prometheus.", "bool"),
