@@ -1,11 +1,12 @@
-"""An average of any width, after the run: from snapshots of its power-function averages.
+"""Reconstruct an EMA of any width after training, from snapshots of power-function averages.
 
 python training/decoder.py --train.power-ema 0.05 0.10 --train.snapshot-every 500 --run runs/base ...
 python training/reconstruct_ema.py --run runs/base --sigma-rel 0.08 --out runs/base_ema008
 python eval/sample.py --decoder runs/base_ema008 ...
 
-sigma_rel is the width of the average as a share of the training so far; the printed fit error says
-how near the combination of snapshots comes to it. What is written is a finished run.
+sigma_rel is the width of the average relative to the length of the training so far. The printed fit
+error is the distance between the combination of snapshots and that profile. The output is a
+finished run.
 """  # noqa: E501
 
 from dataclasses import dataclass
@@ -16,20 +17,20 @@ from cluster.base.cli import parse, require_local, run_script
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """Which average, of which run."""
+    """Options: the run and the average to reconstruct."""
 
     run: str = "runs/base"
-    """folder of a finished run that kept snapshots"""
+    """folder of a finished run with snapshots of its averages"""
     sigma_rel: float = 0.1
     """relative width: more than 0, at most 0.2887; between or near those of --train.power-ema"""
     step: int = 0
-    """step of the run at which the average ends; 0 = its last snapshot's"""
+    """step at which the average ends; 0 = the step of the last snapshot"""
     out: str = ""
-    """folder of the run to write; empty = the run's with the width, as in runs/base_ema008"""
+    """folder of the run to write; empty = the run's name and the width, as in runs/base_ema008"""
 
 
 def main(config: EmaConfig) -> int:
-    """Write the average as a run."""
+    """Reconstruct the average and write it as a run."""
     from training.checkpoints.post_hoc_ema import reconstruct
 
     width = f"{config.sigma_rel:.15f}".rstrip("0").replace(".", "")
