@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.base.cli import DONE, parse, require_local, run_script
+from cluster.base.files import write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from models.clip import FrozenClip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class ClipScoreConfig:
 
 
 def main(config: ClipScoreConfig) -> int:
-    """Print the scores, one a line, and write them."""
+    """Print the scores, one a line, and write them; or export the encoder's weights."""
     require_local("--out", config.out)
     require_local("--export", config.export)
     if config.export:
@@ -63,41 +62,55 @@ def main(config: ClipScoreConfig) -> int:
     for name, value in scores.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     if config.out:
-        Path(config.out).write_text(json.dumps(scores, indent=1) + "\n")
+        write_text(config.out, json.dumps(scores, indent=1) + "\n")
     return DONE
 
 
 def _class_scores(config: ClipScoreConfig, image: "Tensor") -> dict[str, Any]:
-    """Return the accuracy of zero-shot classification, and of a probe where it can be trained."""
+    """Return the accuracy of zero-shot classification, and of a probe where it can be trained.
+
+    image: embeddings [N, E]. A class's embedding is the mean over its sentences (Radford et al.
+    2021, section 3.1.4).
+    """
     import torch
 
     from eval.scores.scorecard import read_embeds
+    from ingest.shards import read_manifest
+    from models.clip import load_clip
     from models.scores import linear_probe, zero_shot
 
+    # Classes, by number
     labels = _labels(config.embeds, config.images, config.label_column)
     train_labels: list[str] = []
     if config.train_embeds:
         train_labels = _labels(config.train_embeds, config.train_images, config.label_column)
     names = sorted({*labels, *train_labels})
     numbers = {name: number for number, name in enumerate(names)}
-    wanted = torch.tensor([numbers[label] for label in labels])
-    classes = _encode_classes(_encoder(config), names, config.templates)
+    target = torch.tensor([numbers[label] for label in labels])  # [N]
+
+    # Zero-shot: the nearest class embedding
+    encoder = load_clip(config.clip or read_manifest(config.embeds)["clip"])
+    sentences = [[template.format(name) for template in config.templates] for name in names]
+    tokens = [torch.from_numpy(encoder.tokenize(of_class)) for of_class in sentences]
+    classes = torch.stack([encoder.encode_text(of_class)[0] for of_class in tokens])  # [C, T, E]
     scores: dict[str, Any] = {
         "num_classes": len(names),
-        "zero_shot_accuracy": zero_shot(image, classes, wanted),
+        "zero_shot_accuracy": zero_shot(image, classes, target),
     }
+
+    # A linear probe
     if config.train_embeds:
         _, train_image, _ = read_embeds(config.train_embeds)
-        train_wanted = torch.tensor([numbers[label] for label in train_labels])
+        train_target = torch.tensor([numbers[label] for label in train_labels])
         scores["linear_probe_accuracy"] = linear_probe(
-            (train_image, train_wanted), (image, wanted), weight_decay=config.probe_weight_decay
+            (train_image, train_target), (image, target), weight_decay=config.probe_weight_decay
         )
         scores["n_probe_train"] = len(train_labels)
     return scores
 
 
 def _labels(embeds: str, images: str, column: str) -> list[str]:
-    """Return the class of each embedding, from the tables of the images they are of."""
+    """Return the class of each embedding, from the tables of the images."""
     import io
 
     import pyarrow.parquet as pq
@@ -111,8 +124,8 @@ def _labels(embeds: str, images: str, column: str) -> list[str]:
     for entry in load_snapshot(embeds).shards:
         table = pq.read_table(io.BytesIO(storage_of(images).read(f"{entry.name}.parquet")))
         if column not in table.column_names:
-            found = ", ".join(table.column_names)
-            raise ValueError(f"{images}: label_column: found {found}, expected {column!r} too")
+            columns = ", ".join(table.column_names)
+            raise ValueError(f"{images}: label_column: found {columns}, expected {column!r} too")
         pairs = zip(table["status"].to_pylist(), table[column].to_pylist(), strict=True)
         stored = [str(label) for status, label in pairs if status == STORED]
         if len(stored) != entry.num_samples:
@@ -120,26 +133,6 @@ def _labels(embeds: str, images: str, column: str) -> list[str]:
         excluded = set(entry.excluded)
         labels += [label for row, label in enumerate(stored) if row not in excluded]
     return labels
-
-
-def _encoder(config: ClipScoreConfig) -> "FrozenClip":
-    from ingest.shards import read_manifest
-    from models.clip import load_clip
-
-    return load_clip(config.clip or read_manifest(config.embeds)["clip"])
-
-
-def _encode_classes(
-    encoder: "FrozenClip", names: list[str], templates: tuple[str, ...]
-) -> "Tensor":
-    """Return embeddings of every template of every class, [C, T, E]."""
-    import torch
-
-    found = []
-    for name in names:
-        words = encoder.tokenize([template.format(name) for template in templates])
-        found.append(encoder.encode_text(torch.from_numpy(words))[0])
-    return torch.stack(found)
 
 
 def _export(config: ClipScoreConfig) -> int:

@@ -10,19 +10,26 @@ Sub-commands edit images: variations, interpolate, textdiff, inpaint, pca, guida
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import UseAppendAction
 
 from cluster.base.cli import parse, require_at_least, require_local, run_script
+from cluster.base.files import atomic_write
 from cluster.base.machine import threads_for
 from eval.sampling.options import DrawingOptions, SamplingSettings
 from training.engine.precision import settled
+
+if TYPE_CHECKING:
+    from models.unclip import Sampling, UnClip
+
+NOT_SETTINGS = (  # options that change no image
+    "out", "batch_size", "device", "num_threads", "metrics_port", "fresh", "limit", "prompts",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,7 @@ def main(config: SampleConfig) -> int:
 
     from cluster.base.metrics import serve
     from eval.features.devices import device_named
+    from eval.sampling.captions import read_captions
     from eval.sampling.chain import load_chain
     from eval.sampling.generate import sampling_of
     from eval.sampling.image_source import SAMPLES_NAME
@@ -82,10 +90,15 @@ def main(config: SampleConfig) -> int:
     config = dataclasses.replace(config, precision=settled(config.precision, device.type))
     serve(config.metrics_port)
     torch.set_num_threads(threads_for(config.num_threads))
-    captions, sampling = _captions(config), sampling_of(vars(config))
-    out = Path(config.out)
-    parts = (config.clip, config.prior, config.decoder, config.upsampler)
-    chain = load_chain(*parts, guide=config.guide, device=config.device)
+    if bool(config.prompts) == bool(config.captions):
+        raise ValueError("found both or none of --prompts and --captions, expected one of them")
+    captions = list(config.prompts)[: config.limit or None]
+    if config.captions:
+        captions = read_captions(config.captions, config.limit)
+
+    sampling, out = sampling_of(vars(config)), Path(config.out)
+    runs = (config.clip, config.prior, config.decoder, config.upsampler)
+    chain = load_chain(*runs, guide=config.guide, device=config.device)
     open_samples(out, _settings(config, captions, chain), fresh=config.fresh)
     made = _draw(out, config, captions, chain, sampling)
     if made or not (out / SAMPLES_NAME).is_file():
@@ -98,32 +111,24 @@ def main(config: SampleConfig) -> int:
     return 0
 
 
-def _captions(config: SampleConfig) -> list[str]:
-    if bool(config.prompts) == bool(config.captions):
-        raise ValueError("found both or none of --prompts and --captions, expected one of them")
-    if config.prompts:
-        return list(config.prompts)[: config.limit or None]
-    from eval.sampling.captions import read_captions
-
-    return read_captions(config.captions, config.limit)
-
-
-def _settings(config: SampleConfig, captions: list[str], chain: Any) -> dict[str, Any]:
+def _settings(config: SampleConfig, captions: list[str], chain: "UnClip") -> dict[str, Any]:
     """Return what the images depend on: options, captions, and the weights that draw them."""
     from eval.sampling.chain import chain_weights
 
     settings = dataclasses.asdict(config)
-    for name in (
-        "out", "batch_size", "device", "num_threads", "metrics_port", "fresh", "limit", "prompts",
-    ):  # fmt: skip
+    for name in NOT_SETTINGS:
         del settings[name]
     weights = chain_weights(config.prior, config.decoder, config.upsampler, config.guide)
     settings |= {"encoder_id": chain.clip.encoder_id, **weights, "captions": captions}
     return json.loads(json.dumps(settings))
 
 
-def _draw(out: Path, config: SampleConfig, captions: list[str], chain: Any, sampling: Any) -> int:
-    """Draw the batches that are not whole yet; returns the number of images drawn."""
+def _draw(
+    out: Path, config: SampleConfig, captions: list[str], chain: "UnClip", sampling: "Sampling"
+) -> int:
+    """Draw the batches of which an image is missing; return the number of images drawn."""
+    from PIL import Image
+
     from cluster.base.metrics import counter
     from cluster.base.progress import progress
     from eval.sampling.generate import render_all
@@ -139,21 +144,13 @@ def _draw(out: Path, config: SampleConfig, captions: list[str], chain: Any, samp
                     chain, batch, None, sampling,
                     seed=config.seed, batch_size=config.batch_size, offset=start,
                 )  # fmt: skip
-                _save(paths, images)
+                for path, image in zip(paths, images, strict=True):
+                    with atomic_write(path) as temporary:  # an existing file is not drawn again
+                        Image.fromarray(image).save(temporary, format="png")
                 made += len(batch)
                 counter("minidalle2_samples_generated_total").inc(len(batch))
             advance(len(batch))
     return made
-
-
-def _save(paths: list[Path], images: Any) -> None:
-    """Write each image whole or not at all: a file that exists is not drawn again."""
-    from PIL import Image
-
-    for path, image in zip(paths, images, strict=True):
-        part = path.with_suffix(f".{os.getpid()}.part")  # a rerun may overtake one that lives on
-        Image.fromarray(image).save(part, format="png")
-        part.replace(path)
 
 
 def command(argv: list[str]) -> int:

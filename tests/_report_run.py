@@ -134,15 +134,15 @@ def write_rich_run(root: Path, count: int = 24) -> Path:
     for command, heads in (("guidance", "1234"), ("pca", ("20", "40", "80", "160", "320", "512"))):
         _edits(run / "edits" / command, command, heads, pairs)
     for name, steps in (("base", range(1, 9)), ("prior", range(10, 40, 10))):
-        told = [_scored(step, 2 / step) for step in steps]
+        record = [_scored(step, 2 / step) for step in steps]
         write_lines(run / name / "metrics.jsonl", [_line(i) for i in range(1, 40)])
-        write_lines(run / name / "watch.jsonl", told)
+        write_lines(run / name / "watch.jsonl", record)
         (run / name / "config.yaml").write_text(
             f"run: {name}\ntrain:\n  num_steps: 39 # {HOSTILE}\n"
         )
     sweep = [(1, 14.0), (1.5, 11.2), (2, 10.6), (3, 11.5), (4, 13.1)]
-    told = [{"cfg_scale": scale, "scores": _scored(0, fd)["scores"]} for scale, fd in sweep]
-    write_lines(run / "sweep.jsonl", told)
+    record = [{"cfg_scale": scale, "scores": _scored(0, fd)["scores"]} for scale, fd in sweep]
+    write_lines(run / "sweep.jsonl", record)
     return run
 
 
@@ -163,6 +163,6 @@ def _edits(folder: Path, command: str, heads: Any, pairs: list) -> None:
         for column, head in enumerate(heads):
             name = f"{row:03d}_{column:03d}.png"
             _save(folder / name, pair.image_bytes)
-            told = {"file": name, "row": HOSTILE if row == 1 else pair.caption, "column": head}
-            lines.append({**told, "command": command, "settings": {"seed": 0, "out": HOSTILE}})
+            record = {"file": name, "row": HOSTILE if row == 1 else pair.caption, "column": head}
+            lines.append({**record, "command": command, "settings": {"seed": 0, "out": HOSTILE}})
     write_lines(folder / "edits.jsonl", lines)

@@ -32,7 +32,7 @@ def test_genevals_lines_give_their_prompts(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.txt", b"", "found no captions"),
         ("a.txt", b"\xff\xfe\x00", "no UTF-8 text"),
@@ -43,9 +43,9 @@ def test_genevals_lines_give_their_prompts(tmp_path: Path):
         ("a.jsonl", b"{", "line 1: found .*, expected JSON with a prompt"),
     ],
 )
-def test_broken_captions_are_refused(name: str, content: bytes, told: str, tmp_path: Path):
+def test_broken_captions_are_refused(name: str, content: bytes, message: str, tmp_path: Path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read_captions(str(tmp_path / name))
 
 
@@ -56,8 +56,8 @@ def test_absent_captions_are_refused(tmp_path: Path):
 
 def test_options_are_those_of_samples(tmp_path: Path):
     path = tmp_path / "settings.json"
-    told = {"cfg_scale": 3.0, "seed": 4, "prior": "runs/p", "encoder_id": "x", "guide": "runs/g"}
-    path.write_text(json.dumps({**told, "prior_weights": {}, "captions": ["a"]}))
+    content = {"cfg_scale": 3.0, "seed": 4, "prior": "runs/p", "encoder_id": "x", "guide": "runs/g"}
+    path.write_text(json.dumps({**content, "prior_weights": {}, "captions": ["a"]}))
     assert read_options(str(path)) == ({"cfg_scale": 3.0, "seed": 4}, "runs/g")
     path.write_text('{"cfg_scal": 3.0}')
     with pytest.raises(ValueError, match="--sampling: .*found 'cfg_scal', expected some of"):
@@ -103,10 +103,10 @@ def coco(root: Path, count: int = 12) -> Path:
 
 
 def protocol(path: Path, **changes: Any) -> str:
-    told = json.loads((FOLDER / "coco30k.json").read_text())
-    told |= {"images": "val", "annotations": "captions.json", "num_real": 12, "num_captions": 5,
+    content = json.loads((FOLDER / "coco30k.json").read_text())
+    content |= {"images": "val", "annotations": "captions.json", "num_real": 12, "num_captions": 5,
              "image_size": 8}  # fmt: skip
-    path.write_text(json.dumps({**told, **changes}))
+    path.write_text(json.dumps({**content, **changes}))
     return str(path)
 
 
@@ -118,8 +118,8 @@ def test_coco_has_both_references(tmp_path: Path):
     assert (len(whole), len(matched), len(found.captions)) == (12, 5, 5)
     assert whole[0].size == (8, 8) and matched.parent is not None
     assert [p.name for p in whole.paths] == sorted(p.name for p in whole.paths)
-    told = {int(caption.split()[1]) for caption in found.captions}
-    assert {int(path.stem) for path in matched.paths} == told
+    content = {int(caption.split()[1]) for caption in found.captions}
+    assert {int(path.stem) for path in matched.paths} == content
     assert all("\n" not in caption for caption in found.captions)
     again = prepare(protocol(tmp_path / "p.json"), str(data), tmp_path)
     assert again.captions == found.captions
@@ -144,7 +144,7 @@ def test_the_shipped_choice_never_changes(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"num_real": 13}, "found 12 images of the annotations, expected 13"),
         ({"num_captions": 13}, "captions: found 12, expected 13"),
@@ -156,24 +156,24 @@ def test_the_shipped_choice_never_changes(tmp_path: Path):
         ({"annotations": "absent.json"}, "found no such file, expected COCO's captions"),
     ],
 )
-def test_a_protocol_that_does_not_fit_is_refused(changes: dict, told: str, tmp_path: Path):
+def test_a_protocol_that_does_not_fit_is_refused(changes: dict, message: str, tmp_path: Path):
     data = str(coco(tmp_path / "coco"))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         prepare(protocol(tmp_path / "p.json", **changes), data, tmp_path)
 
 
 def test_hostile_annotations_name_no_other_files(tmp_path: Path):
     data = coco(tmp_path / "coco")
-    told = json.loads((data / "captions.json").read_text())
-    told["images"][0]["file_name"] = "../../etc/passwd"
-    (data / "captions.json").write_text(json.dumps(told))
+    content = json.loads((data / "captions.json").read_text())
+    content["images"][0]["file_name"] = "../../etc/passwd"
+    (data / "captions.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="file_name: found '../../etc/passwd', expected a plain"):
         prepare(protocol(tmp_path / "p.json"), str(data), tmp_path)
 
 
 def test_the_drawn_set_is_its_own_reference(tmp_path: Path):
-    told = {**json.loads((FOLDER / "shapes.json").read_text()), "num_captions": 6}
-    (tmp_path / "s.json").write_text(json.dumps(told))
+    content = {**json.loads((FOLDER / "shapes.json").read_text()), "num_captions": 6}
+    (tmp_path / "s.json").write_text(json.dumps(content))
     found = prepare(str(tmp_path / "s.json"), "", tmp_path)
     drawn = found.references["drawn"]
     assert len(drawn) == 6 and drawn.captions == found.captions and drawn[0].size == (64, 64)

@@ -207,8 +207,8 @@ def test_a_protocol_says_what_is_drawn_and_how_many_there_must_be(
 ):
     from eval.protocol import FOLDER
 
-    told = {**json.loads((FOLDER / "shapes.json").read_text()), "num_captions": 9}
-    (tmp_path / "p.json").write_text(json.dumps(told))
+    protocol = {**json.loads((FOLDER / "shapes.json").read_text()), "num_captions": 9}
+    (tmp_path / "p.json").write_text(json.dumps(protocol))
     (tmp_path / "sampling.json").write_text(json.dumps(SAMPLING))
     drawing = dataclasses.replace(
         config, model=str(model), protocol=str(tmp_path / "p.json"),
@@ -217,7 +217,7 @@ def test_a_protocol_says_what_is_drawn_and_how_many_there_must_be(
     scores = evaluated(drawing)
     assert scores["protocol"]["n"] == 9 and scores["protocol"]["headline"] == "drawn"
     assert set(scores["shapes"]) == {"single", "seen", "held_out"}
-    assert len({told["captions_sha256"] for told in scores["shapes"].values()}) == 3
+    assert len({protocol["captions_sha256"] for protocol in scores["shapes"].values()}) == 3
     with pytest.raises(Incomplete, match="found 5 images, expected 9"):
         few = dataclasses.replace(drawing, model="", sampling="", clip="tiny:random")
         evaluated(few, fake=photos(tmp_path / "few", 4, count=5))
@@ -230,7 +230,7 @@ def test_a_protocol_says_what_is_drawn_and_how_many_there_must_be(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"captions": "a.txt"}, "--captions: found it without --model"),
         ({"limit": 3}, "--limit: found it without anything to draw"),
@@ -246,8 +246,8 @@ def test_a_protocol_says_what_is_drawn_and_how_many_there_must_be(
         ({"real": "absent.npz"}, "absent.npz: found no statistics"),
     ],
 )  # fmt: skip
-def test_a_wrong_request_is_refused(config: FidConfig, changes: dict, told: str):
-    with pytest.raises(ValueError, match=told):
+def test_a_wrong_request_is_refused(config: FidConfig, changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
         fid.main(dataclasses.replace(config, **changes))
 
 

@@ -59,7 +59,7 @@ def altered(path: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"format": 2}, "format: found 2, expected 1"),
         ({"digest": None}, "digest: found None, expected text"),
@@ -70,9 +70,9 @@ def altered(path: Path, **changes: Any) -> Path:
     ],
 )
 def test_broken_statistics_are_refused(
-    known: Statistics, tmp_path: Path, changes: dict, told: str
+    known: Statistics, tmp_path: Path, changes: dict, message: str
 ):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load_statistics(altered(known.save(tmp_path), **changes))
 
 

@@ -106,9 +106,9 @@ def test_as_many_are_drawn_at_once_as_is_said(
     sizes = list[int]()
     render = UnClip.render
 
-    def counted(self: UnClip, keys: torch.Tensor, *told, **more) -> torch.Tensor:
+    def counted(self: UnClip, keys: torch.Tensor, *rest, **more) -> torch.Tensor:
         sizes.append(len(keys))
-        return render(self, keys, *told, **more)
+        return render(self, keys, *rest, **more)
 
     monkeypatch.setattr(UnClip, "render", counted)
     quick = {"decoder_steps": 1, "prior_steps": 1, "upsampler": ()}
@@ -216,6 +216,64 @@ def test_settings_on_disk_give_the_sampling_they_were_drawn_with(
     assert sampling_of({"top_share": 0.25, "temperature": 2.0}).prior.top_share == 0.25
     with pytest.raises(ValueError, match="found 'euler', expected one of ddim, .*analytic_ddpm"):
         sampling_of({"prior_sampler": "euler"})
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sampler": "ddin"}, "sampler: found 'ddin'"),
+        ({"decoder_steps": 0}, "decoder_steps: found 0, expected 1 or more"),
+        ({"seed": 10**20}, "seed: found 100000000000000000000, expected a number of 64 bits"),
+        ({"best_of": 0}, "best_of: found 0, expected 1 or more"),
+        ({"top_share": 5.0}, "top_share: found 5.0, expected more than 0"),
+        ({"temperature": -1.0}, "temperature: found -1.0, expected 0 or more"),
+        ({"cfg_scale": float("nan")}, "cfg_scale: found nan, expected a finite number"),
+    ],
+)
+def test_a_wrong_option_leaves_the_folder_to_the_right_one(
+    wrong: dict, message: str, config: SampleConfig, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=message):
+        drawn(config, tmp_path / "out", **wrong)
+    assert len(drawn(config, tmp_path / "out")) == len(CAPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size: found 0, expected 1 or more"),
+        ({"limit": -1}, "--limit: found -1, expected 0 or more"),
+        ({"num_threads": 0}, "--num-threads: found 0, expected 1 or more"),
+        ({"guide": "runs/weak", "cfg_scale": 1.0}, "--guide: found runs/weak with --cfg-scale 1"),
+        ({"upsampler": (), "upsampler_tile": 7}, "--upsampler-tile: found it without"),
+    ],
+)
+def test_wrong_numbers_and_options_of_no_use_are_refused(
+    wrong: dict, message: str, config: SampleConfig
+):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **wrong)
+
+
+def test_only_a_folder_of_samples_is_deleted(config: SampleConfig, tmp_path: Path):
+    """Other tools write a settings.json, too."""
+    (tmp_path / "settings.json").write_text('{"editor.fontSize": 12}')
+    (tmp_path / "thesis.txt").write_text("three years")
+    with pytest.raises(ValueError, match="expected samples or nothing"):
+        drawn(config, tmp_path, fresh=True)
+    assert (tmp_path / "thesis.txt").is_file()
+
+
+def test_a_folder_that_was_left_before_its_first_image_is_taken_up(
+    config: SampleConfig, tmp_path: Path
+):
+    (tmp_path / "settings.part").write_text('{"see')
+    assert len(drawn(config, tmp_path)) == len(CAPTIONS)
+    left = [path.name for path in tmp_path.iterdir() if path.suffix == ".part"]
+    assert not left
 
 
 # -- the ablation ----------------------------------------------------------------------------------
@@ -333,9 +391,9 @@ def test_other_features_need_no_clip(
     images = evaluated(bare)["images"]
     assert images["features"] == "colours" and images["fd"] > 0
     assert not {"judge", "clip_score", "fd_clip"} & images.keys()
-    told = capsys.readouterr().out
-    assert "clip_score: left out: no --clip" in told
-    assert "warning: 12 images are too few to quote an FID; it takes 2049" in told
+    output = capsys.readouterr().out
+    assert "clip_score: left out: no --clip" in output
+    assert "warning: 12 images are too few to quote an FID; it takes 2049" in output
     judged = evaluated(dataclasses.replace(bare, clip="tiny:random"))["images"]
     assert judged["fd"] == images["fd"] and judged["judge"].startswith("clip tiny@")
     assert judged["judge_relation"] == "the CLIP that the model was trained on"

@@ -76,8 +76,9 @@ def _draw(
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     # Text stays text, and the same chart gives the same bytes.
-    style = {"svg.fonttype": "none", "svg.hashsalt": "minidalle2", "font.size": 9}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "minidalle2", "font.size": 9}
+    ):
         figure = Figure(figsize=(5, 2.3))
         axes = figure.add_axes((0.09, 0.11, 0.89, 0.84))
         for x, y, options in lines:

@@ -11,7 +11,7 @@ MAX_CHARACTERS = 10_000  # of a caption; encoders read some 300
 
 
 def read_captions(source: str, limit: int = 0) -> list[str]:
-    """Return the captions that `source` holds, in its order; limit: the first so many, 0 = all.
+    """Return the captions of `source` in its order; limit: only the first, 0 = all.
 
     Raises ValueError for a file that is no text, a line without a prompt, and no captions at all.
     """
@@ -19,17 +19,17 @@ def read_captions(source: str, limit: int = 0) -> list[str]:
     if path.is_dir():
         from eval.sampling.image_source import open_images
 
-        found = open_images(source).captions
+        captions = open_images(source).captions
     elif path.is_file():
-        found = _read_file(path)
+        captions = _read_file(path)
     else:
         raise ValueError(
             f"{source}: found no such file or folder, expected captions, one a line, or image "
             "shards"
         )
-    if not found:
+    if not captions:
         raise ValueError(f"{source}: found no captions, expected at least one")
-    return found[: limit or None]
+    return captions[: limit or None]
 
 
 def _read_file(path: Path) -> list[str]:
@@ -37,29 +37,28 @@ def _read_file(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: found bytes that are no UTF-8 text ({error.reason})") from None
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix.lower() in (".jsonl", ".json"):
-        return [_prompt(f"{path}: line {number}", line) for number, line in numbered]
-    for number, line in numbered:
-        _require_sane(f"{path}: line {number}", line)
-    return [line for _, line in numbered]
+    is_json = path.suffix.lower() in (".jsonl", ".json")
+    captions = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        caption = _prompt_of(where, line) if is_json else line.strip()
+        if len(caption) > MAX_CHARACTERS or "\0" in caption:
+            raise ValueError(
+                f"{where}: found {len(caption)} characters, expected a caption of at most "
+                f"{MAX_CHARACTERS}, without null bytes"
+            )
+        captions.append(caption)
+    return captions
 
 
-def _prompt(where: str, line: str) -> str:
+def _prompt_of(where: str, line: str) -> str:
     try:
-        found = json.loads(line)
+        record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: found {error.msg}, expected JSON with a prompt") from None
-    prompt = found.get("prompt") if isinstance(found, dict) else None
+    prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{where}: prompt: found {prompt!r}, expected text")
-    _require_sane(where, prompt)
     return prompt.strip()
-
-
-def _require_sane(where: str, caption: str) -> None:
-    if len(caption) > MAX_CHARACTERS or "\0" in caption:
-        raise ValueError(
-            f"{where}: found {len(caption)} characters, expected a caption of at most "
-            f"{MAX_CHARACTERS}, without null bytes"
-        )

@@ -1,4 +1,4 @@
-"""Sub-commands of eval/sample.py: what the latents of unCLIP allow to be done with an image.
+"""Sub-commands of eval/sample.py: edits of an image by its unCLIP latents.
 
 python eval/sample.py variations --images cat.png --decoder runs/base
 python eval/sample.py interpolate --images cat.png dog.png --decoder runs/base
@@ -9,6 +9,7 @@ python eval/sample.py guidance --prompts "a red cube" --prior runs/prior --decod
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.base.cli import require_at_least
+from cluster.base.files import write_text
 from cluster.base.machine import threads_for
 from eval.sampling.edit_configs import (
     EditConfig,
@@ -40,8 +42,8 @@ EDITS_NAME = "edits.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The images of an edit: pixels [R * C, 3, S, S] row by row, and what rows and columns are."""
+class EditRows:
+    """The images of an edit, pixels [R * C, 3, S, S] row by row, and the names of rows, columns."""
 
     pixels: "Tensor"
     rows: list[str]
@@ -77,6 +79,7 @@ def run_edit(command: str, config: EditConfig) -> int:
 
 
 def _check(config: EditConfig) -> None:
+    """Raise ValueError for the first option that is absent or out of its range."""
     out = Path(config.out)
     if out.is_dir() and any(out.iterdir()) and not (out / EDITS_NAME).is_file():
         raise ValueError(f"{out}: found a folder without {EDITS_NAME}, expected edits or nothing")
@@ -89,41 +92,42 @@ def _check(config: EditConfig) -> None:
         raise ValueError(f"--{flag}: found none, expected at least one")
     if isinstance(config, PcaConfig) and min(config.components, default=1) < 1:
         raise ValueError(f"--components: found {min(config.components)}, expected 1 or more")
-    if isinstance(config, TextDiffConfig) and not config.caption:
-        raise ValueError("--caption: found none, expected what the images are to become")
+    if isinstance(config, TextDiffConfig):
+        if not config.caption:
+            raise ValueError("--caption: found none, expected what the images are to become")
+        if not 0 < config.max_theta <= 1:
+            raise ValueError(
+                f"--max-theta: found {config.max_theta:g}, expected more than 0 and at most 1"
+            )
     if isinstance(config, InpaintConfig):
         if not config.mask:
             raise ValueError("--mask: found none, expected an image file, white where to draw")
         if bool(config.caption) != bool(config.prior):
             raise ValueError("found one of --caption and --prior, expected both or none")
-    if isinstance(config, TextDiffConfig) and not 0 < config.max_theta <= 1:
-        raise ValueError(
-            f"--max-theta: found {config.max_theta:g}, expected more than 0 and at most 1"
-        )
-    spread = isinstance(config, (InterpolateConfig, TextDiffConfig))
-    bounds = {"count": 2 if spread else 1, "decoder_steps": 1, "upsampler_steps": 1}
-    bounds |= {"prior_steps": 1, "batch_size": 1, "num_threads": 1}
+    has_ends = isinstance(config, (InterpolateConfig, TextDiffConfig))
+    bounds = {"count": 2 if has_ends else 1, "decoder_steps": 1, "upsampler_steps": 1,
+              "prior_steps": 1, "batch_size": 1, "num_threads": 1}  # fmt: skip
     require_at_least(config, **{k: v for k, v in bounds.items() if hasattr(config, k)})
 
 
-def _opened(paths: Sequence[str]) -> "list[Image]":
+def _open_images(paths: Sequence[str]) -> "list[Image]":
     """Open images upright, as the download stores them."""
     from PIL import Image, ImageOps
 
-    found = []
+    images = []
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(f"{path}: found no such file, expected an image")
         try:
             with Image.open(path) as image:
-                found.append(ImageOps.exif_transpose(image).convert("RGB"))
+                images.append(ImageOps.exif_transpose(image).convert("RGB"))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: found no image: {error}") from None
-    return found
+    return images
 
 
 def _keys(seed: int, count: int) -> "Tensor":
-    """Return the key of each image: the same for a place in the grid, whatever the batch."""
+    """Return the random key int64 [count] of each image, by its place in the grid."""
     import torch
 
     from models.diffusion.keyed_random import sample_keys
@@ -133,25 +137,25 @@ def _keys(seed: int, count: int) -> "Tensor":
 
 
 def _in_batches(size: int, count: int, make: "Callable[[slice], Tensor]") -> "Tensor":
-    """Join what `make` returns for one part of `count` rows after the other, on the CPU.
+    """Concatenate what `make` returns for each batch of `count` rows, on the CPU.
 
-    What it draws is keyed by the place in the whole, so that no split changes a row.
+    Noise is keyed by the place among all rows, so that no batch size changes a row.
     """
     import torch
 
-    parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
-    return torch.cat([make(part).cpu() for part in parts])
+    batches = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    return torch.cat([make(batch).cpu() for batch in batches])
 
 
 def _encoded(config: ImagesConfig, chain: "UnClip", sampling: "Sampling") -> "list[Latents]":
     from models.latents import encode
 
-    images, size = _opened(config.images), config.batch_size
-    found = []
+    images, size = _open_images(config.images), config.batch_size
+    rows = []
     for start in range(0, len(images), size):
         latents = encode(chain, images[start : start + size], sampling)
-        found += [latents.row(number) for number in range(len(latents))]
-    return found
+        rows += [latents.row(number) for number in range(len(latents))]
+    return rows
 
 
 def _decoded(
@@ -177,38 +181,40 @@ def _names(config: ImagesConfig) -> list[str]:
     return [Path(path).stem for path in config.images]
 
 
-def variations(config: VariationsConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
+def variations(config: VariationsConfig, chain: "UnClip", sampling: "Sampling") -> EditRows:
+    """Reconstruct each image, then decode it with fresh noise at every step."""
     import torch
 
-    found = _encoded(config, chain, sampling)
-    exact = _decoded(config, chain, sampling, found)
-    many = [part for part in found for _ in range(config.count)]
-    varied = _decoded(config, chain, sampling, many, config.eta)
-    varied = varied.unflatten(0, (len(found), -1))
+    latents = _encoded(config, chain, sampling)
+    exact = _decoded(config, chain, sampling, latents)
+    repeated = [each for each in latents for _ in range(config.count)]
+    varied = _decoded(config, chain, sampling, repeated, config.eta)
+    varied = varied.unflatten(0, (len(latents), -1))
     pixels = torch.cat([exact[:, None], varied], dim=1).flatten(0, 1)
     columns = ["image", *(f"{number + 1}" for number in range(config.count))]
-    return Rows(pixels=pixels, rows=_names(config), columns=columns)
+    return EditRows(pixels=pixels, rows=_names(config), columns=columns)
 
 
 def _spread(last: float, count: int) -> list[float]:
     return [last * step / (count - 1) for step in range(count)]
 
 
-def interpolate(config: InterpolateConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
+def interpolate(config: InterpolateConfig, chain: "UnClip", sampling: "Sampling") -> EditRows:
+    """Blend the latents of each image with those of the next."""
     from models.latents import blends
 
-    found, names = _encoded(config, chain, sampling), _names(config)
     thetas = _spread(1.0, config.count)
-    pairs = list(zip(found, found[1:], strict=False))
-    parts = [blends(one, other, thetas, noise=config.noise) for one, other in pairs]
-    return Rows(
-        pixels=_decoded(config, chain, sampling, parts),
-        rows=[f"{one} to {other}" for one, other in zip(names, names[1:], strict=False)],
+    pairs = itertools.pairwise(_encoded(config, chain, sampling))
+    latents = [blends(first, second, thetas, noise=config.noise) for first, second in pairs]
+    return EditRows(
+        pixels=_decoded(config, chain, sampling, latents),
+        rows=[f"{first} to {second}" for first, second in itertools.pairwise(_names(config))],
         columns=[f"{theta:.2f}" for theta in thetas],
     )
 
 
-def textdiff(config: TextDiffConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
+def textdiff(config: TextDiffConfig, chain: "UnClip", sampling: "Sampling") -> EditRows:
+    """Rotate each image embedding toward the difference of two captions."""
     from models.latents import text_diffs
 
     thetas = _spread(config.max_theta, config.count)
@@ -217,12 +223,13 @@ def textdiff(config: TextDiffConfig, chain: "UnClip", sampling: "Sampling") -> R
         for latents in _encoded(config, chain, sampling)
     ]
     columns = [f"{theta:.2f}" for theta in thetas]
-    return Rows(
+    return EditRows(
         pixels=_decoded(config, chain, sampling, parts), rows=_names(config), columns=columns
     )
 
 
-def pca(config: PcaConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
+def pca(config: PcaConfig, chain: "UnClip", sampling: "Sampling") -> EditRows:
+    """Decode each image embedding from its first principal components."""
     import torch
 
     from ingest.embedding.statistics import EmbedStatistics
@@ -238,23 +245,24 @@ def pca(config: PcaConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
         )
     counts = [count for count in config.components if count < len(mean)] + [len(mean)]
     parts = [pca_images(one, mean, basis, counts) for one in _encoded(config, chain, sampling)]
-    return Rows(
+    return EditRows(
         pixels=_decoded(config, chain, sampling, parts),
         rows=_names(config),
         columns=[str(count) for count in counts],
     )
 
 
-def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
+def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> EditRows:
+    """Draw the masked part of each image again."""
     import torch
 
     from models.latents import embed_images, pixels_of
 
-    images, size = _opened(config.images), chain.base.image_size
+    images, size = _open_images(config.images), chain.base.image_size
     count = len(images) * config.count
     keys = _keys(config.seed, count)
     known = pixels_of(images, size).repeat_interleave(config.count, dim=0)
-    mask = (pixels_of(_opened([config.mask]), size).mean(1, keepdim=True) < 0).float()
+    mask = (pixels_of(_open_images([config.mask]), size).mean(1, keepdim=True) < 0).float()
 
     def draw(part: slice) -> "Tensor":
         captions = [config.caption] * (part.stop - part.start)
@@ -270,10 +278,12 @@ def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> Row
     drawn = _in_batches(config.batch_size, count, draw)
     rows = known.unflatten(0, (len(images), -1))[:, :1], drawn.unflatten(0, (len(images), -1))
     columns = ["image", *(f"{number + 1}" for number in range(config.count))]
-    return Rows(pixels=torch.cat(rows, dim=1).flatten(0, 1), rows=_names(config), columns=columns)
+    pixels = torch.cat(rows, dim=1).flatten(0, 1)
+    return EditRows(pixels=pixels, rows=_names(config), columns=columns)
 
 
-def guidance(config: GuidanceConfig, chain: "UnClip", sampling: "Sampling") -> Rows:
+def guidance(config: GuidanceConfig, chain: "UnClip", sampling: "Sampling") -> EditRows:
+    """Decode one image embedding per caption at several guidance scales."""
     import torch
 
     captions = list(config.prompts)
@@ -291,10 +301,10 @@ def guidance(config: GuidanceConfig, chain: "UnClip", sampling: "Sampling") -> R
 
     drawn = _in_batches(config.batch_size, len(captions), draw)
     columns = [f"{scale:g}" for scale in config.scales]
-    return Rows(pixels=drawn.flatten(0, 1), rows=captions, columns=columns)
+    return EditRows(pixels=drawn.flatten(0, 1), rows=captions, columns=columns)
 
 
-COMMANDS: dict[str, tuple[type[EditConfig], Callable[[Any, Any, Any], Rows]]] = {
+COMMANDS: dict[str, tuple[type[EditConfig], Callable[[Any, Any, Any], EditRows]]] = {
     "variations": (VariationsConfig, variations),
     "interpolate": (InterpolateConfig, interpolate),
     "textdiff": (TextDiffConfig, textdiff),
@@ -304,23 +314,23 @@ COMMANDS: dict[str, tuple[type[EditConfig], Callable[[Any, Any, Any], Rows]]] = 
 }
 
 
-def _write(command: str, config: EditConfig, found: Rows) -> None:
-    """Write every image, a labelled grid, and a line for each of what made it."""
+def _write(command: str, config: EditConfig, edit: EditRows) -> None:
+    """Write every image, a labelled grid, and a line for each image with its settings."""
     from PIL import Image
 
     from training.tasks.pictures import grid, save_png, to_uint8
 
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    pixels, width = to_uint8(found.pixels), len(found.columns)
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    pixels, width = to_uint8(edit.pixels), len(edit.columns)
+    settings = dataclasses.asdict(config)
     lines = []
     for number, image in enumerate(pixels):
         row, column = divmod(number, width)
         name = f"{row:03d}_{column:03d}.png"
         Image.fromarray(image).save(out / name)
-        place = {"file": name, "row": found.rows[row], "column": found.columns[column]}
-        lines.append({**place, "command": command, "settings": settings})
+        place = {"file": name, "row": edit.rows[row], "column": edit.columns[column]}
+        lines.append(json.dumps({**place, "command": command, "settings": settings}) + "\n")
     table = [list(pixels[start : start + width]) for start in range(0, len(pixels), width)]
-    save_png(out / "grid.png", grid(table, found.rows, found.columns))
-    (out / EDITS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_png(out / "grid.png", grid(table, edit.rows, edit.columns))
+    write_text(out / EDITS_NAME, "".join(lines))

@@ -25,16 +25,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Incomplete(OSError):
-    """Fewer images than there should be: exit code 1, since a rerun may mend it."""
+    """Fewer images than expected: exit code 1, since a rerun may complete them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
     """Images in a fixed order, with a caption for each where there is one.
 
-    settings: how eval/sample.py drew them, with which weights; empty for images of another origin.
+    settings: options and weights that eval/sample.py drew them with; empty for other images.
     side: px to which each is cropped and resized; 0 = as they are. parent, numbers: the larger set
-    that these are images of, and which.
+    that these are images of, and their numbers there.
     """
 
     source: str
@@ -48,7 +48,7 @@ class ImageSet:
     numbers: tuple[int, ...] = ()
 
     def __reduce__(self) -> Any:
-        """Travel to another process as what to open there: a memory map stays in its own."""
+        """Pickle shards by their folder and snapshot: another process maps the files itself."""
         if self.snapshot is None:
             return super().__reduce__()
         return _reopened, (self.snapshot.root, self.snapshot.digest, self.side)
@@ -100,7 +100,7 @@ class ImageSet:
 
     @property
     def fit(self) -> str:
-        """How images are brought to their size, in words that a score is quoted with."""
+        """How images are resized, as a score states it."""
         return f"centre crop, bicubic to {self.side} px" if self.side else "as they are"
 
     def fitted(self, side: int) -> "ImageSet":
@@ -135,7 +135,12 @@ def open_images(folder: str) -> ImageSet:
     if (root / SAMPLES_NAME).is_file():
         lines = [json.loads(line) for line in (root / SAMPLES_NAME).read_text().splitlines()]
         paths = tuple(root / line["file"] for line in lines)
-        _require_there(root, paths)
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise Incomplete(
+                f"{root}: found {len(paths) - len(missing)} of {len(paths)} samples, without "
+                f"{missing[0]}; delete {SAMPLES_NAME} and draw the missing ones again"
+            )
         captions = [line["caption"] for line in lines]
         settings = json.loads((root / SETTINGS_NAME).read_text())
         return ImageSet(source=folder, captions=captions, paths=paths, settings=settings)
@@ -162,12 +167,3 @@ def _open_shards(root: Path, snapshot: Snapshot) -> ImageSet:
         shards=shards,
         snapshot=snapshot,
     )
-
-
-def _require_there(root: Path, paths: tuple[Path, ...]) -> None:
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise Incomplete(
-            f"{root}: found {len(paths) - len(missing)} of {len(paths)} samples, without "
-            f"{missing[0]}; delete {SAMPLES_NAME} and draw the missing ones again"
-        )
