@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from cluster.base.files import digest_of
 from cluster.base.machine import threads_for
@@ -14,7 +13,7 @@ from eval.features.extractors import ExtractorSpec, clip_spec, dinov2_spec, ince
 from eval.features.store import FeatureExtraction
 from eval.features.weights import DINOV2, INCEPTION, find_weights, require_local_clip
 from eval.features.workers import Workers
-from eval.html_report.formats import CAPTIONS_KEY
+from eval.html_report.formats import CAPTIONS_KEY, Scores
 from eval.protocol import Prepared, prepare
 from eval.request import EvalRequest
 from eval.sampling.captions import read_captions
@@ -47,9 +46,9 @@ class Evaluation:
     specs: dict[str, ExtractorSpec]
     encoder: FrozenClip | None = None
     train: ImageSet | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Scores = field(default_factory=dict)
 
-    def scores(self) -> dict[str, Any]:
+    def scores(self) -> Scores:
         """Return all scores by their paths in eval.json."""
         from eval.scores.scorecard import chain_scores, is_drawn, shapes_with_real
 
@@ -58,7 +57,7 @@ class Evaluation:
 
         # Distances in each space, and what they and a CLIP say of the images
         features = {space: self._compared(space, headline) for space in spaces}
-        scores: dict[str, Any] = {"images": self._image_scores(features), "features": features}
+        scores: Scores = {"images": self._image_scores(features), "features": features}
         if fake and real and is_drawn(fake.captions) and is_drawn(real.captions):
             scores["shapes"] = shapes_with_real(fake, real)
         if fake and self.train:
@@ -82,7 +81,7 @@ class Evaluation:
             scores["protocol"] = {**scores["protocol"], "references": others}
         return scores | {"provenance": _provenance(self.place.workers)}
 
-    def _compared(self, space: str, reference: str) -> dict[str, Any]:
+    def _compared(self, space: str, reference: str) -> Scores:
         """Return the distances of the generated images to a reference in one space."""
         spec, real = self.specs[space], self.real[reference]
         both = [source.measured(spec, self.place) for source in (self.fake, real)]
@@ -96,7 +95,7 @@ class Evaluation:
         fake = self.fake.images
         return {CAPTIONS_KEY: digest_of(fake.captions)} if fake and fake.captions else {}
 
-    def _image_scores(self, features: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _image_scores(self, features: dict[str, Scores]) -> Scores:
         """Return the headline distances, the CLIP score, and which CLIP gave it."""
         from eval.scores.scorecard import embed_scores
 
@@ -224,7 +223,7 @@ def _open_source(source: str, size: int) -> ImageSource:
 
 def _draw_samples(
     request: EvalRequest, model: Model, workers: Workers, protocol: Prepared | None
-) -> dict[str, Any]:
+) -> Scores:
     """Draw the captions of the request or of the protocol, if any; return how."""
     if not request.captions and protocol is None:
         return {}
@@ -263,7 +262,7 @@ def _require_all_captions(fake: ImageSource, protocol: Prepared) -> None:
 
 
 def _draw_neighbours(
-    scores: dict[str, Any], fake: ImageSet, train: ImageSet, folder: Path
+    scores: Scores, fake: ImageSet, train: ImageSet, folder: Path
 ) -> None:
     """Write neighbours.png: generated images above their nearest training images."""
     import numpy as np
@@ -296,7 +295,7 @@ def _delete_features(folder: Path) -> None:
         manifest.parent.rmdir()
 
 
-def _provenance(workers: Workers) -> dict[str, Any]:
+def _provenance(workers: Workers) -> Scores:
     from importlib.metadata import version
 
     from eval.features.devices import device_named

@@ -12,11 +12,11 @@ captions.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cluster.base.cli import DONE, parse, run_script
 from cluster.base.files import write_json
 from cluster.base.machine import threads_for
+from eval.html_report.formats import Scores
 from eval.request import EvalRequest
 from eval.sample_and_score import publish
 
@@ -52,7 +52,7 @@ def main(config: FidConfig) -> int:
     return DONE
 
 
-def _print(scores: dict[str, Any]) -> None:
+def _print(scores: Scores) -> None:
     """Print the numbers as a table."""
     from rich.console import Console
     from rich.table import Table

@@ -21,6 +21,7 @@ from tyro.conf import UseAppendAction
 from cluster.base.cli import DONE, WRONG_REQUEST
 from cluster.base.files import write_json
 from cluster.base.run_dir import EVAL_NAME, SAMPLES_FOLDER
+from eval.html_report.formats import Scores
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,7 +59,7 @@ def sample_and_score(
     folder: Path,
     settings: dict[str, Any],
     more_options: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> Scores:
     """Sample into <folder>/samples, score into <folder>/eval.json, and return the scores.
 
     settings: what the scores depend on; results of other settings in `folder` are deleted first.
@@ -101,7 +102,7 @@ def _delete_other_results(folder: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings)
 
 
-def finish(config: SampleAndScoreConfig, folder: Path, scores: dict[str, Any]) -> None:
+def finish(config: SampleAndScoreConfig, folder: Path, scores: Scores) -> None:
     """Publish the scores; of the samples keep the grid, or all with --keep-samples."""
     publish(scores)
     if not config.keep_samples:
@@ -128,7 +129,7 @@ def run_command(arguments: Sequence[str]) -> None:
     raise (ValueError if done.returncode == WRONG_REQUEST else OSError)(message)
 
 
-def publish(scores: dict[str, Any]) -> None:
+def publish(scores: Scores) -> None:
     """Set the Prometheus gauges of the scores that have one."""
     from cluster.base.metrics import SCORES, gauge
     from eval.html_report.formats import flatten

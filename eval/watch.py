@@ -32,7 +32,7 @@ LINKED = ("config.json", "ema.safetensors", STATE_NAME)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchConfig(SampleAndScoreConfig):
+class RunWatchConfig(SampleAndScoreConfig):
     """Which run, and how its checkpoints are scored."""
 
     run: str = "runs/base"
@@ -43,7 +43,7 @@ class WatchConfig(SampleAndScoreConfig):
     """time between two looks for checkpoints"""
 
 
-def main(config: WatchConfig) -> int:
+def main(config: RunWatchConfig) -> int:
     """Score checkpoints until the run has finished; with --once, those that exist now."""
     from cluster.base.metrics import serve
     from models.weights import FINAL_NAME
@@ -120,7 +120,7 @@ def _link_weights(step: Path, linked: Path) -> None:
     write_json(linked / FINAL_NAME, {"step": step.name})
 
 
-def _score(config: WatchConfig, run: Path, folder: Path) -> None:
+def _score(config: RunWatchConfig, run: Path, folder: Path) -> None:
     """Score the checkpoint linked in `folder`, and add its line to watch.jsonl."""
     started = time.perf_counter()
     linked = folder / "run"
@@ -143,7 +143,7 @@ def _score(config: WatchConfig, run: Path, folder: Path) -> None:
     print(f"watch: {folder.name} scored in {line['seconds']:.0f} s", flush=True)
 
 
-def _settings(config: WatchConfig, chain: WatchConfig, linked: Path) -> dict[str, Any]:
+def _settings(config: RunWatchConfig, chain: RunWatchConfig, linked: Path) -> dict[str, Any]:
     """Return what all points of a curve must share: the flags and the weights of other runs."""
     from eval.sampling.chain import run_weights
 
@@ -169,7 +169,7 @@ def _require_same_settings(run: Path, settings: dict[str, Any]) -> None:
                 )
 
 
-def with_checkpoint(config: WatchConfig, linked: Path, weights: Path) -> WatchConfig:
+def with_checkpoint(config: RunWatchConfig, linked: Path, weights: Path) -> RunWatchConfig:
     """Return the chain with the run `linked` in place of the watched run.
 
     weights: folder of the checkpoint, whose config.json states the kind. Raises ValueError for a
@@ -198,4 +198,4 @@ def with_checkpoint(config: WatchConfig, linked: Path, weights: Path) -> WatchCo
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(WatchConfig)))
+    run_script(lambda: main(parse(RunWatchConfig)))

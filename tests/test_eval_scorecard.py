@@ -77,7 +77,7 @@ def test_the_prior_draws_in_batches(captions: list[str], monkeypatch: pytest.Mon
     seen: list[tuple[list[int], list[str]]] = []
 
     class Chain:
-        def imagine(self, keys: torch.Tensor, part: list[str], sampling: Any) -> torch.Tensor:
+        def sample_prior(self, keys: torch.Tensor, part: list[str], sampling: Any) -> torch.Tensor:
             seen.append((keys.tolist(), part))
             return torch.eye(COUNT)[: len(part)]
 

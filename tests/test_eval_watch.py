@@ -19,7 +19,7 @@ from eval import sample_and_score, sweep, watch
 from eval.html_report.page import write_report
 from eval.sample_and_score import guide_of, run_command
 from eval.sweep import SweepConfig
-from eval.watch import WatchConfig
+from eval.watch import RunWatchConfig
 from models.clip import load_clip
 from models.weights import exported
 
@@ -42,7 +42,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The content of the weights that `sample_and_score` was called with, call by call."""
     contents: list[str] = []
 
-    def fake(config: WatchConfig, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    def fake(config: RunWatchConfig, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         step = exported(Path(config.decoder))
         contents.append((step / "ema.safetensors").read_text())
         (folder / "samples").mkdir()
@@ -83,7 +83,7 @@ def test_each_whole_checkpoint_is_scored_once(tmp_path: Path, scored: list):
         write_step(run, step)
     (run / "step_00000006").mkdir()  # still being written
     (run / "step_00000002.bak").mkdir()
-    config = WatchConfig(run=str(run), once=True)
+    config = RunWatchConfig(run=str(run), once=True)
     assert watch.main(config) == 0
     lines = read_lines(run / "watch.jsonl")
     assert [(line["step"], line["samples_seen"]) for line in lines] == [(2, 16), (4, 32)]
@@ -111,7 +111,7 @@ def test_a_checkpoint_that_is_pruned_while_another_is_scored_is_scored_still(
         return score(*arguments)
 
     monkeypatch.setattr(watch, "sample_and_score", pruning)
-    watch.main(WatchConfig(run=str(run), once=True))
+    watch.main(RunWatchConfig(run=str(run), once=True))
     assert scored == ["weights 2", "weights 4"]
 
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_taken_is_left_and_said(
         link(source, target)
 
     monkeypatch.setattr(os, "link", racing)
-    assert watch.main(WatchConfig(run=str(run), once=True)) == 0
+    assert watch.main(RunWatchConfig(run=str(run), once=True)) == 0
     assert [line["step"] for line in read_lines(run / "watch.jsonl")] == [4]
     assert "step_00000002: pruned before it was taken" in capsys.readouterr().out
     assert not (run / "watch" / "step_00000002").exists()
@@ -140,9 +140,9 @@ def test_killed_between_two_checkpoints_it_goes_on_with_the_second(
     run = tmp_path / "base"
     for step in (2, 4):
         write_step(run, step)
-    score, config = watch.sample_and_score, WatchConfig(run=str(run), once=True)
+    score, config = watch.sample_and_score, RunWatchConfig(run=str(run), once=True)
 
-    def dying(config: WatchConfig, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    def dying(config: RunWatchConfig, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if folder.name == "step_00000004":
             raise KeyboardInterrupt
         return score(config, folder, settings)
@@ -163,7 +163,7 @@ def test_one_curve_holds_no_scores_of_other_settings(
 ):
     run = tmp_path / "base"
     write_step(run, 2)
-    config = WatchConfig(run=str(run), once=True)
+    config = RunWatchConfig(run=str(run), once=True)
     watch.main(config)
     write_step(run, 4)
     other, before = config, (run / "watch.jsonl").read_text()
@@ -198,13 +198,14 @@ def test_it_follows_a_run_to_its_end(tmp_path: Path, scored: list, monkeypatch: 
             (run / "final.json").write_text("{}")
 
     monkeypatch.setattr(watch.time, "sleep", sleep)
-    assert watch.main(WatchConfig(run=str(run), poll_seconds=7)) == 0
+    assert watch.main(RunWatchConfig(run=str(run), poll_seconds=7)) == 0
     assert [line["step"] for line in read_lines(run / "watch.jsonl")] == [2, 4, 6]
     assert naps == [7, 7]
 
 
-def test_a_run_stands_where_its_kind_belongs(tmp_path: Path):
-    config = WatchConfig(run="runs/up", prior="p", decoder="d", upsampler=("runs/other", "runs/up"))
+def test_a_run_takes_the_place_of_its_kind(tmp_path: Path):
+    cascade = ("runs/other", "runs/up")
+    config = RunWatchConfig(run="runs/up", prior="p", decoder="d", upsampler=cascade)
     view, weights = tmp_path / "view", tmp_path
     expected = {
         "decoder": replace(config, decoder=str(view)),
@@ -229,9 +230,9 @@ def test_two_watchers_of_one_run_are_refused(tmp_path: Path, scored: list):
     with (run / "watch" / ".lock").open("w") as lock:
         assert try_lock(lock)
         with pytest.raises(ValueError, match="another process watches it"):
-            watch.main(WatchConfig(run=str(run), once=True))
+            watch.main(RunWatchConfig(run=str(run), once=True))
     with pytest.raises(ValueError, match="found no run, expected one with config.yaml"):
-        watch.main(WatchConfig(run=str(tmp_path / "none"), once=True))
+        watch.main(RunWatchConfig(run=str(tmp_path / "none"), once=True))
     assert scored == []
 
 

@@ -67,7 +67,7 @@ def config_of(words: list[str]) -> Any:
         "eval/fid.py": (fid.FidConfig, None),
         "eval/clip.py": (eval_clip.ClipScoreConfig, None),
         "eval/report.py": (report.ReportConfig, None),
-        "eval/watch.py": (watch.WatchConfig, None),
+        "eval/watch.py": (watch.RunWatchConfig, None),
         "eval/sweep.py": (sweep.SweepConfig, None),
     }
     kind, presets = classes[script]

@@ -1,7 +1,6 @@
 """All scores of one set of images against another in one space of features."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from eval.distances.reference import Statistics
 from eval.features.blocks import Features
 from eval.features.extractors import FD_NAMES, ExtractorSpec
 from eval.features.store import FeatureExtraction
+from eval.html_report.formats import Scores
 from eval.sampling.image_source import ImageSet
 
 QUOTABLE = 2049  # with fewer images a covariance of 2,048 features is singular
@@ -64,7 +64,7 @@ def space_scores(
     real: tuple[Features | None, Statistics],
     spec: ExtractorSpec,
     num_resamples: int,
-) -> dict[str, Any]:
+) -> Scores:
     """Return the distances of `fake` to `real` in one space, each with its variant and counts.
 
     Distances that need features are left out where a set is only statistics. Raises ValueError for
@@ -76,7 +76,7 @@ def space_scores(
     quotable = spec.official and min(n, n_real) >= QUOTABLE
     reference = Reference.of(real_known.moments)
     distance = reference.distance(fake_known.moments)
-    scores: dict[str, Any] = {
+    scores: Scores = {
         "name": FD_NAMES[spec.space] if quotable else _plain_name(spec, min(n, n_real)),
         "extractor": spec.name,
         "resize": spec.resize,
@@ -124,7 +124,7 @@ def memorisation(
     train: ImageSet,
     spec: ExtractorSpec,
     place: FeatureExtraction,
-) -> dict[str, Any]:
+) -> Scores:
     """Compare the distances of generated and of real images to their nearest training images.
 
     share_closer: the share of generated images that are nearer to training than the 5 % quantile
@@ -144,7 +144,7 @@ def memorisation(
         return (distances**2 / 2 if spec.space == "clip" else distances), rows  # [N], [N]
 
     distances, rows = nearest(fake)
-    scores: dict[str, Any] = {
+    scores: Scores = {
         "space": spec.space,
         "extractor": spec.name,
         "metric": "cosine distance" if spec.space == "clip" else "euclidean distance",

@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+Scores = dict[str, Any]  # eval.json, or an object inside it
 CAPTIONS_KEY = "captions_sha256"  # beside scores: only those of the same captions are compared
 
 

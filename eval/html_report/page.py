@@ -8,7 +8,7 @@ is left out.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
@@ -26,7 +26,7 @@ from cluster.base.run_dir import (
 )
 from eval.html_report import charts, pictures
 from eval.html_report import score_table as tables
-from eval.html_report.formats import details, duration, flatten, note, number, size, table
+from eval.html_report.formats import Scores, details, duration, flatten, note, number, size, table
 from eval.html_report.pictures import read_json
 from eval.sampling.image_source import SETTINGS_NAME
 
@@ -123,7 +123,7 @@ def _stages(run: Path) -> Markup:
     return table(rows, ("stage", "time", "images/s", "peak memory", "command"))
 
 
-def _provenance(run: Path, scores: dict[str, Any]) -> dict[str, Any]:
+def _provenance(run: Path, scores: Scores) -> Scores:
     """Return what is recorded of the run, and of its evaluation: code, versions, protocol."""
     recorded = flatten(read_json(run / PROVENANCE_NAME, dict) or {})
     for key, name in (("provenance", "evaluation"), ("protocol",) * 2, ("sampling",) * 2):
@@ -132,7 +132,7 @@ def _provenance(run: Path, scores: dict[str, Any]) -> dict[str, Any]:
     return recorded
 
 
-def _what_was_run(run: Path, scores: dict[str, Any], provenance: dict[str, Any]) -> Markup:
+def _what_was_run(run: Path, scores: Scores, provenance: Scores) -> Markup:
     """Return code and versions, the samples' settings, configurations, and all of eval.json."""
     columns = ("name", "value")
     settings = flatten(read_json(run / SAMPLES_FOLDER / SETTINGS_NAME, dict) or {})
@@ -154,9 +154,9 @@ def _what_was_run(run: Path, scores: dict[str, Any], provenance: dict[str, Any])
     ])  # fmt: skip
 
 
-def _scores_of(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
+def _scores_of(runs: Sequence[Path]) -> dict[str, Scores]:
     """Read the scores of earlier runs by a short name of each; ValueError for one without any."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Scores] = {}
     for run in runs:
         path = run / EVAL_NAME if run.is_dir() else run
         scores = read_json(path, dict)

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from markupsafe import Markup
 
-from eval.html_report.formats import CAPTIONS_KEY, element, flatten, note, number, table
+from eval.html_report.formats import CAPTIONS_KEY, Scores, element, flatten, note, number, table
 
 GROUPS = {  # by the first names of a score's path, in this order
     "images": "Images",
@@ -103,7 +103,7 @@ class ScoreEntry:
 
     path: str
     value: float
-    made: dict[str, Any] = field(default_factory=dict)
+    made: Scores = field(default_factory=dict)
     spread: str = ""
 
 
@@ -134,13 +134,13 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _in_row_of_another(key: str, beside: dict[str, Any]) -> bool:
+def _in_row_of_another(key: str, beside: Scores) -> bool:
     suffixes = [suffix for suffix in (*SPREADS, *BASELINES) if key.endswith(suffix)]
     of_score = any(_is_number(beside.get(key.removesuffix(suffix))) for suffix in suffixes)
     return of_score or (key == "real" and "all" in beside)
 
 
-def _spread(key: str, beside: dict[str, Any]) -> str:
+def _spread(key: str, beside: Scores) -> str:
     """State the interval or the deviation of a score, and its baselines."""
     texts = []
     low, high = beside.get(f"{key}_ci95_low"), beside.get(f"{key}_ci95_high")
@@ -167,7 +167,7 @@ def _share_error(share: Any, count: Any) -> float | None:
     return math.sqrt(share * (1 - share) / count)
 
 
-def described(path: str, made: dict[str, Any] | None = None) -> tuple[str, int, str]:
+def described(path: str, made: Scores | None = None) -> tuple[str, int, str]:
     """Return a score's name, which way is better (0: neither), and its method.
 
     made: the facts beside it; a distance is called FID only where they allow to quote it. A score
@@ -215,7 +215,7 @@ def _label(key: str) -> str:
     return COUNTS.get(key, key.replace("_", " "))
 
 
-def score_tables(title: str, scores: dict[str, Any], others: dict[str, dict[str, Any]]) -> Markup:
+def score_tables(title: str, scores: Scores, others: dict[str, Scores]) -> Markup:
     """Return a table for each group of scores, beside those of `others`, by the runs' names.
 
     The drawn set has a table of its own, and appears here only beside another run's.
@@ -273,7 +273,7 @@ def unlike_of(ours: ScoreEntry, theirs: ScoreEntry) -> str:
     return ""
 
 
-def headlines(scores: dict[str, Any]) -> list[dict[str, str]]:
+def headlines(scores: Scores) -> list[dict[str, str]]:
     """Return the numbers that the page opens with: name, value, spread, method and scorer."""
     by_path = {entry.path: entry for entry in entries(scores)}
     tiles = []
@@ -295,7 +295,7 @@ def headlines(scores: dict[str, Any]) -> list[dict[str, str]]:
     return tiles
 
 
-def scored_by(scores: dict[str, Any]) -> str:
+def scored_by(scores: Scores) -> str:
     """State which CLIP gave the image scores; "" if eval.json does not."""
     images = scores.get("images") or {}
     scorer = str(images.get("judge") or scores.get("judge") or "")
@@ -306,7 +306,7 @@ def scored_by(scores: dict[str, Any]) -> str:
     return f"{text}; {relation}" if relation not in text else text
 
 
-def shape_table(shapes: dict[str, Any]) -> Markup:
+def shape_table(shapes: Scores) -> Markup:
     """Return the scores of the drawn set: each with its standard error and true drawings' score."""
     by_path = {entry.path: entry for entry in entries(shapes)}
     rows = []
@@ -321,7 +321,7 @@ def shape_table(shapes: dict[str, Any]) -> Markup:
     return table(rows, ["captions", *SHAPE_SCORES, "n"])
 
 
-def ablation_table(ablation: dict[str, Any]) -> Markup:
+def ablation_table(ablation: Scores) -> Markup:
     """Return what each input of the decoder reached: scores of drawings, or of CLIP elsewhere."""
     flat = {given: flatten(ablation[given]) for given in ABLATION if ablation.get(given)}
     paths = list(dict.fromkeys(path for cells in flat.values() for path in cells))

@@ -32,14 +32,13 @@ def load_chain(
 def chain_weights(
     prior: str, decoder: str, upsamplers: Sequence[str], guide: str = ""
 ) -> dict[str, Any]:
-    """Tell the weights of finished runs by their content, since a path may be trained anew.
+    """Identify the weights of finished runs by content, since a path may be trained again.
 
     Returns {prior_weights, decoder_weights: {step, sha256}, upsampler_weights: a list of such}, and
     guide_weights where there is one: the exported step, and the sha256 of its averaged weights.
     """
-    of_guide = {"guide_weights": run_weights(guide)} if guide else {}
     return {
-        **of_guide,
+        **({"guide_weights": run_weights(guide)} if guide else {}),
         "prior_weights": run_weights(prior),
         "decoder_weights": run_weights(decoder),
         "upsampler_weights": [run_weights(run) for run in upsamplers],
@@ -47,6 +46,6 @@ def chain_weights(
 
 
 def run_weights(run: str) -> dict[str, str]:
-    """Tell the weights of one finished run: {step, sha256}, as `chain_weights` does."""
+    """Identify the weights of one finished run: {step, sha256}, as `chain_weights` does."""
     step = exported(Path(run))
     return {"step": step.name, "sha256": digest_file(step / "ema.safetensors")}

@@ -77,12 +77,12 @@ class TextDiffConfig(ImagesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class InpaintConfig(ImagesConfig, ImagineConfig):
-    """Draw part of images anew, under their own embedding or, with a prior, a caption's."""
+    """Draw part of images again, given their own embedding or, with a prior, a caption's."""
 
     mask: str = ""
     """image file: white where to draw, black where to keep; one for all images"""
     caption: str = ""
-    """of the whole image as it is to become; needs a prior"""
+    """of the complete image as it is to become; needs a prior"""
     cfg_scale: float = 1.5
     """guidance of the decoder; 1 = off"""
     count: int = 4
@@ -96,7 +96,7 @@ class PcaConfig(ImagesConfig):
     embeds: str = "data/embeds"
     """folder of the embeddings whose components these are"""
     components: tuple[int, ...] = (20, 30, 40, 80, 120, 160, 200, 320)
-    """how many of them, one an image; the whole embedding follows"""
+    """how many of them, one an image; the complete embedding follows"""
 
 
 @dataclass(frozen=True, kw_only=True)

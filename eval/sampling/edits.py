@@ -63,15 +63,15 @@ def run_edit(command: str, config: EditConfig) -> int:
     config = dataclasses.replace(config, precision=settled(config.precision, device.type))
     settings = {**vars(config), "sampler": "ddim"}
     _check(config)
-    parts = (config.clip, getattr(config, "prior", ""), config.decoder, config.upsampler)
-    chain = load_chain(*parts, device=config.device)
+    runs = (config.clip, getattr(config, "prior", ""), config.decoder, config.upsampler)
+    chain = load_chain(*runs, device=config.device)
     rows = COMMANDS[command][1](config, chain, sampling_of(settings))
     keys = _keys(config.seed, len(rows.pixels))
     sampling = sampling_of(settings)
     enlarged = _in_batches(
         config.batch_size,
         len(keys),
-        lambda part: chain.upsample(keys[part], rows.pixels[part], sampling),
+        lambda batch: chain.upsample(keys[batch], rows.pixels[batch], sampling),
     )
     _write(command, config, dataclasses.replace(rows, pixels=enlarged))
     print(f"{command}: {len(rows.pixels)} images -> {config.out}")
@@ -159,20 +159,20 @@ def _encoded(config: ImagesConfig, chain: "UnClip", sampling: "Sampling") -> "li
 
 
 def _decoded(
-    config: EditConfig, chain: "UnClip", sampling: "Sampling", parts: "Sequence[Latents]",
+    config: EditConfig, chain: "UnClip", sampling: "Sampling", latents: "Sequence[Latents]",
     eta: float = 0.0,
 ) -> "Tensor":  # fmt: skip
     import torch
 
     from models.latents import Latents, reconstructions
 
-    embeds = torch.cat([part.image_embed for part in parts])
-    starts = torch.cat([part.start for part in parts])
+    embeds = torch.cat([each.image_embed for each in latents])
+    starts = torch.cat([each.start for each in latents])
     keys = _keys(config.seed, len(embeds))
 
-    def draw(part: slice) -> "Tensor":
-        latents = Latents(image_embed=embeds[part], start=starts[part])
-        return reconstructions(chain, keys[part], latents, sampling, eta)
+    def draw(batch: slice) -> "Tensor":
+        of_batch = Latents(image_embed=embeds[batch], start=starts[batch])
+        return reconstructions(chain, keys[batch], of_batch, sampling, eta)
 
     return _in_batches(config.batch_size, len(keys), draw)
 
@@ -218,13 +218,13 @@ def textdiff(config: TextDiffConfig, chain: "UnClip", sampling: "Sampling") -> E
     from models.latents import text_diffs
 
     thetas = _spread(config.max_theta, config.count)
-    parts = [
-        text_diffs(chain, latents, config.caption, config.without, thetas)
-        for latents in _encoded(config, chain, sampling)
+    latents = [
+        text_diffs(chain, each, config.caption, config.without, thetas)
+        for each in _encoded(config, chain, sampling)
     ]
     columns = [f"{theta:.2f}" for theta in thetas]
     return EditRows(
-        pixels=_decoded(config, chain, sampling, parts), rows=_names(config), columns=columns
+        pixels=_decoded(config, chain, sampling, latents), rows=_names(config), columns=columns
     )
 
 
@@ -244,9 +244,11 @@ def pca(config: PcaConfig, chain: "UnClip", sampling: "Sampling") -> EditRows:
             f"{chain.clip.embed_dim}: those of the decoder's encoder"
         )
     counts = [count for count in config.components if count < len(mean)] + [len(mean)]
-    parts = [pca_images(one, mean, basis, counts) for one in _encoded(config, chain, sampling)]
+    latents = [
+        pca_images(each, mean, basis, counts) for each in _encoded(config, chain, sampling)
+    ]
     return EditRows(
-        pixels=_decoded(config, chain, sampling, parts),
+        pixels=_decoded(config, chain, sampling, latents),
         rows=_names(config),
         columns=[str(count) for count in counts],
     )
@@ -264,16 +266,16 @@ def inpaint(config: InpaintConfig, chain: "UnClip", sampling: "Sampling") -> Edi
     known = pixels_of(images, size).repeat_interleave(config.count, dim=0)
     mask = (pixels_of(_open_images([config.mask]), size).mean(1, keepdim=True) < 0).float()
 
-    def draw(part: slice) -> "Tensor":
-        captions = [config.caption] * (part.stop - part.start)
+    def draw(batch: slice) -> "Tensor":
+        captions = [config.caption] * (batch.stop - batch.start)
         if config.caption:
-            image_embed = chain.sample_prior(keys[part], captions, sampling)
+            image_embed = chain.sample_prior(keys[batch], captions, sampling)
             condition = chain.condition(captions, image_embed)
         else:
-            own = [images[number // config.count] for number in range(part.start, part.stop)]
+            own = [images[number // config.count] for number in range(batch.start, batch.stop)]
             condition = chain.condition(None, embed_images(chain, own))
         masks = mask.expand(len(captions), -1, -1, -1)
-        return chain.sample_base(keys[part], condition, sampling, known=(known[part], masks))
+        return chain.sample_base(keys[batch], condition, sampling, known=(known[batch], masks))
 
     drawn = _in_batches(config.batch_size, count, draw)
     rows = known.unflatten(0, (len(images), -1))[:, :1], drawn.unflatten(0, (len(images), -1))
@@ -289,14 +291,14 @@ def guidance(config: GuidanceConfig, chain: "UnClip", sampling: "Sampling") -> E
     captions = list(config.prompts)
     keys = _keys(config.seed, len(captions))
 
-    def draw(part: slice) -> "Tensor":
-        image_embed = chain.sample_prior(keys[part], captions[part], sampling)
-        condition = chain.condition(captions[part], image_embed)
+    def draw(batch: slice) -> "Tensor":
+        image_embed = chain.sample_prior(keys[batch], captions[batch], sampling)
+        condition = chain.condition(captions[batch], image_embed)
         drawn = []
         for scale in config.scales:
             options = dataclasses.replace(sampling.decoder, cfg_scale=scale)
-            one = dataclasses.replace(sampling, decoder=options)
-            drawn.append(chain.sample_base(keys[part], condition, one))
+            scaled = dataclasses.replace(sampling, decoder=options)
+            drawn.append(chain.sample_base(keys[batch], condition, scaled))
         return torch.stack(drawn, dim=1)
 
     drawn = _in_batches(config.batch_size, len(captions), draw)

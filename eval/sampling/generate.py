@@ -23,9 +23,9 @@ from training.tasks.pictures import to_uint8
 def caption_keys(captions: list[str], seed: int, offset: int = 0) -> Tensor:
     """Return the random key int64 [B] of each (seed, caption, place in the list): repeats of a
     caption differ, and so does a caption at another place."""
-    words = torch.tensor([zlib.crc32(c.encode()) for c in captions], dtype=torch.int64)
+    digests = torch.tensor([zlib.crc32(c.encode()) for c in captions], dtype=torch.int64)
     places = torch.arange(offset, offset + len(captions), dtype=torch.int64)
-    return sample_keys(seed, places, words)
+    return sample_keys(seed, places, digests)
 
 
 def build_sampling(settings: SamplingSettings, device_type: str = "cpu") -> Sampling:
@@ -95,8 +95,8 @@ def sampling_of(settings: Mapping[str, Any]) -> Sampling:
     """Return the default settings with what `settings` says otherwise; other keys are left
     alone."""
     known = [field.name for field in fields(SamplingSettings)]
-    told = {name: settings[name] for name in known if name in settings}
-    return build_sampling(SamplingSettings(**told))
+    known_settings = {name: settings[name] for name in known if name in settings}
+    return build_sampling(SamplingSettings(**known_settings))
 
 
 def render_all(

@@ -4,7 +4,6 @@ exchanged."""
 import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from cluster.base.files import digest_of
 from eval.features.extractors import ClipFeatures, extract, in_batches
-from eval.html_report.formats import CAPTIONS_KEY
+from eval.html_report.formats import CAPTIONS_KEY, Scores
 from eval.sampling.chain import chain_weights, load_chain
 from eval.sampling.generate import caption_keys, render_all, sampling_of
 from eval.sampling.image_source import ImageSet
@@ -66,7 +65,7 @@ def shape_set(caption: str) -> str:
     return "held_out" if is_held_out(scene) else "seen"
 
 
-def clip_scores(captions: list[str], image: Tensor, text: Tensor) -> dict[str, Any]:
+def clip_scores(captions: list[str], image: Tensor, text: Tensor) -> Scores:
     """Score an encoder by retrieval: the share of captions whose nearest image is theirs."""
     meanings = [meaning(caption) for caption in captions]
     return {
@@ -78,7 +77,7 @@ def clip_scores(captions: list[str], image: Tensor, text: Tensor) -> dict[str, A
 
 def prior_scores(
     chain: UnClip, captions: list[str], image: Tensor, text: Tensor, sampling: Sampling
-) -> dict[str, Any]:
+) -> Scores:
     """Compare the prior's draws with the true image and text embeddings [N, E] of `captions`."""
     keys = caption_keys(captions, 0).split(BATCH_SIZE)
     batches = zip(keys, in_batches(captions, BATCH_SIZE), strict=True)
@@ -87,7 +86,7 @@ def prior_scores(
     return {**scores, CAPTIONS_KEY: digest_of(captions)}
 
 
-def shape_scores(captions: list[str], images: Iterable[np.ndarray]) -> dict[str, dict[str, Any]]:
+def shape_scores(captions: list[str], images: Iterable[np.ndarray]) -> dict[str, Scores]:
     """Score drawings, uint8 [H, W, 3] each, against their captions: {set: `summarise`'s scores}.
 
     Squares of another size, such as a base decoder's own, are resized to the scorer's 64 px:
@@ -105,7 +104,7 @@ def shape_scores(captions: list[str], images: Iterable[np.ndarray]) -> dict[str,
     return summaries
 
 
-def shapes_with_real(fake: ImageSet, real: ImageSet) -> dict[str, dict[str, Any]]:
+def shapes_with_real(fake: ImageSet, real: ImageSet) -> dict[str, Scores]:
     """Return `shape_scores` of `fake`, with the score `all` of true drawings as `real`.
 
     `real` is None for a set of which there is no true drawing.
@@ -156,7 +155,7 @@ def ablation(
     samples: ImageSet,
     score_images: Callable[[np.ndarray], dict],
     shown: Sequence[int],
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[Scores, dict[str, np.ndarray]]:
     """Decode the true image embedding and the text embedding in place of the prior's (Ramesh et
     al. 2022, section 5.1).
 
@@ -181,14 +180,14 @@ def ablation(
 
 def chain_scores(
     embeds: str, model: Model, fake: ImageSet, encoder: FrozenClip | None, device: str
-) -> dict[str, Any]:
+) -> Scores:
     """Score the CLIP on embeddings, and the prior and the ablation of a chain where there is one.
 
     The ablation needs `fake` to be the chain's samples for these captions. encoder: scores it where
     the captions are not drawn ones.
     """
     captions, image, text = read_embeds(embeds)
-    scores: dict[str, Any] = {"clip": clip_scores(captions, image, text)}
+    scores: Scores = {"clip": clip_scores(captions, image, text)}
     if not model.prior:
         return scores
     guide = fake.settings.get("guide", "")
@@ -209,7 +208,7 @@ def chain_scores(
         )
         return scores
 
-    def score_images(images: np.ndarray) -> dict[str, Any]:
+    def score_images(images: np.ndarray) -> Scores:
         if drawn or encoder is None:
             return shape_scores(captions, images)
         return caption_scores(map(Image.fromarray, images), captions, encoder)
