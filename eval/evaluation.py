@@ -39,7 +39,7 @@ class Evaluation:
 
     request: EvalRequest
     model: Model
-    place: FeatureExtraction
+    extraction: FeatureExtraction
     fake: ImageSource
     real: dict[str, ImageSource]
     spaces: tuple[str, ...]
@@ -62,12 +62,12 @@ class Evaluation:
             scores["shapes"] = shapes_with_real(fake, real)
         if fake and self.train:
             spec = self.specs[spaces[0]]
-            scores["memorisation"] = memorisation(fake, real, self.train, spec, self.place)
-            _draw_neighbours(scores["memorisation"], fake, self.train, self.place.folder)
+            scores["memorisation"] = memorisation(fake, real, self.train, spec, self.extraction)
+            _draw_neighbours(scores["memorisation"], fake, self.train, self.extraction.folder)
 
         # The chain's parts, on embeddings of the real images
         if self.request.embeds and fake:
-            device = self.place.workers.device
+            device = self.extraction.workers.device
             embeds = self.request.embeds
             scores |= chain_scores(embeds, self.model, fake, self.encoder, device)
 
@@ -79,12 +79,12 @@ class Evaluation:
                 for name in references
             }
             scores["protocol"] = {**scores["protocol"], "references": others}
-        return scores | {"provenance": _provenance(self.place.workers)}
+        return scores | {"provenance": _provenance(self.extraction.workers)}
 
     def _compared(self, space: str, reference: str) -> Scores:
         """Return the distances of the generated images to a reference in one space."""
         spec, real = self.specs[space], self.real[reference]
-        both = [source.measured(spec, self.place) for source in (self.fake, real)]
+        both = [source.measured(spec, self.extraction) for source in (self.fake, real)]
         scores = space_scores(both[0], both[1], spec, self.request.num_resamples)
         least = min(scores["n"], scores["n_real"])
         if least < QUOTABLE and space != "clip":
@@ -117,7 +117,7 @@ class Evaluation:
         if self.encoder is None:
             print("clip_score: left out: no --clip")
             return scores
-        _, embeds = self.place.extracted(fake, self.specs["clip"])
+        _, embeds = self.extraction.extracted(fake, self.specs["clip"])
         return scores | embed_scores(embeds.all(), fake.captions, self.encoder)
 
     def _is_own_encoder(self) -> bool | None:
@@ -134,7 +134,7 @@ class Evaluation:
         """Write the statistics of the real images, an npz a space."""
         real = next(iter(self.real.values()))
         for space in self.spaces:
-            path = real.measured(self.specs[space], self.place)[1].save(folder)
+            path = real.measured(self.specs[space], self.extraction)[1].save(folder)
             print(f"{path}: statistics of {real.source} for {space}")
 
 
@@ -149,7 +149,7 @@ def open_evaluation(request: EvalRequest, model: Model) -> Evaluation:
     folder = Path(request.features_dir or out.with_name(f"{out.stem}_features")).absolute()
     threads = threads_for(request.num_threads, request.num_workers)
     workers = Workers(number=request.num_workers, num_threads=threads, device=request.device)
-    place = FeatureExtraction(folder=folder, workers=workers)
+    extraction = FeatureExtraction(folder=folder, workers=workers)
     if request.fresh:
         _delete_features(folder)
     protocol = None
@@ -190,7 +190,7 @@ def open_evaluation(request: EvalRequest, model: Model) -> Evaluation:
     if protocol is not None:
         _require_all_captions(fake, protocol)
     return Evaluation(
-        request=request, model=model, place=place, fake=fake, real=real, spaces=spaces,
+        request=request, model=model, extraction=extraction, fake=fake, real=real, spaces=spaces,
         specs=specs, encoder=encoder, train=train, facts=facts,
     )  # fmt: skip
 

@@ -38,11 +38,11 @@ class ImageSource:
     statistics: dict[str, Statistics]
 
     def measured(
-        self, spec: ExtractorSpec, place: FeatureExtraction
+        self, spec: ExtractorSpec, extraction: FeatureExtraction
     ) -> tuple[Features | None, Statistics]:
         """Return features, where there are images, and statistics in the space of `spec`."""
         if self.images is not None:
-            return place.measured(self.images, spec)
+            return extraction.measured(self.images, spec)
         if spec.space not in self.statistics:
             known = ", ".join(sorted(self.statistics))
             raise ValueError(
@@ -123,7 +123,7 @@ def memorisation(
     real: ImageSet | None,
     train: ImageSet,
     spec: ExtractorSpec,
-    place: FeatureExtraction,
+    extraction: FeatureExtraction,
 ) -> Scores:
     """Compare the distances of generated and of real images to their nearest training images.
 
@@ -136,10 +136,10 @@ def memorisation(
             f"--train: found the very images of --real, {train.source}; expected real images that "
             "training never saw"
         )
-    _, train_features = place.extracted(train, spec)
+    _, train_features = extraction.extracted(train, spec)
 
     def nearest(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
-        distances, rows = nearest_rows(place.extracted(images, spec)[1], train_features)
+        distances, rows = nearest_rows(extraction.extracted(images, spec)[1], train_features)
         # of unit vectors |x - y|^2 / 2 is 1 - x.y
         return (distances**2 / 2 if spec.space == "clip" else distances), rows  # [N], [N]
 
