@@ -25,6 +25,8 @@ from eval.sampling.options import DrawingOptions, SamplingSettings
 from training.engine.precision import settled
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from models.unclip import Sampling, UnClip
 
 NOT_SETTINGS = (  # options that change no image
@@ -127,8 +129,6 @@ def _draw(
     out: Path, config: SampleConfig, captions: list[str], chain: "UnClip", sampling: "Sampling"
 ) -> int:
     """Draw the batches of which an image is missing; return the number of images drawn."""
-    from PIL import Image
-
     from cluster.base.metrics import counter
     from cluster.base.progress import progress
     from eval.sampling.generate import render_all
@@ -139,18 +139,27 @@ def _draw(
         for start in range(0, len(captions), config.batch_size):
             batch = captions[start : start + config.batch_size]
             paths = [out / image_name(start + i) for i in range(len(batch))]
-            if not all(path.is_file() for path in paths):
-                images = render_all(
-                    chain, batch, None, sampling,
-                    seed=config.seed, batch_size=config.batch_size, offset=start,
-                )  # fmt: skip
-                for path, image in zip(paths, images, strict=True):
-                    with atomic_write(path) as temporary:  # an existing file is not drawn again
-                        Image.fromarray(image).save(temporary, format="png")
-                made += len(batch)
-                counter("minidalle2_samples_generated_total").inc(len(batch))
+            if all(path.is_file() for path in paths):
+                advance(len(batch))
+                continue
+            images = render_all(
+                chain, batch, None, sampling,
+                seed=config.seed, batch_size=config.batch_size, offset=start,
+            )  # fmt: skip
+            for path, image in zip(paths, images, strict=True):
+                _save(path, image)
+            made += len(batch)
+            counter("minidalle2_samples_generated_total").inc(len(batch))
             advance(len(batch))
     return made
+
+
+def _save(path: Path, image: "np.ndarray") -> None:
+    """Write an image atomically: a file that exists is not drawn again."""
+    from PIL import Image
+
+    with atomic_write(path) as temporary:
+        Image.fromarray(image).save(temporary, format="png")
 
 
 def command(argv: list[str]) -> int:
