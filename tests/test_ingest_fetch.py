@@ -11,7 +11,7 @@ import pytest
 
 from cluster.base.outcomes import FAILED, FILTERED, TRANSIENT, status_of
 from ingest.fetching.decode import may_be_image
-from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
+from ingest.fetching.fetch import Fetcher, FetchPolicy, connection_classes, parse_allow_address
 from ingest.fetching.net import Resolver, connect, is_public
 
 
@@ -91,6 +91,27 @@ def test_the_connection_goes_to_the_address_that_was_checked(site):
     twice = Fetcher(policy, resolve=lambda *_: next(answers), connect=dial)
     assert twice.fetch("http://rebinding.example/a").body == site.picture()
     assert set(dialled) == {"93.184.215.14"}
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_urllib3_opens_every_socket_by_our_function(scheme):
+    """It fails where a new urllib3 no longer calls the private method that we replace."""
+    opened: list[tuple[str, int]] = []
+
+    def dial(address: str, port: int) -> socket.socket:
+        opened.append((address, port))
+        raise ConnectionRefusedError
+
+    policy = FetchPolicy(robots=False)
+    refused = Fetcher(policy, resolve=lambda *_: ["93.184.215.14"], connect=dial)
+    assert refused.fetch(f"{scheme}://example.com/a").reason == "unreachable"
+    assert opened == [("93.184.215.14", {"http": 80, "https": 443}[scheme])]
+
+
+def test_a_urllib3_without_the_replaced_method_is_refused(monkeypatch):
+    monkeypatch.delattr("urllib3.connection.HTTPConnection._new_conn")
+    with pytest.raises(ImportError, match="requirements.lock"):
+        connection_classes(_no_connection)
 
 
 def test_allowing_an_address_allows_that_port_only(site, canary):

@@ -1,9 +1,9 @@
-"""Samples that readers leave out of a snapshot of embeddings, and the publication of one.
+"""Publication of a snapshot of embeddings, without the samples that rules leave out.
 
     <embeds>/_rules.json              what the last publication was asked to leave out
     <embeds>/_excluded.parquet        shard, row, reason and value of what it left out, for people
 
-The snapshot itself bears the rows: whoever pins it reads the same samples for ever.
+The snapshot itself contains the rows: whoever pins it always reads the same samples.
 """
 
 import json
@@ -29,8 +29,10 @@ Root = str | os.PathLike[str]
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """min_similarity: least cosine of caption and image, by the encoder itself; dedup: greatest
-    cosine to an image before it that stays. None: no such rule."""
+    """min_similarity: least cosine of caption and image, by the encoder itself.
+
+    dedup: least cosine to an earlier image that stays at which a sample is left out. None: no rule.
+    """
 
     min_similarity: float | None = None
     dedup: float | None = None
@@ -42,81 +44,62 @@ def publish_embeds(root: Root, rules: Rules | None = None) -> tuple[Snapshot, Co
     rules: None for those of the last publication. Samples without an embedding are always left
     out. Returns the snapshot, and the number of samples left out by reason.
     """
-    rules = _last_rules(root) if rules is None else rules
-    names = [commit.shard for commit in read_commits(root)]
-    cosines = [_cosines(EmbedShard(root, name)) for name in names]
-    reasons = [_judge(cosine, rules) for cosine in cosines]
-    if rules.dedup is not None:
-        _judge_duplicates(root, names, reasons, rules.dedup)
-    excluded = {
-        name: np.flatnonzero(reason).tolist() for name, reason in zip(names, reasons, strict=True)
-    }
-    storage = storage_of(root)
-    storage.replace(RULES, canonical_json(asdict(rules)))
-    _write_table(root, names, reasons, cosines)
-    snapshot = publish_snapshot(root, excluded)
-    if snapshot.num_samples:
-        EmbedStatistics.compute(snapshot).write(root)
-    left_out = Counter(REASONS[code] for reason in reasons for code in reason[reason != STAYS])
-    return snapshot, left_out
-
-
-def _last_rules(root: Root) -> Rules:
-    try:
-        return Rules(**json.loads(storage_of(root).read(RULES)))
-    except FileNotFoundError:
-        return Rules()
-
-
-def _cosines(shard: EmbedShard) -> np.ndarray:
-    """Return the cosine of each image and its caption, float32 [n]; nan without an image."""
-    image = np.asarray(shard.image_embed, np.float32)
-    cosines = (image * np.asarray(shard.text_embed, np.float32)).sum(1)
-    return np.where(np.square(image).sum(1) > 0.5, cosines, np.nan)
-
-
-def _judge(cosines: np.ndarray, rules: Rules) -> np.ndarray:
-    """Return the code of the reason why each sample is left out, int8 [n]."""
-    reasons = np.where(np.isnan(cosines), UNDECODABLE, STAYS).astype(np.int8)
-    if rules.min_similarity is not None:
-        reasons[cosines < rules.min_similarity] = LOW_SIMILARITY
-    return reasons
-
-
-def _judge_duplicates(
-    root: Root, names: list[str], reasons: list[np.ndarray], threshold: float
-) -> None:
-    """Mark near-duplicates among the samples that are not left out already."""
-
-    def blocks() -> Iterator[np.ndarray]:
-        for name, reason in zip(names, reasons, strict=True):
-            yield EmbedShard(root, name).image_embed[reason == STAYS]
-
-    count = sum(int((reason == STAYS).sum()) for reason in reasons)
-    again, start = near_duplicates(blocks, count, threshold), 0
-    for reason in reasons:
-        rows = np.flatnonzero(reason == STAYS)
-        reason[rows[again[start : start + len(rows)]]] = NEAR_DUPLICATE
-        start += len(rows)
-
-
-def _write_table(
-    root: Root, names: list[str], reasons: list[np.ndarray], values: list[np.ndarray]
-) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [np.flatnonzero(reason) for reason in reasons]
+    storage = storage_of(root)
+    if rules is None:
+        try:
+            rules = Rules(**json.loads(storage.read(RULES)))
+        except FileNotFoundError:
+            rules = Rules()
+
+    # By shard: the cosine of each image and its caption, nan without an image, and the code of
+    # the reason why each sample is left out
+    names = [commit.shard for commit in read_commits(root)]
+    cosines: list[np.ndarray] = []
+    codes: list[np.ndarray] = []
+    for name in names:
+        shard = EmbedShard(root, name)
+        image = np.asarray(shard.image_embed, np.float32)
+        cosine = (image * np.asarray(shard.text_embed, np.float32)).sum(1)
+        cosine = np.where(np.square(image).sum(1) > 0.5, cosine, np.nan)
+        code = np.where(np.isnan(cosine), UNDECODABLE, STAYS).astype(np.int8)
+        if rules.min_similarity is not None:
+            code[cosine < rules.min_similarity] = LOW_SIMILARITY
+        cosines.append(cosine)
+        codes.append(code)
+
+    # Near-duplicates among the samples that are not left out already
+    if rules.dedup is not None:
+        kept = [np.flatnonzero(code == STAYS) for code in codes]
+
+        def blocks() -> Iterator[np.ndarray]:
+            for name, rows in zip(names, kept, strict=True):
+                yield EmbedShard(root, name).image_embed[rows]
+
+        repeats = near_duplicates(blocks, sum(map(len, kept)), rules.dedup)
+        start = 0
+        for code, rows in zip(codes, kept, strict=True):
+            code[rows[repeats[start : start + len(rows)]]] = NEAR_DUPLICATE
+            start += len(rows)
+
+    # The rules, the table for people, the snapshot and its statistics
+    storage.replace(RULES, canonical_json(asdict(rules)))
+    excluded = {name: np.flatnonzero(code) for name, code in zip(names, codes, strict=True)}
+    all_codes = np.concatenate([np.zeros(0, np.int8), *codes])
+    all_cosines = np.concatenate([np.zeros(0), *cosines])
+    reasons = [REASONS[code] for code in all_codes if code != STAYS]
     columns = {
-        "shard": [name for name, found in zip(names, rows, strict=True) for _ in found],
-        "row": np.concatenate([np.zeros(0, np.int32), *rows]).astype(np.int32),
-        "reason": [
-            REASONS[c] for one, found in zip(reasons, rows, strict=True) for c in one[found]
-        ],
-        "similarity": np.concatenate(
-            [np.zeros(0), *(one[found] for one, found in zip(values, rows, strict=True))]
-        ).astype(np.float32),
+        "shard": [name for name, rows in excluded.items() for _ in rows],
+        "row": np.concatenate([np.zeros(0, np.int32), *excluded.values()]).astype(np.int32),
+        "reason": reasons,
+        "similarity": all_cosines[all_codes != STAYS].astype(np.float32),
     }
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
-    storage_of(root).replace("_excluded.parquet", sink.getvalue().to_pybytes())
+    storage.replace("_excluded.parquet", sink.getvalue().to_pybytes())
+    snapshot = publish_snapshot(root, {name: rows.tolist() for name, rows in excluded.items()})
+    if snapshot.num_samples:
+        EmbedStatistics.compute(snapshot).write(root)
+    return snapshot, Counter(reasons)

@@ -1,4 +1,4 @@
-"""Moments of a snapshot's image embeddings, which the priors' scaling and PCA are made of.
+"""Moments of a snapshot's image embeddings; the priors' scaling and PCA are computed from them.
 
 <embeds>/_statistics.npz    mean, std, eigenvalues, basis, count, snapshot, cosines
 """
@@ -24,7 +24,7 @@ ARRAYS = ("mean", "std", "eigenvalues", "basis", "cosines")
 class EmbedStatistics:
     """Moments of a snapshot's image embeddings, in float64.
 
-    mean, std: [E]; eigenvalues: [E] of the covariance, falling; basis: [E, E], column k belongs
+    mean, std: [E]; eigenvalues: [E] of the covariance, descending; basis: [E, E], column k belongs
     to eigenvalue k; snapshot: digest of the embeddings they were taken over; cosines: int64
     [200], samples whose caption and image have a cosine between two of `COSINE_EDGES`.
     """
@@ -39,9 +39,9 @@ class EmbedStatistics:
 
     @classmethod
     def compute(cls, snapshot: Snapshot) -> "EmbedStatistics":
-        """Take the moments in one pass over the shards of `snapshot`, which must hold samples."""
+        """Compute the moments in one pass over a snapshot; ValueError if it has no samples."""
         if snapshot.num_samples == 0:
-            raise ValueError(f"{snapshot.root}: the snapshot has no samples to take moments of")
+            raise ValueError(f"{snapshot.root}: the snapshot has no samples to compute moments of")
         total, products, cosines = 0.0, 0.0, np.zeros(len(COSINE_EDGES) - 1, np.int64)
         for entry in snapshot.shards:
             shard = EmbedShard(snapshot.root, entry.name, digest=entry.digest)
@@ -78,27 +78,27 @@ class EmbedStatistics:
 
     @classmethod
     def merge(
-        cls, parts: Sequence["EmbedStatistics"], weights: Sequence[float] = ()
+        cls, data_sets: Sequence["EmbedStatistics"], weights: Sequence[float] = ()
     ) -> "EmbedStatistics":
         """Return the moments of several data sets together: E[x] and E[x x^T] of the mixture.
 
-        weights: share of each in the samples, of any sum; none = by their counts, as if the data
-        sets were one.
+        weights: share of each in the samples, of any sum; empty: in proportion to their counts, as
+        if the data sets were one.
         """
-        if len(parts) == 1:
-            return parts[0]
-        shares = np.array(weights or [part.count for part in parts], np.float64)
+        if len(data_sets) == 1:
+            return data_sets[0]
+        shares = np.array(weights or [each.count for each in data_sets], np.float64)
         shares /= shares.sum()
-        mean, products = np.zeros_like(parts[0].mean), np.zeros_like(parts[0].basis)
-        for part, share in zip(parts, shares, strict=True):
-            mean += share * part.mean
-            products += share * (part.covariance + np.outer(part.mean, part.mean))
+        mean, products = np.zeros_like(data_sets[0].mean), np.zeros_like(data_sets[0].basis)
+        for each, share in zip(data_sets, shares, strict=True):
+            mean += share * each.mean
+            products += share * (each.covariance + np.outer(each.mean, each.mean))
         return cls._of_moments(
             mean,
             products - np.outer(mean, mean),
-            count=sum(part.count for part in parts),
-            snapshot="+".join(part.snapshot for part in parts),
-            cosines=np.sum([part.cosines for part in parts], axis=0),
+            count=sum(each.count for each in data_sets),
+            snapshot="+".join(each.snapshot for each in data_sets),
+            cosines=np.sum([each.cosines for each in data_sets], axis=0),
         )
 
     @property
@@ -112,7 +112,7 @@ class EmbedStatistics:
         return int(np.searchsorted(share, energy - 1e-12)) + 1
 
     def write(self, root: str | os.PathLike[str]) -> None:
-        """Write `<root>/_statistics.npz`, whole or not at all."""
+        """Write `<root>/_statistics.npz` atomically."""
         file = io.BytesIO()
         np.savez(file, allow_pickle=False, **vars(self))
         storage_of(root).replace(NAME, file.getvalue())
@@ -125,6 +125,6 @@ class EmbedStatistics:
         except FileNotFoundError:
             where = join_root(root, NAME)
             raise ValueError(f"{where}: missing; rerun ingest/embed.py until it finishes") from None
-        with np.load(io.BytesIO(stored), allow_pickle=False) as found:
-            arrays = {n: found[n] for n in ARRAYS}
-            return cls(**arrays, count=int(found["count"]), snapshot=str(found["snapshot"]))
+        with np.load(io.BytesIO(stored), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ARRAYS}
+            return cls(**arrays, count=int(file["count"]), snapshot=str(file["snapshot"]))

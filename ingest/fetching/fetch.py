@@ -112,6 +112,22 @@ def host_of(url: str | None) -> str:
         return ""
 
 
+def connection_classes(connect: Callable[[str, int], socket.socket]) -> dict[str, Any]:
+    """Return urllib3's connection class of each scheme, with sockets that `connect` opens.
+
+    urllib3 has no public hook for this, so its private `_new_conn` is replaced. Raises ImportError
+    where that method does not exist: the sockets would have neither a deadline nor a proxy.
+    """
+    if not hasattr(HTTPConnection, "_new_conn"):
+        raise ImportError(
+            f"urllib3 {urllib3.__version__}: HTTPConnection has no _new_conn; install the version "
+            "that requirements.lock names"
+        )
+    methods = {"_new_conn": lambda connection: connect(connection.host, connection.port)}
+    bases = {"http": HTTPConnection, "https": HTTPSConnection}
+    return {scheme: type(f"_{base.__name__}", (base,), methods) for scheme, base in bases.items()}
+
+
 PoolKey = tuple[str, str, str, int]  # scheme, name, address, port
 
 
@@ -135,9 +151,7 @@ class Fetcher:
         self._robots = RobotsCache(self._load_robots, OUR_AGENT)
         self._lock = threading.Lock()
         self._pools: OrderedDict[PoolKey, urllib3.HTTPConnectionPool] = OrderedDict()
-        methods = {"_new_conn": lambda connection: connect(connection.host, connection.port)}
-        self._plain: Any = type("_PlainConnection", (HTTPConnection,), methods)
-        self._secure: Any = type("_SecureConnection", (HTTPSConnection,), methods)
+        self._connections = connection_classes(connect)
         self._tls = ssl.create_default_context()
         self._tls.sslsocket_class = net.DeadlineTlsSocket
 
@@ -231,22 +245,21 @@ class Fetcher:
 
     def _pool(self, scheme: str, host: str, address: str, port: int) -> urllib3.HTTPConnectionPool:
         key = (scheme, host, address, port)
+        size = self.policy.host_connections
         with self._lock:
             pool = self._pools.pop(key, None)
             if pool is None and scheme == "https":
                 pool = urllib3.HTTPSConnectionPool(
                     address,
                     port,
-                    maxsize=self.policy.host_connections,
+                    maxsize=size,
                     ssl_context=self._tls,
                     server_hostname=host,
                     assert_hostname=host,
                 )
-                pool.ConnectionCls = self._secure
             elif pool is None:
-                connections = self.policy.host_connections
-                pool = urllib3.HTTPConnectionPool(address, port, maxsize=connections)
-                pool.ConnectionCls = self._plain
+                pool = urllib3.HTTPConnectionPool(address, port, maxsize=size)
+            pool.ConnectionCls = self._connections[scheme]
             self._pools[key] = pool
             while len(self._pools) > MAX_POOLS:
                 self._pools.popitem(last=False)[1].close()
