@@ -33,7 +33,7 @@ class Timings:
         The seconds of interrupted attempts count. A finished row stays as it is: the time of a
         rerun that finds nothing to do is not the stage's.
         """
-        from cluster.base.memory import PeakMemory
+        from cluster.base.machine import PeakMemory
 
         before = next((row for row in self.rows if row["stage"] == stage), None)
         if before is not None and before.get("done"):

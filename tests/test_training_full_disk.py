@@ -21,8 +21,8 @@ from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import step_folder
 from training.checkpoints import checkpointer
+from training.checkpoints.checkpointer import atomic_tensors
 from training.checkpoints.records import newest_valid, valid_records
-from training.checkpoints.writer import atomic_tensors
 from training.data.dataloader import Batch
 
 DISK_BYTES = 1 << 20
@@ -52,9 +52,7 @@ def fill(disk: Path, leave: int = 0) -> Path:
 
 def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(disk: Path, tmp_path: Path):
     """Full from the fifth step on, for the checkpoint of the sixth; then there is room again."""
-    config = with_options(
-        CONFIG, checkpoint_every=2, report_every=3, async_checkpoints=False
-    )
+    config = with_options(CONFIG, checkpoint_every=2, report_every=3, async_checkpoints=False)
     calls = iter(range(100))
 
     def filling(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from cluster.base.cli import with_options
 from cluster.base.run_dir import STATE_NAME, fragment_path, step_folder
 from training.checkpoints import checkpointer
-from training.checkpoints.checkpointer import Checkpointer
+from training.checkpoints.checkpointer import Checkpointer, Writer
 from training.checkpoints.records import Progress, valid_records
-from training.checkpoints.writer import Writer
 from training.engine.ema import Averages
 from training.engine.engines import PlainEngine
 from training.runs.reporting import Reporter

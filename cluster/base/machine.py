@@ -1,6 +1,7 @@
-"""What this machine has: the cores that its processes may use."""
+"""What this machine has, and what is used of it: cores and memory."""
 
 import os
+import threading
 from pathlib import Path
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds a period, or "max"
@@ -26,3 +27,40 @@ def threads_for(chosen: int | None, num_processes: int | None = None) -> int:
     if num_processes is None:
         num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return chosen or max(1, available_cpus() // max(1, num_processes))
+
+
+class PeakMemory:
+    """Context manager: `bytes` is the peak of unshared memory, summed over the process tree.
+
+    Shared pages (libraries, Ray's object store) are left out, since every process would count
+    them again.
+    """
+
+    def __init__(self, every_seconds: float = 1.0) -> None:
+        self.bytes = 0
+        self._every = every_seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="memory", daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        import psutil
+
+        root, stopped = psutil.Process(), False
+        while not stopped:
+            total = 0
+            for process in [root, *root.children(recursive=True)]:
+                try:
+                    memory = process.memory_info()
+                    total += memory.rss - memory.shared
+                except psutil.NoSuchProcess:  # it has ended since it was listed
+                    continue
+            self.bytes = max(self.bytes, total)
+            stopped = self._stop.wait(self._every)

@@ -8,23 +8,28 @@
     ema_snapshots/step_00001000/fragments/...       power-function averages alone, never pruned
 
 A checkpoint is valid when the records of all its ranks are present, agree and verify. Nothing is
-pickled.
+pickled. Files are written by a thread: training waits for a copy of its state, not for the disk.
 """
 
 import json
+import os
+import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.base.files import digest_file, write_json
+from cluster.base.files import atomic_write, digest_file, write_json
 from cluster.base.run_dir import (
     EMA_SNAPSHOTS_FOLDER,
     FRAGMENTS_FOLDER,
@@ -48,7 +53,6 @@ from training.checkpoints.records import (
     read_records,
     valid_records,
 )
-from training.checkpoints.writer import Writer, atomic_tensors
 from training.config import TrainConfig
 from training.engine.ema import EMA, POWER, Averages
 from training.engine.engines import Engine, Fragment
@@ -56,6 +60,58 @@ from training.engine.engines import Engine, Fragment
 AWAIT_SECONDS = 3600  # for the other ranks' fragments of a checkpoint
 BUFFER = "buffer"
 MOMENTUM, SQUARES = "exp_avg", "exp_avg_sq"  # as the optimizer names them
+
+
+@contextmanager
+def atomic_tensors(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for a safetensors file, as `atomic_write` does.
+
+    Raises OSError where the library raises an error of its own about one of the system.
+    """
+    try:
+        with atomic_write(path) as temporary:
+            yield temporary
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+class Writer:
+    """Does one write at a time, in a thread; what it raises, the next call raises.
+
+    asynchronous: False writes at once, in the caller's time. seconds: what the last write took.
+    """
+
+    def __init__(self, *, asynchronous: bool) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write") if asynchronous else None
+        self._pending: Future | None = None
+        self.seconds = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Whether the last write has ended."""
+        return self._pending is None or self._pending.done()
+
+    def start(self, write: Callable[[], object]) -> None:
+        """Start a write, after the one before has ended."""
+        self.wait()
+        if self._pool is None:
+            self._timed(write)
+        else:
+            self._pending = self._pool.submit(self._timed, write)
+
+    def wait(self) -> None:
+        """Wait for the write that is under way; raises what it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _timed(self, write: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        write()
+        self.seconds = time.perf_counter() - started
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +153,10 @@ class Checkpointer:
         for inference, the deletion of older checkpoints, the end of the run) is done again.
         """
         if self._engine.rank == 0:
-            _delete_temporary_files(self._run)
+            # What a killed attempt left beside the files that it was writing
+            unfinished = (f".{FINAL_NAME}.*.part", f"{STEP_PREFIX}*/.*.part")
+            for path in (path for pattern in unfinished for path in self._run.glob(pattern)):
+                path.unlink(missing_ok=True)
         step = newest_valid_step(self._run, self._engine)
         if step < 0:
             return Progress()
@@ -156,7 +215,16 @@ class Checkpointer:
             for name, tensor in engine.model.state_dict().items()
             if name not in engine.shapes
         }
-        self._writer.start(partial(self._write_and_export, state, untrained, progress))
+        kept = self._config.checkpoint
+
+        def write_and_export() -> None:
+            write_rank_state(state)
+            await_ranks(state.folder)
+            export(state.folder, engine.shapes, untrained, self._export_config)
+            write_json(state.folder / STATE_NAME, asdict(progress))
+            prune(self._run, kept.keep_checkpoints, state.folder, kept.keep_every)
+
+        self._writer.start(write_and_export)
 
     def save_averages(self, progress: Progress) -> None:
         """Copy the power-function averages and start to write them as a snapshot."""
@@ -205,16 +273,6 @@ class Checkpointer:
                 self._copies[name] = room
             copied[name] = room.copy_(tensor.detach())
         return RankState(folder=folder, tensors=copied, record=record)
-
-    def _write_and_export(
-        self, state: RankState, untrained: dict[str, Tensor], progress: Progress
-    ) -> None:
-        write_rank_state(state)
-        await_ranks(state.folder)
-        export(state.folder, self._engine.shapes, untrained, self._export_config)
-        write_json(state.folder / STATE_NAME, asdict(progress))
-        kept = self._config.checkpoint
-        prune(self._run, kept.keep_checkpoints, state.folder, kept.keep_every)
 
 
 def checkpoint_tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]:
@@ -313,7 +371,8 @@ def prune(run: Path, num_kept: int, newest: Path, keep_every: int = 0) -> None:
     `keep_every` steps (0: none).
 
     One after `newest` is broken, or the run would have continued from it; so is an earlier one that
-    a kill cut short. Snapshots of averages are in another folder, and stay.
+    a kill cut short. Snapshots of averages are in another folder, and stay. What cannot be deleted
+    now, such as a file that is open on NFS, is left to the next time.
     """
     folders = step_folders(run)
     complete = [f for f in folders if f.name <= newest.name and read_records(f) is not None]
@@ -321,25 +380,11 @@ def prune(run: Path, num_kept: int, newest: Path, keep_every: int = 0) -> None:
     if keep_every:
         kept += [f for f in complete if step_of(f) % keep_every == 0]
     for folder in folders:
-        if folder not in kept:
-            _delete(folder)
-
-
-def _delete(folder: Path) -> None:
-    """Delete a checkpoint, its records first: half of one is none.
-
-    What cannot be deleted now, such as a file that is open on NFS, is left to the next time:
-    training does not need its room yet.
-    """
-    try:
-        for record in (folder / FRAGMENTS_FOLDER).glob("rank_*.json"):
-            record.unlink()
-        shutil.rmtree(folder)
-    except OSError as error:
-        print(f"{folder}: not deleted, the next checkpoint tries again: {error}", flush=True)
-
-
-def _delete_temporary_files(run: Path) -> None:
-    """Delete what a killed attempt left beside files that it was writing."""
-    for path in (*run.glob(f".{FINAL_NAME}.*.part"), *run.glob(f"{STEP_PREFIX}*/.*.part")):
-        path.unlink(missing_ok=True)
+        if folder in kept:
+            continue
+        try:
+            for record in (folder / FRAGMENTS_FOLDER).glob("rank_*.json"):
+                record.unlink()  # first: half of a checkpoint is none
+            shutil.rmtree(folder)
+        except OSError as error:
+            print(f"{folder}: not deleted, the next checkpoint tries again: {error}", flush=True)

@@ -52,8 +52,17 @@ def reconstruct(run: Path, sigma_rel: float, step: int, out: Path) -> dict[str, 
         raise ValueError(f"{out}: found a folder with files, expected none; name another --out")
     source = exported(run)
     snapshots = _snapshots(run)
-    step = step or snapshots[-1].progress.step
-    wanted = Profile(gamma, _time_of(step, snapshots, run))
+
+    # Updates made by `step`: between snapshots that skipped some, by interpolation
+    steps, updates = zip(*((s.progress.step, s.progress.updates) for s in snapshots), strict=True)
+    step = step or steps[-1]
+    if not 0 < step <= steps[-1]:
+        raise ValueError(
+            f"--step: found {step}, expected 1 to {steps[-1]}, the last snapshot of {run}"
+        )
+    wanted = Profile(gamma, float(np.interp(step, [0, *steps], [0, *updates])))
+
+    # The combination of all stored averages that is nearest to that profile
     places = [(s, section) for s in snapshots for section in sorted(s.sections)]
     profiles = [
         Profile(gamma_of(float(section.removeprefix(POWER))), s.progress.updates)
@@ -93,16 +102,6 @@ def _snapshots(run: Path) -> list[_Snapshot]:
             "--train.power-ema 0.05 0.10 --train.snapshot-every"
         )
     return found
-
-
-def _time_of(step: int, snapshots: list[_Snapshot], run: Path) -> float:
-    """Return the updates made by `step`: between snapshots that skipped some, by interpolation."""
-    steps, updates = zip(*((s.progress.step, s.progress.updates) for s in snapshots), strict=True)
-    if not 0 < step <= steps[-1]:
-        raise ValueError(
-            f"--step: found {step}, expected 1 to {steps[-1]}, the last snapshot of {run}"
-        )
-    return float(np.interp(step, [0, *steps], [0, *updates]))
 
 
 def _write_run(

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,7 +81,12 @@ def read_records(folder: Path) -> list[Record] | None:
         except (FileNotFoundError, *NOT_A_RECORD) as error:
             warnings.warn(f"{folder}: unreadable checkpoint ({error})", stacklevel=2)
             return None
-        raise ValueError(_other_format(path, values))
+        # Skipping it would restart a long run
+        writer = f"version {values['version']}" if values.get("version") else "another version"
+        raise ValueError(
+            f"{path}: found a checkpoint of format {values.get('format')}, expected {FORMAT}: "
+            f"{writer} of minidalle2 wrote it; continue with that one, or start over with --fresh"
+        )
     if not records or [r.rank for r in records] != list(range(records[0].world_size)):
         warnings.warn(
             f"{folder}: found the records of {len(records)} ranks, incomplete; skipped",
@@ -108,15 +112,6 @@ def _verify(folder: Path, records: Iterable[Record]) -> bool:
         warnings.warn(f"{path}: digest differs from its record", stacklevel=2)
         return False
     return True
-
-
-def _other_format(path: Path, values: dict[str, Any]) -> str:
-    """Name the version that wrote a checkpoint: skipping it would restart a long run."""
-    writer = f"version {values['version']}" if values.get("version") else "another version"
-    return (
-        f"{path}: found a checkpoint of format {values.get('format')}, expected {FORMAT}: {writer} "
-        "of minidalle2 wrote it; continue with that one, or start over with --fresh"
-    )
 
 
 def newest_valid(run: Path) -> tuple[Path, Progress] | None:

@@ -139,7 +139,7 @@ class ThreadedLoader:
         loader = DataLoader(
             self.dataset,
             batch_sampler=sampler,
-            collate_fn=_as_read,
+            collate_fn=list,  # the micro-batches as they were read
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # DataLoader draws a seed, else from torch's own state
         )
@@ -177,10 +177,6 @@ class ThreadedLoader:
             stopped.set()
 
 
-def _as_read(batches: list[Batch]) -> list[Batch]:
-    return batches
-
-
 @dataclass(frozen=True, kw_only=True)
 class RayLoader:
     """Reads through Ray Data: in the plan's order, on whichever CPUs of the cluster are free.
@@ -195,13 +191,6 @@ class RayLoader:
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield the micro-batches of steps [start, stop), read ahead."""
-        self._require_cpus()
-        for first in range(start, stop, STEPS_A_SPAN):
-            steps = range(first, min(first + STEPS_A_SPAN, stop))
-            for step, columns in zip(steps, self._columns(steps), strict=True):
-                yield self.dataset.assemble(self.sampler.batch(step), columns)
-
-    def _require_cpus(self) -> None:
         import ray
 
         from cluster.base.ray_session import ensure_ray
@@ -213,6 +202,10 @@ class RayLoader:
                 f"ingest: found ray over {cpus:.0f} CPUs for {world_size} workers, expected at "
                 "least one more CPU for each of them to read on; use --ingest native"
             )
+        for first in range(start, stop, STEPS_A_SPAN):
+            steps = range(first, min(first + STEPS_A_SPAN, stop))
+            for step, columns in zip(steps, self._columns(steps), strict=True):
+                yield self.dataset.assemble(self.sampler.batch(step), columns)
 
     def _columns(self, steps: range) -> Iterator[Columns]:
         """Yield the columns of each step."""

@@ -166,7 +166,12 @@ class ZeroEngine:
         self.model, self.device, self._config = model.to(device), device, config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.shapes = {name: p.shape for name, p in trained_parameters(model)}
-        _require_trained(model, config)
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        if config.workers.zero_stage == 3 and frozen:
+            raise ValueError(
+                f"train.zero_stage: found 3 with the frozen parameter {frozen[0]}, expected at "
+                "most 2: it partitions all parameters, and checkpoints hold the trained ones"
+            )
         self.optimizer = build_optimizer(model, config)
         self._num_backwards = 0
         self._grad_accum_steps = config.micro_batches(self.world_size)
@@ -240,13 +245,3 @@ class ZeroEngine:
     def sync_params(self) -> None:
         """Copy the master fragments into every rank's weights."""
         self._partition.sync_params()
-
-
-def _require_trained(model: nn.Module, config: TrainConfig) -> None:
-    """Raise ValueError where stage 3 would partition a parameter that no fragment holds."""
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    if config.workers.zero_stage == 3 and frozen:
-        raise ValueError(
-            f"train.zero_stage: found 3 with the frozen parameter {frozen[0]}, expected at most 2: "
-            "it partitions all parameters, and checkpoints hold the trained ones"
-        )

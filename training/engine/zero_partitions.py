@@ -6,7 +6,7 @@ DeepSpeed's ZeRO optimizers. Nothing of DeepSpeed is replaced; one private attri
 there is no public way to learn where a slice of stages 1 and 2 begins (see `_slice_of`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -122,8 +122,9 @@ class Stage12:
     def zero_grads(self) -> None:
         """Clear the gradients kept on the CPU; without offloading none is kept."""
         if self._zero.cpu_offload:
-            _zero_all(self._zero.accumulated_grads_in_cpu.values())
-            _zero_grads_of(self._optimizer)
+            for gradient in self._zero.accumulated_grads_in_cpu.values():
+                gradient.zero_()
+            self._optimizer.zero_grad(set_to_none=False)
 
 
 class Stage3:
@@ -172,7 +173,9 @@ class Stage3:
         """Clear the partitions of gradients: those of parameters that the next step does not use
         would count again."""
         self._zero.grad_partitions_flat_buffer.zero_()
-        _zero_all(flat.grad for flat in self._flats() if flat.grad is not None)
+        for flat in self._flats():
+            if flat.grad is not None:
+                flat.grad.zero_()
 
 
 STAGES: dict[int, type[Stage0] | type[Stage12] | type[Stage3]] = {
@@ -208,16 +211,6 @@ def _slice_of(parameter: nn.Parameter) -> tuple[int, int, int, int] | None:
         return None
     in_slice, in_parameter = place.hp_fragment_address, place.lp_fragment_address
     return place.param_group_index, in_slice.start, in_slice.numel, in_parameter.start
-
-
-def _zero_all(tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        tensor.zero_()
-
-
-def _zero_grads_of(optimizer: Optimizer) -> None:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    _zero_all(p.grad for p in params if p.grad is not None)
 
 
 def without_compiled_collectives() -> None:

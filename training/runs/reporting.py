@@ -141,12 +141,12 @@ class Reporter:
         self._profiler.end(progress.step - 1, last=last)
         if progress.step % config.logging.report_every and not last:
             return
-        if self._rank == 0:
-            self._write_report(progress, learning_rate_ratio)
-        self._begin_report(progress)
+        if self._rank:
+            self._begin_report(progress)
+            return
 
-    def _write_report(self, progress: Progress, learning_rate_ratio: float) -> None:
-        config, now = self._config, time.perf_counter()
+        # The first rank writes a report
+        now = time.perf_counter()
         seconds, samples = now - self._reported, progress.samples_seen - self._reported_samples
         rate = samples / seconds
         samples_left = (config.schedule.num_steps - progress.step) * config.batch.global_batch_size
@@ -170,3 +170,4 @@ class Reporter:
             "seconds": now - self._started,
         }
         add_line(self._run / METRICS_NAME, line)
+        self._begin_report(progress)

@@ -41,7 +41,17 @@ def build_decoder(config: DecoderRunConfig) -> Task:
     """Return the task of training one stage of the cascade."""
     objective: Callable[[Any, Batch], dict[str, Tensor]]
     if config.stage == "base":
-        encoder = _encoder(config)
+        if config.flip:
+            raise ValueError(
+                "flip: found true for stage base, expected false: its image embeddings and "
+                "captions are of the images as they are"
+            )
+        encoder = encoder_of((*config.embeds, *config.validation_embeds), config.clip)
+        if config.base.embed_noise and not encoder.unit_norm:
+            raise ValueError(
+                f"base.embed_noise: found {config.base.embed_noise} for embeddings that keep "
+                "their length, expected 0: what it makes of them is of unit norm"
+            )
         condition = partial(decoder_condition, encoder, config)
         objective = partial(base_objective, encoder, config)
         export = {
@@ -78,22 +88,6 @@ def build_decoder(config: DecoderRunConfig) -> Task:
         export=export,
         validate=validate,
     )
-
-
-def _encoder(config: DecoderRunConfig) -> FrozenClip:
-    """Load the encoder of a base decoder; ValueError for options that do not suit it."""
-    if config.flip:
-        raise ValueError(
-            "flip: found true for stage base, expected false: its image embeddings and captions "
-            "are of the images as they are"
-        )
-    encoder = encoder_of((*config.embeds, *config.validation_embeds), config.clip)
-    if config.base.embed_noise and not encoder.unit_norm:
-        raise ValueError(
-            f"base.embed_noise: found {config.base.embed_noise} for embeddings that keep their "
-            "length, expected 0: what it makes of them is of unit norm"
-        )
-    return encoder
 
 
 # -- objectives ------------------------------------------------------------------------------------
