@@ -42,8 +42,8 @@ class Dashboard:
         return [panel for row in self.rows.values() for panel in row]
 
 
-def _panel(title: str, query: str, legend: str, help: str, unit: Unit = "short") -> Panel:
-    return Panel(title=title, query=query, legend=legend, help=help, unit=unit)
+def _panel(title: str, query: str, legend: str, text: str, unit: Unit = "short") -> Panel:
+    return Panel(title=title, query=query, legend=legend, help=text, unit=unit)
 
 
 def _age(series: str) -> str:
@@ -144,9 +144,9 @@ TRAINING = Dashboard(
 )  # fmt: skip
 
 
-def _scores(title: str, pattern: str, help: str) -> Panel:
+def _scores(title: str, pattern: str, text: str) -> Panel:
     query = f'minidalle2:eval_score{{metric=~"{pattern}"}}'
-    return _panel(title, query, "{{metric}}", help)
+    return _panel(title, query, "{{metric}}", text)
 
 
 EVALUATION = Dashboard(

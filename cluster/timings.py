@@ -12,7 +12,7 @@ from cluster.base.files import write_json
 
 
 @dataclass
-class Attempt:
+class StageAttempt:
     """One try at a stage; the block sets `done` when nothing is left to do."""
 
     done: bool = False
@@ -27,7 +27,7 @@ class Timings:
         self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
 
     @contextmanager
-    def attempt(self, stage: str, command: str = "", num_images: int = 0) -> Iterator[Attempt]:
+    def attempt(self, stage: str, command: str = "", num_images: int = 0) -> Iterator[StageAttempt]:
         """Time the block and add it to the stage's row, however the block ends.
 
         The seconds of interrupted attempts count. A finished row stays as it is: the time of a
@@ -37,10 +37,10 @@ class Timings:
 
         before = next((row for row in self.rows if row["stage"] == stage), None)
         if before is not None and before.get("done"):
-            yield Attempt(done=True)
+            yield StageAttempt(done=True)
             self._expose(stage)
             return
-        attempt, peak, started = Attempt(), PeakMemory(), time.perf_counter()
+        attempt, peak, started = StageAttempt(), PeakMemory(), time.perf_counter()
         try:
             with peak:
                 yield attempt

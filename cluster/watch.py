@@ -33,7 +33,7 @@ MAX_AT_ONCE = 16  # requests being answered
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchConfig:
+class WatchPageConfig:
     """Served on the loopback unless --address says otherwise, which takes a token."""
 
     prometheus: str = "http://127.0.0.1:9090"
@@ -50,7 +50,7 @@ class WatchConfig:
     """seconds between two updates"""
 
 
-def main(config: WatchConfig) -> int:
+def main(config: WatchPageConfig) -> int:
     """Serve the page until interrupted."""
     server = open_server(config)
     print(f"watch: http://{server.shown}/", flush=True)
@@ -63,7 +63,7 @@ def main(config: WatchConfig) -> int:
     return DONE
 
 
-def open_server(config: WatchConfig) -> "WatchServer":
+def open_server(config: WatchPageConfig) -> "WatchServer":
     """Check the configuration and listen; raises ValueError where that fails."""
     if config.every <= 0:
         raise ValueError(f"--every: found {config.every}, expected seconds above 0")
@@ -81,7 +81,7 @@ def open_server(config: WatchConfig) -> "WatchServer":
         ) from error
 
 
-def _token(config: WatchConfig) -> str:
+def _token(config: WatchPageConfig) -> str:
     """Read the token; ValueError where there must be one, or it is short."""
     if not config.token_file:
         if not is_loopback(config.address):
@@ -113,7 +113,7 @@ class WatchServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, config: WatchConfig, token: str) -> None:
+    def __init__(self, config: WatchPageConfig, token: str) -> None:
         super().__init__((config.address, config.port), WatchHandler)
         self.token = token
         self.prometheus = PrometheusClient(config.prometheus.rstrip("/"))
@@ -245,4 +245,4 @@ class WatchHandler(http.server.BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(WatchConfig)))
+    run_script(lambda: main(parse(WatchPageConfig)))

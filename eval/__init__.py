@@ -1,0 +1,1 @@
+"""Samples from trained models, scores the samples and reports them."""

@@ -17,7 +17,7 @@ from eval.html_report.formats import CAPTIONS_KEY, Scores
 from eval.protocol import Prepared, prepare
 from eval.request import EvalRequest
 from eval.sampling.captions import read_captions
-from eval.sampling.image_source import ImageSet, Incomplete, open_images
+from eval.sampling.image_source import ImageSet, IncompleteError, open_images
 from eval.sampling.sample_job import Model, draw, read_options
 from models.clip import RAW, FrozenClip, absolute_spec, load_clip
 
@@ -141,7 +141,7 @@ class Evaluation:
 def open_evaluation(request: EvalRequest, model: Model) -> Evaluation:
     """Find everything before anything is computed, then draw what is to be drawn.
 
-    Raises ValueError for what is absent or does not fit, Incomplete for too few images.
+    Raises ValueError for what is absent or does not fit, IncompleteError for too few images.
     """
     from eval.features.devices import device_named
 
@@ -247,7 +247,7 @@ def _draw_samples(
 
 
 def _require_all_captions(fake: ImageSource, protocol: Prepared) -> None:
-    """Raise Incomplete for too few images, ValueError for images of other captions."""
+    """Raise IncompleteError for too few images, ValueError for images of other captions."""
     if fake.images is None:
         count = next(iter(fake.statistics.values())).moments.count
     else:
@@ -255,7 +255,7 @@ def _require_all_captions(fake: ImageSource, protocol: Prepared) -> None:
         if captions and captions != protocol.captions[: len(captions)]:
             raise ValueError(f"{fake.source}: found images of other captions than the protocol's")
     if count != len(protocol.captions):
-        raise Incomplete(
+        raise IncompleteError(
             f"{fake.source}: found {count} images, expected {len(protocol.captions)}, one for each "
             "caption of the protocol"
         )

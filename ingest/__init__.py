@@ -1,0 +1,1 @@
+"""From a list of URLs to committed shards of images and embeddings."""

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import re
 import runpy
@@ -299,7 +300,7 @@ def test_every_jobs_command_can_be_run_dry(name: str, capsys, tmp_path: Path, mo
 
 def test_every_folder_that_a_job_reads_is_one_that_another_makes():
     flags = {name: shlex.split(job["spec"]["entrypoint"])[2:] for name, job in JOBS.items()}
-    pairs = {name: set(zip(words, words[1:], strict=False)) for name, words in flags.items()}
+    pairs = {name: set(itertools.pairwise(words)) for name, words in flags.items()}
     made = {
         folder: name for name, each in pairs.items() for flag, folder in each
         if flag in ("--out", "--run")

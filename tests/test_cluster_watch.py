@@ -28,7 +28,7 @@ from conftest import Site, serve_site
 
 from cluster.base.metrics import METRICS
 from cluster.queries import PANELS
-from cluster.watch import WatchConfig, open_server
+from cluster.watch import WatchPageConfig, open_server
 from models.clip import load_clip
 
 GPU_ONLY = {"minidalle2_train_device_memory_bytes"}  # no CPU run has them
@@ -99,7 +99,7 @@ def live(
 @pytest.fixture
 def page(live: Live) -> Iterator[str]:
     """The address of the page over the live Prometheus; it looks once a second."""
-    server = open_server(WatchConfig(prometheus=live.prometheus.url, port=0, every=1.0))
+    server = open_server(WatchPageConfig(prometheus=live.prometheus.url, port=0, every=1.0))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://{server.shown}/"

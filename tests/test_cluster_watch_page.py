@@ -13,7 +13,7 @@ import pytest
 from _browser import browsing, needs_chromium
 
 from cluster.queries import MAX_LINES, PANELS, RUNS_QUERY, WINDOWS, fill_legend, finite
-from cluster.watch import COOKIE, WatchConfig, WatchServer, open_server
+from cluster.watch import COOKIE, WatchPageConfig, WatchServer, open_server
 
 TOKEN = "0123456789abcdef0123"
 HOSTILE = '"><img src=x onerror=alert(1)>{{model}}</script>'
@@ -48,7 +48,8 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(self.server.body)
 
-    do_POST = do_GET
+    def do_POST(self) -> None:
+        self.do_GET()
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -70,13 +71,13 @@ def fake() -> Iterator[FakePrometheus]:
 
 @pytest.fixture
 def page(fake: FakePrometheus) -> Iterator[WatchServer]:
-    yield from serving(open_server(WatchConfig(prometheus=fake.url, port=0)))
+    yield from serving(open_server(WatchPageConfig(prometheus=fake.url, port=0)))
 
 
 @pytest.fixture
 def guarded(fake: FakePrometheus, tmp_path: Path) -> Iterator[WatchServer]:
     (tmp_path / "token").write_text(TOKEN + "\n")
-    config = WatchConfig(prometheus=fake.url, port=0, token_file=str(tmp_path / "token"))
+    config = WatchPageConfig(prometheus=fake.url, port=0, token_file=str(tmp_path / "token"))
     yield from serving(open_server(config))
 
 
@@ -262,26 +263,26 @@ def test_the_token_goes_into_a_cookie_and_out_of_the_address(guarded: WatchServe
 def test_others_may_reach_it_with_a_token_alone(tmp_path: Path):
     for address in ("0.0.0.0", "::", "192.0.2.7", "example.org"):
         with pytest.raises(ValueError, match="--address.*--token-file"):
-            open_server(WatchConfig(address=address, port=0))
+            open_server(WatchPageConfig(address=address, port=0))
     weak = tmp_path / "token"
     for text in ("", "short", "sixteen but with blanks", "0123456789abcdef;x"):
         weak.write_text(text)
         with pytest.raises(ValueError, match="--token-file"):
-            open_server(WatchConfig(address="0.0.0.0", port=0, token_file=str(weak)))
+            open_server(WatchPageConfig(address="0.0.0.0", port=0, token_file=str(weak)))
     with pytest.raises(ValueError, match="--token-file"):
-        open_server(WatchConfig(address="0.0.0.0", port=0, token_file=str(tmp_path / "none")))
+        open_server(WatchPageConfig(address="0.0.0.0", port=0, token_file=str(tmp_path / "none")))
 
 
 def test_wrong_requests_are_one_line(page: WatchServer):
     with pytest.raises(ValueError, match="Address already in use"):
-        open_server(WatchConfig(port=page.server_address[1]))
+        open_server(WatchPageConfig(port=page.server_address[1]))
     for url in ("127.0.0.1:9090", "file:///etc/passwd", "http://"):
         with pytest.raises(ValueError, match="--prometheus"):
-            open_server(WatchConfig(prometheus=url, port=0))
+            open_server(WatchPageConfig(prometheus=url, port=0))
     with pytest.raises(ValueError, match="--every"):
-        open_server(WatchConfig(every=0, port=0))
+        open_server(WatchPageConfig(every=0, port=0))
     with pytest.raises(ValueError, match="port 70000"):
-        open_server(WatchConfig(port=70000))
+        open_server(WatchPageConfig(port=70000))
 
 
 def test_the_page_brings_everything_itself_and_runs_its_own_script_alone(page: WatchServer):

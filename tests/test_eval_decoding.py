@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from eval.features.decoding import fitted, read_picture
-from eval.sampling.image_source import Incomplete, open_images
+from eval.sampling.image_source import IncompleteError, open_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(PIXELS)
@@ -86,7 +86,7 @@ def test_a_listed_sample_that_is_missing_is_incomplete(tmp_path: Path):
     lines = '{"file": "000000.png", "caption": "a"}\n{"file": "000001.png", "caption": "b"}\n'
     (tmp_path / "samples.jsonl").write_text(lines)
     (tmp_path / "settings.json").write_text("{}")
-    with pytest.raises(Incomplete, match="found 1 of 2 samples, without 000001.png"):
+    with pytest.raises(IncompleteError, match="found 1 of 2 samples, without 000001.png"):
         open_images(str(tmp_path))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from eval import fid
 from eval.evaluation import SCORER_RELATIONS
 from eval.fid import FidConfig
-from eval.sampling.image_source import Incomplete
+from eval.sampling.image_source import IncompleteError
 from models.clip import load_clip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,11 +218,11 @@ def test_a_protocol_says_what_is_drawn_and_how_many_there_must_be(
     assert scores["protocol"]["n"] == 9 and scores["protocol"]["headline"] == "drawn"
     assert set(scores["shapes"]) == {"single", "seen", "held_out"}
     assert len({protocol["captions_sha256"] for protocol in scores["shapes"].values()}) == 3
-    with pytest.raises(Incomplete, match="found 5 images, expected 9"):
+    with pytest.raises(IncompleteError, match="found 5 images, expected 9"):
         few = dataclasses.replace(drawing, model="", sampling="", clip="tiny:random")
         evaluated(few, fake=photos(tmp_path / "few", 4, count=5))
     (tmp_path / "drawn" / "000003.png").unlink()
-    with pytest.raises(Incomplete, match="found 8 of 9 samples, without 000003.png"):
+    with pytest.raises(IncompleteError, match="found 8 of 9 samples, without 000003.png"):
         evaluated(dataclasses.replace(drawing, model="", sampling=""))
 
 

@@ -20,9 +20,9 @@ from eval.features import workers
 from eval.features.extractors import ExtractorSpec, clip_spec
 from eval.features.store import ExtractionWork, FeatureExtraction, open_store
 from eval.features.workers import Workers
-from eval.sampling.image_source import Incomplete, open_images
+from eval.sampling.image_source import IncompleteError, open_images
 from ingest.store.commits import committed
-from ingest.store.shard_runner import UnitResult, WorkerDied
+from ingest.store.shard_runner import UnitResult, WorkerDiedError
 from models.clip import load_clip
 
 SECONDS = 600
@@ -155,9 +155,9 @@ def test_a_killed_driver_loses_nothing_that_was_committed(
 
 
 def test_a_block_that_kills_every_worker_is_at_fault(monkeypatch: pytest.MonkeyPatch):
-    died = UnitResult(name="0", error=WorkerDied("the actor died"))
+    died = UnitResult(name="0", error=WorkerDiedError("the actor died"))
     monkeypatch.setattr(workers, "run_units", lambda *_: (result for result in [died]))
-    with pytest.raises(Incomplete, match="block 0: 3 workers died under it .the actor died"):
+    with pytest.raises(IncompleteError, match="block 0: 3 workers died under it .the actor died"):
         Workers().run("features", ExtractionWork(store=None, device="cpu"), [0], 4)  # type: ignore[arg-type]
 
 
@@ -214,7 +214,7 @@ def test_damaged_and_missing_blocks_are_made_again(
 def test_too_few_features_are_incomplete(images: Path, spec: ExtractorSpec, tmp_path: Path):
     store = open_store(tmp_path, open_images(str(images)), spec, BLOCK)
     store.make(0, spec.build("cpu"))
-    with pytest.raises(Incomplete, match=f"found features of {BLOCK} images, expected 40"):
+    with pytest.raises(IncompleteError, match=f"found features of {BLOCK} images, expected 40"):
         store.features()
 
 
@@ -324,7 +324,7 @@ def test_drawing_continues_where_it_was(
         assert again == (50 <= int(path.stem) < 100), path
     assert open_images(str(tmp_path / "s")).captions == CAPTIONS
     monkeypatch.setattr(drawing.SampleWork, "build", lambda self: lambda block: 0)
-    with pytest.raises(Incomplete, match="found 0 samples, expected 120"):
+    with pytest.raises(IncompleteError, match="found 0 samples, expected 120"):
         drawn(tmp_path / "t", chain)
 
 

@@ -88,4 +88,4 @@ def test_the_prior_draws_in_batches(captions: list[str], monkeypatch: pytest.Mon
         assert prior_scores(chain, captions, image, image, default_sampling())["n"] == COUNT
     (keys, all_captions), *parts = seen
     assert [len(part) for _, part in parts] == [3, 3, 1]
-    assert sum((k for k, _ in parts), []) == keys and all_captions == captions
+    assert [key for keys, _ in parts for key in keys] == keys and all_captions == captions

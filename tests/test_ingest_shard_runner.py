@@ -99,7 +99,7 @@ def test_shares_of_the_first_units_are_dealt_again_when_they_end():
     assert len(held) == 101 and min(share.rate for share in held) > 0.5 * 10 / 101
 
 
-class Busy(OSError):
+class BusyError(OSError):
     """An error that may pass."""
 
 
@@ -110,7 +110,7 @@ def test_in_this_process_errors_that_may_pass_are_tried_again(monkeypatch: pytes
     def make(unit: Unit) -> int:
         tries.append(unit.name)
         if unit.name == "never" or (unit.name == "later" and tries.count("later") < 3):
-            raise Busy("no network")
+            raise BusyError("no network")
         if unit.name == "bad":
             raise ValueError("bad unit")
         if unit.name == "full":
@@ -118,7 +118,7 @@ def test_in_this_process_errors_that_may_pass_are_tried_again(monkeypatch: pytes
         return unit.payload
 
     units = [Unit(name=name, payload=7) for name in ("good", "later", "never", "bad", "full", "x")]
-    results = list(run_units(make, units, WorkerPool(number=0), passing=(Busy,)))
+    results = list(run_units(make, units, WorkerPool(number=0), passing=(BusyError,)))
     values = {result.name: result.value for result in results if result.error is None}
     assert values == {"good": 7, "later": 7}
     assert [r.problem("out") for r in results if r.error] == [

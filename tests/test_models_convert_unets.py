@@ -75,7 +75,7 @@ def their_upsampler(seed: int = 0) -> Any:
             add_attention=False,
             downsample_type="resnet",
             upsample_type="resnet",
-        )  # fmt: skip
+        )
     )
 
 

@@ -129,7 +129,7 @@ def test_minus_one_stands_for_the_clean_end():
 def test_min_snr_weighs_the_x0_error_alike_whatever_the_network_predicts(prediction: Prediction):
     """Hang et al. 2023: an error of delta in x0 costs min(SNR, gamma) delta^2 in any units."""
     schedule = NoiseSchedule.build("cosine")
-    x0, t, eps, x_t = noisy(schedule)
+    x0, t, _, x_t = noisy(schedule)
     wrong = x0 + 0.1
     outputs = [schedule.target(prediction, x, t, schedule.to_eps(x, x_t, t)) for x in (x0, wrong)]
     error = (outputs[1] - outputs[0]).square().mean((1, 2))

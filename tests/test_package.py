@@ -1,6 +1,7 @@
 """Laws of the whole tree: sizes, who imports what, what ships, and that help answers at once."""
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -181,7 +182,8 @@ def test_the_lock_satisfies_every_dependency():
 
     locked = dict(line.split("==") for line in lock_lines())
     assert list(locked) == sorted(locked)
-    asked = [*project()["dependencies"], *sum(project()["optional-dependencies"].values(), [])]
+    groups = [project()["dependencies"], *project()["optional-dependencies"].values()]
+    asked = itertools.chain(*groups)
     for requirement in map(Requirement, asked):
         name = canonicalize_name(requirement.name)
         if name != project()["name"]:

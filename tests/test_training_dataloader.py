@@ -39,10 +39,12 @@ class Numbers(ColumnDataset):
         return {"number": index.copy()}
 
 
-def loader(of: Plan, broken: int = -1, parts: int = 1, **rank: int) -> ThreadedLoader:
+def loader(
+    of: Plan, broken: int = -1, parts: int = 1, rank: int = 0, world_size: int = 1
+) -> ThreadedLoader:
     samples = Numbers(of.data_sets, broken)
     dataset = KeyedDataset(samples=samples, seed=of.seed, grad_accum_steps=parts)
-    sampler = PlanSampler(plan=of, grad_accum_steps=parts, **rank)
+    sampler = PlanSampler(plan=of, grad_accum_steps=parts, rank=rank, world_size=world_size)
     return ThreadedLoader(dataset=dataset, sampler=sampler)
 
 

@@ -3,6 +3,7 @@ older ones go."""
 
 import dataclasses
 import errno
+import itertools
 import json
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def test_any_number_of_ranks_reads_what_three_wrote(world_size: int, tmp_path: P
     stored = FragmentReader(tmp_path, len(write_by_three_ranks(tmp_path, whole)))
     cuts = [10 * rank // world_size for rank in range(world_size + 1)]
     for section, expected in (("master", whole), ("ema", -whole)):
-        parts = [torch.full((b - a,), torch.nan) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [torch.full((b - a,), torch.nan) for a, b in itertools.pairwise(cuts)]
         for start, part in zip(cuts, parts, strict=False):
             stored.read(f"{section}/w", start, part)
         assert torch.equal(torch.cat(parts), expected)

@@ -1,0 +1,1 @@
+"""Trains CLIP, priors, decoders and upsamplers on Ray Train."""

@@ -1,0 +1,1 @@
+"""The arithmetic of plans: machines, memory and hours of a run."""

@@ -1,0 +1,1 @@
+"""Features of images by published networks or a CLIP."""

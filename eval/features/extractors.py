@@ -47,7 +47,9 @@ class Extractor(Protocol):
         """Whether images of a set may differ in size."""
         ...
 
-    def __call__(self, images: list[Image.Image]) -> np.ndarray: ...
+    def __call__(self, images: list[Image.Image]) -> np.ndarray:
+        """Return the features of images, float32 [N, D]."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,7 @@ class ClipFeatures:
         return f"clip {self.encoder.encoder_id}"
 
     def __call__(self, images: list[Image.Image]) -> np.ndarray:
+        """Return the embeddings of images, float32 [N, E]."""
         pixels = torch.from_numpy(np.stack([self.encoder.preprocess(image) for image in images]))
         return self.encoder.encode_image(pixels).cpu().numpy()
 
@@ -156,6 +159,7 @@ class NetworkFeatures:
         self._device = next(network.parameters()).device
 
     def __call__(self, images: list[Image.Image]) -> np.ndarray:
+        """Return the network's features of images, float32 [N, D]."""
         pixels = torch.from_numpy(np.stack([self._prepare(image) for image in images]))
         return self._network(pixels.to(self._device)).float().cpu().numpy()
 

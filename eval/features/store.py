@@ -20,7 +20,7 @@ from eval.features.blocks import BLOCK_SIZE, Features
 from eval.features.devices import device_named
 from eval.features.extractors import BATCH_SIZE, Extractor, ExtractorSpec
 from eval.features.workers import Workers
-from eval.sampling.image_source import ImageSet, Incomplete
+from eval.sampling.image_source import ImageSet, IncompleteError
 from ingest.shards import shard_name
 from ingest.store.commits import Attempt, committed, recover, withdraw_damaged
 from ingest.store.snapshots import write_manifest
@@ -98,12 +98,12 @@ class FeatureStore:
             attempt.commit(num_samples=len(features), counts={}, config_hash="")
 
     def features(self) -> Features:
-        """Return the features of all images; Incomplete if there are fewer than images."""
+        """Return the features of all images; IncompleteError if there are fewer than images."""
         commits = committed(self.root)
         names = [shard_name(block) for block in range(self.num_blocks)]
         sizes = [commits[name].num_samples if name in commits else 0 for name in names]
         if sizes != [len(self.numbers(block)) for block in range(self.num_blocks)]:
-            raise Incomplete(
+            raise IncompleteError(
                 f"{self.root}: found features of {sum(sizes)} images, expected {len(self.images)}"
             )
         return Features(parts=[self.root / f"{n}.features.npy" for n in names], sizes=sizes)

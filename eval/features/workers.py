@@ -9,8 +9,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
-from eval.sampling.image_source import Incomplete
-from ingest.store.shard_runner import MAX_TRIES, Unit, WorkerDied, WorkerPool, run_units
+from eval.sampling.image_source import IncompleteError
+from ingest.store.shard_runner import MAX_TRIES, Unit, WorkerDiedError, WorkerPool, run_units
 
 
 class BlockWork(Protocol):
@@ -41,7 +41,7 @@ class Workers:
     def run(self, what: str, work: BlockWork, blocks: Sequence[int], num_images: int) -> int:
         """Make `blocks`; return their number of images.
 
-        Raises what the work raises, and Incomplete for a block under which every worker died.
+        Raises what the work raises, and IncompleteError for a block under which every worker died.
         """
         from cluster.base.progress import progress
 
@@ -56,8 +56,8 @@ class Workers:
             closing(run_units(make, units, pool)) as results,
         ):
             for result in results:
-                if isinstance(result.error, WorkerDied):
-                    raise Incomplete(
+                if isinstance(result.error, WorkerDiedError):
+                    raise IncompleteError(
                         f"block {result.name}: {MAX_TRIES} workers died under it ({result.error})"
                     )
                 if result.error is not None:

@@ -1,0 +1,1 @@
+"""The report: tables, charts and figures in one HTML file."""

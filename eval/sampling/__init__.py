@@ -1,0 +1,1 @@
+"""Captions to images: settings, jobs, edits and image sources."""

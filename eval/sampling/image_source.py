@@ -24,7 +24,7 @@ SETTINGS_NAME = "settings.json"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
-class Incomplete(OSError):
+class IncompleteError(OSError):
     """Fewer images than expected: exit code 1, since a rerun may complete them."""
 
 
@@ -125,7 +125,7 @@ def open_images(folder: str) -> ImageSet:
     """Open generated samples, committed shards (the latest snapshot) or a plain folder of images.
 
     Raises ValueError for an unfinished folder of samples, and where there are no images;
-    Incomplete where listed samples are missing.
+    IncompleteError where listed samples are missing.
     """
     if "://" in folder:
         raise ValueError(f"{folder}: found a URL, expected a local or a shared folder of images")
@@ -137,7 +137,7 @@ def open_images(folder: str) -> ImageSet:
         paths = tuple(root / line["file"] for line in lines)
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
-            raise Incomplete(
+            raise IncompleteError(
                 f"{root}: found {len(paths) - len(missing)} of {len(paths)} samples, without "
                 f"{missing[0]}; delete {SAMPLES_NAME} and draw the missing ones again"
             )

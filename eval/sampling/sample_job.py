@@ -21,7 +21,7 @@ import numpy as np
 from cluster.base.files import write_json, write_text
 from eval.features.workers import Workers
 from eval.sampling.generate import SamplingSettings, render_all, sampling_of
-from eval.sampling.image_source import SAMPLES_NAME, SETTINGS_NAME, Incomplete
+from eval.sampling.image_source import SAMPLES_NAME, SETTINGS_NAME, IncompleteError
 from ingest.shards import shard_name
 from ingest.store.commits import Attempt, committed, recover, withdraw_damaged
 from training.engine.precision import settled
@@ -169,7 +169,7 @@ def draw(
     """Generate what is missing of `captions` into `out`; return the number of new images.
 
     options: of eval/sample.py, as in a settings.json; others have its defaults. Raises ValueError
-    for a folder of other samples, Incomplete if images are missing in the end.
+    for a folder of other samples, IncompleteError if images are missing in the end.
     """
     settings = _settings(model, captions, options, workers.device)
     sampling_of(settings)  # refuses bad options before the folder changes
@@ -200,7 +200,7 @@ def draw(
     # Finish the folder
     total = sum(commit.num_samples for commit in committed(out).values())
     if total != len(captions):
-        raise Incomplete(f"{out}: found {total} samples, expected {len(captions)}")
+        raise IncompleteError(f"{out}: found {total} samples, expected {len(captions)}")
     if not (out / SAMPLES_NAME).is_file():
         grid_of_samples(out, captions)
         list_samples(out, captions, settings["seed"])

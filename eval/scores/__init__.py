@@ -1,0 +1,1 @@
+"""Scores of images, embeddings and drawn captions."""

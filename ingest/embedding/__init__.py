@@ -1,0 +1,1 @@
+"""Encodes committed image shards by a frozen CLIP."""

@@ -1,0 +1,1 @@
+"""Fetches, decodes and writes images, within each host's limits."""

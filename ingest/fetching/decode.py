@@ -123,7 +123,7 @@ class Resizer:
             resized.save(file, "JPEG", quality=self.quality)
         except DecodeError:
             raise
-        except Exception:  # noqa: BLE001 - decoders of a dozen formats raise whatever they like
+        except Exception:
             raise DecodeError("undecodable") from None
         return ResizedImage(
             jpeg=file.getvalue(),

@@ -84,7 +84,7 @@ def fetch_rows(
             pause = None
             try:
                 pause = try_row(attempt)
-            except BaseException as error:  # noqa: BLE001 - raised again by the calling thread
+            except BaseException as error:
                 errors.append(error)
                 queue.drain()
             finally:

@@ -1,0 +1,1 @@
+"""URL lists: reading, splitting into shards, filters."""

@@ -1,0 +1,1 @@
+"""Committed shards on any storage: commits, snapshots, removal, workers."""

@@ -59,7 +59,7 @@ class UnitResult:
         return str(self.error) or repr(self.error)
 
 
-class WorkerDied(RuntimeError):
+class WorkerDiedError(RuntimeError):
     """The worker of a unit, or its node, died in each of `MAX_TRIES` tries."""
 
 
@@ -258,7 +258,7 @@ class _RayRunner:
             problem: BaseException = error.cause
             passes = isinstance(problem, self._passing)
         except RayError as error:  # the worker died, or its node; the next unit starts another
-            problem, passes = WorkerDied(str(error).splitlines()[0]), True
+            problem, passes = WorkerDiedError(str(error).splitlines()[0]), True
         if not passes or attempt.tries == MAX_TRIES:
             return UnitResult(name=name, error=problem)
         when = time.monotonic() + PAUSE_SECONDS * 2 ** (attempt.tries - 1)

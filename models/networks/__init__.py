@@ -1,0 +1,1 @@
+"""U-Nets and transformers."""

@@ -1,0 +1,1 @@
+"""Priors: from a caption to a CLIP image embedding."""

@@ -236,7 +236,8 @@ class StepReader:
     def __init__(self, sampler: PlanSampler, build_dataset: Callable[[], ColumnDataset]) -> None:
         self._sampler, self._samples = sampler, build_dataset()
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
+    def __call__(self, row: dict[str, int]) -> dict[str, np.ndarray]:
+        """Return the columns of the step that `row` numbers."""
         return self._samples.read(self._sampler.batch(int(row["step"])).index)
 
 

@@ -1,0 +1,1 @@
+"""DeepSpeed engines, ZeRO partitions, optimizers and averages of the weights."""

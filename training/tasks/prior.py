@@ -112,7 +112,7 @@ def set_statistics(model: nn.Module, statistics: EmbedStatistics, *, whiten: boo
 
 
 def prior_text(encoder: FrozenClip, batch: Batch, own_tokens: bool) -> PriorText:
-    """Return what a prior is told of a batch's captions."""
+    """Return the text that conditions a prior, of a batch's captions."""
     if own_tokens:
         tokens = batch["caption_tokens"]
         text = tokens = tokens[:, : trimmed_length(token_mask(tokens))]
@@ -149,8 +149,8 @@ def validate_prior(
         index = np.arange(start, min(start + VALIDATED_AT_ONCE, count))
         batch = as_batch(reader.read(index), torch.from_numpy(index))
         batch = batch.to(device)
-        told = prior_text(encoder, batch, bool(tokens))
-        drawn.append(model.sample(batch.keys, told, VALIDATION_SAMPLING).cpu())
+        conditions = prior_text(encoder, batch, bool(tokens))
+        drawn.append(model.sample(batch.keys, conditions, VALIDATION_SAMPLING).cpu())
         image.append(batch["image_embed"].cpu())
         text.append(batch["text_embed"].cpu())
     return prior_scorecard(torch.cat(drawn), torch.cat(image), torch.cat(text), captions)
