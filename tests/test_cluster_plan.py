@@ -73,12 +73,32 @@ def test_parameters_are_those_of_the_dry_run(chain: str, tmp_path: Path, capsys)
         assert stage.parameters == found, stage.name
 
 
+def _accept_stored(monkeypatch) -> None:
+    """Take the stored counts as those of the present code."""
+    header = json.loads(counts.COUNTS.read_text().splitlines()[0])
+    monkeypatch.setattr(counts, "source_digest", lambda: header["sources"])
+    counts._stored.cache_clear()
+
+
+def test_counts_of_other_code_are_counted_again(monkeypatch, capsys):
+    """What models multiply may have changed: a stored figure would be wrong."""
+    _accept_stored(monkeypatch)
+    right = counts.encoder_counts("clip_debug")
+    monkeypatch.setattr(counts, "source_digest", lambda: "other")
+    monkeypatch.setattr(counts, "_count_encoder", lambda name: {"counted": name})
+    counts._stored.cache_clear()
+    assert counts.encoder_counts("clip_debug") == {"counted": "clip_debug"} != right
+    assert "found no counts of this version" in capsys.readouterr().err
+    counts._stored.cache_clear()
+
+
 @pytest.mark.parametrize("chain", ["debug", pytest.param("mini", marks=pytest.mark.slow),
                                    pytest.param("paper", marks=pytest.mark.slow)])  # fmt: skip
 def test_stored_counts_are_what_the_models_count(chain: str, monkeypatch):
     """`cluster.planning.counts.write_counts` writes them again."""
     trains = CHAINS[chain].encoder.startswith("clip_")
     request = PlanRequest(chain=chain, train_clip=trains)  # type: ignore[arg-type]
+    _accept_stored(monkeypatch)
     stored = build_stages(request)
     empty: dict = {}
     monkeypatch.setattr(counts, "_stored", lambda: empty)
@@ -88,6 +108,7 @@ def test_stored_counts_are_what_the_models_count(chain: str, monkeypatch):
 
 def test_all_shipped_presets_have_stored_counts(monkeypatch):
     """A plan of a shipped preset counts nothing; `counts.write_counts` adds what is missing."""
+    _accept_stored(monkeypatch)
     monkeypatch.setattr(counts, "_count_stage", None)
     monkeypatch.setattr(counts, "_count_encoder", None)
     assert len([look_up() for look_up in counts.shipped()]) >= 30

@@ -2,13 +2,16 @@
 the bytes that a training step keeps.
 
 Counting takes seconds a model, so the counts of the shipped presets are kept in counts.jsonl, by a
-digest of the architecture. A model that is not in it is counted when it is asked for.
+digest of the architecture. Its first line has a digest of the code that was counted. A model that
+is not in the file is counted when it is asked for, and so are all after a change of that code.
 
 python -c "from cluster.planning.counts import write_counts; write_counts()"    # after a change
 """
 
+import ast
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +23,12 @@ from cluster.planning.request import CHAINS
 from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig
 
 COUNTS = Path(__file__).parent / "counts.jsonl"
+ROOT = COUNTS.parents[2]
+SOURCES = (  # the code whose change makes stored counts wrong
+    "models/clip.py", "models/configs.py", "models/costs.py", "models/decoder.py",
+    "models/latents.py", "models/upsampler.py", "models/networks/*.py", "models/priors/*.py",
+    "training/tasks/clip.py", "training/tasks/networks.py", "cluster/planning/counts.py",
+)  # fmt: skip
 CONFIGS: dict[str, type[RunConfig]] = {
     "clip": ClipRunConfig,
     "prior": PriorRunConfig,
@@ -78,9 +87,31 @@ def stage_counts(kind: str, config: Any, encoder: Counts, words: int) -> Counts:
 
 
 @cache
+def source_digest() -> str:
+    """Return a digest of the code that is counted, without its comments and docstrings."""
+    code = []
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = None
+        code.append(ast.dump(tree))
+    return digest_of(code)[:16]
+
+
+@cache
 def _stored() -> dict[str, Counts]:
-    lines = COUNTS.read_text().splitlines() if COUNTS.is_file() else []
-    return {entry["digest"]: entry["counts"] for entry in map(json.loads, lines)}
+    """Return the counts of the file by digest; none where they are of other code than this."""
+    text = COUNTS.read_text() if COUNTS.is_file() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    if lines[:1] != [{"sources": source_digest()}]:
+        print(
+            f"{COUNTS}: found no counts of this version of the models; they are counted again, "
+            "which takes minutes (cluster.planning.counts.write_counts stores them)",
+            file=sys.stderr,
+        )
+        return {}
+    return {entry["digest"]: entry["counts"] for entry in lines[1:]}
 
 
 def _look_up(key: dict[str, Any], count: Callable[[], Counts]) -> Counts:
@@ -121,11 +152,11 @@ def caption_words(config: Any, encoder: Counts, most: int) -> tuple[int, bool]:
 def write_counts() -> None:
     """Count every shipped model again and replace the file."""
     _stored().clear()
-    COUNTS.unlink(missing_ok=True)
     for look_up in shipped():
         look_up()
-    lines = [json.dumps({"digest": key, "counts": value}) for key, value in _stored().items()]
-    write_text(COUNTS, "".join(f"{line}\n" for line in lines))
+    lines = [{"digest": key, "counts": value} for key, value in _stored().items()]
+    lines.insert(0, {"sources": source_digest()})
+    write_text(COUNTS, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 # -- counting --------------------------------------------------------------------------------------
