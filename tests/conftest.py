@@ -5,6 +5,8 @@ import dataclasses
 import http.server
 import io
 import json
+import runpy
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +45,23 @@ def as_many_threads_as_before() -> None:
     threads than cores make one that computes thirty times as long."""
     torch.set_num_threads(THREADS)
 
+
+@pytest.fixture
+def run_here(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs a script of the project, named by its path in the repository, in
+    this process; it returns the exit code and what the script wrote to stdout and stderr."""
+
+    def run(script: str, *arguments: str) -> tuple[int, str, str]:
+        path = str(Path(__file__).parent.parent / script)
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(path, run_name="__main__")
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
 class Site:
@@ -205,19 +224,19 @@ def write_chain() -> Callable[..., dict[str, Path]]:
         base, up = DecoderConfig(unet=unet, context_width=8), UpsamplerConfig(unet=unet)
         decoder_sizes = {**sizes, "image_size": image_size}
         up_sizes = {"factor": 2, "crop_size": 8}
-        up_told = {**up_sizes, "image_size": 2 * image_size}
+        saved_up = {**up_sizes, "image_size": 2 * image_size}
         models = {
             "prior": (prior_model, prior, f"{kind}_prior", prior_sizes),
             "decoder": (Decoder(base, **decoder_sizes), base, "decoder", decoder_sizes),
-            "upsampler": (Upsampler(up, **up_sizes), up, "upsampler", up_told),
+            "upsampler": (Upsampler(up, **up_sizes), up, "upsampler", saved_up),
         }
         runs = {}
         for name, (model, config, kind, more) in models.items():
             for parameter in model.parameters():  # last layers start at zero, and would say nothing
                 nn.init.normal_(parameter, std=0.1)
-            told = {"kind": kind, "model": dataclasses.asdict(config), "clip": "tiny:random"}
-            told |= {"encoder_id": clip.encoder_id, **more}
-            runs[name] = _finished(root / name, model, told)
+            saved = {"kind": kind, "model": dataclasses.asdict(config), "clip": "tiny:random"}
+            saved |= {"encoder_id": clip.encoder_id, **more}
+            runs[name] = _finished(root / name, model, saved)
         return runs
 
     return write

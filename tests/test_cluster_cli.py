@@ -1,7 +1,5 @@
 """The command line: names that do not exist, differences in YAML, and what a script exits with."""
 
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +11,6 @@ from cluster.base import machine
 from cluster.base.cli import merged, parse, read_yaml, run_script, to_yaml
 from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = {"clip": ClipRunConfig, "prior": PriorRunConfig, "decoder": DecoderRunConfig}
 SHIPPED = sorted(f"{path.parent.name}_{path.stem}" for path in PRESETS.glob("*/*.yaml"))
 
@@ -109,7 +106,7 @@ class Refusing:
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["--num-steps", "0"], "num_steps: found 0, expected at least 1"),
         (["--num-steps", "x"], "--num-steps: found 'x', expected an integer"),
@@ -118,12 +115,12 @@ class Refusing:
         (["stray"], "found 'stray', expected a flag before it"),
     ],
 )
-def test_a_refused_value_is_told_in_one_line_without_a_box(argv, told, capsys, monkeypatch):
+def test_a_refused_value_is_reported_in_one_line_without_a_box(argv, message, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     with pytest.raises(SystemExit) as caught:
         run_script(lambda: parse(Refusing, argv=argv) and 0)
     lines = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"error: {told}")
+    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"error: {message}")
     assert not set(lines[0]) & set("│╭╮─") and "help" not in lines[0]
 
 
@@ -131,14 +128,14 @@ def test_a_nested_refusal_names_its_field_once(capsys):
     argv = ["--train.global-batch-size", "7", "--train.num-workers", "2"]
     with pytest.raises(ValueError) as caught:
         parse(PriorRunConfig, presets=PRESETS / "prior", argv=argv)
-    told = "train.global_batch_size: found 7, expected a multiple of 2 workers"
-    assert str(caught.value) == told and capsys.readouterr() == ("", "")
+    message = "train.global_batch_size: found 7, expected a multiple of 2 workers"
+    assert str(caught.value) == message and capsys.readouterr() == ("", "")
 
 
 def test_any_script_can_be_run_dry(capsys, tmp_path: Path):
     with pytest.raises(SystemExit) as caught:
         read("--rate", "0.5", "--dry-run", "--inner.width=16")
-    path = tmp_path / "told.yaml"
+    path = tmp_path / "config.yaml"
     path.write_text(capsys.readouterr().out)
     assert caught.value.code == 0
     assert read("--config", str(path)) == Outer(inner=Inner(width=16), rate=0.5)
@@ -256,11 +253,6 @@ def test_threads_are_an_equal_share_of_the_cores_that_the_cgroup_admits(
 # -- exit codes ------------------------------------------------------------------------------------
 
 
-def script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "training" / "prior.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
-
-
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -270,12 +262,12 @@ def script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (("--embeds", "nowhere"), "nowhere"),
     ],
 )
-def test_a_wrong_request_is_told_on_stderr_and_exits_2(
-    arguments: tuple[str, ...], problem: str, tmp_path: Path
+def test_a_wrong_request_is_reported_on_stderr_and_exits_2(
+    arguments: tuple[str, ...], problem: str, tmp_path: Path, monkeypatch, run_here
 ):
-    done = script(*arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert problem in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = run_here("training/prior.py", *arguments)
+    assert code == 2 and problem in errors and "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
 
 
@@ -284,17 +276,17 @@ def test_a_choice_that_yaml_gets_wrong_is_refused_with_the_choices():
         merged(PriorRunConfig(), {"train": {"precision": "fp16"}}, "f.yaml")
 
 
-def test_a_dry_run_tells_its_parameters_and_leaves_nothing(tmp_path: Path):
-    done = script("--preset", "debug", "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "\nparameters: " in done.stdout and list(tmp_path.iterdir()) == []
+def test_a_dry_run_counts_parameters_and_leaves_nothing(tmp_path: Path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    code, output, _ = run_here("training/prior.py", "--preset", "debug", "--dry-run")
+    assert code == 0 and "\nparameters: " in output and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("stem", SHIPPED)
 def test_every_shipped_preset_can_be_run_dry(
     stem: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The count told is the model's own, and nothing is allocated to count it."""
+    """The count shown is the model's own, and nothing is allocated to count it."""
     from models.costs import num_parameters
     from training.runs.dry_run import dry_run
     from training.tasks.clip import clip_model
@@ -305,15 +297,15 @@ def test_every_shipped_preset_can_be_run_dry(
     config = parse(CONFIGS[kind], presets=PRESETS / kind, argv=["--preset", preset, "--dry-run"])
     build = {"clip": clip_model, "prior": prior_model, "decoder": decoder_model}[kind]
     assert dry_run(config, build) == 0
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     if preset in ("debug", "debug_up", "demo"):  # what is allocated has as many
-        assert f"\nparameters: {num_parameters(build(config)):,}\n" in told
-    described = told.split("parameters: ")[0]
-    assert merged(CONFIGS[kind](), yaml.safe_load(described), "told") == config
+        assert f"\nparameters: {num_parameters(build(config)):,}\n" in message
+    described = message.split("parameters: ")[0]
+    assert merged(CONFIGS[kind](), yaml.safe_load(described), "message") == config
 
 
 @pytest.mark.parametrize(
-    ("outcome", "code", "told"),
+    ("outcome", "code", "message"),
     [
         (lambda: None, 0, ""),
         (lambda: 0, 0, ""),
@@ -329,12 +321,12 @@ def test_every_shipped_preset_can_be_run_dry(
     ],
 )  # fmt: skip
 def test_a_script_ends_with_a_code_and_at_most_one_line(
-    outcome, code: int, told: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    outcome, code: int, message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("MINIDALLE2_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as caught:
         run_script(lambda: next(outcome()) if hasattr(outcome(), "send") else outcome())
-    assert caught.value.code == code and capsys.readouterr().err == told
+    assert caught.value.code == code and capsys.readouterr().err == message
 
 
 def test_a_bug_is_not_taken_for_a_wrong_request():

@@ -43,7 +43,7 @@ def test_what_is_in_the_repository_is_what_would_be_made():
     assert there == {Path(name).name for name in files() if name.startswith("grafana/")}
 
 
-def test_a_stale_file_is_told_and_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_stale_file_is_reported_and_made_again(tmp_path: Path, capsys: pytest.CaptureFixture):
     def run(*arguments: str) -> int:
         return main(parse(DashboardsConfig, argv=["--out", str(tmp_path), *arguments]))
 

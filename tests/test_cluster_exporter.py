@@ -40,12 +40,12 @@ node = ray.nodes()[0]
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 deadline, text = time.monotonic() + 60, ""
 
-def told():
+def exported():
     rows = [line for line in text.splitlines() if "ingest_rows_total" in line and "stored" in line]
     stored = sum(float(line.split()[-1]) for line in rows)
     return stored == 3 and text.count("ray_minidalle2_train_loss{") >= 2
 
-while not told() and time.monotonic() < deadline:
+while not exported() and time.monotonic() < deadline:
     time.sleep(0.2)
     text = urllib.request.urlopen(url, timeout=5).read().decode()
 print(json.dumps([line for line in text.splitlines() if line.startswith("ray_minidalle2")]))
@@ -75,8 +75,8 @@ url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 def running():
     lines = urllib.request.urlopen(url, timeout=5).read().decode().splitlines()
-    told = [line for line in lines if line.startswith("ray_minidalle2_train_running{")]
-    return sorted(m for m in ("clip", "prior") if any(f'model="{m}"' in line for line in told))
+    running = [line for line in lines if line.startswith("ray_minidalle2_train_running{")]
+    return sorted(m for m in ("clip", "prior") if any(f'model="{m}"' in line for line in running))
 
 def seen(expected, seconds):
     deadline = time.monotonic() + seconds

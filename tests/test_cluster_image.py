@@ -39,8 +39,8 @@ def test_the_image_is_pinned_whole_and_not_roots(capsys, tmp_path: Path, monkeyp
             assert subprocess.run(["bash", "-n", "-c", rest]).returncode == 0
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    told = run_dry(shlex.join(json.loads(found[-1][1])), capsys)
-    assert "--dashboard-host=127.0.0.1" in told and list(tmp_path.iterdir()) == []
+    output = run_dry(shlex.join(json.loads(found[-1][1])), capsys)
+    assert "--dashboard-host=127.0.0.1" in output and list(tmp_path.iterdir()) == []
 
 
 def test_the_image_takes_the_packages_and_no_secret():
@@ -71,7 +71,7 @@ def test_the_images_commands_run_in_a_plain_shell(tmp_path: Path):
         shutil.copy(ROOT / name, root / name)
     (tmp_path / "bin").mkdir()
     for name in ROOTS_ONLY:
-        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/told\n')
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\n')
         (tmp_path / "bin" / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}/bin:{tmp_path}/venv/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
     for word, rest in instructions():
@@ -79,7 +79,7 @@ def test_the_images_commands_run_in_a_plain_shell(tmp_path: Path):
             command = ["bash", "-euc", rest]
             done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
             assert done.returncode == 0, f"{rest}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    recorded = (tmp_path / "told").read_text()
+    recorded = (tmp_path / "calls").read_text()
     assert "apt-get install -y --no-install-recommends libgomp1" in recorded
     code = "import training, sys; print(training.__file__)"
     command = [str(tmp_path / "venv" / "bin" / "python"), "-c", code]

@@ -98,7 +98,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         stop(server)
 
 
-def start(env: dict[str, str], told: Path) -> tuple[Head, subprocess.Popen]:
+def start(env: dict[str, str], log: Path) -> tuple[Head, subprocess.Popen]:
     port, dashboard, metrics, agent = (free_port() for _ in range(4))
     command = [
         str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
@@ -107,7 +107,7 @@ def start(env: dict[str, str], told: Path) -> tuple[Head, subprocess.Popen]:
         f"--metrics-export-port={metrics}", "--node-ip-address=127.0.0.1",
         f"--temp-dir=/tmp/r{os.getpid()}",
     ]  # fmt: skip
-    with told.open("w") as output:
+    with log.open("w") as output:
         server = subprocess.Popen(
             command, env=env, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
         )
@@ -124,10 +124,10 @@ def stop(server: subprocess.Popen) -> None:
     server.wait(timeout=60)
 
 
-def wait_for(server: subprocess.Popen, told: Path) -> bool:
+def wait_for(server: subprocess.Popen, log: Path) -> bool:
     """Wait until the head runs; False if it ends instead."""
     deadline = time.monotonic() + START_SECONDS
-    while "Ray runtime started" not in told.read_text():
+    while "Ray runtime started" not in log.read_text():
         if server.poll() is not None or time.monotonic() > deadline:
             return False
         time.sleep(0.5)
@@ -153,8 +153,8 @@ def status(url: str, method: str = "GET", body: dict | None = None) -> int | Non
 def test_the_readmes_job_trains(head: Head, tmp_path: Path):
     trained = tmp_path / "run"
     script = ("python", "training/prior.py", "--preset", "debug")
-    told = head.succeed(*script, "--run", str(trained))
-    assert "prior: step 20/20, loss" in told and (trained / "final.json").is_file()
+    output = head.succeed(*script, "--run", str(trained))
+    assert "prior: step 20/20, loss" in output and (trained / "final.json").is_file()
 
 
 def test_every_stage_is_a_job(head: Head, site, tmp_path: Path):
@@ -169,26 +169,26 @@ def test_every_stage_is_a_job(head: Head, site, tmp_path: Path):
     listed = tmp_path / "list.parquet"
     pq.write_table(pa.table({"url": urls, "caption": captions}), listed)
 
-    told = head.succeed(
+    output = head.succeed(
         "python", "ingest/download.py", "--urls", str(listed), "--out", images,
         "--image-size", "32", "--samples-per-shard", "12", "--allow-address", site.address,
         "--num-processes", "1", "--no-robots", folder="",
     )  # fmt: skip
-    assert "download: " in told and "24 rows = 24 stored" in told
-    told = head.succeed(
+    assert "download: " in output and "24 rows = 24 stored" in output
+    output = head.succeed(
         "python", "ingest/embed.py", "--images", images, "--clip", "tiny:random", "--out", embeds
     )
-    assert "embed: 2 shards" in told and "embed: 24 samples in 2 shards" in told
-    told = head.succeed(
+    assert "embed: 2 shards" in output and "embed: 24 samples in 2 shards" in output
+    output = head.succeed(
         "python", "training/decoder.py", "--preset", "debug", "--images", images,
         "--embeds", embeds, "--run", base, "--train.num-workers", "0", "--train.num-steps", "5",
     )  # fmt: skip
-    assert "decoder: step 5/5, loss" in told and (Path(base) / "final.json").is_file()
-    told = head.succeed(
+    assert "decoder: step 5/5, loss" in output and (Path(base) / "final.json").is_file()
+    output = head.succeed(
         "python", "eval/fid.py", "--real", images, "--fake", str(fake), "--clip", "tiny:random",
         "--out", str(tmp_path / "eval.json"),
     )  # fmt: skip
-    assert "fd_clip" in told
+    assert "fd_clip" in output
     assert json.loads((tmp_path / "eval.json").read_text())["images"]["fd_clip"] > 0
 
 
@@ -203,8 +203,8 @@ def test_every_stage_is_a_job(head: Head, site, tmp_path: Path):
 )
 def test_what_a_job_writes_is_refused_below_or_beside_its_copy(script, head: Head):
     done = head.submit("python", *script)
-    told = done.stdout + done.stderr
-    assert done.returncode != 0 and "expected an absolute one" in told
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and "expected an absolute one" in output
     assert "Traceback" not in done.stdout
 
 

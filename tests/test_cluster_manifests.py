@@ -275,9 +275,9 @@ def run_dry(command: str, capsys: pytest.CaptureFixture) -> str:
         patch.setattr(sys, "argv", [str(ROOT / script), *arguments, "--dry-run"])
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(sys.argv[0], run_name="__main__")
-    told = capsys.readouterr()
-    assert caught.value.code == 0, told.err
-    return told.out
+    shown = capsys.readouterr()
+    assert caught.value.code == 0, shown.err
+    return shown.out
 
 
 def test_there_is_a_job_for_every_stage():
@@ -289,9 +289,9 @@ def test_every_jobs_command_can_be_run_dry(name: str, capsys, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     spec = JOBS[name]["spec"]
     assert spec["clusterSelector"] == {"ray.io/cluster": "minidalle2"}
-    told = run_dry(spec["entrypoint"], capsys)
+    output = run_dry(spec["entrypoint"], capsys)
     if name in TRAINED_ON_GPUS:
-        assert "\nparameters: " in told and "device: cuda" in told
+        assert "\nparameters: " in output and "device: cuda" in output
     on_gpu = name in ("sample", "fid")  # these do their work in the entry point itself
     assert ("entrypointNumGpus" in spec) == on_gpu and list(tmp_path.iterdir()) == []
     if on_gpu:

@@ -253,7 +253,7 @@ def test_clients_that_say_nothing_or_nonsense_are_harmless(port: int):
 def test_training_is_the_same_whether_prometheus_is_there_or_not(
     tmp_path: Path, write_data: Callable
 ):
-    """Served and never scraped, or not served; a taken port is told before anything is written."""
+    """Served and never scraped, or not served; a taken port is refused before any writing."""
     data = write_data(tmp_path / "data", num_shards=1, samples_per_shard=32)
     command = [sys.executable, str(ROOT / "training" / "prior.py"), "--preset", "debug"]
     command += ["--embeds", str(data / "embeds"), "--train.num-workers", "0"]

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -447,8 +445,8 @@ def test_contradictions_are_refused():
         (("--num-gpus", "0"), "num_gpus: found 0"),
     ],
 )
-def test_the_script_says_what_is_wrong_and_exits_2(arguments: tuple[str, ...], problem: str):
-    command = [sys.executable, str(ROOT / "cluster" / "plan.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and problem in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_script_says_what_is_wrong_and_exits_2(
+    arguments: tuple[str, ...], problem: str, run_here
+):
+    code, _, errors = run_here("cluster/plan.py", *arguments)
+    assert code == 2 and problem in errors and "Traceback" not in errors

@@ -44,7 +44,7 @@ def test_a_machine_without_the_shared_folder_is_refused(path: Path, tmp_path: Pa
     assert not (tmp_path / "none").exists()
 
 
-def test_every_machine_of_ec2_is_told_its_image_and_disk():
+def test_every_machine_of_ec2_has_its_image_and_disk():
     """Ray would take an AMI of its own choice, whose driver is too old for the lock's wheels."""
     path = ROOT / "cluster" / "ray-up" / "aws.yaml"
     for node in load(path)["available_node_types"].values():

@@ -2,8 +2,6 @@
 
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -121,9 +119,7 @@ def test_a_head_has_no_work_and_a_node_has_its_group(monkeypatch, tmp_path, home
     assert ["--num-cpus=0" in command for command, _ in started] == [True, *[False] * 4]
 
 
-def test_a_dry_run_leaves_no_token(home: Path):
-    script = Path(start.__file__)
-    command = [sys.executable, str(script), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "--dashboard-host=127.0.0.1" in done.stdout
+def test_a_dry_run_leaves_no_token(home: Path, run_here):
+    code, output, _ = run_here("cluster/start.py", "--dry-run")
+    assert code == 0 and "--dashboard-host=127.0.0.1" in output
     assert list(home.iterdir()) == []

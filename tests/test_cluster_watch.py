@@ -120,11 +120,11 @@ def test_charts_move_in_a_browser_at_two_widths(live: Live, page: str, tmp_path:
             steps = '[data-panel="training-3"]'
             path = view.tab.wait_for_selector(f"{steps} path", state="attached")
             drawn = path.get_attribute("d")
-            told = view.tab.inner_text(f"{steps} .legend b")
+            number = view.tab.inner_text(f"{steps} .legend b")
             view.tab.wait_for_function(
-                "([at, drawn, told]) => document.querySelector(at + ' path').getAttribute('d')"
-                " !== drawn && document.querySelector(at + ' .legend b').textContent !== told",
-                arg=[steps, drawn, told],
+                "([at, drawn, number]) => document.querySelector(at + ' path').getAttribute('d')"
+                " !== drawn && document.querySelector(at + ' .legend b').textContent !== number",
+                arg=[steps, drawn, number],
             )
             assert view.tab.inner_text("#runs .top i") == "● running"
             view.tab.hover(f"{steps} .plot")

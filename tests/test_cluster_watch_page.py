@@ -20,7 +20,7 @@ HOSTILE = '"><img src=x onerror=alert(1)>{{model}}</script>'
 
 
 class FakePrometheus(http.server.ThreadingHTTPServer):
-    """Answers what it is told to; `asked` lists the methods and paths, with their fields."""
+    """Answers what it is set to; `asked` lists the methods and paths, with their fields."""
 
     daemon_threads = True
 
@@ -137,7 +137,7 @@ def test_nothing_else_is_passed_on(fake: FakePrometheus, page: WatchServer):
     assert fake.asked == []
 
 
-def test_runs_and_alerts_are_told_in_part(fake: FakePrometheus, page: WatchServer):
+def test_runs_and_alerts_are_shown_in_part(fake: FakePrometheus, page: WatchServer):
     def sample(name: str, value: str) -> dict[str, Any]:
         labels = {"__name__": f"minidalle2:train_{name}", "model": "prior", "instance": "a:1"}
         return {"metric": labels, "value": [0, value]}
@@ -151,12 +151,12 @@ def test_runs_and_alerts_are_told_in_part(fake: FakePrometheus, page: WatchServe
         "annotations": {"summary": HOSTILE}, "state": "firing", "activeAt": "2026-01-01T00:00:00Z",
     }  # fmt: skip
     fake.tell({"alerts": [alert]})
-    (told,) = json.loads(get(page, "/api/alerts")[1])
-    assert told.keys() == {"name", "state", "severity", "summary", "help", "since"}
+    (alert,) = json.loads(get(page, "/api/alerts")[1])
+    assert alert.keys() == {"name", "state", "severity", "summary", "help", "since"}
     assert fake.asked[-1][1] == "/api/v1/alerts"
 
 
-def test_many_lines_are_cut_and_their_number_told(fake: FakePrometheus, page: WatchServer):
+def test_many_lines_are_cut_and_their_number_shown(fake: FakePrometheus, page: WatchServer):
     fake.tell({"result": [line({"model": f"m{i:03d}"}, "1") for i in range(1000)]})
     found = json.loads(get(page, "/api/lines?panel=training-0&window=15m")[1])
     assert len(found["lines"]) == MAX_LINES and found["more"] == 1000 - MAX_LINES
@@ -179,7 +179,7 @@ def test_names_are_filled_once_whatever_the_labels_hold():
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "told"),
+    ("status", "body", "message"),
     [
         (200, b"<html>hello", "is no Prometheus"),
         (200, b"[1, 2]", "is no Prometheus"),
@@ -191,13 +191,13 @@ def test_names_are_filled_once_whatever_the_labels_hold():
         (302, b"", "is no Prometheus"),
     ],
 )
-def test_strange_answers_are_told_in_a_line(
-    fake: FakePrometheus, page: WatchServer, status: int, body: bytes, told: str
+def test_strange_answers_are_reported_in_a_line(
+    fake: FakePrometheus, page: WatchServer, status: int, body: bytes, message: str
 ):
     fake.status, fake.body = status, body
     fake.headers = {"Location": f"{fake.url}/elsewhere"} if status == 302 else {}
     found, answer, _ = get(page, "/api/lines?panel=training-0&window=1h")
-    assert found == 502 and told in json.loads(answer)["error"]
+    assert found == 502 and message in json.loads(answer)["error"]
     assert "\n" not in json.loads(answer)["error"]
     assert len(fake.asked) == 1, "a redirect is not followed"
     fake.status, fake.headers = 200, {}
@@ -205,7 +205,7 @@ def test_strange_answers_are_told_in_a_line(
     assert get(page, "/api/lines?panel=training-0&window=1h")[0] == 200, "and it goes on"
 
 
-def test_a_prometheus_that_is_down_is_told(page: WatchServer, fake: FakePrometheus):
+def test_a_prometheus_that_is_down_is_reported(page: WatchServer, fake: FakePrometheus):
     page.prometheus = type(page.prometheus)("http://127.0.0.1:9")
     for path in ("/api/runs", "/api/alerts", "/api/lines?panel=training-0&window=1h"):
         status, body, _ = get(page, path)

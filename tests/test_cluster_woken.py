@@ -1,4 +1,4 @@
-"""An alert reaches whom Alertmanager was told of: Debian's Prometheus and Alertmanager, live."""
+"""An alert reaches whom Alertmanager names: Debian's Prometheus and Alertmanager, live."""
 
 import http.server
 import json
@@ -20,11 +20,11 @@ ALERTMANAGER = shutil.which("prometheus-alertmanager")
 @contextmanager
 def pager() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield an address, and the list of what is posted to it."""
-    told: list[dict[str, Any]] = []
+    posts: list[dict[str, Any]] = []
 
     class Taking(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            posts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(200)
             self.end_headers()
 
@@ -35,7 +35,7 @@ def pager() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/", told
+        yield f"http://127.0.0.1:{server.server_address[1]}/", posts
     finally:
         server.shutdown()
         server.server_close()
@@ -66,7 +66,7 @@ def alertmanager(folder: Path, port: int, address: str) -> Iterator[None]:
 @pytest.mark.slow
 @needs_prometheus
 @pytest.mark.skipif(ALERTMANAGER is None, reason="Debian's prometheus-alertmanager is absent")
-def test_whom_it_names_is_told_of_an_alert_and_of_its_end(tmp_path: Path):
+def test_whom_it_names_hears_of_an_alert_and_of_its_end(tmp_path: Path):
     target, port = free_port(), free_port()
     config = configuration(tmp_path, minidalle2=[{"targets": [f"127.0.0.1:{target}"]}])
     config.write_text(config.read_text().replace("127.0.0.1:9093", f"127.0.0.1:{port}"))
@@ -75,19 +75,19 @@ def test_whom_it_names_is_told_of_an_alert_and_of_its_end(tmp_path: Path):
     for rule in (rule for group in content["groups"] for rule in group["rules"]):
         rule["for"] = "1s"
     rules.write_text(yaml.safe_dump(content))
-    with pager() as (address, told), alertmanager(tmp_path, port, address), prometheus(config):
+    with pager() as (address, posts), alertmanager(tmp_path, port, address), prometheus(config):
 
-        def is_told(status: str) -> bool:
-            alerts = [alert for post in told for alert in post["alerts"]]
+        def is_posted(status: str) -> bool:
+            alerts = [alert for post in posts for alert in post["alerts"]]
             return any(
                 alert["labels"]["alertname"] == "TargetDown" and alert["status"] == status
                 for alert in alerts
             )
 
-        wait_for(lambda: is_told("firing"), "the alert", 120)
+        wait_for(lambda: is_posted("firing"), "the alert", 120)
         (summary,) = {
-            alert["annotations"]["summary"] for post in told for alert in post["alerts"]
+            alert["annotations"]["summary"] for post in posts for alert in post["alerts"]
         }  # fmt: skip
         assert summary == f"minidalle2: 127.0.0.1:{target} does not answer"
         (tmp_path / "minidalle2.json").write_text("[]")  # it is not expected to answer any more
-        wait_for(lambda: is_told("resolved"), "its end", 120)
+        wait_for(lambda: is_posted("resolved"), "its end", 120)

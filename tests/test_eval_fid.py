@@ -100,7 +100,7 @@ def test_unlike_statistics_are_refused_naming_the_field(config: FidConfig, tmp_p
         )  # fmt: skip
 
 
-def test_a_size_that_images_were_brought_to_is_told_in_clip_space_too(
+def test_a_size_that_images_were_brought_to_is_named_in_clip_space_too(
     config: FidConfig, tmp_path: Path
 ):
     statistics = tmp_path / "statistics"

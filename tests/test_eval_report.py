@@ -6,8 +6,6 @@ import html
 import json
 import math
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -22,8 +20,6 @@ from eval.html_report.formats import duration, flatten, number, size, table
 from eval.html_report.page import write_report
 from eval.html_report.pictures import image_tag
 from eval.html_report.score_table import compared, described, entries, headlines, scored_by
-
-ROOT = Path(__file__).parent.parent
 
 
 class Tags(HTMLParser):
@@ -260,16 +256,15 @@ def test_a_list_names_no_file_outside_its_folder(tmp_path: Path):
         write_report(run)
 
 
-def test_the_script_reports_beside_earlier_runs(tmp_path: Path):
+def test_the_script_reports_beside_earlier_runs(tmp_path: Path, run_here):
     run = tmp_path / "demo"
     for folder in (run, tmp_path / "before"):
         folder.mkdir()
         (folder / "eval.json").write_text(json.dumps(SCORES))
-    script = [sys.executable, str(ROOT / "eval" / "report.py"), "--run", str(run)]
     both = ["--against", str(tmp_path / "before"), "--against", str(run / "eval.json")]
-    done = subprocess.run([*script, *both], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"report: {run / 'report.html'}"
+    code, output, errors = run_here("eval/report.py", "--run", str(run), *both)
+    assert code == 0, errors
+    assert output.splitlines()[-1] == f"report: {run / 'report.html'}"
     page = (run / "report.html").read_text()
     assert re.search(r"<th>demo</th>\s*<th>before</th>\s*<th>demo</th>", page)
     with pytest.raises(ValueError, match="nowhere: found no such file, expected the scores"):

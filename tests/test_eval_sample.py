@@ -333,7 +333,7 @@ def test_the_ablation_decodes_as_the_samples_were(
     assert abs(again - images["prior"].astype(np.int16)).max() <= 2
 
 
-def test_other_samples_get_no_ablation_and_are_told_so(
+def test_other_samples_get_no_ablation_and_hear_why(
     fid_config: FidConfig, capsys: pytest.CaptureFixture
 ):
     other = dataclasses.replace(fid_config, upsampler=())

@@ -91,7 +91,7 @@ def test_captions_one_attribute_away_are_rejected(spoil):
     assert tried == 180 and accepted <= 0.005 * tried
 
 
-def test_attributes_and_relation_are_told_apart():
+def test_attributes_and_relation_are_distinguished():
     red = Thing(colour="red", shape="circle", size="small")
     blue = Thing(colour="blue", shape="triangle", size="large")
     scene = Scene(things=(red, blue), relation="left of", background="white")

@@ -4,8 +4,6 @@ import hashlib
 import io
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,8 +26,8 @@ def test_missing_weights_say_where_they_are_given_out(official, tmp_path: Path):
     for folder in ("", str(tmp_path)):
         with pytest.raises(ValueError) as error:
             find_weights(official, folder, "inception")
-        for told in (official.file, official.address, official.sha256, VARIABLE):
-            assert told in str(error.value)
+        for text in (official.file, official.address, official.sha256, VARIABLE):
+            assert text in str(error.value)
     assert len(official.sha256) == 64 and official.address.endswith(official.file)
 
 
@@ -53,7 +51,7 @@ def test_other_weights_are_named_by_their_digest(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("file", "digest", "told"),
+    ("file", "digest", "message"),
     [
         ("x.pth", "", "--inception-weights: found it without --inception-sha256"),
         ("", "0" * 64, "--inception-sha256: found it without --inception-weights"),
@@ -62,11 +60,11 @@ def test_other_weights_are_named_by_their_digest(tmp_path: Path):
     ],
 )
 def test_half_a_choice_is_refused(
-    file: str, digest: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, digest: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "x.pth", {})
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         find_weights(INCEPTION, "", "inception", file, digest)
 
 
@@ -87,12 +85,10 @@ def test_a_pickle_with_the_right_digest_runs_nothing(tmp_path: Path):
         assert not (tmp_path / "ran").exists()
 
 
-def test_the_script_exits_2_without_weights(tmp_path: Path):
-    environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
-    command = [sys.executable, str(ROOT / "eval" / "fid.py"), "--real", ".", "--fake", "."]
-    done = subprocess.run(
-        [*command, "--features", "inception"], cwd=tmp_path, env=environment,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 2 and INCEPTION.address in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_the_script_exits_2_without_weights(tmp_path: Path, monkeypatch, run_here):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = run_here(
+        "eval/fid.py", "--real", ".", "--fake", ".", "--features", "inception"
+    )
+    assert code == 2 and INCEPTION.address in errors and len(errors.strip().splitlines()) == 1

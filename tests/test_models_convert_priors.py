@@ -53,9 +53,9 @@ def asked(shape: tuple[int, ...], count: int = 6) -> tuple[torch.Tensor, torch.T
 
 @torch.no_grad()
 def theirs(model: Any, x: torch.Tensor, t: torch.Tensor, text: PriorText) -> torch.Tensor:
-    told = {"proj_embedding": text.text_embed, "encoder_hidden_states": text.text}
+    inputs = {"proj_embedding": text.text_embed, "encoder_hidden_states": text.text}
     mask = text.token_mask
-    return model(x, timestep=t, attention_mask=mask, **told).predicted_image_embedding
+    return model(x, timestep=t, attention_mask=mask, **inputs).predicted_image_embedding
 
 
 @torch.no_grad()
@@ -74,9 +74,9 @@ def test_a_converted_prior_says_what_diffusers_does(shape: tuple[int, ...], tmp_
     expected = theirs(model, x, t, text)
     torch.testing.assert_close(ours(prior, x, t, text), expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        told = prior.prefill(text, torch.zeros(len(x), dtype=torch.bool))
+        cache = prior.prefill(text, torch.zeros(len(x), dtype=torch.bool))
     for _ in "ab":  # what is read once serves every step
-        torch.testing.assert_close(ours(prior, x, t, told), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours(prior, x, t, cache), expected, atol=1e-5, rtol=1e-5)
     z = prior.scale.restore(x)
     whole = model.post_process_latents(x)
     torch.testing.assert_close(z, torch.nn.functional.normalize(whole, dim=1))
@@ -139,12 +139,12 @@ def test_what_is_no_such_prior_is_refused(tmp_path: Path):
         prior_from_diffusers(tmp_path)
     random_prior(SHAPES[0]).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for change, told in (
+    for change, message in (
         ({"_class_name": "UNet2DModel"}, "found a UNet2DModel, expected"),
         ({"norm_in_type": "layer"}, "norm_in_type: found 'layer', expected None"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             prior_from_diffusers(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = load_file(str(tmp_path / WEIGHTS_NAME))

@@ -88,35 +88,35 @@ def saved(folder: Path, unet: Any, project: Any) -> Path:
 def asked(count: int = 3, size: int = SIZE) -> tuple[Tensor, Tensor, Condition]:
     rng = torch.Generator().manual_seed(1)
     lengths = torch.linspace(1, WORDS, count).long()
-    told = Condition(
+    given = Condition(
         image_embed=F.normalize(torch.randn(count, EMBED, generator=rng), dim=1),
         text_embed=torch.randn(count, EMBED, generator=rng),
         text_states=torch.randn(count, WORDS, EMBED, generator=rng),
         token_mask=torch.arange(WORDS) < lengths[:, None],
     )
     t = torch.randint(0, 1000, (count,), generator=rng)
-    return torch.randn(count, 3, size, size, generator=rng), t, told
+    return torch.randn(count, 3, size, size, generator=rng), t, given
 
 
 @torch.no_grad()
-def theirs(models: tuple[Any, Any], x: Tensor, t: Any, told: Condition, *, null: bool) -> Tensor:
+def theirs(models: tuple[Any, Any], x: Tensor, t: Any, given: Condition, *, null: bool) -> Tensor:
     unet, project = models
-    embed = told.image_embed
+    embed = given.image_embed
     if null:
         embed = project.learned_classifier_free_guidance_embeddings.expand(len(x), -1)
     states, cond = project(
-        image_embeddings=embed, prompt_embeds=told.text_embed,
-        text_encoder_hidden_states=told.text_states, do_classifier_free_guidance=False,
+        image_embeddings=embed, prompt_embeds=given.text_embed,
+        text_encoder_hidden_states=given.text_states, do_classifier_free_guidance=False,
     )  # fmt: skip
-    assert told.token_mask is not None
-    mask = F.pad(told.token_mask, (project.config.clip_extra_context_tokens, 0), value=True)
+    assert given.token_mask is not None
+    mask = F.pad(given.token_mask, (project.config.clip_extra_context_tokens, 0), value=True)
     return unet(x, t, encoder_hidden_states=states, class_labels=cond, attention_mask=mask).sample
 
 
 @torch.no_grad()
-def ours(model: Decoder, x: Tensor, t: Tensor, told: Condition, *, null: bool) -> Tensor:
+def ours(model: Decoder, x: Tensor, t: Tensor, given: Condition, *, null: bool) -> Tensor:
     drop = torch.full(t.shape, null)
-    return model(x, t, told, drop, torch.zeros_like(drop))
+    return model(x, t, given, drop, torch.zeros_like(drop))
 
 
 @pytest.mark.parametrize("null", [False, True])
@@ -125,9 +125,9 @@ def ours(model: Decoder, x: Tensor, t: Tensor, told: Condition, *, null: bool) -
 def test_a_converted_decoder_gives_diffusers_outputs(tmp_path, layers, variance, size, null):
     models = their_decoder(layers, variance)
     mine = decoder_from_diffusers(saved(tmp_path, *models))
-    x, t, told = asked(size=size)
-    expected = theirs(models, x, t, told, null=null)
-    found = ours(mine, x, t, told, null=null)
+    x, t, given = asked(size=size)
+    expected = theirs(models, x, t, given, null=null)
+    found = ours(mine, x, t, given, null=null)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert expected.std() > 0.05 and mine.config.learned_variance == variance
 
@@ -146,9 +146,9 @@ def test_a_decoder_comes_back_as_it_was(tmp_path):
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-6)
-    x, t, told = asked()
-    expected = theirs(models, x, t, told, null=False)
-    torch.testing.assert_close(theirs(back, x, t, told, null=False), expected, atol=1e-5, rtol=0)
+    x, t, given = asked()
+    expected = theirs(models, x, t, given, null=False)
+    torch.testing.assert_close(theirs(back, x, t, given, null=False), expected, atol=1e-5, rtol=0)
 
 
 def test_ours_is_loaded_by_diffusers(tmp_path):
@@ -165,10 +165,10 @@ def test_ours_is_loaded_by_diffusers(tmp_path):
         UNet2DConditionModel.from_pretrained(tmp_path / "decoder"),
         UnCLIPTextProjModel.from_pretrained(tmp_path / "text_proj"),
     )
-    x, t, told = asked()
-    expected = ours(mine, x, t, told, null=False)
+    x, t, given = asked()
+    expected = ours(mine, x, t, given, null=False)
     torch.testing.assert_close(
-        theirs(models, x, t, told, null=False), expected, atol=1e-4, rtol=1e-4
+        theirs(models, x, t, given, null=False), expected, atol=1e-4, rtol=1e-4
     )
 
 
@@ -220,18 +220,18 @@ def test_a_decoder_and_its_upsamplers_draw_the_pipelines_images(tmp_path, monkey
     for name, model in (("super_res_first", up), ("super_res_last", last)):
         model.save_pretrained(tmp_path / name)
     mine = [upsampler_from_diffusers(tmp_path / f"super_res_{n}", 2) for n in ("first", "last")]
-    x, _, told = asked()
-    embed, states = told.text_embed, told.text_states
+    x, _, given = asked()
+    embed, states = given.text_embed, given.text_states
     assert embed is not None and states is not None
     empty = Condition(
-        image_embed=told.image_embed, text_embed=-embed[:1].expand(3, -1),
+        image_embed=given.image_embed, text_embed=-embed[:1].expand(3, -1),
         text_states=states[:1].flip(1).expand(3, -1, -1),
         token_mask=(torch.arange(WORDS) < 2).expand(3, -1),
     )  # fmt: skip
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         without, _ = theirs(models, x, t, empty, null=True).chunk(2, dim=1)
-        found, fraction = theirs(models, x, t, told, null=False).chunk(2, dim=1)
+        found, fraction = theirs(models, x, t, given, null=False).chunk(2, dim=1)
         return torch.cat([without + 3.0 * (found - without), fraction], dim=1)
 
     small = Scheduler(variance_type="learned_range", prediction_type="epsilon").run(6, x, guided)
@@ -249,7 +249,7 @@ def test_a_decoder_and_its_upsamplers_draw_the_pipelines_images(tmp_path, monkey
 
     noise_as_theirs(monkeypatch, start)
     how = ImageSampling(sampler="learned_ddpm", sample_steps=6, cfg_scale=3.0, spacing="strided")
-    drawn = decoder.sample(torch.arange(3), told, how, start=x, empty=empty)
+    drawn = decoder.sample(torch.arange(3), given, how, start=x, empty=empty)
     torch.testing.assert_close(drawn, small, atol=1e-4, rtol=0)
     how = ImageSampling(sampler=SAMPLERS["ddpm"], sample_steps=4, spacing="strided")
     found = mine[0].sample(torch.arange(3), small, how, final=mine[1])

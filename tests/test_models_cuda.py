@@ -90,7 +90,7 @@ def stirred(model):
     return model
 
 
-def told() -> dict[str, Tensor]:
+def inputs() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
 
     def noise(*shape: int) -> Tensor:
@@ -133,7 +133,7 @@ def stepped(
     model.to(device).zero_grad(set_to_none=True)
     if compiled:
         model.compile()
-    batch = {name: value.to(device) for name, value in told().items()}
+    batch = {name: value.to(device) for name, value in inputs().items()}
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         found = losses(model, batch)
     found.mean().backward()
@@ -199,7 +199,7 @@ def test_a_picture_is_that_of_the_cpu(sampler: str):
     pictures = []
     for device in ("cpu", "cuda"):
         model = decoder(UNET).to(device).eval()
-        batch = {name: value.to(device) for name, value in told().items()}
+        batch = {name: value.to(device) for name, value in inputs().items()}
         pictures.append(model.sample(batch["keys"], condition_of(batch), options).cpu())
     assert error(pictures[1], pictures[0]) < 1e-3
 
@@ -210,7 +210,7 @@ def test_a_prior_s_draw_is_that_of_the_cpu(kind: str):
     draws = []
     for device in ("cpu", "cuda"):
         model = prior(kind).to(device).eval()
-        batch = {name: value.to(device) for name, value in told().items()}
+        batch = {name: value.to(device) for name, value in inputs().items()}
         draws.append(model.sample(batch["keys"], text_of(batch), DRAWN).cpu())
     assert error(draws[1], draws[0]) < 1e-3
 
@@ -218,7 +218,7 @@ def test_a_prior_s_draw_is_that_of_the_cpu(kind: str):
 @on_gpu
 def test_codes_are_drawn_alike_with_and_without_the_cache():
     model = prior("autoregressive").cuda().eval()
-    batch = {name: value.cuda() for name, value in told().items()}
+    batch = {name: value.cuda() for name, value in inputs().items()}
     text, options = text_of(batch), DRAWN
     cached, whole = (
         model.sample_codes(batch["keys"], text, options, cached=each)[1]
@@ -241,7 +241,7 @@ def test_memory_is_what_was_counted_on_the_meta_device(checkpointing: bool):
     model.cuda()
     batch = {
         name: value.repeat(count // COUNT + 1, *[1] * (value.ndim - 1))[:count].cuda()
-        for name, value in told().items()
+        for name, value in inputs().items()
     }
 
     def step() -> None:

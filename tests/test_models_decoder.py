@@ -143,12 +143,12 @@ def test_training_and_sampling_raise_the_low_resolution_alike():
     torch.testing.assert_close(seen[0], seen[1], atol=0, rtol=0)
 
 
-def test_an_upsampler_is_told_of_the_noise_it_sees():
+def test_an_upsampler_reads_the_level_of_the_noise_it_sees():
     model = upsampler(low_res_noise=0.5, tell_noise=True)
     x, t, low_res = images(2, 16), torch.tensor([3, 700]), images(2)
-    clean, told = (model(x, t, low_res, level) for level in (None, torch.tensor([0.2, 0.4])))
+    clean, noisy = (model(x, t, low_res, level) for level in (None, torch.tensor([0.2, 0.4])))
     torch.testing.assert_close(model(x, t, low_res, torch.zeros(2)), clean)
-    assert (told - clean).abs().amax((1, 2, 3)).min() > 1e-4
+    assert (noisy - clean).abs().amax((1, 2, 3)).min() > 1e-4
 
 
 # -- captions of its own, and what it learns of its variance ---------------------------------------
@@ -166,47 +166,47 @@ def own_words(**changes) -> tuple[Any, Condition]:
     return model, Condition(image_embed=condition().image_embed[:4], tokens=tokens, token_mask=mask)
 
 
-def output(model: Decoder, told: Condition, *, image: bool = False, text: bool = False):
+def output(model: Decoder, given: Condition, *, image: bool = False, text: bool = False):
     drops = (torch.full((4,), each) for each in (image, text))
-    return model(images(4), torch.tensor([1, 200, 500, 900]), told, *drops)
+    return model(images(4), torch.tensor([1, 200, 500, 900]), given, *drops)
 
 
 def test_an_own_text_transformer_reads_the_caption_and_nothing_behind_it():
-    model, told = own_words()
-    words, mask = told.tokens, told.token_mask
+    model, given = own_words()
+    words, mask = given.tokens, given.token_mask
     assert words is not None and mask is not None
-    behind = replace(told, tokens=torch.where(mask, words, 7))
-    torch.testing.assert_close(output(model, behind), output(model, told))
+    behind = replace(given, tokens=torch.where(mask, words, 7))
+    torch.testing.assert_close(output(model, behind), output(model, given))
     first = words.clone()
     first[:, 0] = words[:, 0] % 19 + 1
-    changed = output(model, replace(told, tokens=first)) - output(model, told)
+    changed = output(model, replace(given, tokens=first)) - output(model, given)
     assert changed.abs().amax((1, 2, 3)).min() > 1e-5
     torch.testing.assert_close(
-        output(model, replace(told, tokens=first), text=True), output(model, told, text=True)
+        output(model, replace(given, tokens=first), text=True), output(model, given, text=True)
     )
 
 
 def test_z_t_reaches_the_timestep_where_it_is_asked_for():
-    model, told = decoder(text_embed_cond=True), condition(slice(4))
+    model, given = decoder(text_embed_cond=True), condition(slice(4))
     with pytest.raises(ValueError, match="found none; pass text_embed"):
-        output(model, told)
-    told = replace(told, text_embed=told.image_embed.flip(0))
-    other = replace(told, text_embed=told.image_embed)
-    assert (output(model, told) - output(model, other)).abs().amax((1, 2, 3)).min() > 1e-5
-    torch.testing.assert_close(output(model, told, text=True), output(model, other, text=True))
+        output(model, given)
+    given = replace(given, text_embed=given.image_embed.flip(0))
+    other = replace(given, text_embed=given.image_embed)
+    assert (output(model, given) - output(model, other)).abs().amax((1, 2, 3)).min() > 1e-5
+    torch.testing.assert_close(output(model, given, text=True), output(model, other, text=True))
 
 
 def test_a_learned_variance_is_the_second_half_and_learns_from_the_bound_alone():
     model, _ = own_words(learned_variance=True, use_text=False, text_tokens=0)
-    keys, told = torch.arange(4), condition(slice(4))
-    found = model.losses(keys, images(4), told)
+    keys, given = torch.arange(4), condition(slice(4))
+    found = model.losses(keys, images(4), given)
     assert found["bound"].shape == (4,) and (found["bound"] > 0).all()
     found["loss"].sum().backward()
     last = model.unet.conv_out.weight.grad
     assert last is not None and (last.abs().flatten(1).sum(1) > 0).all()
     without, _ = own_words(learned_variance=True, use_text=False, text_tokens=0, bound_weight=0.0)
     without.load_state_dict(model.state_dict())
-    without.losses(keys, images(4), told)["loss"].sum().backward()
+    without.losses(keys, images(4), given)["loss"].sum().backward()
     other = without.unet.conv_out.weight.grad
     assert other is not None and not other[3:].any()  # the variance has no other teacher
     torch.testing.assert_close(last[:3], other[:3])  # and it is no teacher of the mean
@@ -215,13 +215,13 @@ def test_a_learned_variance_is_the_second_half_and_learns_from_the_bound_alone()
 def test_the_learned_sampler_asks_for_a_learned_variance():
     how = ImageSampling(sampler="learned_ddpm", sample_steps=3, cfg_scale=2.0)
     model, _ = own_words(learned_variance=True, use_text=False, text_tokens=0)
-    keys, told = torch.arange(4), condition(slice(4))
-    found = model.sample(keys, told, how)
+    keys, given = torch.arange(4), condition(slice(4))
+    found = model.sample(keys, given, how)
     assert found.shape == (4, 3, SIZE, SIZE) and torch.isfinite(found).all()
     alone = model.sample(keys[1:2], condition(slice(1, 2)), how)
     torch.testing.assert_close(alone, found[1:2], atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="learned_ddpm for a decoder that learned no variance"):
-        decoder().sample(keys, told, how)
+        decoder().sample(keys, given, how)
     with pytest.raises(ValueError, match="learned_ddpm for an upsampler"):
         upsampler().sample(keys, images(4), how)
 
@@ -247,14 +247,14 @@ def test_an_upsamplers_options_fit_together():
 
 def test_the_end_of_a_caption_is_its_last_real_token_whatever_stands_between():
     """A word may have token 0: the end is not where the count of the others says."""
-    model, told = own_words()
-    words, mask = told.tokens, told.token_mask
+    model, given = own_words()
+    words, mask = given.tokens, given.token_mask
     assert words is not None and mask is not None
     gap = mask & (torch.arange(8) != 1)
     seen = []
     model.caption_to_cond.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     states = model.text_encoder(words, gap)
-    model.encode_condition(replace(told, token_mask=gap))
+    model.encode_condition(replace(given, token_mask=gap))
     torch.testing.assert_close(seen[0], states[torch.arange(4), torch.tensor([2, 3, 4, 5])])
 
 
@@ -281,16 +281,16 @@ def test_recomputed_activations_give_the_same_gradient():
 
 def test_a_weaker_decoder_guides_as_the_rule_says():
     """cond + (s - 1) (cond - weak), the weak one under the same condition."""
-    strong, weak, keys, told = decoder(), decoder(text_drop=0.3), torch.arange(6), condition()
+    strong, weak, keys, given = decoder(), decoder(text_drop=0.3), torch.arange(6), condition()
     with torch.no_grad():
         weak.unet.conv_out.weight.mul_(0.5)
     how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=1, cfg_scale=1.0)
-    parts = [each.sample(keys, told, how) for each in (strong, weak)]
-    guided = strong.sample(keys, told, replace(how, cfg_scale=1.5), guide=weak)
+    parts = [each.sample(keys, given, how) for each in (strong, weak)]
+    guided = strong.sample(keys, given, replace(how, cfg_scale=1.5), guide=weak)
     expected = (parts[1] + 1.5 * (parts[0] - parts[1])).clamp(-1, 1)
     inside = (parts[0].abs() < 1) & (parts[1].abs() < 1)
     torch.testing.assert_close(guided[inside], expected[inside], atol=1e-5, rtol=0)
-    same = strong.sample(keys, told, replace(how, cfg_scale=1.5), guide=strong)
+    same = strong.sample(keys, given, replace(how, cfg_scale=1.5), guide=strong)
     torch.testing.assert_close(same, parts[0], atol=1e-5, rtol=0)
     for other, what in (
         (decoder(prediction="eps"), "prediction: found 'eps', expected 'v'"),
@@ -298,24 +298,24 @@ def test_a_weaker_decoder_guides_as_the_rule_says():
         (decoder(schedule="linear"), "schedule: found 'linear', expected 'cosine'"),
     ):
         with pytest.raises(ValueError, match=f"guide: {what}"):
-            strong.sample(keys, told, replace(how, cfg_scale=1.5), guide=other)
+            strong.sample(keys, given, replace(how, cfg_scale=1.5), guide=other)
 
 
 def test_guidance_keeps_to_its_interval():
-    model, keys, told = decoder(), torch.arange(6), condition()
+    model, keys, given = decoder(), torch.arange(6), condition()
     how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=4, cfg_scale=3.0)
-    everywhere = model.sample(keys, told, replace(how, guidance_interval=(0.0, 1.0)))
-    assert torch.equal(everywhere, model.sample(keys, told, how))
-    nowhere = model.sample(keys, told, replace(how, guidance_interval=(0.3, 0.4)))
-    assert torch.equal(nowhere, model.sample(keys, told, replace(how, cfg_scale=1.0)))
+    everywhere = model.sample(keys, given, replace(how, guidance_interval=(0.0, 1.0)))
+    assert torch.equal(everywhere, model.sample(keys, given, how))
+    nowhere = model.sample(keys, given, replace(how, guidance_interval=(0.3, 0.4)))
+    assert torch.equal(nowhere, model.sample(keys, given, replace(how, cfg_scale=1.0)))
 
 
 def test_what_is_known_stays_and_the_rest_is_drawn():
-    model, keys, told, known = decoder(), torch.arange(6), condition(), images(6)
+    model, keys, given, known = decoder(), torch.arange(6), condition(), images(6)
     mask = torch.zeros(6, 1, SIZE, SIZE)
     mask[:, :, :, : SIZE // 2] = 1
     how = ImageSampling(sampler=SAMPLERS["dpmpp_2m"], sample_steps=4)
-    found = model.sample(keys, told, how, known=(known, mask))
+    found = model.sample(keys, given, how, known=(known, mask))
     torch.testing.assert_close(found[..., : SIZE // 2], known[..., : SIZE // 2])
     assert not torch.allclose(found[..., SIZE // 2 :], known[..., SIZE // 2 :], atol=0.1)
 
@@ -324,18 +324,18 @@ def test_what_is_known_stays_and_the_rest_is_drawn():
 def test_an_inverted_training_image_comes_back():
     """From its x_T a decoder that has learned six images draws each again, to 35 dB."""
     model = decoder(embed_grid=True, unet=replace(ATTENDING, channels=16)).train()
-    told, image = condition(), F.interpolate(images(6, 4), scale_factor=2, mode="bilinear") * 0.9
+    given, image = condition(), F.interpolate(images(6, 4), scale_factor=2, mode="bilinear") * 0.9
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for step in range(120):
-        model.losses(torch.arange(6) + 6 * step, image, told)["loss"].mean().backward()
+        model.losses(torch.arange(6) + 6 * step, image, given)["loss"].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
     for spacing in get_args(Spacing):
         how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=50, spacing=spacing)
-        start = model.invert(image, told, 50, spacing)
-        back = model.sample(torch.arange(6), told, how, start=start)
-        other = model.sample(torch.arange(6), told, how)
+        start = model.invert(image, given, 50, spacing)
+        back = model.sample(torch.arange(6), given, how, start=start)
+        other = model.sample(torch.arange(6), given, how)
         decibels = [10 * math.log10(4 / (each - image).square().mean()) for each in (back, other)]
         assert decibels[0] > 35 > decibels[1] + 5, spacing
 

@@ -75,9 +75,9 @@ def test_the_papers_decoder_has_its_size_and_cost():
     assert num_parameters(decoder.text_encoder) == pytest.approx(1.312e9, rel=0.05)
     with torch.device("meta"):
         words, drop = torch.ones(1, 256, dtype=torch.long), torch.zeros(1, dtype=torch.bool)
-        told = Condition(image_embed=torch.zeros(1, 1024), tokens=words, token_mask=words > 0)
+        given = Condition(image_embed=torch.zeros(1, 1024), tokens=words, token_mask=words > 0)
         x, t = torch.zeros(1, 3, 64, 64), torch.zeros(1, dtype=torch.long)
-        whole = forward_macs(lambda: decoder.eval()(x, t, told, drop, drop))
+        whole = forward_macs(lambda: decoder.eval()(x, t, given, drop, drop))
         encoder = forward_macs(lambda: decoder.text_encoder(words, words > 0))
     assert encoder == pytest.approx(316e9, rel=0.05)
     assert whole - encoder == pytest.approx(794e9, rel=0.05)

@@ -96,13 +96,13 @@ def test_a_text_diff_begins_with_the_image_and_turns_toward_the_difference(chain
     one = latents()
     found = text_diffs(chain, one, "a red cube", "a blue cube", (0.0, 0.3, 1.0))
     torch.testing.assert_close(found.row(0).image_embed, one.image_embed)
-    told = chain.clip.encode_text(
+    texts = chain.clip.encode_text(
         torch.from_numpy(chain.clip.tokenize(["a red cube", "a blue cube"]))
     )[0]
-    difference = F.normalize(told[:1] - told[1:], dim=1)
+    difference = F.normalize(texts[:1] - texts[1:], dim=1)
     torch.testing.assert_close(found.row(2).image_embed, difference, atol=1e-5, rtol=0)
     alone = text_diffs(chain, one, "a red cube", "", (1.0,))
-    torch.testing.assert_close(alone.image_embed, told[:1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone.image_embed, texts[:1], atol=1e-5, rtol=0)
     assert torch.equal(found.start[0], found.start[2])
     with pytest.raises(ValueError, match="'a cube' and 'A cube', which are the same to the enc"):
         text_diffs(chain, one, "a cube", "A cube", (0.5,))
@@ -146,11 +146,11 @@ def test_reconstructions_are_of_the_start_and_variations_of_the_keys(chain: UnCl
 @pytest.mark.parametrize("spacing", get_args(Spacing))
 def test_the_way_back_visits_the_timesteps_of_the_way_there(chain: UnClip, spacing: Spacing):
     small, keys = replace(chain, upsamplers=()), torch.arange(2)
-    told = {"decoder_steps": 12, "precision": "fp32"}
-    how = sampling_of({**told, "spacing": spacing})
+    settings = {"decoder_steps": 12, "precision": "fp32"}
+    how = sampling_of({**settings, "spacing": spacing})
     error = {}
     for way in get_args(Spacing):
-        found = encode(chain, pictures(), sampling_of({**told, "spacing": way}))
+        found = encode(chain, pictures(), sampling_of({**settings, "spacing": way}))
         back = reconstructions(small, keys, found, how)
         error[way] = (back - pixels_of(pictures(), SIZE)).square().mean().item()
     assert error[spacing] < 1e-3
@@ -204,15 +204,15 @@ def test_every_edit_writes_its_rows(files, tmp_path):
     assert [len(row) for row in rows] == [3, 3]
     rows = edited(files, tmp_path / "i", "interpolate", *images, "--count", "3")
     assert [len(row) for row in rows] == [3]
-    told = ["--caption", "a red cube", "--without", "a photo", "--count", "2"]
-    rows = edited(files, tmp_path / "t", "textdiff", *images, *told)
+    options = ["--caption", "a red cube", "--without", "a photo", "--count", "2"]
+    rows = edited(files, tmp_path / "t", "textdiff", *images, *options)
     assert [len(row) for row in rows] == [2, 2]
     more = ["--embeds", files["embeds"], "--components", "2", "5", "500"]
     rows = edited(files, tmp_path / "p", "pca", *images, *more)
     assert [len(row) for row in rows] == [3, 3]  # 2, 5 and all 32
     prior = ["--prior", str(files["runs"]["prior"])]
-    told = ["--prompts", "a red cube", "--prompts", "a hat", "--scales", "1", "3"]
-    rows = edited(files, tmp_path / "g", "guidance", *prior, *told)
+    options = ["--prompts", "a red cube", "--prompts", "a hat", "--scales", "1", "3"]
+    rows = edited(files, tmp_path / "g", "guidance", *prior, *options)
     assert [len(row) for row in rows] == [2, 2]
 
 
@@ -231,9 +231,9 @@ FOUR_PROMPTS = [word for n in range(4) for word in ("--prompts", f"{n} hats")]
 def test_no_split_into_batches_changes_an_edit(command, arguments, files, tmp_path, monkeypatch):
     rows, most, draw, enlarge = {}, [], UnClip.sample_base, UnClip.upsample
     for name, real in (("sample_base", draw), ("upsample", enlarge)):
-        def seen(chain, keys, *told, real=real, **more):  # fmt: skip
+        def seen(chain, keys, *others, real=real, **more):  # fmt: skip
             most.append(len(keys))
-            return real(chain, keys, *told, **more)
+            return real(chain, keys, *others, **more)
 
         monkeypatch.setattr(UnClip, name, seen)
     more = [] if command == "guidance" else ["--images", *files["images"]]
@@ -253,8 +253,8 @@ def test_the_image_itself_is_the_same_in_every_edit(files, tmp_path):
     images = ["--images", *files["images"]]
     first = edited(files, tmp_path / "v", "variations", *images, "--count", "1", enlarge=False)
     blend = edited(files, tmp_path / "i", "interpolate", *images, "--count", "2", enlarge=False)[0]
-    told = ["--caption", "a hat", "--count", "2"]
-    turned = edited(files, tmp_path / "t", "textdiff", *images, *told, enlarge=False)
+    options = ["--caption", "a hat", "--count", "2"]
+    turned = edited(files, tmp_path / "t", "textdiff", *images, *options, enlarge=False)
     more = ["--embeds", files["embeds"], "--components", "2"]
     whole = edited(files, tmp_path / "p", "pca", *images, *more, enlarge=False)
     pairs = [(blend[0], 0), (blend[1], 1), (turned[0][0], 0), (turned[1][0], 1), (whole[1][-1], 1)]
@@ -271,8 +271,8 @@ def test_inpainting_keeps_what_is_masked_out(files, tmp_path):
     mask = ["--mask", str(files["root"] / "m.png"), "--count", "2"]
     given = ["inpaint", "--images", files["images"][0], *mask, *settings]
     assert sample.command([*given, str(tmp_path / "a")]) == 0
-    told = ["--caption", "a hat", "--prior", str(runs["prior"])]
-    assert sample.command([*given, str(tmp_path / "b"), *told]) == 0
+    options = ["--caption", "a hat", "--prior", str(runs["prior"])]
+    assert sample.command([*given, str(tmp_path / "b"), *options]) == 0
     for name in "ab":
         image, *drawn = (np.asarray(Image.open(tmp_path / name / f"000_00{n}.png"), np.int16)
                          for n in range(3))  # fmt: skip
@@ -317,7 +317,7 @@ def test_a_folder_of_something_else_is_spared(files, tmp_path, monkeypatch):
 
     monkeypatch.chdir(files["root"])
     (tmp_path / "thesis.tex").write_text("dear")
-    told = ["--decoder", str(files["runs"]["decoder"]), "--out", str(tmp_path)]
+    options = ["--decoder", str(files["runs"]["decoder"]), "--out", str(tmp_path)]
     with pytest.raises(ValueError, match="found a folder without edits.jsonl"):
-        sample.command(["variations", "--images", "a.png", *told])
+        sample.command(["variations", "--images", "a.png", *options])
     assert (tmp_path / "thesis.tex").exists()

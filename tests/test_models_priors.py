@@ -88,11 +88,11 @@ def test_padding_is_not_read_and_words_are(kind: str):
 @pytest.mark.parametrize("own_tokens", [False, True])
 def test_leaving_out_what_only_pads_changes_nothing(kind: str, own_tokens: bool):
     count, words = 6, 30
-    told = captions(count).text_embed
+    embed = captions(count).text_embed
     mask = torch.arange(words) < torch.tensor([1, 3, 5, 9, 11, 12])[:, None]
     torch.manual_seed(1)
     text = torch.randint(1, 50, (count, words)) if own_tokens else torch.randn(count, words, TEXT)
-    whole = PriorText(text_embed=told, text=text, token_mask=mask)
+    whole = PriorText(text_embed=embed, text=text, token_mask=mask)
     torch.manual_seed(0)
     sizes = {**SIZES, "context_length": words}
     changes: dict[str, Any] = {"width": 32, "depth": 2, "num_heads": 2}
@@ -212,18 +212,18 @@ def test_logits_read_what_stands_before_them_alone():
     prior, text = autoregressive().eval(), captions()
     dot, codes = torch.arange(4), torch.arange(4 * CODES).reshape(4, CODES) % BUCKETS
     kept = torch.zeros(4, dtype=torch.bool)
-    told, found = prior(text, dot, codes, kept)
-    assert found.shape == (4, CODES, BUCKETS) and told.shape == (4, BUCKETS)
+    dot_logits, found = prior(text, dot, codes, kept)
+    assert found.shape == (4, CODES, BUCKETS) and dot_logits.shape == (4, BUCKETS)
     for place in range(CODES):
         changed = codes.clone()
         changed[:, place] = (changed[:, place] + 1) % BUCKETS
         dots, others = prior(text, dot, changed, kept)
-        torch.testing.assert_close(dots, told)
+        torch.testing.assert_close(dots, dot_logits)
         torch.testing.assert_close(others[:, : place + 1], found[:, : place + 1])
         later = (others - found)[:, place + 1 :].abs().amax((0, 2))
         assert (later > 1e-6).all()
     dots, others = prior(text, dot + 1, codes, kept)
-    torch.testing.assert_close(dots, told)
+    torch.testing.assert_close(dots, dot_logits)
     assert ((others - found).abs().amax((0, 2)) > 1e-6).all()
 
 
@@ -325,17 +325,17 @@ def test_the_mean_of_draws_is_nearer_to_all_draws_than_a_draw_is():
         model.sample(keys, text, dataclasses.replace(one, mean_of=0))
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_each_code_is_told_its_own_component_and_only_where_the_text_is_kept(told: bool):
+@pytest.mark.parametrize("components", [True, False])
+def test_each_code_sees_its_own_component_and_only_where_the_text_is_kept(components: bool):
     """Of z_t, moved along the k-th component alone, code k hears through the token before it."""
-    model = autoregressive(tell_components=told).eval()
+    model = autoregressive(tell_components=components).eval()
     text, drop = captions(), torch.tensor([False, True, False, False])
     moved = text.text_embed + model.codes.basis[:, 2]
     before = model.hints(text, drop)
     other = PriorText(text_embed=moved, text=text.text, token_mask=text.token_mask)
     changed = (model.hints(other, drop) - before).abs().amax(-1) > 1e-6
     expected = torch.zeros(4, CODES, dtype=torch.bool)
-    expected[[0, 2, 3], 2] = told
+    expected[[0, 2, 3], 2] = components
     assert torch.equal(changed, expected)
 
 

@@ -96,18 +96,18 @@ def test_a_dropped_caption_is_the_empty_one_where_that_is_asked_for(data: Path):
     batch = as_batch(reader.read(index.numpy()), index).to(torch.device("cpu"))
     drop = dropped_captions(config.base, batch.keys)
     assert 8 < int(drop.sum()) < 32
-    told = jobs.decoder_condition(encoder, config, batch, drop)
-    assert told.text_embed is not None
+    given = jobs.decoder_condition(encoder, config, batch, drop)
+    assert given.text_embed is not None
     embed, states = encoder.encode_text(torch.from_numpy(encoder.tokenize([""])))
-    assert told.token_mask is not None and told.text_states is not None
-    assert (told.token_mask.sum(1) == 2).equal(drop)  # start and end of text
+    assert given.token_mask is not None and given.text_states is not None
+    assert (given.token_mask.sum(1) == 2).equal(drop)  # start and end of text
     count = int(drop.sum())
-    read = told.text_states[drop][:, :2]
+    read = given.text_states[drop][:, :2]
     torch.testing.assert_close(read, states[:, :2].expand(count, -1, -1))
-    torch.testing.assert_close(told.text_embed[drop], embed.expand(count, -1))
+    torch.testing.assert_close(given.text_embed[drop], embed.expand(count, -1))
     kept = jobs.decoder_condition(encoder, config, batch)
     assert kept.text_embed is not None
-    assert torch.equal(told.text_embed[~drop], kept.text_embed[~drop])
+    assert torch.equal(given.text_embed[~drop], kept.text_embed[~drop])
 
 
 @pytest.mark.parametrize("empty_caption", [False, True])
@@ -134,7 +134,7 @@ def test_what_is_not_dropped_is_read_and_what_is_dropped_is_not(data: Path, empt
 
 
 @pytest.mark.parametrize("empty_caption", [False, True])
-def test_edits_tell_a_decoder_what_training_told_it_where_it_dropped_the_caption(
+def test_edits_give_a_decoder_what_training_gave_it_where_it_dropped_the_caption(
     data: Path, empty_caption: bool
 ):
     """Words and z_t of the empty caption, or neither; every latent is under that."""

@@ -303,7 +303,7 @@ def test_karras_begins_where_no_signal_is_left_and_stays_within_the_paper_s_sigm
 
 @pytest.mark.parametrize(("name", "spacing"), [("dpmpp_2m", "karras"), ("heun", "karras"),
                                                ("ddim", "trailing"), ("ddpm", "trailing")])
-def test_a_sampler_has_the_spacing_that_suits_it_unless_told(name: str, spacing: Spacing):
+def test_a_sampler_has_the_spacing_that_suits_it_by_default(name: str, spacing: Spacing):
     assert default_spacing("auto", name) == spacing
     assert default_spacing("strided", name) == "strided"
     with pytest.raises(ValueError, match="spacing: found 'Karras', expected one of trailing"):

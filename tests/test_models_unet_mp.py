@@ -274,9 +274,9 @@ def test_a_decoder_and_an_upsampler_with_it_sample():
     config = DecoderConfig(unet=UNET, context_width=CONTEXT, embed_grid=True)
     model = Decoder(config, image_size=SIZE, embed_dim=EMBED, text_width=TEXT)
     mask = torch.ones(2, LENGTH, dtype=torch.bool)
-    told = Condition(image_embed=normal(2, EMBED), text_states=normal(2, LENGTH, TEXT),
+    cond = Condition(image_embed=normal(2, EMBED), text_states=normal(2, LENGTH, TEXT),
                      token_mask=mask)  # fmt: skip
-    model.losses(torch.arange(2), normal(2, 3, SIZE, SIZE).clamp(-1, 1), told)["loss"].sum()
+    model.losses(torch.arange(2), normal(2, 3, SIZE, SIZE).clamp(-1, 1), cond)["loss"].sum()
     how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=3, cfg_scale=2.0)
     unet = dataclasses.replace(UNET, attn_resolutions=())
     up = Upsampler(UpsamplerConfig(unet=unet, low_res_noise=0.1, tell_noise=True), factor=2,
@@ -285,7 +285,7 @@ def test_a_decoder_and_an_upsampler_with_it_sample():
         for each in (model.unet, up.unet):
             assert isinstance(each.conv_out, MPConv) and each.conv_out.gain is not None
             each.conv_out.gain.fill_(0.05)
-    small = model.sample(torch.arange(2), told, how)
+    small = model.sample(torch.arange(2), cond, how)
     large = up.sample(torch.arange(2), small, dataclasses.replace(how, cfg_scale=1.0))
     assert large.shape == (2, 3, 2 * SIZE, 2 * SIZE) and large.abs().max() <= 1
     assert (small[0] != small[1]).any() and (large[0] != large[1]).any()

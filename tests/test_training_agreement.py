@@ -77,12 +77,12 @@ def test_damage_that_one_rank_sees_leads_all_to_the_checkpoint_before(tmp_path: 
     for rank, run in enumerate(damaged):
         damage(run, 8, rank)
     runs = [whole, empty, *damaged]
-    codes, told = zip(*asked(tmp_path / "meeting", [runs] * READERS), strict=True)
+    codes, reports = zip(*asked(tmp_path / "meeting", [runs] * READERS), strict=True)
     assert codes == (0, 0)
-    for each in told:
+    for each in reports:
         assert [found["step"] for found in each] == [8, -1, 4, 4, 4]
     for number in (0, 2, 3, 4):
-        mine = [each[number] for each in told]
+        mine = [each[number] for each in reports]
         parts = [[rank for step, rank in each["read"] if step == each["step"]] for each in mine]
         assert parts == [[0, 2], [1]]  # every part once in all
 

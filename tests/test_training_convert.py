@@ -154,8 +154,8 @@ def test_training_starts_from_a_run(
     free = {"weighting": "edm", "text_drop": 0.9, "unet": {**export["model"]["unet"], "dropout": 1}}
     start_from(fresh, init, new, {**export, "model": {**export["model"], **free}})
     prior: Any = load_model(runs["prior"].run, "prior")[0]
-    told = {**dataclasses.asdict(prior.config), "num_heads": 1, "qk_norm": True, "clip_x0": 1.0}
-    export = {"kind": "diffusion_prior", "encoder_id": encoder.encoder_id, "model": told}
+    model = {**dataclasses.asdict(prior.config), "num_heads": 1, "qk_norm": True, "clip_x0": 1.0}
+    export = {"kind": "diffusion_prior", "encoder_id": encoder.encoder_id, "model": model}
     with pytest.raises(ValueError, match=": num_heads: found .*, expected 1; qk_norm: found False"):
         start_from(prior, runs["prior"].run, new, export)
     assert start_from(fresh, "", new, export) is fresh

@@ -61,9 +61,9 @@ def test_each_checkpoint_tells_the_loss_on_held_out_images_and_draws(
     config = prepare_data(make(data, held_out, tmp_path / "run"))
     assert launch(config, config.run, jobs.build_decoder, "decoder") == 0
     run = Path(config.run)
-    told = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in told] == [1, 2]
-    for line in told:
+    records = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in records] == [1, 2]
+    for line in records:
         with Image.open(run / "validation" / f"step_{line['step']:08d}.png") as picture:
             assert picture.height > num_rows * size and picture.width > 8 * size
     job = jobs.build_decoder(dataclasses.replace(config, validation=(), validation_embeds=()))
@@ -73,7 +73,7 @@ def test_each_checkpoint_tells_the_loss_on_held_out_images_and_draws(
     index = torch.arange(12)
     with torch.no_grad():
         losses = job.objective(model, as_batch(reader.read(index.numpy()), index))["loss"]
-    assert told[-1]["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert records[-1]["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
 def test_a_kill_during_validation_loses_no_scores(data: Path, held_out: Path, tmp_path: Path):
@@ -103,8 +103,8 @@ def test_held_out_embeddings_are_of_the_run_s_encoder_and_one_folder_for_each_of
     with pytest.raises(ValueError, match="validation_embeds: found 0 folders for 1 of images"):
         prepare_data(dataclasses.replace(config, validation_embeds=()))
     with pytest.raises(ValueError, match="validation_embeds: found 1 .* upsampler"):
-        told = {"validation_embeds": config.validation_embeds}
-        prepare_data(dataclasses.replace(upsampler(data, held_out, tmp_path / "up"), **told))
+        changed = {"validation_embeds": config.validation_embeds}
+        prepare_data(dataclasses.replace(upsampler(data, held_out, tmp_path / "up"), **changed))
     manifest = held_out / "embeds" / "_manifest.json"
     original = manifest.read_text()
     content = json.loads(original)

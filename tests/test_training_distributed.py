@@ -201,13 +201,13 @@ def build_with_a_full_disk_of_one_rank(config: PriorRunConfig) -> Task:
     return dataclasses.replace(job, objective=objective)
 
 
-def test_a_full_disk_of_one_rank_ends_the_run_at_once_and_is_told(data: Path, tmp_path: Path):
+def test_a_full_disk_of_one_rank_ends_the_run_at_once_and_is_reported(data: Path, tmp_path: Path):
     """Other errors of a storage are tried again; this one would be the same in every attempt."""
     config = prior(data, tmp_path, **two(0))
     with pytest.raises(OSError, match="No space left on device: .*"):
         launch(config, config.run, build_with_a_full_disk_of_one_rank, "prior")
-    told = [line["event"] for line in read_timeline(tmp_path)]
-    assert told.count("placed") == 1, "no second attempt"
+    events = [line["event"] for line in read_timeline(tmp_path)]
+    assert events.count("placed") == 1, "no second attempt"
 
 
 def build_with_a_storage_that_fails(config: PriorRunConfig) -> Task:
@@ -226,14 +226,14 @@ def test_workers_that_fail_too_often_are_one_line(data: Path, tmp_path: Path):
     config = prior(data, tmp_path, num_workers=1, max_failures=1)
     with pytest.raises(OSError) as caught:
         launch(config, config.run, build_with_a_storage_that_fails, "prior")
-    told = str(caught.value)
-    assert told.startswith(f"{tmp_path}: lost workers more often than train.max_failures 1; last: ")
-    assert told.endswith("ConnectionError: the storage does not answer")
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}: lost workers more often than train.max_failures 1; last: ")
+    assert said.endswith("ConnectionError: the storage does not answer")
     incidents = read_lines(tmp_path / "incidents.jsonl")
     assert [line["kind"] for line in incidents] == ["lost", "lost"]
 
 
-def test_what_one_rank_alone_meets_ends_the_run_and_is_told(data: Path, tmp_path: Path):
+def test_what_one_rank_alone_meets_ends_the_run_and_is_reported(data: Path, tmp_path: Path):
     config = prior(data, tmp_path, **two(0))
     with pytest.raises(ValueError, match="^shard 000001 is damaged$"):
         launch(config, config.run, build_with_a_fault_of_one_rank, "prior")

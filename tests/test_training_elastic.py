@@ -160,13 +160,13 @@ def test_without_the_wish_nothing_is_logged(tmp_path: Path):
 # -- timeline --------------------------------------------------------------------------------------
 
 
-def told(*events: tuple[float, str]) -> list[dict]:
+def timeline(*events: tuple[float, str]) -> list[dict]:
     return [{"event": event, "time": time} for time, event in events]
 
 
 def test_a_recovery_is_split_at_what_the_run_has_noted():
-    before = told((1, "launched"), (2, "placed"), (3, "restored"), (4, "stepped"))
-    after = told((12, "lost"), (20, "placed"), (23, "restored"), (24.5, "stepped"))
+    before = timeline((1, "launched"), (2, "placed"), (3, "restored"), (4, "stepped"))
+    after = timeline((12, "lost"), (20, "placed"), (23, "restored"), (24.5, "stepped"))
     found = recovery_after([*before, *after], 10.0)
     assert found is not None
     parts = (found.detection, found.restart, found.restore, found.step)
@@ -176,7 +176,7 @@ def test_a_recovery_is_split_at_what_the_run_has_noted():
 
 
 def test_an_attempt_that_is_lost_before_its_first_step_is_a_part_of_the_restart():
-    lines = told((1, "lost"), (3, "placed"), (4, "lost"), (9, "placed"), (11, "restored"),
+    lines = timeline((1, "lost"), (3, "placed"), (4, "lost"), (9, "placed"), (11, "restored"),
                  (12, "stepped"), (20, "lost"), (30, "placed"))  # fmt: skip
     found = recovery_after(lines, 0.0)
     assert found is not None
@@ -200,7 +200,7 @@ def test_the_driver_tells_where_a_run_goes_on(tmp_path: Path, capsys: pytest.Cap
 # -- Ray -------------------------------------------------------------------------------------------
 
 
-def test_what_is_lost_is_told_in_one_line():
+def test_what_is_lost_is_reported_in_one_line():
     """Ray wraps an actor's death in a failed health check, and that in an error of the group."""
     health, group = RuntimeError("A worker health check failed."), RuntimeError("of the group")
     health.__dict__["health_check_failure"] = ConnectionError("it died\n\nlast words")
@@ -227,7 +227,7 @@ def test_ctrl_c_is_an_interrupt_though_ray_train_takes_it_over_and_remains_one()
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_loss_is_told_and_a_heartbeat_cut_short_does_not_end_the_run(
+def test_a_loss_is_reported_and_a_heartbeat_cut_short_does_not_end_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     """What Ray's controller calls must not raise: it would end the training."""

@@ -220,8 +220,8 @@ def ranks(root: Path, world_size: int, calls: list) -> None:
         for process, output in zip(processes, outputs, strict=True):
             process.kill()
             output.close()
-    told = [(meeting / f"{rank}.txt").read_text()[-3000:] for rank in range(world_size)]
-    assert codes == [0] * world_size, "\n\n".join(told)
+    logs = [(meeting / f"{rank}.txt").read_text()[-3000:] for rank in range(world_size)]
+    assert codes == [0] * world_size, "\n\n".join(logs)
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ def campaign(keep: Path, *arguments: str, timeout: float) -> dict:
         [*command, "--keep", str(keep)], capture_output=True, text=True, timeout=timeout,
         env=environment,
     )  # fmt: skip
-    told = [path.read_text()[-1500:] for path in sorted(keep.glob("*.txt"))]
-    assert done.returncode == 0, "\n".join([done.stdout, done.stderr[-3000:], *told])
+    logs = [path.read_text()[-1500:] for path in sorted(keep.glob("*.txt"))]
+    assert done.returncode == 0, "\n".join([done.stdout, done.stderr[-3000:], *logs])
     print(done.stdout)  # pytest -s shows the table
     return json.loads(done.stdout.splitlines()[-1])
 

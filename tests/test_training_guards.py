@@ -114,10 +114,10 @@ def test_sigterm_ends_a_training_script_with_a_checkpoint(
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        told, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "SIGTERM: a checkpoint at the next step" in told
-    assert "stopped on request, at a checkpoint; rerun the same command" in told
+    assert "SIGTERM: a checkpoint at the next step" in output
+    assert "stopped on request, at a checkpoint; rerun the same command" in output
     found = newest_valid(tmp_path / "run")
     assert found is not None and found[1].step == read_lines(metrics)[-1]["step"]
     assert not (tmp_path / "run" / "stop").exists()
@@ -126,7 +126,7 @@ def test_sigterm_ends_a_training_script_with_a_checkpoint(
 # -- spikes ----------------------------------------------------------------------------------------
 
 
-def test_a_spike_is_told_and_noise_is_not():
+def test_a_spike_is_reported_and_noise_is_not():
     rng = np.random.default_rng(0)
     detector = SpikeDetector(8.0)
     assert all(not detector.check(loss) for loss in rng.normal(1.0, 0.1, 500))
@@ -158,13 +158,13 @@ def test_no_spike_before_there_is_enough_to_judge_by_nor_without_a_limit():
     assert detector.check(100.0) and not never.check(100.0)
 
 
-def test_incidents_are_told_and_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_incidents_are_reported_and_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture):
     report_incident(tmp_path, "spike", 3, "of an earlier attempt")
     with Follower(tmp_path, "prior"):
         report_incident(tmp_path, "spike", 7, "loss 9, over a median of 1")
-    told = capsys.readouterr().out
-    assert told.count("prior: spike at step 7: loss 9, over a median of 1") == 1
-    assert "earlier" not in told
+    output = capsys.readouterr().out
+    assert output.count("prior: spike at step 7: loss 9, over a median of 1") == 1
+    assert "earlier" not in output
 
 
 def test_a_spike_of_a_run_becomes_an_incident(tmp_path: Path):
@@ -245,8 +245,8 @@ def test_a_process_that_stands_still_is_named_by_its_peer(tmp_path: Path):
         frozen.send_signal(signal.SIGSTOP)
         _, errors = waiting.communicate(timeout=60)
         assert waiting.returncode == 1, errors
-        told = errors.splitlines()[0]
-        assert f"process {frozen.pid}" in told and f"process {waiting.pid}" not in told
+        first = errors.splitlines()[0]
+        assert f"process {frozen.pid}" in first and f"process {waiting.pid}" not in first
     finally:
         frozen.kill()
         frozen.wait()
@@ -256,8 +256,8 @@ def test_a_process_that_stands_still_is_named_by_its_peer(tmp_path: Path):
 def test_a_long_validation_is_waited_for(tmp_path: Path):
     """Who waits for it in a collective is not ended either, nor once the next step has begun."""
     for process in watched(tmp_path, "validation", "waiting"):
-        told, errors = process.communicate(timeout=60)
-        assert process.returncode == 0 and told == "done\n", errors
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0 and output == "done\n", errors
 
 
 def test_a_suspended_machine_hangs_nobody(tmp_path: Path):
@@ -300,12 +300,12 @@ def test_a_report_tells_the_time_left_and_the_use_of_the_device(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(50.4, "50 s"), (125.0, "2 min"), (5000.0, "1 h 23 min")]
+    ("seconds", "text"), [(50.4, "50 s"), (125.0, "2 min"), (5000.0, "1 h 23 min")]
 )
-def test_times_are_told_as_people_do(seconds: float, told: str):
+def test_times_are_written_as_people_do(seconds: float, text: str):
     line = {"step": 1, "num_steps": 2, "loss": 1.0, "samples_per_second": 3.0,
             "data_wait_ratio": 0.0, "eta_seconds": seconds}  # fmt: skip
-    assert describe(line).endswith(f", {told} left")
+    assert describe(line).endswith(f", {text} left")
 
 
 def test_an_unknown_device_has_no_peak():

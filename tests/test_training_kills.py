@@ -34,7 +34,7 @@ NAMES = ("save_file", "digest_file", "write_json", "save_weights", "save_config"
 CALLS = [*((checkpointer, name) for name in NAMES), (records, "digest_file")]
 
 
-def told(model, batch):
+def reported(model, batch):
     with (folder.parent / f"{folder.name}.ids").open("a") as file:
         file.write(json.dumps(batch.keys.tolist()) + chr(10))
     return squared_error(model, batch)
@@ -66,7 +66,7 @@ for moment in [*moments, -1]:
         calls = itertools.count()
         for module, name in CALLS:
             setattr(module, name, dying(module, name, calls, moment))
-        run(folder, config, told, validate=scored)
+        run(folder, config, reported, validate=scored)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     print(json.dumps([moment, status]), flush=True)
@@ -77,8 +77,8 @@ def attempts(folder: Path, beside: str, moments: list[int]) -> list[tuple[int, i
     """Train in `folder`, killed at each of the moments in turn and then left alone; returns how
     each attempt ended."""
     tests = Path(__file__).parent
-    told = [str(folder), beside, json.dumps(moments), str(NUM_STEPS)]
-    command = [sys.executable, "-c", ATTEMPTS, *told]
+    arguments = [str(folder), beside, json.dumps(moments), str(NUM_STEPS)]
+    command = [sys.executable, "-c", ATTEMPTS, *arguments]
     environment = {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=tests.parent, env=environment
@@ -116,7 +116,7 @@ def test_killed_at_every_moment_of_a_checkpoint_it_ends_the_same(beside: str, tm
     assert {json.dumps(step) for step in again} == {json.dumps(step) for step in whole}
     assert again[-1] == whole[-1]
     lines = [line["step"] for line in read_lines(tmp_path / "killed" / "metrics.jsonl")]
-    assert lines == list(range(1, NUM_STEPS + 1)), "each step is told once"
+    assert lines == list(range(1, NUM_STEPS + 1)), "each step is reported once"
     scores = [read_lines(tmp_path / name / "validation.jsonl") for name in ("killed", "whole")]
     assert scores[0] == scores[1] and [line["step"] for line in scores[0]] == [
         *range(2, NUM_STEPS, 2), NUM_STEPS,

@@ -193,8 +193,8 @@ def test_a_date_is_a_seed_too():
 def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(kind: str, tmp_path: Path):
     config = with_options(CONFIG, num_steps=40)
     in_a_row = range(5, 5 + MAX_NONFINITE_IN_A_ROW)
-    told = "not finite 10 steps in a row; start over with --fresh"
-    with pytest.raises(FloatingPointError, match=told):
+    message = "not finite 10 steps in a row; start over with --fresh"
+    with pytest.raises(FloatingPointError, match=message):
         run(tmp_path / "ten", config, spoilt(kind, *in_a_row))
     _, progress = run(tmp_path / "nine", config, spoilt(kind, *in_a_row[1:]))
     assert progress.nonfinite_steps == MAX_NONFINITE_IN_A_ROW - 1

@@ -264,7 +264,7 @@ def of_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("size", "told"),
+    ("size", "message"),
     [
         (30, ""),
         (48, "2 of the first shard's 4 images are smaller than 48 px, down to 30 px"),
@@ -272,11 +272,11 @@ def of_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_images_that_will_be_enlarged_are_counted_on_one_line(
-    size: int, told: str, of_sizes: Path, data: Path, capsys: pytest.CaptureFixture
+    size: int, message: str, of_sizes: Path, data: Path, capsys: pytest.CaptureFixture
 ):
     prepared(of_sizes, data / "embeds", size)
     said = capsys.readouterr().out
-    assert told in said and said.count("\n") == bool(told)
+    assert message in said and said.count("\n") == bool(message)
 
 
 def test_a_size_that_no_image_has_is_refused(of_sizes: Path, data: Path):

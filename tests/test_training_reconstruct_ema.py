@@ -129,8 +129,8 @@ def test_the_command_writes_a_finished_run_of_that_width(run: Path, capsys: pyte
     printed = capsys.readouterr().out
     assert "sigma_rel 0.08 at step 12 from 2 averages in 4 snapshots; fit error" in printed
     model, config = load_model(out, "diffusion_prior")
-    told = config.pop("post_hoc_ema")
-    assert told["sigma_rel"] == 0.08 and 0 < told["error"] < 0.1
+    result = config.pop("post_hoc_ema")
+    assert result["sigma_rel"] == 0.08 and 0 < result["error"] < 0.1
     assert config == load_config(step_folder(run, 12))
     raw = load_file(str(step_folder(run, 12) / "model.safetensors"))
     state = model.state_dict()
@@ -242,11 +242,11 @@ def test_an_average_made_afterwards_is_the_one_kept_directly(
 ):
     """The bound is relative to the average's norm."""
     expected = wander(tmp_path / "run", kept, skipped=skipped)
-    told = reconstruct(tmp_path / "run", kept, 0, tmp_path / "out")
+    result = reconstruct(tmp_path / "run", kept, 0, tmp_path / "out")
     found = load_file(str(step_folder(tmp_path / "out", 400) / "ema.safetensors"))
     assert found["w"].shape == (20, 15) and torch.equal(found["count"], torch.arange(3))
     error = (found["w"].flatten() - expected).norm() / expected.norm()
-    assert error < bound and told["error"] < 0.05
+    assert error < bound and result["error"] < 0.05
     for other in (0.05, 0.1):  # which the stored ones are not
         reconstruct(tmp_path / "run", other, 0, tmp_path / str(other))
         near = load_file(str(step_folder(tmp_path / str(other), 400) / "ema.safetensors"))

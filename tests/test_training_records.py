@@ -86,7 +86,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_not_one_of_those_kept(tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000008", "step_00000012"]
 
 
-def test_a_checkpoint_that_cannot_be_deleted_is_told_and_is_none_any_more(
+def test_a_checkpoint_that_cannot_be_deleted_is_reported_and_is_none_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     for step in (1, 2, 3):

@@ -66,7 +66,7 @@ def served(port: int, series: str) -> float:
     return float(re.findall(rf"^minidalle2_{re.escape(series)} (\S+)$", text, re.MULTILINE)[0])
 
 
-def test_the_last_report_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_the_last_report_is_written_in_words(tmp_path: Path, capsys: pytest.CaptureFixture):
     follow(tmp_path, line(10), line(20))
     assert capsys.readouterr().out == (
         "clip: step 20/100, loss 0.0500, 40 samples/s, waiting for data 12.5%\n"
@@ -83,7 +83,7 @@ def test_a_report_of_skipped_steps_alone_has_no_loss_to_tell(
 
 
 def test_every_report_is_counted_once(tmp_path: Path, port: int):
-    """Also by a driver that continues a run, which finds the lines that its predecessor told."""
+    """Also by a driver that continues a run, which finds the lines that its predecessor wrote."""
     samples = 'train_samples_total{model="up256"}'
     skipped = 'train_nonfinite_steps_total{model="up256"}'
     before = served(port, samples), served(port, skipped)

@@ -22,7 +22,7 @@ from pathlib import Path
 run = Path(sys.argv[sys.argv.index("--run") + 1])
 assert sys.argv[-1] == "--once"
 whole = sorted(step.parent.name for step in run.glob("step_*/state.json"))
-with (run / "told.txt").open("a") as file:
+with (run / "seen.txt").open("a") as file:
     file.write(f"{sys.argv[1]} {whole[-1]}\\n")
 print("looked at", whole)
 """
@@ -39,7 +39,7 @@ def test_a_command_runs_where_the_caller_stood_and_its_words_are_kept(tmp_path: 
     (tmp_path / "look.py").write_text(SCRIPT)
     checkpoint: Any = None  # what Ray hands over is a pointer that the command has no need of
     assert validate(checkpoint, **arguments(run, "python look.py 'a b'")) == {"exit_code": 0}
-    assert (run / "told.txt").read_text() == "a b step_00000002\n"
+    assert (run / "seen.txt").read_text() == "a b step_00000002\n"
     assert "looked at ['step_00000002']" in (run / "validator.log").read_text()
 
 
@@ -83,7 +83,7 @@ def test_a_validator_is_placed_where_the_workers_are(
     import ray.train.torch
 
     asked: dict[str, Any] = {}
-    trainer = type("Trainer", (), {"__init__": lambda self, *_, **told: asked.update(told),
+    trainer = type("Trainer", (), {"__init__": lambda self, *_, **given: asked.update(given),
                                    "fit": lambda self: None})  # fmt: skip
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", trainer)
     monkeypatch.setattr("cluster.base.ray_session.ensure_ray", lambda: None)
@@ -91,8 +91,8 @@ def test_a_validator_is_placed_where_the_workers_are(
     settings = TrainConfig.of(validator="x", validator_gpus=0.5, num_workers=2)
     fit(lambda arguments: None, {}, settings, tmp_path)
     where = {"gpu_group": 0.001} if groups else {}
-    told = asked["validation_config"].ray_remote_kwargs
-    assert told == {"num_cpus": 0, "num_gpus": 0.5, "resources": where}
+    options = asked["validation_config"].ray_remote_kwargs
+    assert options == {"num_cpus": 0, "num_gpus": 0.5, "resources": where}
     assert where.items() <= asked["scaling_config"].resources_per_worker.items()
 
 
@@ -112,6 +112,6 @@ def test_ray_train_runs_the_command_after_each_checkpoint(
         diffusion=DiffusionPriorConfig(width=16, depth=1, num_heads=2),
     )  # fmt: skip
     assert launch(config, str(run), build_prior, "prior") == 0
-    seen = (run / "told.txt").read_text().splitlines()
+    seen = (run / "seen.txt").read_text().splitlines()
     assert len(seen) == 2 and seen[-1] == "seen step_00000004"  # the last one is waited for
     assert [line for line in read_timeline(run) if line["event"] == "validator failed"] == []

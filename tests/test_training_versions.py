@@ -24,15 +24,15 @@ def test_a_checkpoint_of_an_older_commit_goes_on_to_where_that_commit_went(tmp_p
         assert anew.get_parameter(name).item() == pytest.approx(value, abs=5e-5)
 
 
-@pytest.mark.parametrize(("version", "told"), [("9.1.0", "version 9.1.0"), (None, "another vers")])
+@pytest.mark.parametrize(("version", "text"), [("9.1.0", "version 9.1.0"), (None, "another vers")])
 def test_a_checkpoint_of_another_format_is_refused_by_its_version(
-    version: str | None, told: str, tmp_path: Path
+    version: str | None, text: str, tmp_path: Path
 ):
     """Not skipped: that would begin a long run anew."""
     shutil.copytree(GOLDEN, tmp_path / "run")
     path = tmp_path / "run" / "step_00000004" / "fragments" / "rank_0000.json"
     record = {**json.loads(path.read_text()), "format": 2, "extra": 1}
     path.write_text(json.dumps({**record, "version": version} if version else record))
-    with pytest.raises(ValueError, match=f"found a checkpoint of format 2, expected 1: {told}"):
+    with pytest.raises(ValueError, match=f"found a checkpoint of format 2, expected 1: {text}"):
         run(tmp_path / "run", CONFIG)
     assert path.is_file()
