@@ -72,9 +72,7 @@ def main(config: EmbedConfig) -> int:
     # Embed each shard that has no embeddings
     pending = pending_shards(out, images)
     num_done = len(images.shards) - len(pending)
-    print(
-        f"embed: {len(images.shards)} shards, {num_done} done, {len(pending)} to go", flush=True
-    )
+    print(f"embed: {len(images.shards)} shards, {num_done} done, {len(pending)} to go", flush=True)
     pool = EncoderPool(
         clip=clip,
         batch_size=config.batch_size,

@@ -115,30 +115,16 @@ def write_image_shard(
     those of `kept` (None: no others); status "success" exactly for the samples, in their order.
     Returns the number of samples. Raises ValueError when rows and samples do not agree.
     """
+    import tarfile
+
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    # The tar is what webdataset's TarWriter writes, whose import brings torch along: names and
+    # owners are webdataset's. Times are 0, so that equal samples give equal bytes.
     tar_path = folder / f"{name}.tar"
-    keys = _write_tar(tar_path, samples)
-    stored = [row["key"] for row in rows if row["status"] == STORED]
-    if stored != keys or keys != sorted(set(keys)):
-        raise ValueError(f"{tar_path}: samples are not the stored rows, in strictly rising order")
-    np.save(folder / f"{name}.idx.npy", index_tar(tar_path), allow_pickle=False)
-    schema = pa.schema([*row_schema(), *(kept or [])])
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
-    pq.write_table(table, folder / f"{name}.parquet")
-    return len(keys)
-
-
-def _write_tar(path: Path, samples: Iterable[Sample]) -> list[str]:
-    """Write what webdataset's TarWriter writes, whose import brings torch along; return the keys.
-
-    Names and owners are webdataset's, times are 0: equal samples give equal bytes.
-    """
-    import tarfile
-
     keys: list[str] = []
-    with tarfile.open(path, "x") as tar:
+    with tarfile.open(tar_path, "x") as tar:
         for sample in samples:
             keys.append(sample.key)
             metadata = json.dumps(dict(sample.json), sort_keys=True, ensure_ascii=False)
@@ -152,7 +138,16 @@ def _write_tar(path: Path, samples: Iterable[Sample]) -> list[str]:
                 member.size, member.mode = len(data), 0o444
                 member.uname = member.gname = "bigdata"
                 tar.addfile(member, io.BytesIO(data))
-    return keys
+
+    # Its index, and the table
+    stored = [row["key"] for row in rows if row["status"] == STORED]
+    if stored != keys or keys != sorted(set(keys)):
+        raise ValueError(f"{tar_path}: samples are not the stored rows, in strictly rising order")
+    np.save(folder / f"{name}.idx.npy", index_tar(tar_path), allow_pickle=False)
+    schema = pa.schema([*row_schema(), *(kept or [])])
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    pq.write_table(table, folder / f"{name}.parquet")
+    return len(keys)
 
 
 def index_tar(path: Root) -> np.ndarray:
@@ -260,19 +255,6 @@ def _require_length(where: str | Path, found: int, expected: int) -> None:
         raise ValueError(f"{where}: has {found} rows, expected {expected}; rerun its stage")
 
 
-def _read_ahead(array: np.ndarray) -> None:
-    """Read a mapped file sequentially into memory.
-
-    Rows are read in a shuffled order, in which each first touch of a page would be a fault, and on
-    a cold disk a seek.
-    """
-    mapped = array.base
-    if isinstance(mapped, mmap.mmap):
-        mapped.madvise(mmap.MADV_WILLNEED)
-        with suppress(OSError):  # before Linux 5.14
-            mapped.madvise(MADV_POPULATE_READ)
-
-
 # -- embedding shards --------------------------------------------------------------------------
 
 
@@ -335,8 +317,14 @@ class EmbedShard:
         self._table = open(file(f"{self.name}.keys.parquet"), "rb")  # noqa: SIM115 - read when needed
 
     def _array(self, column: str) -> np.ndarray:
-        _read_ahead(self._arrays[column])
-        array = np.asarray(self._arrays[column])
+        array = self._arrays[column]
+        # The file is read sequentially into memory. Rows are read in a shuffled order, in which
+        # each first touch of a page would be a fault, and on a cold disk a seek.
+        if isinstance(array.base, mmap.mmap):
+            array.base.madvise(mmap.MADV_WILLNEED)
+            with suppress(OSError):  # before Linux 5.14
+                array.base.madvise(MADV_POPULATE_READ)
+        array = np.asarray(array)
         return array if self._rows is None else array[self._rows]
 
     @cached_property

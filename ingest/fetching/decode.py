@@ -172,7 +172,15 @@ def decode_to(image: "Image.Image", target: tuple[int, int]) -> "Image.Image":
     decoded = image.draft(None, (width, height))
     box = decoded[1] if decoded is not None else (0, 0, *original)
     image.load()
-    image = _over_white(image)
+    # RGB: 16 bits are reduced to 8, transparency is blended over white
+    if image.mode.startswith("I"):  # 16-bit grey, as PNG stores it
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     if target == original:
         return image
     return image.resize(target, Image.Resampling.BICUBIC, box=box, reducing_gap=MIN_OVERSAMPLING)
@@ -208,16 +216,3 @@ def _upright(image: "Image.Image", orientation: int) -> "Image.Image":
         8: Transpose.ROTATE_90,
     }
     return image.transpose(turns[orientation]) if orientation in turns else image
-
-
-def _over_white(image: "Image.Image") -> "Image.Image":
-    """Return `image` as RGB, transparency blended over white, 16 bits reduced to 8."""
-    from PIL import Image
-
-    if image.mode.startswith("I"):  # 16-bit grey, as PNG stores it
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")

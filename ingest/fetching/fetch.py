@@ -199,34 +199,8 @@ class Fetcher:
 
     def _request(self, url: Url, accept: str = "image/*") -> urllib3.BaseHTTPResponse:
         host, port = (url.host or "").strip("[]"), url.port or PORTS[url.scheme or ""]
-        error = FetchError("unreachable")
-        for address in self._addresses(host, port)[:3]:
-            pool = self._pool(url.scheme or "", host, address, port)
-            netloc = f"[{host}]" if ":" in host else host
-            headers = {
-                "Host": netloc if url.port is None else f"{netloc}:{url.port}",
-                "User-Agent": self.policy.user_agent,
-                "Accept": accept,
-                "Accept-Encoding": "identity",
-            }
-            try:
-                return pool.urlopen(
-                    "GET",
-                    url.request_uri,
-                    headers=headers,
-                    redirect=False,
-                    retries=False,
-                    assert_same_host=False,
-                    preload_content=False,
-                    decode_content=False,
-                    timeout=net.remaining(self.policy.connect_seconds),
-                )
-            except (HTTPError, OSError, http.client.HTTPException, ValueError) as problem:
-                error = FetchError(_connection_reason(problem))
-        raise error
 
-    def _addresses(self, host: str, port: int) -> list[str]:
-        """Resolve a name once; all of its addresses must be public, or the pair be allowed."""
+        # The name is resolved once; all of its addresses must be public, or the pair be allowed
         allowed = (host.lower(), port) in self.policy.allow_addresses
         if not allowed and port not in PORTS.values():
             raise FetchError("port_refused")
@@ -241,7 +215,33 @@ class Fetcher:
             raise FetchError("unresolved") from None
         if not allowed and not all(net.is_public(address) for address in addresses):
             raise FetchError("address_refused")
-        return addresses
+
+        # The first address that answers
+        netloc = f"[{host}]" if ":" in host else host
+        headers = {
+            "Host": netloc if url.port is None else f"{netloc}:{url.port}",
+            "User-Agent": self.policy.user_agent,
+            "Accept": accept,
+            "Accept-Encoding": "identity",
+        }
+        failure = FetchError("unreachable")
+        for address in addresses[:3]:
+            pool = self._pool(url.scheme or "", host, address, port)
+            try:
+                return pool.urlopen(
+                    "GET",
+                    url.request_uri,
+                    headers=headers,
+                    redirect=False,
+                    retries=False,
+                    assert_same_host=False,
+                    preload_content=False,
+                    decode_content=False,
+                    timeout=net.remaining(self.policy.connect_seconds),
+                )
+            except (HTTPError, OSError, http.client.HTTPException, ValueError) as problem:
+                failure = FetchError(_connection_reason(problem))
+        raise failure
 
     def _pool(self, scheme: str, host: str, address: str, port: int) -> urllib3.HTTPConnectionPool:
         key = (scheme, host, address, port)

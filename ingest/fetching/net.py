@@ -119,9 +119,14 @@ class Tunnel:
         except ValueError:  # whose message may contain a part of a password
             url, valid = None, False
         if url is None or not valid:
+            # The message contains no user and no password
+            scheme, slashes, _ = proxy.partition("://")
+            start = f"{scheme}{slashes}" if slashes and scheme.isalnum() else ""
+            user, _, place = proxy.rpartition("@")
+            shown = start + place if user else place
             raise ValueError(
-                f"--proxy: found {_without_password(proxy)!r}, expected http://HOST:PORT, or "
-                "environment with HTTPS_PROXY set to one"
+                f"--proxy: found {shown!r}, expected http://HOST:PORT, or environment with "
+                "HTTPS_PROXY set to one"
             )
         self._authorization = ""
         if url.username is not None:
@@ -155,14 +160,6 @@ class Tunnel:
         if status == [b"407"]:
             raise OSError(errno.ENETUNREACH, "the proxy asks for other credentials")
         raise ConnectionRefusedError(f"the proxy does not connect to {target}")
-
-
-def _without_password(proxy: str) -> str:
-    """Return a proxy's URL, or what was given for one, without user and password."""
-    scheme, slashes, _ = proxy.partition("://")
-    plain = f"{scheme}{slashes}" if slashes and scheme.isalnum() else ""
-    user, _, place = proxy.rpartition("@")
-    return f"{plain}{place}" if user else place
 
 
 def resolve_proxy(proxy: str) -> str:

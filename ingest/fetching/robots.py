@@ -64,12 +64,6 @@ class RobotsCache:
 
         Raises RobotsUnavailableError while the host cannot answer.
         """
-        rules = self._of(origin)
-        if rules.failure is not None:
-            raise RobotsUnavailableError(rules.failure, max(0.0, rules.until - self._clock()))
-        return rules.parser is None or rules.parser.can_fetch(url, self._agent)
-
-    def _of(self, origin: Origin) -> _Rules:
         with self._lock:
             future = self._rules.get(origin)
             stale = future is not None and future.done() and future.result().until <= self._clock()
@@ -87,7 +81,10 @@ class RobotsCache:
                     self._rules.pop(origin, None)
                 future.set_exception(error)
                 raise
-        return future.result()
+        rules = future.result()
+        if rules.failure is not None:
+            raise RobotsUnavailableError(rules.failure, max(0.0, rules.until - self._clock()))
+        return rules.parser is None or rules.parser.can_fetch(url, self._agent)
 
     def _request(self, origin: Origin) -> _Rules:
         from protego import Protego

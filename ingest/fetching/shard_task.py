@@ -9,7 +9,6 @@ import faulthandler
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from ingest.fetching.fetch import Fetcher, FetchPolicy
 from ingest.fetching.retries import FAILED_BEFORE
 from ingest.lists.filters import RowFilter, normalised
 from ingest.shards import (
+    SIZE_COLUMNS,
     STORED,
     Attempt,
     Commit,
@@ -40,8 +40,6 @@ MIN_ROW_DIGITS = 3  # of a key, after the shard's name
 OUTAGE = frozenset({"no_network", "resolver_failed"})  # reasons that mean our own network is down
 OUTAGE_SHARE = 0.5
 GRACE_SECONDS = 60.0  # after a shard's deadline, for the tries in progress and for writing
-
-TableRow = dict[str, Any]  # of a shard's Parquet file
 
 
 class NetworkDownError(OSError):
@@ -125,13 +123,37 @@ def make_shard(job: ShardJob, name: str, rows: "pa.Table", fetcher: Fetcher) -> 
         for row, result in fetched.items():
             covered = forgotten.covers(urls[row], result.sha256)
             results[row] = RowResult(reason=FORGOTTEN) if covered else result
-        if "images" in job.row_filter.config.unique:
-            _mark_repeated_images(results)
+        seen: set[str] = set()  # digests of the fetched bytes of earlier rows
+        for row, result in (
+            sorted(results.items()) if "images" in job.row_filter.config.unique else ()
+        ):
+            if result.sha256 in seen:
+                results[row] = replace(result, image=None, reason="duplicate_image")
+            elif result.sha256 is not None:
+                seen.add(result.sha256)
+
+        # The row of the table of every row of the list, and the sample of those that have one
+        digits = max(MIN_ROW_DIGITS, len(str(job.samples_per_shard - 1)))
+        table: list[dict[str, Any]] = []
+        samples: list[Sample] = []
+        for number, row in enumerate(rows.select(["url", "caption", *job.kept]).to_pylist()):
+            result, image = results[number], results[number].image
+            row |= {"key": f"{name}{number:0{digits}d}", "sha256": result.sha256}
+            if result.reason == FORGOTTEN:
+                row |= dict.fromkeys(("url", "caption", *job.kept))
+            row["status"] = STORED if result.reason is None else status_of(result.reason)
+            for size in SIZE_COLUMNS:
+                row[size] = getattr(image, size) if image else None
+            if image is not None:
+                sample = Sample(
+                    key=row["key"], image_bytes=image.jpeg, caption=row["caption"], json=dict(row)
+                )
+                samples.append(sample)
+            row["error"] = result.reason
+            table.append(row)
 
         # Files and commit
-        table = _table_rows(job, name, rows, results)
         kept = rows.select(job.kept).schema
-        samples = _samples(table, results)
         num_samples = write_image_shard(attempt.path, name, samples, table, kept=kept)
         counts = Counter(outcome(row["status"], row["error"]) for row in table)
         if FAILED_BEFORE in rows.column_names:
@@ -144,47 +166,7 @@ def make_shard(job: ShardJob, name: str, rows: "pa.Table", fetcher: Fetcher) -> 
         )
 
 
-def _mark_repeated_images(results: dict[int, RowResult]) -> None:
-    """Leave out images whose fetched bytes an earlier row of the shard has."""
-    seen: set[str] = set()
-    for row, result in sorted(results.items()):
-        if result.sha256 in seen:
-            results[row] = replace(result, image=None, reason="duplicate_image")
-        elif result.sha256 is not None:
-            seen.add(result.sha256)
-
-
-def _table_rows(
-    job: ShardJob, name: str, rows: "pa.Table", results: Mapping[int, RowResult]
-) -> list[TableRow]:
-    """Return the Parquet row of every row of the list, in order."""
-    digits = max(MIN_ROW_DIGITS, len(str(job.samples_per_shard - 1)))
-    table = []
-    for number, row in enumerate(rows.select(["url", "caption", *job.kept]).to_pylist()):
-        result = results[number]
-        row |= {"key": f"{name}{number:0{digits}d}", "sha256": result.sha256}
-        row["error"] = result.reason
-        if result.reason == FORGOTTEN:
-            row |= dict.fromkeys(("url", "caption", *job.kept))
-        row["status"] = STORED if result.reason is None else status_of(result.reason)
-        for size in ("width", "height", "original_width", "original_height"):
-            row[size] = getattr(result.image, size) if result.image else None
-        table.append(row)
-    return table
-
-
-def _samples(table: list[TableRow], results: Mapping[int, RowResult]) -> Iterator[Sample]:
-    """Yield the sample of every row that has one; its metadata are the row's."""
-    for number, row in enumerate(table):
-        image = results[number].image
-        if image is not None:
-            metadata = {name: value for name, value in row.items() if name != "error"}
-            yield Sample(
-                key=row["key"], image_bytes=image.jpeg, caption=row["caption"], json=metadata
-            )
-
-
-def _write_stats(path: Path, table: list[TableRow], started: float) -> None:
+def _write_stats(path: Path, table: list[dict[str, Any]], started: float) -> None:
     """Write img2dataset's own statistics of a shard; what it calls resizing is decoding here."""
     reasons = Counter(row["error"] or STORED for row in table)
     ended, undecodable = time.time(), reasons["undecodable"] + reasons["too_small"]

@@ -1,8 +1,8 @@
 """Which rows repeat an earlier one, for lists of which not even the URLs fit in memory."""
 
 import tempfile
-from collections.abc import Iterable, Iterator
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,22 +28,23 @@ def repeated(chunks: Iterable[np.ndarray], num_rows: int) -> np.ndarray:
     chunks: uint64 [n] each, in order. They go to a temporary file, 8 bytes a row, and are compared
     a bucket at a time.
     """
-    again = np.zeros(num_rows, bool)
+    is_repeated = np.zeros(num_rows, bool)
     buckets = max(1, -(-num_rows // BUCKET_ROWS))
     with tempfile.TemporaryFile() as file:
         for chunk in chunks:
             chunk.tofile(file)
         for bucket in range(buckets):
-            members = [
-                (hashes[is_member], start + np.flatnonzero(is_member))
-                for start, hashes in _chunks(file)
-                for is_member in [(hashes != 0) & (hashes % buckets == bucket)]
-            ]
+            members: list[tuple[np.ndarray, np.ndarray]] = []  # hashes, and their rows
+            start = file.seek(0)
+            while len(hashes := np.fromfile(file, np.uint64, CHUNK_ROWS)):
+                is_member = (hashes != 0) & (hashes % buckets == bucket)
+                members.append((hashes[is_member], start + np.flatnonzero(is_member)))
+                start += len(hashes)
             if members:
                 hashes, places = (np.concatenate(arrays) for arrays in zip(*members, strict=True))
                 _, first = np.unique(hashes, return_index=True)
-                again[np.delete(places, first)] = True
-    return again
+                is_repeated[np.delete(places, first)] = True
+    return is_repeated
 
 
 def _hashes(column: "pa.ChunkedArray") -> np.ndarray:
@@ -55,11 +56,3 @@ def _hashes(column: "pa.ChunkedArray") -> np.ndarray:
     hashes = hash_array(np.array(urls, object), categorize=False)
     blank = np.array([not url for url in urls], bool)
     return np.where(blank, 0, np.maximum(hashes, 1)).astype(np.uint64)
-
-
-def _chunks(file: IO[bytes]) -> Iterator[tuple[int, np.ndarray]]:
-    file.seek(0)
-    start = 0
-    while len(hashes := np.fromfile(file, np.uint64, CHUNK_ROWS)):
-        yield start, hashes
-        start += len(hashes)

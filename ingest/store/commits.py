@@ -83,14 +83,15 @@ def _record(shard: str) -> str:
     return f"_commits/{shard}.json"
 
 
-def _is_record(name: str) -> bool:
+def is_record(name: str) -> bool:
+    """Return whether a file of a folder of records is one: not one that is being written."""
     return name.endswith(".json") and not name.startswith(".")
 
 
 def committed_names(root: Root) -> list[str]:
     """Return the names of all committed shards, in order."""
     names = storage_of(root).names("_commits")
-    return [name.removesuffix(".json") for name in names if _is_record(name)]
+    return [name.removesuffix(".json") for name in names if is_record(name)]
 
 
 def read_commits(root: Root) -> Iterator[Commit]:
@@ -212,7 +213,7 @@ def recover(root: Root) -> None:
     """
     storage = storage_of(root)
     storage.sweep()
-    for name in filter(_is_record, storage.names("_attempts")):
+    for name in filter(is_record, storage.names("_attempts")):
         try:
             owner = json.loads(storage.read(f"_attempts/{name}"))
         except FileNotFoundError:  # its owner finished meanwhile
@@ -271,12 +272,20 @@ class Attempt:
 
         The caller holds the folder (`exclusive`): nobody else may supersede meanwhile.
         """
+        # What is recorded of the generations before: the rows removed since, in their numbering
+        gone, superseded = set(removed), {}
+        for digest, entry in old.superseded.items():
+            before = set(entry["removed"])
+            kept = [row for row in range(entry["num_samples"]) if row not in before]
+            rows = before | {row for place, row in enumerate(kept) if place in gone}
+            superseded[digest] = {"num_samples": entry["num_samples"], "removed": sorted(rows)}
+        superseded[old.digest] = {"num_samples": old.num_samples, "removed": sorted(gone)}
         described = self._described(old.num_samples - len(removed), counts, config_hash)
         commit = replace(
             described,
             undigested=old.undigested,
             generation=old.generation + 1,
-            superseded=_superseded(old, removed),
+            superseded=superseded,
         )
         self._storage.upload(self.path, self._folder)
         self._storage.replace(_record(self.shard), canonical_json(asdict(commit)))
@@ -291,9 +300,7 @@ class Attempt:
             shard=self.shard,
             num_samples=num_samples,
             counts=dict(counts),
-            files={
-                p.name: {"sha256": digest_file(p), "size": p.stat().st_size} for p in digested
-            },
+            files={p.name: {"sha256": digest_file(p), "size": p.stat().st_size} for p in digested},
             config_hash=config_hash,
             attempt=self.id,
             undigested=[path.name for path in paths if path not in digested],
@@ -313,17 +320,6 @@ class Attempt:
 # -- generations ---------------------------------------------------------------------------------
 
 
-def _superseded(old: Commit, removed: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Return what the commit after `old` records of all generations before it."""
-    gone, entries = set(removed), {}
-    for digest, entry in old.superseded.items():
-        before = set(entry["removed"])
-        kept = [row for row in range(entry["num_samples"]) if row not in before]
-        rows = before | {row for place, row in enumerate(kept) if place in gone}
-        entries[digest] = {"num_samples": entry["num_samples"], "removed": sorted(rows)}
-    return {**entries, old.digest: {"num_samples": old.num_samples, "removed": sorted(gone)}}
-
-
 def current_rows(root: Root, commit: Commit, digest: str | None) -> np.ndarray | None:
     """Return, for each row of the generation `digest`, the row to read now; int64 [n].
 
@@ -332,7 +328,10 @@ def current_rows(root: Root, commit: Commit, digest: str | None) -> np.ndarray |
     digest None: the commit's own. Raises ValueError if all samples are removed.
     """
     entry = commit.superseded.get(digest or "", {"num_samples": commit.num_samples, "removed": []})
-    hidden = _tombstone(root, commit)
+    hidden: list[int] = []  # by a --forget of an earlier version that did not finish
+    with suppress(FileNotFoundError):
+        tombstone = json.loads(storage_of(root).read(f"{TOMBSTONES}/{commit.shard}.json"))
+        hidden = tombstone["removed"] if tombstone["digest"] == commit.digest else []
     if digest in (None, commit.digest) and not hidden:
         return None
     num_rows = entry["num_samples"]
@@ -347,15 +346,6 @@ def current_rows(root: Root, commit: Commit, digest: str | None) -> np.ndarray |
         )
     nearest = np.searchsorted(remaining, np.arange(num_rows)) % max(1, len(remaining))
     return rows[remaining[nearest]]
-
-
-def _tombstone(root: Root, commit: Commit) -> list[int]:
-    """Return the rows hidden by a --forget of an earlier version that did not finish."""
-    try:
-        tombstone = json.loads(storage_of(root).read(f"{TOMBSTONES}/{commit.shard}.json"))
-    except FileNotFoundError:
-        return []
-    return tombstone["removed"] if tombstone["digest"] == commit.digest else []
 
 
 @contextmanager

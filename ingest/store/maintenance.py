@@ -1,11 +1,11 @@
 """Work on a folder of shards after its download: verify, forget, drop repeated images.
 
-    <images>/_quarantine/<shard>.<digest>/    the files of a damaged shard, for inspection
-    <images>/_derived/<digest>.json           a folder of embeddings that was made from these images
+<images>/_quarantine/<shard>.<digest>/    the files of a damaged shard, for inspection
+<images>/_derived/<digest>.json           a folder of embeddings that was made from these images
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ingest.store.commits import (
     committed_names,
     exclusive,
     inspect_all,
+    is_record,
     published,
     read_commit,
     read_commits,
@@ -115,7 +116,7 @@ def forget(root: Root, request: Forgotten) -> Removed:
     """
     if read_manifest(root).get("kind") != "images":
         raise ValueError(f"{root}: found embeddings, expected the folder of their images")
-    num_samples = num_rows = num_shards = 0
+    storage, num_samples, num_rows, num_shards = storage_of(root), 0, 0, 0
     with exclusive(root, "--forget"):
         recover(root)
         if request:
@@ -132,15 +133,16 @@ def forget(root: Root, request: Forgotten) -> Removed:
                     num_rows, num_shards = num_rows + len(reasons), num_shards + 1
                 advance()
         unreached = []
-        for embeds in _derived(root):
+        for name in filter(is_record, storage.names("_derived")):
+            embeds = json.loads(storage.read(f"_derived/{name}"))["root"]
             if storage_of(embeds).size(MANIFEST) is None:
                 unreached.append(embeds)
                 continue
             follow_images(root, embeds)
             storage_of(embeds).delete(TOMBSTONES)
         publish_snapshot(root)
-        storage_of(root).delete(TOMBSTONES)
-        storage_of(root).delete("_quarantine")  # damaged files may hold what is to be forgotten
+        storage.delete(TOMBSTONES)
+        storage.delete("_quarantine")  # damaged files may hold what is to be forgotten
     return Removed(
         num_samples=num_samples,
         num_rows=num_rows,
@@ -156,13 +158,6 @@ def record_derived(images: Root, embeds: Root) -> None:
         storage_of(images).create(f"_derived/{digest_of(entry)}.json", canonical_json(entry))
     except PermissionError:
         print(f"warning: {images} cannot be written: its --forget will not find {embeds}")
-
-
-def _derived(root: Root) -> Iterator[str]:
-    storage = storage_of(root)
-    for name in storage.names("_derived"):
-        if name.endswith(".json") and not name.startswith("."):
-            yield json.loads(storage.read(f"_derived/{name}"))["root"]
 
 
 def follow_images(images: Root, embeds: Root) -> None:
@@ -195,16 +190,16 @@ def drop_repeated_images(root: Root) -> int:
         return 0
     commits = committed(root)
     sizes = [commit.num_samples for commit in commits.values()]
-    again = repeated((_image_hashes(root, name) for name in commits), sum(sizes))
+    repeats = repeated((_image_hashes(root, name) for name in commits), sum(sizes))
     with exclusive(root, "--filters.unique images"):
-        for name, places in zip(commits, np.split(again, np.cumsum(sizes)), strict=False):
+        for name, places in zip(commits, np.split(repeats, np.cumsum(sizes)), strict=False):
             if places.any():
                 status = _columns(root, name, "status")["status"]
                 stored = np.flatnonzero([text == STORED for text in status])
                 reasons = {int(row): "duplicate_image" for row in stored[places]}
                 remove_rows(root, published(root, name), reasons)
         storage.replace(UNIQUE, _state(root))
-    return int(again.sum())
+    return int(repeats.sum())
 
 
 def _state(root: Root) -> bytes:

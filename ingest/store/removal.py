@@ -29,7 +29,7 @@ import numpy as np
 from cluster.base.files import canonical_json, digest_of
 from cluster.base.outcomes import RETRIED
 from ingest.shards import EMBED_ARRAYS, SIZE_COLUMNS, STORED, index_tar, outcome
-from ingest.store.commits import Attempt, Commit
+from ingest.store.commits import Attempt, Commit, is_record
 from ingest.store.snapshots import FORGOTTEN_FOLDER
 from ingest.store.storage import Root, is_remote, local_path, storage_of
 
@@ -118,8 +118,7 @@ def record_request(root: Root, request: Forgotten) -> None:
 def read_forgotten(root: Root) -> Forgotten:
     """Return the union of all requests so far."""
     names = storage_of(root).names(FORGOTTEN_FOLDER)
-    records = (name for name in names if name.endswith(".json") and not name.startswith("."))
-    return _read_records(os.fspath(root), tuple(records))
+    return _read_records(os.fspath(root), tuple(filter(is_record, names)))
 
 
 @lru_cache(maxsize=4)
@@ -210,10 +209,10 @@ def remove_embeddings(root: Root, old: Commit, images: Commit) -> Commit | None:
         return None
     name, removed = old.shard, earlier["removed"]
     with local_files(root, old) as folder, Attempt(root, name) as attempt:
-        for part in EMBED_ARRAYS:
-            array = np.load(folder / f"{name}.{part}.npy", allow_pickle=False)
+        for column in EMBED_ARRAYS:
+            array = np.load(folder / f"{name}.{column}.npy", allow_pickle=False)
             kept = np.delete(array, removed, axis=0)
-            np.save(attempt.path / f"{name}.{part}.npy", kept, allow_pickle=False)
+            np.save(attempt.path / f"{name}.{column}.npy", kept, allow_pickle=False)
         table = pq.ParquetFile(folder / f"{name}.keys.parquet").read()
         rows = np.delete(np.arange(table.num_rows), removed)
         numbers = np.arange(len(rows), dtype=np.int32)

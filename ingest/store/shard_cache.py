@@ -10,6 +10,7 @@ share the folder; when it is full, the copies used longest ago are deleted.
 import hashlib
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ingest.store.commits import Commit
@@ -58,14 +59,33 @@ class LocalCopies:
     def path(self, root: Root, name: str, *, sha256: str, size: int) -> Path:
         """Return the path of a copy of a file whose digest and size in bytes are known."""
         path = self._folder / sha256
-        try:
+        with suppress(FileNotFoundError):
             os.utime(path)
-        except FileNotFoundError:
-            self._make_room(join_root(root, name), size)
-            self._copy(root, name, sha256, path)
-        return path
+            return path
 
-    def _copy(self, root: Root, name: str, sha256: str, path: Path) -> None:
+        # Room: the copies used longest ago are deleted until the file fits
+        where = join_root(root, name)
+        if size > self._limit:
+            raise ValueError(
+                f"{where}: has {size} bytes, the cache of local copies may hold {self._limit}; "
+                "raise MINIDALLE2_CACHE_GIB"
+            )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        storage_of(self._folder).sweep()
+        copies: list[tuple[float, int, Path]] = []
+        for copy in self._folder.iterdir():
+            with suppress(FileNotFoundError):  # another process made room
+                status = copy.stat()
+                if not copy.name.startswith("."):
+                    copies.append((status.st_mtime, status.st_size, copy))
+        left = self._limit - size - sum(size for _, size, _ in copies)
+        for used, freed, copy in sorted(copies):
+            if left >= 0 or used > time.time() - IN_USE_SECONDS:
+                break
+            copy.unlink(missing_ok=True)  # a process that has mapped it keeps it
+            left += freed
+
+        # The copy, which appears complete or not at all
         temporary = path.with_name(temporary_name(sha256))
         digest = hashlib.sha256()
         try:
@@ -75,34 +95,11 @@ class LocalCopies:
                     target.write(block)
             if digest.hexdigest() != sha256:
                 raise ValueError(
-                    f"{join_root(root, name)}: differs from its committed sha256; set aside what "
+                    f"{where}: differs from its committed sha256; set aside what "
                     f"is damaged by ingest/download.py --out {root} --verify, then rerun the stage "
                     "that made it"
                 )
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-    def _make_room(self, what: str, size: int) -> None:
-        """Delete the copies used longest ago until `size` more bytes fit."""
-        if size > self._limit:
-            raise ValueError(
-                f"{what}: has {size} bytes, the cache of local copies may hold {self._limit}; "
-                "raise MINIDALLE2_CACHE_GIB"
-            )
-        self._folder.mkdir(parents=True, exist_ok=True)
-        storage_of(self._folder).sweep()
-        copies: list[tuple[float, int, Path]] = []
-        for path in self._folder.iterdir():
-            try:
-                status = path.stat()
-            except FileNotFoundError:  # another process made room
-                continue
-            if not path.name.startswith("."):
-                copies.append((status.st_mtime, status.st_size, path))
-        left = self._limit - size - sum(size for _, size, _ in copies)
-        for used, freed, path in sorted(copies):
-            if left >= 0 or used > time.time() - IN_USE_SECONDS:
-                return
-            path.unlink(missing_ok=True)  # a process that has mapped it keeps it
-            left += freed
+        return path

@@ -128,9 +128,7 @@ def _snapshot_digest(shards: tuple[ShardEntry, ...]) -> str:
     return digest_of(rows)
 
 
-def publish_snapshot(
-    root: Root, excluded: Mapping[str, Sequence[int]] | None = None
-) -> Snapshot:
+def publish_snapshot(root: Root, excluded: Mapping[str, Sequence[int]] | None = None) -> Snapshot:
     """Write the immutable list of what is committed now, and point `_snapshots/latest` at it.
 
     excluded: by shard, the rows that its readers leave out.
