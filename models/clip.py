@@ -277,7 +277,13 @@ def load_clip(spec: str) -> FrozenClip:
     unit_norm, spec = not spec.endswith(RAW), spec.removesuffix(RAW)
     folder = Path(spec)
     if folder.is_dir():
-        return _load_run(folder, unit_norm)
+        step = exported(folder)
+        config = load_config(step)
+        if config["kind"] != "clip":
+            raise ValueError(f"{folder}: found a run of kind {config['kind']}, expected clip")
+        clip = build_clip(ClipConfig(**config["model"]))
+        load_weights(clip, step / "ema.safetensors")
+        return FrozenClip(clip, f"clip-{clip.visual.output_dim}", unit_norm=unit_norm)
     if ":" not in spec:
         raise ValueError(
             f"clip {spec}: found no such folder, expected a finished run of training/clip.py or "
@@ -312,13 +318,3 @@ def clip_config_named(architecture: str) -> ClipConfig:
             embed_dim=32, vision_width=32, vision_depth=1, text_width=32, text_depth=1
         )
     return ClipConfig(architecture=architecture)
-
-
-def _load_run(folder: Path, unit_norm: bool) -> FrozenClip:
-    step = exported(folder)
-    config = load_config(step)
-    if config["kind"] != "clip":
-        raise ValueError(f"{folder}: found a run of kind {config['kind']}, expected clip")
-    clip = build_clip(ClipConfig(**config["model"]))
-    load_weights(clip, step / "ema.safetensors")
-    return FrozenClip(clip, f"clip-{clip.visual.output_dim}", unit_norm=unit_norm)

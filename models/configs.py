@@ -45,8 +45,8 @@ class ClipConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionPriorConfig:
-    """Sizes of a diffusion prior."""
+class TransformerConfig:
+    """Sizes of a prior's transformer."""
 
     width: int = 512
     """channels of the transformer"""
@@ -58,6 +58,12 @@ class DiffusionPriorConfig:
     """dropout probability in every block"""
     qk_norm: bool = True
     """normalise queries and keys: stable in bf16 at high learning rates"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionPriorConfig(TransformerConfig):
+    """Sizes of a diffusion prior."""
+
     schedule: ScheduleName = "cosine"
     """noise schedule"""
     num_timesteps: int = 1000
@@ -84,19 +90,9 @@ class DiffusionPriorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoregressivePriorConfig:
+class AutoregressivePriorConfig(TransformerConfig):
     """Sizes of an autoregressive prior."""
 
-    width: int = 512
-    """channels of the decoder"""
-    depth: int = 6
-    """blocks of the decoder"""
-    num_heads: int = 8
-    """attention heads of the decoder"""
-    dropout: float = 0.0
-    """dropout probability in every block"""
-    qk_norm: bool = True
-    """normalise queries and keys"""
     num_prefix: int = 64
     """positions of z_t and the pooled caption"""
     num_codes: int = 0
@@ -121,19 +117,11 @@ class AutoregressivePriorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegressionPriorConfig:
+class RegressionPriorConfig(TransformerConfig):
     """Sizes of a regression prior."""
 
-    width: int = 512
-    """channels of the transformer"""
     depth: int = 4
     """transformer blocks"""
-    num_heads: int = 8
-    """attention heads"""
-    dropout: float = 0.0
-    """dropout probability in every block"""
-    qk_norm: bool = True
-    """normalise queries and keys"""
     contrastive_weight: float = 0.2
     """weight of the contrastive term beside the squared error"""
     text_tokens: int = 0

@@ -83,24 +83,6 @@ class ImageSampling:
     tile: int = 0
 
 
-class _EmbedToGrid(nn.Sequential):
-    """Map z_i [B, E] to a grid of cells [B, channels, side, side].
-
-    What is where is a product of attributes and places, which one linear map cannot express; a few
-    features per cell, widened to `channels`, keep the second map small.
-    """
-
-    def __init__(self, embed_dim: int, *, channels: int, side: int) -> None:
-        hidden, features = 2 * embed_dim, min(channels, GRID_FEATURES)
-        super().__init__(
-            nn.Linear(embed_dim, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, features * side**2),
-            nn.Unflatten(1, (features, side, side)),
-            nn.Conv2d(features, channels, 1),
-        )
-
-
 def dropped_captions(config: DecoderConfig, keys: Tensor) -> Tensor:
     """Return which samples' captions training drops, bool [B], for sample `keys` int64 [B]."""
     return keyed_random.uniform(keys, "text_drop") < config.text_drop
@@ -167,11 +149,18 @@ class Decoder(nn.Module):
         self.null_image_embed = nn.Parameter(torch.randn(embed_dim) * 0.02)
         self.embed_to_cond = nn.Linear(embed_dim, self.unet.cond_width)
         self.embed_to_tokens = nn.Linear(embed_dim, config.num_embed_tokens * context)
-        self.embed_to_grid = (
-            _EmbedToGrid(embed_dim, channels=config.unet.channels, side=self.unet.grid)
-            if config.embed_grid
-            else None
-        )
+        self.embed_to_grid = None
+        if config.embed_grid:
+            # what is where is a product of attributes and places, which one linear map cannot
+            # express; a few features per cell, widened to the channels, keep the second map small
+            side, features = self.unet.grid, min(config.unet.channels, GRID_FEATURES)
+            self.embed_to_grid = nn.Sequential(
+                nn.Linear(embed_dim, 2 * embed_dim),
+                nn.SiLU(),
+                nn.Linear(2 * embed_dim, features * side**2),
+                nn.Unflatten(1, (features, side, side)),
+                nn.Conv2d(features, config.unet.channels, 1),
+            )
 
         # The caption: CLIP's states, or a text transformer of the decoder's own
         self.text_in = self.text_encoder = self.caption_to_cond = None

@@ -191,27 +191,20 @@ def jpeg(image: Tensor, quality: Tensor) -> Tensor:
     ycc = torch.einsum("cd,bdhw->bchw", to_ycc, padded * 255)
     ycc[:, 0] -= 128
     blocks = ycc.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [B, 3, h, w, 8, 8]
-    cosines = _cosines(image.device)
-    table = _quantisers(quality)[:, :, None, None]  # [B, 3, 1, 1, 8, 8]
+
+    # The orthonormal cosine transform of 8 samples, [frequency, position]
+    k, n = torch.arange(8, device=image.device)[:, None], torch.arange(8, device=image.device)
+    cosines = torch.cos((2 * n + 1) * k * math.pi / 16) / 2
+    cosines[0] /= math.sqrt(2)
+
+    # Tables scaled to the quality as the IJG's library scales them, [B, 3, 1, 1, 8, 8]
+    tables = torch.tensor([_LUMINANCE, _CHROMINANCE, _CHROMINANCE], device=image.device).float()
+    percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[:, None, None, None]
+    table = ((tables * percent + 50) / 100).floor().clamp(1, 255)[:, :, None, None]
+
     coded = (cosines @ blocks @ cosines.T / table).round() * table
     blocks = cosines.T @ coded @ cosines
     ycc = blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)
     ycc[:, 0] += 128
     rgb = torch.einsum("cd,bdhw->bchw", torch.linalg.inv(to_ycc), ycc)
     return (rgb / 255)[:, :, :height, :width].clamp(0, 1)
-
-
-def _cosines(device: torch.device) -> Tensor:
-    """Return the orthonormal cosine transform of 8 samples, [frequency, position]."""
-    k, n = torch.arange(8, device=device)[:, None], torch.arange(8, device=device)
-    cosines = torch.cos((2 * n + 1) * k * math.pi / 16) / 2
-    cosines[0] /= math.sqrt(2)
-    return cosines
-
-
-def _quantisers(quality: Tensor) -> Tensor:
-    """Return the tables [B, 3, 8, 8] of a quality, scaled as the IJG's library scales them."""
-    device = quality.device
-    tables = torch.tensor([_LUMINANCE, _CHROMINANCE, _CHROMINANCE], device=device).float()
-    percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[:, None, None, None]
-    return ((tables * percent + 50) / 100).floor().clamp(1, 255)

@@ -1,6 +1,7 @@
 """FrozenClip against open_clip's own encoders, its preprocessing and its folded vocabulary."""
 
 import copy
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from models.clip import (
     VOCAB_SIZE,
     FrozenClip,
     build_clip,
+    clip_config_named,
     load_clip,
     normalise_pixels,
     preprocess,
@@ -127,8 +129,7 @@ def test_one_spec_is_one_encoder_and_leaves_the_generator_alone(tiny: FrozenClip
 
 def test_other_weights_are_another_encoder(tiny: FrozenClip):
     torch.manual_seed(1)
-    other = build_clip(ClipConfig(embed_dim=32, vision_width=32, vision_depth=1, text_width=32,
-                                  text_depth=1))  # fmt: skip
+    other = build_clip(clip_config_named("tiny"))
     assert FrozenClip(other, "tiny").encoder_id != tiny.encoder_id
 
 
@@ -225,9 +226,8 @@ def test_no_word_folds_onto_padding_start_or_end():
 
 def test_a_folded_clip_pools_at_the_end_of_text():
     clip = FrozenClip(
-        build_clip(ClipConfig(embed_dim=32, vision_width=32, vision_depth=1, text_width=32,
-                              text_depth=1, vocab_size=512)), "folded",
-    )  # fmt: skip
+        build_clip(dataclasses.replace(clip_config_named("tiny"), vocab_size=512)), "folded"
+    )
     tokens = torch.from_numpy(clip.tokenize(CAPTIONS))
     expected = clip.clip.encode_text(tokens.long(), normalize=True)
     torch.testing.assert_close(clip.encode_text(tokens)[0], expected, atol=1e-5, rtol=0)
@@ -319,8 +319,8 @@ def test_workers_that_each_compute_their_rows_are_the_whole_matrix(twice: bool):
     words = torch.tensor([0, 1, 2, 1, 4, 0]) if twice else torch.arange(6)
     negative = words[:, None] != words
     parts = [
-        contrastive(image, text, scale, negative[mine], mine)[0]
-        for mine in (slice(0, 2), slice(2, 4), slice(4, 6))
+        contrastive(image, text, scale, negative[local], local)[0]
+        for local in (slice(0, 2), slice(2, 4), slice(4, 6))
     ]
     found = torch.cat(parts)
     expected = whole_matrix(image, text, scale, negative)
@@ -328,8 +328,8 @@ def test_workers_that_each_compute_their_rows_are_the_whole_matrix(twice: bool):
     if not twice:
         torch.testing.assert_close(found.mean(), open_clip.ClipLoss()(image, text, scale))
     given = (image, text, scale)
-    mine, theirs = (torch.autograd.grad(loss.mean(), given) for loss in (found, expected))
-    torch.testing.assert_close(mine, theirs)
+    ours, theirs = (torch.autograd.grad(loss.mean(), given) for loss in (found, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
 class Largest(TorchDispatchMode):

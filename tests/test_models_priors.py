@@ -22,23 +22,20 @@ HOW = PriorSampling(sampler=SAMPLERS["dpmpp_2m"], sample_steps=4)
 KINDS = ("diffusion", "autoregressive", "regression")
 
 
-def autoregressive(seed: int = 0, **changes) -> AutoregressivePrior:
-    torch.manual_seed(seed)
-    config = AutoregressivePriorConfig(**{
-        "width": 32, "depth": 2, "num_heads": 2, "num_prefix": 4, "num_codes": CODES,
-        "codebook_size": BUCKETS, **changes,
-    })  # fmt: skip
-    return AutoregressivePrior(config, **SIZES)
-
-
-def prior_of(kind: str, **changes) -> Any:
+def prior_of(kind: str, *, context_length: int = LENGTH, **changes) -> Any:
     torch.manual_seed(0)
+    sizes = {**SIZES, "context_length": context_length}
+    small = {"width": 32, "depth": 2, "num_heads": 2}
     if kind == "autoregressive":
-        return autoregressive(**changes)
-    small = {"width": 32, "depth": 2, "num_heads": 2, **changes}
+        small |= {"num_prefix": 4, "num_codes": CODES, "codebook_size": BUCKETS}
+        return AutoregressivePrior(AutoregressivePriorConfig(**{**small, **changes}), **sizes)
     if kind == "diffusion":
-        return DiffusionPrior(DiffusionPriorConfig(**small), **SIZES)
-    return RegressionPrior(RegressionPriorConfig(**small), **SIZES)
+        return DiffusionPrior(DiffusionPriorConfig(**{**small, **changes}), **sizes)
+    return RegressionPrior(RegressionPriorConfig(**{**small, **changes}), **sizes)
+
+
+def autoregressive(**changes) -> AutoregressivePrior:
+    return prior_of("autoregressive", **changes)
 
 
 def captions(count: int = 4, seed: int = 0) -> PriorText:
@@ -52,8 +49,7 @@ def captions(count: int = 4, seed: int = 0) -> PriorText:
 
 
 def rows(text: PriorText, index: Any) -> PriorText:
-    parts = {name: value[index] for name, value in vars(text).items()}
-    return PriorText(**parts)
+    return PriorText(**{name: value[index] for name, value in vars(text).items()})
 
 
 def images(count: int = 4, seed: int = 1) -> Tensor:
@@ -93,19 +89,8 @@ def test_leaving_out_what_only_pads_changes_nothing(kind: str, own_tokens: bool)
     torch.manual_seed(1)
     text = torch.randint(1, 50, (count, words)) if own_tokens else torch.randn(count, words, TEXT)
     whole = PriorText(text_embed=embed, text=text, token_mask=mask)
-    torch.manual_seed(0)
-    sizes = {**SIZES, "context_length": words}
-    changes: dict[str, Any] = {"width": 32, "depth": 2, "num_heads": 2}
-    changes |= {"text_tokens": words} if own_tokens else {}
-    if kind == "diffusion":
-        changes |= {"text_drop": 0.5}
-        prior: Any = DiffusionPrior(DiffusionPriorConfig(**changes), **sizes)
-    elif kind == "autoregressive":
-        changes |= {"num_prefix": 4, "num_codes": CODES, "codebook_size": BUCKETS}
-        prior = AutoregressivePrior(AutoregressivePriorConfig(**changes), **sizes)
-    else:
-        prior = RegressionPrior(RegressionPriorConfig(**changes), **sizes)
-    prior.eval()
+    changes = {"text_tokens": words} if own_tokens else {}
+    prior = prior_of(kind, context_length=words, **changes).eval()
     assert whole.trimmed().text.shape[1] == 16
     for part in (whole, whole.trimmed()):
         loss = prior.losses(torch.arange(count), images(count), part)["loss"]
@@ -228,19 +213,17 @@ def test_logits_read_what_stands_before_them_alone():
 
 
 def test_a_dropped_caption_is_not_read_and_a_kept_one_is():
-    prior, text, drop = (
-        autoregressive().eval(),
-        captions(),
-        torch.tensor([True, True, False, False]),
-    )
+    prior, text = autoregressive().eval(), captions()
+    drop = torch.tensor([True, True, False, False])
     before = prior.prefix(text, drop)
     after = prior.prefix(captions(seed=5), drop)
     torch.testing.assert_close(after[:2], before[:2])
     assert ((after[2:] - before[2:]).abs().amax((1, 2)) > 1e-3).all()
 
 
-def test_a_tenth_of_the_captions_is_dropped():
-    prior, text, seen = autoregressive(depth=1), captions(4000), []
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
+def test_a_tenth_of_the_captions_is_dropped(kind: str):
+    prior, text, seen = prior_of(kind, depth=1), captions(4000), []
     prior.register_forward_hook(lambda module, args, output: seen.append(args[3]))
     with torch.no_grad():
         prior.losses(torch.arange(4000), images(4000), text)

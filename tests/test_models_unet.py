@@ -38,6 +38,12 @@ def decoder(**changes) -> Decoder:
     return Decoder(config, image_size=SIZE, embed_dim=EMBED, text_width=TEXT)
 
 
+def upsampler() -> Any:
+    torch.manual_seed(0)
+    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
+    return awake(Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=8))
+
+
 def condition(count: int) -> Condition:
     rng = torch.Generator().manual_seed(0)
     mask = (torch.arange(LENGTH) < 3).expand(count, -1).clone()
@@ -141,13 +147,9 @@ def test_every_parameter_gets_a_gradient():
 
 def changed(name: str) -> Condition:
     old = condition(2)
-    parts = {
-        "image_embed": old.image_embed,
-        "text_states": old.text_states,
-        "token_mask": old.token_mask,
-    }
-    parts[name] = ~parts[name] if name == "token_mask" else parts[name].flip(1)
-    return Condition(**parts)
+    value = getattr(old, name)
+    changes: Any = {name: ~value if name == "token_mask" else value.flip(1)}
+    return dataclasses.replace(old, **changes)
 
 
 @pytest.mark.parametrize("embed_grid", [False, True])
@@ -156,8 +158,8 @@ def test_a_dropped_condition_is_not_read_and_a_kept_one_is(name: str, embed_grid
     model, t, x = awake(decoder(embed_grid=embed_grid)), torch.tensor([10, 900]), images(2)
     part = "image" if name == "image_embed" else "text"
     for dropped in (True, False):
-        mine = drops(**{"image": False, "text": False, part: dropped})
-        before, after = (model(x, t, c, *mine) for c in (condition(2), changed(name)))
+        hidden = drops(**{"image": False, "text": False, part: dropped})
+        before, after = (model(x, t, c, *hidden) for c in (condition(2), changed(name)))
         assert torch.allclose(before, after, atol=1e-5) == dropped
 
 
@@ -194,12 +196,16 @@ def test_captions_are_asked_for_where_they_were_trained_with():
 
 
 def test_noise_on_the_embedding_keeps_it_on_the_sphere():
-    given = condition(2000)
-    found = decoder(embed_noise=0.5)._noised(torch.arange(2000), given).image_embed
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(2000))
-    cosine = (found * given.image_embed).sum(1)
+    given, seen = condition(500), []
+    for embed_noise in (0.5, 0.0):
+        model = decoder(embed_noise=embed_noise)
+        model.register_forward_hook(lambda module, args, output: seen.append(args[2].image_embed))
+        with torch.no_grad():
+            model.losses(torch.arange(500), images(500), given)
+    torch.testing.assert_close(seen[0].norm(dim=1), torch.ones(500))
+    cosine = (seen[0] * given.image_embed).sum(1)
     assert cosine.min() < 0.95 and cosine.mean() > 0.85  # up to a half of the signal's length
-    assert decoder()._noised(torch.arange(2000), given) is given
+    assert torch.equal(seen[1], given.image_embed)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
@@ -219,29 +225,27 @@ def test_the_loss_of_a_silent_network_is_the_targets_energy(prediction: str):
 # -- sampling --------------------------------------------------------------------------------------
 
 
-def sample_decoder(keys: torch.Tensor, how: ImageSampling) -> torch.Tensor:
-    model, all_of = awake(decoder()), condition(4)
-    assert all_of.text_states is not None and all_of.token_mask is not None
-    mine = Condition(
-        image_embed=all_of.image_embed[keys], text_states=all_of.text_states[keys],
-        token_mask=all_of.token_mask[keys],
+def sample_decoder(keys: torch.Tensor, options: ImageSampling) -> torch.Tensor:
+    model, every = awake(decoder()), condition(4)
+    assert every.text_states is not None and every.token_mask is not None
+    chosen = Condition(
+        image_embed=every.image_embed[keys], text_states=every.text_states[keys],
+        token_mask=every.token_mask[keys],
     )  # fmt: skip
-    return model.sample(keys, mine, how)
+    return model.sample(keys, chosen, options)
 
 
-def sample_upsampler(keys: torch.Tensor, how: ImageSampling) -> torch.Tensor:
-    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
-    torch.manual_seed(0)
-    model = awake(Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=8))
-    return model.sample(keys, images(4, 4)[keys], how)
+def sample_upsampler(keys: torch.Tensor, options: ImageSampling) -> torch.Tensor:
+    model = upsampler()
+    return model.sample(keys, images(4, 4)[keys], options)
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 @pytest.mark.parametrize("sample", [sample_decoder, sample_upsampler])
 def test_the_same_key_gives_the_same_image_in_any_batch(sampler: str, sample: Callable):
-    how = ImageSampling(sampler=SAMPLERS[sampler], sample_steps=3, cfg_scale=2.0)
-    whole = sample(torch.arange(4), how)
-    alone = torch.cat([sample(torch.tensor([i]), how) for i in (3, 1)])
+    options = ImageSampling(sampler=SAMPLERS[sampler], sample_steps=3, cfg_scale=2.0)
+    whole = sample(torch.arange(4), options)
+    alone = torch.cat([sample(torch.tensor([i]), options) for i in (3, 1)])
     torch.testing.assert_close(alone, whole[[3, 1]], atol=1e-4, rtol=0)
     assert whole.shape == (4, 3, SIZE, SIZE) and whole.abs().max() <= 1
     assert (whole[0] != whole[1]).any()
@@ -250,19 +254,8 @@ def test_the_same_key_gives_the_same_image_in_any_batch(sampler: str, sample: Ca
 # -- the upsampler ---------------------------------------------------------------------------------
 
 
-def test_an_upsampler_runs_at_sizes_it_was_not_trained_at():
-    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
-    model = awake(Upsampler(UpsamplerConfig(unet=unet), factor=4, crop_size=16))
-    how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
-    for height, width in ((4, 4), (8, 8), (6, 10)):
-        low_res = torch.zeros(1, 3, height, width)
-        found = model.sample(torch.tensor([0]), low_res, how)
-        assert found.shape == (1, 3, 4 * height, 4 * width)
-
-
 def test_an_upsampler_reads_its_low_resolution():
-    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
-    model = awake(Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=8))
+    model = upsampler()
     x, t = images(2), torch.tensor([10, 900])
     assert (model(x, t, images(2, 4)) != model(x, t, -images(2, 4))).any()
 
@@ -286,34 +279,30 @@ class Pointwise(nn.Module):
 
 @pytest.mark.parametrize("sides", [(12, 12), (8, 20), (6, 6), (14, 6)])
 def test_an_upsampler_in_parts_is_the_whole_where_it_looks_at_pixels_alone(sides: tuple[int, int]):
-    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
-    model = Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=8)
+    model = upsampler()
     pointwise = Pointwise()
     model.unet = cast(Any, pointwise)
     keys, low_res = torch.arange(2), torch.rand(2, 3, *sides) * 2 - 1
-    how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
-    whole = model.sample(keys, low_res, how)
+    options = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
+    whole = model.sample(keys, low_res, options)
     assert {*pointwise.seen} == {(2 * sides[0], 2 * sides[1])}
     pointwise.seen.clear()
-    parts = model.sample(keys, low_res, dataclasses.replace(how, tile=16))
+    parts = model.sample(keys, low_res, dataclasses.replace(options, tile=16))
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
     assert max(max(seen) for seen in pointwise.seen) <= 16
 
 
 def test_an_upsampler_in_parts_is_near_the_whole():
-    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
-    torch.manual_seed(0)
-    model = awake(Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=8))
-    how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=4)
+    model = upsampler()
+    options = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=4)
     keys, low_res = torch.arange(2), images(2, 32)
-    whole = model.sample(keys, low_res, how)
-    parts = model.sample(keys, low_res, dataclasses.replace(how, tile=32))
+    whole = model.sample(keys, low_res, options)
+    parts = model.sample(keys, low_res, dataclasses.replace(options, tile=32))
     assert (parts - whole).abs().mean() < 0.2 * whole.std() < 0.2 * (parts - whole.flip(0)).std()
 
 
 def test_parts_that_do_not_halve_are_refused():
-    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
-    model = Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=8)
-    how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=1, tile=7)
+    model = upsampler()
+    options = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=1, tile=7)
     with pytest.raises(ValueError, match="tile: found 7, expected a multiple of 2 px"):
-        model.sample(torch.arange(1), torch.zeros(1, 3, 16, 16), how)
+        model.sample(torch.arange(1), torch.zeros(1, 3, 16, 16), options)

@@ -86,11 +86,11 @@ def test_finished_runs_join_into_a_chain_from_caption_to_image(
     whole = UnClip.load(clip, runs["prior"], runs["decoder"], (runs["upsampler"],))
     image = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
     prior = PriorSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
-    how = Sampling(prior=prior, decoder=image, upsampler=image)
+    sampling = Sampling(prior=prior, decoder=image, upsampler=image)
     keys, captions = torch.arange(2), ["a red cube", "a blue cone"]
-    embed = whole.sample_prior(keys, captions, how)
+    embed = whole.sample_prior(keys, captions, sampling)
     assert embed.shape == (2, clip.embed_dim)
-    assert whole.render(keys, captions, embed, how).shape == (2, 3, 16, 16)
+    assert whole.render(keys, captions, embed, sampling).shape == (2, 3, 16, 16)
 
 
 def test_a_prior_alone_imagines_as_the_whole_chain_does_and_draws_nothing(
@@ -100,13 +100,13 @@ def test_a_prior_alone_imagines_as_the_whole_chain_does_and_draws_nothing(
     alone = UnClip.load(clip, runs["prior"])
     image = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
     prior = PriorSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
-    how = Sampling(prior=prior, decoder=image, upsampler=image)
+    sampling = Sampling(prior=prior, decoder=image, upsampler=image)
     keys, captions = torch.arange(2), ["a red cube", "a blue cone"]
-    embed = alone.sample_prior(keys, captions, how)
+    embed = alone.sample_prior(keys, captions, sampling)
     whole = UnClip.load(clip, runs["prior"], runs["decoder"])
-    assert torch.equal(embed, whole.sample_prior(keys, captions, how))
+    assert torch.equal(embed, whole.sample_prior(keys, captions, sampling))
     with pytest.raises(ValueError, match="decoder: found none"):
-        alone.render(keys, captions, embed, how)
+        alone.render(keys, captions, embed, sampling)
     with pytest.raises(ValueError, match="found an upsampler without a decoder"):
         UnClip.load(clip, runs["prior"], upsamplers=(runs["upsampler"],))
 

@@ -30,17 +30,16 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def _stream(purpose: str) -> int:
-    """Hash a purpose ("eps", "t", "text_drop") to a signed 64-bit stream number (FNV-1a)."""
-    value = 0xCBF29CE484222325
-    for byte in purpose.encode():
-        value = ((value ^ byte) * 0x100000001B3) % (1 << 64)
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
 def bits(keys: Tensor, purpose: str, count: int) -> Tensor:
-    """Return int64 [B, count] of uniform 64-bit words for int64 `keys` [B]."""
-    keyed = _mix(keys * _GOLDEN + _stream(purpose))  # [B]
+    """Return int64 [B, count] of uniform 64-bit words for int64 `keys` [B].
+
+    purpose: "eps", "t", "text_drop", ..., hashed to the number of a stream (FNV-1a).
+    """
+    stream = 0xCBF29CE484222325
+    for byte in purpose.encode():
+        stream = ((stream ^ byte) * 0x100000001B3) % (1 << 64)
+    stream -= (1 << 64) if stream >= 1 << 63 else 0  # signed
+    keyed = _mix(keys * _GOLDEN + stream)  # [B]
     counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
     return _mix(keyed[:, None] + counter[None, :])  # [B, count]
 

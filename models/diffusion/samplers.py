@@ -6,7 +6,7 @@ samplers ignore it. The schedule determines the timesteps that they visit.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,16 +16,8 @@ from models.diffusion.schedule import NoiseSchedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
-
-
-class Sampler(Protocol):
-    """From x_T [B, ...], or any x at the schedule's first timestep, to x0 [B, ...]."""
-
-    def __call__(
-        self, denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
-    ) -> Tensor:
-        """Sample in `sample_steps` steps; see the module for the arguments."""
-        ...
+# From x_T [B, ...], or any x at the schedule's first timestep, to x0 [B, ...]
+Sampler = Callable[[Denoiser, Tensor, NoiseSchedule, int, Noise], Tensor]
 
 
 def _transitions(

@@ -41,13 +41,6 @@ _BETAS: dict[ScheduleName, Callable[[int], np.ndarray]] = {
 }
 
 
-def _without_terminal_signal(alpha_bar: np.ndarray) -> np.ndarray:
-    """Shift and scale sqrt(alpha_bar) to end in 0 and begin as before (Lin et al. 2023,
-    algorithm 1)."""
-    signal = np.sqrt(alpha_bar)
-    return ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
-
-
 KARRAS_RHO, KARRAS_SIGMA_MAX = 7.0, 80.0  # Karras et al. 2022, table 1
 
 
@@ -92,7 +85,9 @@ class NoiseSchedule:
             )
         alpha_bar = np.cumprod(1 - beta)
         if zero_terminal:
-            alpha_bar = _without_terminal_signal(alpha_bar)
+            # shift and scale the signal to end in 0 and begin as before (Lin et al. 2023, algo. 1)
+            signal = np.sqrt(alpha_bar)
+            alpha_bar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
         return cls(alpha_bar=torch.from_numpy(alpha_bar))
 
     def spaced(self, spacing: Spacing) -> "NoiseSchedule":
@@ -104,25 +99,21 @@ class NoiseSchedule:
 
         trailing: T k / n - 1, k = n ... 1, from the last one on (Lin et al. 2023, table 2);
         strided: evenly from T - 1 to 0, both visited (Nichol & Dhariwal 2021, section 4); karras:
-        evenly in (sigma / signal)^(1/7), both ends visited (Karras et al. 2022, eq. 5).
+        evenly in (sigma / signal)^(1/7), both ends visited (Karras et al. 2022, eq. 5), at the
+        timesteps nearest to those sigmas, none twice.
         """
         last, count = self.num_timesteps - 1, sample_steps
         if not 1 <= count <= self.num_timesteps:
             raise ValueError(f"sample_steps: found {count}, expected 1 to {self.num_timesteps}")
         if self.spacing == "trailing" or count == 1:
             return [round(self.num_timesteps * k / count) - 1 for k in range(count, 0, -1)]
-        if self.spacing == "karras":
-            return self._karras_timesteps(count)
-        return [round(last * k / (count - 1)) for k in reversed(range(count))]
-
-    def _karras_timesteps(self, count: int) -> list[int]:
-        """Return the timesteps whose sigma / signal are nearest to those of the paper, none
-        twice."""
+        if self.spacing == "strided":
+            return [round(last * k / (count - 1)) for k in reversed(range(count))]
         sigma = ((1 - self.alpha_bar) / self.alpha_bar).sqrt().cpu().numpy()
         # the first step starts at the last timestep, whose sigma may be infinite, and leads to here
         largest = min(float(sigma[-1]), KARRAS_SIGMA_MAX)
         roots = np.linspace(largest ** (1 / KARRAS_RHO), float(sigma[0]) ** (1 / KARRAS_RHO), count)
-        timesteps = [self.num_timesteps - 1]
+        timesteps = [last]
         for left, target in zip(range(count - 2, -1, -1), roots[1:] ** KARRAS_RHO, strict=True):
             nearest = int(np.abs(sigma - target).argmin())
             timesteps.append(max(min(nearest, timesteps[-1] - 1), left))

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models.configs import TransformerConfig
+
 TRIM_MULTIPLE = 8  # tokens
 
 
@@ -177,6 +179,15 @@ class Block(nn.Module):
         h = self.attention(self.norm_1(x), mask, num_queries, cache)  # [B, N, W]
         x = x[:, -num_queries:] + self.dropout(h)  # [B, N, W]
         return x + self.dropout(self.mlp(self.norm_2(x)))  # [B, N, W]
+
+
+def prior_blocks(config: TransformerConfig) -> nn.ModuleList:
+    """Build the blocks of a prior's transformer."""
+    width, num_heads = config.width, config.num_heads
+    return nn.ModuleList(
+        Block(width=width, num_heads=num_heads, dropout=config.dropout, qk_norm=config.qk_norm)
+        for _ in range(config.depth)
+    )
 
 
 class TextInput(nn.Module):

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from models.configs import AutoregressivePriorConfig
 from models.diffusion import keyed_random
-from models.networks.transformer import Block, KeyValues, TextEncoder, attend, without_autocast
+from models.networks.transformer import (
+    KeyValues,
+    TextEncoder,
+    attend,
+    prior_blocks,
+    without_autocast,
+)
 from models.priors.base import PriorSampling, PriorText
 
 RANGE = 4.0  # standard deviations; values beyond go to the outermost buckets
@@ -166,11 +172,7 @@ class AutoregressivePrior(nn.Module):
         # The decoder; the last code is no input
         length = config.num_prefix + config.num_codes
         self.position = nn.Parameter(torch.randn(1, length, width) * 0.02)
-        self.blocks = nn.ModuleList(
-            Block(width=width, num_heads=config.num_heads, dropout=config.dropout,
-                  qk_norm=config.qk_norm)
-            for _ in range(config.depth)
-        )  # fmt: skip
+        self.blocks = prior_blocks(config)
         self.norm_out = nn.LayerNorm(width)
 
         # Smooth tables. Buckets have an order, of which a table of independent rows would have to

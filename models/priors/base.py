@@ -1,7 +1,7 @@
 """What the three priors share: the caption as their input, sampling options, and the scale of
 image embeddings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -39,8 +39,7 @@ class PriorText:
         compiled network sees few.
         """
         length = trimmed_length(self.token_mask)
-        text, token_mask = self.text[:, :length], self.token_mask[:, :length]
-        return PriorText(text_embed=self.text_embed, text=text, token_mask=token_mask)
+        return replace(self, text=self.text[:, :length], token_mask=self.token_mask[:, :length])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ from models.diffusion.samplers import analytic_ddpm, clipped, gaussian_posterior
 from models.diffusion.schedule import NoiseSchedule
 from models.networks.transformer import (
     TRIM_MULTIPLE,
-    Block,
     KeyValues,
     TextInput,
     TimestepMLP,
     causal_mask,
+    prior_blocks,
 )
 from models.priors.base import EmbedScale, PriorSampling, PriorText
 
@@ -78,15 +78,7 @@ class DiffusionPrior(nn.Module):
         self.null_text = nn.Parameter(torch.randn(1, num_nulls, width) * 0.02)
         self.null_text_embed = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.position = nn.Parameter(torch.randn(1, self.length, width) * 0.02)
-        self.blocks = nn.ModuleList(
-            Block(
-                width=width,
-                num_heads=config.num_heads,
-                dropout=config.dropout,
-                qk_norm=config.qk_norm,
-            )
-            for _ in range(config.depth)
-        )
+        self.blocks = prior_blocks(config)
         self.norm_out = nn.LayerNorm(width)
         self.out = nn.Linear(width, embed_dim)
         self.scale = EmbedScale(embed_dim)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.configs import RegressionPriorConfig
 from models.diffusion.losses import contrastive
-from models.networks.transformer import Block, TextInput, without_autocast
+from models.networks.transformer import TextInput, prior_blocks, without_autocast
 from models.priors.base import EmbedScale, PriorSampling, PriorText
 
 CONTRASTIVE_SCALE = 1 / 0.07  # CLIP's initial temperature
@@ -20,10 +20,6 @@ NUM_EXTRA_TOKENS = 2  # z_t, query
 
 # From local rows [b, ...] to the rows of all workers [G, ...] and the slice that is local
 Gather = Callable[[Tensor], tuple[Tensor, slice]]
-
-
-def _single_worker(rows: Tensor) -> tuple[Tensor, slice]:
-    return rows, slice(len(rows))
 
 
 class RegressionPrior(nn.Module):
@@ -49,15 +45,7 @@ class RegressionPrior(nn.Module):
         self.text_embed_in = nn.Linear(embed_dim, width)
         self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.position = nn.Parameter(torch.randn(1, length, width) * 0.02)
-        self.blocks = nn.ModuleList(
-            Block(
-                width=width,
-                num_heads=config.num_heads,
-                dropout=config.dropout,
-                qk_norm=config.qk_norm,
-            )
-            for _ in range(config.depth)
-        )
+        self.blocks = prior_blocks(config)
         self.norm_out = nn.LayerNorm(width)
         self.out = nn.Linear(width, embed_dim)
         self.scale = EmbedScale(embed_dim)
@@ -78,7 +66,11 @@ class RegressionPrior(nn.Module):
         return self.out(self.norm_out(h[:, -1])).float()  # [B, E]
 
     def losses(
-        self, keys: Tensor, image_embed: Tensor, text: PriorText, gather: Gather = _single_worker
+        self,
+        keys: Tensor,
+        image_embed: Tensor,
+        text: PriorText,
+        gather: Gather = lambda rows: (rows, slice(len(rows))),
     ) -> dict[str, Tensor]:
         """Return {"loss", "mse", "accuracy": [B]} of image_embed [B, E]; `keys` are not used.
 
