@@ -189,6 +189,8 @@ def serve_pairs(sets: dict[str, Rows], port: int) -> Iterator[int]:
     Raises ValueError if the port is taken: a URL list that was written for it cannot move.
     """
 
+    heads = {b"\x89PNG": "image/png", b"RIFF": "image/webp", b"GIF8": "image/gif"}
+
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -197,7 +199,8 @@ def serve_pairs(sets: dict[str, Rows], port: int) -> Iterator[int]:
             known = name in sets and row.isdigit() and int(row) < len(sets[name])
             body = sets[name][int(row)]["image"] if known else b"not found"
             self.send_response(200 if known else 404)
-            self.send_header("Content-Type", _media_type(body) if known else "text/plain")
+            media_type = heads.get(body[:4], "image/jpeg") if known else "text/plain"
+            self.send_header("Content-Type", media_type)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -219,8 +222,3 @@ def serve_pairs(sets: dict[str, Rows], port: int) -> Iterator[int]:
     finally:
         server.shutdown()
         server.server_close()
-
-
-def _media_type(body: bytes) -> str:
-    heads = {b"\x89PNG": "image/png", b"RIFF": "image/webp", b"GIF8": "image/gif"}
-    return heads.get(body[:4], "image/jpeg")

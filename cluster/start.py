@@ -77,7 +77,10 @@ def _command(config: StartConfig) -> list[str]:
     if not ipaddress.ip_address(config.bind).is_loopback:  # Ray has its own idea of this one
         command.append(f"--node-ip-address={config.bind}")
     if config.join:
-        offered = {_group(config): SHARES}
+        group = config.group
+        if group == "auto":
+            group = "gpu_group" if NVIDIA.is_dir() else "cpu_group"
+        offered = {group: SHARES}
         command += [f"--address={config.join}", f"--resources={json.dumps(offered)}"]
     else:
         command += ["--head", f"--port={config.port}", f"--dashboard-host={config.bind}"]
@@ -87,12 +90,6 @@ def _command(config: StartConfig) -> list[str]:
         if config.autoscaling_config:
             command.append(f"--autoscaling-config={config.autoscaling_config}")
     return [*command, "--block"] if config.block else command
-
-
-def _group(config: StartConfig) -> str:
-    if config.group != "auto":
-        return config.group
-    return "gpu_group" if NVIDIA.is_dir() else "cpu_group"
 
 
 def _ray() -> str:
@@ -116,7 +113,8 @@ def _require_token(config: StartConfig) -> None:
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if path.is_file() and path.read_text().strip():
-        _require_private(path)
+        if path.stat().st_mode & 0o077 and path.stat().st_uid == os.getuid():
+            raise ValueError(f"{path}: found a token that others can read; run chmod 600 {path}")
         return
     if config.join:
         raise ValueError(f"{path}: found no token, expected a copy of the head's")
@@ -141,11 +139,6 @@ def _is_inner(bind: str) -> bool:
     if address is None or address.is_unspecified or address.is_multicast:
         raise ValueError(f"--bind: found {bind!r}, expected an IP address of this machine")
     return address.is_private
-
-
-def _require_private(path: Path) -> None:
-    if path.stat().st_mode & 0o077 and path.stat().st_uid == os.getuid():
-        raise ValueError(f"{path}: found a token that others can read; run chmod 600 {path}")
 
 
 def _make_token(path: Path) -> None:

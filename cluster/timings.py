@@ -47,17 +47,15 @@ class Timings:
         finally:
             seconds = time.perf_counter() - started + (before["seconds"] if before else 0)
             peak_bytes = max(peak.bytes, before["peak_memory_bytes"] if before else 0)
-            self._keep({
+            row = {
                 "stage": stage, "command": command, "seconds": round(seconds, 2),
                 "images": num_images,
                 "images_per_second": round(num_images / seconds, 2) if num_images else None,
                 "peak_memory_bytes": peak_bytes, "done": attempt.done,
-            })  # fmt: skip
+            }  # fmt: skip
+            self.rows = [other for other in self.rows if other["stage"] != stage] + [row]
+            write_json(self._path, self.rows, indent=1)
         self._expose(stage)
-
-    def _keep(self, row: dict[str, Any]) -> None:
-        self.rows = [other for other in self.rows if other["stage"] != row["stage"]] + [row]
-        write_json(self._path, self.rows, indent=1)
 
     def _expose(self, stage: str) -> None:
         """Set the metric of finished stages; "embed train" and "embed test" are one of them."""

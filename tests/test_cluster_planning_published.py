@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cluster.planning import efficiency as eff
 from cluster.planning.counts import build_encoder, build_model
 from cluster.planning.devices import GPUS
-from cluster.planning.layouts import Layout, Load, step_time
+from cluster.planning.layouts import Layout, step_time
 from cluster.planning.report import DOWNLOAD_A_VCPU, IMAGE_BYTES_256
 from cluster.planning.request import PlanRequest
 from cluster.planning.stages import Stage, build_stages, image_flops
@@ -116,10 +116,9 @@ SD2_PARAMETERS, ADM_PARAMETERS, G14_PARAMETERS = 865_910_724, 295_131_267, 1_366
 def rate(parameters: int, macs: float, gpu: str, workers: int, share: int, micro: int,
          network: str) -> float:  # fmt: skip
     """Samples a second of plain data parallelism; the update is part of the measured compute."""
-    load = Load(parameters=parameters, flops=6 * macs, share=share)
     layout = Layout(zero_stage=0, micro_batch=micro, checkpointing=False)
     mfu = eff.PUBLISHED[network, GPUS[gpu].generation].mfu
-    step = step_time(load, GPUS[gpu], workers, layout, mfu)
+    step = step_time(parameters, 6 * macs, share, GPUS[gpu], workers, layout, mfu)
     return workers * share / (step.compute + step.wait)
 
 

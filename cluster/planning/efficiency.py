@@ -111,9 +111,13 @@ def read_measured(path: str) -> list[Measured]:
                 continue
             if not 0 < float(mfu) <= 1:
                 raise ValueError("mfu outside of (0, 1]")
+            kind = entry.get("network")
+            if not kind:
+                _, network = architecture(read_preset("decoder", preset))
+                kind = "unet_channels_last" if network.unet.channels_last else "unet"
             speeds.append(
                 Measured(
-                    device=str(device), network=entry.get("network") or _network_of(preset),
+                    device=str(device), network=kind,
                     preset=str(preset), mfu=float(mfu),
                     where=f"measured: {where}, {preset} on {device}",
                 )
@@ -124,11 +128,6 @@ def read_measured(path: str) -> list[Measured]:
                 "benchmarks/preset_step.py prints them"
             ) from None
     return speeds
-
-
-def _network_of(preset: str) -> str:
-    _, network = architecture(read_preset("decoder", preset))
-    return "unet_channels_last" if network.unet.channels_last else "unet"
 
 
 def efficiency(
@@ -146,16 +145,15 @@ def efficiency(
         return Efficiency(mfu=share, source="requested: effective_tflops")
     if request.mfu:
         return Efficiency(mfu=request.mfu, source="requested: mfu")
+    # All pieces of the kind's name are in the device's: the memory distinguishes the two A100s
+    pieces = gpu.name.upper().split("-")
     same = [
-        speed for speed in measured if speed.network == network and _is(gpu, speed.device)
+        speed
+        for speed in measured
+        if speed.network == network and all(piece in speed.device.upper() for piece in pieces)
     ]
     exact = [speed for speed in same if speed.preset == preset]
     if exact or same:
         newest = (exact or same)[-1]
         return Efficiency(mfu=newest.mfu, source=newest.where)
     return PUBLISHED[network, gpu.generation]
-
-
-def _is(gpu: Gpu, device: str) -> bool:
-    """Whether a device's name is of that kind; the memory distinguishes the two A100s."""
-    return all(piece in device.upper() for piece in gpu.name.upper().split("-"))

@@ -116,7 +116,9 @@ def training_goodput(checkpoints: Checkpoints, nodes: Nodes) -> float:
 
     # The run grows back at the first complete checkpoint after the repair: half an interval later
     absent = (nodes.repair + (checkpoints.interval + checkpoints.block) / 2) / mtbf
-    short = _poisson_excess(nodes.spares, absent)
+    # E[max(0, K - spares)] of the Poisson number of absent nodes, by E[max(0, spares - K)]
+    below = math.fsum(_poisson_at_most(k, absent) for k in range(nodes.spares))
+    short = max(0.0, absent - nodes.spares + below)
     none_spare = 1 - _poisson_at_most(nodes.spares - 1, absent)
     restart = nodes.restart + none_spare * (nodes.restart + checkpoints.write)
     return max(waiting, with_restart(restart) * max(0.0, 1 - short / nodes.count))
@@ -128,12 +130,6 @@ def _poisson_at_most(most: int, mean: float) -> float:
         return float(most >= 0)
     logs = (k * math.log(mean) - mean - math.lgamma(k + 1) for k in range(most + 1))
     return min(1.0, math.fsum(map(math.exp, logs)))
-
-
-def _poisson_excess(spares: int, mean: float) -> float:
-    """Return E[max(0, K - spares)] for a Poisson K of this mean."""
-    below = math.fsum(_poisson_at_most(k, mean) for k in range(spares))  # E[max(0, spares - K)]
-    return max(0.0, mean - spares + below)
 
 
 def best_checkpoints(checkpoints: Checkpoints, nodes: Nodes) -> tuple[Checkpoints, float]:

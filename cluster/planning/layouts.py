@@ -115,17 +115,12 @@ class Step:
         return self.compute + self.wait + self.update
 
 
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """Work of a step: parameters that are updated, FLOPs a sample, samples of a worker."""
-
-    parameters: int
-    flops: float
-    share: int
-
-
-def step_time(load: Load, gpu: Gpu, workers: int, layout: Layout, mfu: float) -> Step:
+def step_time(
+    parameters: int, flops: float, share: int, gpu: Gpu, workers: int, layout: Layout, mfu: float
+) -> Step:
     """Return how long a step takes on so many GPUs.
+
+    parameters: updated by the step; flops: of training on one sample; share: samples of a worker.
 
     A ring moves (N - 1) / N of the bytes once to reduce and once to gather (Patarasuk & Yuan 2009).
     Reducing gradients hides behind the last micro-batch's backward pass, two thirds of its time
@@ -134,11 +129,11 @@ def step_time(load: Load, gpu: Gpu, workers: int, layout: Layout, mfu: float) ->
     """
     again = 4 / 3 if layout.checkpointing else 1
     again *= ZERO_3_SLOWER if layout.zero_stage == 3 else 1
-    micro = layout.micro_batch * load.flops * again / (gpu.peak_tflops * 1e12 * mfu)
-    count = load.share // layout.micro_batch
+    micro = layout.micro_batch * flops * again / (gpu.peak_tflops * 1e12 * mfu)
+    count = share // layout.micro_batch
     backward = micro * (3 / 4 if layout.checkpointing else 2 / 3)
 
-    once = load.parameters * (workers - 1) / workers / gpu.wire(workers)
+    once = parameters * (workers - 1) / workers / gpu.wire(workers)
     gather, reduce = WEIGHT * once, SENT_GRADIENT * once
     if layout.zero_stage == 0:
         wait = max(0.0, 2 * reduce - backward)
@@ -148,7 +143,7 @@ def step_time(load: Load, gpu: Gpu, workers: int, layout: Layout, mfu: float) ->
         forward = micro - backward
         wait = count * (max(0.0, gather - forward) + max(0.0, gather + reduce - backward))
 
-    updated = load.parameters / (workers if layout.zero_stage else 1)
+    updated = parameters / (workers if layout.zero_stage else 1)
     update = updated * UPDATE_BYTES / gpu.bandwidth
     if layout.offload:  # gradients down, weights up, and the pass over the CPU's memory
         update = updated * (8 / PCIE + UPDATE_BYTES / CPU_UPDATE)
@@ -205,13 +200,13 @@ def place(stage: Stage, gpu: Gpu, workers: int, mfu: float, headroom: float) -> 
     else fits. Of equal times to a thousandth the larger micro-batch comes first, which kernels
     like, then the smaller memory."""
     share = stage.global_batch_size // workers
-    load = Load(parameters=stage.parameters, flops=stage.flops(share), share=share)
+    parameters, flops = stage.parameters, stage.flops(share)
     placements: list[Placement] = []
     for offload in (False, True):
         placements = []
         for layout in layouts(stage, workers, offload=offload):
             memory = memory_of(stage, workers, layout)
-            step = step_time(load, gpu, workers, layout, mfu)
+            step = step_time(parameters, flops, share, gpu, workers, layout, mfu)
             fits = memory.total <= gpu.memory_bytes * (1 - headroom)
             placements.append(
                 Placement(layout=layout, workers=workers, memory=memory, step=step, fits=fits)
