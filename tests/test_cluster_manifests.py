@@ -320,22 +320,6 @@ def test_a_misspelt_flag_in_a_job_would_be_found(capsys):
         run_dry("python ingest/embed.py --imgs /data/images", capsys)
 
 
-def documented() -> list[str]:
-    """Return the project's commands in docs/cluster.md, what `ray job submit` runs included."""
-    text = (ROOT / "docs" / "cluster.md").read_text().replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
-    lines = [line.rpartition(" -- ")[2].partition("#")[0] for line in lines]
-    return [line.replace('"$PWD', '"/work') for line in lines if line.startswith("python ")]
-
-
-@pytest.mark.parametrize("command", documented())
-def test_every_documented_command_can_be_run_dry(command: str, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    command = command.replace("training/presets", str(ROOT / "training" / "presets"))
-    assert run_dry(command, capsys) and list(tmp_path.iterdir()) == []
-
-
 def test_what_the_page_says_of_ports_and_manifests_is_so():
     page = (ROOT / "docs" / "cluster.md").read_text()
     starting = StartConfig()

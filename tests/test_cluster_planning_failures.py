@@ -60,7 +60,7 @@ def test_every_simulated_second_is_accounted_for(elastic: bool, spares: int):
     [(600.0, 5.0, 300.0, 20_000.0), (3000.0, 60.0, 600.0, 5000.0), (100.0, 50.0, 50.0, 400.0)],
 )
 def test_blocking_checkpoints_cost_what_daly_expects(interval, block, restart, mtbf):
-    job = Job(work=3000 * interval, interval=interval, block=block)
+    job = Job(work=1000 * interval, interval=interval, block=block)
     nodes = Nodes(count=1, mtbf=mtbf, restart=restart, repair=0.0)
     found = [job.work / history.elapsed for history in simulate(job, nodes, count=40)]
     error = np.std(found) / math.sqrt(len(found))

@@ -123,6 +123,7 @@ def test_tokens_of_their_own_take_the_place_of_clips_states(kind: str):
     assert not torch.allclose(prior.losses(torch.arange(4), images(), other)["loss"], loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_eight_captions_by_heart(kind: str):
     changes = {} if kind == "regression" else {"text_drop": 0.0}

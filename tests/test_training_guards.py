@@ -90,7 +90,8 @@ def test_the_first_sigterm_is_a_wish_and_the_second_is_not(tmp_path: Path):
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("num_workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", ["0", "1"])
 def test_sigterm_ends_a_training_script_with_a_checkpoint(
     num_workers: str, tmp_path: Path, write_data: Callable
 ):

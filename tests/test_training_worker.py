@@ -242,6 +242,7 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_one_process_trains_where_ray_and_deepspeed_are_not_installed(
     tmp_path: Path, write_data: Callable
 ):
