@@ -49,7 +49,15 @@ def main(config: ClipScoreConfig) -> int:
     require_local("--out", config.out)
     require_local("--export", config.export)
     if config.export:
-        return _export(config)
+        from models.clip import load_clip
+        from models.weights import save_weights
+
+        encoder = load_clip(config.clip)
+        state = dict(encoder.clip.state_dict())
+        state["logit_scale"] = state["logit_scale"].reshape(())  # as open_clip saves it
+        save_weights(Path(config.export), state)
+        print(f"{config.export}: weights of {encoder.encoder_id}")
+        return DONE
     if not config.embeds:
         raise ValueError("embeds: found nothing, expected a folder of embeddings to score")
     from eval.scores.scorecard import read_embeds
@@ -133,19 +141,6 @@ def _labels(embeds: str, images: str, column: str) -> list[str]:
         excluded = set(entry.excluded)
         labels += [label for row, label in enumerate(stored) if row not in excluded]
     return labels
-
-
-def _export(config: ClipScoreConfig) -> int:
-    """Write the weights as open_clip saves them: a temperature without dimensions."""
-    from models.clip import load_clip
-    from models.weights import save_weights
-
-    encoder = load_clip(config.clip)
-    state = dict(encoder.clip.state_dict())
-    state["logit_scale"] = state["logit_scale"].reshape(())
-    save_weights(Path(config.export), state)
-    print(f"{config.export}: weights of {encoder.encoder_id}")
-    return DONE
 
 
 if __name__ == "__main__":

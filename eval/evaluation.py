@@ -50,6 +50,9 @@ class Evaluation:
 
     def scores(self) -> Scores:
         """Return all scores by their paths in eval.json."""
+        from importlib.metadata import version
+
+        from eval.features.devices import device_named
         from eval.scores.scorecard import chain_scores, is_drawn, shapes_with_real
 
         (headline, *references), spaces = self.real, self.spaces
@@ -79,7 +82,14 @@ class Evaluation:
                 for name in references
             }
             scores["protocol"] = {**scores["protocol"], "references": others}
-        return scores | {"provenance": _provenance(self.extraction.workers)}
+        workers = self.extraction.workers
+        names = ("torch", "numpy", "torch-fidelity", "open-clip-torch", "timm", "pillow")
+        scores["provenance"] = {
+            "device": device_named(workers.device).type,
+            "num_threads": workers.num_threads,
+            "versions": {name: version(name) for name in names},
+        }
+        return scores
 
     def _compared(self, space: str, reference: str) -> Scores:
         """Return the distances of the generated images to a reference in one space."""
@@ -144,6 +154,7 @@ def open_evaluation(request: EvalRequest, model: Model) -> Evaluation:
     Raises ValueError for what is absent or does not fit, IncompleteError for too few images.
     """
     from eval.features.devices import device_named
+    from ingest.store.snapshots import remove_data_folder
 
     out = Path(request.out)
     folder = Path(request.features_dir or out.with_name(f"{out.stem}_features")).absolute()
@@ -151,7 +162,9 @@ def open_evaluation(request: EvalRequest, model: Model) -> Evaluation:
     workers = Workers(number=request.num_workers, num_threads=threads, device=request.device)
     extraction = FeatureExtraction(folder=folder, workers=workers)
     if request.fresh:
-        _delete_features(folder)
+        for manifest in folder.glob("*/_manifest.json"):  # only folders with our manifest
+            remove_data_folder(manifest.parent, "features")
+            manifest.parent.rmdir()
     protocol = None
     if request.protocol:
         protocol = prepare(request.protocol, request.protocol_data, folder)
@@ -188,7 +201,19 @@ def open_evaluation(request: EvalRequest, model: Model) -> Evaluation:
         facts["protocol"] = protocol.about
     fake = _open_source(request.fake, size)
     if protocol is not None:
-        _require_all_captions(fake, protocol)
+        if fake.images is None:
+            count = next(iter(fake.statistics.values())).moments.count
+        else:
+            count, captions = len(fake.images), fake.images.captions
+            if captions and captions != protocol.captions[: len(captions)]:
+                raise ValueError(
+                    f"{fake.source}: found images of other captions than the protocol's"
+                )
+        if count != len(protocol.captions):
+            raise IncompleteError(
+                f"{fake.source}: found {count} images, expected {len(protocol.captions)}, one for "
+                "each caption of the protocol"
+            )
     return Evaluation(
         request=request, model=model, extraction=extraction, fake=fake, real=real, spaces=spaces,
         specs=specs, encoder=encoder, train=train, facts=facts,
@@ -246,24 +271,7 @@ def _draw_samples(
     }
 
 
-def _require_all_captions(fake: ImageSource, protocol: Prepared) -> None:
-    """Raise IncompleteError for too few images, ValueError for images of other captions."""
-    if fake.images is None:
-        count = next(iter(fake.statistics.values())).moments.count
-    else:
-        count, captions = len(fake.images), fake.images.captions
-        if captions and captions != protocol.captions[: len(captions)]:
-            raise ValueError(f"{fake.source}: found images of other captions than the protocol's")
-    if count != len(protocol.captions):
-        raise IncompleteError(
-            f"{fake.source}: found {count} images, expected {len(protocol.captions)}, one for each "
-            "caption of the protocol"
-        )
-
-
-def _draw_neighbours(
-    scores: Scores, fake: ImageSet, train: ImageSet, folder: Path
-) -> None:
+def _draw_neighbours(scores: Scores, fake: ImageSet, train: ImageSet, folder: Path) -> None:
     """Write neighbours.png: generated images above their nearest training images."""
     import numpy as np
 
@@ -284,25 +292,3 @@ def _draw_neighbours(
         for caption, pair in zip(captions, pairs, strict=True)
     ]
     (beside / "neighbours.json").write_text(json.dumps(labels))
-
-
-def _delete_features(folder: Path) -> None:
-    """Delete the features of earlier runs: only folders with our manifest."""
-    from ingest.store.snapshots import remove_data_folder
-
-    for manifest in folder.glob("*/_manifest.json"):
-        remove_data_folder(manifest.parent, "features")
-        manifest.parent.rmdir()
-
-
-def _provenance(workers: Workers) -> Scores:
-    from importlib.metadata import version
-
-    from eval.features.devices import device_named
-
-    names = ("torch", "numpy", "torch-fidelity", "open-clip-torch", "timm", "pillow")
-    return {
-        "device": device_named(workers.device).type,
-        "num_threads": workers.num_threads,
-        "versions": {name: version(name) for name in names},
-    }

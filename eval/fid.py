@@ -16,7 +16,6 @@ from pathlib import Path
 from cluster.base.cli import DONE, parse, run_script
 from cluster.base.files import write_json
 from cluster.base.machine import threads_for
-from eval.html_report.formats import Scores
 from eval.request import EvalRequest
 from eval.sample_and_score import publish
 
@@ -33,9 +32,12 @@ def main(config: FidConfig) -> int:
     """Draw what is to be drawn, score, write the scores and print them."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # weights are never downloaded here
     import torch
+    from rich.console import Console
+    from rich.table import Table
 
     from cluster.base.metrics import serve
     from eval.evaluation import open_evaluation
+    from eval.html_report.formats import flatten
 
     model = config.check()
     serve(config.metrics_port)
@@ -47,23 +49,13 @@ def main(config: FidConfig) -> int:
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, scores, indent=1)
-    _print(scores)
-    publish(scores)
-    return DONE
-
-
-def _print(scores: Scores) -> None:
-    """Print the numbers as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from eval.html_report.formats import flatten
-
     table = Table("score", "value")
     for name, value in flatten({k: v for k, v in scores.items() if k != "sampling"}).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     Console().print(table)
+    publish(scores)
+    return DONE
 
 
 if __name__ == "__main__":

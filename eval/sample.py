@@ -9,12 +9,11 @@ Sub-commands edit images: variations, interpolate, textdiff, inpaint, pca, guida
 """
 
 import dataclasses
-import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from tyro.conf import UseAppendAction
 
@@ -23,15 +22,6 @@ from cluster.base.files import atomic_write
 from cluster.base.machine import threads_for
 from eval.sampling.options import DrawingOptions, SamplingSettings
 from training.engine.precision import settled
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from models.unclip import Sampling, UnClip
-
-NOT_SETTINGS = (  # options that change no image
-    "out", "batch_size", "device", "num_threads", "metrics_port", "fresh", "limit", "prompts",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +67,23 @@ class SampleConfig(SamplingSettings, DrawingOptions):
 def main(config: SampleConfig) -> int:
     """Draw what is missing in `config.out`, then write grid.png and samples.jsonl."""
     import torch
+    from PIL import Image
 
-    from cluster.base.metrics import serve
+    from cluster.base.metrics import counter, serve
+    from cluster.base.progress import progress
     from eval.features.devices import device_named
     from eval.sampling.captions import read_captions
     from eval.sampling.chain import load_chain
-    from eval.sampling.generate import sampling_of
+    from eval.sampling.generate import render_all, sampling_of
     from eval.sampling.image_source import SAMPLES_NAME
-    from eval.sampling.sample_job import grid_of_samples, list_samples, open_samples
+    from eval.sampling.sample_job import (
+        Model,
+        grid_of_samples,
+        image_name,
+        list_samples,
+        open_samples,
+        settings_of,
+    )
 
     require_local("--out", config.out)
     started = time.perf_counter()
@@ -99,10 +98,30 @@ def main(config: SampleConfig) -> int:
         captions = read_captions(config.captions, config.limit)
 
     sampling, out = sampling_of(vars(config)), Path(config.out)
-    runs = (config.clip, config.prior, config.decoder, config.upsampler)
-    chain = load_chain(*runs, guide=config.guide, device=config.device)
-    open_samples(out, _settings(config, captions, chain), fresh=config.fresh)
-    made = _draw(out, config, captions, chain, sampling)
+    runs = {name: getattr(config, name) for name in ("clip", "prior", "decoder", "guide")}
+    model = Model(**runs, upsampler=config.upsampler)
+    chain = load_chain(**runs, upsamplers=config.upsampler, device=config.device)
+    names = [*(field.name for field in dataclasses.fields(SamplingSettings)), "seed"]
+    options = {name: getattr(config, name) for name in names}
+    open_samples(out, settings_of(model, captions, options, config.device), fresh=config.fresh)
+
+    # Draw the batches of which an image is missing
+    made = 0
+    with progress("sample", len(captions), unit="images") as advance:
+        for start in range(0, len(captions), config.batch_size):
+            batch = captions[start : start + config.batch_size]
+            paths = [out / image_name(start + i) for i in range(len(batch))]
+            if not all(path.is_file() for path in paths):
+                images = render_all(
+                    chain, batch, None, sampling,
+                    seed=config.seed, batch_size=config.batch_size, offset=start,
+                )  # fmt: skip
+                for path, image in zip(paths, images, strict=True):
+                    with atomic_write(path) as temporary:  # a file that exists is not drawn again
+                        Image.fromarray(image).save(temporary, format="png")
+                made += len(batch)
+                counter("minidalle2_samples_generated_total").inc(len(batch))
+            advance(len(batch))
     if made or not (out / SAMPLES_NAME).is_file():
         grid_of_samples(out, captions)
         list_samples(out, captions, config.seed)
@@ -111,55 +130,6 @@ def main(config: SampleConfig) -> int:
         f"sample: {made} images drawn, {len(captions) - made} were there, {seconds:.1f} s -> {out}"
     )
     return 0
-
-
-def _settings(config: SampleConfig, captions: list[str], chain: "UnClip") -> dict[str, Any]:
-    """Return what the images depend on: options, captions, and the weights that draw them."""
-    from eval.sampling.chain import chain_weights
-
-    settings = dataclasses.asdict(config)
-    for name in NOT_SETTINGS:
-        del settings[name]
-    weights = chain_weights(config.prior, config.decoder, config.upsampler, config.guide)
-    settings |= {"encoder_id": chain.clip.encoder_id, **weights, "captions": captions}
-    return json.loads(json.dumps(settings))
-
-
-def _draw(
-    out: Path, config: SampleConfig, captions: list[str], chain: "UnClip", sampling: "Sampling"
-) -> int:
-    """Draw the batches of which an image is missing; return the number of images drawn."""
-    from cluster.base.metrics import counter
-    from cluster.base.progress import progress
-    from eval.sampling.generate import render_all
-    from eval.sampling.sample_job import image_name
-
-    made = 0
-    with progress("sample", len(captions), unit="images") as advance:
-        for start in range(0, len(captions), config.batch_size):
-            batch = captions[start : start + config.batch_size]
-            paths = [out / image_name(start + i) for i in range(len(batch))]
-            if all(path.is_file() for path in paths):
-                advance(len(batch))
-                continue
-            images = render_all(
-                chain, batch, None, sampling,
-                seed=config.seed, batch_size=config.batch_size, offset=start,
-            )  # fmt: skip
-            for path, image in zip(paths, images, strict=True):
-                _save(path, image)
-            made += len(batch)
-            counter("minidalle2_samples_generated_total").inc(len(batch))
-            advance(len(batch))
-    return made
-
-
-def _save(path: Path, image: "np.ndarray") -> None:
-    """Write an image atomically: a file that exists is not drawn again."""
-    from PIL import Image
-
-    with atomic_write(path) as temporary:
-        Image.fromarray(image).save(temporary, format="png")
 
 
 def command(argv: list[str]) -> int:

@@ -75,9 +75,24 @@ def write_report(run_dir: Path, against: Sequence[Path] = ()) -> Path:
             "run eval/fid.py first, or name the folder of a run"
         )
     scores, samples = scores or {}, run_dir / SAMPLES_FOLDER
-    title, provenance = run_dir.resolve().name, _provenance(run_dir, scores)
+    title = run_dir.resolve().name
+    # What is recorded of the run, and of its evaluation: code, versions, protocol
+    provenance = flatten(read_json(run_dir / PROVENANCE_NAME, dict) or {})
+    for key, name in (("provenance", "evaluation"), ("protocol",) * 2, ("sampling",) * 2):
+        flat = flatten(scores.get(key) or {}, name)
+        provenance |= {k: value for k, value in flat.items() if not isinstance(value, float)}
+
+    # The sections
     nearest = (scores.get("memorisation") or {}).get("nearest") or []
     pairs = [(pair["fake"], pair["train"], pair["distance"]) for pair in nearest]
+    timings = read_json(run_dir / TIMINGS_NAME, list) or []
+    stages = [
+        (row["stage"], duration(row["seconds"]), row.get("images_per_second"),
+         size(row.get("peak_memory_bytes")), row.get("command") or "")
+        for row in timings
+    ]  # fmt: skip
+    if stages:
+        stages.append(("together", duration(sum(row["seconds"] for row in timings)), "", "", ""))
     contents = {
         "samples": pictures.gallery(samples)
         or pictures.sheet(samples, "grid", "Captions, in reading order", is_open=True),
@@ -90,7 +105,7 @@ def write_report(run_dir: Path, against: Sequence[Path] = ()) -> Path:
         "neighbours": pictures.sheet(samples, "neighbours", "Captions of the columns")
         + table(pairs, ("generated", "nearest in training", "distance")),
         "curves": curves,
-        "stages": _stages(run_dir),
+        "stages": table(stages, ("stage", "time", "images/s", "peak memory", "command")),
         "provenance": _what_was_run(run_dir, scores, provenance),
     }
     import jinja2
@@ -109,27 +124,6 @@ def write_report(run_dir: Path, against: Sequence[Path] = ()) -> Path:
         sections=[(k, *SECTIONS[k], content) for k, content in contents.items() if content],
     )
     return write_text(run_dir / REPORT_NAME, page)
-
-
-def _stages(run: Path) -> Markup:
-    timings = read_json(run / TIMINGS_NAME, list) or []
-    rows = [
-        (row["stage"], duration(row["seconds"]), row.get("images_per_second"),
-         size(row.get("peak_memory_bytes")), row.get("command") or "")
-        for row in timings
-    ]  # fmt: skip
-    if rows:
-        rows.append(("together", duration(sum(row["seconds"] for row in timings)), "", "", ""))
-    return table(rows, ("stage", "time", "images/s", "peak memory", "command"))
-
-
-def _provenance(run: Path, scores: Scores) -> Scores:
-    """Return what is recorded of the run, and of its evaluation: code, versions, protocol."""
-    recorded = flatten(read_json(run / PROVENANCE_NAME, dict) or {})
-    for key, name in (("provenance", "evaluation"), ("protocol",) * 2, ("sampling",) * 2):
-        flat = flatten(scores.get(key) or {}, name)
-        recorded |= {k: value for k, value in flat.items() if not isinstance(value, float)}
-    return recorded
 
 
 def _what_was_run(run: Path, scores: Scores, provenance: Scores) -> Markup:
@@ -179,7 +173,7 @@ def card_scores(run_dir: Path) -> "list[CardScore]":
     for entry in tables.entries({k: v for k, v in scores.items() if k not in tables.ELSEWHERE}):
         name, _, method = tables.described(entry.path, entry.made)
         texts = (entry.spread, method, tables.made_of(entry))
-        name = f"{tables.title_of(entry.path)}, {name}"
+        name = f"{tables.group_title(entry.group)}, {name}"
         text = ", ".join(text for text in texts if text)
         found.append(CardScore(name=name, value=number(entry.value), method=text))
     return found

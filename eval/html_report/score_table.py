@@ -80,6 +80,8 @@ BASELINES = {  # as is what the score is compared with
 }
 # Facts that identify a score without deciding it: where the images are, and their digest.
 IDENTITY = ("digest", "source", "source_real", "train", "picture", "judge_relation", "quotable")
+FACTS = ("n", "seed", "resolution", "fd_infinity_points", "fd_resamples")
+FACT_PREFIXES = ("n_", "num_", "k_", "kid_subset")
 COUNTS = {"n": "n =", "n_real": "real images", "n_train": "training images"}
 SHAPE_SETS = {
     "single": "one shape",
@@ -106,6 +108,17 @@ class ScoreEntry:
     made: Scores = field(default_factory=dict)
     spread: str = ""
 
+    @property
+    def group(self) -> str:
+        """The first name of the path, of features the first two."""
+        names = self.path.split(".")
+        return ".".join(names[:2]) if names[0] == "features" else names[0]
+
+
+def group_title(group: str) -> str:
+    """Return the title of a group of scores."""
+    return GROUPS.get(group, group.replace("_", " ").replace(".", ", ").capitalize())
+
 
 def entries(value: Any, path: str = "") -> Iterator[ScoreEntry]:
     """Yield every number of eval.json with the facts beside it: strings, counts and seeds.
@@ -114,7 +127,11 @@ def entries(value: Any, path: str = "") -> Iterator[ScoreEntry]:
     """
     if not isinstance(value, dict):
         return
-    made = {key: item for key, item in value.items() if _is_fact(key, item)}
+    made = {
+        key: item
+        for key, item in value.items()
+        if isinstance(item, (str, bool)) or key in FACTS or key.startswith(FACT_PREFIXES)
+    }
     for key, item in value.items():
         inner_path = f"{path}.{key}" if path else str(key)
         if isinstance(item, dict) and key != "real":
@@ -122,12 +139,6 @@ def entries(value: Any, path: str = "") -> Iterator[ScoreEntry]:
                 yield replace(entry, made={**made, **entry.made})
         elif _is_number(item) and key not in made and not _in_row_of_another(key, value):
             yield ScoreEntry(path=inner_path, value=item, made=made, spread=_spread(key, value))
-
-
-def _is_fact(key: str, item: Any) -> bool:
-    counts = ("n", "seed", "resolution", "fd_infinity_points", "fd_resamples")
-    prefixes = ("n_", "num_", "k_", "kid_subset")
-    return isinstance(item, (str, bool)) or key in counts or key.startswith(prefixes)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -148,7 +159,9 @@ def _spread(key: str, beside: Scores) -> str:
         texts.append(f"95 %: {number(low)} to {number(high)}")
     deviation = beside.get(f"{key}_std", beside.get(f"{key}_error"))
     if not _is_number(deviation) and key in ("all", "relation"):
-        deviation = _share_error(beside.get(key), beside.get("n"))
+        share, n = beside.get(key), beside.get("n")
+        if _is_number(share) and n and 0 <= share <= 1:
+            deviation = math.sqrt(share * (1 - share) / n)
     if _is_number(deviation):
         texts.append(f"± {number(deviation)}")
     baselines = {name: beside.get(f"{key}{suffix}") for suffix, name in BASELINES.items()}
@@ -158,13 +171,6 @@ def _spread(key: str, beside: Scores) -> str:
     )
     texts += [f"{name} {number(value)}" for name, value in baselines.items() if _is_number(value)]
     return ", ".join(texts)
-
-
-def _share_error(share: Any, count: Any) -> float | None:
-    """Return the standard error of a share of `count` images, sqrt(p (1 - p) / n)."""
-    if not _is_number(share) or not count or not 0 <= share <= 1:
-        return None
-    return math.sqrt(share * (1 - share) / count)
 
 
 def described(path: str, made: Scores | None = None) -> tuple[str, int, str]:
@@ -190,18 +196,6 @@ def described(path: str, made: Scores | None = None) -> tuple[str, int, str]:
     return ", ".join([*before, title, *([rest] if rest else [])]), better, method
 
 
-def group_of(path: str) -> str:
-    """Return the group of a score: the first name of its path, of features the first two."""
-    names = path.split(".")
-    return ".".join(names[:2]) if names[0] == "features" else names[0]
-
-
-def title_of(path: str) -> str:
-    """Return the title of a score's group."""
-    group = group_of(path)
-    return GROUPS.get(group, group.replace("_", " ").replace(".", ", ").capitalize())
-
-
 def made_of(entry: ScoreEntry) -> str:
     """State of how many images a score is, and in which space."""
     texts = [str(entry.made[key]) for key in ("name", "features", "judge") if entry.made.get(key)]
@@ -224,7 +218,7 @@ def score_tables(title: str, scores: Scores, others: dict[str, Scores]) -> Marku
     notes: dict[str, str] = {}
     rows: dict[str, list[list[Any]]] = {}
     for entry in entries(scores):
-        group = group_of(entry.path)
+        group = entry.group
         if group in ELSEWHERE or (group == "shapes" and not others):
             continue
         name, _, method = described(entry.path, entry.made)
@@ -236,7 +230,7 @@ def score_tables(title: str, scores: Scores, others: dict[str, Scores]) -> Marku
     order += [group for group in rows if group not in order]
     columns = ["score", title, *others, "interval and baselines", "method"]
     return Markup().join(
-        element("h3", title_of(group)) + note(notes[group]) + table(rows[group], columns)
+        element("h3", group_title(group)) + note(notes[group]) + table(rows[group], columns)
         for group in order
     )
 

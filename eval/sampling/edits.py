@@ -14,22 +14,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import UseAppendAction
 
 from cluster.base.cli import require_at_least
 from cluster.base.files import write_text
 from cluster.base.machine import threads_for
-from eval.sampling.edit_configs import (
-    EditConfig,
-    GuidanceConfig,
-    ImagesConfig,
-    InpaintConfig,
-    InterpolateConfig,
-    PcaConfig,
-    TextDiffConfig,
-    VariationsConfig,
-)
-from training.engine.precision import settled
+from eval.sampling.options import DrawingOptions, ImageOptions, PriorOptions
+from training.engine.precision import Precision, settled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,6 +32,114 @@ if TYPE_CHECKING:
     from models.unclip import Sampling, UnClip
 
 EDITS_NAME = "edits.jsonl"
+
+
+# -- what each sub-command is asked for ------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig(ImageOptions, DrawingOptions):
+    """What every sub-command takes. Images are cut square; those of the grid are one a row."""
+
+    clip: str = ""
+    """encoder; empty = the one the decoder was trained on"""
+    out: str = "edits"
+    """folder of the images, grid.png and edits.jsonl; written over"""
+    seed: int = 0
+    """of all noise"""
+    decoder_steps: int = 50
+    """sampling steps of the decoder, and of its inversion"""
+    precision: Precision = "fp32"
+    """of the networks; inversion wants fp32"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagineConfig(EditConfig, PriorOptions):
+    """What the sub-commands take that ask a prior."""
+
+    prior: str = ""
+    """finished run of training/prior.py"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig(EditConfig):
+    """What the sub-commands take that begin with images."""
+
+    images: tuple[str, ...] = ()
+    """image files"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariationsConfig(ImagesConfig):
+    """Vary what z_i leaves open: DDIM from the image's own x_T, with fresh noise (figure 3)."""
+
+    count: int = 5
+    """variations of each image, after its reconstruction"""
+    eta: float = 1.0
+    """share of fresh noise at each step; 0 = the image itself"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateConfig(ImagesConfig):
+    """Blend from each image to the next (figure 4)."""
+
+    count: int = 7
+    """images of a row, ends included"""
+    noise: bool = True
+    """blend x_T as well, so that the ends are the images; else it is the first one's"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDiffConfig(ImagesConfig):
+    """Turn images toward what one caption says beyond another (figure 5)."""
+
+    caption: str = ""
+    """what they are to become"""
+    without: str = ""
+    """what they are, or a plain caption such as "a photo"; empty = nothing"""
+    max_theta: float = 0.4
+    """how far at the end of the row, of 1; the paper's are .25 to .5"""
+    count: int = 5
+    """images of a row, the image itself included"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InpaintConfig(ImagesConfig, ImagineConfig):
+    """Draw part of images again, given their own embedding or, with a prior, a caption's."""
+
+    mask: str = ""
+    """image file: white where to draw, black where to keep; one for all images"""
+    caption: str = ""
+    """of the complete image as it is to become; needs a prior"""
+    cfg_scale: float = 1.5
+    """guidance of the decoder; 1 = off"""
+    count: int = 4
+    """draws of each image"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PcaConfig(ImagesConfig):
+    """Draw images from the first principal components of their embeddings (figure 7)."""
+
+    embeds: str = "data/embeds"
+    """folder of the embeddings whose components these are"""
+    components: tuple[int, ...] = (20, 30, 40, 80, 120, 160, 200, 320)
+    """how many of them, one an image; the complete embedding follows"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig(ImagineConfig):
+    """Draw captions at several scales of the decoder's guidance, from one z_i each (figure 9)."""
+
+    prompts: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """caption to draw; repeatable"""
+    prior: str = "runs/prior"
+    """finished run of training/prior.py"""
+    scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
+    """scales, one an image"""
+
+
+# -- the sub-commands ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +154,12 @@ class EditRows:
 def run_edit(command: str, config: EditConfig) -> int:
     """Run a sub-command and write its images."""
     import torch
+    from PIL import Image
 
     from eval.features.devices import device_named
     from eval.sampling.chain import load_chain
     from eval.sampling.generate import sampling_of
+    from training.tasks.pictures import grid, save_png, to_uint8
 
     torch.set_num_threads(threads_for(config.num_threads))
     device = device_named(config.device)
@@ -65,16 +168,32 @@ def run_edit(command: str, config: EditConfig) -> int:
     _check(config)
     runs = (config.clip, getattr(config, "prior", ""), config.decoder, config.upsampler)
     chain = load_chain(*runs, device=config.device)
-    rows = COMMANDS[command][1](config, chain, sampling_of(settings))
-    keys = _keys(config.seed, len(rows.pixels))
     sampling = sampling_of(settings)
+    edit = COMMANDS[command][1](config, chain, sampling)
+    keys = _keys(config.seed, len(edit.pixels))
     enlarged = _in_batches(
         config.batch_size,
         len(keys),
-        lambda batch: chain.upsample(keys[batch], rows.pixels[batch], sampling),
+        lambda batch: chain.upsample(keys[batch], edit.pixels[batch], sampling),
     )
-    _write(command, config, dataclasses.replace(rows, pixels=enlarged))
-    print(f"{command}: {len(rows.pixels)} images -> {config.out}")
+
+    # Every image, a line for each with its settings, and a labelled grid
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    pixels, width = to_uint8(enlarged), len(edit.columns)
+    options = dataclasses.asdict(config)
+    lines = []
+    for number, image in enumerate(pixels):
+        row, column = divmod(number, width)
+        name = f"{row:03d}_{column:03d}.png"
+        Image.fromarray(image).save(out / name)
+        place = {"file": name, "row": edit.rows[row], "column": edit.columns[column]}
+        record = {**place, "command": command, "settings": options}
+        lines.append(json.dumps(record) + "\n")
+    table = [list(pixels[start : start + width]) for start in range(0, len(pixels), width)]
+    save_png(out / "grid.png", grid(table, edit.rows, edit.columns))
+    write_text(out / EDITS_NAME, "".join(lines))
+    print(f"{command}: {len(pixels)} images -> {config.out}")
     return 0
 
 
@@ -314,25 +433,3 @@ COMMANDS: dict[str, tuple[type[EditConfig], Callable[[Any, Any, Any], EditRows]]
     "pca": (PcaConfig, pca),
     "guidance": (GuidanceConfig, guidance),
 }
-
-
-def _write(command: str, config: EditConfig, edit: EditRows) -> None:
-    """Write every image, a labelled grid, and a line for each image with its settings."""
-    from PIL import Image
-
-    from training.tasks.pictures import grid, save_png, to_uint8
-
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    pixels, width = to_uint8(edit.pixels), len(edit.columns)
-    settings = dataclasses.asdict(config)
-    lines = []
-    for number, image in enumerate(pixels):
-        row, column = divmod(number, width)
-        name = f"{row:03d}_{column:03d}.png"
-        Image.fromarray(image).save(out / name)
-        place = {"file": name, "row": edit.rows[row], "column": edit.columns[column]}
-        lines.append(json.dumps({**place, "command": command, "settings": settings}) + "\n")
-    table = [list(pixels[start : start + width]) for start in range(0, len(pixels), width)]
-    save_png(out / "grid.png", grid(table, edit.rows, edit.columns))
-    write_text(out / EDITS_NAME, "".join(lines))

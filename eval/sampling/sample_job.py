@@ -171,7 +171,7 @@ def draw(
     options: of eval/sample.py, as in a settings.json; others have its defaults. Raises ValueError
     for a folder of other samples, IncompleteError if images are missing in the end.
     """
-    settings = _settings(model, captions, options, workers.device)
+    settings = settings_of(model, captions, options, workers.device)
     sampling_of(settings)  # refuses bad options before the folder changes
     open_samples(out, settings, fresh=fresh)
     if (out / SAMPLES_NAME).is_file() and not committed(out):  # eval/sample.py finished it
@@ -207,10 +207,13 @@ def draw(
     return made
 
 
-def _settings(
+def settings_of(
     model: Model, captions: list[str], options: dict[str, Any], device: str
 ) -> dict[str, Any]:
-    """Return what the images depend on: options, captions, and the weights of the model."""
+    """Return what the images depend on: options, captions, and the weights of the model.
+
+    Raises ValueError for an unknown option.
+    """
     from eval.features.devices import device_named
     from eval.sampling.chain import chain_weights
     from models.clip import load_clip
