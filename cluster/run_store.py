@@ -85,9 +85,10 @@ class RunsFolder:
         """Return whether a folder has the mark of a run."""
         return "train" in self._config(name)
 
-    def is_ours(self, name: str) -> bool:
-        """Return whether a folder has the mark of a run or of a demo."""
-        return self.is_run(name) or self._is_demo(name)
+    def require_ours(self, name: str) -> None:
+        """Raise ValueError for a folder without the mark of a run or of a demo."""
+        if not self.is_run(name) and not self._is_demo(name):
+            raise ValueError(f"{printable(name)}: found no mark of ours, expected a run or a demo")
 
     def _is_demo(self, name: str) -> bool:
         return "num_train" in _parse_object(self._text(f"{name}/{DEMO_NAME}"))
@@ -177,8 +178,7 @@ class RunsFolder:
         Raises ValueError for a folder without a mark, or that runs.
         """
         name = self.resolve(name)
-        if not self.is_ours(name):
-            raise ValueError(f"{printable(name)}: found no mark of ours, expected a run or a demo")
+        self.require_ours(name)
         children = self._children(name)
         for run in (name, *(f"{name}/{child}" for child in children)):
             if self.is_run(run) and self._is_running(run):

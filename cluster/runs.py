@@ -150,8 +150,7 @@ def remove_runs(config: RemoveConfig) -> int:
     folder = RunsFolder(config.runs)
     names = [folder.resolve(name) for name in config.name]
     for name in names:
-        if not folder.is_ours(name):
-            raise ValueError(f"{printable(name)}: found no mark of ours, expected a run or a demo")
+        folder.require_ours(name)
     if not config.yes:
         if not sys.stdin.isatty():
             raise ValueError("rm: found no terminal to ask on, expected one, or --yes")

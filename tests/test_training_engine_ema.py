@@ -13,8 +13,7 @@ from cluster.base.run_dir import EMA_SNAPSHOTS_FOLDER, step_folder
 from models.power_ema import gamma_of
 from training.checkpoints import checkpointer
 from training.checkpoints.checkpointer import Checkpointer, RankState
-from training.checkpoints.fragment_reader import FragmentReader
-from training.checkpoints.records import FORMAT, Progress, Record, valid_records
+from training.checkpoints.records import FORMAT, FragmentReader, Progress, Record, valid_records
 from training.config import TrainConfig
 from training.engine.ema import EMA, Averages
 from training.engine.engines import Fragment

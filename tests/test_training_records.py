@@ -13,8 +13,7 @@ from _records import write_by_three_ranks
 
 from cluster.base.run_dir import step_folder
 from training.checkpoints import checkpointer
-from training.checkpoints.fragment_reader import FragmentReader
-from training.checkpoints.records import Progress, valid_records
+from training.checkpoints.records import FragmentReader, Progress, valid_records
 
 # -- other world sizes -----------------------------------------------------------------------------
 

@@ -42,10 +42,11 @@ from cluster.base.run_dir import (
     step_of,
 )
 from models.weights import FINAL_NAME, save_config, save_weights
-from training.checkpoints.fragment_reader import MASTER, FragmentReader
 from training.checkpoints.records import (
     FORMAT,
+    MASTER,
     VERSION,
+    FragmentReader,
     Progress,
     Record,
     from_first_rank,

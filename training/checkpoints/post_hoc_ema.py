@@ -26,8 +26,7 @@ from models.weights import (
     rewrite_weights,
     save_config,
 )
-from training.checkpoints.fragment_reader import FragmentReader
-from training.checkpoints.records import Progress, valid_records
+from training.checkpoints.records import FragmentReader, Progress, valid_records
 from training.engine.ema import POWER
 
 

@@ -84,6 +84,15 @@ def as_batch(columns: Columns, keys: Tensor) -> Batch:
     )
 
 
+def first_batches(
+    samples: ColumnDataset, count: int, size: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield the first `count` samples, `size` at once; their random keys are their indices."""
+    for start in range(0, count, size):
+        index = np.arange(start, min(start + size, count))
+        yield as_batch(samples.read(index), torch.from_numpy(index)).to(device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class KeyedDataset(Dataset[list[Batch]]):
     """A data set whose samples get random keys and weights: the micro-batches of a step."""

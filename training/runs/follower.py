@@ -77,12 +77,9 @@ class Follower:
                     for line in self._metrics.read():
                         self._publish(line)
                         pending = line
-                    for line in self._validation.read():
-                        messages.append(self._validated(line))
-                    for line in self._incidents.read():
-                        messages.append(self._happened(line))
-                    for line in self._timeline.read():
-                        messages += self._continued(line)
+                    messages += map(self._validated, self._validation.read())
+                    messages += map(self._happened, self._incidents.read())
+                    messages += filter(None, map(self._continued, self._timeline.read()))
                     storage_space(self._run, holds="runs")
                 except OSError as error:  # the storage may answer the next time
                     messages.append(f"could not be followed for a moment: {error}")
@@ -132,17 +129,16 @@ class Follower:
         counter("minidalle2_train_incidents_total").inc(1, model=self._model, kind=line["kind"])
         return f"{line['kind']} at step {line['step']}: {line.get('message', '')}"
 
-    def _continued(self, line: dict[str, Any]) -> list[str]:
-        """Publish an event of the timeline; return what to print."""
+    def _continued(self, line: dict[str, Any]) -> str:
+        """Publish an event of the timeline; return what to print, "" for nothing."""
         if line["event"] == "validator failed":
-            return [f"validator: {line.get('message', '')}"]
-        if line["event"] != "restored":
-            return []
-        self._set("train_start_timestamp_seconds", line["time"])
-        if not line["attempt"]:
-            return []
-        workers = f"{line['num_workers']} worker{'s' * (line['num_workers'] > 1)}"
-        return [f"continues from step {line['step']} with {workers}"]
+            return f"validator: {line.get('message', '')}"
+        if line["event"] == "restored":
+            self._set("train_start_timestamp_seconds", line["time"])
+            if line["attempt"]:
+                workers = f"{line['num_workers']} worker{'s' * (line['num_workers'] > 1)}"
+                return f"continues from step {line['step']} with {workers}"
+        return ""
 
 
 def describe(line: dict[str, Any]) -> str:

@@ -47,7 +47,18 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
                 elif path.name not in LOCKS:
                     path.unlink()
     elif _is_run(run):
-        _require_same(run, config)
+        pair = (config, type(config)())
+        now, defaults = (flattened(yaml.safe_load(to_yaml(each))) for each in pair)
+        before = {**defaults, **recorded_options(run)}  # the run may be older than an option
+        options = options_of(type(config))
+        for key in sorted(before.keys() | now.keys()):
+            fixed = key not in options or not options[key].option.may_change
+            if fixed and before.get(key) != now.get(key):
+                raise ValueError(
+                    f"{run}: {key}: found {before.get(key)!r} in the run, expected "
+                    f"{now.get(key)!r}; rerun with the run's own configuration (--config "
+                    "config.yaml) or start over with --fresh"
+                )
     run.mkdir(parents=True, exist_ok=True)
     # Without --fresh: the file is itself a --config, to continue with
     stored = dataclasses.replace(config, fresh=False, dry_run=False)
@@ -65,20 +76,6 @@ def _is_run(run: Path) -> bool:
     """Return whether a folder is a run, which --fresh may delete: config.yaml is a common name,
     and only ours has this section."""
     return (run / CONFIG_NAME).is_file() and "train" in read_yaml(run / CONFIG_NAME)
-
-
-def _require_same(run: Path, config: RunConfig) -> None:
-    now, defaults = (flattened(yaml.safe_load(to_yaml(each))) for each in (config, type(config)()))
-    before = {**defaults, **recorded_options(run)}  # the run may be older than an option
-    options = options_of(type(config))
-    may_change = {name for name, field in options.items() if field.option.may_change}
-    for key in sorted(before.keys() | now.keys()):
-        if key not in may_change and before.get(key) != now.get(key):
-            raise ValueError(
-                f"{run}: {key}: found {before.get(key)!r} in the run, expected {now.get(key)!r}; "
-                "rerun with the run's own configuration (--config config.yaml) or start over "
-                "with --fresh"
-            )
 
 
 @contextmanager

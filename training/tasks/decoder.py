@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from models.networks.transformer import trimmed_length
 from models.upsampler import Upsampler
 from models.weights import load_weights
 from training.config import DecoderRunConfig
-from training.data.dataloader import Batch, as_batch
+from training.data.dataloader import Batch, first_batches
 from training.data.datasets import ColumnDataset, ImageDataset, PairDataset
 from training.data.inputs import clip_of, encoder_of, mixed, pin_snapshots, start_from
 from training.engine.precision import device_of_run
@@ -213,12 +212,10 @@ class Validation:
         device = device_of_run(self.device)
         model.to(device)
         count = min(MAX_VALIDATED, sum(sum(sizes) for sizes in self.dataset.data_sets))
-        losses = []
-        for start in range(0, count, VALIDATED_AT_ONCE):
-            index = np.arange(start, min(start + VALIDATED_AT_ONCE, count))
-            batch = as_batch(self.dataset.read(index), torch.from_numpy(index)).to(device)
+        losses: list[Tensor] = []
+        for batch in first_batches(self.dataset, count, VALIDATED_AT_ONCE, device):
             losses.append(self.objective(model, batch)["loss"].cpu())
-            if start == 0:
+            if len(losses) == 1:
                 self._draw(model, batch.part(NUM_DRAWN), folder)
         return {"loss": float(torch.cat(losses).mean())}
 

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from models.priors.regression import RegressionPrior
 from models.scores import prior_scorecard
 from models.weights import load_weights
 from training.config import PriorRunConfig
-from training.data.dataloader import Batch, as_batch
+from training.data.dataloader import Batch, first_batches
 from training.data.datasets import ColumnDataset, EmbedDataset, captions_of
 from training.data.inputs import (
     clip_of,
@@ -145,10 +144,7 @@ def validate_prior(
     reader = mixed([EmbedDataset(one, _tokenize(tokens)) for one in snapshots], ())
     count = min(MAX_VALIDATED, sum(one.num_samples for one in snapshots))
     drawn, image, text, captions = [], [], [], captions_of(snapshots, count)
-    for start in range(0, count, VALIDATED_AT_ONCE):
-        index = np.arange(start, min(start + VALIDATED_AT_ONCE, count))
-        batch = as_batch(reader.read(index), torch.from_numpy(index))
-        batch = batch.to(device)
+    for batch in first_batches(reader, count, VALIDATED_AT_ONCE, device):
         conditions = prior_text(encoder, batch, bool(tokens))
         drawn.append(model.sample(batch.keys, conditions, VALIDATION_SAMPLING).cpu())
         image.append(batch["image_embed"].cpu())
