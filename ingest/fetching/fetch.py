@@ -120,8 +120,7 @@ def connection_classes(connect: Callable[[str, int], socket.socket]) -> dict[str
     """
     if not hasattr(HTTPConnection, "_new_conn"):
         raise ImportError(
-            f"urllib3 {urllib3.__version__}: HTTPConnection has no _new_conn; install the version "
-            "that requirements.lock names"
+            "urllib3: HTTPConnection has no _new_conn; install the one of requirements.lock"
         )
     methods = {"_new_conn": lambda connection: connect(connection.host, connection.port)}
     bases = {"http": HTTPConnection, "https": HTTPSConnection}
