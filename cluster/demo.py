@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.cli import DONE, parse, require_local, run_script
-from cluster.base.files import write_json
+from cluster.base.files import Json, write_json
 from cluster.base.run_dir import DEMO_NAME, EVAL_NAME, PROVENANCE_NAME, TIMINGS_NAME
 from cluster.timings import Timings
 
@@ -127,7 +127,7 @@ def _open(config: DemoConfig) -> Path:
     return run
 
 
-def _pairs(config: DemoConfig, folder: Path) -> dict[str, list[dict[str, Any]]]:
+def _pairs(config: DemoConfig, folder: Path) -> dict[str, list[Json]]:
     """Draw or split the pairs, and return their rows by set."""
     from cluster.demo_data import drawn_pairs, given_pairs, read_pairs
 
@@ -139,7 +139,7 @@ def _pairs(config: DemoConfig, folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _download(
-    run: Path, sets: dict[str, list[dict[str, Any]]], timings: Timings, port: int | None
+    run: Path, sets: dict[str, list[Json]], timings: Timings, port: int | None
 ) -> int:
     """Serve the pairs on the loopback and download them, as one would from the web.
 
@@ -320,7 +320,7 @@ def _finish(config: DemoConfig, run: Path, timings: Timings) -> None:
     print(f"scores: {_short(str(run / 'eval.json'))}\nreport: {_short(str(report))}")
 
 
-def _provenance(config: DemoConfig, run: Path) -> dict[str, Any]:
+def _provenance(config: DemoConfig, run: Path) -> Json:
     """Return the code's version, the configuration and the digests of the data."""
     from ingest.shards import load_snapshot
     from training.runs.cards import code_version

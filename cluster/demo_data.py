@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.base.files import atomic_write
+from cluster.base.files import Json, atomic_write
 
 TEST_ONE_IN = 10
 SKIN_TONE = re.compile(
@@ -19,7 +19,7 @@ SKIN_TONE = re.compile(
 )
 
 
-Rows = list[dict[str, Any]]  # {"image": encoded bytes, "caption": text}
+Rows = list[Json]  # {"image": encoded bytes, "caption": text}
 
 
 def read_pairs(path: Path) -> Rows:
@@ -97,7 +97,7 @@ def given_pairs(folder: Path, source: Path, limit: int, salt: str = "") -> dict[
     return {name: write_pairs(paths[name], pairs) for name, pairs in split.items()}
 
 
-def _read_given(source: Path) -> list[dict[str, Any]]:
+def _read_given(source: Path) -> list[Json]:
     """Read a user's pairs as rows {number, image, caption, name}; name is the caption where there
     is no such column.
 
@@ -136,7 +136,7 @@ def _read_given(source: Path) -> list[dict[str, Any]]:
     return [{"name": row["caption"], **row, "number": i} for i, row in enumerate(rows)]
 
 
-def _require_pictures(source: Path, rows: list[dict[str, Any]]) -> None:
+def _require_pictures(source: Path, rows: list[Json]) -> None:
     """Decode every picture as the download will, so that a bad one is named by its row."""
     from ingest.fetching.decode import DecodeError, Resizer
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cluster.base.files import Json
 from cluster.panels import DASHBOARDS, Panel
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class PrometheusError(Exception):
     """Prometheus does not answer, or not as it should; args[0] says so in a line."""
 
 
-def layout() -> list[dict[str, Any]]:
+def layout() -> list[Json]:
     """Return the dashboards as the page draws them, each panel with its key in PANELS."""
     keys = {id(panel): key for key, panel in PANELS.items()}
     dashboards = []
@@ -64,7 +65,7 @@ class PrometheusClient:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise PrometheusError(f"{self.url} is no Prometheus") from error
 
-    def lines(self, key: str, window: str, now: float) -> dict[str, Any]:
+    def lines(self, key: str, window: str, now: float) -> Json:
         """Return a panel's lines over the last `window`; key and window are of PANELS and WINDOWS.
 
         {"from", "to", "step", "lines": [{"name", "points": [[time, value]]}], "more"}
@@ -85,9 +86,9 @@ class PrometheusClient:
         lines.sort(key=lambda line: line["name"])
         return {"from": end - seconds, "to": end, "step": step, "lines": lines, "more": more}
 
-    def runs(self) -> list[dict[str, Any]]:
+    def runs(self) -> list[Json]:
         """Return the trainings under way: {"model", "instance", and of RUNS what each has}."""
-        runs: dict[tuple[str, str], dict[str, Any]] = {}
+        runs: dict[tuple[str, str], Json] = {}
         for each in self._get("query", {"query": RUNS_QUERY})["result"]:
             labels = each["metric"]
             model, instance = labels.get("model", ""), labels.get("instance", "")
@@ -110,7 +111,7 @@ class PrometheusClient:
         ]
         return sorted(alerts, key=lambda alert: (alert["state"], alert["severity"], alert["name"]))
 
-    def _get(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:
+    def _get(self, path: str, fields: Json) -> Json:
         """Read one of Prometheus's read-only addresses; follows no redirect and no proxy."""
         import urllib3
 

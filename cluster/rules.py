@@ -1,8 +1,8 @@
 """The recording rules: of each metric the series that panels and alerts read."""
 
 from collections.abc import Mapping
-from typing import Any
 
+from cluster.base.files import Json
 from cluster.base.metrics import METRICS, Metric
 
 EVENTS = (  # counted by the hour; of other counters, the rate matters
@@ -38,7 +38,7 @@ def recorded(metric: Metric) -> dict[str, str]:
     return {"record": f"minidalle2:{short}:{name}", "expr": expression}
 
 
-def recording_rules(metrics: Mapping[str, Metric] = METRICS) -> dict[str, Any]:
+def recording_rules(metrics: Mapping[str, Metric] = METRICS) -> Json:
     """Return the content of recording.yaml: one group, a rule for each metric."""
     rules = [recorded(metric) for metric in metrics.values()]
     return {"groups": [{"name": "minidalle2", "rules": rules}]}

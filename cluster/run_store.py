@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.base.files import try_lock
+from cluster.base.files import Json, try_lock
 from cluster.base.run_dir import (
     CONFIG_NAME,
     DEMO_NAME,
@@ -45,10 +45,10 @@ class RunInfo:
     kind: str = ""
     error: str = ""
     snapshots: dict[str, str] = field(default_factory=dict)
-    last: dict[str, Any] = field(default_factory=dict)
-    validation: dict[str, Any] = field(default_factory=dict)
-    incident: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
+    last: Json = field(default_factory=dict)
+    validation: Json = field(default_factory=dict)
+    incident: Json = field(default_factory=dict)
+    scores: Json = field(default_factory=dict)
     checkpoints: tuple[str, ...] = ()
     checkpoint_age: float | None = None
 
@@ -229,7 +229,7 @@ class RunsFolder:
         data = self._files.cat_file(self._path(name), start=start, end=end)
         return data.decode(errors="replace").strip()
 
-    def _last_line(self, name: str) -> dict[str, Any]:
+    def _last_line(self, name: str) -> Json:
         """Return the last complete line of a file of JSON objects; {} if there is none."""
         lines = reversed(self._text(name, start=-TAIL_BYTES).splitlines())
         return next(filter(None, map(_parse_object, lines)), {})
@@ -239,7 +239,7 @@ class RunsFolder:
             return None
         return max(0.0, time.time() - self._files.modified(self._path(name)).timestamp())
 
-    def _config(self, name: str) -> dict[str, Any]:
+    def _config(self, name: str) -> Json:
         import yaml
 
         try:
@@ -249,7 +249,7 @@ class RunsFolder:
         return config if isinstance(config, dict) else {}
 
 
-def _parse_object(text: str) -> dict[str, Any]:
+def _parse_object(text: str) -> Json:
     """Parse a JSON object; anything else is an empty one."""
     try:
         value = json.loads(text)

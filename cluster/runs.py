@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from cluster.base.cli import DONE, INCOMPLETE, parse, run_script
+from cluster.base.files import Json
 
 if TYPE_CHECKING:
     from cluster.run_store import RunInfo
@@ -107,7 +108,7 @@ def _number(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _flat(scores: dict[str, Any]) -> dict[str, Any]:
+def _flat(scores: Json) -> Json:
     from eval.html_report.formats import flatten
 
     return flatten(scores) if scores else {}
@@ -128,7 +129,7 @@ def show_run(config: ShowConfig) -> int:
         "snapshot": info.snapshots, "last": info.last, "validation": info.validation,
         "incident": info.incident, "score": _flat(info.scores),
     }  # fmt: skip
-    facts: dict[str, Any] = {
+    facts: Json = {
         "run": info.name, "what": info.kind, "state": info.state, "error": info.error,
         "step": _progress(info), "checkpoints": " ".join(info.checkpoints), "newest": _age(info),
         "size": f"{folder.size(name) / 2**20:.1f} MiB",

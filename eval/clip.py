@@ -9,10 +9,10 @@ python eval/clip.py --export clip.safetensors --clip runs/clip          # weight
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.base.cli import DONE, parse, require_local, run_script
-from cluster.base.files import write_text
+from cluster.base.files import Json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ def main(config: ClipScoreConfig) -> int:
     from models.scores import retrieval_both_ways
 
     captions, image, text = read_embeds(config.embeds)
-    scores: dict[str, Any] = {"n": len(captions), **retrieval_both_ways(image, text, captions)}
+    scores: Json = {"n": len(captions), **retrieval_both_ways(image, text, captions)}
     if config.label_column:
         scores |= _class_scores(config, image)
     for name, value in scores.items():
@@ -74,7 +74,7 @@ def main(config: ClipScoreConfig) -> int:
     return DONE
 
 
-def _class_scores(config: ClipScoreConfig, image: "Tensor") -> dict[str, Any]:
+def _class_scores(config: ClipScoreConfig, image: "Tensor") -> Json:
     """Return the accuracy of zero-shot classification, and of a probe where it can be trained.
 
     image: embeddings [N, E]. A class's embedding is the mean over its sentences (Radford et al.
@@ -101,7 +101,7 @@ def _class_scores(config: ClipScoreConfig, image: "Tensor") -> dict[str, Any]:
     sentences = [[template.format(name) for template in config.templates] for name in names]
     tokens = [torch.from_numpy(encoder.tokenize(of_class)) for of_class in sentences]
     classes = torch.stack([encoder.encode_text(of_class)[0] for of_class in tokens])  # [C, T, E]
-    scores: dict[str, Any] = {
+    scores: Json = {
         "num_classes": len(names),
         "zero_shot_accuracy": zero_shot(image, classes, target),
     }

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cluster.base.files import digest_file, digest_of
+from cluster.base.files import Json, digest_file, digest_of
 from eval.sampling.image_source import ImageSet, open_images
 
 FOLDER = Path(__file__).parent / "protocols"
@@ -51,7 +51,7 @@ class Prepared:
     image_size: int
     seed: int
     features: tuple[str, ...]
-    about: dict[str, Any]
+    about: Json
 
 
 def prepare(name: str, data: str, work: Path) -> Prepared:
@@ -88,7 +88,7 @@ def prepare(name: str, data: str, work: Path) -> Prepared:
     )
 
 
-def _read_protocol(path: Path) -> dict[str, Any]:
+def _read_protocol(path: Path) -> Json:
     try:
         protocol = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -107,7 +107,7 @@ def _read_protocol(path: Path) -> dict[str, Any]:
     return protocol
 
 
-def _require_fields(path: Path, protocol: dict[str, Any], kind: str) -> None:
+def _require_fields(path: Path, protocol: Json, kind: str) -> None:
     for name, field_type in FIELDS[kind].items():
         value = protocol.get(name)
         if type(value) is not field_type or (isinstance(value, int) and value < 0):
@@ -118,7 +118,7 @@ def _require_fields(path: Path, protocol: dict[str, Any], kind: str) -> None:
 # -- MS-COCO ---------------------------------------------------------------------------------------
 
 
-def _coco(protocol: dict[str, Any], data: str, work: Path) -> tuple[Captions, References]:
+def _coco(protocol: Json, data: str, work: Path) -> tuple[Captions, References]:
     """Choose captions of the validation set; its images are read in the order of their ids."""
     if not data:
         raise ValueError(
@@ -170,7 +170,7 @@ def _annotations(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     return files, captions
 
 
-def _choose(captions: dict[int, list[str]], protocol: dict[str, Any]) -> list[tuple[int, str]]:
+def _choose(captions: dict[int, list[str]], protocol: Json) -> list[tuple[int, str]]:
     """Return the (image id, caption) pairs of the least keys, sha256("seed:image[:caption]").
 
     one_per_image: of each image one caption, number key mod count; uniform: of all captions, so
@@ -199,7 +199,7 @@ def _key(*parts: int) -> int:
 # -- what runs on any machine ----------------------------------------------------------------------
 
 
-def _shapes(protocol: dict[str, Any], data: str, work: Path) -> tuple[Captions, References]:
+def _shapes(protocol: Json, data: str, work: Path) -> tuple[Captions, References]:
     """Draw the real set, or find it drawn; a training set never holds these captions' kinds."""
     from ingest.shapes import make_pairs
 
@@ -225,7 +225,7 @@ def _shapes(protocol: dict[str, Any], data: str, work: Path) -> tuple[Captions, 
     }
 
 
-def _shards(protocol: dict[str, Any], data: str, work: Path) -> tuple[Captions, References]:
+def _shards(protocol: Json, data: str, work: Path) -> tuple[Captions, References]:
     """Open the shards whose captions are drawn and whose images are the reference."""
     where = data or protocol["images"]
     if not Path(where).is_dir():

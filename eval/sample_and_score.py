@@ -14,12 +14,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import UseAppendAction
 
 from cluster.base.cli import DONE, WRONG_REQUEST
-from cluster.base.files import write_json
+from cluster.base.files import Json, write_json
 from cluster.base.run_dir import EVAL_NAME, SAMPLES_FOLDER
 from eval.html_report.formats import Scores
 
@@ -57,7 +57,7 @@ class SampleAndScoreConfig:
 def sample_and_score(
     config: SampleAndScoreConfig,
     folder: Path,
-    settings: dict[str, Any],
+    settings: Json,
     more_options: Sequence[str] = (),
 ) -> Scores:
     """Sample into <folder>/samples, score into <folder>/eval.json, and return the scores.
@@ -90,7 +90,7 @@ def sample_and_score(
     return json.loads(out.read_text(encoding="utf-8"))
 
 
-def _delete_other_results(folder: Path, settings: dict[str, Any]) -> None:
+def _delete_other_results(folder: Path, settings: Json) -> None:
     """Keep the results of these settings, to continue them; delete those of others."""
     path = folder / "settings.json"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == settings:

@@ -19,10 +19,9 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cluster.base.cli import parse, run_script
-from cluster.base.files import digest_file, try_lock, write_json
+from cluster.base.files import Json, digest_file, try_lock, write_json
 from cluster.base.jsonl import add_line, read_lines
 from cluster.base.run_dir import CONFIG_NAME, STATE_NAME, WATCH_NAME, step_folders, step_of
 from eval.sample_and_score import SampleAndScoreConfig, finish, guide_of, sample_and_score
@@ -143,7 +142,7 @@ def _score(config: RunWatchConfig, run: Path, folder: Path) -> None:
     print(f"watch: {folder.name} scored in {line['seconds']:.0f} s", flush=True)
 
 
-def _settings(config: RunWatchConfig, chain: RunWatchConfig, linked: Path) -> dict[str, Any]:
+def _settings(config: RunWatchConfig, chain: RunWatchConfig, linked: Path) -> Json:
     """Return what all points of a curve must share: the flags and the weights of other runs."""
     from eval.sampling.chain import run_weights
 
@@ -156,7 +155,7 @@ def _settings(config: RunWatchConfig, chain: RunWatchConfig, linked: Path) -> di
     return json.loads(json.dumps(settings))
 
 
-def _require_same_settings(run: Path, settings: dict[str, Any]) -> None:
+def _require_same_settings(run: Path, settings: Json) -> None:
     """Raise ValueError where earlier checkpoints were scored otherwise: one curve, one setting."""
     for line in read_lines(run / WATCH_NAME):
         before = line.get("settings", settings)  # lines of old versions have none

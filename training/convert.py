@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.base.cli import parse, require_local, run_script
-from cluster.base.files import write_json
+from cluster.base.files import Json, write_json
 
 STEP = "step_00000000"
 FOLDERS = {  # of a pipeline that hold each network
@@ -90,7 +90,7 @@ def import_pipeline(config: ConvertConfig) -> None:
     write_json(run / FINAL_NAME, {"step": STEP})
 
 
-def load_conditioned(config: ConvertConfig) -> tuple[Any, dict[str, Any]]:
+def load_conditioned(config: ConvertConfig) -> tuple[Any, Json]:
     """Load a prior or a decoder; return it with what config.json states beside its sizes.
 
     Raises ValueError where its dimensions are not those of --clip.
@@ -128,7 +128,7 @@ def load_conditioned(config: ConvertConfig) -> tuple[Any, dict[str, Any]]:
     return model, {**export, "embed_dim": dimension, "text_width": dimension}
 
 
-def load_upsampler(config: ConvertConfig) -> tuple[Any, dict[str, Any]]:
+def load_upsampler(config: ConvertConfig) -> tuple[Any, Json]:
     """Load an upsampler; return it with what config.json states beside its sizes."""
     from models.convert.unets import upsampler_from_diffusers
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cluster.base.files import Json
 from cluster.base.run_dir import step_folder, step_folders, step_of
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.records import Progress, from_first_rank
@@ -46,7 +47,7 @@ class Task:
     model: nn.Module
     objective: Callable[[Any, Batch], Scores]
     build_dataset: Callable[[], ColumnDataset]
-    export: dict[str, Any]
+    export: Json
     block_size: int = 1
     validate: Callable[[Path], dict[str, float]] | None = None
     grad_context: Callable[[Any, list[Batch]], AbstractContextManager] = no_context

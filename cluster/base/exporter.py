@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from cluster.base.files import Json
+
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
@@ -29,7 +31,7 @@ BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of histo
 Kind = Literal["counter", "gauge", "histogram"]
 _lock = threading.Lock()  # held while a value is recorded or copied
 _servers: dict[int, "_Server"] = {}  # by port
-_series: dict[str, Any] = {}  # of prometheus_client, by the metric's name
+_series: Json = {}  # of prometheus_client, by the metric's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +173,7 @@ def serve(metrics: Iterable[Metric], port: int) -> int:
 
     app: Callable[..., Iterable[bytes]] = make_wsgi_app(_registry())
 
-    def counted(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    def counted(environ: Json, start_response: Any) -> Iterable[bytes]:
         yield from app(environ, start_response)
         _scrapes.add()
 

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 BLOCK_BYTES = 1 << 20  # read at once while a digest is computed
 
+Json = dict[str, Any]  # an object of JSON: a record, a message, a configuration
 AnyPath = str | os.PathLike[str]
 
 

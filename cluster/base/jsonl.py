@@ -3,10 +3,11 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+
+from cluster.base.files import Json
 
 
-def add_line(path: Path, value: dict[str, Any]) -> None:
+def add_line(path: Path, value: Json) -> None:
     """Append a line, in one write: it outlives this process at once.
 
     A line that a full disk has cut short is ended first, so that the new one is a line of its own.
@@ -20,7 +21,7 @@ def add_line(path: Path, value: dict[str, Any]) -> None:
         file.write(line)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[Json]:
     """Read the complete lines of a file; what a kill or a full disk cut short is left out."""
     return NewLines(path).read()
 
@@ -35,7 +36,7 @@ class NewLines:
     def __init__(self, path: Path) -> None:
         self._path, self._count, self._end, self._inode = path, 0, 0, -1
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[Json]:
         """Return the new lines; none where there is no file."""
         try:
             file = self._path.open("rb")

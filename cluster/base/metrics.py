@@ -26,7 +26,7 @@ FOLDERS = ("images", "embeds", "runs")
 Incident = Literal["spike", "hang", "lost", "broken"]  # see training/runs/events.py
 INCIDENTS: tuple[str, ...] = get_args(Incident)
 MODELS = ("clip", "prior", "decoder", "up256", "up1024")  # an upsampler is named by its stage
-JUDGED = (*MODELS, "chain")
+SCORED = (*MODELS, "chain")
 STAGES = ("download", "clip", "judge", "embed", "prior", "base", "up", "sample", "evaluate")
 SHAPE_SETS = ("single", "seen", "held_out")
 SHAPE_SCORES = ("all", "attribute", "relation", "real")
@@ -82,7 +82,7 @@ _TABLE: tuple[tuple[str, Kind, Mapping[str, tuple[str, ...]], str], ...] = (
     ("checkpoints_total", "counter", _MODEL, "Checkpoints written."),
     ("samples_generated_total", "counter", {}, "Images generated from captions."),
     ("eval_score", "gauge", {"metric": SCORES}, "Scores of the last evaluation."),
-    ("eval_timestamp_seconds", "gauge", {"of": JUDGED}, "When it was last scored; Unix time."),
+    ("eval_timestamp_seconds", "gauge", {"of": SCORED}, "When it was last scored; Unix time."),
     ("stage_seconds", "gauge", {"stage": STAGES}, "Time a finished stage took."),
 )
 METRICS: dict[str, Metric] = {

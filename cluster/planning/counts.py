@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.cli import parse
-from cluster.base.files import digest_of, write_text
+from cluster.base.files import Json, digest_of, write_text
 from cluster.planning.request import CHAINS
 from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig
 
@@ -38,7 +38,7 @@ MAX_WORDS = 256  # tokens of a caption that the paper's text encoders read
 PROBE = 8  # samples on which the memory of a step is counted
 BF16_BYTES = 2
 
-Counts = dict[str, Any]  # one JSON object
+Counts = Json  # one JSON object
 
 
 def read_preset(kind: str, name: str, *flags: str) -> Any:
@@ -114,7 +114,7 @@ def _stored() -> dict[str, Counts]:
     return {entry["digest"]: entry["counts"] for entry in lines[1:]}
 
 
-def _look_up(key: dict[str, Any], count: Callable[[], Counts]) -> Counts:
+def _look_up(key: Json, count: Callable[[], Counts]) -> Counts:
     digest = digest_of(key)[:16]
     if digest not in _stored():
         _stored()[digest] = count()

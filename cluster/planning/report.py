@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.base.files import Json
 from cluster.planning import layouts
 from cluster.planning.devices import find_gpu
 from cluster.planning.efficiency import efficiency, read_measured
@@ -38,7 +39,7 @@ INCEPTION_MACS = 5.7e9  # of a 299 px image (Szegedy et al. 2016)
 SHARD_SECONDS = 600.0  # of one node for one shard of a download or an embedding: an assumption
 COPY = 25e9  # bytes a second from a GPU to the memory of its CPU, for which steps wait
 
-Plan = dict[str, Any]  # JSON: numbers in the units that their names give, and their sources
+Plan = Json  # JSON: numbers in the units that their names give, and their sources
 
 
 def download_plan(request: PlanRequest) -> Plan:

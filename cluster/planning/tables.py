@@ -1,15 +1,15 @@
 """A plan as tables for people."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from cluster.base.files import Json
 from cluster.planning.efficiency import CHANNELS_LAST
 
 GIB = 2**30
-Plan = dict[str, Any]
+Plan = Json
 
 
 def print_plan(plan: Plan, console: Console) -> None:

@@ -6,7 +6,8 @@ import pickle
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+
+from cluster.base.files import Json
 
 VARIABLE = "MINIDALLE2_WEIGHTS"
 
@@ -46,7 +47,7 @@ class WeightsFile:
         """The suffix of a score's name where the weights are not the published ones."""
         return "" if self.official else f", weights sha256 {self.sha256[:12]}: not the official"
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> Json:
         """Return the tensors of the file; ValueError for another digest, or for more than tensors.
 
         The file is read once, so the loaded bytes are the verified ones. The unpickler builds

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from cluster.base.files import Json
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import METRICS_NAME, SWEEP_NAME, VALIDATION_NAME, WATCH_NAME
 from eval.html_report.formats import element
@@ -151,7 +152,7 @@ def sweep_charts(run: Path) -> Markup:
     return element("div", _score_charts("cfg_scale", lines), "charts")
 
 
-def _score_charts(key: str, lines: list[dict[str, Any]]) -> list[Markup]:
+def _score_charts(key: str, lines: list[Json]) -> list[Markup]:
     """Draw each score that has a better direction over the value of `key`."""
     series: dict[str, list[Point]] = {}
     for line in lines:

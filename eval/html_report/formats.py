@@ -6,7 +6,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-Scores = dict[str, Any]  # eval.json, or an object inside it
+from cluster.base.files import Json
+
+Scores = Json  # eval.json, or an object inside it
 CAPTIONS_KEY = "captions_sha256"  # beside scores: only those of the same captions are compared
 
 
@@ -46,7 +48,7 @@ def size(num_bytes: float | None) -> str:
     return f"{mebibytes:,.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
 
 
-def flatten(value: Any, path: str = "") -> dict[str, Any]:
+def flatten(value: Any, path: str = "") -> Json:
     """Return nested objects as one: {"a": {"b": 1}} is {"a.b": 1}."""
     if not isinstance(value, dict):
         return {path: ", ".join(map(str, value)) if isinstance(value, list) else value}

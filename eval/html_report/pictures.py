@@ -14,6 +14,7 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
+from cluster.base.files import Json
 from cluster.base.jsonl import read_lines
 from eval.html_report.formats import details, element, flatten, note, table
 from eval.sampling.image_source import SAMPLES_NAME
@@ -114,7 +115,7 @@ def edits(run: Path) -> Markup:
     return Markup().join(block for blocks in by_command.values() for block in blocks)
 
 
-def _edit_rows(folder: Path, title: str, text: str, lines: list[dict[str, Any]]) -> Markup:
+def _edit_rows(folder: Path, title: str, text: str, lines: list[Json]) -> Markup:
     """Return a grid with a column for each head and a row for each name."""
     width = len({line["file"].partition("_")[2] for line in lines})
     cells = [Markup("<span></span>")]

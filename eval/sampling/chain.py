@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from cluster.base.files import digest_file
+from cluster.base.files import Json, digest_file
 from eval.features.devices import device_named
 from models.clip import load_clip
 from models.unclip import UnClip
@@ -31,7 +30,7 @@ def load_chain(
 
 def chain_weights(
     prior: str, decoder: str, upsamplers: Sequence[str], guide: str = ""
-) -> dict[str, Any]:
+) -> Json:
     """Identify the weights of finished runs by content, since a path may be trained again.
 
     Returns {prior_weights, decoder_weights: {step, sha256}, upsampler_weights: a list of such}, and

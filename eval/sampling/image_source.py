@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from cluster.base.files import digest_file, digest_of
+from cluster.base.files import Json, digest_file, digest_of
 from eval.features.decoding import fitted, picture_size, read_picture
 from ingest.shards import ImageShard, load_snapshot
 from ingest.store.snapshots import Snapshot
@@ -41,7 +41,7 @@ class ImageSet:
     captions: list[str]
     paths: tuple[Path, ...] = ()
     shards: tuple[ImageShard, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Json = field(default_factory=dict)
     snapshot: Snapshot | None = None
     side: int = 0
     parent: "ImageSet | None" = None

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from cluster.base.files import Json
 from cluster.base.machine import threads_for
 from cluster.base.metrics import counter
 from cluster.base.progress import progress, show_place
@@ -59,7 +60,7 @@ class ChunkReader:
     def __init__(self, root: str, preprocessing: Preprocessing, size: int) -> None:
         self._root, self._preprocessing, self._size = root, preprocessing, size
 
-    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def __call__(self, row: Json) -> Iterator[Json]:
         """Yield the chunks of the shard `row`."""
         for chunk in read_chunks(self._root, ShardEntry(**row), self._preprocessing, self._size):
             yield vars(chunk)
@@ -76,7 +77,7 @@ class ClipEncoder:
         if pool.compile:
             self._encoder.clip.visual = cast(Any, torch.compile(self._encoder.clip.visual))
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: Json) -> Json:
         """Encode the chunk `row`."""
         return vars(encode_chunk(self._encoder, Chunk(**row)))
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any
 from urllib.parse import urljoin
 
 import urllib3
@@ -24,6 +23,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, IncompleteRead, LocationParseError, SSLError
 from urllib3.util import Url, parse_url
 
+from cluster.base.files import Json
 from ingest.fetching import net
 from ingest.fetching.decode import header_problem, may_be_image
 from ingest.fetching.rate_limit import HostLimits
@@ -112,7 +112,7 @@ def host_of(url: str | None) -> str:
         return ""
 
 
-def connection_classes(connect: Callable[[str, int], socket.socket]) -> dict[str, Any]:
+def connection_classes(connect: Callable[[str, int], socket.socket]) -> Json:
     """Return urllib3's connection class of each scheme, with sockets that `connect` opens.
 
     urllib3 has no public hook for this, so its private `_new_conn` is replaced. Raises ImportError

@@ -9,10 +9,11 @@ import os
 import unicodedata
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import UseAppendAction
 
+from cluster.base.files import Json
 from ingest.lists.opt_outs import OptOuts
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class RowFilter:
         problems = {n: self._problem(row) for n, row in enumerate(rows.to_pylist())}
         return {number: problem for number, problem in problems.items() if problem is not None}
 
-    def _problem(self, row: dict[str, Any]) -> str | None:
+    def _problem(self, row: Json) -> str | None:
         config = self.config
 
         # The row's URL and digests

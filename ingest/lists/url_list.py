@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import IO, TYPE_CHECKING, Any
 
-from cluster.base.files import digest_of
+from cluster.base.files import Json, digest_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,7 +79,7 @@ def _read_json_lines(
 ) -> "Iterator[pa.Table]":
     import pyarrow as pa
 
-    def values(rows: list[dict[str, Any]], name: str) -> list[Any]:
+    def values(rows: list[Json], name: str) -> list[Any]:
         cells = (row.get(name) for row in rows)
         return [_HALF_PAIR.sub("\ufffd", v) if isinstance(v, str) else v for v in cells]
 
@@ -93,7 +93,7 @@ def _read_json_lines(
         yield pa.table([pa.array(values(rows, f.name), f.type) for f in columns], columns.names)
 
 
-def _json_objects(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
+def _json_objects(stream: IO[bytes]) -> Iterator[Json]:
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue

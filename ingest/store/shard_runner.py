@@ -16,6 +16,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.base.files import Json
+
 if TYPE_CHECKING:
     from cluster.base.ray_session import Group
 
@@ -165,7 +167,7 @@ class _RayRunner:
         self._idle: list[Any] = []  # actors
         self._exhausted = False
         cpus = self._num_cpus()
-        options: dict[str, Any] = {
+        options: Json = {
             "num_cpus": pool.num_cpus or min(1.0, cpus / (pool.number or cpus)),
             "num_gpus": pool.num_gpus,
             "resources": group_resources(pool.group),

@@ -10,11 +10,10 @@ Training and evaluation pin one snapshot by its digest and read nothing else.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
-from cluster.base.files import digest_of
+from cluster.base.files import Json, digest_of
 from ingest.store.commits import read_commits
 from ingest.store.storage import Root, join_root, storage_of
 
@@ -27,7 +26,7 @@ FORGOTTEN_FOLDER = "_forgotten"  # --fresh keeps it: a request to be forgotten i
 # -- manifest ------------------------------------------------------------------------------------
 
 
-def write_manifest(root: Root, kind: str, fields: dict[str, Any]) -> None:
+def write_manifest(root: Root, kind: str, fields: Json) -> None:
     """Create `<root>/_manifest.json`, or check that the existing one is equal.
 
     kind: "images", "embeds" or "features"; fields: JSON-able. Raises ValueError naming the first
@@ -52,7 +51,7 @@ def write_manifest(root: Root, kind: str, fields: dict[str, Any]) -> None:
             )
 
 
-def read_manifest(root: Root) -> dict[str, Any]:
+def read_manifest(root: Root) -> Json:
     """Return the manifest of `root`; ValueError with the remedy when there is none."""
     try:
         return json.loads(storage_of(root).read(MANIFEST))

@@ -22,14 +22,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.base.files import atomic_write, digest_file, write_json
+from cluster.base.files import Json, atomic_write, digest_file, write_json
 from cluster.base.run_dir import (
     EMA_SNAPSHOTS_FOLDER,
     FRAGMENTS_FOLDER,
@@ -136,7 +135,7 @@ class Checkpointer:
     """
 
     def __init__(
-        self, run: Path, engine: Engine, averages: Averages, export: dict[str, Any],
+        self, run: Path, engine: Engine, averages: Averages, export: Json,
         config: TrainConfig,
     ) -> None:  # fmt: skip
         """export: what config.json says of the model."""
@@ -343,7 +342,7 @@ def restore_fragment(
 
 def export(
     folder: Path, shapes: dict[str, torch.Size], untrained: dict[str, Tensor],
-    config: dict[str, Any],
+    config: Json,
 ) -> None:  # fmt: skip
     """Assemble the weights for inference from the fragments of all ranks, read from storage.
 

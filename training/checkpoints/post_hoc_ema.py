@@ -9,13 +9,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.base.files import write_json
+from cluster.base.files import Json, write_json
 from cluster.base.run_dir import EMA_SNAPSHOTS_FOLDER, step_folder
 from models.power_ema import Profile, coefficients, gamma_of
 from models.weights import (
@@ -39,7 +38,7 @@ class _Snapshot:
     sections: dict[str, set[str]]
 
 
-def reconstruct(run: Path, sigma_rel: float, step: int, out: Path) -> dict[str, Any]:
+def reconstruct(run: Path, sigma_rel: float, step: int, out: Path) -> Json:
     """Write the average of width `sigma_rel` at `step` (0: the last snapshot's) as the run `out`.
 
     Returns what config.json says of it under "post_hoc_ema"; "error" is the fit's, see
@@ -104,7 +103,7 @@ def _snapshots(run: Path) -> list[_Snapshot]:
 
 
 def _write_run(
-    source: Path, out: Path, terms: list[tuple[float, FragmentReader, str]], fit: dict[str, Any]
+    source: Path, out: Path, terms: list[tuple[float, FragmentReader, str]], fit: Json
 ) -> None:
     """Write a finished run with the sum of `terms` (share, fragments, section) as its weights.
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cluster.base.files import write_text
+from cluster.base.files import Json, write_text
 from cluster.base.run_dir import snapshot_path
 from ingest.embedding.statistics import NAME as STATISTICS
 from ingest.embedding.statistics import EmbedStatistics
@@ -126,7 +126,7 @@ IDLE = {"attn_resolutions": ("head_channels", "qk_norm"),
         "text_tokens": ("text_width", "text_depth", "text_heads")}  # fmt: skip
 
 
-def start_from(model: Model, init: str, run: str, export: dict[str, Any]) -> Model:
+def start_from(model: Model, init: str, run: str, export: Json) -> Model:
     """Load the averaged weights of a finished run, or none for an empty `init` or a `run` that has
     a checkpoint of its own.
 
@@ -152,7 +152,7 @@ def start_from(model: Model, init: str, run: str, export: dict[str, Any]) -> Mod
     return model.train()
 
 
-def _meanings(usual: dict[str, Any], stored: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _meanings(usual: Json, stored: Json, prefix: str = "") -> Json:
     """Return the options of a model that its weights are for, those of its U-Net as unet.NAME.
 
     usual: the default of each, for a model that is older than such an option.

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cluster.base.files import Json
 from training.config import TrainConfig
 from training.data.dataloader import Batch
 from training.engine.optimizer import Optimizer, build_optimizer, set_learning_rate
@@ -181,7 +182,7 @@ class ZeroEngine:
         stage = STAGES[config.workers.zero_stage]
         self._partition: ZeroPartition = stage(model, self._engine, self.optimizer)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> Json:
         """Return DeepSpeed's configuration."""
         config, workers = self._config, self._config.workers
         samples = config.samples_a_worker(self.world_size)

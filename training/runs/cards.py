@@ -15,10 +15,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from cluster.base.cli import read_yaml
-from cluster.base.files import digest_file, write_json, write_text
+from cluster.base.files import Json, digest_file, write_json, write_text
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import (
     CODE_NAME,
@@ -121,7 +120,7 @@ def refresh_cards(folder: Path, scores: Sequence[CardScore]) -> list[Path]:
     return cards
 
 
-def _made_samples(run: Path, settings: dict[str, Any]) -> bool:
+def _made_samples(run: Path, settings: Json) -> bool:
     """Return whether samples were drawn with a run's weights, or, of a CLIP, for its encoder."""
     step = exported(run)
     if load_config(step).get("kind") == "clip":
@@ -134,7 +133,7 @@ def _made_samples(run: Path, settings: dict[str, Any]) -> bool:
     return digest_file(step / WEIGHTS[-1]) in [(each or {}).get("sha256") for each in weights]
 
 
-def _describe_model(run: Path, step: Path) -> dict[str, Any]:
+def _describe_model(run: Path, step: Path) -> Json:
     """Return what the model card's template shows of a run."""
     config, kind = load_config(step), load_config(step).get("kind", "")
     reports, validations = read_lines(run / METRICS_NAME), read_lines(run / VALIDATION_NAME)
@@ -156,7 +155,7 @@ def _describe_model(run: Path, step: Path) -> dict[str, Any]:
     }
 
 
-def _limits(model: dict[str, Any], data: "list[DataDescription]") -> list[str]:
+def _limits(model: Json, data: "list[DataDescription]") -> list[str]:
     """Return the limits that the records show, each once."""
     limits = []
     for each in data:
@@ -209,8 +208,8 @@ class DataDescription:
     problem: str = ""
     num_samples: int = 0
     num_shards: int = 0
-    manifest: dict[str, Any] = field(default_factory=dict)
-    images: dict[str, Any] = field(default_factory=dict)
+    manifest: Json = field(default_factory=dict)
+    images: Json = field(default_factory=dict)
     outcomes: dict[str, int] = field(default_factory=dict)
     licences: dict[str, dict[str, int]] = field(default_factory=dict)
     counted: int = 0
@@ -264,7 +263,7 @@ def _describe_data_set(kind: str, root: str, digest: str, image_roots: set[str])
 
 
 def _count_licences(
-    root: str, snapshot: Snapshot, images: dict[str, Any]
+    root: str, snapshot: Snapshot, images: Json
 ) -> dict[str, dict[str, int]]:
     """Count the values of stored rows in the kept columns that have "licen" in their name."""
     import pyarrow.parquet as pq
@@ -307,7 +306,7 @@ def quote_value(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> Json:
     """Read a JSON object; an absent file is an empty one."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not isinstance(content, dict):

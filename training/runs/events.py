@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.base.files import Json
 from cluster.base.jsonl import add_line, read_lines
 from cluster.base.metrics import Incident
 from cluster.base.run_dir import INCIDENTS_NAME, TIMELINE_NAME, samples_path, samples_paths
@@ -83,7 +84,7 @@ def record_event(run: Path, event: str, **fields: Any) -> None:
     add_line(run / TIMELINE_NAME, {"event": event, "time": time.time(), **fields})
 
 
-def read_timeline(run: Path) -> list[dict[str, Any]]:
+def read_timeline(run: Path) -> list[Json]:
     """Return the events of a run."""
     return read_lines(run / TIMELINE_NAME)
 
@@ -113,7 +114,7 @@ class Recovery:
         return self.detection + self.restart + self.restore + self.step
 
 
-def recovery_after(lines: list[dict[str, Any]], fault: float) -> Recovery | None:
+def recovery_after(lines: list[Json], fault: float) -> Recovery | None:
     """Return the recovery from a fault at that time of the clock; None if it has not ended.
 
     An attempt that began and was lost again counts as a stage of the restart.
@@ -160,7 +161,7 @@ def trained_samples(run: Path, last_step: int) -> list[list[int]]:
 
     Raises ValueError where the log has no line of a step, or not of all its ranks.
     """
-    logged: dict[int, dict[int, list[dict[str, Any]]]] = {}
+    logged: dict[int, dict[int, list[Json]]] = {}
     for path in samples_paths(run):
         for line in read_lines(path):
             logged.setdefault(line["step"], {}).setdefault(line["attempt"], []).append(line)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster.base.files import Json
 from cluster.base.run_dir import RAY_FOLDER
 from training.config import TrainConfig
 from training.runs.events import record_event, report_incident
@@ -43,8 +44,8 @@ MESSAGE_LENGTH = 160  # of the error of a lost rank
 
 
 def fit(
-    worker: Callable[[dict[str, Any]], None],
-    arguments: dict[str, Any],
+    worker: Callable[[Json], None],
+    arguments: Json,
     settings: TrainConfig,
     run: Path,
 ) -> None:

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.base.files import write_json
+from cluster.base.files import Json, write_json
 from cluster.base.run_dir import VALIDATOR_LOG_NAME
 from training.config import TrainConfig
 from training.runs.events import record_event
@@ -86,7 +86,7 @@ def report_checkpoint(folder: Path, rank: int) -> None:
 
 def validate(
     checkpoint: "Checkpoint", *, command: str, run: str, folder: str, seconds: float
-) -> dict[str, Any]:
+) -> Json:
     """Run the command in `folder` on a run's checkpoints; its output goes to <run>/validator.log.
 
     Raises OSError where it is not found, fails or takes longer than `seconds`: the driver prints

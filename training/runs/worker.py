@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.base.cli import DONE, INCOMPLETE, with_options
-from cluster.base.files import write_text
+from cluster.base.files import Json, write_text
 from cluster.base.machine import threads_for
 from cluster.base.run_dir import error_path, error_paths
 from models.weights import FINAL_NAME
@@ -204,7 +204,7 @@ def _train_under_ray(config: RunConfig, run: Path, build: Build) -> None:
             raise next((e for e in FINAL_ERRORS if e.__name__ == name), ValueError)(message)
 
 
-def _ray_worker(arguments: dict[str, Any]) -> None:
+def _ray_worker(arguments: Json) -> None:
     """Train as one rank; Ray Train has set up torch.distributed.
 
     An error that every attempt would meet again is left for the driver, and the worker returns: Ray

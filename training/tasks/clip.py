@@ -10,6 +10,7 @@ from typing import Any
 from open_clip import CLIP
 from torch import Tensor
 
+from cluster.base.files import Json
 from cluster.base.machine import threads_for
 from models.clip import (
     MAX_LOGIT_SCALE,
@@ -113,7 +114,7 @@ def copy_weights(model: CLIP, spec: str) -> None:
     state = dict(other.clip.state_dict())
     state["logit_scale"] = state["logit_scale"].reshape(1)  # see build_clip
 
-    def facts(weights: dict[str, Tensor], options: dict[str, Any], pixels: Any) -> dict[str, Any]:
+    def facts(weights: dict[str, Tensor], options: Json, pixels: Any) -> Json:
         tensors = {f"tensor {name}": list(value.shape) for name, value in weights.items()}
         return {**tensors, **options, "mean and deviation of pixels": pixels}
 
