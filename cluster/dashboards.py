@@ -3,7 +3,7 @@
 python cluster/dashboards.py
 
 They are cluster/prometheus/recording.yaml and cluster/grafana/dashboards/*.json. Edit the metrics
-in cluster/base/metrics.py and the panels in cluster/panels.py.
+in cluster/base/metrics.py and the panels in cluster/monitoring/panels.py.
 """
 
 import json
@@ -15,7 +15,7 @@ from cluster.base.cli import DONE, INCOMPLETE, parse, run_script
 from cluster.base.files import write_text
 
 if TYPE_CHECKING:
-    from cluster.panels import Dashboard, Panel
+    from cluster.monitoring.panels import Dashboard, Panel
 
 HERE = Path(__file__).resolve().parent
 RAYS_OWN = {  # Ray writes these dashboards itself, under these addresses
@@ -58,8 +58,8 @@ def files() -> dict[str, str]:
     """Return the text of each file, by its name below the folder."""
     import yaml
 
-    from cluster.panels import DASHBOARDS
-    from cluster.rules import recording_rules
+    from cluster.monitoring.panels import DASHBOARDS
+    from cluster.monitoring.rules import recording_rules
 
     made = {"prometheus/recording.yaml": HEADER + yaml.safe_dump(
         recording_rules(), sort_keys=False, width=10_000)}  # fmt: skip
@@ -110,7 +110,7 @@ def _links(dashboard: "Dashboard") -> list[Any]:
     from grafana_foundation_sdk.builders.dashboard import DashboardLink
     from grafana_foundation_sdk.models.dashboard import DashboardLinkType
 
-    from cluster.panels import DASHBOARDS
+    from cluster.monitoring.panels import DASHBOARDS
 
     others = {each.title: address(each) for each in DASHBOARDS if each is not dashboard}
     return [

@@ -157,11 +157,10 @@ class RunsFolder:
 
     def _is_running(self, name: str) -> bool:
         if self._is_local:
-            for lock in LOCKS:
-                if self._is_file(f"{name}/{lock}"):
-                    with open(self._path(f"{name}/{lock}")) as file:
-                        if not try_lock(file, shared=True):
-                            return True
+            for lock in (f"{name}/{lock}" for lock in LOCKS if self._is_file(f"{name}/{lock}")):
+                with open(self._path(lock)) as file:
+                    if not try_lock(file, shared=True):
+                        return True
             return False
         if self._is_file(f"{name}/{FINAL_NAME}"):
             return False

@@ -3,7 +3,8 @@
 python cluster/watch.py --prometheus http://127.0.0.1:9090       # then http://127.0.0.1:9480
 python cluster/watch.py --address 10.0.0.5 --token-file watch.token
 
-It queries the panels of cluster/panels.py, runs and alerts, and passes no other query on.
+It queries the panels of cluster/monitoring/panels.py, runs and alerts, and passes on no other
+query.
 """
 
 import base64
@@ -24,7 +25,7 @@ from urllib.parse import parse_qs, urlsplit
 from tyro.conf import UseAppendAction
 
 from cluster.base.cli import DONE, parse, run_script
-from cluster.queries import PANELS, WINDOWS, PrometheusClient, PrometheusError, layout
+from cluster.monitoring.queries import PANELS, WINDOWS, PrometheusClient, PrometheusError, layout
 
 PAGE = Path(__file__).with_name("watch.html")
 COOKIE = "minidalle2_watch"
@@ -154,14 +155,17 @@ def read_page() -> tuple[bytes, str]:
 class WatchHandler(http.server.BaseHTTPRequestHandler):
     """Answers GET: the page, its layout, lines of a panel, runs and alerts."""
 
-    server: WatchServer
+    @property
+    def _owner(self) -> WatchServer:
+        assert isinstance(self.server, WatchServer)
+        return self.server
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "watch", ""
     timeout = 20
 
     def do_GET(self) -> None:
         """Answer, or refuse."""
-        with self.server.free:
+        with self._owner.free:
             refusal = self._refusal()
             if refusal:
                 self._send(*refusal)
@@ -170,12 +174,12 @@ class WatchHandler(http.server.BaseHTTPRequestHandler):
 
     def _refusal(self) -> tuple[int, bytes] | None:
         """Return why this request is not answered: a status and a line."""
-        if self.headers.get("Host", "").lower() not in self.server.hosts:
+        if self.headers.get("Host", "").lower() not in self._owner.hosts:
             return 403, b"this name is not allowed; see --allow-host\n"
         link = self.headers.get("Sec-Fetch-Mode") == "navigate" and self._path() == "/"
         if self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none") and not link:
             return 403, b"not from another site\n"
-        if self.server.token and not self._has_token():
+        if self._owner.token and not self._has_token():
             return 401, b"open http://.../?token=TOKEN once\n"
         return None
 
@@ -188,36 +192,36 @@ class WatchHandler(http.server.BaseHTTPRequestHandler):
         cookie = next((value for name, _, value in pairs if name == COOKIE), "")
         query = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
         tokens = (header, cookie, query if self._path() == "/" else "")
-        expected = self.server.token.encode()
+        expected = self._owner.token.encode()
         return any(hmac.compare_digest(token.encode(), expected) for token in tokens)
 
     def _answer(self) -> None:
         query = parse_qs(urlsplit(self.path).query)
         match self._path():
             case "/" if "token" in query:  # into a cookie, and out of the address
-                cookie = f"{COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
-                more = {"Location": "/", "Set-Cookie": cookie} if self.server.token else {}
-                self._send(303 if more else 200, b"" if more else self.server.page, "html", more)
+                cookie = f"{COOKIE}={self._owner.token}; HttpOnly; SameSite=Strict; Path=/"
+                more = {"Location": "/", "Set-Cookie": cookie} if self._owner.token else {}
+                self._send(303 if more else 200, b"" if more else self._owner.page, "html", more)
             case "/":
-                self._send(200, self.server.page, "html")
+                self._send(200, self._owner.page, "html")
             case "/api/layout":
-                self._send_json(lambda: self.server.layout)
+                self._send_json(lambda: self._owner.layout)
             case "/api/lines":
                 key, window = (query.get(name, [""])[0] for name in ("panel", "window"))
                 if key in PANELS and window in WINDOWS:
-                    self._send_json(lambda: self.server.prometheus.lines(key, window, time.time()))
+                    self._send_json(lambda: self._owner.prometheus.lines(key, window, time.time()))
                 else:
                     self._send(400, b"no such panel or window\n")
             case "/api/runs":
-                self._send_json(self.server.prometheus.runs)
+                self._send_json(self._owner.prometheus.runs)
             case "/api/alerts":
-                self._send_json(self.server.prometheus.alerts)
+                self._send_json(self._owner.prometheus.alerts)
             case _:
                 self._send(404, b"no such page\n")
 
     def _send_json(self, make: Callable[[], Any]) -> None:
         try:
-            self._send(200, self.server.prometheus.answer(make), "json")
+            self._send(200, self._owner.prometheus.answer(make), "json")
         except PrometheusError as error:
             self._send(502, json.dumps({"error": str(error)}).encode(), "json")
 
@@ -229,7 +233,7 @@ class WatchHandler(http.server.BaseHTTPRequestHandler):
         headers = {
             "Content-Type": f"{media}; charset=utf-8",
             "Content-Length": str(len(body)),
-            "Content-Security-Policy": self.server.policy,
+            "Content-Security-Policy": self._owner.policy,
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
             "Cross-Origin-Resource-Policy": "same-origin",

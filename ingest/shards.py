@@ -229,7 +229,7 @@ def _open_generation(
     that is no later generation of `digest`.
     """
     while True:
-        problem = None
+        rows = problem = None
         commit, damaged = inspect(root, name)
         if damaged is not None:
             raise ValueError(f"{root}: shard {name} is damaged: {damaged}; rerun its stage")

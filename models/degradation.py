@@ -70,14 +70,21 @@ def bsr(image: Tensor, keys: Tensor, factor: int) -> Tensor:
             # `scale`: px of this size per px of the large image
             for image_now, scale, mask in ((large, 1.0, ~is_small), (small, 1 / factor, is_small)):
                 rows = ((turn == number) & mask).nonzero()[:, 0]
-                if len(rows):
-                    corrupted = corrupt(image_now[rows], keys[rows], scale)
-                    image_now[rows] = corrupted.clamp(0, 1)
+                _apply(corrupt, image_now, rows, keys, scale)
         rows = (turn == len(corruptions)).nonzero()[:, 0]
         if len(rows):
             small[rows] = _reduced(large[rows], keys[rows], factor).clamp(0, 1)
             is_small[rows] = True
     return small * 2 - 1
+
+
+def _apply(
+    corrupt: Callable[[Tensor, Tensor, float], Tensor], image: Tensor, rows: Tensor, keys: Tensor,
+    scale: float,
+) -> None:  # fmt: skip
+    """Corrupt the `rows` of `image` in place, where there are any."""
+    if len(rows):
+        image[rows] = corrupt(image[rows], keys[rows], scale).clamp(0, 1)
 
 
 def _some(keys: Tensor, name: str, share: float) -> Tensor:

@@ -14,8 +14,8 @@ from _prometheus import CLUSTER, free_port, wait_for
 from cluster.base.cli import parse
 from cluster.base.metrics import METRICS
 from cluster.dashboards import DashboardsConfig, files, main
-from cluster.panels import DASHBOARDS, UNITS
-from cluster.rules import EVENTS, recorded, recording_rules
+from cluster.monitoring.panels import DASHBOARDS, UNITS
+from cluster.monitoring.rules import EVENTS, recorded, recording_rules
 
 COMPOSE = yaml.safe_load((CLUSTER / "docker-compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]

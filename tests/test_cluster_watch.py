@@ -27,7 +27,7 @@ from _prometheus import (
 from conftest import Site, serve_site
 
 from cluster.base.metrics import METRICS
-from cluster.queries import PANELS
+from cluster.monitoring.queries import PANELS
 from cluster.watch import WatchPageConfig, open_server
 from models.clip import load_clip
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from _browser import browsing, needs_chromium
 
-from cluster.queries import MAX_LINES, PANELS, RUNS_QUERY, WINDOWS, fill_legend, finite
+from cluster.monitoring.queries import MAX_LINES, PANELS, RUNS_QUERY, WINDOWS, fill_legend, finite
 from cluster.watch import COOKIE, WatchPageConfig, WatchServer, open_server
 
 TOKEN = "0123456789abcdef0123"
@@ -36,7 +36,7 @@ class FakePrometheus(http.server.ThreadingHTTPServer):
 
 
 class FakeHandler(http.server.BaseHTTPRequestHandler):
-    server: FakePrometheus
+    server: Any  # a FakePrometheus
 
     def do_GET(self) -> None:
         parts = urllib.parse.urlsplit(self.path)

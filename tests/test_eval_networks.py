@@ -147,8 +147,8 @@ def test_the_distance_of_images_is_the_oracles(weights: WeightsFile, extractor: 
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights.path
     )
     with torch.inference_mode():
-        theirs_of = [fid_features_to_statistics(theirs(x)[0].double()) for x in pixels]
-    expected = fid_statistics_to_metric(*theirs_of, False)["frechet_inception_distance"]
+        first, second = (fid_features_to_statistics(theirs(x)[0].double()) for x in pixels)
+    expected = fid_statistics_to_metric(first, second, False)["frechet_inception_distance"]
     assert ours == pytest.approx(expected, rel=1e-3)
 
 

@@ -325,6 +325,7 @@ def test_killed_at_any_step_and_rerun_it_ends_as_if_undisturbed(
 
     assert main(forget) == 0
     expected = digests(download.out), digests(embedded)
+    steps = 0
     for steps in range(1000):
         restore()
         with monkeypatch.context() as patch:

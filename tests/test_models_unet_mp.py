@@ -312,10 +312,12 @@ def test_a_norm_that_would_do_nothing_is_refused():
 def test_a_configuration_from_before_the_options_builds_what_it_did(unet: UNetConfig):
     sizes = {"kind": "decoder", "image_size": SIZE, "embed_dim": EMBED, "text_width": TEXT}
     model = json.loads(json.dumps({"unet": dataclasses.asdict(unet)}))
-    assert build_model({**sizes, "model": model}).unet.config == unet
+    built: Any = build_model({**sizes, "model": model})
+    assert built.unet.config == unet
     if unet == PLAIN:
         del model["unet"]["magnitude_preserving"], model["unet"]["channels_last"]
-        assert build_model({**sizes, "model": model}).unet.config == unet
+        built = build_model({**sizes, "model": model})
+        assert built.unet.config == unet
 
 
 def test_its_parameters_and_multiplications_are_counted():

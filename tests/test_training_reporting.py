@@ -2,6 +2,7 @@
 through."""
 
 import json
+import math
 import re
 import resource
 import shutil
@@ -124,9 +125,9 @@ def scalars(run: Path) -> dict[str, dict[int, float]]:
         while at < len(data):
             size = int.from_bytes(data[at : at + 8], "little")
             event = Event.FromString(data[at + 12 : at + 12 + size])
-            if event.HasField("session_log"):
-                for tag, values in found.items():
-                    found[tag] = {step: v for step, v in values.items() if step < event.step}
+            first_dropped = event.step if event.HasField("session_log") else math.inf
+            for tag, values in found.items():
+                found[tag] = {step: v for step, v in values.items() if step < first_dropped}
             for value in event.summary.value:
                 assert event.step not in found.get(value.tag, {})
                 found[value.tag][event.step] = value.simple_value

@@ -111,11 +111,12 @@ def test_the_samples_that_perturb_are_neighbours_from_anywhere():
     starts = set()
     for key in range(200):
         keys = torch.arange(16) + 7919 * key
-        whole = Batch(keys=keys, weight=torch.ones(16), num_real=16, columns=columns)
-        rows = whole.part(8)["row"].tolist()
+        batch = Batch(keys=keys, weight=torch.ones(16), num_real=16, columns=columns)
+        rows = batch.part(8)["row"].tolist()
         assert rows == [(rows[0] + step) % 16 for step in range(8)]
         starts.add(rows[0])
-    assert len(starts) == 16 and len(whole.part(99).keys) == 16
+        assert len(batch.part(99).keys) == 16
+    assert len(starts) == 16
 
 
 def test_a_clip_starts_from_anothers_weights(data: Path, tmp_path: Path):

@@ -259,10 +259,10 @@ class RayMirror:
                 if not _goes_to_ray():
                     self._thread = None
                     return
+                kinds = (metric for metric, _ in list(self._metrics.values()))
                 try:
-                    for metric, _ in list(self._metrics.values()):
-                        if metric.kind != "histogram":  # which Ray keeps by itself
-                            self.copy(metric)
+                    for metric in (m for m in kinds if m.kind != "histogram"):  # Ray keeps those
+                        self.copy(metric)
                     failed = False
                 except Exception as error:  # whatever Ray raises: the next round may succeed
                     if not failed:

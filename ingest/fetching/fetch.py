@@ -12,8 +12,8 @@ import ssl
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from urllib.parse import urljoin
@@ -183,18 +183,23 @@ class Fetcher:
                     raise FetchError("timeout")
             try:
                 self._require_robots(target)
-                response = self._request(target)
-                try:
+                with self._responding(target) as response:
                     if response.status not in REDIRECTS:
                         self._require_image(response)
                         return self._read(response, self.policy.max_bytes)
                     url = _redirected(url, response.headers.get("Location", ""))
-                finally:
-                    self._finish(response)
             finally:
                 if borrowed:
                     self.limits.release(host)
         raise FetchError("too_many_redirects")
+
+    @contextmanager
+    def _responding(self, url: Url) -> Iterator[urllib3.BaseHTTPResponse]:
+        response = self._request(url)
+        try:
+            yield response
+        finally:
+            self._finish(response)
 
     def _request(self, url: Url, accept: str = "image/*") -> urllib3.BaseHTTPResponse:
         host, port = (url.host or "").strip("[]"), url.port or PORTS[url.scheme or ""]

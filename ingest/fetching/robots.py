@@ -89,7 +89,7 @@ class RobotsCache:
     def _request(self, origin: Origin) -> _Rules:
         from protego import Protego
 
-        failure = None
+        status, body, failure = 0, b"", None
         try:
             status, body = self._load(origin)
             if status >= 500 or status == 429:

@@ -59,9 +59,8 @@ def verify(root: Root) -> dict[str, str]:
             if problem is not None:
                 problems[commit.shard] = problem
                 folder = f"_quarantine/{commit.shard}.{commit.digest[:12]}"
-                for name in commit.files:
-                    if storage.size(name) is not None:
-                        storage.move(name, f"{folder}/{name}")
+                for name in (name for name in commit.files if storage.size(name) is not None):
+                    storage.move(name, f"{folder}/{name}")
                 withdraw(root, commit)
             advance(note=f"{len(problems)} damaged")
     if problems and read_manifest(root).get("kind") == "embeds":

@@ -182,9 +182,9 @@ class _RayRunner:
 
         from cluster.base.ray_session import require_own_node
 
-        checked = time.monotonic()
+        checked, disk_full = time.monotonic(), False
         try:
-            while self._in_flight or self._later or not self._exhausted:
+            while not disk_full and (self._in_flight or self._later or not self._exhausted):
                 if time.monotonic() - checked > NODE_CHECK_SECONDS:
                     require_own_node()
                     checked = time.monotonic()
@@ -193,16 +193,14 @@ class _RayRunner:
                     time.sleep(POLL_SECONDS / 10)
                     continue
                 ended, _ = ray.wait(list(self._in_flight), num_returns=1, timeout=POLL_SECONDS)
-                for reference in ended:
+                for reference in ended:  # of which there is at most one
                     result = self._result(self._in_flight.pop(reference), reference)
-                    if result is not None:
-                        yield result
-                    if result is not None and result.disk_full:
-                        return
+                    yield from (result,) if result else ()
+                    disk_full = disk_full or bool(result and result.disk_full)
         finally:
-            for actor in (*self._idle, *(each.actor for each in self._in_flight.values())):
-                if actor is not None:
-                    ray.kill(actor)
+            actors = (*self._idle, *(attempt.actor for attempt in self._in_flight.values()))
+            for actor in filter(None, actors):
+                ray.kill(actor)
 
     def _num_cpus(self) -> int:
         import ray

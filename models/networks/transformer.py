@@ -91,9 +91,9 @@ class TimestepMLP(nn.Sequential):
         super().__init__(nn.Linear(sinusoids, width), nn.SiLU(), nn.Linear(width, width))
         self.sinusoids = sinusoids
 
-    def forward(self, t: Tensor) -> Tensor:
-        """Map t [B], of any number type, to [B, width]."""
-        return super().forward(timestep_embedding(t, self.sinusoids))
+    def forward(self, input: Tensor) -> Tensor:
+        """Map timesteps [B], of any number type, to [B, width]."""
+        return super().forward(timestep_embedding(input, self.sinusoids))
 
 
 class KeyValues:

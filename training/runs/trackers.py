@@ -70,17 +70,18 @@ def _follow(run: Path, stop: Event) -> None:
     ended = False
     while not ended:
         ended = stop.wait(POLL_SECONDS) or driver is None or not driver.is_alive()
-        for group, lines in (("train", metrics.read()), ("validation", validation.read())):
-            for line in lines:
-                step = line["step"]
-                if group == "train" and step <= last_step:
-                    writer.close()
-                    suffix, num_files = f".{num_files}", num_files + 1
-                    writer = SummaryWriter(
-                        str(folder), flush_secs=1, purge_step=step, filename_suffix=suffix
-                    )
-                last_step = step if group == "train" else last_step
-                for name, value in line.items():
-                    if name not in NOT_SCORES and isinstance(value, (int, float)):
-                        writer.add_scalar(f"{group}/{name}", value, step)
+        lines = [("train", line) for line in metrics.read()]
+        lines += [("validation", line) for line in validation.read()]
+        for group, line in lines:
+            step = line["step"]
+            if group == "train" and step <= last_step:
+                writer.close()
+                suffix, num_files = f".{num_files}", num_files + 1
+                writer = SummaryWriter(
+                    str(folder), flush_secs=1, purge_step=step, filename_suffix=suffix
+                )
+            last_step = step if group == "train" else last_step
+            numbers = {n: v for n, v in line.items() if isinstance(v, (int, float))}
+            for name in (name for name in numbers if name not in NOT_SCORES):
+                writer.add_scalar(f"{group}/{name}", numbers[name], step)
     writer.close()

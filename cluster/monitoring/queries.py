@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.base.files import Json
-from cluster.panels import DASHBOARDS, Panel
+from cluster.monitoring.panels import DASHBOARDS, Panel
 
 if TYPE_CHECKING:
     import urllib3

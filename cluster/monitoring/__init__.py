@@ -1,0 +1,1 @@
+"""What is watched: panels, recording rules, and the queries of the watch page."""
