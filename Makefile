@@ -1,10 +1,10 @@
-# make setup | demo | test | lint | bench-setup | bench | soak: each sets up what it needs. ARGS="..." is handed on,
+# make setup | demo | test | test-fast | lint | bench-setup | bench | soak: each sets up what it needs. ARGS="..." is handed on,
 # as in  make demo ARGS="--fresh"  or  make test ARGS="-k shards".
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := demo
-.PHONY: setup demo test test-system lint bench-setup bench soak
+.PHONY: setup demo test test-fast test-system lint bench-setup bench soak
 
 # The first interpreter that pyproject.toml admits and that can make a virtual environment.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12; do \
@@ -42,12 +42,14 @@ demo: $(STAMP)
 
 # Files of fast tests run side by side, one thread each. The slow ones come one by one: each starts
 # Ray with all its processes, and some have deadlines.
-JOBS ?= 2
+JOBS ?= $(shell nproc)
 # Of two selections one may well be empty, where ARGS selects further: pytest's exit code 5.
 MAY_BE_EMPTY := $(if $(ARGS),|| (( $$? == 5 )))
-test: export OMP_NUM_THREADS := 1
-test: $(STAMP)
+test test-fast: export OMP_NUM_THREADS := 1
+test-fast: $(STAMP)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not soak" --durations=12 $(ARGS) $(MAY_BE_EMPTY)
+
+test: test-fast
 	$(VENV)/bin/python -m pytest -m "slow and not soak" --durations=12 $(ARGS) $(MAY_BE_EMPTY)
 
 # What some tests drive: a browser, Prometheus with promtool, Alertmanager. For root, on Debian and its kin.
