@@ -97,7 +97,7 @@ def main(config: DownloadConfig) -> int:
     from ingest.fetching.retries import DownloadPlan, read_rounds, start_round
     from ingest.shards import committed_names, publish_snapshot, read_commits, recover
     from ingest.store.accounts import Accounts
-    from ingest.store.maintenance import drop_repeated_images
+    from ingest.store.maintenance import drop_repeated_images, is_forgetting
     from ingest.store.removal import read_forgotten
 
     _check(config)
@@ -133,7 +133,7 @@ def main(config: DownloadConfig) -> int:
     recover(job.root)
     if "images" in config.filters.unique:
         print(f"{drop_repeated_images(job.root)} repeated images dropped", flush=True)
-    if read_forgotten(job.root) != requests:
+    if read_forgotten(job.root) != requests or is_forgetting(job.root):
         _forget(config)
     snapshot = publish_snapshot(job.root)
 

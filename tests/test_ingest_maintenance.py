@@ -245,11 +245,37 @@ def test_tombstones_of_an_earlier_version_are_honoured_until_the_next_run(downlo
     assert not (Path(root) / "_tombstones").exists()
 
 
+def test_a_killed_removal_is_completed_by_the_next_download(download, site, tmp_path, monkeypatch):
+    """Its request is on record already: that alone would not say that samples are still there."""
+    forget = forgetting(download, site, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(maintenance, "remove_rows", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(forget)
+    assert maintenance.is_forgetting(download.out)
+    assert files_with(Path(download.out), "caption 5'") != []
+    main(download)
+    assert not maintenance.is_forgetting(download.out)
+    assert files_with(Path(download.out), "caption 5'") == []
+
+
 @pytest.fixture
 def embedded(download) -> Path:
     embeds = Path(download.out).with_name("embeds")
     demo_data.embed_here(download.out, embeds, "tiny:random")
     return embeds
+
+
+def test_a_removal_that_published_nothing_is_published_by_the_next(
+    download, site, embedded, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(maintenance, "publish_embeds", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(forgetting(download, site, tmp_path))
+    main(download)
+    commits = {commit.shard: commit.digest for commit in committed(str(embedded)).values()}
+    assert {e.name: e.digest for e in load_snapshot(embedded).shards} == commits
 
 
 def test_embeddings_follow_their_images(download, site, embedded, tmp_path):

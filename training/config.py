@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cluster.base.cli import Option, with_options
+from cluster.base.machine import threads_for
 from models.configs import (
     AutoregressivePriorConfig,
     ClipConfig,
@@ -352,6 +353,11 @@ class RunConfig:
     """delete the run and start over instead of continuing it"""
     dry_run: Annotated[bool, MAY_CHANGE] = False
     """print the configuration, the parameters and a memory estimate, and stop"""
+
+    @property
+    def num_decode_threads(self) -> int:
+        """Threads of a worker that decode images, on this machine."""
+        return threads_for(self.data.num_threads or self.train.workers.num_threads)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Work on a folder of shards after its download: verify, forget, drop repeated images.
 
 <images>/_quarantine/<shard>.<digest>/    the files of a damaged shard, for inspection
+<images>/_forgetting.json                 a removal is incomplete
 <images>/_derived/<digest>.json           a folder of embeddings that was made from these images
 """
 
@@ -37,9 +38,16 @@ from ingest.store.removal import (
     remove_embeddings,
     remove_rows,
 )
-from ingest.store.snapshots import MANIFEST, publish_snapshot, read_manifest
+from ingest.store.snapshots import (
+    MANIFEST,
+    latest_digest,
+    load_snapshot,
+    publish_snapshot,
+    read_manifest,
+)
 from ingest.store.storage import Root, absolute_root, storage_of
 
+FORGETTING = "_forgetting.json"  # exists while a removal is incomplete
 UNIQUE = "_unique"  # the state of the folder after repeated images were dropped
 
 
@@ -118,6 +126,7 @@ def forget(root: Root, request: Forgotten) -> Removed:
     storage, num_samples, num_rows, num_shards = storage_of(root), 0, 0, 0
     with exclusive(root, "--forget"):
         recover(root)
+        storage.replace(FORGETTING, b"{}")
         if request:
             record_request(root, request)
         forgotten, names = read_forgotten(root), committed_names(root)
@@ -131,6 +140,7 @@ def forget(root: Root, request: Forgotten) -> Removed:
                     num_samples += old.num_samples - remove_rows(root, old, reasons).num_samples
                     num_rows, num_shards = num_rows + len(reasons), num_shards + 1
                 advance()
+        publish_snapshot(root)
         unreached = []
         for name in filter(is_record, storage.names("_derived")):
             embeds = json.loads(storage.read(f"_derived/{name}"))["root"]
@@ -138,16 +148,33 @@ def forget(root: Root, request: Forgotten) -> Removed:
                 unreached.append(embeds)
                 continue
             follow_images(root, embeds)
-            storage_of(embeds).delete(TOMBSTONES)
-        publish_snapshot(root)
-        storage.delete(TOMBSTONES)
+            _delete_tombstones(embeds)
+        storage.delete(TOMBSTONES)  # every shard that a request covers was rewritten
         storage.delete("_quarantine")  # damaged files may hold what is to be forgotten
+        storage.delete(FORGETTING)
     return Removed(
         num_samples=num_samples,
         num_rows=num_rows,
         num_shards=num_shards,
         unreached=tuple(unreached),
     )
+
+
+def is_forgetting(root: Root) -> bool:
+    """Return whether a removal was begun and not completed: the next run completes it."""
+    return storage_of(root).size(FORGETTING) is not None
+
+
+def _delete_tombstones(root: Root) -> None:
+    """Delete the tombstones that an earlier version wrote, where their shard was rewritten: the
+    embeddings of images that are damaged or absent now were not.
+    """
+    storage = storage_of(root)
+    for name in storage.names(TOMBSTONES):
+        commit = read_commit(root, name.removesuffix(".json"))
+        tombstone = json.loads(storage.read(f"{TOMBSTONES}/{name}"))
+        if commit is None or tombstone["digest"] != commit.digest:
+            storage.delete(f"{TOMBSTONES}/{name}")
 
 
 def record_derived(images: Root, embeds: Root) -> None:
@@ -171,8 +198,18 @@ def follow_images(images: Root, embeds: Root) -> None:
             current = read_commit(images, commit.shard)
             if current is not None and remove_embeddings(embeds, commit, current) is not None:
                 count += 1
-        if count:
+        if count or _is_outdated(embeds):
             publish_embeds(embeds)
+
+
+def _is_outdated(root: Root) -> bool:
+    """Return whether the latest snapshot has other generations than the commits: a removal was
+    killed before it published one."""
+    if latest_digest(root) is None:
+        return False
+    digests = {entry.name: entry.digest for entry in load_snapshot(root).shards}
+    committed = {commit.shard: commit.digest for commit in read_commits(root)}
+    return any(committed.get(name, digest) != digest for name, digest in digests.items())
 
 
 # -- repeated images -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -156,7 +156,8 @@ class Checkpointer:
             # What a killed attempt left beside the files that it was writing
             unfinished = (f".{FINAL_NAME}.*.part", f"{STEP_PREFIX}*/.*.part")
             for path in (path for pattern in unfinished for path in self._run.glob(pattern)):
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # such as a file that is open on NFS: it is in no one's way
+                    path.unlink()
         step = newest_valid_step(self._run, self._engine)
         if step < 0:
             return Progress()

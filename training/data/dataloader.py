@@ -3,6 +3,7 @@
 A sample's way: shard -> data set -> `KeyedDataset` -> torch's DataLoader -> `Batch` -> the loss.
 """
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cluster.base.machine import threads_for
+from cluster.base.machine import available_cpus
 from models.diffusion.keyed_random import sample_keys
 from training.config import RunConfig
 from training.data.datasets import ColumnDataset, Columns
@@ -22,6 +23,7 @@ from training.data.sampler import BatchIndex, Plan, PlanSampler
 
 STEPS_A_SPAN = 10_000  # that one execution of Ray Data reads
 STEPS_A_BLOCK = 8  # that one of its tasks reads
+RAY_READERS = 2  # a worker, each of one CPU, unless data.num_threads says otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +245,8 @@ class StepReader:
     """An actor of Ray Data: opens a data set, and maps the number of a step to its columns."""
 
     def __init__(self, sampler: PlanSampler, build_dataset: Callable[[], ColumnDataset]) -> None:
+        # It reserves one CPU: its share of the machine is that of one process a core
+        os.environ["LOCAL_WORLD_SIZE"] = str(available_cpus())
         self._sampler, self._samples = sampler, build_dataset()
 
     def __call__(self, row: dict[str, int]) -> dict[str, np.ndarray]:
@@ -280,7 +284,7 @@ def make_loader(
         return ThreadedLoader(
             dataset=dataset, sampler=sampler, prefetch=data.prefetch, pin_memory=pin_memory
         )
-    num_readers = threads_for(data.num_threads)
+    num_readers = data.num_threads or RAY_READERS
     return RayLoader(
         dataset=dataset, sampler=sampler, build_dataset=build_dataset, num_readers=num_readers
     )

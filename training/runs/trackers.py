@@ -5,6 +5,7 @@ metrics.jsonl and validation.jsonl remain the record of a run: events hold the s
 
 import multiprocessing
 import os
+import signal
 import threading
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -45,6 +46,8 @@ class TensorBoard:
 def _write_events(run: Path, stop: Event) -> None:
     """Write events until `stop` is set; end the process with exit code 1 where that fails."""
     threading.excepthook = lambda _: os._exit(1)  # of tensorboardX's thread
+    for number in (signal.SIGINT, signal.SIGTERM):  # the driver, which gets them too, sets `stop`
+        signal.signal(number, signal.SIG_IGN)
     try:
         _follow(run, stop)
     except OSError:

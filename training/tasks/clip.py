@@ -11,7 +11,6 @@ from open_clip import CLIP
 from torch import Tensor
 
 from cluster.base.files import Json
-from cluster.base.machine import threads_for
 from models.clip import (
     MAX_LOGIT_SCALE,
     PIXEL_MEAN,
@@ -84,7 +83,7 @@ def clip_objective(model: Any, batch: Batch, gather: Gathered = gathered) -> dic
 def clip_dataset(config: ClipRunConfig, image_size: int, context_length: int) -> ColumnDataset:
     """Read images and their captions' tokens."""
     tokenize = tokenizer(context_length, config.model.vocab_size)
-    threads = threads_for(config.data.num_threads)
+    threads = config.num_decode_threads
     data_sets = [
         ImageDataset(part_of(snapshot, config.part), image_size, threads, tokenize)
         for snapshot in pin_snapshots(config.run, "images", config.images)

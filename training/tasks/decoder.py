@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.base.machine import threads_for
 from ingest.shards import Snapshot, load_snapshot
 from models.clip import FrozenClip, token_mask, tokenizer
 from models.decoder import Condition, Decoder, ImageSampling, dropped_captions
@@ -171,7 +170,7 @@ def stage_dataset(
     weights: tuple[float, ...] = (),
 ) -> ColumnDataset:
     """Read images as a stage does; embeds: for the base decoder, one for each of `images`."""
-    size, threads = config.image_size, threads_for(config.data.num_threads)
+    size, threads = config.image_size, config.num_decode_threads
     if config.stage != "base":
         return mixed([ImageDataset(snapshot, size, threads) for snapshot in images], weights)
     length = config.base.text_tokens
