@@ -6,16 +6,18 @@ Each is drawn by matplotlib as SVG whose text stays text, for a page to hold inl
 import io
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import ArrayLike
 
 from cluster.base.files import Json
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import METRICS_NAME, SWEEP_NAME, VALIDATION_NAME, WATCH_NAME
-from eval.html_report.formats import element
+from eval.html_report.formats import short
 from eval.html_report.score_table import described, entries
 
 MAX_POINTS = 240  # more are not visible at this width
@@ -26,9 +28,19 @@ TRAINING_CURVES = {"loss": "loss", "samples_per_second": "samples/s"}
 RUN_ORDER = ("clip", "judge", "prior", "base", "up")
 
 Point = tuple[float, float]
+Line = tuple[ArrayLike, ArrayLike, float, str]  # x, y, opacity, marker
 
 
-def line_chart(title: str, points: list[Point]) -> Markup | None:
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A figure: its title, what its caption states beside it, and its drawing."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+def line_chart(title: str, points: list[Point]) -> Chart | None:
     """Draw a curve over samples seen, faint, and its running mean; None below two finite points.
 
     The mean is m_i = sum_j w^(i-j) v_j / sum_j w^(i-j) with w = 0.8.
@@ -45,11 +57,11 @@ def line_chart(title: str, points: list[Point]) -> Markup | None:
     log = ys.min() > 0 and ys.max() / ys.min() >= LOG_RATIO
     mean = pd.Series(ys).ewm(alpha=0.2).mean()
     caption = f"last {short(ys[-1])}{', log scale' if log else ''}"
-    lines = [(xs, ys, {"alpha": 0.3, "linewidth": 1}), (xs, mean, {"linewidth": 2})]
+    lines = [(xs, ys, 0.3, ""), (xs, mean.to_numpy(), 1.0, "")]
     return _draw(title, caption, lines, "log" if log else "linear", from_zero=not log)
 
 
-def point_chart(title: str, points: list[Point], better: int) -> Markup | None:
+def point_chart(title: str, points: list[Point], better: int) -> Chart | None:
     """Draw few measured points, joined by a line; None if fewer than two are finite.
 
     better: 1 where higher is better, -1 where lower is.
@@ -59,7 +71,8 @@ def point_chart(title: str, points: list[Point], better: int) -> Markup | None:
         return None
     best = max(curve.tolist(), key=lambda point: point[1] * better)
     caption = f"best {short(best[1])} at {short(best[0])}"
-    return _draw(title, caption, [(*curve.T, {"linewidth": 2, "marker": "o"})])
+    xs, ys = curve.T
+    return _draw(title, caption, [(xs, ys, 1.0, "o")])
 
 
 def _finite(points: list[Point]) -> np.ndarray:
@@ -69,9 +82,9 @@ def _finite(points: list[Point]) -> np.ndarray:
 
 
 def _draw(
-    title: str, caption: str, lines: list[Any], scale: str = "linear", *, from_zero: bool = False
-) -> Markup:
-    """Return a figure of lines (x, y, matplotlib's options)."""
+    title: str, caption: str, lines: Sequence[Line], scale: str = "linear", *,
+    from_zero: bool = False,
+) -> Chart:  # fmt: skip
     import matplotlib  # half a second
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
@@ -82,12 +95,15 @@ def _draw(
     ):
         figure = Figure(figsize=(5, 2.3))
         axes = figure.add_axes((0.09, 0.11, 0.89, 0.84))
-        for x, y, options in lines:
-            axes.plot(x, y, color=COLOUR, clip_on=False, **options)
+        for x, y, alpha, marker in lines:
+            axes.plot(
+                x, y, color=COLOUR, alpha=alpha, linewidth=2 if alpha == 1 else 1, marker=marker,
+                clip_on=False,
+            )  # fmt: skip
         axes.set_yscale(scale)
         if from_zero:
             axes.set_xlim(left=0)
-            axes.set_ylim(bottom=min(0, *(np.min(y) for _, y, _ in lines)))
+            axes.set_ylim(bottom=min(0, *(np.min(y) for _, y, *_ in lines)))
         axes.spines[:].set_visible(False)
         axes.grid(axis="y", color="#808080", alpha=0.3, clip_on=False)
         axes.tick_params(length=0)
@@ -104,55 +120,45 @@ def _draw(
     # Identifiers repeat from chart to chart, and are not used but for markers' ("m...").
     svg = re.sub(r' (xmlns(:xlink)?|id)="(?!m[0-9a-f]{10}")[^"]*"', "", svg[svg.index("<svg") :])
     label = Markup('<svg role="img" aria-label="{}"').format(f"{title}, {caption}")
-    return Markup("<figure><figcaption><b>{}</b> {}</figcaption>{}</figure>").format(
-        title, caption, Markup(svg.replace("<svg", str(label), 1))
-    )
+    return Chart(title=title, caption=caption, svg=Markup(svg.replace("<svg", str(label), 1)))
 
 
-def short(value: float) -> str:
-    """Show a value in at most six characters: 0.031, 12k, 1.5M."""
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
-def curves(run: Path) -> Markup:
-    """Return the charts of a run and of every run in its folder, the known stages first."""
+def curves(run: Path) -> list[Json]:
+    """Return {name, summary, charts} of a run and of every run in its folder that has any, the
+    known stages first."""
     runs = {path.parent.name: path.parent for path in run.glob(f"*/{METRICS_NAME}")}
     order = [*(n for n in RUN_ORDER if n in runs), *sorted(runs.keys() - set(RUN_ORDER))]
     pairs = [(run.resolve().name, run), *((name, runs[name]) for name in order)]
-    return Markup().join(_run_curves(name, folder) for name, folder in pairs)
+    shown = []
+    for name, folder in pairs:
+        lines = read_lines(folder / METRICS_NAME)
+        charts: list[Chart | None] = []
+        for key, title in TRAINING_CURVES.items():
+            charts.append(line_chart(title, [
+                (line["samples_seen"], line[key]) for line in lines if line.get(key) is not None
+            ]))  # fmt: skip
+        for file in (VALIDATION_NAME, WATCH_NAME):
+            scored = [line for line in read_lines(folder / file) if line.get("step") is not None]
+            for line in scored:
+                rest = {k: v for k, v in line.items() if k not in ("step", "samples_seen")}
+                line["scores"] = line.get("scores") or rest
+            charts += _score_charts("step", scored)
+        summary = ""
+        if lines:
+            summary = f"{lines[-1]['step']:,} steps, {lines[-1]['samples_seen']:,} samples"
+        drawn = [chart for chart in charts if chart]
+        if lines or drawn:
+            shown.append({"name": name, "summary": summary, "charts": drawn})
+    return shown
 
 
-def _run_curves(name: str, run: Path) -> Markup:
-    lines = read_lines(run / METRICS_NAME)
-    charts: list[Markup | None] = []
-    for key, title in TRAINING_CURVES.items():
-        points = [(line["samples_seen"], line[key]) for line in lines if line.get(key) is not None]
-        charts.append(line_chart(title, points))
-    for file in (VALIDATION_NAME, WATCH_NAME):
-        scored = [line for line in read_lines(run / file) if line.get("step") is not None]
-        for line in scored:
-            rest = {k: v for k, v in line.items() if k not in ("step", "samples_seen")}
-            line["scores"] = line.get("scores") or rest
-        charts += _score_charts("step", scored)
-    if not lines and not charts[len(TRAINING_CURVES) :]:
-        return Markup()
-    summary = ""
-    if lines:
-        summary = f"{lines[-1]['step']:,} steps, {lines[-1]['samples_seen']:,} samples"
-    heading = Markup('<h3>{} <span class="soft">{}</span></h3>').format(name, summary)
-    return heading + element("div", [chart for chart in charts if chart], "charts")
-
-
-def sweep_charts(run: Path) -> Markup:
+def sweep_charts(run: Path) -> list[Chart]:
     """Return the charts of scores over the scale of guidance (figure 11 of the paper)."""
     lines = [line for line in read_lines(run / SWEEP_NAME) if line.get("cfg_scale") is not None]
-    return element("div", _score_charts("cfg_scale", lines), "charts")
+    return _score_charts("cfg_scale", lines)
 
 
-def _score_charts(key: str, lines: list[Json]) -> list[Markup]:
+def _score_charts(key: str, lines: list[Json]) -> list[Chart]:
     """Draw each score that has a better direction over the value of `key`."""
     series: dict[str, list[Point]] = {}
     for line in lines:

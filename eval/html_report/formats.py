@@ -1,18 +1,18 @@
-"""How the report shows values and tables; the key that tells scores of other captions apart."""
+"""How the report shows values; the key that tells scores of other captions apart."""
 
+import json
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
-
-from markupsafe import Markup
+from pathlib import Path
+from typing import TypeVar
 
 from cluster.base.files import Json
 
 Scores = Json  # eval.json, or an object inside it
 CAPTIONS_KEY = "captions_sha256"  # beside scores: only those of the same captions are compared
+Kind = TypeVar("Kind")
 
 
-def number(value: Any) -> str:
+def number(value: object) -> str:
     """Show a score to three digits, a count in full, None as a dash, text as it is."""
     if value is None:
         return "–"
@@ -26,6 +26,14 @@ def number(value: Any) -> str:
         return f"{value:.1e}"
     digits = next((d for limit, d in ((0.01, 5), (10, 3), (100, 2)) if abs(value) < limit), 1)
     return f"{value:,.{digits if value else 3}f}"
+
+
+def short(value: float) -> str:
+    """Show a value in at most six characters: 0.031, 12k, 1.5M."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
 
 
 def duration(seconds: float | None) -> str:
@@ -48,7 +56,7 @@ def size(num_bytes: float | None) -> str:
     return f"{mebibytes:,.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
 
 
-def flatten(value: Any, path: str = "") -> Json:
+def flatten(value: object, path: str = "") -> Json:
     """Return nested objects as one: {"a": {"b": 1}} is {"a.b": 1}."""
     if not isinstance(value, dict):
         return {path: ", ".join(map(str, value)) if isinstance(value, list) else value}
@@ -56,33 +64,18 @@ def flatten(value: Any, path: str = "") -> Json:
     return {key: item for flat in inner for key, item in flat.items()}
 
 
-def table(rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> Markup:
-    """Return an HTML table of values as `number` shows them, all escaped; nothing without rows."""
-    import pandas as pd
-
-    cells = [[number(value) for value in row] for row in rows]
-    if not cells:
-        return Markup()
-    with pd.option_context("display.max_colwidth", None):  # else long texts are cut
-        html = pd.DataFrame(cells, columns=pd.Index(columns)).to_html(
-            index=False, border=0, escape=True, justify="unset"
+def read_json(path: Path, kind: type[Kind] | tuple[type[Kind], ...]) -> Kind | None:
+    """Read a JSON file; None if it is absent, ValueError if it is not JSON of that kind."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: found {error}, expected JSON; rerun the stage that wrote it"
+        ) from error
+    if not isinstance(content, kind):
+        raise ValueError(
+            f"{path}: found a JSON {type(content).__name__}, expected another kind of value"
         )
-    return element("div", Markup(html), "scroll")
-
-
-def element(tag: str, content: Iterable[Markup | str] | str, css_class: str = "") -> Markup:
-    """Return <tag class="..."> with its content, escaped unless it is Markup; "" without any."""
-    inner = Markup().join([content] if isinstance(content, str) else content)
-    return Markup('<{0} class="{1}">{2}</{0}>').format(tag, css_class, inner) if inner else inner
-
-
-def details(summary: str, content: Markup, *, is_open: bool = False) -> Markup:
-    """Return a block that opens at a click on its summary; nothing without content."""
-    tag = Markup("<details open>") if is_open else Markup("<details>")
-    block = Markup("{}<summary>{}</summary>{}</details>").format(tag, summary, content)
-    return block if content else content
-
-
-def note(text: str) -> Markup:
-    """Return a paragraph of explanation; nothing without text."""
-    return element("p", text, "note")
+    return content

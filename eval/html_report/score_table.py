@@ -7,11 +7,10 @@ features, the scoring CLIP and the number of images decide a distance as much as
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
-from markupsafe import Markup
-
-from eval.html_report.formats import CAPTIONS_KEY, Scores, element, flatten, note, number, table
+from cluster.base.files import Json
+from eval.html_report.formats import CAPTIONS_KEY, Scores, flatten, number
 
 GROUPS = {  # by the first names of a score's path, in this order
     "images": "Images",
@@ -120,7 +119,7 @@ def group_title(group: str) -> str:
     return GROUPS.get(group, group.replace("_", " ").replace(".", ", ").capitalize())
 
 
-def entries(value: Any, path: str = "") -> Iterator[ScoreEntry]:
+def entries(value: object, path: str = "") -> Iterator[ScoreEntry]:
     """Yield every number of eval.json with the facts beside it: strings, counts and seeds.
 
     {"n": 9, "fd": 1.5} holds one score, made of 9 images. Inner objects inherit the facts.
@@ -141,7 +140,7 @@ def entries(value: Any, path: str = "") -> Iterator[ScoreEntry]:
             yield ScoreEntry(path=inner_path, value=item, made=made, spread=_spread(key, value))
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -209,30 +208,27 @@ def _label(key: str) -> str:
     return COUNTS.get(key, key.replace("_", " "))
 
 
-def score_tables(title: str, scores: Scores, others: dict[str, Scores]) -> Markup:
-    """Return a table for each group of scores, beside those of `others`, by the runs' names.
+def score_tables(title: str, scores: Scores, others: dict[str, Scores]) -> list[Json]:
+    """Return {title, note, columns, rows} for each group of scores, beside those of `others`, by
+    the runs' names.
 
     The drawn set has a table of its own, and appears here only beside another run's.
     """
     theirs = [{entry.path: entry for entry in entries(other)} for other in others.values()]
-    notes: dict[str, str] = {}
-    rows: dict[str, list[list[Any]]] = {}
+    columns = ["score", title, *others, "interval and baselines", "method"]
+    groups: dict[str, Json] = {}
     for entry in entries(scores):
         group = entry.group
         if group in ELSEWHERE or (group == "shapes" and not others):
             continue
         name, _, method = described(entry.path, entry.made)
-        cells = [compared(entry, found.get(entry.path)) for found in theirs]
+        cells = [compared(entry, by_path.get(entry.path)) for by_path in theirs]
+        note = "" if group == "shapes" else made_of(entry)
+        new = {"title": group_title(group), "note": note, "columns": columns, "rows": []}
         row = [name, entry.value, *cells, entry.spread, method or entry.path]
-        notes.setdefault(group, "" if group == "shapes" else made_of(entry))
-        rows.setdefault(group, []).append(row)
-    order = [group for group in GROUPS if group in rows]
-    order += [group for group in rows if group not in order]
-    columns = ["score", title, *others, "interval and baselines", "method"]
-    return Markup().join(
-        element("h3", group_title(group)) + note(notes[group]) + table(rows[group], columns)
-        for group in order
-    )
+        groups.setdefault(group, new)["rows"].append(row)
+    order = dict.fromkeys([*(group for group in GROUPS if group in groups), *groups])
+    return [groups[group] for group in order]
 
 
 def compared(ours: ScoreEntry, theirs: ScoreEntry | None) -> str:
@@ -300,8 +296,9 @@ def scored_by(scores: Scores) -> str:
     return f"{text}; {relation}" if relation not in text else text
 
 
-def shape_table(shapes: Scores) -> Markup:
-    """Return the scores of the drawn set: each with its standard error and true drawings' score."""
+def shape_table(shapes: Scores) -> Json:
+    """Return {columns, rows} of the drawn set: scores with their standard errors and true
+    drawings' scores."""
     by_path = {entry.path: entry for entry in entries(shapes)}
     rows = []
     for name, title in SHAPE_SETS.items():
@@ -312,15 +309,16 @@ def shape_table(shapes: Scores) -> Markup:
             cell = f"{number(entry.value)}, {entry.spread}".rstrip(", ") if entry else "–"
             cells.append(cell.replace(", ±", " ±"))
         rows.append([title, *cells, shapes[name].get("n")])
-    return table(rows, ["captions", *SHAPE_SCORES, "n"])
+    return {"columns": ["captions", *SHAPE_SCORES, "n"], "rows": rows}
 
 
-def ablation_table(ablation: Scores) -> Markup:
-    """Return what each input of the decoder reached: scores of drawings, or of CLIP elsewhere."""
+def ablation_table(ablation: Scores) -> Json:
+    """Return {columns, rows} of what each input of the decoder reached: scores of drawings, or of
+    CLIP elsewhere."""
     flat = {given: flatten(ablation[given]) for given in ABLATION if ablation.get(given)}
     paths = list(dict.fromkeys(path for cells in flat.values() for path in cells))
     drawn = [f"{name}.{score}" for name in SHAPE_SETS for score in SHAPE_SCORES]
     paths = [p for p in drawn if p in paths] or [p for p in paths if not p.endswith(".n")]
     columns = [path.replace("_", " ").replace(".", ": ") for path in paths]
     rows = [[ABLATION[given], *map(cells.get, paths)] for given, cells in flat.items()]
-    return table(rows, ["decoder given", *columns])
+    return {"columns": ["decoder given", *columns], "rows": rows}
