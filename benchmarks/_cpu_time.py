@@ -24,9 +24,9 @@ def cpu_seconds_of(command: list[str], timeout: float = 1200) -> float:
         preexec_fn=joining(group),
     )  # fmt: skip
     try:
-        _, told = process.communicate(timeout=timeout)
+        _, errors = process.communicate(timeout=timeout)
         if process.returncode:
-            raise RuntimeError(f"{command[1]}: {told[-2000:]}")
+            raise RuntimeError(f"{command[1]}: {errors[-2000:]}")
         time.sleep(SETTLE_SECONDS)
         return _seconds(group) - before
     finally:

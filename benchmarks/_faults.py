@@ -58,9 +58,9 @@ class Nodes:
 
     def raylet_of(self, pid: int) -> int:
         """Return the process id of the raylet of a worker's node."""
-        found = psutil.Process(pid).ppid()
-        assert found in [self._raylet(node) for node in self._workers()], "a child of a raylet"
-        return found
+        parent = psutil.Process(pid).ppid()
+        assert parent in [self._raylet(node) for node in self._workers()], "a child of a raylet"
+        return parent
 
     def close(self) -> None:
         self._cluster.shutdown()
@@ -83,11 +83,11 @@ def _alive(pid: int) -> bool:
 @contextmanager
 def nodes(count: int) -> Iterator[Nodes]:
     """Start nodes; the block's end takes them away."""
-    found = Nodes(count)
+    nodes = Nodes(count)
     try:
-        yield found
+        yield nodes
     finally:
-        found.close()
+        nodes.close()
 
 
 @dataclass(kw_only=True)
@@ -122,7 +122,7 @@ class Training:
     def output(self) -> Path:
         return self.run.parent / f"{self.run.name}.txt"
 
-    def told(self) -> str:
+    def last_output(self) -> str:
         """The end of what the driver has printed."""
         return self.output.read_text()[-3000:]
 
@@ -138,8 +138,8 @@ class Training:
         while not true():
             assert self.process is not None
             ended = self.process.poll()
-            assert ended is None, f"ended with {ended} before {what}:\n{self.told()}"
-            assert time.monotonic() < deadline, f"waited in vain: {what}\n{self.told()}"
+            assert ended is None, f"ended with {ended} before {what}:\n{self.last_output()}"
+            assert time.monotonic() < deadline, f"waited in vain: {what}\n{self.last_output()}"
             time.sleep(seconds)
 
     def await_step(self, step: int) -> None:
@@ -147,7 +147,7 @@ class Training:
 
     def ranks(self) -> dict[int, int]:
         """Return the process id of each rank of the present attempt, none while it is not whole."""
-        found: dict[int, int] = {}
+        pids: dict[int, int] = {}
         lines = read_timeline(self.run)
         begun = next((n for n in range(len(lines))[::-1] if lines[n]["event"] == "restored"), None)
         if begun is None or any(x["event"] in ("lost", "launched") for x in lines[begun:]):
@@ -155,8 +155,8 @@ class Training:
         for path in (self.run / HEARTBEATS_FOLDER).glob("rank_*.json"):
             beat = json.loads(path.read_text())
             if _alive(beat["pid"]):
-                found[beat["rank"]] = beat["pid"]
-        return found if len(found) == lines[begun]["num_workers"] else {}
+                pids[beat["rank"]] = beat["pid"]
+        return pids if len(pids) == lines[begun]["num_workers"] else {}
 
     def committed(self) -> int:
         """Return the step of the newest checkpoint that is whole."""
@@ -178,7 +178,7 @@ class Training:
         """Wait for the end, which must be a good one."""
         assert self.process is not None
         code = self.process.wait(PATIENCE_SECONDS)
-        assert code == 0, self.told()
+        assert code == 0, self.last_output()
 
     def stop(self) -> None:
         """End the driver, whatever it does."""
@@ -193,14 +193,14 @@ class Training:
 
     def kill_while_it_writes(self) -> float:
         """Kill the first rank that is seen with a half-written part of a checkpoint."""
-        ranks, found = self.ranks(), list[Path]()
+        ranks, halves = self.ranks(), list[Path]()
 
         def writing() -> bool:
-            found[:] = self.run.glob("step_*/fragments/rank_*.part")
-            return bool(found)
+            halves[:] = self.run.glob("step_*/fragments/rank_*.part")
+            return bool(halves)
 
         self.await_that("a checkpoint is written", writing, seconds=0.0)
-        return _signal(ranks[int(found[0].stem.removeprefix("rank_"))], signal.SIGKILL)
+        return _signal(ranks[int(halves[0].stem.removeprefix("rank_"))], signal.SIGKILL)
 
     def stop_worker(self, dice: random.Random) -> float:
         """Stop a process without ending it: it holds its connections and says nothing."""
@@ -254,13 +254,13 @@ def write_embeds(root: Path) -> Path:
 def check_samples(run: Path, reference: Path, num_steps: int) -> None:
     """Raise AssertionError where the committed steps of a run repeat or skip a sample: each is of
     the same samples as the undisturbed run's, and an epoch has every sample once."""
-    found, expected = (trained_samples(each, num_steps) for each in (run, reference))
-    pairs = enumerate(zip(found, expected, strict=True), 1)
-    different = [step for step, (mine, theirs) in pairs if mine != theirs]
+    trained, expected = (trained_samples(each, num_steps) for each in (run, reference))
+    pairs = enumerate(zip(trained, expected, strict=True), 1)
+    different = [step for step, (ours, theirs) in pairs if ours != theirs]
     assert not different, f"{run}: other samples than undisturbed at steps {different[:5]}"
     steps = NUM_SAMPLES // GLOBAL_BATCH
     for first in range(0, num_steps - steps + 1, steps):
-        keys = [key for step in found[first : first + steps] for key in step]
+        keys = [key for step in trained[first : first + steps] for key in step]
         assert len(set(keys)) == len(keys) == NUM_SAMPLES, f"{run}: epoch from step {first + 1}"
 
 

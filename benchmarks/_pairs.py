@@ -26,8 +26,8 @@ def write_sets(
     else:
         salt = f"{seed} " if seed else ""
         sets = given_pairs(root / "pairs", pairs, num_train + num_test, salt)
-    for name, found in sets.items():
-        _write_shards(root / name, [(row["image"], row["caption"]) for row in read_pairs(found)])
+    for name, path in sets.items():
+        _write_shards(root / name, [(row["image"], row["caption"]) for row in read_pairs(path)])
 
 
 def _write_shards(root: Path, rows: list[tuple[bytes, str]]) -> None:
@@ -42,22 +42,22 @@ def _write_shards(root: Path, rows: list[tuple[bytes, str]]) -> None:
 
     write_manifest(root, "images", {})
     for start in range(0, len(rows), PER_SHARD):
-        name, part = shard_name(start // PER_SHARD), rows[start : start + PER_SHARD]
+        name, of_shard = shard_name(start // PER_SHARD), rows[start : start + PER_SHARD]
         samples = [
             Sample(key=f"{start + i:09d}", image_bytes=_jpeg(image), caption=caption, json={})
-            for i, (image, caption) in enumerate(part)
+            for i, (image, caption) in enumerate(of_shard)
         ]
-        told = [{"key": sample.key, "status": "success"} for sample in samples]
+        records = [{"key": sample.key, "status": "success"} for sample in samples]
         with Attempt(root, name) as attempt:
-            write_image_shard(attempt.path, name, samples, told)
-            attempt.commit(num_samples=len(part), counts={}, config_hash="")
+            write_image_shard(attempt.path, name, samples, records)
+            attempt.commit(num_samples=len(of_shard), counts={}, config_hash="")
     publish_snapshot(root)
 
 
 def _jpeg(image: bytes) -> bytes:
     """Return a picture over white, at `SIZE` px, as JPEG."""
-    found = Image.open(io.BytesIO(image)).convert("RGBA")
-    white = Image.alpha_composite(Image.new("RGBA", found.size, "white"), found).convert("RGB")
+    picture = Image.open(io.BytesIO(image)).convert("RGBA")
+    white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     file = io.BytesIO()
     white.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
     return file.getvalue()

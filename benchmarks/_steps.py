@@ -62,15 +62,15 @@ def compare(script: str, config: Any, peers: Sequence[str]) -> dict[str, Any]:
     python = ROOT / ".venv-bench" / "bin" / "python"
     if not python.exists():
         raise ValueError(f"{python}: found no such file; make it with: make bench-setup")
-    found: dict[str, list[dict[str, float]]] = {peer: [] for peer in peers}
+    runs: dict[str, list[dict[str, float]]] = {peer: [] for peer in peers}
     for _ in range(config.repeats):
         for peer in peers:
-            found[peer].append(_run(script, config, peer, str(python)))
+            runs[peer].append(_run(script, config, peer, str(python)))
     table = Table("network", "parameters", "samples/s", "spread", "peak memory, MiB")
-    rates = {peer: [each["samples_per_second"] for each in found[peer]] for peer in peers}
-    memory = {peer: float(np.median([e["memory_bytes"] for e in found[peer]])) for peer in peers}
+    rates = {peer: [each["samples_per_second"] for each in runs[peer]] for peer in peers}
+    memory = {peer: float(np.median([e["memory_bytes"] for e in runs[peer]])) for peer in peers}
     for peer, all_rates in rates.items():
-        count = f"{found[peer][0]['parameters']:,.0f}"
+        count = f"{runs[peer][0]['parameters']:,.0f}"
         rate, spread = f"{np.median(all_rates):.1f}", f"{np.ptp(all_rates):.1f}"
         table.add_row(peer, count, rate, spread, f"{memory[peer] / 2**20:,.0f}")
     Console().print(table)
@@ -86,7 +86,7 @@ def compare(script: str, config: Any, peers: Sequence[str]) -> dict[str, Any]:
         **middle,
         "rates": rates,
         "memory_bytes": memory,
-        "precision": found[OURS][0]["precision"],
+        "precision": runs[OURS][0]["precision"],
     }
 
 

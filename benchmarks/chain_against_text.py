@@ -74,12 +74,12 @@ def _right(chain, split: str, config: Config) -> dict[str, np.ndarray]:
     pictures = [Image.open(io.BytesIO(pair.image_bytes)).convert("RGB") for pair in pairs]
     image = torch.from_numpy(extract(ClipFeatures(chain.clip), pictures))
     _, text, _, _ = chain.encode_captions(captions)
-    found = {}
+    scored = {}
     for name, embed in {"prior": None, "text_embed": text, "true_image_embed": image}.items():
         images = render_all(chain, captions, embed, default_sampling(), seed=config.seed)
         scores = (score(drawn, caption) for drawn, caption in zip(images, captions, strict=True))
-        found[name] = np.array([float(each.all) for each in scores])
-    return found
+        scored[name] = np.array([float(each.all) for each in scores])
+    return scored
 
 
 if __name__ == "__main__":

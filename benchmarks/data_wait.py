@@ -58,8 +58,8 @@ def main(config: Config) -> int:
     first = [line for line in lines if line["samples_seen"] <= config.num_train]
     later = lines[len(first) :]
     shares = {
-        name: float(np.mean([line["data_wait_ratio"] for line in part]))
-        for name, part in (("first_epoch", first), ("later", later), ("whole", lines))
+        name: float(np.mean([line["data_wait_ratio"] for line in of_phase]))
+        for name, of_phase in (("first_epoch", first), ("later", later), ("whole", lines))
     }
     table = Table("part of the run", "waiting for data")
     for name, share in shares.items():

@@ -53,12 +53,12 @@ def main(config: Config) -> int:
                 way(ours, data)
             taken.append((time.perf_counter() - started) / len(pictures))
     exact = [_exact(ours, data) for data in pictures]
-    cheap = [_psnr(_reduced(ours, data), one) for data, one in zip(pictures, exact, strict=True)]
-    stored = [_psnr(_through_jpeg(one), one) for one in exact]
+    cheap = [_psnr(_reduced(ours, d), whole) for d, whole in zip(pictures, exact, strict=True)]
+    stored = [_psnr(_through_jpeg(whole), whole) for whole in exact]
     table = Table("decoded", "ms a picture", "PSNR median", "least")
-    for name, way, found in (("reduced", _reduced, cheap), ("fully, then JPEG", _exact, stored)):
+    for name, way, ratios in (("reduced", _reduced, cheap), ("fully, then JPEG", _exact, stored)):
         milliseconds = f"{np.median(seconds[way]) * 1e3:.1f}"
-        table.add_row(name, milliseconds, f"{np.median(found):.1f}", f"{min(found):.1f}")
+        table.add_row(name, milliseconds, f"{np.median(ratios):.1f}", f"{min(ratios):.1f}")
     Console().print(table)
     figures = {
         "ratio": float(np.median(seconds[_exact]) / np.median(seconds[_reduced])),

@@ -72,8 +72,8 @@ def _ours(
 
     def loss_of(image: Any, image_embed: Any, states: Any, mask: Any) -> Any:
         keys = torch.arange(len(image), device=image.device)
-        told = Condition(image_embed=image_embed, text_states=states, token_mask=mask)
-        return decoder.losses(keys, image, told)["loss"].mean()
+        condition = Condition(image_embed=image_embed, text_states=states, token_mask=mask)
+        return decoder.losses(keys, image, condition)["loss"].mean()
 
     return decoder, loss_of
 
@@ -116,8 +116,8 @@ def _diffusers(compiled: bool) -> tuple[Any, Callable]:
             text_encoder_hidden_states=states, do_classifier_free_guidance=False,
         )  # fmt: skip
         keep = F.pad(mask & ~hidden, (4, 0), value=True)
-        told = {"encoder_hidden_states": context, "class_labels": cond, "attention_mask": keep}
-        return F.mse_loss(network(noised, t, **told).sample.float(), noise)
+        arguments = {"encoder_hidden_states": context, "class_labels": cond, "attention_mask": keep}
+        return F.mse_loss(network(noised, t, **arguments).sample.float(), noise)
 
     return nn.ModuleList([unet, project]), loss_of
 

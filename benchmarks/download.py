@@ -68,8 +68,8 @@ def main(config: Config) -> int:
         for latency in config.latencies:
             with _server(Path(folder), latency) as (port, pid):
                 runs = _compare(config, Path(folder), port, pid)
-            for name, found in runs.items():
-                rates, per_cpu = [r.rate for r in found], [r.per_cpu for r in found]
+            for name, of_loader in runs.items():
+                rates, per_cpu = [r.rate for r in of_loader], [r.per_cpu for r in of_loader]
                 figures[f"{name} {latency:g} s"] = {"images_per_second": rates, "per_cpu": per_cpu}
                 columns = (np.median(rates), np.ptp(rates), np.median(per_cpu), np.ptp(per_cpu))
                 table.add_row(f"{latency:g} s", name, *(f"{value:.1f}" for value in columns))
@@ -93,13 +93,13 @@ def _compare(config: Config, folder: Path, port: int, pid: int) -> dict[str, lis
     urls = [f"http://127.0.0.1:{port}/{number}.jpg" for number in range(config.num_samples)]
     captions = [f"picture {number}" for number in range(config.num_samples)]
     pq.write_table(pa.table({"URL": urls, "TEXT": captions}), folder / "list.parquet")
-    found: dict[str, list[Run]] = {"ours": [], "img2dataset": []}
+    runs_of: dict[str, list[Run]] = {"ours": [], "img2dataset": []}
     for _ in range(config.repeats):
-        for name, runs in found.items():
+        for name, runs in runs_of.items():
             with tempfile.TemporaryDirectory() as out:
                 command = _command(name, config, folder / "list.parquet", Path(out, "images"), port)
                 runs.append(_timed(command, config.num_samples, Path(out, "images"), pid))
-    return found
+    return runs_of
 
 
 def _command(name: str, config: Config, urls: Path, out: Path, port: int) -> list[str]:

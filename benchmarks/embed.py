@@ -119,11 +119,11 @@ def _part(folder: Path, config: Config, count: int) -> None:
     """Make a folder of the last `count` shards."""
     from ingest.shards import committed, publish_snapshot, withdraw
 
-    part = folder / f"part{count}"
-    shutil.copytree(folder / "images", part)
-    for commit in list(committed(part).values())[: config.many - count]:
-        withdraw(part, commit)
-    publish_snapshot(part)
+    partial = folder / f"part{count}"
+    shutil.copytree(folder / "images", partial)
+    for commit in list(committed(partial).values())[: config.many - count]:
+        withdraw(partial, commit)
+    publish_snapshot(partial)
 
 
 def _compare(folder: Path, config: Config) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _compare(folder: Path, config: Config) -> dict[str, Any]:
         share = config.few * config.samples_per_shard
         figures[f"{loop}_start_seconds"] = float(few - share * (many - few) / images)
     overhead = figures["ours_seconds_an_image"] / figures["bare_seconds_an_image"]
-    runs = {f"{loop}, {count} shards": found for (loop, count), found in taken.items()}
+    runs = {f"{loop}, {count} shards": seconds for (loop, count), seconds in taken.items()}
     return {**figures, "overhead": float(overhead), "cpu_seconds": runs}
 
 
@@ -202,13 +202,13 @@ def _bare_loop(config: Config) -> int:
     model, _, transform = found_model
     tokenize = open_clip.get_tokenizer(config.clip)
     tars = [str(path) for path in sorted(Path(config.bare).glob("*.tar"))]
-    found = []
+    batches = []
 
     def encode(pictures: list[Any], captions: list[str]) -> None:
         with torch.no_grad():
             image = model.eval().encode_image(torch.stack(pictures), normalize=True)
             text = model.encode_text(tokenize(captions), normalize=True)
-        found.append((image.half().numpy(), text.half().numpy()))
+        batches.append((image.half().numpy(), text.half().numpy()))
 
     pictures, captions = [], []
     for sample in webdataset.WebDataset(tars, shardshuffle=False):
@@ -220,8 +220,8 @@ def _bare_loop(config: Config) -> int:
     if pictures:
         encode(pictures, captions)
     with tempfile.TemporaryDirectory() as name:
-        for part, arrays in enumerate(zip(*found, strict=True)):
-            np.save(Path(name) / f"{part}.npy", np.concatenate(arrays))
+        for number, arrays in enumerate(zip(*batches, strict=True)):
+            np.save(Path(name) / f"{number}.npy", np.concatenate(arrays))
     return 0
 
 

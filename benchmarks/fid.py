@@ -69,8 +69,8 @@ def main(config: Config) -> int:
     seconds, distances = _distances(config)
     memory = {} if config.skip_memory else {n: _memory(n, config) for n in config.memory_counts}
     table = Table("of", "by", "median", "spread")
-    for title, found in (("images/s", rates), ("seconds a distance", seconds)):
-        for by, values in found.items():
+    for title, by_method in (("images/s", rates), ("seconds a distance", seconds)):
+        for by, values in by_method.items():
             table.add_row(title, by, f"{np.median(values):.2f}", f"{np.ptp(values):.2f}")
     for count, peak in memory.items():
         table.add_row("MiB of peak memory", f"{count:,} images a side", f"{peak / 2**20:.0f}", "")
@@ -111,9 +111,9 @@ def _extraction(folder: Path, config: Config) -> tuple[dict[str, list[float]], f
     for repeat in range(config.repeats + 1):  # the first pass warms up
         for name, extract in extractors.items():
             started = time.perf_counter()
-            found = [extract(part) for part in pixels.split(config.batch_size)]
+            extracted = [extract(batch) for batch in pixels.split(config.batch_size)]
             rate = config.num_images / (time.perf_counter() - started)
-            features[name] = np.concatenate(found)
+            features[name] = np.concatenate(extracted)
             if repeat:
                 rates[name].append(rate)
     ours, theirs = features["ours"], features["torch-fidelity"]
@@ -137,16 +137,16 @@ def _extractors(folder: Path) -> dict[str, Callable[[Any], np.ndarray]]:
     with _given(state):
         pytorch_fid = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval()
 
-    def by_ours(part: Any) -> np.ndarray:
-        return ours(part).numpy()
+    def by_ours(pixels: Any) -> np.ndarray:
+        return ours(pixels).numpy()
 
     @torch.no_grad()
-    def by_fidelity(part: Any) -> np.ndarray:
-        return fidelity(part)[0].numpy()
+    def by_fidelity(pixels: Any) -> np.ndarray:
+        return fidelity(pixels)[0].numpy()
 
     @torch.no_grad()
-    def by_pytorch_fid(part: Any) -> np.ndarray:
-        return pytorch_fid(part.float() / 255)[0].flatten(1).numpy()
+    def by_pytorch_fid(pixels: Any) -> np.ndarray:
+        return pytorch_fid(pixels.float() / 255)[0].flatten(1).numpy()
 
     return {"ours": by_ours, "torch-fidelity": by_fidelity, "pytorch-fid": by_pytorch_fid}
 
@@ -189,15 +189,15 @@ def _distances(config: Config) -> tuple[dict[str, list[float]], dict[str, float]
     from eval.distances.frechet import Moments, frechet_distance
 
     a, b = (Moments.of(_features(config.num_features, config.width, seed)) for seed in (0, 1))
-    told = [{"mu": m.mean, "sigma": m.covariance} for m in (a, b)]
+    ours, theirs = [{"mu": m.mean, "sigma": m.covariance} for m in (a, b)]
     ways: dict[str, Callable[[], float]] = {
         "ours": lambda: frechet_distance(a, b),
         "scipy sqrtm (pytorch-fid)": lambda: float(
             calculate_frechet_distance(
-                told[0]["mu"], told[0]["sigma"], told[1]["mu"], told[1]["sigma"]
+                ours["mu"], ours["sigma"], theirs["mu"], theirs["sigma"]
             )
         ),
-        "torch-fidelity": lambda: fid_statistics_to_metric(told[0], told[1], False)[
+        "torch-fidelity": lambda: fid_statistics_to_metric(ours, theirs, False)[
             "frechet_inception_distance"
         ],
     }
@@ -239,7 +239,7 @@ def _stream(root: Path) -> int:
     sides = {}
     for side in ("fake", "real"):
         parts = sorted((root / side).glob("*.npy"))
-        sizes = [len(np.load(part, mmap_mode="r")) for part in parts]
+        sizes = [len(np.load(block, mmap_mode="r")) for block in parts]
         sides[side] = Features(parts=parts, sizes=sizes)
     fake, real = sides["fake"], sides["real"]
     frechet_distance(fake.moments(), real.moments())

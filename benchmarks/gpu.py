@@ -73,8 +73,8 @@ def _trained(root: Path, config: Config) -> list[dict[str, Any]]:
     images = ("--images", str(root / "train"))
     _train("clip", config, "demo", *images, "--run", str(root / "clip"), "--block-size", "1",
            "--train.num-steps", str(config.clip_steps))  # fmt: skip
-    for part in ("train", "test"):
-        embed_here(str(root / part), root / f"{part}_embeds", str(root / "clip"))
+    for split in ("train", "test"):
+        embed_here(str(root / split), root / f"{split}_embeds", str(root / "clip"))
     base = (*images, "--embeds", str(root / "train_embeds"), "--train.report-every", "5")
     compiled = ("--train.compile",) if config.compile else ()
     if config.channels_last:
@@ -82,8 +82,8 @@ def _trained(root: Path, config: Config) -> list[dict[str, Any]]:
     trial = root / "trial"
     _train("decoder", config, config.decoder, *base, *compiled, "--run", str(trial),
            "--train.num-steps", str(TRIAL))  # fmt: skip
-    found = read_lines(trial / "metrics.jsonl")
-    a_step = (found[-1]["seconds"] - found[2]["seconds"]) / (TRIAL - found[2]["step"])
+    reports = read_lines(trial / "metrics.jsonl")
+    a_step = (reports[-1]["seconds"] - reports[2]["seconds"]) / (TRIAL - reports[2]["step"])
     steps = max(TRIAL, int(60 * config.minutes / a_step))
     run = root / "base"
     _train("decoder", config, config.decoder, *base, *compiled, "--run", str(run),
@@ -143,8 +143,8 @@ def _grid(root: Path, config: Config) -> None:
     chosen = range(0, len(captions), max(1, len(captions) // 12))[:12]
     chain = load_chain("", "", str(root / "base"), (), device="auto")
     sampling = build_sampling(SamplingSettings(precision="fp32"))
-    told = [captions[i] for i in chosen]
-    drawn = render_all(chain, told, image[torch.tensor(list(chosen))], sampling)
+    chosen_captions = [captions[i] for i in chosen]
+    drawn = render_all(chain, chosen_captions, image[torch.tensor(list(chosen))], sampling)
     size = drawn.shape[1]
     pictures = list(open_images(str(root / "test")))
     real = [np.asarray(pictures[i].resize((size, size))) for i in chosen]

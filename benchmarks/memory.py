@@ -3,7 +3,7 @@
     python benchmarks/memory.py        # some six minutes on two cores
 
 Anonymous memory is what a process has allocated (RssAnon of Linux); mapped files and Ray's shared
-object store, which the kernel counts to every process that maps them, are told beside it.
+object store, which the kernel counts to every process that maps them, are stated beside it.
 """
 
 import json
@@ -55,13 +55,13 @@ def main(config: Config) -> int:
         read = [sys.executable, __file__, "--epoch", str(root)]
         peaks = {"embed": _peaks(embed), "read an epoch": _peaks(read)}
     table = Table("what", "process", "anonymous, MiB", "resident, MiB", "seconds")
-    for what, (seconds, found) in peaks.items():
-        largest = sorted(found.items(), key=lambda item: -item[1][0])[:4]
+    for what, (seconds, processes) in peaks.items():
+        largest = sorted(processes.items(), key=lambda item: -item[1][0])[:4]
         for process, (anonymous, resident) in largest:
             figures = (f"{anonymous:.0f}", f"{resident:.0f}", f"{seconds:.0f}")
             table.add_row(what, process, *figures)
     Console().print(table)
-    most = {what: max(each[0] for each in found.values()) for what, (_, found) in peaks.items()}
+    most = {what: max(p[0] for p in each.values()) for what, (_, each) in peaks.items()}
     print(json.dumps({"peak_mib": max(most.values()), "by_step": most}))
     return 0
 
@@ -99,15 +99,15 @@ def _peaks(command: list[str]) -> tuple[float, dict[str, tuple[float, float]]]:
     group = new_group()
     if group is None:
         raise ValueError("control groups: found none to make, expected a superuser on Linux")
-    found: dict[str, tuple[float, float]] = {}
+    peaks: dict[str, tuple[float, float]] = {}
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(INTERVAL_SECONDS):
             for pid in (group / "cgroup.procs").read_text().split():
                 name, anonymous, resident = _memory(pid)
-                before = found.get(f"{name} {pid}", (0.0, 0.0))
-                found[f"{name} {pid}"] = max(before[0], anonymous), max(before[1], resident)
+                before = peaks.get(f"{name} {pid}", (0.0, 0.0))
+                peaks[f"{name} {pid}"] = max(before[0], anonymous), max(before[1], resident)
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -119,7 +119,7 @@ def _peaks(command: list[str]) -> tuple[float, dict[str, tuple[float, float]]]:
         ended.set()
         watching.join()
         remove_group(group)
-    return seconds, found
+    return seconds, peaks
 
 
 def _memory(pid: str) -> tuple[str, float, float]:
@@ -128,9 +128,9 @@ def _memory(pid: str) -> tuple[str, float, float]:
         text = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return "", 0.0, 0.0
-    told = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    sizes = [int(told.get(key, "0").split()[0]) / 1024 for key in ("RssAnon", "VmRSS")]
-    return told["Name"].strip(), sizes[0], sizes[1]
+    status = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    sizes = [int(status.get(key, "0").split()[0]) / 1024 for key in ("RssAnon", "VmRSS")]
+    return status["Name"].strip(), sizes[0], sizes[1]
 
 
 def _read_epoch(root: Path) -> int:

@@ -36,7 +36,7 @@ class Config(BenchmarkConfig):
     num_steps: int = 250
     """steps of 64 of the decoders"""
     clip_steps: int = 200
-    """steps of the CLIP whose embeddings they are told"""
+    """steps of the CLIP whose embeddings they are given"""
     channels: int = 32
     """channels at the first resolution"""
     num_draws: int = 4
@@ -59,8 +59,8 @@ def main(config: Config) -> int:
         _train("clip", config, root / "clip", config.clip_steps, "--preset", "demo",
                "--images", str(root / "train"),
                )  # fmt: skip
-        for part in ("train", "test"):
-            embed_here(str(root / part), root / f"{part}_embeds", str(root / "clip"))
+        for split in ("train", "test"):
+            embed_here(str(root / split), root / f"{split}_embeds", str(root / "clip"))
         whole = _decoder(config, root, WHOLE, config.num_steps)
         folded = _decoder(config, root, FOLDED, config.num_steps)
         longer = int(config.num_steps * whole["train_seconds"] / folded["train_seconds"])
@@ -134,25 +134,25 @@ def _errors(decoder, config: Config, root: Path) -> dict[str, float]:
     times = torch.empty(config.num_draws, len(images))
     for draw in range(config.num_draws):
         for start in range(0, len(images), 100):
-            part = slice(start, start + 100)
-            x, words = images[part], tokens[part]
+            rows = slice(start, start + 100)
+            x, word_tokens = images[rows], tokens[rows]
             keys = torch.arange(start, start + len(x)) + 1_000_000 * (draw + 1)
             t = (keyed_random.uniform(keys, "t") * schedule.num_timesteps).long()
             eps = keyed_random.normal(keys, "eps", x.shape[1:])
-            told = Condition(
-                image_embed=image_embed[part], text_embed=text_embed[part],
-                text_states=clip.encode_text(words)[1], token_mask=token_mask(words),
+            condition = Condition(
+                image_embed=image_embed[rows], text_embed=text_embed[rows],
+                text_states=clip.encode_text(word_tokens)[1], token_mask=token_mask(word_tokens),
             )  # fmt: skip
             x_t, kept = schedule.q_sample(x, t, eps), never.expand(len(x))
             with torch.no_grad():
-                output = decoder(x_t, t, told, kept, kept)
+                output = decoder(x_t, t, condition, kept, kept)
             x0 = schedule.to_x0(decoder.config.prediction, output, x_t, t)
             wrong = (schedule.to_eps(x0, x_t, t) - eps).square().mean((1, 2, 3))
-            errors[draw, part], times[draw, part] = wrong, t / schedule.num_timesteps
-    found = {"mse": errors.mean(), "standard_error": errors.mean(0).std() / len(images) ** 0.5}
+            errors[draw, rows], times[draw, rows] = wrong, t / schedule.num_timesteps
+    scores = {"mse": errors.mean(), "standard_error": errors.mean(0).std() / len(images) ** 0.5}
     for number, third in enumerate(THIRDS):
-        found[third] = errors[(3 * times).long() == number].mean()
-    return {key: float(value) for key, value in found.items()}
+        scores[third] = errors[(3 * times).long() == number].mean()
+    return {key: float(value) for key, value in scores.items()}
 
 
 if __name__ == "__main__":

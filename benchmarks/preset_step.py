@@ -78,30 +78,30 @@ def main(config: Config) -> int:
         for variant in config.variants
         if not (stage.startswith("prior") and VARIANTS[variant][0])
     ]
-    table, found = Table(*columns), []
+    table, results = Table(*columns), []
     for stage, variant in pairs:
-        told = _largest_that_fits(config, stage, variant)
-        print(json.dumps(told), flush=True)
-        found.append(told)
-        table.add_row(*_row(told))
-        if config.jsonl and "mfu" in told:
+        result = _largest_that_fits(config, stage, variant)
+        print(json.dumps(result), flush=True)
+        results.append(result)
+        table.add_row(*_row(result))
+        if config.jsonl and "mfu" in result:
             with Path(config.jsonl).open("a") as file:
-                file.write(json.dumps(told) + "\n")
+                file.write(json.dumps(result) + "\n")
     Console(width=140).print(table)
-    print(json.dumps({"measured": found}))
+    print(json.dumps({"measured": results}))
     return 0
 
 
-def _row(told: dict[str, Any]) -> list[str]:
-    head = [f"{told['script']}/{told['preset']}", told["variant"]]
-    if "mfu" not in told:
+def _row(result: dict[str, Any]) -> list[str]:
+    head = [f"{result['script']}/{result['preset']}", result["variant"]]
+    if "mfu" not in result:
         return [*head, "does not fit"]
-    mfu = "" if told["mfu"] is None else f"{100 * told['mfu']:.1f} %"
-    memory = "" if told["memory_bytes"] is None else f"{told['memory_bytes'] / 2**30:.2f}"
+    mfu = "" if result["mfu"] is None else f"{100 * result['mfu']:.1f} %"
+    memory = "" if result["memory_bytes"] is None else f"{result['memory_bytes'] / 2**30:.2f}"
     return [
-        *head, f"{told['parameters']:,}", str(told["batch"]), f"{told['ms']:.1f}",
-        f"{told['ms_spread']:.1f}", f"{told['samples_per_second']:,.1f}", mfu, memory,
-        f"{told['predicted_bytes'] / 2**30:.2f}",
+        *head, f"{result['parameters']:,}", str(result["batch"]), f"{result['ms']:.1f}",
+        f"{result['ms_spread']:.1f}", f"{result['samples_per_second']:,.1f}", mfu, memory,
+        f"{result['predicted_bytes'] / 2**30:.2f}",
     ]  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
     )
     encoder = encoder_counts(chain.encoder)
     sizes = {key: encoder[key] for key in ("embed_dim", "text_width", "context_length")}
-    told, build = _config(script, preset, channels_last, sizes)
+    options, build = _config(script, preset, channels_last, sizes)
     predicted = _predicted(build, encoder, batch)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     with device:
@@ -160,7 +160,7 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
     if compiled:
         compile_model(model)
     columns = _columns(model, sizes, batch, device)
-    parts = _times(config, model, columns, told.train, device)
+    parts = _times(config, model, columns, options.train, device)
     peak = peak_tflops(device) * 1e12
     rate, on_gpu = batch / float(np.median(parts)), device.type == "cuda"
     return {
@@ -172,7 +172,7 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
         "mfu": rate * flops / peak if peak else None,
         "memory_bytes": torch.cuda.max_memory_allocated() - before if on_gpu else None,
         "predicted_bytes": predicted,
-        "precision": settled(told.train.precision, device.type), "torch": torch.__version__,
+        "precision": settled(options.train.precision, device.type), "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -212,14 +212,14 @@ def _config(script: str, preset: str, channels_last: bool, sizes: dict[str, int]
 
     more = ["--train.num-workers", "0", "--train.zero-stage", "0"]
     if script == "prior":
-        told = read_preset(script, preset, *more)
-        return told, lambda: prior_model(told, sizes)
-    told = read_preset(script, preset, *more)
-    part = "base" if told.stage == "base" else "up"
-    half = getattr(told, part)
+        options = read_preset(script, preset, *more)
+        return options, lambda: prior_model(options, sizes)
+    options = read_preset(script, preset, *more)
+    group = "base" if options.stage == "base" else "up"
+    half = getattr(options, group)
     unet = replace(half.unet, channels_last=channels_last or half.unet.channels_last)
-    told = replace(told, **{part: replace(half, unet=unet)})
-    return told, lambda: decoder_model(told, sizes)
+    options = replace(options, **{group: replace(half, unet=unet)})
+    return options, lambda: decoder_model(options, sizes)
 
 
 def _predicted(build: Any, encoder: dict[str, Any], batch: int) -> float:
@@ -247,13 +247,13 @@ def _columns(model: Any, sizes: dict[str, int], count: int, device: Any) -> Any:
     from training.data.dataloader import Batch
 
     side = getattr(model, "image_size", None) or getattr(model, "crop_size", 1)
-    dim, words = sizes["embed_dim"], min(WORDS, sizes["context_length"])
+    dim, num_tokens = sizes["embed_dim"], min(WORDS, sizes["context_length"])
     columns = {
         "image": torch.rand(count, 3, side, side) * 2 - 1,
         "image_embed": F.normalize(torch.randn(count, dim), dim=1),
         "text_embed": F.normalize(torch.randn(count, dim), dim=1),
-        "states": torch.randn(count, words, sizes["text_width"]),
-        "tokens": torch.randint(1, 1000, (count, words)),
+        "states": torch.randn(count, num_tokens, sizes["text_width"]),
+        "tokens": torch.randint(1, 1000, (count, num_tokens)),
     }
     keys, weight = torch.arange(count), torch.ones(count)
     return Batch(keys=keys, weight=weight, num_real=count, columns=columns).to(device)
@@ -270,14 +270,14 @@ def _objective(model: Any, batch: Any) -> dict[str, Any]:
     own = model.config.text_tokens
     mask = batch["tokens"] > 0
     if not isinstance(model, Decoder):
-        words = batch["tokens"] if own else batch["states"]
-        text = PriorText(text_embed=batch["text_embed"], text=words, token_mask=mask)
+        states = batch["tokens"] if own else batch["states"]
+        text = PriorText(text_embed=batch["text_embed"], text=states, token_mask=mask)
         return model.losses(batch.keys, batch["image_embed"], text)
-    words = {"tokens": batch["tokens"]} if own else {"text_states": batch["states"]}
-    told = Condition(
-        image_embed=batch["image_embed"], text_embed=batch["text_embed"], token_mask=mask, **words
+    text = {"tokens": batch["tokens"]} if own else {"text_states": batch["states"]}
+    condition = Condition(
+        image_embed=batch["image_embed"], text_embed=batch["text_embed"], token_mask=mask, **text
     )
-    return model.losses(batch.keys, batch["image"], told)
+    return model.losses(batch.keys, batch["image"], condition)
 
 
 def _network(model: Any) -> str:

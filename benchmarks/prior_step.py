@@ -87,9 +87,9 @@ def _diffusers(compiled: bool) -> tuple[Any, Callable]:
         t = torch.randint(0, 1000, (len(image_embed),), device=image_embed.device)
         noise: Any = torch.randn_like(image_embed)
         noised = schedule.add_noise(image_embed, noise, cast(Any, t))
-        told = {"proj_embedding": text_embed, "encoder_hidden_states": states}
-        found: Any = network(noised, timestep=t, attention_mask=mask, **told)
-        return F.mse_loss(found.predicted_image_embedding.float(), image_embed)
+        arguments = {"proj_embedding": text_embed, "encoder_hidden_states": states}
+        output: Any = network(noised, timestep=t, attention_mask=mask, **arguments)
+        return F.mse_loss(output.predicted_image_embedding.float(), image_embed)
 
     return model, loss_of
 

@@ -96,8 +96,8 @@ def _compare(root: Path, source: Path | None, config: Config) -> dict[str, dict[
     _train("clip", root, config, "--images", str(root / "train"), "--run", str(root / "clip"),
            "--train.num-steps", str(config.clip_steps), "--block-size", "4" if drawn else "1",
            )  # fmt: skip
-    for part in ("train", "test"):
-        embed_here(str(root / part), root / f"{part}_embeds", str(root / "clip"))
+    for split in ("train", "test"):
+        embed_here(str(root / split), root / f"{split}_embeds", str(root / "clip"))
     captions, image, text = read_embeds(str(root / "test_embeds"))
     meanings = [meaning(caption) for caption in captions]
     figures: dict[str, dict[str, float]] = {"z_t": prior_scorecard(text, image, text, meanings)}

@@ -86,10 +86,10 @@ def main(config: Config) -> int:
         root = Path(config.keep or folder).absolute()
         root.mkdir(parents=True, exist_ok=True)
         with nodes(2) as cluster:
-            found, lawful = campaign(config, root, cluster)
-    _print_table(found, lawful)
-    ratios = [LIMITS[kind] / told["median"] for kind, told in found.items() if kind in LIMITS]
-    print(json.dumps({"ratio": min(ratios, default=0.0), "lawful": lawful, **found}))
+            results, lawful = campaign(config, root, cluster)
+    _print_table(results, lawful)
+    ratios = [LIMITS[kind] / result["median"] for kind, result in results.items() if kind in LIMITS]
+    print(json.dumps({"ratio": min(ratios, default=0.0), "lawful": lawful, **results}))
     return DONE if all(lawful.values()) else INCOMPLETE
 
 
@@ -157,8 +157,8 @@ def disturb(
 
 def _figures(recoveries: list[dict[str, float]]) -> dict:
     """Return the medians of the recoveries from one kind of fault."""
-    totals = [sum(each[part] for part in PARTS) for each in recoveries]
-    parts = {part: float(np.median([each[part] for each in recoveries])) for part in PARTS}
+    totals = [sum(each[phase] for phase in PARTS) for each in recoveries]
+    parts = {phase: float(np.median([each[phase] for each in recoveries])) for phase in PARTS}
     redone = float(np.mean([each["redone_steps"] for each in recoveries]))
     return {"median": float(np.median(totals)), "most": max(totals), **parts,
             "redone_steps": redone, "seconds": recoveries}  # fmt: skip
@@ -194,15 +194,15 @@ def _recovered(training: Training, kind: str, fault: float, committed: int) -> d
     return seconds
 
 
-def _print_table(found: dict[str, dict], lawful: dict[str, bool]) -> None:
+def _print_table(results: dict[str, dict], lawful: dict[str, bool]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("fault", "number", "median, s", "most, s", *PARTS, "steps redone", "limit, s")
-    for kind, told in found.items():
-        figures = [f"{told[name]:.1f}" for name in ("median", "most", *PARTS, "redone_steps")]
+    for kind, result in results.items():
+        figures = [f"{result[name]:.1f}" for name in ("median", "most", *PARTS, "redone_steps")]
         limit = f"{LIMITS[kind]:.0f}" if kind in LIMITS else ""
-        table.add_row(kind, str(len(told["seconds"])), *figures, limit)
+        table.add_row(kind, str(len(result["seconds"])), *figures, limit)
     console = Console(width=120)
     console.print(table)
     for name, held in lawful.items():

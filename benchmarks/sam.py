@@ -53,25 +53,25 @@ def main(config: Config) -> int:
         "plain, twice the steps": (2 * config.num_steps, 0.0),
         f"SAM, rho {config.rho:g}": (config.num_steps, config.rho),
     }
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_sets(root, None, config.num_train, config.num_test)
         for seed in config.seeds:
             for number, (way, (steps, rho)) in enumerate(ways.items()):
                 run = root / f"clip_{number}_{seed}"
-                found[way].append(_measure(root, run, config, steps, rho, seed))
+                runs[way].append(_measure(root, run, config, steps, rho, seed))
     names = ("rank_99", "rank_90", "retrieval_at_1", "train_seconds")
     table = Table("training", *names)
     middle = {
         way: {name: float(np.mean([each[name] for each in all_seeds])) for name in names}
-        for way, all_seeds in found.items()
+        for way, all_seeds in runs.items()
     }
     for way, figures in middle.items():
         table.add_row(way, *(f"{figures[name]:.3g}" for name in names))
     Console().print(table)
     plain, _, sharp = middle.values()
-    print(json.dumps({"ratio": plain["rank_99"] / sharp["rank_99"], **middle, "runs": found}))
+    print(json.dumps({"ratio": plain["rank_99"] / sharp["rank_99"], **middle, "runs": runs}))
     return 0
 
 
@@ -91,7 +91,7 @@ def _measure(
     ]  # fmt: skip
     started = time.perf_counter()
     subprocess.run(
-        [str(part) for part in command], check=True, timeout=3600, stdout=subprocess.DEVNULL
+        [str(argument) for argument in command], check=True, timeout=3600, stdout=subprocess.DEVNULL
     )
     seconds = time.perf_counter() - started
     embeds = root / f"{run.name}_embeds"

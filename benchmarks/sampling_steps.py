@@ -55,10 +55,10 @@ def main(config: Config) -> int:
 
     torch.set_num_threads(config.num_threads)
     run = config.run
-    for part in ("clip", "base"):
-        if not Path(run, part).is_dir():
+    for run_name in ("clip", "base"):
+        if not Path(run, run_name).is_dir():
             raise ValueError(
-                f"{run}: found no {part}, expected a finished demo; run make demo first"
+                f"{run}: found no {run_name}, expected a finished demo; run make demo first"
             )
     chain = load_chain(f"{run}/clip", "", f"{run}/base", (), device=config.device)
     features = ClipFeatures(chain.clip)
@@ -77,14 +77,14 @@ def main(config: Config) -> int:
         "ratio": rates[FEW] / rates["ddpm", 250, "trailing"], "n": len(captions),
         "judge": features.name,
     }  # fmt: skip
-    for by, found in drawn.items():
-        told: dict[str, Any] = {"fd": _distance(real, found), "images_per_second": rates[by]}
+    for by, images in drawn.items():
+        result: dict[str, Any] = {"fd": _distance(real, images), "images_per_second": rates[by]}
         if by != FEW:
-            told["interval_95"] = _interval(real, drawn[FEW], found)
-        shown = " to ".join(f"{end:.4f}" for end in told.get("interval_95", ()))
-        rate = f"{told['images_per_second']:.2f}"
-        table.add_row(*map(str, by), f"{told['fd']:.4f}", rate, shown)
-        figures["_".join(map(str, by))] = told
+            result["interval_95"] = _interval(real, drawn[FEW], images)
+        shown = " to ".join(f"{end:.4f}" for end in result.get("interval_95", ()))
+        rate = f"{result['images_per_second']:.2f}"
+        table.add_row(*map(str, by), f"{result['fd']:.4f}", rate, shown)
+        figures["_".join(map(str, by))] = result
     Console().print(table)
     print(json.dumps(figures))
     return 0
@@ -117,13 +117,13 @@ def _draw(
         sampler=sampler, decoder_steps=steps, spacing=spacing, cfg_scale=1.0
     )  # fmt: skip
     sampling = build_sampling(settings, chain.device.type)
-    found = []
+    images = []
     for start in range(0, len(captions), config.batch_size):
-        part = captions[start : start + config.batch_size]
-        keys = caption_keys(part, config.seed, start)
-        z = torch.from_numpy(embeds[start : start + len(part)])
-        found += map(Image.fromarray, to_uint8(chain.render(keys, part, z, sampling)))
-    return found
+        batch = captions[start : start + config.batch_size]
+        keys = caption_keys(batch, config.seed, start)
+        z = torch.from_numpy(embeds[start : start + len(batch)])
+        images += map(Image.fromarray, to_uint8(chain.render(keys, batch, z, sampling)))
+    return images
 
 
 def _distance(real: np.ndarray, fake: np.ndarray) -> float:

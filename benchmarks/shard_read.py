@@ -64,10 +64,10 @@ def main(config: Config) -> int:
         size //= config.num_shards * config.samples_per_shard
         rates = _measure(root, config)
     table = Table("reader", "samples/s", "spread")
-    for name, found in rates.items():
-        table.add_row(name, f"{np.median(found):,.0f}", f"{np.ptp(found):,.0f}")
+    for name, of_reader in rates.items():
+        table.add_row(name, f"{np.median(of_reader):,.0f}", f"{np.ptp(of_reader):,.0f}")
     Console().print(table)
-    middle = {name: float(np.median(found)) for name, found in rates.items()}
+    middle = {name: float(np.median(of_reader)) for name, of_reader in rates.items()}
     figures = {
         "bytes_a_sample": size,
         "ratio_raw": middle["ours, raw"] / middle["webdataset, raw"],

@@ -16,7 +16,7 @@ averaging, from a batch in memory.
   has nothing to do with.
 - Memory: the peak of three steps beside what is known to be there at once: the state's 20 bytes a
   parameter (weights, gradients, two moments, average) and ZeRO's buffers. What the forward pass
-  keeps is told besides: it is there while there are no gradients.
+  keeps is stated besides: it is there while there are no gradients.
 - Checkpoints: the larger size writes two. `block_ratio` is the share of the second's writing for
   which the steps wait; the first's copy touches its memory for the first time
   (`first_block_seconds`).
@@ -78,36 +78,37 @@ def main(config: Config) -> int:
     stages = [stage for stage in STAGES if stage in engines]
     what = [("time", engine) for engine in engines] + [("two", stage) for stage in stages]
     cases = [(size, *case) for size in config.sizes for case in what]
-    found: dict[tuple[str, str, str], list[dict[str, float]]] = {case: [] for case in cases}
+    rounds_of: dict[tuple[str, str, str], list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(config.repeats):
         for case in cases:
-            found[case].append(_run(config, *case))
+            rounds_of[case].append(_run(config, *case))
     last = config.sizes[-1]
     memory = {engine: _run(config, last, "memory", engine) for engine in engines if engine != "aa"}
     written = [_run(config, last, "checkpoint", "plain") for _ in range(config.repeats)]
-    figures = {":".join(case): _figures(rounds) for case, rounds in found.items()}
+    figures = {":".join(case): _figures(rounds) for case, rounds in rounds_of.items()}
     _print_tables(figures, memory)
-    one = {engine: figures[f"{last}:time:{engine}"] for engine in engines}
+    alone = {engine: figures[f"{last}:time:{engine}"] for engine in engines}
     two = {stage: figures[f"{last}:two:{stage}"] for stage in stages}
     names = {engine: f"overhead_{engine}" for engine in engines} | NAMES
     blocks = [each["block_seconds"] / each["write_seconds"] for each in written]
     summary = {
-        **{names[engine]: told["ratio"] for engine, told in one.items()},
-        **{f"{names[engine]}_spread": told["ratio_spread"] for engine, told in one.items()},
-        **{f"two_ranks_{stage}": told["ratio"] for stage, told in two.items()},
-        **{f"efficiency_{stage}": told["efficiency"] for stage, told in two.items()},
+        **{names[engine]: result["ratio"] for engine, result in alone.items()},
+        **{f"{names[engine]}_spread": result["ratio_spread"] for engine, result in alone.items()},
+        **{f"two_ranks_{stage}": result["ratio"] for stage, result in two.items()},
+        **{f"efficiency_{stage}": result["efficiency"] for stage, result in two.items()},
         "block_ratio": statistics.median(blocks),
         "block_ratio_spread": max(blocks) - min(blocks),
         **{key: statistics.median(each[key] for each in written) for key in CHECKPOINT},
         **{
-            f"memory_ratio_{engine}": told["peak"] / told["state"]
-            for engine, told in memory.items()
+            f"memory_ratio_{engine}": result["peak"] / result["state"]
+            for engine, result in memory.items()
         },
     }
-    if "plain" in one:
-        summary["ratio"] = 1 / one["plain"]["ratio"]
+    if "plain" in alone:
+        summary["ratio"] = 1 / alone["plain"]["ratio"]
     if two:
-        summary |= {key: statistics.median(told[key] for told in two.values()) for key in MACHINE}
+        results = two.values()
+        summary |= {key: statistics.median(each[key] for each in results) for key in MACHINE}
     print(json.dumps({**summary, "memory": memory, "checkpoints": written, **figures}))
     return 0
 
@@ -123,24 +124,24 @@ def _print_tables(figures: dict[str, dict], memory: dict[str, dict[str, float]])
     from rich.console import Console
     from rich.table import Table
 
-    one = Table("size", "engine", "parameters", "ms a step", "bare ms", "over bare", "spread")
+    one_rank = Table("size", "engine", "parameters", "ms a step", "bare ms", "over bare", "spread")
     two = Table("size", "two ranks", "ms a step", "DDP's ms", "over DDP", "spread", "efficiency",
                 "DDP's", "machine's")  # fmt: skip
-    for name, told in figures.items():
+    for name, result in figures.items():
         size, what, engine = name.split(":")
-        peer = told["bare_ms" if what == "time" else "ddp_ms"]
-        cells = (f"{told['ms']:.1f}", f"{peer:.1f}", f"{told['ratio']:.3f}")
-        cells = (*cells, f"{told['ratio_spread']:.3f}")
+        peer = result["bare_ms" if what == "time" else "ddp_ms"]
+        cells = (f"{result['ms']:.1f}", f"{peer:.1f}", f"{result['ratio']:.3f}")
+        cells = (*cells, f"{result['ratio_spread']:.3f}")
         if what == "time":
-            one.add_row(size, engine, f"{told['parameters'] / 1e6:.1f} M", *cells)
+            one_rank.add_row(size, engine, f"{result['parameters'] / 1e6:.1f} M", *cells)
         else:
             keys = ("efficiency", *MACHINE)
-            two.add_row(size, engine, *cells, *(f"{told[key]:.3f}" for key in keys))
+            two.add_row(size, engine, *cells, *(f"{result[key]:.3f}" for key in keys))
     parts = ("peak", "state", "buffers", "rest", "forward")
     bytes_of = Table("engine, bytes a parameter", *parts)
-    for engine, told in memory.items():
-        bytes_of.add_row(engine, *(f"{told[part] / told['parameters']:.2f}" for part in parts))
-    for table in (one, two, bytes_of):
+    for engine, result in memory.items():
+        bytes_of.add_row(engine, *(f"{result[kind] / result['parameters']:.2f}" for kind in parts))
+    for table in (one_rank, two, bytes_of):
         Console().print(table)
 
 
@@ -162,11 +163,11 @@ def _run(config: Config, size: str, what: str, engine: str) -> dict[str, float]:
         finally:
             for process in processes:
                 process.kill()
-        told = [output.read_text() for output in outputs]
+        texts = [output.read_text() for output in outputs]
     if any(code != 0 for code in codes):
-        ends = "\n\n".join(each[-2000:] for each in told)
+        ends = "\n\n".join(each[-2000:] for each in texts)
         raise RuntimeError(f"{size} {engine} {what}: exit codes {codes}\n{ends}")
-    return json.loads(told[0].splitlines()[-1])
+    return json.loads(texts[0].splitlines()[-1])
 
 
 def _ended(processes: list[subprocess.Popen]) -> list[int | None]:
@@ -210,9 +211,9 @@ def _one_rank(config: Config, size: str, engine: str) -> dict[str, float]:
     again = engine == "aa"
     other = bare_step(build_model(size), batch) if again else _step(size, engine, batch)
     timed = _in_turn(config, [bare, other], _timed)
-    ratio = statistics.median(theirs / mine for mine, theirs in timed)
-    mine, theirs = (1000 * statistics.median(each) for each in zip(*timed, strict=True))
-    return {"ratio": ratio, "ms": theirs, "bare_ms": mine}
+    ratio = statistics.median(theirs / ours for ours, theirs in timed)
+    ours, theirs = (1000 * statistics.median(each) for each in zip(*timed, strict=True))
+    return {"ratio": ratio, "ms": theirs, "bare_ms": ours}
 
 
 def _two_ranks(config: Config, size: str, engine: str, rank: int) -> dict[str, float]:
@@ -237,12 +238,12 @@ def _two_ranks(config: Config, size: str, engine: str, rank: int) -> dict[str, f
 
     steps = [alone if rank == 0 else idle, alone, ddp, ours]
     timed = _in_turn(config, steps, together)
-    single, both, peer, mine = (statistics.median(each) for each in zip(*timed, strict=True))
+    single, both, peer, pair = (statistics.median(each) for each in zip(*timed, strict=True))
     return {
         "ratio": statistics.median(each[3] / each[2] for each in timed),
-        "ms": 1000 * mine,
+        "ms": 1000 * pair,
         "ddp_ms": 1000 * peer,
-        "efficiency": single / (2 * mine),
+        "efficiency": single / (2 * pair),
         "ddp_efficiency": single / (2 * peer),
         "machine": single / both,
     }

@@ -78,13 +78,13 @@ def write_list(path: Path, rows: int) -> None:
             host = pc.cast(pa.array(number % 999_983), pa.string())
             parts = ["https://host", host, ".example.com/pictures/of/all/kinds/", text, ".jpg", ""]
             url = pc.binary_join_element_wise(*parts)  # type: ignore[attr-defined]
-            words = [
+            captions = [
                 "picture ",
                 text,
                 " of a thing that somebody put on a page",
                 "",
             ]
-            caption = pc.binary_join_element_wise(*words)  # type: ignore[attr-defined]
+            caption = pc.binary_join_element_wise(*captions)  # type: ignore[attr-defined]
             similarity = pa.array((number % 1000 / 1000).astype(np.float32))
             writer.write_table(pa.table([url, caption, similarity], schema=schema))
 
