@@ -14,14 +14,15 @@ import sys
 import threading
 import time
 import wsgiref.simple_server
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
-
-from cluster.base.files import Json
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+    import ray.util.metrics
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 MAX_WAIT_SECONDS = 30.0
 UNKNOWN_INTERVAL_SECONDS = 15.0  # between two scrapes, where there was only one
@@ -31,60 +32,64 @@ BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of histo
 Kind = Literal["counter", "gauge", "histogram"]
 _lock = threading.Lock()  # held while a value is recorded or copied
 _servers: dict[int, "_Server"] = {}  # by port
-_series: Json = {}  # of prometheus_client, by the metric's name
+_series: "dict[str, Counter | Gauge | Histogram]" = {}  # by the metric's name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One metric: its Prometheus name, what it counts, the closed set of each label's values."""
+    """One metric: its Prometheus name, what it counts, the closed set of each label's values.
+
+    A counter only grows, from 0 when the process starts; a gauge is absent until first set; a
+    histogram is a distribution over buckets from 10 milliseconds to 5 minutes. Each of the methods
+    that record a value raises ValueError for an unknown label.
+    """
 
     name: str
     kind: Kind
     help: str
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def check(self, labels: dict[str, str]) -> None:
-        """Raise ValueError unless `labels` gives each label of this metric a value of its set."""
-        if labels.keys() != self.labels.keys():
-            found, expected = sorted(labels) or "none", sorted(self.labels) or "none"
-            raise ValueError(f"{self.name}: found labels {found}, expected {expected}")
-        for label, value in labels.items():
-            if value not in self.labels[label]:
-                allowed = ", ".join(self.labels[label])
-                raise ValueError(f"{self.name}: found {label}={value!r}, expected one of {allowed}")
+    def inc(self, amount: float = 1, **labels: str) -> None:
+        """Add `amount` to a counter; ValueError if it is negative."""
+        self._record("inc", amount, labels)
+
+    def set(self, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        self._record("set", value, labels)
+
+    def observe(self, value: float, **labels: str) -> None:
+        """Add one observation to a histogram, in seconds."""
+        self._record("observe", value, labels)
 
     def combinations(self) -> list[dict[str, str]]:
         """List every combination of label values; one empty combination where there is no label."""
         values = itertools.product(*self.labels.values())
         return [dict(zip(self.labels, combination, strict=True)) for combination in values]
 
-
-def record(metric: Metric, method: str, value: float, labels: dict[str, str]) -> None:
-    """Call `method` (inc, set or observe) of the series with `labels`, here and in Ray."""
-    metric.check(labels)
-    with _lock:
-        series = _exported(metric)
-        getattr(series.labels(**labels) if labels else series, method)(value)
-        if not _goes_to_ray():
-            return
-        if metric.kind == "histogram":
-            _ray.metric(metric).observe(value, tags=labels)
-        else:
-            _ray.copy(metric)
-        _ray.keep_fresh()
+    def _record(self, method: str, value: float, labels: dict[str, str]) -> None:
+        """Call `method` of the series with `labels`, here and in Ray."""
+        if labels.keys() != self.labels.keys():
+            given, expected = sorted(labels) or "none", sorted(self.labels) or "none"
+            raise ValueError(f"{self.name}: found labels {given}, expected {expected}")
+        for label, text in labels.items():
+            if text not in self.labels[label]:
+                allowed = ", ".join(self.labels[label])
+                raise ValueError(f"{self.name}: found {label}={text!r}, expected one of {allowed}")
+        with _lock:
+            series = _exported(self)
+            getattr(series.labels(**labels) if labels else series, method)(value)
+            if _goes_to_ray():
+                _ray.export([self])
 
 
 def export_to_ray(metrics: Iterable[Metric]) -> None:
-    """Give Ray what this process has counted before it joined, and every counter that is still 0.
+    """Give Ray what this process has counted before it joined, and every count that is still 0.
 
     A rate over a series that begins with its first increment would miss that one.
     """
     with _lock:
         if _goes_to_ray():
-            for metric in metrics:
-                if metric.kind != "histogram":
-                    _ray.copy(metric)
-            _ray.keep_fresh()
+            _ray.export(metrics)
 
 
 @functools.cache
@@ -95,7 +100,7 @@ def _registry() -> "CollectorRegistry":
     return CollectorRegistry()
 
 
-def _exported(metric: Metric) -> Any:
+def _exported(metric: Metric) -> "Counter | Gauge | Histogram":
     """Return the prometheus_client metric; a counter or histogram begins with every series at 0."""
     import prometheus_client as client
 
@@ -171,9 +176,9 @@ def serve(metrics: Iterable[Metric], port: int) -> int:
         return port or next(iter(_servers))
     from prometheus_client import make_wsgi_app
 
-    app: Callable[..., Iterable[bytes]] = make_wsgi_app(_registry())
+    app = make_wsgi_app(_registry())
 
-    def counted(environ: Json, start_response: Any) -> Iterable[bytes]:
+    def counted(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterator[bytes]:
         yield from app(environ, start_response)
         _scrapes.add()
 
@@ -182,9 +187,9 @@ def serve(metrics: Iterable[Metric], port: int) -> int:
             "127.0.0.1", port, counted, server_class=_Server, handler_class=_Handler
         )
     except (OSError, OverflowError) as error:
-        found = getattr(error, "strerror", None) or error
+        problem = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"metrics port {port}: found {found}, expected a free one; 0 takes any"
+            f"metrics port {port}: found {problem}, expected a free one; 0 takes any"
         ) from error
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     with _lock:
@@ -204,47 +209,42 @@ def _goes_to_ray() -> bool:
 
 
 class RayMirror:
-    """The metrics that Ray's exporter was given, set again as long as values go there.
+    """The series that Ray's exporter was given, set again as long as values go there.
 
-    Ray's exporter forgets a gauge that was not set for twice metrics_report_interval_ms (2.60: its
-    open_telemetry_metric_recorder.py). A value that is set once, such as that a run is under way,
+    Each is one of Ray's gauges, whatever its kind: Ray's own counter refuses to begin at 0, and
+    Prometheus takes rates and quantiles of the same values. Ray's exporter prefixes each name with
+    `ray_`. It forgets a gauge that was not set for twice metrics_report_interval_ms (2.60: its
+    open_telemetry_metric_recorder.py): a value that is set once, such as that a run is under way,
     would vanish after 20 s. The caller of each method holds `_lock`.
     """
 
     def __init__(self) -> None:
-        self._metrics: dict[str, tuple[Metric, Any]] = {}
+        self._metrics: dict[str, Metric] = {}
+        self._gauges: dict[str, ray.util.metrics.Gauge] = {}  # by the name of the series
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
 
-    def metric(self, metric: Metric) -> Any:
-        """Return the Ray metric of that name; its exporter prefixes the name with `ray_`.
-
-        Ray's own counter refuses to begin at 0, so a counter is one of its gauges: its value is the
-        same, and Prometheus takes rates of either.
-        """
-        import ray.util.metrics
-
-        if metric.name not in self._metrics:
-            labels = tuple(metric.labels)
-            if metric.kind == "histogram":
-                made = ray.util.metrics.Histogram(metric.name, metric.help, list(BUCKETS), labels)
-            else:
-                made = ray.util.metrics.Gauge(metric.name, metric.help, labels)
-            self._metrics[metric.name] = metric, made
-        return self._metrics[metric.name][1]
-
-    def copy(self, metric: Metric) -> None:
-        """Set Ray's series to what this process exports."""
-        for family in _exported(metric).collect():
-            for sample in family.samples:
-                self.metric(metric).set(sample.value, tags=sample.labels)
-
-    def keep_fresh(self) -> None:
-        """Start the thread that sets everything again, unless it runs."""
+    def export(self, metrics: Iterable[Metric]) -> None:
+        """Set Ray's series of some metrics, and keep them fresh by a thread."""
+        for metric in metrics:
+            self._metrics[metric.name] = metric
+            self.copy(metric)
         if self._thread is None and not self._ended.is_set():
             self._thread = threading.Thread(target=self._run, name="metrics in Ray", daemon=True)
             self._thread.start()
             atexit.register(self._end)  # before Ray's own, and the interpreter's end
+
+    def copy(self, metric: Metric) -> None:
+        """Set Ray's series to what this process exports; of a histogram, those of its buckets."""
+        import ray.util.metrics
+
+        for family in _exported(metric).collect():
+            for sample in family.samples:
+                if sample.name not in self._gauges:
+                    labels = tuple(sample.labels)
+                    gauge = ray.util.metrics.Gauge(sample.name, metric.help, labels)
+                    self._gauges[sample.name] = gauge
+                self._gauges[sample.name].set(sample.value, tags=sample.labels)
 
     def _end(self) -> None:
         self._ended.set()
@@ -259,9 +259,8 @@ class RayMirror:
                 if not _goes_to_ray():
                     self._thread = None
                     return
-                kinds = (metric for metric, _ in list(self._metrics.values()))
                 try:
-                    for metric in (m for m in kinds if m.kind != "histogram"):  # Ray keeps those
+                    for metric in self._metrics.values():
                         self.copy(metric)
                     failed = False
                 except Exception as error:  # whatever Ray raises: the next round may succeed

@@ -13,7 +13,6 @@ import difflib
 import itertools
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -91,52 +90,19 @@ METRICS: dict[str, Metric] = {
 }
 
 
-@dataclass(frozen=True)
-class Counter:
-    """A count that only grows, from 0 when the process starts."""
-
-    metric: Metric
-
-    def inc(self, amount: float = 1, **labels: str) -> None:
-        """Add `amount`; ValueError if it is negative or a label is unknown."""
-        exporter.record(self.metric, "inc", amount, labels)
-
-
-@dataclass(frozen=True)
-class Gauge:
-    """A value that goes up and down; absent until first set."""
-
-    metric: Metric
-
-    def set(self, value: float, **labels: str) -> None:
-        """Set the value; ValueError if a label is unknown."""
-        exporter.record(self.metric, "set", value, labels)
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """A distribution over fixed buckets, from 10 milliseconds to 5 minutes."""
-
-    metric: Metric
-
-    def observe(self, value: float, **labels: str) -> None:
-        """Add one observation, in seconds; ValueError if a label is unknown."""
-        exporter.record(self.metric, "observe", value, labels)
-
-
-def counter(name: str) -> Counter:
+def counter(name: str) -> Metric:
     """Return the counter of that name; ValueError, with the nearest, if there is none."""
-    return Counter(_metric(name, "counter"))
+    return _metric(name, "counter")
 
 
-def gauge(name: str) -> Gauge:
+def gauge(name: str) -> Metric:
     """Return the gauge of that name; ValueError, with the nearest, if there is none."""
-    return Gauge(_metric(name, "gauge"))
+    return _metric(name, "gauge")
 
 
-def histogram(name: str) -> Histogram:
+def histogram(name: str) -> Metric:
     """Return the histogram of that name; ValueError, with the nearest, if there is none."""
-    return Histogram(_metric(name, "histogram"))
+    return _metric(name, "histogram")
 
 
 def _metric(name: str, kind: Kind) -> Metric:
