@@ -238,13 +238,13 @@ def _stream(root: Path) -> int:
 
     sides = {}
     for side in ("fake", "real"):
-        parts = sorted((root / side).glob("*.npy"))
-        sizes = [len(np.load(block, mmap_mode="r")) for block in parts]
-        sides[side] = Features(parts=parts, sizes=sizes)
+        blocks = sorted((root / side).glob("*.npy"))
+        sizes = [len(np.load(block, mmap_mode="r")) for block in blocks]
+        sides[side] = Features(blocks=blocks, sizes=sizes)
     fake, real = sides["fake"], sides["real"]
     frechet_distance(fake.moments(), real.moments())
     kernel_distance(fake, real)
-    few = Features(parts=fake.parts[:4], sizes=fake.sizes[:4])
+    few = Features(blocks=fake.blocks[:4], sizes=fake.sizes[:4])
     nearest_rows(few, real)  # all pairs take minutes; the memory is a chunk's against a chunk's
     print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return 0

@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from cluster.base.files import Json, try_lock
 from cluster.base.run_dir import (
@@ -29,6 +29,9 @@ from cluster.base.run_dir import (
 )
 from models.weights import FINAL_NAME
 
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
 State = Literal["finished", "running", "failed", "stopped", "damaged"]
 
 MARKS = (CONFIG_NAME, DEMO_NAME)  # deleted last
@@ -38,17 +41,18 @@ RECENT_SECONDS = 600.0  # a run on a remote storage, which shows no lock, runs i
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What the files of a run record; ages in seconds, None where there is nothing yet."""
+    """What the files of a run record.
+
+    records: the digest of each snapshot, the last line of metrics, of validation and of incidents,
+    and the scores of eval.json, by the word that `show` begins their lines with; checkpoint_age: of
+    the newest in seconds, None where there is none.
+    """
 
     name: str
     state: State
     kind: str = ""
     error: str = ""
-    snapshots: dict[str, str] = field(default_factory=dict)
-    last: Json = field(default_factory=dict)
-    validation: Json = field(default_factory=dict)
-    incident: Json = field(default_factory=dict)
-    scores: Json = field(default_factory=dict)
+    records: dict[str, Json] = field(default_factory=dict)
     checkpoints: tuple[str, ...] = ()
     checkpoint_age: float | None = None
 
@@ -64,7 +68,7 @@ class RunsFolder:
             files, path = fsspec.core.url_to_fs(root)
         except (ImportError, ValueError) as error:
             raise ValueError(f"{root}: cannot be reached: {error}") from None
-        self._files: Any = files
+        self._files: AbstractFileSystem = files
         self._is_local = "file" in (files.protocol, *files.protocol)
         self._root = os.path.realpath(path) if self._is_local else path.rstrip("/")
         if not files.isdir(self._root):
@@ -120,11 +124,8 @@ class RunsFolder:
     def _read(self, name: str) -> RunInfo:
         children, config = self._children(name), self._config(name)
         errors = [child for child in children if child.startswith(ERROR_PREFIX)]
-        complete = [
-            child
-            for child in children
-            if child.startswith(STEP_PREFIX) and self._is_file(f"{name}/{child}/{STATE_NAME}")
-        ]
+        states = (f"{child}/{STATE_NAME}" for child in children if child.startswith(STEP_PREFIX))
+        complete = [state for state in states if self._is_file(f"{name}/{state}")]
         if FINAL_NAME in children:
             state: State = "finished"
         elif self._is_running(name):
@@ -135,24 +136,25 @@ class RunsFolder:
         fields = (("prior", "prior"), ("stage", "decoder"), ("sam_rho", "clip"))
         key, kind = next((pair for pair in fields if pair[0] in config), ("", "unknown"))
         variant = config.get(key)
+        snapshots = {
+            child.removeprefix(SNAPSHOT_PREFIX).removesuffix(".txt"): self._text(f"{name}/{child}")
+            for child in children
+            if child.startswith(SNAPSHOT_PREFIX)
+        }
         return RunInfo(
             name=name,
             state=state,
             kind=f"{kind} {variant}" if isinstance(variant, str) else kind,
             error=self._text(f"{name}/{errors[0]}") if errors else "",
-            snapshots={
-                child.removeprefix(SNAPSHOT_PREFIX).removesuffix(".txt"): self._text(
-                    f"{name}/{child}"
-                )
-                for child in children
-                if child.startswith(SNAPSHOT_PREFIX)
+            records={
+                "snapshot": snapshots,
+                "last": self._last_line(f"{name}/{METRICS_NAME}"),
+                "validation": self._last_line(f"{name}/{VALIDATION_NAME}"),
+                "incident": self._last_line(f"{name}/{INCIDENTS_NAME}"),
+                "score": _parse_object(self._text(f"{name}/{EVAL_NAME}")),
             },
-            last=self._last_line(f"{name}/{METRICS_NAME}"),
-            validation=self._last_line(f"{name}/{VALIDATION_NAME}"),
-            incident=self._last_line(f"{name}/{INCIDENTS_NAME}"),
-            scores=_parse_object(self._text(f"{name}/{EVAL_NAME}")),
-            checkpoints=tuple(complete),
-            checkpoint_age=self._age(f"{name}/{complete[-1]}/{STATE_NAME}") if complete else None,
+            checkpoints=tuple(state.partition("/")[0] for state in complete),
+            checkpoint_age=self._age(f"{name}/{complete[-1]}") if complete else None,
         )
 
     def _is_running(self, name: str) -> bool:
@@ -169,7 +171,7 @@ class RunsFolder:
 
     def size(self, name: str) -> int:
         """Return the bytes of all files of a folder."""
-        return int(self._files.du(self._path(name)))
+        return cast(int, self._files.du(self._path(name)))
 
     def remove(self, name: str) -> None:
         """Delete a run or a demo, its mark last: a removal that is cut short can be repeated.
@@ -225,7 +227,7 @@ class RunsFolder:
         if not self._is_file(name):
             return ""
         end = MAX_BYTES if start is None else None
-        data = self._files.cat_file(self._path(name), start=start, end=end)
+        data = cast(bytes, self._files.cat_file(self._path(name), start=start, end=end))
         return data.decode(errors="replace").strip()
 
     def _last_line(self, name: str) -> Json:

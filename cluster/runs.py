@@ -8,9 +8,8 @@ Without a sub-command it lists; each has a --help of its own.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
@@ -32,23 +31,19 @@ class ListConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowConfig:
+class ShowConfig(ListConfig):
     """Everything that is recorded of one run."""
 
     name: Positional[tuple[str, ...]] = ()
     """run, as `list` names it"""
-    runs: str = "runs"
-    """folder of runs, local or any fsspec URL"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemoveConfig:
+class RemoveConfig(ListConfig):
     """Delete runs for good, after a question; only folders with our mark."""
 
     name: Positional[tuple[str, ...]] = ()
     """run or demo, as `list` names it; one question for several"""
-    runs: str = "runs"
-    """folder of runs, local or any fsspec URL"""
     yes: bool = False
     """do not ask"""
 
@@ -71,13 +66,15 @@ def list_runs(config: ListConfig) -> int:
         table.add_column(title, overflow="fold")
     for info in map(folder.read, names):
         # The foremost scores of eval.json, or else of the last validation
-        flat = _flat(info.scores)
+        flat, last = _flat_scores(info), info.records.get("last", {})
         scores = {name: flat[name] for name in SCORES_LISTED if flat.get(name) is not None}
-        scores = scores or {k: v for k, v in info.validation.items() if k != "step"}
+        validation = info.records.get("validation", {})
+        scores = scores or {k: v for k, v in validation.items() if k != "step"}
         best = ", ".join(f"{name} {_number(value)}" for name, value in list(scores.items())[:2])
+        digests = (digest[:12] for digest in info.records.get("snapshot", {}).values())
         cells = (
-            info.name, info.kind, info.state, _progress(info), _number(info.last.get("loss")),
-            best, " ".join(digest[:12] for digest in info.snapshots.values()), _age(info),
+            info.name, info.kind, info.state, _progress(info), _number(last.get("loss")), best,
+            " ".join(digests), _age(info),
         )  # fmt: skip
         table.add_row(*(Text(printable(cell)) for cell in cells))  # Text: no markup is read
     console = Console(highlight=False)
@@ -88,8 +85,8 @@ def list_runs(config: ListConfig) -> int:
 
 
 def _progress(info: "RunInfo") -> str:
-    step, total = info.last.get("step"), info.last.get("num_steps")
-    return "" if step is None else f"{step}/{total}"
+    last = info.records.get("last", {})
+    return "" if last.get("step") is None else f"{last['step']}/{last.get('num_steps')}"
 
 
 def _age(info: "RunInfo") -> str:
@@ -108,9 +105,10 @@ def _number(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _flat(scores: Json) -> Json:
+def _flat_scores(info: "RunInfo") -> Json:
     from eval.html_report.formats import flatten
 
+    scores = info.records.get("score")
     return flatten(scores) if scores else {}
 
 
@@ -125,16 +123,12 @@ def show_run(config: ShowConfig) -> int:
     if not folder.is_run(name):
         raise ValueError(f"{printable(name)}: found no run, expected one that `list` names")
     info = folder.read(name)
-    groups = {
-        "snapshot": info.snapshots, "last": info.last, "validation": info.validation,
-        "incident": info.incident, "score": _flat(info.scores),
-    }  # fmt: skip
     facts: Json = {
         "run": info.name, "what": info.kind, "state": info.state, "error": info.error,
         "step": _progress(info), "checkpoints": " ".join(info.checkpoints), "newest": _age(info),
         "size": f"{folder.size(name) / 2**20:.1f} MiB",
     }  # fmt: skip
-    for group, values in groups.items():
+    for group, values in {**info.records, "score": _flat_scores(info)}.items():
         facts |= {f"{group} {key}": value for key, value in values.items()}
     for key, value in facts.items():
         if value not in ("", None):
@@ -168,21 +162,17 @@ def remove_runs(config: RemoveConfig) -> int:
     return DONE
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
-    "list": (ListConfig, list_runs),
-    "show": (ShowConfig, show_run),
-    "rm": (RemoveConfig, remove_runs),
-}
-
-
 def command(argv: list[str]) -> int:
-    """Run the sub-command that the first argument names."""
-    if not argv or argv[0].startswith("-"):
-        argv = ["list", *argv]
-    if argv[0] not in COMMANDS:
-        raise ValueError(f"found {argv[0]!r}, expected one of {', '.join(COMMANDS)}")
-    config_class, run = COMMANDS[argv[0]]
-    return run(parse(config_class, argv=argv[1:]))
+    """Run the sub-command that the first argument names; `list` without one."""
+    name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("list", argv)
+    match name:
+        case "list":
+            return list_runs(parse(ListConfig, argv=rest))
+        case "show":
+            return show_run(parse(ShowConfig, argv=rest))
+        case "rm":
+            return remove_runs(parse(RemoveConfig, argv=rest))
+    raise ValueError(f"found {name!r}, expected one of list, show, rm")
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def open_evaluation(request: EvalRequest, model: Model) -> Evaluation:
     out = Path(request.out)
     folder = Path(request.features_dir or out.with_name(f"{out.stem}_features")).absolute()
     threads = threads_for(request.num_threads, request.num_workers)
-    workers = Workers(number=request.num_workers, num_threads=threads, device=request.device)
+    workers = Workers(num_workers=request.num_workers, num_threads=threads, device=request.device)
     extraction = FeatureExtraction(folder=folder, workers=workers)
     if request.fresh:
         for manifest in folder.glob("*/_manifest.json"):  # only folders with our manifest

@@ -19,7 +19,7 @@ from tyro.conf import UseAppendAction
 from cluster.base.cli import parse, require_at_least, require_local, run_script
 from cluster.base.files import atomic_write
 from cluster.base.machine import threads_for
-from eval.sampling.options import DrawingOptions, SamplingSettings
+from eval.sampling.options import DrawingOptions, SamplingSettings, SeededSampling
 from training.engine.precision import settled
 
 
@@ -100,8 +100,7 @@ def main(config: SampleConfig) -> int:
     runs = {name: getattr(config, name) for name in ("clip", "prior", "decoder", "guide")}
     model = Model(**runs, upsampler=config.upsampler)
     chain = load_chain(**runs, upsamplers=config.upsampler, device=config.device)
-    names = [*(field.name for field in dataclasses.fields(SamplingSettings)), "seed"]
-    options = {name: getattr(config, name) for name in names}
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(SeededSampling)}
     open_samples(out, settings_of(model, captions, options, config.device), fresh=config.fresh)
 
     # Draw the batches of which an image is missing

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from cluster.base import machine
-from cluster.base.cli import merged, parse, read_yaml, run_script, to_yaml
+from cluster.base.cli import merged, options_of, parse, read_yaml, run_script, to_yaml
+from cluster.base.options import flag_of
 from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 
 CONFIGS = {"clip": ClipRunConfig, "prior": PriorRunConfig, "decoder": DecoderRunConfig}
@@ -146,6 +147,20 @@ def test_any_script_can_be_run_dry(capsys, tmp_path: Path):
     with pytest.raises(ValueError, match="rate: found 0.5"):
         parse(Outer, argv=["--rate", "0.5", "--dry-run"], check=refuse)
     assert capsys.readouterr().out == "" and parse(Outer, argv=[], check=refuse) == Outer()
+
+
+def test_help_lists_hidden_flags_on_request_alone(capsys):
+    shown = []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as caught:
+            parse(PriorRunConfig, presets=PRESETS / "prior", argv=[flag])
+        assert caught.value.code == 0
+        shown.append(capsys.readouterr().out)
+    names = [name for name, field in options_of(PriorRunConfig).items() if field.option.hidden]
+    assert names and not any(f"{flag_of(name)} " in shown[0] for name in names)
+    assert all(flag_of(name) in shown[1] for name in names)
+    footer = f"--help-all lists {len(names)} more flags"
+    assert shown[0].splitlines()[-1].startswith(footer) and footer not in shown[1]
 
 
 # -- YAML ------------------------------------------------------------------------------------------

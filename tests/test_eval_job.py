@@ -18,8 +18,8 @@ from cluster.base import ray_session
 from cluster.base.ray_session import GROUPS
 from eval.features import workers
 from eval.features.extractors import ExtractorSpec, clip_spec
-from eval.features.store import ExtractionWork, FeatureExtraction, open_store
-from eval.features.workers import Workers
+from eval.features.store import FeatureExtraction, open_store
+from eval.features.workers import ImageBlocks, Workers
 from eval.sampling.image_source import IncompleteError, open_images
 from ingest.store.commits import committed
 from ingest.store.shard_runner import UnitResult, WorkerDiedError
@@ -79,7 +79,7 @@ if __name__ == "__main__":
                   victim=victim)
     for number in map(int, sys.argv[4:]):
         extraction = FeatureExtraction(
-            folder=folder / str(number), workers=Workers(number=number), block_size=4
+            folder=folder / str(number), workers=Workers(num_workers=number), block_size=4
         )
         features, known = extraction.measured(open_images(str(images)), spec)
         half = Moments.of(features.all()[:20])
@@ -154,11 +154,13 @@ def test_a_killed_driver_loses_nothing_that_was_committed(
     assert before.items() <= after.items() and len(after) == NUM_IMAGES // BLOCK
 
 
-def test_a_block_that_kills_every_worker_is_at_fault(monkeypatch: pytest.MonkeyPatch):
+def test_a_block_that_kills_every_worker_is_at_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     died = UnitResult(name="0", error=WorkerDiedError("the actor died"))
     monkeypatch.setattr(workers, "run_units", lambda *_: (result for result in [died]))
     with pytest.raises(IncompleteError, match="block 0: 3 workers died under it .the actor died"):
-        Workers().run("features", ExtractionWork(store=None, device="cpu"), [0], 4)  # type: ignore[arg-type]
+        Workers().run("features", lambda: len, ImageBlocks(root=tmp_path, count=4, size=4))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_workers_share_what_is_free_and_say_what_they_wait_for(
     monkeypatch.setattr(ray_session, "ensure_ray", lambda: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {**free, **total})
     monkeypatch.setattr(ray, "available_resources", lambda: free)
-    pool = Workers(number=2, device=device).pool(num_blocks=1)
+    pool = Workers(num_workers=2, device=device).pool(num_blocks=1)
     assert (pool.number, pool.num_cpus, pool.num_gpus, pool.group) == (1, 1, gpus, "gpu_group")
     waits = total.get("GPU", 0) > 0 and not free.get("GPU")
     assert ("wait for a GPU: all 1 are held" in capsys.readouterr().out) is waits
@@ -281,7 +283,7 @@ def test_features_that_are_not_finite_name_the_image(tmp_path: Path):
 
 def test_what_workers_must_be():
     with pytest.raises(ValueError, match="--num-workers: found -1, expected 0 or more"):
-        Workers(number=-1)
+        Workers(num_workers=-1)
     with pytest.raises(ValueError, match="--num-threads: found 0, expected 1 or more"):
         Workers(num_threads=0)
 
@@ -304,7 +306,7 @@ OPTIONS = {"prior_steps": 1, "decoder_steps": 1, "best_of": 1, "seed": 3, "preci
 def drawn(out: Path, chain: Any, number: int = 0) -> list[bytes]:
     from eval.sampling.sample_job import draw
 
-    draw(out, chain, CAPTIONS, OPTIONS, Workers(number=number))
+    draw(out, chain, CAPTIONS, OPTIONS, Workers(num_workers=number))
     return [path.read_bytes() for path in sorted(out.glob("0*.png"))]
 
 
@@ -323,7 +325,7 @@ def test_drawing_continues_where_it_was(
         again = path.stat().st_mtime_ns != times[path.name]
         assert again == (50 <= int(path.stem) < 100), path
     assert open_images(str(tmp_path / "s")).captions == CAPTIONS
-    monkeypatch.setattr(drawing.SampleWork, "build", lambda self: lambda block: 0)
+    monkeypatch.setattr(drawing.SampleBlocks, "make", lambda self, block, chain: 0)
     with pytest.raises(IncompleteError, match="found 0 samples, expected 120"):
         drawn(tmp_path / "t", chain)
 

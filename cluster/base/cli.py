@@ -1,25 +1,28 @@
 """How every script reads its command line: frozen dataclasses through tyro, YAML differences,
 one-line errors."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
 import os
 import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from cluster.base.files import Json
 from cluster.base.options import (
     Config,
+    DataclassInstance,
     Option,
+    OptionField,
     choices_of,
     described,
     fields_of,
     flag_of,
     flattened,
+    is_group,
     merged,
     nearest,
     option_values,
@@ -36,7 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 DONE, INCOMPLETE, WRONG_REQUEST = 0, 1, 2
-DRY_RUN = "--dry-run"
+DRY_RUN, HELP_ALL = "--dry-run", "--help-all"
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a job
 
 # -- scripts ---------------------------------------------------------------------------------------
@@ -85,29 +88,38 @@ def parse(
 
     presets: folder of the shipped YAML files, so that `--preset NAME` is `<presets>/NAME.yaml`;
     None: the script has none. With --dry-run, where the class has no field `dry_run` of its own,
-    prints the merged configuration, after `check` had no objection, and exits. Raises ValueError
-    for an unknown flag, key or preset, naming the nearest, and for a value that the class refuses.
+    prints the merged configuration, after `check` had no objection, and exits; so does --help, and
+    --help-all, which lists hidden flags as well. Raises ValueError for an unknown flag, key or
+    preset, naming the nearest, and for a value that the class refuses.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    default = config_class()
-    files = _take_files(arguments, presets)
-    for path in files:
-        default = merged(default, read_yaml(path), str(path))
-    flags = {flag_of(name): field.hint for name, field in options_of(config_class).items()}
-    dry_run = DRY_RUN not in flags and DRY_RUN in arguments
-    if dry_run:
-        arguments = [argument for argument in arguments if argument != DRY_RUN]
-    _require_known(arguments, flags)
-    usage = []
-    if presets is not None:
-        usage.append("Also: --preset NAME or --config FILE.yaml (differences from the defaults).")
+    flags = {flag_of(name): field for name, field in options_of(config_class).items()}
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--config", "--preset"):
+        ours.add_argument(flag, dest="files", action="append", type=lambda v, f=flag: (f, v))
+    ours.add_argument("--help", "-h", action="store_true")
+    ours.add_argument(HELP_ALL, action="store_true")
     if DRY_RUN not in flags:
-        usage.append(f"{DRY_RUN} prints the merged configuration and stops.")
-    config = _read_flags(default, _join_values(arguments), flags, " ".join(usage))
+        ours.add_argument(DRY_RUN, action="store_true")
+    try:
+        asked, arguments = ours.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        name = (error.argument_name or "").partition("/")[0]
+        raise ValueError(f"{name}: found nothing after it, expected a value") from None
+    if asked.help or asked.help_all:
+        _print_help(config_class, presets, everything=asked.help_all)
+
+    files = [
+        Path(value) if flag == "--config" else _preset_path(value, presets)
+        for flag, value in asked.files or ()
+    ]
+    config = config_class()
+    for path in files:
+        config = merged(config, read_yaml(path), str(path))
+    config = _with_flags(config, _by_flag(arguments, flags), flags)
     for path in files:
         if path.parent == presets:
             _require_sizes(config, path)
-    if dry_run:
+    if DRY_RUN not in flags and asked.dry_run:
         if check is not None:
             check(config)
         print(to_yaml(config), end="")
@@ -117,31 +129,83 @@ def parse(
 
 # -- flags, through tyro ---------------------------------------------------------------------------
 
+Given = tuple[str, list[str]]  # a flag and its values; "" for values that stand before any flag
 
-def _read_flags(default: Config, arguments: list[str], flags: Json, usage: str) -> Config:
-    """Read `arguments`, flags that are known, over `default`; ValueError for a wrong value."""
-    if not arguments:
-        return default
+
+def _by_flag(arguments: list[str], flags: dict[str, OptionField]) -> list[Given]:
+    """Return each flag as it was given with its values; ValueError for one that there is not."""
+    given: list[Given] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if not flag.startswith("--") or " " in flag:  # such as "--prior-steps 2", to pass on
+            given = given or [("", [])]
+            given[-1][1].append(argument)
+            continue
+        if _positive(flag, flags) not in flags:
+            known = [*flags, *sorted({"--config", "--preset", DRY_RUN} - {*flags})]
+            raise ValueError(f"unknown flag {flag}{nearest(flag, known)}")
+        given.append((flag, [value] if equals else []))
+    return given
+
+
+def _positive(flag: str, flags: dict[str, OptionField]) -> str:
+    """Return the flag of the field that `flag` sets, or, such as --train.no-compile, switches
+    off."""
+    flag = flag.replace("_", "-")
+    group, dot, last = flag.removeprefix("--").rpartition(".")
+    return flag if flag in flags else f"--{group}{dot}{last.removeprefix('no-')}"
+
+
+def _with_flags(config: Config, given: list[Given], flags: dict[str, OptionField]) -> Config:
+    """Return `config` with the values of flags; ValueError for a wrong one."""
+    if not given:
+        return config
     import tyro
 
-    if "--help" in arguments or "-h" in arguments:
-        documentation = getattr(sys.modules.get("__main__"), "__doc__", None) or ""
-        description = f"{documentation.strip()}\n\n{usage}".strip()
-        tyro.cli(type(_view(default, hide=True)), args=["--help"], description=description)
-    view = type(_view(default, hide=False))
-    with contextlib.redirect_stderr(io.StringIO()):  # tyro's message is a box of many lines
-        try:
-            return _restored(tyro.cli(view, args=arguments), default)
-        except SystemExit:
-            for flag, values in _by_flag(arguments):
-                try:
-                    tyro.cli(view, args=[flag, *values] if flag else values)
-                except SystemExit:
-                    raise ValueError(_wrong_value(flag, values, flags)) from None
-            raise
+    def parsed(some: list[Given]) -> DataclassInstance | None:
+        arguments = []
+        for flag, values in some:
+            joined = len(values) == 1 and flag  # a value may begin with "--"
+            arguments += [f"{flag}={values[0]}"] if joined else [*([flag] if flag else ()), *values]
+        # tyro's message is a box of many lines
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+            return tyro.cli(view, args=arguments)
+        return None
+
+    view = type(_view(config))
+    result = parsed(given)
+    if result is not None:
+        return _restored(result, config)
+    flag, values = next((pair for pair in given if parsed([pair]) is None), given[-1])
+    text = repr(" ".join(values)) if values else "nothing after it"
+    if not flag:
+        raise ValueError(f"found {text}, expected a flag before it")
+    expected = described(flags[_positive(flag, flags)].hint)
+    raise ValueError(f"{flag}: found {text}, expected {expected}")
 
 
-def _view(config: Any, *, hide: bool) -> Any:
+def _print_help(
+    config_class: type[DataclassInstance], presets: Path | None, *, everything: bool
+) -> NoReturn:
+    """Print what the script does and its flags, hidden ones only if `everything` is asked for."""
+    import tyro
+
+    options = options_of(config_class)
+    usage = [(getattr(sys.modules.get("__main__"), "__doc__", None) or "").strip() + "\n\n"]
+    if presets is not None:
+        usage.append("Also: --preset NAME or --config FILE.yaml (differences from the defaults).")
+    if "dry_run" not in options:
+        usage.append(f"{DRY_RUN} prints the merged configuration and stops.")
+    view = type(_view(config_class(), hide=not everything))
+    with contextlib.suppress(SystemExit):
+        tyro.cli(view, args=["--help"], description=" ".join(usage).strip())
+    num_hidden = sum(field.option.hidden for field in options.values())
+    if num_hidden and not everything:
+        print(f"{HELP_ALL} lists {num_hidden} more flags, which few runs need.")
+    sys.exit(DONE)
+
+
+def _view(config: DataclassInstance, *, hide: bool = False) -> DataclassInstance:
     """Return `config` as an instance of a subclass that tyro reads.
 
     It has no checks, whose messages tyro would print in a box of its own; inline groups have no
@@ -152,7 +216,7 @@ def _view(config: Any, *, hide: bool) -> Any:
     fields = []
     for field, hint, option in fields_of(type(config)):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        if is_group(value):
             value = _view(value, hide=hide)
             hint = type(value)
         if option.inline or option.name:
@@ -167,86 +231,16 @@ def _view(config: Any, *, hide: bool) -> Any:
     return view()
 
 
-def _restored(view: Any, config: Config) -> Config:
+def _restored(view: object, config: Config) -> Config:
     """Return what a view of `config` holds as an instance of the class of `config`."""
     values = {}
-    for field in dataclasses.fields(typing.cast(Any, config)):
+    for field in dataclasses.fields(config):
         value, old = getattr(view, field.name), getattr(config, field.name)
-        values[field.name] = _restored(value, old) if dataclasses.is_dataclass(old) else value
+        values[field.name] = _restored(value, old) if is_group(old) else value
     return type(config)(**values)
 
 
-def _by_flag(arguments: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each flag with the values after it, "" for values before the first flag."""
-    at = 0
-    while at < len(arguments):
-        flag = arguments[at] if arguments[at].startswith("--") else ""
-        end = at + bool(flag)
-        while end < len(arguments) and not arguments[end].startswith("--"):
-            end += 1
-        yield flag, arguments[at + bool(flag) : end]
-        at = end
-
-
-def _wrong_value(flag: str, values: list[str], flags: Json) -> str:
-    """Return the message for a flag whose values are not of its type."""
-    if not flag:
-        return f"found {' '.join(values)!r}, expected a flag before it"
-    name, equals, value = flag.partition("=")
-    given = " ".join([value] * bool(equals) + values)
-    expected = described(flags[_positive(name.replace("_", "-"), flags)])
-    return f"{name}: found {f'{given!r}' if given else 'nothing after it'}, expected {expected}"
-
-
-def _require_known(arguments: Iterable[str], flags: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first flag that there is not."""
-    for argument in arguments:
-        flag = argument.split("=")[0].replace("_", "-")
-        # words with spaces are values: options to pass on, such as "--prior-steps 2 --seed 1"
-        if not flag.startswith("--") or flag in ("--help", "--") or " " in flag:
-            continue
-        if _positive(flag, flags) not in flags:
-            known = [*flags, *sorted({"--config", "--preset", DRY_RUN} - {*flags})]
-            raise ValueError(f"unknown flag {flag}{nearest(flag, known)}")
-
-
-def _positive(flag: str, flags: Iterable[str]) -> str:
-    """Return the flag of the field that `flag`, such as --train.no-compile, switches off."""
-    group, dot, last = flag.removeprefix("--").rpartition(".")
-    return flag if flag in flags else f"--{group}{dot}{last.removeprefix('no-')}"
-
-
-def _join_values(arguments: list[str]) -> list[str]:
-    """Join values that look like flags, such as "--prior-steps 2 --seed 1", to the flag before."""
-    joined: list[str] = []
-    for argument in arguments:
-        if joined and argument.startswith("--") and " " in argument.split("=")[0]:
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
-
-
-# -- files that hold differences -------------------------------------------------------------------
-
-
-def _take_files(arguments: list[str], presets: Path | None) -> list[Path]:
-    """Remove --config and --preset with their values from `arguments` and return the files they
-    name."""
-    files: list[Path] = []
-    while True:
-        at = next(
-            (i for i, a in enumerate(arguments) if a.split("=")[0] in ("--config", "--preset")),
-            None,
-        )
-        if at is None:
-            return files
-        flag, equals, value = arguments.pop(at).partition("=")
-        if not equals:
-            if at >= len(arguments):
-                raise ValueError(f"{flag}: found nothing after it, expected a value")
-            value = arguments.pop(at)
-        files.append(Path(value) if flag == "--config" else _preset_path(value, presets))
+# -- presets ---------------------------------------------------------------------------------------
 
 
 def _preset_path(name: str, presets: Path | None) -> Path:
@@ -258,12 +252,12 @@ def _preset_path(name: str, presets: Path | None) -> Path:
     return presets / f"{name}.yaml"
 
 
-def _require_sizes(config: Any, preset: Path) -> None:
+def _require_sizes(config: DataclassInstance, preset: Path) -> None:
     """Refuse a preset that states the sizes of other choices than the one chosen: the defaults, of
     a toy, would be trained in their place."""
-    stated = read_yaml(preset).keys()
+    stated, values = read_yaml(preset).keys(), option_values(config)
     for name, field in options_of(type(config)).items():
-        chosen = option_values(config)[name]
+        chosen = values[name]
         group = dict(zip(choices_of(field.hint), field.option.groups, strict=False)).get(chosen)
         if group is None or group in stated or not stated & {*field.option.groups}:
             continue
@@ -303,7 +297,7 @@ def require_local(name: str, path: str) -> None:
         require_lasting(name, path, or_url="")
 
 
-def require_at_least(config: Any, **least: float) -> None:
+def require_at_least(config: object, **least: float) -> None:
     """Refuse a number that is less than `least` says for its field, by the name of its flag."""
     for name, bound in least.items():
         value = getattr(config, name)

@@ -5,13 +5,24 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeGuard, TypeVar
 
-Config = TypeVar("Config")
-KINDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+from cluster.base.files import Json
+
+
+class DataclassInstance(Protocol):
+    """An instance of any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
+
+Config = TypeVar("Config", bound=DataclassInstance)
+KINDS: dict[object, str] = {
+    int: "an integer", float: "a number", str: "a text", bool: "true or false",
+}  # fmt: skip
 
 # The last word of a flag here, and what users of other projects type for it.
 SYNONYMS = {
@@ -73,11 +84,13 @@ class OptionField:
     """Where an option is kept: the attributes that lead to it, its type, what is known of it."""
 
     path: tuple[str, ...]
-    hint: Any
+    hint: object
     option: Option
 
 
-def fields_of(config_class: type) -> Iterator[tuple[dataclasses.Field, Any, Option]]:
+def fields_of(
+    config_class: type[DataclassInstance],
+) -> Iterator[tuple[dataclasses.Field, object, Option]]:
     """Yield each field with its type, and what is known of it."""
     hints = typing.get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
@@ -87,26 +100,30 @@ def fields_of(config_class: type) -> Iterator[tuple[dataclasses.Field, Any, Opti
 
 
 @functools.cache
-def options_of(config_class: type) -> dict[str, OptionField]:
+def options_of(config_class: type[DataclassInstance]) -> dict[str, OptionField]:
     """Return the options of a nested dataclass by their names in YAML, such as train.num_steps."""
-    found: dict[str, OptionField] = {}
+    options: dict[str, OptionField] = {}
     plain = typing.get_type_hints(config_class)
     for field, _, option in fields_of(config_class):
         hint, name = plain[field.name], option.name or field.name
         if not dataclasses.is_dataclass(hint):
-            found[name] = OptionField((field.name,), hint, option)
+            options[name] = OptionField((field.name,), hint, option)
             continue
-        for inner, its in options_of(typing.cast(type, hint)).items():
-            known = dataclasses.replace(
-                its.option,
-                hidden=its.option.hidden or option.hidden,
-                may_change=its.option.may_change or option.may_change,
+        for inner_name, inner in options_of(hint).items():
+            merged_option = dataclasses.replace(
+                inner.option,
+                hidden=inner.option.hidden or option.hidden,
+                may_change=inner.option.may_change or option.may_change,
             )
-            path = (field.name, *its.path)
-            found[inner if option.inline else f"{name}.{inner}"] = OptionField(
-                path, its.hint, known
+            options[inner_name if option.inline else f"{name}.{inner_name}"] = OptionField(
+                (field.name, *inner.path), inner.hint, merged_option
             )
-    return found
+    return options
+
+
+def is_group(value: object) -> TypeGuard[DataclassInstance]:
+    """Return whether the value of a field is a group of options."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def flag_of(name: str) -> str:
@@ -114,36 +131,39 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def with_options(config: Config, **options: Any) -> Config:
+def with_options(config: Config, **options: object) -> Config:
     """Return `config` with other values of some options, by their names in YAML.
 
     with_options(TrainConfig(), num_steps=3, learning_rate=1e-4)
     with_options(PriorRunConfig(), **{"train.num_steps": 3}, run="runs/other")
     """
     known = options_of(type(config))
-    changes: dict[str, Any] = {}
-    for name, value in options.items():
+    for name in options:
         if name not in known:
             raise ValueError(f"unknown option {name!r}{nearest(name, list(known))}")
-        *groups, last = known[name].path
-        place = changes
-        for group in groups:
+    return _replaced(config, _nested((known[name].path, options[name]) for name in options))
+
+
+def _nested(values: Iterable[tuple[Sequence[str], object]]) -> Json:
+    """Return nested dictionaries with each value at its path."""
+    nested: Json = {}
+    for path, value in values:
+        place = nested
+        for group in path[:-1]:
             place = place.setdefault(group, {})
-        place[last] = value
-    return _replaced(config, changes)
+        place[path[-1]] = value
+    return nested
 
 
-def _replaced(config: Config, changes: dict[str, Any]) -> Config:
-    values = {
-        name: _replaced(getattr(config, name), value)
-        if isinstance(value, dict) and dataclasses.is_dataclass(getattr(config, name))
-        else value
-        for name, value in changes.items()
-    }
-    return dataclasses.replace(typing.cast(Any, config), **values)
+def _replaced(config: Config, changes: Json) -> Config:
+    values = {}
+    for name, value in changes.items():
+        old = getattr(config, name)
+        values[name] = _replaced(old, value) if is_group(old) else value
+    return dataclasses.replace(config, **values)
 
 
-def option_values(config: Any) -> dict[str, Any]:
+def option_values(config: DataclassInstance) -> Json:
     """Return the value of each option by its name in YAML."""
     return {
         name: functools.reduce(getattr, field.path, config)
@@ -151,7 +171,7 @@ def option_values(config: Any) -> dict[str, Any]:
     }
 
 
-def described(hint: Any) -> str:
+def described(hint: object) -> str:
     """Say what a field of this type may hold."""
     choices, kinds = choices_of(hint), typing.get_args(hint)
     if choices:
@@ -165,11 +185,11 @@ def described(hint: Any) -> str:
     return KINDS.get(hint, str(hint))
 
 
-def choices_of(hint: Any) -> tuple[Any, ...]:
+def choices_of(hint: object) -> tuple[object, ...]:
     """Return the choices of a Literal, or of several; none for other types."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        parts = [choices_of(kind) for kind in typing.get_args(hint)]
-        return tuple(choice for part in parts for choice in part) if all(parts) else ()
+        choices = [choices_of(kind) for kind in typing.get_args(hint)]
+        return sum(choices, ()) if all(choices) else ()
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
@@ -184,8 +204,8 @@ def nearest(wrong: str, known: Sequence[str]) -> str:
             return f"; did you mean {' or '.join(close[:3])}?"
     plain = wrong.replace("--no-", "--", 1)
     close = difflib.get_close_matches(plain, known, n=1, cutoff=0.6)
-    words = difflib.get_close_matches(last, names.values(), n=1, cutoff=0.6)
-    close = close or [name for name in known if names[name] in words]
+    similar = difflib.get_close_matches(last, names.values(), n=1, cutoff=0.6)
+    close = close or [name for name in known if names[name] in similar]
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
 
 
@@ -207,9 +227,9 @@ def read_yaml(path: Path) -> dict:
     return content
 
 
-def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(nested: Mapping[str, object], prefix: str = "") -> Json:
     """Return the values of nested mappings by their dotted names."""
-    flat: dict[str, Any] = {}
+    flat: Json = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
         flat |= flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
@@ -230,13 +250,13 @@ def merged(config: Config, differences: dict, where: str) -> Config:
     return with_options(config, **changes)
 
 
-def _converted(value: Any, hint: Any, where: str) -> Any:
+def _converted(value: object, hint: object, where: str) -> object:
     """Return a value of YAML as a field of this type holds it; ValueError where it cannot."""
     kinds, right = typing.get_args(hint), False
     if choices_of(hint):
         right = value in choices_of(hint)
     elif typing.get_origin(hint) is tuple:
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, list | tuple) else [value]
         each = [kinds[0]] * len(items) if kinds[-1] is Ellipsis else list(kinds)
         if len(each) == len(items):
             return tuple(_converted(*pair, where) for pair in zip(items, each, strict=True))
@@ -256,19 +276,13 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: DataclassInstance) -> str:
     """Return `config` as YAML that `merged` reads back."""
     import yaml
 
-    nested: dict[str, Any] = {}
-    for name, value in option_values(config).items():
-        *groups, last = name.split(".")
-        place = nested
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[last] = _plain(value)
-    return yaml.safe_dump(nested, sort_keys=False)
+    values = option_values(config).items()
+    return yaml.safe_dump(_nested((n.split("."), _plain(v)) for n, v in values), sort_keys=False)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

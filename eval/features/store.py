@@ -8,8 +8,9 @@ A block is the unit of work, of batches and of sums, so a score does not depend 
 workers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ from eval.distances.reference import ANY_SIZE, Statistics
 from eval.features.blocks import BLOCK_SIZE, Features
 from eval.features.devices import device_named
 from eval.features.extractors import BATCH_SIZE, Extractor, ExtractorSpec
-from eval.features.workers import Workers
+from eval.features.workers import ImageBlocks, MakeBlock, Workers
 from eval.sampling.image_source import ImageSet, IncompleteError
 from ingest.shards import shard_name
-from ingest.store.commits import Attempt, committed, recover, withdraw_damaged
+from ingest.store.commits import Attempt
 from ingest.store.snapshots import write_manifest
 
 
@@ -30,25 +31,9 @@ from ingest.store.snapshots import write_manifest
 class FeatureStore:
     """The blocks of one set of images in one space."""
 
-    root: Path
+    blocks: ImageBlocks
     images: ImageSet
     spec: ExtractorSpec
-    block_size: int = BLOCK_SIZE
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks, committed or not."""
-        return -(-len(self.images) // self.block_size)
-
-    def numbers(self, block: int) -> range:
-        """Return the numbers of the images of a block."""
-        start = block * self.block_size
-        return range(start, min(start + self.block_size, len(self.images)))
-
-    def pending(self) -> list[int]:
-        """Return the blocks that are not committed."""
-        done = committed(self.root)
-        return [block for block in range(self.num_blocks) if shard_name(block) not in done]
 
     def make(self, block: int, extractor: Extractor) -> int:
         """Compute and commit a block; return its number of images.
@@ -56,7 +41,7 @@ class FeatureStore:
         Raises ValueError naming the image that cannot be read, is of another size, or whose
         features are not finite.
         """
-        numbers, batches = self.numbers(block), []
+        numbers, batches = self.blocks.numbers(block), []
         for start in range(0, len(numbers), BATCH_SIZE):
             batch = numbers[start : start + BATCH_SIZE]
             if not extractor.any_size:
@@ -77,9 +62,9 @@ class FeatureStore:
         for number in numbers:
             size = self.images.size(number)
             if size != expected:
-                found, first = (f"{width} x {height} px" for width, height in (size, expected))
+                other, first = (f"{width} x {height} px" for width, height in (size, expected))
                 raise ValueError(
-                    f"{self.images.source}: found image {number} of {found} after images of "
+                    f"{self.images.source}: found image {number} of {other} after images of "
                     f"{first}, expected one size; crop and resize them alike by --image-size, or "
                     "take --features clip"
                 )
@@ -87,26 +72,28 @@ class FeatureStore:
     def take_from(self, features: Features, numbers: Sequence[int]) -> None:
         """Commit what is pending from the features of a larger set; image i is its `numbers`[i]."""
         rows = np.asarray(numbers)
-        for block in self.pending():
-            self.commit(block, features.take(rows[list(self.numbers(block))]))
+        for block in self.blocks.pending():
+            self.commit(block, features.take(rows[list(self.blocks.numbers(block))]))
 
     def commit(self, block: int, features: np.ndarray) -> None:
         """Commit the features [B, D] of a block, unless another worker did so first."""
-        with Attempt(self.root, shard_name(block)) as attempt:
+        with Attempt(self.blocks.root, shard_name(block)) as attempt:
             path = attempt.path / f"{shard_name(block)}.features.npy"
             np.save(path, features.astype(np.float32), allow_pickle=False)
             attempt.commit(num_samples=len(features), counts={}, config_hash="")
 
     def features(self) -> Features:
         """Return the features of all images; IncompleteError if there are fewer than images."""
-        commits = committed(self.root)
-        names = [shard_name(block) for block in range(self.num_blocks)]
-        sizes = [commits[name].num_samples if name in commits else 0 for name in names]
-        if sizes != [len(self.numbers(block)) for block in range(self.num_blocks)]:
+        blocks = self.blocks
+        if blocks.num_committed() != blocks.count:
             raise IncompleteError(
-                f"{self.root}: found features of {sum(sizes)} images, expected {len(self.images)}"
+                f"{blocks.root}: found features of {blocks.num_committed()} images, expected "
+                f"{blocks.count}"
             )
-        return Features(parts=[self.root / f"{n}.features.npy" for n in names], sizes=sizes)
+        return Features(
+            blocks=[blocks.root / f"{shard_name(n)}.features.npy" for n in range(len(blocks))],
+            sizes=[len(blocks.numbers(n)) for n in range(len(blocks))],
+        )
 
     def statistics(self, features: Features) -> Statistics:
         """Return the moments of all features, with what they are of."""
@@ -115,53 +102,32 @@ class FeatureStore:
         if self.spec.any_size and not self.images.side:
             resolution = ANY_SIZE
         return Statistics(
-            moments=features.moments(),
-            space=self.spec.space,
-            extractor=self.spec.name,
-            resize=self.spec.resize,
-            resolution=resolution,
-            source=self.images.source,
+            moments=features.moments(), space=self.spec.space, extractor=self.spec.name,
+            resize=self.spec.resize, resolution=resolution, source=self.images.source,
             digest=self.images.digest,
-        )
+        )  # fmt: skip
 
 
 def open_store(
     folder: Path, images: ImageSet, spec: ExtractorSpec, block_size: int = BLOCK_SIZE
 ) -> FeatureStore:
-    """Create or reopen the store of exactly these images and this extractor below `folder`.
-
-    Interrupted commits are finished; damaged blocks are withdrawn, to be made again.
-    """
+    """Create or reopen the store of exactly these images and this extractor below `folder`."""
     about = {
-        "space": spec.space,
-        "extractor": spec.name,
-        "resize": spec.resize,
-        "digest": images.digest,
-        "fit": images.fit,
-        "n": len(images),
-        "block_size": block_size,
-        "batch_size": BATCH_SIZE,
-    }
+        "space": spec.space, "extractor": spec.name, "resize": spec.resize,
+        "digest": images.digest, "fit": images.fit, "n": len(images),
+        "block_size": block_size, "batch_size": BATCH_SIZE,
+    }  # fmt: skip
     root = folder / f"{spec.space}-{digest_of(about)[:16]}"
     root.mkdir(parents=True, exist_ok=True)
     write_manifest(root, "features", about)
-    recover(root)
-    for name, problem in withdraw_damaged(root).items():
-        print(f"features: block {name} is made again: {problem}", flush=True)
-    return FeatureStore(root=root, images=images, spec=spec, block_size=block_size)
+    blocks = ImageBlocks(root=root, count=len(images), size=block_size)
+    blocks.repair("features")
+    return FeatureStore(blocks=blocks, images=images, spec=spec)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtractionWork:
-    """The blocks of a store, as work for `Workers`."""
-
-    store: FeatureStore
-    device: str
-
-    def build(self) -> Callable[[int], int]:
-        """Load the extractor; return what computes and commits a block."""
-        extractor = self.store.spec.build(device_named(self.device))
-        return lambda block: self.store.make(block, extractor)
+def load_extractor(store: FeatureStore, device: str) -> MakeBlock:
+    """Return what computes and commits a block of a store, with the weights on `device`."""
+    return partial(store.make, extractor=store.spec.build(device_named(device)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +143,8 @@ class FeatureExtraction:
         store = open_store(self.folder, images, spec, self.block_size)
         if images.parent is not None:
             store.take_from(self.extracted(images.parent, spec)[1], images.numbers)
-        blocks = store.pending()
-        count = sum(len(store.numbers(block)) for block in blocks)
-        work = ExtractionWork(store=store, device=self.workers.device)
-        self.workers.run(f"{spec.space} features of {images.source}", work, blocks, count)
+        load = partial(load_extractor, store, self.workers.device)
+        self.workers.run(f"{spec.space} features of {images.source}", load, store.blocks)
         return store, store.features()
 
     def measured(self, images: ImageSet, spec: ExtractorSpec) -> tuple[Features, Statistics]:

@@ -99,3 +99,11 @@ nearer to the image than a draw"""
             raise ValueError(
                 f"top_share: found {self.top_share}, expected more than 0 and at most 1"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeededSampling(SamplingSettings):
+    """All options that a sample depends on beside its caption and the weights."""
+
+    seed: int = 0
+    """of all noise"""

@@ -11,19 +11,22 @@ images do not depend on the number of workers, to the last bit.
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from cluster.base.files import write_json, write_text
-from eval.features.workers import Workers
-from eval.sampling.generate import SamplingSettings, render_all, sampling_of
+from cluster.base.files import Json, write_json, write_text
+from cluster.base.options import merged
+from eval.features.workers import ImageBlocks, MakeBlock, Workers
+from eval.sampling.generate import render_all, sampling_of
 from eval.sampling.image_source import SAMPLES_NAME, SETTINGS_NAME, IncompleteError
+from eval.sampling.options import SeededSampling
 from ingest.shards import shard_name
-from ingest.store.commits import Attempt, committed, recover, withdraw_damaged
+from ingest.store.commits import Attempt, committed
+from models.unclip import UnClip
 from training.engine.precision import settled
 from training.tasks.pictures import grid, save_png
 
@@ -58,15 +61,15 @@ def image_name(number: int) -> str:
     return f"{number:06d}.png"
 
 
-def open_samples(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
+def open_samples(out: Path, settings: Json, *, fresh: bool) -> None:
     """Create the folder, or reopen it if it is empty or holds samples of these settings.
 
     fresh: delete it first; only a folder with settings of samples, as any tool may write a file of
     that name.
     """
     path = out / SETTINGS_NAME
-    found = _settings_in(path)
-    if fresh and found:
+    known = _settings_in(path)
+    if fresh and known:
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     leftovers = {out / "settings.part", *out.glob(f".{SETTINGS_NAME}.*.part")}  # of killed runs
@@ -75,26 +78,26 @@ def open_samples(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
             leftover.unlink(missing_ok=True)
         write_json(path, settings, indent=1)
         return
-    if not found:
+    if not known:
         raise ValueError(
             f"{out}: found a folder without {SETTINGS_NAME}, expected samples or nothing"
         )
     for name, value in settings.items():
-        if found.get(name) != value:
-            values = f" ({found.get(name)!r}, expected {value!r})" if name != "captions" else ""
+        if known.get(name) != value:
+            values = f" ({known.get(name)!r}, expected {value!r})" if name != "captions" else ""
             raise ValueError(
                 f"{out}: found samples of another {name}{values}; name another folder, or --fresh"
             )
 
 
-def _settings_in(path: Path) -> dict[str, Any]:
+def _settings_in(path: Path) -> Json:
     """Return the settings of samples in a file; empty if it is absent, or holds other things."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return {}
-    ours = isinstance(found, dict) and {"captions", "decoder_weights"} <= found.keys()
-    return found if ours else {}
+    ours = isinstance(settings, dict) and {"captions", "decoder_weights"} <= settings.keys()
+    return settings if ours else {}
 
 
 def list_samples(out: Path, captions: Sequence[str], seed: int) -> None:
@@ -119,53 +122,43 @@ def grid_of_samples(out: Path, captions: Sequence[str], most: int = 24, columns:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleWork:
-    """The blocks of `draw`, as work for `Workers`."""
+class SampleBlocks(ImageBlocks):
+    """The blocks of `draw`: an image a caption, as `settings` state them."""
 
-    out: Path
-    model: Model
     captions: list[str]
-    settings: dict[str, Any]
-    device: str
+    settings: Json
 
-    def build(self) -> Callable[[int], int]:
-        """Load the chain; return what generates and commits a block."""
-        from eval.sampling.chain import load_chain
-
-        model = self.model
-        chain = load_chain(
-            model.clip, model.prior, model.decoder, model.upsampler,
-            guide=model.guide, device=self.device,
-        )  # fmt: skip
-        return lambda block: self._make(chain, block)
-
-    def _make(self, chain: Any, block: int) -> int:
+    def make(self, block: int, chain: UnClip) -> int:
+        """Draw and commit a block; return its number of images."""
         from PIL import Image
 
         from cluster.base.metrics import counter
 
-        start = block * BLOCK_SIZE
+        numbers = self.numbers(block)
         images = render_all(
-            chain, self.captions[start : start + BLOCK_SIZE], None, sampling_of(self.settings),
-            seed=self.settings["seed"], offset=start,
+            chain, self.captions[numbers.start : numbers.stop], None, sampling_of(self.settings),
+            seed=self.settings["seed"], offset=numbers.start,
         )  # fmt: skip
-        with Attempt(self.out, shard_name(block)) as attempt:
-            for row, image in enumerate(images):
-                Image.fromarray(image).save(attempt.path / image_name(start + row))
+        with Attempt(self.root, shard_name(block)) as attempt:
+            for number, image in zip(numbers, images, strict=True):
+                Image.fromarray(image).save(attempt.path / image_name(number))
             attempt.commit(num_samples=len(images), counts={}, config_hash="")
         counter("minidalle2_samples_generated_total").inc(len(images))
         return len(images)
 
 
+def load_model(blocks: SampleBlocks, model: Model, device: str) -> MakeBlock:
+    """Return what draws and commits a block, with the chain on `device`."""
+    from eval.sampling.chain import load_chain
+
+    runs = (model.clip, model.prior, model.decoder, model.upsampler)
+    return partial(blocks.make, chain=load_chain(*runs, guide=model.guide, device=device))
+
+
 def draw(
-    out: Path,
-    model: Model,
-    captions: list[str],
-    options: dict[str, Any],
-    workers: Workers,
-    *,
+    out: Path, model: Model, captions: list[str], options: Json, workers: Workers, *,
     fresh: bool = False,
-) -> int:
+) -> int:  # fmt: skip
     """Generate what is missing of `captions` into `out`; return the number of new images.
 
     options: of eval/sample.py, as in a settings.json; others have its defaults. Raises ValueError
@@ -177,28 +170,19 @@ def draw(
     if (out / SAMPLES_NAME).is_file() and not committed(out):  # eval/sample.py finished it
         return 0
 
-    # Which blocks are missing
-    recover(out)
-    for name, problem in withdraw_damaged(out).items():
-        print(f"samples: block {name} is drawn again: {problem}", flush=True)
-    done = committed(out)
-    blocks = [b for b in range(-(-len(captions) // BLOCK_SIZE)) if shard_name(b) not in done]
-    if blocks:
-        (out / SAMPLES_NAME).unlink(missing_ok=True)
-
-    # Make them
-    count = sum(len(captions[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]) for b in blocks)
-    work = SampleWork(
-        out=out.absolute(),
-        model=model.absolute(),
-        captions=captions,
+    # Make what is missing
+    blocks = SampleBlocks(
+        root=out.absolute(), count=len(captions), size=BLOCK_SIZE, captions=captions,
         settings=settings,
-        device=workers.device,
-    )
-    made = workers.run("sample", work, blocks, count)
+    )  # fmt: skip
+    blocks.repair("samples")
+    if blocks.pending():
+        (out / SAMPLES_NAME).unlink(missing_ok=True)
+    load = partial(load_model, blocks, model.absolute(), workers.device)
+    made = workers.run("sample", load, blocks)
 
     # Finish the folder
-    total = sum(commit.num_samples for commit in committed(out).values())
+    total = blocks.num_committed()
     if total != len(captions):
         raise IncompleteError(f"{out}: found {total} samples, expected {len(captions)}")
     if not (out / SAMPLES_NAME).is_file():
@@ -207,9 +191,7 @@ def draw(
     return made
 
 
-def settings_of(
-    model: Model, captions: list[str], options: dict[str, Any], device: str
-) -> dict[str, Any]:
+def settings_of(model: Model, captions: list[str], options: Json, device: str) -> Json:
     """Return what the images depend on: options, captions, and the weights of the model.
 
     Raises ValueError for an unknown option.
@@ -219,13 +201,7 @@ def settings_of(
     from models.clip import load_clip
     from models.weights import exported, load_config
 
-    defaults = {**asdict(SamplingSettings()), "seed": 0}
-    unknown = sorted(options.keys() - defaults.keys())
-    if unknown:
-        raise ValueError(
-            f"--sampling: found {unknown[0]!r}, expected some of {', '.join(defaults)}"
-        )
-    settings = {**defaults, **options}
+    settings = asdict(merged(SeededSampling(), options, "--sampling"))
     settings["precision"] = settled(settings["precision"], device_named(device).type)
     clip = model.clip or load_config(exported(Path(model.prior)))["clip"]
     weights = chain_weights(model.prior, model.decoder, model.upsampler, model.guide)
@@ -255,43 +231,23 @@ def model_in(folder: Path) -> Model:
     )
 
 
-def read_options(source: str) -> tuple[dict[str, Any], str]:
+def read_options(source: str) -> tuple[Json, str]:
     """Return the sampling options, and the guiding run, of a JSON file or a settings.json.
 
     Raises ValueError for another file, an unknown option, or a value of another type.
     """
-    defaults = {**asdict(SamplingSettings()), "seed": 0}
-    others = {*asdict(Model(prior="", decoder="")), "encoder_id", "captions"}
     try:
-        found = json.loads(Path(source).read_text(encoding="utf-8"))
+        content = json.loads(Path(source).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--sampling: {source}: found {error}, expected JSON") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"--sampling: {source}: found a {type(found).__name__}, expected options")
-    for name, value in found.items():
-        if name in defaults:
-            expected = _expected_type(value, defaults[name])
-            if expected:
-                raise ValueError(
-                    f"--sampling: {source}: {name}: found {value!r}, expected {expected}"
-                )
-        elif name not in others and not name.endswith("_weights"):
-            known = ", ".join(sorted(defaults))
-            raise ValueError(f"--sampling: {source}: found {name!r}, expected some of {known}")
-    options = {name: value for name, value in found.items() if name in defaults}
-    return options, str(found.get("guide", ""))
-
-
-def _expected_type(value: Any, default: Any) -> str:
-    """Return the type of an option's default, empty if `value` is of this type."""
-    if isinstance(default, tuple):
-        numbers = isinstance(value, list) and all(map(_is_number, value))
-        return "" if numbers and len(value) == len(default) else f"{len(default)} numbers"
-    if isinstance(default, float):
-        return "" if _is_number(value) else "a number"
-    name = "whole number" if type(default) is int else type(default).__name__
-    return "" if type(value) is type(default) else f"a {name}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"--sampling: {source}: found a {type(content).__name__}, expected options"
+        )
+    others = {*asdict(Model(prior="", decoder="")), "encoder_id", "captions"}
+    options = {
+        name: value for name, value in content.items()
+        if name not in others and not name.endswith("_weights")
+    }  # fmt: skip
+    checked = merged(SeededSampling(), options, f"--sampling: {source}")
+    return {name: getattr(checked, name) for name in options}, str(content.get("guide", ""))
