@@ -3,7 +3,7 @@
 python cluster/dashboards.py
 
 They are cluster/prometheus/recording.yaml and cluster/grafana/dashboards/*.json. Edit the metrics
-in cluster/base/metrics.py and the panels in cluster/monitoring/panels.py.
+in cluster/base/metrics.py and the panels in cluster/monitoring/panels.yaml.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.base.cli import DONE, INCOMPLETE, parse, run_script
-from cluster.base.files import write_text
+from cluster.base.files import update_files
 
 if TYPE_CHECKING:
     from cluster.monitoring.panels import Dashboard, Panel
@@ -40,18 +40,9 @@ class DashboardsConfig:
 
 def main(config: DashboardsConfig) -> int:
     """Write every file, or compare it."""
-    root, stale = Path(config.out), []
-    for name, text in files().items():
-        path = root / name
-        if path.is_file() and path.read_text() == text:
-            continue
-        stale.append(name)
-        if not config.check:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
-    state = "out of date" if config.check else "written"
-    print("\n".join(f"{root / name}: {state}" for name in stale) or f"{root}: nothing to change")
-    return INCOMPLETE if config.check and stale else DONE
+    texts = {Path(config.out, name): text for name, text in files().items()}
+    current = update_files(texts, check=config.check)
+    return INCOMPLETE if config.check and not current else DONE
 
 
 def files() -> dict[str, str]:

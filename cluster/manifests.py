@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.base.cli import DONE, INCOMPLETE, parse, read_yaml, run_script
-from cluster.base.files import write_text
+from cluster.base.files import update_files
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("recording.yaml", "alerts.yaml")
@@ -30,16 +30,9 @@ class ManifestsConfig:
 
 def main(config: ManifestsConfig) -> int:
     """Write the manifest, or compare it."""
-    path, text = Path(config.out), prometheus_rule(Path(config.prometheus))
-    if path.is_file() and path.read_text() == text:
-        print(f"{path}: nothing to change")
-        return DONE
-    if config.check:
-        print(f"{path}: out of date")
-        return INCOMPLETE
-    write_text(path, text)
-    print(f"{path}: written")
-    return DONE
+    text = prometheus_rule(Path(config.prometheus))
+    current = update_files({Path(config.out): text}, check=config.check)
+    return INCOMPLETE if config.check and not current else DONE
 
 
 def prometheus_rule(folder: Path) -> str:

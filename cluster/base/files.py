@@ -44,18 +44,32 @@ def write_text(path: AnyPath, text: str, *, durable: bool = True) -> Path:
 
 
 def write_json(
-    path: AnyPath, value: Any, *, indent: int | None = None, durable: bool = True
+    path: AnyPath, value: object, *, indent: int | None = None, durable: bool = True
 ) -> Path:
     """Write a value as JSON atomically; return its path."""
     return write_text(path, json.dumps(value, indent=indent), durable=durable)
 
 
-def canonical_json(value: Any) -> bytes:
+def update_files(texts: dict[Path, str], *, check: bool) -> bool:
+    """Write each generated file whose text is another, or with `check` only name it; return whether
+    all were as they should be."""
+    stale = {p: text for p, text in texts.items() if not p.is_file() or p.read_text() != text}
+    for path, text in stale.items():
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+        print(f"{path}: {'out of date' if check else 'written'}")
+    if not stale:
+        print(f"{os.path.commonpath(texts)}: nothing to change")
+    return not stale
+
+
+def canonical_json(value: object) -> bytes:
     """Encode a value so that equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def digest_of(value: Any) -> str:
+def digest_of(value: object) -> str:
     """Return the sha256 of a JSON-able value, in hex."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
@@ -74,7 +88,7 @@ def digest_stream(file: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def try_lock(file: IO[Any], *, shared: bool = False) -> bool:
+def try_lock(file: IO[str] | IO[bytes], *, shared: bool = False) -> bool:
     """Try to lock an open file until it is closed; return whether this succeeded.
 
     The kernel releases the lock when the process ends, however it ends.
