@@ -21,11 +21,9 @@ def test_the_shuffled_cosine_is_the_mean_over_all_wrong_pairs():
     a, b = random(7), random(7, seed=1)
     pairs = [mean_cosine(a[i : i + 1], b[j : j + 1]) for i in range(7) for j in range(7) if i != j]
     assert shuffled_cosine(a, b) == pytest.approx(sum(pairs) / len(pairs))
-
-
-def test_one_row_cannot_be_shuffled():
     with pytest.raises(ValueError, match="found 1 rows, expected at least 2"):
         shuffled_cosine(random(1), random(1))
+
 
 
 def test_retrieval_counts_the_nearest_row_of_the_right_caption():
@@ -34,13 +32,6 @@ def test_retrieval_counts_the_nearest_row_of_the_right_caption():
     assert retrieval_at_k(gallery.flip(0), gallery, ["a", "b", "c"]) == pytest.approx(1 / 3)
     assert retrieval_at_k(gallery.flip(0), gallery, ["a", "b", "a"]) == 1  # either "a" will do
 
-
-def test_parts_of_the_queries_make_no_difference(monkeypatch: pytest.MonkeyPatch):
-    query, gallery = torch.randn(50, 8), torch.randn(50, 8)
-    captions = [f"caption {i % 20}" for i in range(50)]
-    whole = retrieval_at_k(query, gallery, captions, 3)
-    monkeypatch.setattr("models.scores.QUERIES_AT_ONCE", 7)
-    assert retrieval_at_k(query, gallery, captions, 3) == whole
 
 
 def test_scale_does_not_matter():
@@ -69,3 +60,11 @@ def test_a_scorecard_of_perfect_draws():
     assert found["cos_text"] == pytest.approx(mean_cosine(z, z_t))
     worse = prior_scorecard(z_t, z, z_t, names)
     assert worse["mse"] == pytest.approx((2 - 2 * worse["cos"]) / 6)
+
+
+def test_parts_of_the_queries_make_no_difference(monkeypatch: pytest.MonkeyPatch):
+    query, gallery = torch.randn(50, 8), torch.randn(50, 8)
+    captions = [f"caption {i % 20}" for i in range(50)]
+    whole = retrieval_at_k(query, gallery, captions, 3)
+    monkeypatch.setattr("models.scores.QUERIES_AT_ONCE", 7)
+    assert retrieval_at_k(query, gallery, captions, 3) == whole

@@ -7,55 +7,17 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from _networks import PLAIN, SIZE, UNET, awake, condition, decoder, images, upsampler
 from torch import nn
 
-from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
-from models.decoder import Condition, Decoder, ImageSampling
+from models.configs import UNetConfig, UpsamplerConfig
+from models.decoder import Condition, ImageSampling
+from models.diffusion import keyed_random
+from models.diffusion.losses import draw_timesteps
 from models.diffusion.samplers import SAMPLERS
 from models.networks.unet import UNet
 from models.networks.unet_blocks import _norm
 from models.upsampler import Upsampler
-
-EMBED, TEXT, LENGTH, SIZE = 8, 12, 5, 8
-UNET = UNetConfig(
-    channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), head_channels=8
-)
-
-
-def awake(model: Any) -> Any:
-    """Give the layers that start at zero values, as training would."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return model.eval()
-
-
-def decoder(**changes) -> Decoder:
-    torch.manual_seed(0)
-    config = DecoderConfig(**{"unet": UNET, "context_width": 8, **changes})
-    return Decoder(config, image_size=SIZE, embed_dim=EMBED, text_width=TEXT)
-
-
-def upsampler() -> Any:
-    torch.manual_seed(0)
-    unet = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
-    return awake(Upsampler(UpsamplerConfig(unet=unet), factor=2, crop_size=8))
-
-
-def condition(count: int) -> Condition:
-    rng = torch.Generator().manual_seed(0)
-    mask = (torch.arange(LENGTH) < 3).expand(count, -1).clone()
-    return Condition(
-        image_embed=F.normalize(torch.randn(count, EMBED, generator=rng), dim=1),
-        text_states=torch.randn(count, LENGTH, TEXT, generator=rng),
-        token_mask=mask,
-    )
-
-
-def images(count: int, size: int = SIZE) -> torch.Tensor:
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def drops(*, image: bool, text: bool, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,11 +28,10 @@ def drops(*, image: bool, text: bool, count: int = 2) -> tuple[torch.Tensor, tor
 
 
 def test_the_output_starts_at_zero():
-    model = decoder()
     t = torch.tensor([0, 999])
-    assert not model(images(2), t, condition(2), *drops(image=False, text=False)).any()
-    up = Upsampler(UpsamplerConfig(unet=UNetConfig(channels=8, attn_resolutions=())), factor=2,
-                   crop_size=8)  # fmt: skip
+    shown = drops(image=False, text=False)
+    assert not decoder(asleep=True)(images(2), t, condition(2), *shown).any()
+    up = Upsampler(UpsamplerConfig(unet=PLAIN), factor=2, crop_size=8)
     assert not up(images(2), t, images(2, 4)).any()
 
 
@@ -136,7 +97,7 @@ def test_a_norm_keeps_types_and_sums_in_fp32_under_autocast(dtype: torch.dtype):
 
 
 def test_every_parameter_gets_a_gradient():
-    model = awake(decoder(embed_grid=True))
+    model = decoder(embed_grid=True)
     model.losses(torch.arange(32), images(32), condition(32))["loss"].sum().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
@@ -146,16 +107,15 @@ def test_every_parameter_gets_a_gradient():
 
 
 def changed(name: str) -> Condition:
-    old = condition(2)
-    value = getattr(old, name)
+    value = getattr(condition(2), name)
     changes: Any = {name: ~value if name == "token_mask" else value.flip(1)}
-    return dataclasses.replace(old, **changes)
+    return dataclasses.replace(condition(2), **changes)
 
 
 @pytest.mark.parametrize("embed_grid", [False, True])
 @pytest.mark.parametrize("name", ["image_embed", "text_states", "token_mask"])
 def test_a_dropped_condition_is_not_read_and_a_kept_one_is(name: str, embed_grid: bool):
-    model, t, x = awake(decoder(embed_grid=embed_grid)), torch.tensor([10, 900]), images(2)
+    model, t, x = decoder(embed_grid=embed_grid), torch.tensor([10, 900]), images(2)
     part = "image" if name == "image_embed" else "text"
     for dropped in (True, False):
         hidden = drops(**{"image": False, "text": False, part: dropped})
@@ -164,7 +124,7 @@ def test_a_dropped_condition_is_not_read_and_a_kept_one_is(name: str, embed_grid
 
 
 def test_padding_is_not_read():
-    model, t, x, given = awake(decoder()), torch.tensor([10, 900]), images(2), condition(2)
+    model, t, x, given = decoder(), torch.tensor([10, 900]), images(2), condition(2)
     before = model(x, t, given, *drops(image=False, text=False))
     assert given.text_states is not None and given.token_mask is not None
     given.text_states[~given.token_mask] = 1e3
@@ -174,8 +134,7 @@ def test_padding_is_not_read():
 def test_the_conditions_drop_at_the_papers_rates_and_independently():
     """z_i one time in ten, the caption every other time, so both one time in twenty."""
     count, seen = 4000, []
-    model = decoder(unet=UNetConfig(channels=4, channel_mult=(1,), num_res_blocks=1,
-                                    attn_resolutions=()))  # fmt: skip
+    model = decoder(unet=dataclasses.replace(PLAIN, channels=4, channel_mult=(1,)))
     model.register_forward_hook(lambda module, args, output: seen.append(args[3:]))
     with torch.no_grad():
         model.losses(torch.arange(count), images(count), condition(count))
@@ -190,7 +149,7 @@ def test_captions_are_asked_for_where_they_were_trained_with():
     bare = Condition(image_embed=condition(2).image_embed)
     with pytest.raises(ValueError, match="trained with captions, found none"):
         model(images(2), t, bare, *drops(image=False, text=False))
-    free = awake(decoder(use_text=False))
+    free = decoder(use_text=False)
     both = [free(images(2), t, c, *drops(image=False, text=False)) for c in (bare, condition(2))]
     assert torch.equal(*both)
 
@@ -211,10 +170,7 @@ def test_noise_on_the_embedding_keeps_it_on_the_sphere():
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
 def test_the_loss_of_a_silent_network_is_the_targets_energy(prediction: str):
     """A network that starts at zero pays the mean square of what it should have said."""
-    from models.diffusion import keyed_random
-    from models.diffusion.losses import draw_timesteps
-
-    model = decoder(prediction=prediction, weighting="simple")
+    model = decoder(asleep=True, prediction=prediction, weighting="simple")
     keys, x0 = torch.arange(16), images(16)
     t, eps = draw_timesteps(model.schedule, keys), keyed_random.normal(keys, "eps", (3, 8, 8))
     target = model.schedule.target(model.config.prediction, x0, t, eps)
@@ -226,18 +182,11 @@ def test_the_loss_of_a_silent_network_is_the_targets_energy(prediction: str):
 
 
 def sample_decoder(keys: torch.Tensor, options: ImageSampling) -> torch.Tensor:
-    model, every = awake(decoder()), condition(4)
-    assert every.text_states is not None and every.token_mask is not None
-    chosen = Condition(
-        image_embed=every.image_embed[keys], text_states=every.text_states[keys],
-        token_mask=every.token_mask[keys],
-    )  # fmt: skip
-    return model.sample(keys, chosen, options)
+    return decoder().sample(keys, condition(4, keys), options)
 
 
 def sample_upsampler(keys: torch.Tensor, options: ImageSampling) -> torch.Tensor:
-    model = upsampler()
-    return model.sample(keys, images(4, 4)[keys], options)
+    return upsampler().sample(keys, images(4, 4)[keys], options)
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
