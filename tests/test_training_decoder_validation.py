@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from _runs import HERE, base_run, embeds_of, images_of, up_run
 from PIL import Image
 
 from cluster.base.cli import with_options
-from models.configs import DecoderConfig, UNetConfig, UpsamplerConfig
 from models.unclip import load_model
 from training.config import DecoderRunConfig, TrainConfig
 from training.data.dataloader import as_batch
@@ -20,12 +20,9 @@ from training.runs.worker import launch
 from training.tasks import decoder as jobs
 from training.tasks.decoder import Validation
 
-UNET = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=(),
-                  patch_size=8)  # fmt: skip
 TRAIN = TrainConfig.of(
-    num_steps=2, checkpoint_every=1, global_batch_size=8, num_workers=0, num_threads=1,
-    report_every=1, precision="fp32",
-)  # fmt: skip
+    **HERE, num_steps=2, checkpoint_every=1, global_batch_size=8, precision="fp32"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +35,14 @@ def held_out(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> 
     return write_data(tmp_path_factory.mktemp("held_out"), num_shards=1, samples_per_shard=12)
 
 
+
 def base(data: Path, held_out: Path, run: Path) -> DecoderRunConfig:
-    return DecoderRunConfig(
-        images=(str(data / "images"),), embeds=(str(data / "embeds"),), run=str(run), image_size=16,
-        validation=(str(held_out / "images"),), validation_embeds=(str(held_out / "embeds"),),
-        base=DecoderConfig(unet=UNET, context_width=8), train=TRAIN,
-    )  # fmt: skip
+    held = {"validation": images_of(held_out), "validation_embeds": embeds_of(held_out)}
+    return base_run(data, run, TRAIN, **held)
 
 
 def upsampler(data: Path, held_out: Path, run: Path) -> DecoderRunConfig:
-    return DecoderRunConfig(
-        images=(str(data / "images"),), run=str(run), stage="up256", image_size=32, low_res_size=16,
-        crop_size=16, validation=(str(held_out / "images"),), up=UpsamplerConfig(unet=UNET),
-        train=TRAIN,
-    )  # fmt: skip
+    return up_run(data, run, TRAIN, validation=images_of(held_out))
 
 
 @pytest.mark.parametrize(("make", "num_rows", "size"), [(base, 2, 16), (upsampler, 3, 32)])

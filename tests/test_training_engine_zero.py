@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,10 +17,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from _runs import (
+    SIX_STEPS,
+    TOLERANCE,
+    WHOLE,
+    assert_same,
+    killed_half_way,
+    prior_run,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cluster.base.cli import with_options
+from cluster.base.jsonl import read_lines
+from cluster.base.run_dir import step_folder
 from models.configs import DiffusionPriorConfig
 from training.config import PriorRunConfig, TrainConfig
 from training.engine import engines as zero
@@ -32,16 +41,15 @@ from training.tasks.prior import build_prior
 
 pytestmark = pytest.mark.slow
 
-HALF, WHOLE = 3, 6
-PLAIN = TrainConfig.of(
-    num_steps=WHOLE, checkpoint_every=HALF, global_batch_size=16, micro_batch_size=4,
-    num_workers=0, num_threads=1, precision="fp32", report_every=1, ema_decay=0.9,
-    learning_rate=3e-3, grad_clip=0.5, weight_decay=0.1,
-)  # fmt: skip
-TOLERANCE = 5e-5  # of weights that moved by about 1e-2; a step of Adam is 3e-3
 
-# name of a run: changes to PLAIN, and the size up to which stage 3 keeps parameters whole
+
+
+
+# name of a run: changes to SIX_STEPS, and the size up to which stage 3 keeps parameters whole
 TWO: dict[str, tuple[dict, int]] = {
+    "stage_0": ({"zero_stage": 0}, 0),
+    "stage_1": ({"zero_stage": 1}, 0),
+    "stage_2": ({"zero_stage": 2}, 0),
     "stage_3": ({"zero_stage": 3}, 0),
     "stage_3_small_whole": ({"zero_stage": 3}, 400),
     "stage_3_offloaded": ({"zero_stage": 3, "offload": "cpu"}, 0),
@@ -54,10 +62,8 @@ ENGINES = [(*stage, ranks, precision) for precision in ("fp32", "bf16") for rank
 
 
 def config_of(root: Path, name: str, changes: dict) -> PriorRunConfig:
-    train = with_options(PLAIN, **changes)
     model = DiffusionPriorConfig(width=16, depth=1, num_heads=2, checkpointing=True)
-    embeds = (str(root / "embeds"),)
-    return PriorRunConfig(embeds=embeds, run=str(root / name), diffusion=model, train=train)
+    return prior_run(root, root / name, with_options(SIX_STEPS, **changes), diffusion=model)
 
 
 def build(config: PriorRunConfig) -> Task:
@@ -133,7 +139,7 @@ def stepped(engine: zero.Engine) -> tuple[dict[str, Tensor], list[bool]]:
 
 def engine_config(stage: int, offload: Any, num_workers: int, precision: Any) -> TrainConfig:
     return with_options(
-        PLAIN, global_batch_size=2 * max(1, num_workers), micro_batch_size=1, zero_stage=stage,
+        SIX_STEPS, global_batch_size=2 * max(1, num_workers), micro_batch_size=1, zero_stage=stage,
         offload=offload, num_workers=num_workers, precision=precision,
     )  # fmt: skip
 
@@ -225,8 +231,6 @@ def ranks(root: Path, world_size: int, calls: list) -> None:
 
 
 def main() -> None:
-    import torch.distributed as dist
-
     rank, root, meeting, world_size, calls = sys.argv[1:]
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
@@ -242,17 +246,17 @@ def main() -> None:
 
 
 def last(root: Path, name: str) -> Path:
-    return root / name / f"step_{WHOLE:08d}"
+    return step_folder(root / name, WHOLE)
 
 
-def killed_half_way(root: Path, name: str, copy: str) -> str:
-    """A copy of a run as a kill before its second checkpoint would have left it."""
-    shutil.copytree(root / name, root / copy)
-    shutil.rmtree(last(root, copy))
-    (root / copy / "final.json").unlink()
-    config = root / copy / "config.yaml"
-    config.write_text(config.read_text().replace(str(root / name), str(root / copy)))
-    return copy
+def half_of(root: Path, name: str, copy: str) -> str:
+    """Name a copy of a run as a kill before its second checkpoint would have left it."""
+    return killed_half_way(root / name, root / copy).name
+
+
+def lines(root: Path, name: str) -> list[dict]:
+    return read_lines(root / name / "metrics.jsonl")
+
 
 
 @pytest.fixture(scope="module")
@@ -267,32 +271,32 @@ def root(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path
     ranks(root, 2, [*two, *gathers, ["step", "", {}, 0]])
 
     stages = {"one_of_stage_0": 0, "one_of_stage_1": 1, "one_of_stage_3": 3}
-    one = [["train", killed_half_way(root, "stage_3", name),
+    one = [["train", half_of(root, "stage_3", name),
             {"num_workers": 1, "zero_stage": stage}, 0]
            for name, stage in stages.items()]  # fmt: skip
     alone = [["train", f"alone_{stage}", {"num_workers": 1, "zero_stage": stage}, 0]
              for stage in (1, 3)]  # fmt: skip
     ranks(root, 1, [*one, *alone, ["step", "", {}, 0]])
 
-    again = [["train", killed_half_way(root, name, f"{name}_again"), changes, whole]
+    again = [["train", half_of(root, name, f"{name}_again"), changes, whole]
              for _, name, changes, whole in two]  # fmt: skip
-    back = [["train", killed_half_way(root, name, f"two_of_{name}"),
+    back = [["train", half_of(root, name, f"two_of_{name}"),
              {"num_workers": 2, "zero_stage": 3}, 400]
             for name in ("plain", "alone_1", "stage_2_offloaded")]  # fmt: skip
-    ranks(root, 2, [*again, *back])
+    down = [["train", half_of(root, "plain", f"stage_{stage}_of_plain"),
+             {"num_workers": 2, "zero_stage": stage}, 0] for stage in (0, 1)]  # fmt: skip
+    ranks(root, 2, [*again, *back, *down])
 
     # of four workers one is lost: 16 samples are 6, 5 and 5, in micro-batches of 3
-    ranks(root, 3, [["train", killed_half_way(root, "plain", "three_of_plain"),
+    ranks(root, 3, [["train", half_of(root, "plain", "three_of_plain"),
                      {"num_workers": 4, "min_workers": 2, "zero_stage": 1}, 0]])  # fmt: skip
     return root
 
 
-def lines(root: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
-
 
 ONE = ["one_of_stage_0", "one_of_stage_1", "one_of_stage_3", "alone_1", "alone_3"]
-BACK = ["two_of_plain", "two_of_alone_1", "two_of_stage_2_offloaded", "three_of_plain"]
+BACK = ["two_of_plain", "two_of_alone_1", "two_of_stage_2_offloaded", "three_of_plain",
+        "stage_0_of_plain", "stage_1_of_plain"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*TWO, *ONE, *BACK])
@@ -317,8 +321,7 @@ def test_a_killed_run_continues_bit_for_bit(name: str, root: Path):
     for rank in (0, 1):
         file = f"fragments/rank_{rank:04d}.safetensors"
         found, expected = (load_file(str(last(root, n) / file)) for n in (f"{name}_again", name))
-        assert found.keys() == expected.keys()
-        assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+        assert_same(found, expected)
     losses = [[line["loss"] for line in lines(root, n) if "loss" in line]
               for n in (f"{name}_again", name)]  # fmt: skip
     assert losses[0] == losses[1]
