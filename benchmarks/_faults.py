@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from _recovery import Recovery, recovery_after, trained_samples
 
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import HEARTBEATS_FOLDER, METRICS_NAME, step_of
 from training.checkpoints.records import valid_records
-from training.runs.events import Recovery, read_timeline, recovery_after, trained_samples
+from training.runs.events import read_timeline
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT_EVERY = 10

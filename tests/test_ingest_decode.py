@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ingest.fetching import decode
 from ingest.fetching.decode import DecodeError, Resizer, header_problem
 
 WHITE, RED, BLUE = (255, 255, 255), (220, 30, 30), (30, 30, 220)
@@ -225,7 +226,7 @@ def test_damaged_images_are_stored_or_refused_and_nothing_else():
         try:
             KEEP(bytes(data))
         except DecodeError as error:
-            assert error.reason == "undecodable"
+            assert error.reason == "undecodable" and error.__cause__ is None
             outcomes[False] += 1
         else:
             outcomes[True] += 1
@@ -236,3 +237,16 @@ def test_damaged_images_are_stored_or_refused_and_nothing_else():
 def test_what_is_no_image_is_refused(data: bytes):
     with pytest.raises(DecodeError, match="undecodable"):
         KEEP(data)
+
+
+def test_an_error_that_nobody_foresaw_is_reported_and_a_lack_of_memory_is_no_fault_of_an_image(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    picture = encoded(flag()).getvalue()
+    raised: list[Exception] = [RuntimeError("a new bug"), MemoryError()]
+    monkeypatch.setattr(decode, "decode_to", lambda *_: (_ for _ in ()).throw(raised.pop(0)))
+    with pytest.raises(DecodeError, match="undecodable"):
+        KEEP(picture)
+    assert "not decoded: RuntimeError('a new bug')" in capsys.readouterr().err
+    with pytest.raises(MemoryError):
+        KEEP(picture)

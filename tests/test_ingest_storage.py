@@ -15,6 +15,7 @@ import pytest
 
 from ingest.download import DownloadConfig, main
 from ingest.embedding.statistics import EmbedStatistics
+from ingest.store import storage
 from ingest.store.commits import Attempt, committed, damage, recover
 from ingest.store.snapshots import load_snapshot
 from ingest.store.storage import absolute_root, storage_of
@@ -128,6 +129,21 @@ def test_half_written_files_of_the_dead_are_swept_and_those_of_the_living_stay(t
         path.write_text("part")
     recover(tmp_path)
     assert set((tmp_path / "_commits").iterdir()) == {mine, theirs}
+
+
+def test_a_process_whose_birth_cannot_be_read_counts_as_alive(tmp_path, monkeypatch):
+    """As on a host without /proc, or one that hides other users' processes."""
+    birth = storage.process_birth(os.getpid())
+    assert not storage.has_ended(os.getpid(), birth) and storage.has_ended(os.getpid(), "1")
+    half = tmp_path / f".a.json.{os.getpid()}@{socket.gethostname()}.{'0' * 32}"
+    half.write_text("half")
+    monkeypatch.setattr(storage, "_process_fields", lambda _: [])
+    storage_of(tmp_path).sweep()
+    assert half.exists() and not storage.has_ended(os.getpid(), birth)
+    monkeypatch.setattr(os, "kill", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    assert not storage.has_ended(1, "1")
+    monkeypatch.setattr(os, "kill", lambda *_: (_ for _ in ()).throw(ProcessLookupError()))
+    assert storage.has_ended(1, "1")
 
 
 @pytest.mark.parametrize("moved", [0, 1])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from _line import CONFIG, NUM_SAMPLES, run, squared_error
+from _recovery import recovery_after, trained_samples
 from torch import Tensor, nn
 
 from cluster.base.cli import with_options
@@ -23,9 +24,7 @@ from training.runs.events import (
     num_attempts,
     read_timeline,
     record_event,
-    recovery_after,
     report_incident,
-    trained_samples,
 )
 from training.runs.follower import Follower
 from training.runs.ray_train import RAY_TIMES, interruptible, loss_callback, root_cause

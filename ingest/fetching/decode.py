@@ -6,6 +6,8 @@ size, which the format allows at a fraction of the cost.
 """
 
 import io
+import struct
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 PLAIN_MODES = ("1", "L", "P", "RGB")
 ResizeMode = Literal["keep_ratio", "center_crop", "keep_ratio_largest", "border", "no"]
+# What Pillow raises for bytes that are no image, or a damaged one
+BAD_BYTES = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
 # Cheap reductions (a JPEG decoded at a fraction of its size, means of blocks of pixels) stop at so
 # many times the size asked for; the rest is a bicubic filter's. Against a full decode and that
 # filter alone the result differs by no more than what storing it as a JPEG changes.
@@ -121,10 +125,15 @@ class Resizer:
             resized = self._fitted(_upright(reduced, orientation))
             file = io.BytesIO()
             resized.save(file, "JPEG", quality=self.quality)
-        except DecodeError:
+        except (DecodeError, MemoryError):  # a lack of memory is no fault of the image
             raise
-        except Exception:
+        except BAD_BYTES:
             raise DecodeError("undecodable") from None
+        except Exception as error:
+            # The web is hostile and Pillow's parsers are many: an error that nobody has seen yet
+            # must not end the shard, which would meet it again in every try. It is reported.
+            print(f"warning: an image was not decoded: {error!r}", file=sys.stderr, flush=True)
+            raise DecodeError("undecodable") from error
         return ResizedImage(
             jpeg=file.getvalue(),
             width=resized.width,

@@ -26,7 +26,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cluster.base.files import canonical_json, digest_file, digest_of, digest_stream
-from ingest.store.storage import Root, Storage, join_root, process_birth, storage_of
+from ingest.store.storage import (
+    Root,
+    Storage,
+    has_ended,
+    join_root,
+    process_birth,
+    storage_of,
+)
 
 UNDIGESTED_SUFFIX = "_stats.json"  # timings differ from run to run: published, never digested
 HELD = "_held.json"  # the process that rewrites shards
@@ -222,19 +229,13 @@ def recover(root: Root) -> None:
         if commit is not None and commit.attempt == attempt:
             _publish(storage, commit)
             _discard(storage, attempt)
-        elif owner["host"] == socket.gethostname() and not _is_alive(owner):
+        elif owner["host"] == socket.gethostname() and has_ended(owner["pid"], owner["birth"]):
             _discard(storage, attempt)
 
 
 def _this_process() -> dict[str, Any]:
     pid = os.getpid()
     return {"host": socket.gethostname(), "pid": pid, "birth": process_birth(pid)}
-
-
-def _is_alive(owner: dict[str, Any]) -> bool:
-    """Return whether a process of this host is running; its birth tells it from a reused pid."""
-    birth = process_birth(owner["pid"])
-    return birth is not None and birth == owner["birth"]
 
 
 class Attempt:
@@ -354,7 +355,7 @@ def exclusive(root: Root, purpose: str) -> Iterator[None]:
     storage, owner = storage_of(root), {**_this_process(), "purpose": purpose}
     if not storage.create(HELD, canonical_json(owner)):
         holder = json.loads(storage.read(HELD))
-        if holder["host"] != owner["host"] or _is_alive(holder):
+        if holder["host"] != owner["host"] or not has_ended(holder["pid"], holder["birth"]):
             raise ValueError(
                 f"{root}: held for {holder['purpose']} by process {holder['pid']} of "
                 f"{holder['host']}; wait for it, or delete {join_root(root, HELD)} if it is gone"

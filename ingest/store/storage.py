@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 LOCAL_PREFIX = "file://"
 TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)@(?P<host>.*)\.[0-9a-f]{32}")
@@ -23,63 +23,10 @@ CONFLICT_SECONDS = (0.1, 0.3, 1.0, 3.0)  # pauses while another process creates 
 Root = str | os.PathLike[str]
 
 
-class Storage(Protocol):
-    """The operations on a data folder. A missing name raises FileNotFoundError unless noted."""
-
-    def read(self, name: str) -> bytes:
-        """Return a file's bytes."""
-        ...
-
-    def open(self, name: str) -> IO[bytes]:
-        """Open a file for reading; seekable."""
-        ...
-
-    def size(self, name: str) -> int | None:
-        """Return a file's size in bytes, None if it is absent."""
-        ...
-
-    def names(self, folder: str = "") -> list[str]:
-        """Return the names directly in a folder, sorted; empty if it is absent."""
-        ...
-
-    def replace(self, name: str, data: bytes) -> None:
-        """Write a file atomically: a reader sees the old bytes or the new ones."""
-        ...
-
-    def create(self, name: str, data: bytes) -> bool:
-        """Create a file atomically, only if absent; return False if it exists."""
-        ...
-
-    def move(self, name: str, target: str) -> None:
-        """Move a file; an existing target is replaced."""
-        ...
-
-    def delete(self, name: str) -> None:
-        """Delete a file, or a folder with its content; an absent name is no error."""
-        ...
-
-    def settle(self) -> None:
-        """Make the moves so far durable; an object store has done so when it answers."""
-
-    def sweep(self) -> None:
-        """Delete half-written files of processes of this host that have ended, if there are any."""
-
-    def workplace(self, folder: str) -> Path:
-        """Return a new local folder, whose files `upload` puts into `folder`."""
-        ...
-
-    def upload(self, workplace: Path, folder: str) -> None:
-        """Make the files of a workplace durable in `folder`."""
-        ...
-
-    def leave(self, workplace: Path) -> None:
-        """Delete a workplace that is outside the storage."""
-
-
-def storage_of(root: Root) -> Storage:
+def storage_of(root: Root) -> "Storage":
     """Return the storage behind a path or URL."""
     text = os.fspath(root)
-    return _ObjectStorage(text) if is_remote(text) else _LocalStorage(local_path(text))
+    return _ObjectStorage(text) if is_remote(text) else Storage(text)
 
 
 def is_remote(root: Root) -> bool:
@@ -103,13 +50,34 @@ def join_root(root: Root, name: str) -> str:
     return f"{os.fspath(root).rstrip('/')}/{name}"
 
 
-def process_birth(pid: int) -> str | None:
-    """Return when process `pid` of this host started, in kernel ticks; None if it has ended."""
+def _process_fields(pid: int) -> list[str]:
+    """Return /proc's fields of a process, from its state on; none where they cannot be read."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] == "Z" else fields[19]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended, or this host has no /proc, or hides the processes of others
+        return []
+
+
+def process_birth(pid: int) -> str | None:
+    """Return when process `pid` of this host started, in kernel ticks; None: not known."""
+    fields = _process_fields(pid)
+    return fields[19] if fields else None
+
+
+def has_ended(pid: int, birth: str | None = None) -> bool:
+    """Return whether a process of this host is known to have ended.
+
+    birth: the process's, by which a later process of the same number is recognised; None: not
+    known. Where the fields of a process cannot be read, a number in use counts as alive.
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        pass
+    fields = _process_fields(pid)
+    return bool(fields) and (fields[0] == "Z" or birth not in (None, fields[19]))
 
 
 def fsync_path(path: Path) -> None:
@@ -121,39 +89,48 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-class _LocalStorage(Storage):
-    """A folder of a local or shared POSIX file system; see `Storage`."""
+class Storage:
+    """The operations on a data folder, here one of a local or shared POSIX file system.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    A missing name raises FileNotFoundError unless noted.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = local_path(root)
 
     def read(self, name: str) -> bytes:
+        """Return a file's bytes."""
         return (self.root / name).read_bytes()
 
     def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading; seekable."""
         return open(self.root / name, "rb")
 
     def size(self, name: str) -> int | None:
+        """Return a file's size in bytes, None if it is absent."""
         try:
             return (self.root / name).stat().st_size
         except FileNotFoundError:
             return None
 
     def names(self, folder: str = "") -> list[str]:
+        """Return the names directly in a folder, sorted; empty if it is absent."""
         try:
             return sorted(os.listdir(self.root / folder))
         except FileNotFoundError:
             return []
 
     def replace(self, name: str, data: bytes) -> None:
+        """Write a file atomically: a reader sees the old bytes or the new ones."""
         path = self.root / name
-        os.replace(self._temporary(path, data), path)
+        os.replace(_write_temporary(path, data), path)
         fsync_path(path.parent)
 
     def create(self, name: str, data: bytes) -> bool:
+        """Create a file atomically, only if absent; return False if it exists."""
         # A hard link is as exclusive as O_EXCL, and the file has its content when the name appears.
         path = self.root / name
-        temporary = self._temporary(path, data)
+        temporary = _write_temporary(path, data)
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -163,20 +140,13 @@ class _LocalStorage(Storage):
         fsync_path(path.parent)
         return True
 
-    def _temporary(self, path: Path, data: bytes) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(temporary_name(path.name))
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return temporary
-
     def move(self, name: str, target: str) -> None:
+        """Move a file; an existing target is replaced."""
         (self.root / target).parent.mkdir(parents=True, exist_ok=True)
         os.replace(self.root / name, self.root / target)
 
     def delete(self, name: str) -> None:
+        """Delete a file, or a folder with its content; an absent name is no error."""
         path = self.root / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -184,24 +154,40 @@ class _LocalStorage(Storage):
             path.unlink(missing_ok=True)
 
     def settle(self) -> None:
+        """Make the moves so far durable; an object store has done so when it answers."""
         fsync_path(self.root)
 
     def sweep(self) -> None:
+        """Delete half-written files of processes of this host that have ended, if there are any."""
         for path in [*self.root.glob(".*"), *self.root.glob("_*/.*")]:
             owner = TEMPORARY.fullmatch(path.name)
-            if owner is None or owner["host"] != socket.gethostname():
-                continue
-            if process_birth(int(owner["pid"])) is None:
+            if owner and owner["host"] == socket.gethostname() and has_ended(int(owner["pid"])):
                 path.unlink(missing_ok=True)
 
     def workplace(self, folder: str) -> Path:
+        """Return a new local folder, whose files `upload` puts into `folder`."""
         path = self.root / folder
         path.mkdir(parents=True)
         return path
 
     def upload(self, workplace: Path, folder: str) -> None:
+        """Make the files of a workplace durable in `folder`."""
         for path in [*workplace.iterdir(), workplace]:
             fsync_path(path)
+
+    def leave(self, workplace: Path) -> None:
+        """Delete a workplace that is outside the storage."""
+
+
+def _write_temporary(path: Path, data: bytes) -> Path:
+    """Write a durable file beside `path`; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(temporary_name(path.name))
+    with open(temporary, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
 
 
 def temporary_name(name: str) -> str:
@@ -300,6 +286,12 @@ class _ObjectStorage(Storage):
             name = f"{folder}/{path.name}"
             with self._connection(name):
                 self._files.put_file(str(path), self._path(name))
+
+    def settle(self) -> None:
+        pass
+
+    def sweep(self) -> None:
+        pass
 
     def leave(self, workplace: Path) -> None:
         shutil.rmtree(workplace, ignore_errors=True)

@@ -7,8 +7,8 @@ for its progress bar, its Prometheus metrics and TensorBoard, which outlives eve
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
+from cluster.base.files import Json
 from cluster.base.jsonl import NewLines
 from cluster.base.metrics import SCORES, counter, gauge, histogram, storage_space
 from cluster.base.run_dir import INCIDENTS_NAME, METRICS_NAME, TIMELINE_NAME, VALIDATION_NAME
@@ -29,16 +29,16 @@ class Follower:
         """model: a label of the metrics; tensorboard: write its events, too."""
         self._run, self._model = run, model
         self._metrics = NewLines(run / METRICS_NAME)
-        self._validation = NewLines(run / VALIDATION_NAME)
-        self._incidents = NewLines(run / INCIDENTS_NAME)
-        self._timeline = NewLines(run / TIMELINE_NAME)
+        self._others = {  # each with what makes a message of a line, "" for none
+            NewLines(run / VALIDATION_NAME): self._validated,
+            NewLines(run / INCIDENTS_NAME): self._happened,
+            NewLines(run / TIMELINE_NAME): self._continued,
+        }
         # What an earlier driver has printed is not new
-        reports, *_ = [
-            each.read()
-            for each in (self._metrics, self._validation, self._incidents, self._timeline)
-        ]
+        reports, *_ = [lines.read() for lines in (self._metrics, *self._others)]
         self._nonfinite = reports[-1]["nonfinite_steps"] if reports else 0
-        self._tensorboard = TensorBoard(run) if tensorboard else None
+        self._write_events = tensorboard
+        self._tensorboard: TensorBoard | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
 
@@ -54,8 +54,6 @@ class Follower:
         self._stop.set()
         self._thread.join()
         self._set("train_running", 0)
-        if self._tensorboard is not None:
-            self._tensorboard.close()
 
     def _set(self, name: str, value: float) -> None:
         gauge(f"minidalle2_{name}").set(value, model=self._model)
@@ -77,12 +75,12 @@ class Follower:
                     for line in self._metrics.read():
                         self._publish(line)
                         pending = line
-                    messages += map(self._validated, self._validation.read())
-                    messages += map(self._happened, self._incidents.read())
-                    messages += filter(None, map(self._continued, self._timeline.read()))
+                    for lines, message_of in self._others.items():
+                        messages += filter(None, map(message_of, lines.read()))
                     storage_space(self._run, holds="runs")
                 except OSError as error:  # the storage may answer the next time
                     messages.append(f"could not be followed for a moment: {error}")
+                messages += self._events()
                 for message in messages:
                     console.print(f"{self._model}: {message}", soft_wrap=True, markup=False)
                 if pending is None:
@@ -97,7 +95,18 @@ class Follower:
                     print(f"{self._model}: {describe(pending)}", flush=True)
                     printed, pending = time.monotonic(), None
 
-    def _publish(self, line: dict[str, Any]) -> None:
+    def _events(self) -> list[str]:
+        """Write TensorBoard's events, where they are wanted; return what to print."""
+        try:
+            if self._write_events:
+                self._tensorboard = self._tensorboard or TensorBoard(self._run)
+                self._tensorboard.write()
+        except OSError as error:
+            self._write_events = False
+            return [f"the events for TensorBoard are incomplete: {error}"]
+        return []
+
+    def _publish(self, line: Json) -> None:
         """Publish a line of metrics.jsonl."""
         for name in GAUGES:
             if line.get(name) is not None:
@@ -114,7 +123,7 @@ class Follower:
             seconds = histogram("minidalle2_checkpoint_seconds")
             seconds.observe(line["checkpoint_seconds"], model=self._model)
 
-    def _validated(self, line: dict[str, Any]) -> str:
+    def _validated(self, line: Json) -> str:
         """Publish a line of validation.jsonl; return what to print."""
         scores = {name: value for name, value in line.items() if name != "step"}
         for name, value in scores.items():
@@ -124,13 +133,13 @@ class Follower:
         text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         return f"validation at step {line['step']}: {text}"
 
-    def _happened(self, line: dict[str, Any]) -> str:
+    def _happened(self, line: Json) -> str:
         """Count an incident; return what to print."""
         counter("minidalle2_train_incidents_total").inc(1, model=self._model, kind=line["kind"])
         return f"{line['kind']} at step {line['step']}: {line.get('message', '')}"
 
-    def _continued(self, line: dict[str, Any]) -> str:
-        """Publish an event of the timeline; return what to print, "" for nothing."""
+    def _continued(self, line: Json) -> str:
+        """Publish an event of the timeline; return what to print."""
         if line["event"] == "validator failed":
             return f"validator: {line.get('message', '')}"
         if line["event"] == "restored":
@@ -141,7 +150,7 @@ class Follower:
         return ""
 
 
-def describe(line: dict[str, Any]) -> str:
+def describe(line: Json) -> str:
     """Return a line of metrics.jsonl as text; one whose steps were all skipped has no loss."""
     loss = f"loss {line['loss']:.4f}" if "loss" in line else "no finite loss"
     mfu = f", MFU {line['mfu']:.1%}" if "mfu" in line else ""
