@@ -20,7 +20,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 PLAIN_MODES = ("1", "L", "P", "RGB")
 ResizeMode = Literal["keep_ratio", "center_crop", "keep_ratio_largest", "border", "no"]
 # What Pillow raises for bytes that are no image, or a damaged one
-BAD_BYTES = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
+BAD_BYTES = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error)
 # Cheap reductions (a JPEG decoded at a fraction of its size, means of blocks of pixels) stop at so
 # many times the size asked for; the rest is a bicubic filter's. Against a full decode and that
 # filter alone the result differs by no more than what storing it as a JPEG changes.
