@@ -9,12 +9,14 @@ in cluster/base/metrics.py and the panels in cluster/monitoring/panels.yaml.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.base.cli import DONE, INCOMPLETE, parse, run_script
 from cluster.base.files import update_files
 
 if TYPE_CHECKING:
+    from grafana_foundation_sdk.builders import timeseries
+
     from cluster.monitoring.panels import Dashboard, Panel
 
 HERE = Path(__file__).resolve().parent
@@ -65,10 +67,13 @@ def address(dashboard: "Dashboard") -> str:
 
 
 def grafana_json(dashboard: "Dashboard") -> str:
-    """Return a dashboard as Grafana's JSON."""
+    """Return a dashboard as Grafana's JSON, with links to the others and to those that Ray
+    brings."""
     from grafana_foundation_sdk.builders import dashboard as builders
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
-    from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, GridPos
+    from grafana_foundation_sdk.models import dashboard as models
+
+    from cluster.monitoring.panels import DASHBOARDS
 
     board = (
         builders.Dashboard(dashboard.title)
@@ -77,66 +82,39 @@ def grafana_json(dashboard: "Dashboard") -> str:
         .time("now-3h", "now")
         .refresh("30s")
         .timezone("browser")
-        .tooltip(DashboardCursorSync.CROSSHAIR)
+        .tooltip(models.DashboardCursorSync.CROSSHAIR)
         .with_variable(
             builders.DatasourceVariable("source").label("Prometheus").type("prometheus")
         )
     )
-    for link in _links(dashboard):
-        board = board.link(link)
-    top = 0
+    others = {each.title: address(each) for each in DASHBOARDS if each is not dashboard}
+    for title, uid in {**others, **RAYS_OWN}.items():
+        link = builders.DashboardLink(title).type(models.DashboardLinkType.LINK).url(f"/d/{uid}")
+        board = board.link(link.keep_time(True).target_blank(uid in RAYS_OWN.values()))
+    top, width = 0, WIDTH // COLUMNS
     for title, panels in dashboard.rows.items():
-        board = board.with_row(builders.Row(title).grid_pos(GridPos(x=0, y=top, w=WIDTH, h=1)))
+        place = models.GridPos(x=0, y=top, w=WIDTH, h=1)
+        board = board.with_row(builders.Row(title).grid_pos(place))
         for number, panel in enumerate(panels):
             line, column = divmod(number, COLUMNS)
-            width = WIDTH // COLUMNS
-            place = GridPos(x=column * width, y=top + 1 + line * HEIGHT, w=width, h=HEIGHT)
+            place = models.GridPos(x=column * width, y=top + 1 + line * HEIGHT, w=width, h=HEIGHT)
             board = board.with_panel(_chart(panel).grid_pos(place))
         top += 1 + -(-len(panels) // COLUMNS) * HEIGHT
     return json.dumps(json.loads(JSONEncoder().encode(board.build())), indent=1) + "\n"
 
 
-def _links(dashboard: "Dashboard") -> list[Any]:
-    """Link to the other dashboards, and to those that Ray brings."""
-    from grafana_foundation_sdk.builders.dashboard import DashboardLink
-    from grafana_foundation_sdk.models.dashboard import DashboardLinkType
-
-    from cluster.monitoring.panels import DASHBOARDS
-
-    others = {each.title: address(each) for each in DASHBOARDS if each is not dashboard}
-    return [
-        DashboardLink(title)
-        .type(DashboardLinkType.LINK)
-        .url(f"/d/{uid}")
-        .keep_time(True)
-        .target_blank(uid in RAYS_OWN.values())
-        for title, uid in {**others, **RAYS_OWN}.items()
-    ]
-
-
-def _chart(panel: "Panel") -> Any:
+def _chart(panel: "Panel") -> "timeseries.Panel":
     """Return the builder of a panel: lines over time, with a table of their last values."""
     from grafana_foundation_sdk.builders import common, prometheus, timeseries
-    from grafana_foundation_sdk.models.common import (
-        LegendDisplayMode,
-        LegendPlacement,
-        TooltipDisplayMode,
-        VisibilityMode,
-    )
+    from grafana_foundation_sdk.models import common as models
     from grafana_foundation_sdk.models.dashboard import DataSourceRef
 
     source = DataSourceRef(type_val="prometheus", uid=DATA_SOURCE)
-    query = (
-        prometheus.Dataquery()
-        .ref_id("A")
-        .expr(panel.query)
-        .legend_format(panel.legend)
-        .datasource(source)
-    )
+    query = prometheus.Dataquery().ref_id("A").expr(panel.query).legend_format(panel.legend)
     legend = (
         common.VizLegendOptions()
-        .display_mode(LegendDisplayMode.LIST)
-        .placement(LegendPlacement.BOTTOM)
+        .display_mode(models.LegendDisplayMode.LIST)
+        .placement(models.LegendPlacement.BOTTOM)
         .show_legend(True)
         .calcs(["lastNotNull"])
     )
@@ -145,12 +123,12 @@ def _chart(panel: "Panel") -> Any:
         .title(panel.title)
         .description(panel.help)
         .datasource(source)
-        .with_target(query)
+        .with_target(query.datasource(source))
         .unit("bool_yes_no" if panel.unit == "bool" else panel.unit)
         .fill_opacity(8)
         .line_width(2)
-        .show_points(VisibilityMode.NEVER)
-        .tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
+        .show_points(models.VisibilityMode.NEVER)
+        .tooltip(common.VizTooltipOptions().mode(models.TooltipDisplayMode.MULTI))
         .legend(legend)
     )
     return chart.min(0).max(1) if panel.unit == "bool" else chart

@@ -139,7 +139,7 @@ def command(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise ValueError(f"found {argv[0]!r}, expected options or one of {known}")
-    config = parse(COMMANDS[argv[0]][0], argv=argv[1:])
+    config = parse(COMMANDS[argv[0]], argv=argv[1:])
     require_local("--out", config.out)
     return run_edit(argv[0], config)
 

@@ -54,7 +54,7 @@ def config_of(words: list[str]) -> Any:
     if script.startswith("cluster/"):
         return run_dry(script, argv)
     if script == "eval/sample.py" and argv and argv[0] in COMMANDS:
-        return parse(COMMANDS[argv[0]][0], argv=argv[1:])
+        return parse(COMMANDS[argv[0]], argv=argv[1:])
     classes: dict[str, tuple[type, Path | None]] = {
         "ingest/download.py": (download.DownloadConfig, None),
         "ingest/embed.py": (embed.EmbedConfig, None),

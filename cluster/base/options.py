@@ -219,7 +219,7 @@ def read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path}: found no such file, expected a YAML configuration")
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: found {error}, expected YAML") from error
     if not isinstance(content, dict):

@@ -7,92 +7,30 @@ features, the scoring CLIP and the number of images decide a distance as much as
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeGuard
 
 from cluster.base.files import Json
+from cluster.base.options import read_yaml
 from eval.html_report.formats import CAPTIONS_KEY, Scores, flatten, number
 
-GROUPS = {  # by the first names of a score's path, in this order
-    "images": "Images",
-    "features.inception": "Inception",
-    "features.inception_clean": "Inception, antialiased resize",
-    "features.dinov2": "DINOv2",
-    "features.clip": "CLIP features",
-    "protocol": "Protocol",
-    "memorisation": "Nearest training images",
-    "shapes": "Drawings",
-    "prior": "Prior",
-    "clip": "Encoder",
-}
 ELSEWHERE = ("ablation", "seconds", "sampling", "provenance")  # not scores, or in another table
-HIGHER, LOWER = 1, -1
-# By the last name of a score's path: title, which way is better (0: neither), method. The longest
-# key that the last name begins with counts.
-KNOWN: dict[str, tuple[str, int, str]] = {
-    "fd": ("Fréchet distance", LOWER, "Heusel et al. 2017, eq. 6; float64"),
-    "fd_infinity": ("Fréchet distance, n → ∞", LOWER, "line in 1/n, Chong and Forsyth 2020"),
-    "fd_clip": ("CLIP Fréchet distance", LOWER, "between CLIP image embeddings"),
-    "kid": ("KID", LOWER, "unbiased cubic MMD², Bińkowski et al. 2018"),
-    "cmmd": ("CMMD", LOWER, "1000 MMD², Gaussian kernel, Jayasumana et al. 2024"),
-    "precision": ("Precision", HIGHER, "generated images among real, Kynkäänniemi et al. 2019"),
-    "recall": ("Recall", HIGHER, "real images among generated ones, Kynkäänniemi et al. 2019"),
-    "density": ("Density", HIGHER, "real balls around generated images, Naeem et al. 2020"),
-    "coverage": ("Coverage", HIGHER, "real images with a generated one near, Naeem et al. 2020"),
-    "clip_score": ("CLIP score", HIGHER, "mean cosine of an image's embedding and its caption's"),
-    "retrieval_at_1": ("Retrieval@1", HIGHER, "an embedding finds one of its caption first"),
-    "retrieval_at_5": ("Retrieval@5", HIGHER, "an embedding finds one of its caption among five"),
-    "cos": ("Cosine to the image", HIGHER, "mean cosine of predicted and true image embedding"),
-    "cos_text": ("Cosine to the caption", 0, "mean cosine of prediction and text embedding"),
-    "mse": ("Squared error", LOWER, "of the predicted embedding, mean over dimensions"),
-    "all": ("All right", HIGHER, "share of drawings right in everything their caption says"),
-    "attribute": ("Attributes", HIGHER, "mean share of a drawing's right attributes"),
-    "relation": ("Relation", HIGHER, "share of drawings with the right relation"),
-    "mean": ("Mean distance", 0, "to the nearest training image"),
-    "p05": ("5 % quantile of the distance", 0, "to the nearest training image"),
-    "share_closer": ("Share closer than real", LOWER, "generated images nearer to training than "
-                     "95 % of real ones: .05 where nothing is copied"),
-}  # fmt: skip
+TEXTS = read_yaml(Path(__file__).with_name("scores.yaml"))  # titles and methods
+GROUPS: dict[str, str] = TEXTS["groups"]
+KNOWN: dict[str, tuple[str, int, str]] = {key: tuple(text) for key, text in TEXTS["known"].items()}
+PUBLISHED: dict[str, str] = TEXTS["published"]
+HEADLINES: dict[str, str] = TEXTS["headlines"]
+BASELINES: dict[str, str] = TEXTS["baselines"]
+COUNTS: dict[str, str] = TEXTS["counts"]
+SHAPE_SETS: dict[str, str] = TEXTS["shape_sets"]
+ABLATION: dict[str, str] = TEXTS["ablation"]
+SHAPE_SCORES = ("all", "attribute", "relation")
 INCEPTION = ("features.inception.fd", "features.inception_clean.fd")
-NAMED = {  # by path, where the features and counts allow the published name
-    "features.inception.fd": "FID",
-    "features.inception.fd_infinity": "FID∞",
-    "features.inception_clean.fd": "clean-FID",
-    "features.dinov2.fd": "FD-DINOv2",
-    "features.clip.fd": "FD-CLIP",
-}
-HEADLINES = {  # by path; the first two only where they may be quoted
-    "features.inception.fd": "FID",
-    "features.dinov2.fd": "FD-DINOv2",
-    "shapes.held_out.all": "Two held-out shapes, all right",
-    "shapes.single.all": "One shape, all right",
-    "images.clip_score": "CLIP score",
-    "images.fd_clip": "CLIP Fréchet distance",
-    "prior.cos": "Prior cosine",
-    "prior.retrieval_at_1": "Prior retrieval@1",
-    "clip.retrieval_at_1": "CLIP retrieval@1",
-}
-SPREADS = ("_ci95_low", "_ci95_high", "_std", "_error")  # shown in the row of their score,
-BASELINES = {  # as is what the score is compared with
-    "_shuffled": "shuffled captions",
-    "_real_halves": "halves of the real images",
-    "_real": "real images",
-}
+SPREADS = ("_ci95_low", "_ci95_high", "_std", "_error")  # shown in the row of their score
 # Facts that identify a score without deciding it: where the images are, and their digest.
 IDENTITY = ("digest", "source", "source_real", "train", "picture", "judge_relation", "quotable")
 FACTS = ("n", "seed", "resolution", "fd_infinity_points", "fd_resamples")
 FACT_PREFIXES = ("n_", "num_", "k_", "kid_subset")
-COUNTS = {"n": "n =", "n_real": "real images", "n_train": "training images"}
-SHAPE_SETS = {
-    "single": "one shape",
-    "seen": "two shapes, combination seen in training",
-    "held_out": "two shapes, combination held out",
-}
-SHAPE_SCORES = ("all", "attribute", "relation")
-ABLATION = {
-    "true_image_embed": "decoder given the true image embedding",
-    "prior": "full chain: caption, prior, decoder",
-    "text_embed": "text embedding in place of the prior's output",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +121,8 @@ def described(path: str, made: Scores | None = None) -> tuple[str, int, str]:
     matching = [name for name in KNOWN if last == name or last.startswith(f"{name}_")]
     known = max(matching, key=len, default="")
     title, better, method = KNOWN.get(known, (last.replace("_", " "), 0, ""))
-    if path in NAMED and (made or {}).get("quotable", path not in INCEPTION):
-        title = NAMED[path]
+    if path in PUBLISHED and (made or {}).get("quotable", path not in INCEPTION):
+        title = PUBLISHED[path]
     rest = last.removeprefix(known).replace("_", " ").strip() if known else ""
     if rest:  # something about the score, such as a baseline
         better, method = 0, ""
