@@ -9,6 +9,7 @@ each with the same noise. The difference is paired, so its error is smaller than
 import io
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def _right(chain, split: str, config: Config) -> dict[str, np.ndarray]:
     import torch
     from PIL import Image
 
-    from eval.features.extractors import ClipFeatures, extract
+    from eval.features.extractors import clip_features, extract
     from eval.sampling.generate import default_sampling, render_all
     from eval.scores.shapes import score
     from ingest.shapes import make_pairs
@@ -72,7 +73,7 @@ def _right(chain, split: str, config: Config) -> dict[str, np.ndarray]:
     pairs = list(make_pairs(config.num_samples, config.seed, split))
     captions = [pair.caption for pair in pairs]
     pictures = [Image.open(io.BytesIO(pair.image_bytes)).convert("RGB") for pair in pairs]
-    image = torch.from_numpy(extract(ClipFeatures(chain.clip), pictures))
+    image = torch.from_numpy(extract(partial(clip_features, chain.clip), pictures))
     _, text, _, _ = chain.encode_captions(captions)
     scored = {}
     for name, embed in {"prior": None, "text_embed": text, "true_image_embed": image}.items():

@@ -15,6 +15,7 @@ import io
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def main(config: Config) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from eval.features.extractors import ClipFeatures, extract
+    from eval.features.extractors import clip_features, extract
     from eval.sampling.chain import load_chain
 
     torch.set_num_threads(config.num_threads)
@@ -61,7 +62,7 @@ def main(config: Config) -> int:
                 f"{run}: found no {run_name}, expected a finished demo; run make demo first"
             )
     chain = load_chain(f"{run}/clip", "", f"{run}/base", (), device=config.device)
-    features = ClipFeatures(chain.clip)
+    features = partial(clip_features, chain.clip)
     captions, pictures = _scenes(config)
     real = extract(features, pictures)
     drawn, rates = {}, {}

@@ -15,14 +15,13 @@ def main(request: PlanRequest) -> int:
 
     from rich.console import Console
 
-    from cluster.planning import tables
-    from cluster.planning.report import Planner
+    from cluster.planning.report import Planner, print_plan
 
     plan = Planner(request).plan()
     if request.json:
         print(json.dumps(plan, indent=2))
     else:
-        tables.print_plan(plan, Console(width=None if Console().is_terminal else 200))
+        print_plan(plan, Console(width=None if Console().is_terminal else 200))
     if not plan["fits"]:
         names = ", ".join(stage["name"] for stage in plan["stages"] if not stage["fits"])
         print(f"does not fit: {names}", file=sys.stderr)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.planning.failures import Checkpoints, Nodes
+from cluster.planning.failures import Checkpoints, Nodes, young_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,3 +179,11 @@ def simulated_goodput(job: Job, nodes: Nodes, *, count: int = 40) -> float:
     """Return all work over all time: what a long sequence of such runs would reach."""
     histories = simulate(job, nodes, count=count)
     return sum(h.work for h in histories) / sum(h.elapsed for h in histories)
+
+
+def daly_interval(block: float, mtbf: float) -> float:
+    """Return the higher-order best interval (Daly 2006, eq. 37), of work between checkpoints."""
+    if block >= 2 * mtbf:
+        return mtbf
+    x = block / (2 * mtbf)
+    return young_interval(block, mtbf) * (1 + math.sqrt(x) / 3 + x / 9) - block

@@ -5,14 +5,13 @@ import math
 
 import numpy as np
 import pytest
-from _planning_oracles import Job, SimulatedRun, simulate, simulated_goodput
+from _planning_oracles import Job, SimulatedRun, daly_interval, simulate, simulated_goodput
 
 from cluster.planning.failures import (
     Checkpoints,
     Nodes,
     best_checkpoints,
     best_interval,
-    daly_interval,
     expected_goodput,
     tasks_goodput,
     training_goodput,

@@ -101,7 +101,7 @@ def test_the_papers_activations(stages):
             if isinstance(module, (nn.Conv2d, nn.GroupNorm)) or projects:
                 module.register_forward_hook(count)
         with torch.device("meta"), torch.no_grad():
-            forward_of(model, stages[name].words)()
+            forward_of(model, stages[name].caption_tokens)()
         assert total / MIB == pytest.approx(mib, rel=SIZE), name
 
 

@@ -67,7 +67,7 @@ def test_a_rerun_computes_nothing_and_says_the_same(
     config: FidConfig, monkeypatch: pytest.MonkeyPatch
 ):
     before = evaluated(config)
-    name = "eval.features.extractors.ClipFeatures.__call__"
+    name = "eval.features.extractors.clip_features"
     monkeypatch.setattr(name, lambda *_: pytest.fail("computed"))
     assert evaluated(config) == before
 

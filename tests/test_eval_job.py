@@ -52,8 +52,6 @@ class Deadly(ExtractorSpec):
         mixing = np.random.default_rng(0).normal(size=(300, 16))
 
         class Killer:
-            any_size, name = False, "random products"
-
             def __call__(self, images):
                 done.append(1)
                 if len(done) == 3:
@@ -232,24 +230,17 @@ def test_images_of_a_larger_set_are_not_extracted_twice(
     assert known.source == "some" and known.moments.count == 5
 
 
-class Means:
-    """An extractor of mean colours, which are not finite for bright red images."""
-
-    name = "means"
-
-    def __init__(self, any_size: bool) -> None:
-        self.any_size = any_size
-
-    def __call__(self, images: list[Image.Image]) -> np.ndarray:
-        means = np.stack([np.asarray(image, np.float32).mean((0, 1)) for image in images])
-        means[means[:, 0] > 250] = np.nan
-        return means
+def mean_colours(images: list[Image.Image]) -> np.ndarray:
+    """Features that are not finite for bright red images."""
+    means = np.stack([np.asarray(image, np.float32).mean((0, 1)) for image in images])
+    means[means[:, 0] > 250] = np.nan
+    return means
 
 
 def means_spec(any_size: bool) -> Any:
     class MeansSpec(ExtractorSpec):
         def build(self, device: Any) -> Any:
-            return Means(any_size)
+            return mean_colours
 
     return MeansSpec(space="inception", name="means", resize="none", any_size=any_size,
                      official=False)  # fmt: skip

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from eval import fid, sample
-from eval.features.extractors import ExtractorSpec
+from eval.features.extractors import Extractor, ExtractorSpec
 from eval.fid import FidConfig
 from eval.sample import SampleConfig
 from eval.sampling.generate import default_sampling, sampling_of
@@ -368,17 +368,11 @@ def test_options_that_would_do_nothing_are_refused(
 def test_other_features_need_no_clip(
     fid_config: FidConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    class Colours:
+    class ColoursSpec(ExtractorSpec):
         """Stands for Inception, whose weights are another test's matter."""
 
-        name, any_size = "colours", False
-
-        def __call__(self, images: list) -> np.ndarray:
-            return np.stack([np.asarray(image, np.float64).mean((0, 1)) for image in images])
-
-    class ColoursSpec(ExtractorSpec):
-        def build(self, device: object) -> Colours:
-            return Colours()
+        def build(self, device: object) -> Extractor:
+            return lambda images: np.stack([np.asarray(x, np.float64).mean((0, 1)) for x in images])
 
     spec = ColoursSpec(
         space="inception", name="colours", resize="none", any_size=False, official=False

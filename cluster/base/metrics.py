@@ -9,7 +9,6 @@ workers, so no metric needs a rank: a training's driver publishes what its first
 (training/runs/follower.py). Labels come from closed sets: no URL, key or host becomes a series.
 """
 
-import difflib
 import itertools
 import shutil
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Literal, get_args
 
 from cluster.base import exporter
 from cluster.base.exporter import Kind, Metric
+from cluster.base.options import nearest
 from cluster.base.outcomes import FAILED, OUTCOMES
 
 BACKLOGS = ("download", "embed")
@@ -108,9 +108,7 @@ def histogram(name: str) -> Metric:
 def _metric(name: str, kind: Kind) -> Metric:
     metric = METRICS.get(name)
     if metric is None:
-        close = difflib.get_close_matches(name, METRICS, n=1)
-        near = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"unknown metric {name!r}{near}")
+        raise ValueError(f"unknown metric {name!r}{nearest(name, list(METRICS))}")
     if metric.kind != kind:
         raise ValueError(f"{name}: found use as a {kind}, expected as a {metric.kind}")
     return metric

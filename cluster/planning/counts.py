@@ -20,7 +20,7 @@ from typing import Any
 from cluster.base.cli import parse
 from cluster.base.files import Json, digest_of, write_text
 from cluster.planning.request import CHAINS
-from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig
+from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 
 COUNTS = Path(__file__).parent / "counts.jsonl"
 ROOT = COUNTS.parents[2]
@@ -29,12 +29,13 @@ SOURCES = (  # the code whose change makes stored counts wrong
     "models/latents.py", "models/upsampler.py", "models/networks/*.py", "models/priors/*.py",
     "training/tasks/clip.py", "training/tasks/networks.py", "cluster/planning/counts.py",
 )  # fmt: skip
-CONFIGS: dict[str, type[RunConfig]] = {
+TrainedConfig = ClipRunConfig | PriorRunConfig | DecoderRunConfig
+CONFIGS: dict[str, type[TrainedConfig]] = {
     "clip": ClipRunConfig,
     "prior": PriorRunConfig,
     "decoder": DecoderRunConfig,
 }
-MAX_WORDS = 256  # tokens of a caption that the paper's text encoders read
+MAX_TOKENS = 256  # tokens of a caption that the paper's text encoders read
 PROBE = 8  # samples on which the memory of a step is counted
 BF16_BYTES = 2
 
@@ -46,7 +47,7 @@ def read_preset(kind: str, name: str, *flags: str) -> Any:
     return parse(CONFIGS[kind], presets=PRESETS / kind, argv=["--preset", name, *flags])
 
 
-def architecture(config: Any) -> tuple[str, Any]:
+def architecture(config: TrainedConfig) -> tuple[str, Any]:
     """Return the name and value of the group of options that describes the network."""
     if isinstance(config, ClipRunConfig):
         return "model", config.model
@@ -59,16 +60,16 @@ def architecture(config: Any) -> tuple[str, Any]:
 def encoder_counts(name: str) -> Counts:
     """Return the sizes of a CLIP, the multiply-accumulates of an image and of a caption, and the
     parameters that are left without its vision tower."""
-    sizes: Any = name
+    sizes: object = name
     if name.startswith("clip_"):
         sizes = dataclasses.asdict(read_preset("clip", name.removeprefix("clip_")).model)
     return _look_up({"encoder": name, "sizes": sizes}, lambda: _count_encoder(name))
 
 
-def stage_counts(kind: str, config: Any, encoder: Counts, words: int) -> Counts:
+def stage_counts(kind: str, config: TrainedConfig, encoder: Counts, tokens: int) -> Counts:
     """Return the counts of the model that a training script builds from `config`.
 
-    words: tokens of a caption that the model reads. Returns `parameters`; `macs` of a forward pass
+    tokens: of a caption, which the model reads. Returns `parameters`; `macs` of a forward pass
     on one sample as it is trained; `text_macs`, the share of a text encoder of its own, which
     sampling runs once; `image_macs` on an image of full size; `activations`, as `count_model`.
     """
@@ -76,11 +77,11 @@ def stage_counts(kind: str, config: Any, encoder: Counts, words: int) -> Counts:
     name, network = architecture(config)
     key = {
         "kind": kind, "network": name, "architecture": dataclasses.asdict(network),
-        "sizes": sizes, "words": words,
+        "sizes": sizes, "words": tokens,
     }  # fmt: skip
     if kind == "decoder":
         key |= {each: getattr(config, each) for each in ("image_size", "low_res_size", "crop_size")}
-    return _look_up(key, lambda: _count_stage(kind, config, sizes, words))
+    return _look_up(key, lambda: _count_stage(config, sizes, tokens))
 
 
 # -- the file of counts ----------------------------------------------------------------------------
@@ -134,11 +135,11 @@ def shipped() -> Iterator[Callable[[], Counts]]:
             models.append(("clip", chain.encoder.removeprefix("clip_"), ()))
         for kind, name, flags in models:
             config = read_preset(kind, name, *flags)
-            words, _ = caption_words(config, encoder, MAX_WORDS)
-            yield partial(stage_counts, kind, config, encoder, words)
+            tokens, _ = caption_tokens(config, encoder, MAX_TOKENS)
+            yield partial(stage_counts, kind, config, encoder, tokens)
 
 
-def caption_words(config: Any, encoder: Counts, most: int) -> tuple[int, bool]:
+def caption_tokens(config: TrainedConfig, encoder: Counts, most: int) -> tuple[int, bool]:
     """Return how many tokens of a caption a model reads, and whether it reads them as states of the
     encoder's frozen text tower."""
     _, network = architecture(config)
@@ -181,7 +182,7 @@ def build_encoder(name: str) -> Any:
         return open_clip.CLIP(sizes["embed_dim"], vision, text)
 
 
-def build_model(config: Any, sizes: dict[str, int]) -> Any:
+def build_model(config: TrainedConfig, sizes: dict[str, int]) -> Any:
     """Build what a training script trains, for an encoder of these sizes, on the meta device."""
     import torch
 
@@ -217,29 +218,29 @@ def _count_encoder(name: str) -> Counts:
     }  # fmt: skip
 
 
-def _count_stage(kind: str, config: Any, sizes: dict[str, int], words: int) -> Counts:
+def _count_stage(config: TrainedConfig, sizes: dict[str, int], num_tokens: int) -> Counts:
     import torch
 
     from models.costs import forward_macs, forward_of
 
     model = build_model(config, sizes)
-    counts = count_model(model, words)
+    counts = count_model(model, num_tokens)
 
     # A text encoder of a decoder's own, and an upsampler's whole image
     text_macs, image_macs = 0, counts["macs"]
     model.eval()
-    if kind == "decoder" and config.stage == "base" and model.text_encoder is not None:
-        tokens = torch.ones(1, words, dtype=torch.long, device="meta")
-        text_macs = forward_macs(lambda: model.text_encoder(tokens, tokens > 0))
-    elif kind == "decoder" and config.stage != "base":
+    if isinstance(config, DecoderRunConfig) and config.stage != "base":
         model.crop_size = config.image_size
-        forward = forward_of(model, words)
+        forward = forward_of(model, num_tokens)
         with torch.device("meta"):
             image_macs = forward_macs(forward)
+    elif isinstance(config, DecoderRunConfig) and model.text_encoder is not None:
+        tokens = torch.ones(1, num_tokens, dtype=torch.long, device="meta")
+        text_macs = forward_macs(lambda: model.text_encoder(tokens, tokens > 0))
     return {**counts, "text_macs": text_macs, "image_macs": image_macs}
 
 
-def count_model(model: Any, words: int) -> Counts:
+def count_model(model: Any, num_tokens: int) -> Counts:
     """Return `parameters`, `macs` and `activations` of a model on the meta device.
 
     activations: by "kept" and "checkpointed", the bytes that a step holds beside its state: `fixed`
@@ -250,7 +251,7 @@ def count_model(model: Any, words: int) -> Counts:
     from models.costs import forward_macs, forward_of, num_parameters, peak_bytes
 
     parameters = num_parameters(model)
-    forward = forward_of(model.eval(), words)
+    forward = forward_of(model.eval(), num_tokens)
     with torch.device("meta"):
         macs = forward_macs(forward)
     network = getattr(model, "unet", model)  # whose configuration says what is checkpointed
@@ -262,7 +263,7 @@ def count_model(model: Any, words: int) -> Counts:
             checkpointing = name == "checkpointed"
             network.config = dataclasses.replace(own_config, checkpointing=checkpointing)
         fixed = BF16_BYTES * parameters
-        peak = peak_bytes(model.train(), forward_of(model, words, PROBE))
+        peak = peak_bytes(model.train(), forward_of(model, num_tokens, PROBE))
         activations[name] = {"fixed": fixed, "each": max(0, peak - fixed) / PROBE}
     if may_checkpoint:
         network.config = own_config

@@ -80,14 +80,12 @@ PUBLISHED = _published()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measured(Efficiency):
     """A measured speed: a line of benchmarks/measured.jsonl."""
 
     device: str
     network: str
     preset: str
-    mfu: float
-    where: str
 
 
 def read_measured(path: str) -> list[Measured]:
@@ -115,13 +113,10 @@ def read_measured(path: str) -> list[Measured]:
             if not kind:
                 _, network = architecture(read_preset("decoder", preset))
                 kind = "unet_channels_last" if network.unet.channels_last else "unet"
-            speeds.append(
-                Measured(
-                    device=str(device), network=kind,
-                    preset=str(preset), mfu=float(mfu),
-                    where=f"measured: {where}, {preset} on {device}",
-                )
-            )  # fmt: skip
+            source = f"measured: {where}, {preset} on {device}"
+            speeds.append(Measured(
+                device=str(device), network=kind, preset=str(preset), mfu=float(mfu), source=source
+            ))  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"measured: {where}: found {error}, expected device, preset and mfu as "
@@ -153,7 +148,4 @@ def efficiency(
         if speed.network == network and all(piece in speed.device.upper() for piece in pieces)
     ]
     exact = [speed for speed in same if speed.preset == preset]
-    if exact or same:
-        newest = (exact or same)[-1]
-        return Efficiency(mfu=newest.mfu, source=newest.where)
-    return PUBLISHED[network, gpu.generation]
+    return (exact or same or [PUBLISHED[network, gpu.generation]])[-1]

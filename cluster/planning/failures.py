@@ -44,14 +44,6 @@ def young_interval(block: float, mtbf: float) -> float:
     return math.sqrt(2 * block * mtbf)
 
 
-def daly_interval(block: float, mtbf: float) -> float:
-    """Return the higher-order best interval (Daly 2006, eq. 37), of work between checkpoints."""
-    if block >= 2 * mtbf:
-        return mtbf
-    x = block / (2 * mtbf)
-    return young_interval(block, mtbf) * (1 + math.sqrt(x) / 3 + x / 9) - block
-
-
 def expected_goodput(interval: float, block: float, restart: float, mtbf: float) -> float:
     """Return interval / E[time of an interval], exact for failures at rate 1 / mtbf that also hit
     checkpoints and restarts (Daly 2006, eq. 13):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from cluster.planning.devices import GPUS, Gpu
 from cluster.planning.stages import Stage
+from training.config import ClipRunConfig
 
 BUCKET = 500_000_000  # elements of ZeRO's buckets at most: training/engine/engines.py
 MAX_LIVE = 1_000_000_000  # elements of weights that stage 3 keeps gathered
@@ -185,7 +186,7 @@ def layouts(stage: Stage, workers: int, *, offload: bool) -> Iterator[Layout]:
     zero_stages = (2, 3) if offload else (0, 1, 2, 3)
     if stage.train.optimizer.kind == "muon":
         zero_stages = () if offload else (0,)
-    if stage.kind == "clip" and stage.config.sam_rho:
+    if isinstance(stage.config, ClipRunConfig) and stage.config.sam_rho:
         zero_stages = tuple(zero for zero in zero_stages if zero < 3)
     for zero in zero_stages:
         for checkpointing in stage.checkpointing:

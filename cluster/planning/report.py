@@ -1,22 +1,16 @@
-"""A plan: every stage of a chain on a cluster, put together as plain data."""
+"""A plan: every stage of a chain on a cluster, as plain data, and as tables for people."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console
+from rich.table import Table
 
 from cluster.base.files import Json
-from cluster.planning import layouts
+from cluster.planning import failures, layouts
 from cluster.planning.devices import find_gpu
-from cluster.planning.efficiency import efficiency, read_measured
-from cluster.planning.failures import (
-    Checkpoints,
-    Nodes,
-    best_checkpoints,
-    best_interval,
-    tasks_goodput,
-    training_goodput,
-    young_interval,
-)
+from cluster.planning.efficiency import CHANNELS_LAST, Efficiency, efficiency, read_measured
+from cluster.planning.failures import Checkpoints, Nodes
 from cluster.planning.layouts import Layout, Placement
 from cluster.planning.request import PlanRequest
 from cluster.planning.stages import Stage, build_stages, image_flops
@@ -38,6 +32,8 @@ CHECKPOINT_BYTES = 4 * (1 + 2 + 1) + 4 + 4  # fragments: master, moments, EMA; m
 INCEPTION_MACS = 5.7e9  # of a 299 px image (Szegedy et al. 2016)
 SHARD_SECONDS = 600.0  # of one node for one shard of a download or an embedding: an assumption
 COPY = 25e9  # bytes a second from a GPU to the memory of its CPU, for which steps wait
+
+GIB = 2**30
 
 Plan = Json  # JSON: numbers in the units that their names give, and their sources
 
@@ -124,36 +120,36 @@ class Planner:
 
     def _embed(self) -> Plan:
         """Return how long both towers take over all images, and the nodes that decode for them."""
-        request, found = self.request, self._efficiency("encoder")
+        request, share = self.request, self._efficiency("encoder")
         flops = 2.0 * (self.encoder["image_macs"] + self.encoder["caption_macs"])
-        rate = request.num_gpus * self.gpu.peak_tflops * 1e12 * found.mfu / flops
+        rate = request.num_gpus * self.gpu.peak_tflops * 1e12 * share.mfu / flops
         days = request.images / rate / DAY
         hours = 24 * days * request.num_gpus
         return {
             "images_per_second": rate, "days": days, "gpu_hours": hours,
             "decode_nodes": math.ceil(rate * DECODE_SECONDS / request.vcpus_per_node),
-            "read_gbits": rate * IMAGE_BYTES_256 * 8 / 1e9, "source": found.source,
-            "cost": hours * self.price, "mfu": found.mfu,
+            "read_gbits": rate * IMAGE_BYTES_256 * 8 / 1e9, "source": share.source,
+            "cost": hours * self.price, "mfu": share.mfu,
         }  # fmt: skip
 
     def _trained(self, stage: Stage) -> Plan:
         """Return a stage's size, memory by layout, and its speed, failures and cost if it fits."""
         request, gpu = self.request, self.gpu
-        found = self._efficiency(stage.network, stage.preset)
+        share = self._efficiency(stage.network, stage.preset)
         workers = layouts.usable_workers(stage, request.num_gpus)
         flops = stage.flops(stage.global_batch_size // workers)
         own = layouts.preset_layout(stage, workers)
         own_bytes = layouts.memory_of(stage, workers, own).total
-        placements = layouts.place(stage, gpu, workers, found.mfu, request.headroom)
+        placements = layouts.place(stage, gpu, workers, share.mfu, request.headroom)
         best = next((each for each in placements if each.fits), None)
         plan = {
             "name": stage.name, "kind": stage.kind, "preset": stage.preset,
             "network": stage.network, "parameters": stage.parameters,
-            "caption_tokens": stage.words, "forward_macs": stage.macs,
+            "caption_tokens": stage.caption_tokens, "forward_macs": stage.macs,
             "flops_a_sample": flops, "num_steps": stage.num_steps,
             "global_batch_size": stage.global_batch_size, "samples": stage.samples,
             "epochs": stage.samples / request.images, "train_flops": flops * stage.samples,
-            "workers": workers, "mfu": found.mfu, "efficiency_source": found.source,
+            "workers": workers, "mfu": share.mfu, "efficiency_source": share.source,
             "activation_bytes": stage.counts["activations"],
             "memory": self._memory_table(stage, workers), "fits": best is not None,
             "preset_layout": {
@@ -165,7 +161,7 @@ class Planner:
             return {**plan, **self._speed(stage, best)}
         least = min(placements, key=lambda each: each.memory.total)
         plan["least_bytes"], plan["least_layout"] = least.memory.total, str(least.layout)
-        plan["nearest"] = layouts.nearest(stage, gpu, workers, found.mfu, request.headroom)
+        plan["nearest"] = layouts.nearest(stage, gpu, workers, share.mfu, request.headroom)
         return plan
 
     def _memory_table(self, stage: Stage, workers: int) -> list[Plan]:
@@ -199,8 +195,8 @@ class Planner:
             block=block if train.async_checkpoints else block + write,
             write=write if train.async_checkpoints else 0.0,
         )
-        goodput = training_goodput(checkpoints, nodes)
-        optimum, best_goodput = best_checkpoints(checkpoints, nodes)
+        goodput = failures.training_goodput(checkpoints, nodes)
+        optimum, best_goodput = failures.best_checkpoints(checkpoints, nodes)
         block, mtbf = checkpoints.block, nodes.system_mtbf
         days = stage.num_steps * seconds / goodput / DAY
         rate, hours = stage.global_batch_size / seconds, 24 * days * best.workers
@@ -222,8 +218,8 @@ class Planner:
                 "checkpoint_bytes": size, "block_seconds": block,
                 "write_seconds": checkpoints.write, "preset_interval_seconds": own_interval,
                 "interval_seconds": checkpoints.interval,
-                "young_seconds": young_interval(block, mtbf),
-                "daly_seconds": best_interval(block, nodes.restart, mtbf),
+                "young_seconds": failures.young_interval(block, mtbf),
+                "daly_seconds": failures.best_interval(block, nodes.restart, mtbf),
                 "best_interval_seconds": optimum.interval, "best_goodput": best_goodput,
                 "best_checkpoint_every": max(1, round(optimum.interval / seconds)),
             },
@@ -253,7 +249,7 @@ class Planner:
             "gpu_hours": hours, "days": hours / 24 / request.num_gpus, "cost": hours * self.price,
         }  # fmt: skip
 
-    def _efficiency(self, network: str, preset: str = "") -> Any:
+    def _efficiency(self, network: str, preset: str = "") -> Efficiency:
         return efficiency(network, self.gpu, self.request, self.measured, preset)
 
     def _pipeline(self, download: Plan, embed: Plan, trained: list[Plan]) -> Plan:
@@ -269,12 +265,12 @@ class Planner:
             ("download", download["days"], pieces),
             ("embed", embed["days"], gpu_nodes),
         ):
-            goodput = tasks_goodput(SHARD_SECONDS, nodes)
+            goodput = failures.tasks_goodput(SHARD_SECONDS, nodes)
             rows.append((name, days, goodput, nodes.system_mtbf / DAY))
         for stage in trained:
-            failures = stage["failures"]
-            ideal = stage["days"] * failures["goodput"]
-            rows.append((stage["name"], ideal, failures["goodput"], failures["mtbf_hours"] / 24))
+            costs = stage["failures"]
+            ideal = stage["days"] * costs["goodput"]
+            rows.append((stage["name"], ideal, costs["goodput"], costs["mtbf_hours"] / 24))
         now, stages = 0.0, {}
         for name, ideal, goodput, mtbf in rows:
             begins, now = now, now + ideal / goodput
@@ -284,3 +280,191 @@ class Planner:
             }  # fmt: skip
         ideal = sum(row[1] for row in rows)
         return {"days": now, "days_without_failures": ideal, "stages": stages}
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print every table of a plan, and its remarks."""
+    gpu = plan["gpu"]
+    assumed = " (an assumption, no offer: --gpu-hour-price)" if gpu["price_is_assumed"] else ""
+    console.print(
+        f"[bold]{plan['chain']}[/bold] on {gpu['num_gpus']} x {gpu['name']}: "
+        f"{gpu['peak_tflops']:g} TFLOP/s of bf16, {gpu['memory_gib']:g} GiB each "
+        f"({gpu['source']}); ${gpu['hour_price']:.2f} a GPU-hour{assumed}; "
+        f"encoder {plan['encoder']['name']}",
+        highlight=False,
+    )
+    stages = plan["stages"]
+    columns = ("stage", "preset", "parameters", "tokens", "forward a sample", "training a sample",
+               "samples", "epochs", "all of training")  # fmt: skip
+    console.print(_table("Models", columns, map(_model, stages), left=2))
+    for stage in stages:
+        console.print(_memory(stage))
+    console.print(_times(plan))
+    columns = ("stage", "a failure every", "failures", "checkpoint", "steps wait", "written in",
+               "preset's interval", "goodput", "best interval", "its goodput", "Young",
+               "Daly")  # fmt: skip
+    rows = (_failures(stage) for stage in stages if stage["fits"])
+    console.print(_table("Failures and checkpoints", columns, rows))
+    console.print(_table("Storage and networks", ("item", "figure"), _data(plan)))
+    for line in remarks(plan):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _table(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1
+) -> Table:
+    """Return a table whose first `left` columns are text and whose others are numbers."""
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _model(stage: Plan) -> list[str]:
+    reads_text = stage["kind"] != "decoder" or stage["name"] == "base"
+    return [
+        stage["name"], stage["preset"], f"{stage['parameters']:,}",
+        str(stage["caption_tokens"]) if reads_text else "-",
+        f"{stage['forward_macs'] / 1e9:,.4g} GMAC", f"{stage['flops_a_sample'] / 1e12:.3g} TF",
+        f"{stage['samples'] / 1e6:,.4g} M", f"{stage['epochs']:.3g}",
+        f"{stage['train_flops']:.3g} FLOP",
+    ]  # fmt: skip
+
+
+def _memory(stage: Plan) -> Table:
+    """Memory by ZeRO stage: state, and the largest micro-batch with each way of activations."""
+    kept, again = (stage["activation_bytes"].get(key) for key in ("kept", "checkpointed"))
+    title = f"Memory of {stage['name']} on {stage['workers']} GPUs; activations a sample: "
+    title += f"{kept['each'] / GIB:.3g} GiB kept" if kept else ""
+    title += f", {again['each'] / GIB:.3g} GiB checkpointed" if again else ", no checkpointing"
+    rows = []
+    for row in stage["memory"]:
+        cells = [f"{row['zero_stage']}{', offload' if row['offload'] else ''}"]
+        cells.append(f"{row['state_bytes'] / GIB:.3g}")
+        cells.append(f"{row['host_bytes'] / GIB:.3g}" if row["offload"] else "-")
+        for suffix in ("", "_again"):
+            if f"bytes_at_1{suffix}" in row:
+                largest = row[f"micro_batch{suffix}"]
+                cells += [f"{row[f'bytes_at_1{suffix}'] / GIB:.3g}", str(largest or "none fits")]
+            else:
+                cells += ["-", "-"]
+        rows.append(cells)
+    columns = ("ZeRO", "state, GiB", "CPU, GiB", "total at 1, kept", "largest micro-batch",
+               "total at 1, checkpointed", "largest micro-batch")  # fmt: skip
+    return _table(title, columns, rows)
+
+
+def _times(plan: Plan) -> Table:
+    download, embed, evaluation = (plan[key] for key in ("download", "embed", "evaluation"))
+    num_gpus = plan["gpu"]["num_gpus"]
+    rows = [
+        ["download", f"{download['nodes']} CPU nodes, bound by {download['bound']}", "-",
+         f"{download['images_per_second']:,.0f}", "-", _time(download["days"]), "-",
+         _dollars(download["cost"])],
+        ["embed", f"{num_gpus} GPUs, {embed['decode_nodes']} nodes that decode",
+         f"{embed['mfu']:.1%}", f"{embed['images_per_second']:,.0f}", "-", _time(embed["days"]),
+         f"{embed['gpu_hours']:,.0f}", _dollars(embed["cost"])],
+    ]  # fmt: skip
+    for stage in plan["stages"]:
+        if not stage["fits"]:
+            rows.append([stage["name"], "[red]does not fit[/red]", *["-"] * 6])
+            continue
+        where = f"{stage['workers']} GPUs, {stage['layout_text']}"
+        rows.append([
+            stage["name"], f"{where}: {stage['total_bytes'] / GIB:.3g} GiB", f"{stage['mfu']:.1%}",
+            f"{stage['samples_per_second']:,.0f}", f"{stage['step_seconds']['all']:.3g} s",
+            _time(stage["days"]), f"{stage['gpu_hours']:,.0f}", _dollars(stage["cost"]),
+        ])  # fmt: skip
+    rate = num_gpus / evaluation["gpu_seconds_an_image"]
+    days = plan["pipeline"].get("days")
+    rows += [
+        ["evaluate", f"{evaluation['images']:,} images", "-", f"{rate:,.3g}", "-",
+         _time(evaluation["days"]), f"{evaluation['gpu_hours']:,.0f}",
+         _dollars(evaluation["cost"])],
+        ["[bold]all[/bold]", "one after the other, failures included", "-", "-", "-",
+         _time(days) if days else "-", "-", _dollars(plan["cost"])],
+    ]  # fmt: skip
+    columns = ("stage", "where and how", "MFU", "samples/s", "step", "time", "GPU-hours", "cost")
+    return _table("Time and cost", columns, rows, left=2)
+
+
+def _failures(stage: Plan) -> list[str]:
+    costs = stage["failures"]
+    best = f"{costs['best_interval_seconds'] / 60:.3g} min"
+    return [
+        stage["name"], f"{costs['mtbf_hours']:,.3g} h", f"{costs['expected_failures']:.3g}",
+        f"{costs['checkpoint_bytes'] / 1e9:.3g} GB", f"{costs['block_seconds']:.2g} s",
+        f"{costs['write_seconds']:.3g} s", f"{costs['preset_interval_seconds'] / 60:.3g} min",
+        f"{costs['goodput']:.2%}", f"{best} = {costs['best_checkpoint_every']:,} steps",
+        f"{costs['best_goodput']:.2%}", f"{costs['young_seconds'] / 60:.3g} min",
+        f"{costs['daly_seconds'] / 60:.3g} min",
+    ]  # fmt: skip
+
+
+def _data(plan: Plan) -> list[tuple[str, str]]:
+    rows = [(item, _size(size)) for item, size in plan["storage_bytes"].items()]
+    download, embed = plan["download"], plan["embed"]
+    rows.append(("rows of the URL list", f"{download['rows'] / 1e6:,.4g} M"))
+    rows.append(("download from the web", f"{download['gbits_per_second']:,.3g} Gb/s"))
+    rows.append(("embedding reads", f"{embed['read_gbits']:,.3g} Gb/s"))
+    for stage in plan["stages"]:
+        if stage["fits"]:
+            cores = f"{stage['decode_cores']:,.2g} cores decoding"
+            rate = f"{stage['read_gbits']:,.3g} Gb/s"
+            rows.append((f"training {stage['name']} reads, with {cores}", rate))
+    return rows
+
+
+def remarks(plan: Plan) -> list[str]:
+    """Return what the tables do not show: what does not fit, the flags to pass, and sources."""
+    lines = []
+    for stage in plan["stages"]:
+        name, requested, own = stage["name"], plan["gpu"]["num_gpus"], stage["preset_layout"]
+        if stage["workers"] < requested:
+            lines.append(
+                f"{name}: uses {stage['workers']} of {requested} GPUs, which its global batch "
+                f"of {stage['global_batch_size']} shares out evenly"
+            )
+        if not own["fits"]:
+            lines.append(
+                f"{name}: the preset as it is ({own['layout']}) takes {own['bytes'] / GIB:.3g} GiB "
+                "and does not fit"
+            )
+        if stage["network"] == "unet" and plan["gpu"]["name"] != "cpu":
+            lines.append(
+                f"{name}: channels_last, which the preset leaves off, would train it some "
+                f"{CHANNELS_LAST:.2f} times as fast (see efficiency)"
+            )
+        if stage["fits"]:
+            lines.append(f"{name}: --preset {stage['preset']} {stage['flags']}")
+        else:
+            lines.append(
+                f"{name}: does not fit: at least {stage['least_bytes'] / GIB:.3g} GiB "
+                f"({stage['least_layout']}); nearest that does: "
+                f"{' or '.join(stage['nearest']) or 'none that is known'}"
+            )
+    sources = {stage["network"]: stage["efficiency_source"] for stage in plan["stages"]}
+    sources["encoder"] = plan["embed"]["source"]
+    return lines + [f"efficiency, {network}: {source}" for network, source in sources.items()]
+
+
+def _dollars(value: float) -> str:
+    return f"${value:,.0f}" if value >= 10 else f"${value:,.2g}"
+
+
+def _time(days: float) -> str:
+    if days >= 1:
+        return f"{days:,.3g} days"
+    return f"{24 * days:.3g} h" if days >= 1 / 24 else f"{1440 * days:.2g} min"
+
+
+def _size(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9)):
+        if count >= size:
+            return f"{count / size:,.4g} {unit}"
+    return f"{count / 1e6:,.3g} MB"

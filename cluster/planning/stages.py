@@ -1,18 +1,19 @@
 """The stages of a chain that are trained: what a sample costs, and what a step keeps in memory."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from cluster.planning.counts import (
-    MAX_WORDS,
+    MAX_TOKENS,
     Counts,
+    TrainedConfig,
     architecture,
-    caption_words,
+    caption_tokens,
     encoder_counts,
     read_preset,
     stage_counts,
 )
 from cluster.planning.request import CHAINS, PlanRequest
+from training.config import ClipRunConfig, DecoderRunConfig, TrainConfig
 
 BEST_OF = 2  # samples of a diffusion prior, of which one is kept
 FLOPS_PER_MAC = 6  # of training: two in the forward pass, four in the backward
@@ -22,16 +23,16 @@ FLOPS_PER_MAC = 6  # of training: two in the forward pass, four in the backward
 class Stage:
     """A model that is trained, and how its preset trains it.
 
-    words: tokens of a caption that it reads; frozen: counts of the encoder whose text tower every
-    step runs, None where the model reads tokens of its own or none.
+    caption_tokens: how many it reads; frozen: counts of the encoder whose text tower every step
+    runs, None where the model reads tokens of its own or none.
     """
 
     name: str
     kind: str
     preset: str
-    config: Any = field(repr=False)
+    config: TrainedConfig = field(repr=False)
     counts: Counts = field(repr=False)
-    words: int
+    caption_tokens: int
     frozen: Counts | None = field(default=None, repr=False)
 
     @property
@@ -45,7 +46,7 @@ class Stage:
         return self.counts["macs"]
 
     @property
-    def train(self) -> Any:
+    def train(self) -> TrainConfig:
         """Its options of training."""
         return self.config.train
 
@@ -83,7 +84,7 @@ class Stage:
         share: samples of a worker's step, of which SAM takes some twice; 0 = no SAM.
         """
         own = float(FLOPS_PER_MAC * self.macs)
-        if share and getattr(self.config, "sam_rho", 0):
+        if share and isinstance(self.config, ClipRunConfig) and self.config.sam_rho:
             own *= 1 + min(self.config.sam_batch_size, share) / share
         return own + (2 * self.frozen["caption_macs"] if self.frozen else 0)
 
@@ -117,7 +118,7 @@ def build_stages(request: PlanRequest) -> tuple[Counts, list[Stage]]:
     """Return the counts of a chain's encoder, and all that is trained in the pipeline's order."""
     chain = CHAINS[request.chain]
     encoder = encoder_counts(chain.encoder) | {"name": chain.encoder}
-    most = request.caption_tokens or MAX_WORDS
+    most = request.caption_tokens or MAX_TOKENS
     presets: list[tuple[str, str, tuple[str, ...]]] = []
     if request.train_clip:
         if not chain.encoder.startswith("clip_"):
@@ -138,14 +139,14 @@ def build_stages(request: PlanRequest) -> tuple[Counts, list[Stage]]:
     stages = []
     for kind, preset, flags in presets:
         config = read_preset(kind, preset, *flags)
-        words, reads_states = caption_words(config, encoder, most)
+        tokens, reads_states = caption_tokens(config, encoder, most)
         name = kind
-        if kind == "decoder":
+        if isinstance(config, DecoderRunConfig):
             name = "base" if config.stage == "base" else f"up{config.image_size}"
         stages.append(
             Stage(
-                name=name, kind=kind, preset=preset, config=config, words=words,
-                counts=stage_counts(kind, config, encoder, words),
+                name=name, kind=kind, preset=preset, config=config, caption_tokens=tokens,
+                counts=stage_counts(kind, config, encoder, tokens),
                 frozen=encoder if reads_states else None,
             )
         )  # fmt: skip

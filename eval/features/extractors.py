@@ -10,7 +10,8 @@ No weights are downloaded here: a missing file is an error with its address.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -34,30 +35,16 @@ FD_NAMES: dict[str, str] = {  # of the distance, where the weights are the publi
 }
 
 
-class Extractor(Protocol):
-    """Maps images to float features [B, D]."""
-
-    @property
-    def name(self) -> str:
-        """The name that a score is quoted with."""
-        ...
-
-    @property
-    def any_size(self) -> bool:
-        """Whether images of a set may differ in size."""
-        ...
-
-    def __call__(self, images: list[Image.Image]) -> np.ndarray:
-        """Return the features of images, float32 [N, D]."""
-        ...
+Extractor = Callable[[list[Image.Image]], np.ndarray]  # images to features, float [B, D]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractorSpec:
     """Builds an extractor in any process, and names its features.
 
-    name, resize: as quoted with a score; official: the weights are the published ones, so the score
-    may have its published name. clip or weights: where the weights are.
+    name, resize: as quoted with a score; any_size: images of a set may differ in size; official:
+    the weights are the published ones, so the score may have its published name. clip or weights:
+    where the weights are.
     """
 
     space: Space
@@ -75,28 +62,22 @@ class ExtractorSpec:
         if self.space == "clip":
             from models.clip import load_clip
 
-            return ClipFeatures(load_clip(self.clip).to(torch.device(device)))
+            return partial(clip_features, load_clip(self.clip).to(torch.device(device)))
         assert self.weights is not None
-        state = self.weights.load()
+        state, where = self.weights.load(), self.weights.path
         if self.space == "dinov2":
-            network = DinoV2(state, self.weights.path, self.model)
-            return NetworkFeatures(network.to(device), _for_dinov2, self.name)
+            network = DinoV2(state, where, self.model).to(device)
+            return partial(network_features, network, _for_dinov2)
         prepare = _clean if self.space == "inception_clean" else _plain
-        return NetworkFeatures(
-            InceptionPool(state, self.weights.path).to(device), prepare, self.name
-        )
+        return partial(network_features, InceptionPool(state, where).to(device), prepare)
 
 
 def clip_spec(encoder: "FrozenClip", clip: str) -> ExtractorSpec:
     """Describe the image tower of `encoder`, which `clip` names."""
     return ExtractorSpec(
-        space="clip",
-        name=f"clip {encoder.encoder_id}",
-        resize=f"bicubic, centre crop to {encoder.image_size} px",
-        any_size=True,
-        official=True,
-        clip=clip,
-    )
+        space="clip", name=f"clip {encoder.encoder_id}", clip=clip,
+        resize=f"bicubic, centre crop to {encoder.image_size} px", any_size=True, official=True,
+    )  # fmt: skip
 
 
 def inception_spec(weights: WeightsFile, *, clean: bool) -> ExtractorSpec:
@@ -105,63 +86,40 @@ def inception_spec(weights: WeightsFile, *, clean: bool) -> ExtractorSpec:
     return ExtractorSpec(
         space="inception_clean" if clean else "inception",
         name=f"inception-2015-12-05 pool3, {how}{weights.label}",
-        resize=f"{how} to {INCEPTION_SIDE} px",
-        any_size=False,
-        official=weights.official,
-        weights=weights,
-    )
+        resize=f"{how} to {INCEPTION_SIDE} px", any_size=False,
+        official=weights.official, weights=weights,
+    )  # fmt: skip
 
 
 def dinov2_spec(weights: WeightsFile, model: str = DINOV2_MODEL) -> ExtractorSpec:
     """Describe DINOv2's class token; model: timm's name of the size."""
     return ExtractorSpec(
-        space="dinov2",
-        name=f"{model} class token{weights.label}",
-        resize=f"bicubic, antialiased to {DINOV2_SIDE} px",
-        any_size=False,
-        official=weights.official,
-        weights=weights,
-        model=model,
-    )
+        space="dinov2", name=f"{model} class token{weights.label}", model=model,
+        resize=f"bicubic, antialiased to {DINOV2_SIDE} px", any_size=False,
+        official=weights.official, weights=weights,
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ClipFeatures:
-    """Unit-norm CLIP image embeddings, through the encoder's own preprocessing."""
-
-    encoder: "FrozenClip"
-    any_size = True
-
-    @property
-    def name(self) -> str:
-        """The encoder's id, after its kind."""
-        return f"clip {self.encoder.encoder_id}"
-
-    def __call__(self, images: list[Image.Image]) -> np.ndarray:
-        """Return the embeddings of images, float32 [N, E]."""
-        pixels = torch.from_numpy(np.stack([self.encoder.preprocess(image) for image in images]))
-        return self.encoder.encode_image(pixels).cpu().numpy()
+def clip_features(encoder: "FrozenClip", images: list[Image.Image]) -> np.ndarray:
+    """Return unit-norm CLIP image embeddings [N, E], through the encoder's own preprocessing."""
+    pixels = torch.from_numpy(np.stack([encoder.preprocess(image) for image in images]))
+    return encoder.encode_image(pixels).cpu().numpy()
 
 
-class NetworkFeatures:
-    """Features of a published network; `prepare` maps an RGB image to [3, H, W] in [0, 255].
+def network_features(
+    network: torch.nn.Module,
+    prepare: Callable[[Image.Image], np.ndarray],
+    images: list[Image.Image],
+) -> np.ndarray:
+    """Return the features [N, D] of a published network; `prepare` maps an RGB image to [3, H, W]
+    in [0, 255].
 
     Images are stretched to the network's square whatever their shape, so a set has one size, as in
     torch-fidelity: cropping others is the user's choice, and part of the number.
     """
-
-    any_size = False
-
-    def __init__(
-        self, network: torch.nn.Module, prepare: Callable[[Image.Image], np.ndarray], name: str
-    ) -> None:
-        self._network, self._prepare, self.name = network, prepare, name
-        self._device = next(network.parameters()).device
-
-    def __call__(self, images: list[Image.Image]) -> np.ndarray:
-        """Return the network's features of images, float32 [N, D]."""
-        pixels = torch.from_numpy(np.stack([self._prepare(image) for image in images]))
-        return self._network(pixels.to(self._device)).float().cpu().numpy()
+    pixels = torch.from_numpy(np.stack([prepare(image) for image in images]))
+    device = next(network.parameters()).device
+    return network(pixels.to(device)).float().cpu().numpy()
 
 
 def _plain(image: Image.Image) -> np.ndarray:
@@ -196,16 +154,7 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def extract(
-    extractor: Extractor,
-    images: Iterable[Image.Image],
-    batch_size: int = 100,
-    source: str = "images",
+    extractor: Extractor, images: Iterable[Image.Image], batch_size: int = 100
 ) -> np.ndarray:
-    """Return the features [N, D] of all `images`; `source` names them in errors.
-
-    Raises ValueError if there are none.
-    """
-    parts = [extractor(batch) for batch in in_batches(images, batch_size)]
-    if not parts:
-        raise ValueError(f"{source}: found no images, expected at least 2")
-    return np.concatenate(parts)
+    """Return the features [N, D] of all `images`, of which there is at least one."""
+    return np.concatenate([extractor(batch) for batch in in_batches(images, batch_size)])

@@ -44,7 +44,7 @@ class FeatureStore:
         numbers, batches = self.blocks.numbers(block), []
         for start in range(0, len(numbers), BATCH_SIZE):
             batch = numbers[start : start + BATCH_SIZE]
-            if not extractor.any_size:
+            if not self.spec.any_size:
                 self._require_one_size(batch)
             features = extractor([self.images[number] for number in batch])
             bad = np.flatnonzero(~np.isfinite(features).all(axis=1))

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from cluster.base.files import digest_of
-from eval.features.extractors import ClipFeatures, extract, in_batches
+from eval.features.extractors import clip_features, extract, in_batches
 from eval.html_report.formats import CAPTIONS_KEY, Scores
 from eval.sampling.chain import chain_weights, load_chain
 from eval.sampling.generate import caption_keys, render_all, sampling_of
@@ -128,7 +128,7 @@ def caption_scores(
     images: Iterable[Image.Image], captions: list[str], encoder: FrozenClip
 ) -> dict[str, float]:
     """Return `embed_scores` of images whose embeddings are not known yet."""
-    return embed_scores(extract(ClipFeatures(encoder), images), captions, encoder)
+    return embed_scores(extract(partial(clip_features, encoder), images), captions, encoder)
 
 
 def embed_scores(
