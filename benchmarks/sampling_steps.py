@@ -76,7 +76,7 @@ def main(config: Config) -> int:
     table = Table("sampler", "steps", "spacing", "FD, CLIP", "images/s", "first less it, 95 %")
     figures: dict[str, Any] = {
         "ratio": rates[FEW] / rates["ddpm", 250, "trailing"], "n": len(captions),
-        "judge": features.name,
+        "judge": f"clip {chain.clip.encoder_id}",
     }  # fmt: skip
     for by, images in drawn.items():
         result: dict[str, Any] = {"fd": _distance(real, images), "images_per_second": rates[by]}

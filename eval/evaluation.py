@@ -1,14 +1,14 @@
 """An evaluation from its request to its scores: draw, extract features, compare."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 from cluster.base.files import digest_of
 from cluster.base.machine import threads_for
-from eval.distances.measure import QUOTABLE, ImageSource, memorisation, space_scores
-from eval.distances.reference import load_statistics
+from eval.distances.measure import QUOTABLE, ImageSource, memorisation, open_source, space_scores
+from eval.features.devices import device_named
 from eval.features.extractors import ExtractorSpec, clip_spec, dinov2_spec, inception_spec
 from eval.features.store import FeatureExtraction
 from eval.features.weights import DINOV2, INCEPTION, find_weights, require_local_clip
@@ -19,7 +19,9 @@ from eval.request import EvalRequest
 from eval.sampling.captions import read_captions
 from eval.sampling.image_source import ImageSet, IncompleteError, open_images
 from eval.sampling.sample_job import Model, draw, read_options
+from ingest.store.snapshots import remove_data_folder
 from models.clip import RAW, FrozenClip, absolute_spec, load_clip
+from models.weights import exported, load_config
 
 DEFAULT_CLIP = "runs/clip"
 SCORER_RELATIONS = {  # by whether the CLIP that scores is the model's own
@@ -29,7 +31,6 @@ SCORER_RELATIONS = {  # by whether the CLIP that scores is the model's own
 }
 
 
-@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Generated and real images, the spaces in which they are compared, and the CLIP that scores.
 
@@ -37,22 +38,83 @@ class Evaluation:
     there is an encoder; facts: what eval.json states of the protocol and of the sampling.
     """
 
-    request: EvalRequest
-    model: Model
-    extraction: FeatureExtraction
-    fake: ImageSource
-    real: dict[str, ImageSource]
-    spaces: tuple[str, ...]
-    specs: dict[str, ExtractorSpec]
-    encoder: FrozenClip | None = None
-    train: ImageSet | None = None
-    facts: Scores = field(default_factory=dict)
+    def __init__(self, request: EvalRequest, model: Model) -> None:
+        """Find everything before anything is computed, then draw what is to be drawn.
+
+        Raises ValueError for what is absent or does not fit, IncompleteError for too few images.
+        """
+        self.request, self.model = request, model
+        out = Path(request.out)
+        folder = Path(request.features_dir or out.with_name(f"{out.stem}_features")).absolute()
+        threads = threads_for(request.num_threads, request.num_workers)
+        self.workers = Workers(
+            num_workers=request.num_workers, num_threads=threads, device=request.device
+        )
+        self.extraction = FeatureExtraction(folder=folder, workers=self.workers)
+        if request.fresh:
+            for manifest in folder.glob("*/_manifest.json"):  # only folders with our manifest
+                remove_data_folder(manifest.parent, "features")
+                manifest.parent.rmdir()
+        protocol = None
+        if request.protocol:
+            protocol = prepare(request.protocol, request.protocol_data, folder)
+
+        # Spaces, and the CLIP that scores
+        spaces = request.features or (protocol and protocol.features) or ("clip",)
+        self.spaces = tuple(dict.fromkeys(spaces))
+        self.specs: dict[str, ExtractorSpec] = {
+            space: network_spec(request, space) for space in self.spaces if space != "clip"
+        }
+        clip = request.judge or request.clip or (DEFAULT_CLIP if "clip" in spaces else "")
+        self.encoder: FrozenClip | None = None
+        if clip:
+            clip = absolute_spec(clip.removesuffix(RAW))  # scores compare directions alone
+            require_local_clip(clip)
+            self.encoder = load_clip(clip).to(device_named(request.device))
+            self.specs["clip"] = clip_spec(self.encoder, clip)
+
+        # Images
+        size = protocol.image_size if protocol else request.image_size
+        if protocol is None:
+            self.real = {"": open_source(request.real, size)}
+        elif request.image_size in (0, size):
+            self.real = {
+                name: ImageSource(source=images.source, images=images)
+                for name, images in protocol.references.items()
+            }
+        else:
+            raise ValueError(
+                f"image_size: found {request.image_size} with the protocol {request.protocol}, "
+                f"expected none: its pictures are of {size} px"
+            )
+        self.train = open_images(request.train).fitted(size) if request.train else None
+        self.facts = self._draw_samples(protocol) if model.decoder else {}
+        self.fake = open_source(request.fake, size)
+        if protocol is not None:
+            self.facts["protocol"] = protocol.about
+            _require_captions(self.fake, protocol.captions)
+
+    def _draw_samples(self, protocol: Prepared | None) -> Scores:
+        """Draw the captions of the request or of the protocol, if any; return how."""
+        request = self.request
+        if not request.captions and protocol is None:
+            return {}
+        captions = protocol.captions if protocol else read_captions(request.captions, request.limit)
+        options, guide = read_options(request.sampling) if request.sampling else ({}, "")
+        seed = protocol.seed if protocol and request.seed is None else request.seed
+        options = options if seed is None else {**options, "seed": seed}
+        captions = captions[: request.limit or None]
+        out, guided = Path(request.fake), replace(self.model, guide=guide)
+        made = draw(out, guided, captions, options, self.workers, fresh=request.fresh)
+        print(f"sample: {made} images drawn, {len(captions) - made} were there -> {out}")
+        return {"sampling": {
+            "n": len(captions), "seed": options.get("seed", 0),
+            "captions": request.captions or request.protocol,
+            "captions_sha256": digest_of(captions), "options": options,
+        }}  # fmt: skip
 
     def scores(self) -> Scores:
         """Return all scores by their paths in eval.json."""
-        from importlib.metadata import version
-
-        from eval.features.devices import device_named
         from eval.scores.scorecard import chain_scores, is_drawn, shapes_with_real
 
         (headline, *references), spaces = self.real, self.spaces
@@ -70,8 +132,7 @@ class Evaluation:
 
         # The chain's parts, on embeddings of the real images
         if self.request.embeds and fake:
-            device = self.extraction.workers.device
-            embeds = self.request.embeds
+            device, embeds = self.request.device, self.request.embeds
             scores |= chain_scores(embeds, self.model, fake, self.encoder, device)
 
         # The method
@@ -82,11 +143,10 @@ class Evaluation:
                 for name in references
             }
             scores["protocol"] = {**scores["protocol"], "references": others}
-        workers = self.extraction.workers
         names = ("torch", "numpy", "torch-fidelity", "open-clip-torch", "timm", "pillow")
         scores["provenance"] = {
-            "device": device_named(workers.device).type,
-            "num_threads": workers.num_threads,
+            "device": device_named(self.request.device).type,
+            "num_threads": self.workers.num_threads,
             "versions": {name: version(name) for name in names},
         }
         return scores
@@ -132,8 +192,6 @@ class Evaluation:
 
     def _is_own_encoder(self) -> bool | None:
         """Return whether the model was trained on the CLIP that scores; None if it is unknown."""
-        from models.weights import exported, load_config
-
         settings = self.fake.images.settings if self.fake.images is not None else {}
         own = settings.get("encoder_id")
         if own is None and self.model.prior:
@@ -148,78 +206,6 @@ class Evaluation:
             print(f"{path}: statistics of {real.source} for {space}")
 
 
-def open_evaluation(request: EvalRequest, model: Model) -> Evaluation:
-    """Find everything before anything is computed, then draw what is to be drawn.
-
-    Raises ValueError for what is absent or does not fit, IncompleteError for too few images.
-    """
-    from eval.features.devices import device_named
-    from ingest.store.snapshots import remove_data_folder
-
-    out = Path(request.out)
-    folder = Path(request.features_dir or out.with_name(f"{out.stem}_features")).absolute()
-    threads = threads_for(request.num_threads, request.num_workers)
-    workers = Workers(num_workers=request.num_workers, num_threads=threads, device=request.device)
-    extraction = FeatureExtraction(folder=folder, workers=workers)
-    if request.fresh:
-        for manifest in folder.glob("*/_manifest.json"):  # only folders with our manifest
-            remove_data_folder(manifest.parent, "features")
-            manifest.parent.rmdir()
-    protocol = None
-    if request.protocol:
-        protocol = prepare(request.protocol, request.protocol_data, folder)
-
-    # Spaces, and the CLIP that scores
-    spaces: Sequence[str] = request.features or (protocol and protocol.features) or ("clip",)
-    spaces = tuple(dict.fromkeys(spaces))
-    specs = {space: network_spec(request, space) for space in spaces if space != "clip"}
-    clip = request.judge or request.clip or (DEFAULT_CLIP if "clip" in spaces else "")
-    encoder = None
-    if clip:
-        clip = absolute_spec(clip.removesuffix(RAW))  # scores compare directions alone
-        require_local_clip(clip)
-        encoder = load_clip(clip).to(device_named(workers.device))
-        specs["clip"] = clip_spec(encoder, clip)
-
-    # Images
-    size = protocol.image_size if protocol else request.image_size
-    if protocol is None:
-        real = {"": _open_source(request.real, size)}
-    elif request.image_size in (0, size):
-        real = {
-            name: ImageSource(source=images.source, images=images, statistics={})
-            for name, images in protocol.references.items()
-        }
-    else:
-        raise ValueError(
-            f"image_size: found {request.image_size} with the protocol {request.protocol}, "
-            f"expected none: its pictures are of {size} px"
-        )
-    train = open_images(request.train).fitted(size) if request.train else None
-    facts = _draw_samples(request, model, workers, protocol) if model.decoder else {}
-    if protocol is not None:
-        facts["protocol"] = protocol.about
-    fake = _open_source(request.fake, size)
-    if protocol is not None:
-        if fake.images is None:
-            count = next(iter(fake.statistics.values())).moments.count
-        else:
-            count, captions = len(fake.images), fake.images.captions
-            if captions and captions != protocol.captions[: len(captions)]:
-                raise ValueError(
-                    f"{fake.source}: found images of other captions than the protocol's"
-                )
-        if count != len(protocol.captions):
-            raise IncompleteError(
-                f"{fake.source}: found {count} images, expected {len(protocol.captions)}, one for "
-                "each caption of the protocol"
-            )
-    return Evaluation(
-        request=request, model=model, extraction=extraction, fake=fake, real=real, spaces=spaces,
-        specs=specs, encoder=encoder, train=train, facts=facts,
-    )  # fmt: skip
-
-
 def network_spec(request: EvalRequest, space: str) -> ExtractorSpec:
     """Describe the extractor of a space that takes weights; ValueError if they are absent."""
     if space == "dinov2":
@@ -232,43 +218,19 @@ def network_spec(request: EvalRequest, space: str) -> ExtractorSpec:
     return inception_spec(weights, clean=space == "inception_clean")
 
 
-def _open_source(source: str, size: int) -> ImageSource:
-    """Open images, or statistics: a file of them, or a folder of such files and nothing else."""
-    path = Path(source)
-    files = sorted(path.iterdir()) if path.is_dir() else []
-    if path.suffix == ".npz" or (files and all(file.suffix == ".npz" for file in files)):
-        loaded = [load_statistics(file) for file in files or [path]]
-        statistics = {known.space: known for known in loaded}
-        if len(statistics) < len(loaded):
-            spaces = ", ".join(known.space for known in loaded)
-            raise ValueError(f"{source}: space: found {spaces}, expected each once")
-        return ImageSource(source=source, images=None, statistics=statistics)
-    return ImageSource(source=source, images=open_images(source).fitted(size), statistics={})
-
-
-def _draw_samples(
-    request: EvalRequest, model: Model, workers: Workers, protocol: Prepared | None
-) -> Scores:
-    """Draw the captions of the request or of the protocol, if any; return how."""
-    if not request.captions and protocol is None:
-        return {}
-    captions = protocol.captions if protocol else read_captions(request.captions, request.limit)
-    options, guide = read_options(request.sampling) if request.sampling else ({}, "")
-    seed = protocol.seed if protocol and request.seed is None else request.seed
-    options = options if seed is None else {**options, "seed": seed}
-    captions = captions[: request.limit or None]
-    out, guided = Path(request.fake), replace(model, guide=guide)
-    made = draw(out, guided, captions, options, workers, fresh=request.fresh)
-    print(f"sample: {made} images drawn, {len(captions) - made} were there -> {out}")
-    return {
-        "sampling": {
-            "n": len(captions),
-            "seed": options.get("seed", 0),
-            "captions": request.captions or request.protocol,
-            "captions_sha256": digest_of(captions),
-            "options": options,
-        }
-    }
+def _require_captions(fake: ImageSource, captions: list[str]) -> None:
+    """Refuse images that are not one for each of the protocol's captions."""
+    if fake.images is None:
+        count = next(iter(fake.statistics.values())).moments.count
+    else:
+        count, own = len(fake.images), fake.images.captions
+        if own and own != captions[: len(own)]:
+            raise ValueError(f"{fake.source}: found images of other captions than the protocol's")
+    if count != len(captions):
+        raise IncompleteError(
+            f"{fake.source}: found {count} images, expected {len(captions)}, one for each caption "
+            "of the protocol"
+        )
 
 
 def _draw_neighbours(scores: Scores, fake: ImageSet, train: ImageSet, folder: Path) -> None:

@@ -36,13 +36,13 @@ def main(config: FidConfig) -> int:
     from rich.table import Table
 
     from cluster.base.metrics import serve
-    from eval.evaluation import open_evaluation
+    from eval.evaluation import Evaluation
     from eval.html_report.formats import flatten
 
     model = config.check()
     serve(config.metrics_port)
     torch.set_num_threads(threads_for(config.num_threads))
-    evaluation = open_evaluation(config, model)
+    evaluation = Evaluation(config, model)
     scores = evaluation.scores()
     if config.save_statistics:
         evaluation.save_statistics(Path(config.save_statistics))

@@ -1,6 +1,7 @@
 """All scores of one set of images against another in one space of features."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -14,12 +15,12 @@ from eval.distances.intervals import (
     real_halves,
 )
 from eval.distances.neighbours import K_DENSITY, K_PRECISION, manifold_scores, nearest_rows
-from eval.distances.reference import Statistics
+from eval.distances.reference import Statistics, load_statistics
 from eval.features.blocks import Features
 from eval.features.extractors import FD_NAMES, ExtractorSpec
 from eval.features.store import FeatureExtraction
 from eval.html_report.formats import Scores
-from eval.sampling.image_source import ImageSet
+from eval.sampling.image_source import ImageSet, open_images
 
 QUOTABLE = 2049  # with fewer images a covariance of 2,048 features is singular
 NUM_NEAREST = 8  # pairs of a generated image and the training image next to it
@@ -34,8 +35,8 @@ class ImageSource:
     """
 
     source: str
-    images: ImageSet | None
-    statistics: dict[str, Statistics]
+    images: ImageSet | None = None
+    statistics: dict[str, Statistics] = field(default_factory=dict)
 
     def measured(
         self, spec: ExtractorSpec, extraction: FeatureExtraction
@@ -57,6 +58,20 @@ class ImageSource:
                     f"{expected!r}; score with what the statistics were made with"
                 )
         return None, known
+
+
+def open_source(source: str, size: int) -> ImageSource:
+    """Open images, or statistics: a file of them, or a folder of such files and nothing else."""
+    path = Path(source)
+    files = sorted(path.iterdir()) if path.is_dir() else []
+    if path.suffix == ".npz" or (files and all(file.suffix == ".npz" for file in files)):
+        loaded = [load_statistics(file) for file in files or [path]]
+        statistics = {known.space: known for known in loaded}
+        if len(statistics) < len(loaded):
+            spaces = ", ".join(known.space for known in loaded)
+            raise ValueError(f"{source}: space: found {spaces}, expected each once")
+        return ImageSource(source=source, statistics=statistics)
+    return ImageSource(source=source, images=open_images(source).fitted(size))
 
 
 def space_scores(
