@@ -17,8 +17,9 @@ from eval.html_report.formats import CAPTIONS_KEY, Scores
 from eval.protocol import Prepared, prepare
 from eval.request import EvalRequest
 from eval.sampling.captions import read_captions
+from eval.sampling.chain import Model
 from eval.sampling.image_source import ImageSet, IncompleteError, open_images
-from eval.sampling.sample_job import Model, draw, read_options
+from eval.sampling.sample_job import draw, read_options
 from ingest.store.snapshots import remove_data_folder
 from models.clip import RAW, FrozenClip, absolute_spec, load_clip
 from models.weights import exported, load_config

@@ -9,7 +9,7 @@ from tyro.conf import UseAppendAction
 from cluster.base.cli import require_at_least, require_local
 
 if TYPE_CHECKING:
-    from eval.sampling.sample_job import Model
+    from eval.sampling.chain import Model
 
 Space = Literal["clip", "inception", "inception_clean", "dinov2"]
 
@@ -91,7 +91,7 @@ class EvalRequest:
 
     def runs(self) -> "Model":
         """Return the runs that draw, from --model or one by one."""
-        from eval.sampling.sample_job import Model, model_in
+        from eval.sampling.chain import Model, model_in
 
         if not self.model:
             return Model(prior=self.prior, decoder=self.decoder, upsampler=self.upsampler)

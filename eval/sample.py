@@ -7,10 +7,9 @@ Sub-commands edit images: variations, interpolate, textdiff, inpaint, pca, guida
 --help of its own.
 """
 
-import dataclasses
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -71,23 +70,16 @@ def main(config: SampleConfig) -> int:
     from cluster.base.metrics import counter, serve
     from cluster.base.progress import progress
     from eval.features.devices import device_named
+    from eval.sampling import sample_job
     from eval.sampling.captions import read_captions
-    from eval.sampling.chain import load_chain
+    from eval.sampling.chain import Model
     from eval.sampling.generate import render_all, sampling_of
     from eval.sampling.image_source import SAMPLES_NAME
-    from eval.sampling.sample_job import (
-        Model,
-        grid_of_samples,
-        image_name,
-        list_samples,
-        open_samples,
-        settings_of,
-    )
 
     require_local("--out", config.out)
     started = time.perf_counter()
     device = device_named(config.device)
-    config = dataclasses.replace(config, precision=settled(config.precision, device.type))
+    config = replace(config, precision=settled(config.precision, device.type))
     serve(config.metrics_port)
     torch.set_num_threads(threads_for(config.num_threads))
     if bool(config.prompts) == bool(config.captions):
@@ -97,18 +89,18 @@ def main(config: SampleConfig) -> int:
         captions = read_captions(config.captions, config.limit)
 
     sampling, out = sampling_of(vars(config)), Path(config.out)
-    runs = {name: getattr(config, name) for name in ("clip", "prior", "decoder", "guide")}
-    model = Model(**runs, upsampler=config.upsampler)
-    chain = load_chain(**runs, upsamplers=config.upsampler, device=config.device)
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(SeededSampling)}
-    open_samples(out, settings_of(model, captions, options, config.device), fresh=config.fresh)
+    model = Model(**{field.name: getattr(config, field.name) for field in fields(Model)})
+    chain = model.load(config.device)
+    options = {f.name: getattr(config, f.name) for f in fields(SeededSampling)}
+    settings = sample_job.settings_of(model, captions, options, config.device)
+    sample_job.open_samples(out, settings, fresh=config.fresh)
 
     # Draw the batches of which an image is missing
     made = 0
     with progress("sample", len(captions), unit="images") as advance:
         for start in range(0, len(captions), config.batch_size):
             batch = captions[start : start + config.batch_size]
-            paths = [out / image_name(start + i) for i in range(len(batch))]
+            paths = [out / sample_job.image_name(start + i) for i in range(len(batch))]
             if not all(path.is_file() for path in paths):
                 images = render_all(
                     chain, batch, None, sampling,
@@ -121,8 +113,8 @@ def main(config: SampleConfig) -> int:
                 counter("minidalle2_samples_generated_total").inc(len(batch))
             advance(len(batch))
     if made or not (out / SAMPLES_NAME).is_file():
-        grid_of_samples(out, captions)
-        list_samples(out, captions, config.seed)
+        sample_job.grid_of_samples(out, captions)
+        sample_job.list_samples(out, captions, config.seed)
     seconds = time.perf_counter() - started
     print(
         f"sample: {made} images drawn, {len(captions) - made} were there, {seconds:.1f} s -> {out}"

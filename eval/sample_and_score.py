@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +24,9 @@ from cluster.base.run_dir import EVAL_NAME, SAMPLES_FOLDER
 from eval.html_report.formats import Scores
 
 ROOT = Path(__file__).resolve().parent.parent
+NOT_SETTINGS = (  # flags that change no score
+    "run", "keep_samples", "metrics_port", "scales", "once", "poll_seconds"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,12 @@ def sample_and_score(
         "--clip", clip, *shlex.split(config.score_options),
     ])  # fmt: skip
     return json.loads(out.read_text(encoding="utf-8"))
+
+
+def settings_of(config: SampleAndScoreConfig, weights: Json) -> Json:
+    """Return what all points of a curve share: the flags that change scores, and `weights`."""
+    flags = {k: v for k, v in asdict(config).items() if k not in NOT_SETTINGS}
+    return json.loads(json.dumps(flags | weights))
 
 
 def _delete_other_results(folder: Path, settings: Json) -> None:

@@ -10,7 +10,6 @@ changed. eval/report.py draws the curves.
     <run>/sweep/scale_1.5/        eval.json, samples/grid.png
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,13 @@ from cluster.base.cli import parse, require_local, run_script
 from cluster.base.files import write_text
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import SWEEP_NAME
-from eval.sample_and_score import SampleAndScoreConfig, finish, guide_of, sample_and_score
-
-NOT_SETTINGS = ("run", "scales", "keep_samples", "metrics_port")  # change no score
+from eval.sample_and_score import (
+    SampleAndScoreConfig,
+    finish,
+    guide_of,
+    sample_and_score,
+    settings_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +49,9 @@ def main(config: SweepConfig) -> int:
     run.mkdir(parents=True, exist_ok=True)
     serve(config.metrics_port)
 
-    flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
     guide = guide_of(config.sample_options)
     weights = chain_weights(config.prior, config.decoder, config.upsampler, guide)
-    settings = json.loads(json.dumps(flags | weights))
+    settings = settings_of(config, weights)
     path = run / SWEEP_NAME
     for scale in config.scales:
         # One curve holds one setting: lines of others are dropped when the first scale is scored.

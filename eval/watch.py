@@ -24,9 +24,14 @@ from cluster.base.cli import parse, run_script
 from cluster.base.files import Json, digest_file, try_lock, write_json
 from cluster.base.jsonl import add_line, read_lines
 from cluster.base.run_dir import CONFIG_NAME, STATE_NAME, WATCH_NAME, step_folders, step_of
-from eval.sample_and_score import SampleAndScoreConfig, finish, guide_of, sample_and_score
+from eval.sample_and_score import (
+    SampleAndScoreConfig,
+    finish,
+    guide_of,
+    sample_and_score,
+    settings_of,
+)
 
-NOT_SETTINGS = ("run", "once", "poll_seconds", "keep_samples", "metrics_port")  # change no score
 LINKED = ("config.json", "ema.safetensors", STATE_NAME)
 
 
@@ -121,11 +126,18 @@ def _link_weights(step: Path, linked: Path) -> None:
 
 def _score(config: RunWatchConfig, run: Path, folder: Path) -> None:
     """Score the checkpoint linked in `folder`, and add its line to watch.jsonl."""
+    from eval.sampling.chain import run_weights
+
     started = time.perf_counter()
     linked = folder / "run"
     weights = linked / folder.name
     chain = with_checkpoint(config, linked, weights)
-    settings = _settings(config, chain, linked)
+    guide = guide_of(chain.sample_options)
+    runs = {"prior": chain.prior, "decoder": chain.decoder, "guide": guide}
+    runs |= {f"upsampler {number}": run for number, run in enumerate(chain.upsampler, 1)}
+    others = {name: run for name, run in runs.items() if run and run != str(linked)}
+    weights_of = {f"weights of {name}": run_weights(run) for name, run in others.items()}
+    settings = settings_of(config, weights_of)
     _require_same_settings(run, settings)
     scores = sample_and_score(chain, folder, settings)
     line = {
@@ -140,19 +152,6 @@ def _score(config: RunWatchConfig, run: Path, folder: Path) -> None:
     shutil.rmtree(linked)
     finish(config, folder, scores)
     print(f"watch: {folder.name} scored in {line['seconds']:.0f} s", flush=True)
-
-
-def _settings(config: RunWatchConfig, chain: RunWatchConfig, linked: Path) -> Json:
-    """Return what all points of a curve must share: the flags and the weights of other runs."""
-    from eval.sampling.chain import run_weights
-
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
-    guide = guide_of(chain.sample_options)
-    runs = {"prior": chain.prior, "decoder": chain.decoder, "guide": guide}
-    runs |= {f"upsampler {number}": run for number, run in enumerate(chain.upsampler, 1)}
-    others = {name: run for name, run in runs.items() if run and run != str(linked)}
-    settings |= {f"weights of {name}": run_weights(run) for name, run in others.items()}
-    return json.loads(json.dumps(settings))
 
 
 def _require_same_settings(run: Path, settings: Json) -> None:

@@ -284,7 +284,7 @@ def test_what_workers_must_be():
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory, write_chain: Callable) -> Any:
-    from eval.sampling.sample_job import Model
+    from eval.sampling.chain import Model
 
     runs = write_chain(tmp_path_factory.mktemp("runs"), load_clip("tiny:random"), 8)
     return Model(prior=str(runs["prior"]), decoder=str(runs["decoder"]))

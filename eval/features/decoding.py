@@ -1,6 +1,8 @@
 """Pictures as extractors take them: 8-bit RGB, or a one-line error."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -15,17 +17,11 @@ MODES = {
 }
 
 
-def read_picture(file: Path | bytes, where: str) -> Image.Image:
-    """Decode a picture completely, to RGB; `where` names it in errors.
-
-    Grey becomes equal channels, and a fully opaque alpha channel is dropped. Raises ValueError for
-    a file that does not decode, for pixels of more than 8 bits, and for transparency: the
-    background is the user's choice, and would be part of the score.
-    """
+@contextmanager
+def _opened(file: Path | bytes, where: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            image.load()
-            return _as_rgb(image, where)
+            yield image
     except FileNotFoundError:
         raise
     except UnidentifiedImageError:
@@ -34,16 +30,33 @@ def read_picture(file: Path | bytes, where: str) -> Image.Image:
         ) from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"{where}: found a picture that does not decode ({error}), expected a whole one; make "
-            "it again or leave it out"
+            f"{where}: found a picture that does not decode ({error}), expected a complete one; "
+            "make it again or leave it out"
         ) from None
 
 
-def _as_rgb(image: Image.Image, where: str) -> Image.Image:
-    if image.mode not in (*PLAIN_MODES, "RGBA", "LA", "PA"):
-        found = MODES.get(image.mode, f"mode {image.mode}")
-        raise ValueError(f"{where}: found {found}, expected 8-bit RGB or grey; convert it first")
-    if image.has_transparency_data:
+def picture_size(file: Path | bytes, where: str) -> tuple[int, int]:
+    """Return width and height in px, reading no pixels; errors as of `read_picture`."""
+    with _opened(file, where) as image:
+        return image.size
+
+
+def read_picture(file: Path | bytes, where: str) -> Image.Image:
+    """Decode a picture completely, to RGB; `where` names it in errors.
+
+    Grey becomes equal channels, and a fully opaque alpha channel is dropped. Raises ValueError for
+    a file that does not decode, for pixels of more than 8 bits, and for transparency: the
+    background is the user's choice, and would be part of the score.
+    """
+    with _opened(file, where) as image:
+        image.load()
+        if image.mode not in (*PLAIN_MODES, "RGBA", "LA", "PA"):
+            pixels = MODES.get(image.mode, f"mode {image.mode}")
+            raise ValueError(
+                f"{where}: found {pixels}, expected 8-bit RGB or grey; convert it first"
+            )
+        if not image.has_transparency_data:
+            return image.convert("RGB")
         lowest = cast(int, image.convert("RGBA").getchannel("A").getextrema()[0])
         if lowest < 255:
             raise ValueError(
@@ -51,18 +64,6 @@ def _as_rgb(image: Image.Image, where: str) -> Image.Image:
                 "lay it over a background first"
             )
         return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")
-
-
-def picture_size(file: Path | bytes, where: str) -> tuple[int, int]:
-    """Return width and height in px, reading no pixels; errors as of `read_picture`."""
-    try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            return image.size
-    except UnidentifiedImageError:
-        raise ValueError(
-            f"{where}: found a file that is no picture, expected one; leave it out"
-        ) from None
 
 
 def fitted(image: Image.Image, size: int) -> Image.Image:

@@ -20,40 +20,21 @@ import numpy as np
 
 from cluster.base.files import Json, write_json, write_text
 from cluster.base.options import merged
+from eval.features.devices import device_named
 from eval.features.workers import ImageBlocks, MakeBlock, Workers
+from eval.sampling.chain import Model, chain_weights
 from eval.sampling.generate import render_all, sampling_of
 from eval.sampling.image_source import SAMPLES_NAME, SETTINGS_NAME, IncompleteError
 from eval.sampling.options import SeededSampling
 from ingest.shards import shard_name
 from ingest.store.commits import Attempt, committed
+from models.clip import load_clip
 from models.unclip import UnClip
+from models.weights import exported, load_config
 from training.engine.precision import settled
 from training.tasks.pictures import grid, save_png
 
 BLOCK_SIZE = 50  # captions: eval/sample.py's batch
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """The finished runs that generate images, and the run that guides them."""
-
-    prior: str
-    decoder: str
-    upsampler: tuple[str, ...] = ()
-    guide: str = ""
-    clip: str = ""
-
-    def absolute(self) -> "Model":
-        """Return the same runs by paths that mean the same in any process."""
-        from models.clip import absolute_spec
-
-        return Model(
-            prior=absolute_spec(self.prior),
-            decoder=absolute_spec(self.decoder),
-            upsampler=tuple(map(absolute_spec, self.upsampler)),
-            guide=absolute_spec(self.guide),
-            clip=absolute_spec(self.clip),
-        )
 
 
 def image_name(number: int) -> str:
@@ -149,10 +130,7 @@ class SampleBlocks(ImageBlocks):
 
 def load_model(blocks: SampleBlocks, model: Model, device: str) -> MakeBlock:
     """Return what draws and commits a block, with the chain on `device`."""
-    from eval.sampling.chain import load_chain
-
-    runs = (model.clip, model.prior, model.decoder, model.upsampler)
-    return partial(blocks.make, chain=load_chain(*runs, guide=model.guide, device=device))
+    return partial(blocks.make, chain=model.load(device))
 
 
 def draw(
@@ -196,39 +174,12 @@ def settings_of(model: Model, captions: list[str], options: Json, device: str) -
 
     Raises ValueError for an unknown option.
     """
-    from eval.features.devices import device_named
-    from eval.sampling.chain import chain_weights
-    from models.clip import load_clip
-    from models.weights import exported, load_config
-
     settings = asdict(merged(SeededSampling(), options, "--sampling"))
     settings["precision"] = settled(settings["precision"], device_named(device).type)
     clip = model.clip or load_config(exported(Path(model.prior)))["clip"]
-    weights = chain_weights(model.prior, model.decoder, model.upsampler, model.guide)
+    weights = chain_weights(*model.runs)
     settings |= {"encoder_id": load_clip(clip).encoder_id, **asdict(model), **weights}
     return json.loads(json.dumps({**settings, "captions": captions}))
-
-
-def model_in(folder: Path) -> Model:
-    """Return the model of a folder with the finished runs prior, base and up, up256, ...
-
-    Raises ValueError if there is no prior or no base.
-    """
-    from models.weights import FINAL_NAME
-
-    for name in ("prior", "base"):
-        if not (folder / name / FINAL_NAME).is_file():
-            raise ValueError(
-                f"--model: found no finished run {folder / name}, expected prior and base; name "
-                "the runs by --prior, --decoder and --upsampler"
-            )
-    runs = [path.parent for path in folder.glob(f"up*/{FINAL_NAME}")]
-    order = sorted(runs, key=lambda run: (len(run.name), run.name))  # up256 before up1024
-    return Model(
-        prior=str(folder / "prior"),
-        decoder=str(folder / "base"),
-        upsampler=tuple(map(str, order)),
-    )
 
 
 def read_options(source: str) -> tuple[Json, str]:
@@ -244,7 +195,7 @@ def read_options(source: str) -> tuple[Json, str]:
         raise ValueError(
             f"--sampling: {source}: found a {type(content).__name__}, expected options"
         )
-    others = {*asdict(Model(prior="", decoder="")), "encoder_id", "captions"}
+    others = {*asdict(Model()), "encoder_id", "captions"}
     options = {
         name: value for name, value in content.items()
         if name not in others and not name.endswith("_weights")

@@ -3,6 +3,7 @@ exchanged."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,10 +14,9 @@ from torch import Tensor
 from cluster.base.files import digest_of
 from eval.features.extractors import clip_features, extract, in_batches
 from eval.html_report.formats import CAPTIONS_KEY, Scores
-from eval.sampling.chain import chain_weights, load_chain
+from eval.sampling.chain import Model, chain_weights
 from eval.sampling.generate import caption_keys, render_all, sampling_of
 from eval.sampling.image_source import ImageSet
-from eval.sampling.sample_job import Model
 from eval.scores.shapes import score, summarise
 from ingest.shapes import is_held_out, parse
 from ingest.shards import EmbedShard, load_snapshot
@@ -190,9 +190,8 @@ def chain_scores(
     scores: Scores = {"clip": clip_scores(captions, image, text)}
     if not model.prior:
         return scores
-    guide = fake.settings.get("guide", "")
-    runs = ("", model.prior, model.decoder, model.upsampler)
-    chain = load_chain(*runs, guide=guide, device=device)
+    guided = replace(model, guide=fake.settings.get("guide", ""))
+    chain = guided.load(device)
     scores["prior"] = prior_scores(chain, captions, image, text, sampling_of(fake.settings))
     if not model.decoder:
         return scores
@@ -200,7 +199,7 @@ def chain_scores(
     if encoder is None and not drawn:
         print("ablation: left out: no --clip to judge it")
         return scores
-    weights = chain_weights(model.prior, model.decoder, model.upsampler, guide)
+    weights = chain_weights(*guided.runs)
     if fake.captions != captions or not weights.items() <= fake.settings.items():
         print(
             f"ablation: left out: {fake.source} are not the samples of --prior, --decoder and "
