@@ -126,7 +126,7 @@ def engine_step(
     import torch
 
     from training.config import TrainConfig
-    from training.engine.ema import Averages
+    from training.engine.ema import Ema
     from training.engine.engines import PlainEngine, ZeroEngine
     from training.loop import all_reduce_scores
 
@@ -137,7 +137,7 @@ def engine_step(
     )  # fmt: skip
     kind: Any = PlainEngine if engine == "plain" else ZeroEngine
     made = kind(model, _objective, config, torch.device("cpu"))
-    averages = Averages(made.fragments(), 0.999)
+    averages = Ema(made.fragments(), 0.999)
     batch, count = make_batch(batch_size), iter(range(1 << 30))
     model.train()
 

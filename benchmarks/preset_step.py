@@ -178,11 +178,11 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
 
 def _times(config: Config, model: Any, columns: Any, settings: Any, device: Any) -> list[float]:
     """Return the seconds of a step, by parts of `num_steps` steps."""
-    from training.engine.ema import Averages
+    from training.engine.ema import Ema
     from training.engine.engines import PlainEngine
 
     engine = PlainEngine(model, _objective, settings, device)
-    averages = Averages(engine.fragments(), settings.ema_decay)
+    averages = Ema(engine.fragments(), settings.ema_decay)
     model.train()
 
     def step(number: int) -> None:

@@ -2,7 +2,6 @@
 2022, section 2.1)."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,14 @@ from models.configs import DecoderConfig, Spacing
 from models.diffusion import keyed_random
 from models.diffusion.losses import draw_timesteps, timestep_weight, variational_bound
 from models.diffusion.samplers import (
+    Denoised,
     Denoiser,
+    Network,
     Sampler,
     clipped,
     ddim_invert,
     guided,
     inpainted,
-    learned_ddpm,
 )
 from models.diffusion.schedule import NoiseSchedule
 from models.networks.transformer import TextEncoder
@@ -67,14 +67,14 @@ class EncodedCondition:
 class ImageSampling:
     """How to sample a decoder or an upsampler.
 
-    sampler: "learned_ddpm" uses the variance that the network learned (Ramesh et al. 2022, table
-    3); spacing: which timesteps are visited, see `NoiseSchedule.timesteps`; cfg_scale: 1 = no
-    guidance; guidance_interval: shares [low, high] of the noising time in which to guide, None for
-    all; guidance_rescale: see `guided`; tile: side in px of the tiles that an upsampler works on,
-    0 for the complete image.
+    sampler: one of `SAMPLERS`, `learned_ddpm` is the paper's (Ramesh et al. 2022, table 3);
+    spacing: which timesteps are visited, see `NoiseSchedule.timesteps`; cfg_scale: 1 = no guidance;
+    guidance_interval: shares [low, high] of the noising time in which to guide, None for all;
+    guidance_rescale: see `guided`; tile: side in px of the tiles that an upsampler works on, 0 for
+    the complete image.
     """
 
-    sampler: Sampler | Literal["learned_ddpm"]
+    sampler: Sampler
     sample_steps: int = 20
     spacing: Spacing = "trailing"
     cfg_scale: float = 1.0
@@ -307,18 +307,11 @@ class Decoder(nn.Module):
         [B, 3, H, W] and a mask [B, 1, H, W], 1 where the image is kept (inpainting).
 
         Raises ValueError for a condition that lacks something, for a guide of another kind, and for
-        learned_ddpm without a learned variance.
+        a sampler that needs what the network did not learn.
         """
-        if options.sampler == "learned_ddpm" and not self.config.learned_variance:
-            raise ValueError(
-                "sampler: found learned_ddpm for a decoder that learned no variance, expected one "
-                "of the others; train with --base.learned-variance"
-            )
-
         # Denoiser. Guidance applies to the network's prediction and not to x0: at the noisy end
         # eps moves x0 10,000-fold
-        variance: list[Tensor] = []  # the network's last output for its variance, [B, 3, H, W]
-        network = self._network(condition, dropped=False, variance=variance)
+        network = self._network(condition, dropped=False)  # -> [B, 3 or 6, H, W]
         if options.cfg_scale != 1:
             if guide is not None:
                 self.require_guide(guide)
@@ -332,12 +325,12 @@ class Decoder(nn.Module):
                 interval = low, high - 1
             network = guided(
                 network,
-                weak,
+                lambda x, t: weak(x, t)[:, :3],
                 options.cfg_scale,
                 interval=interval,
                 rescale=options.guidance_rescale,
             )
-        denoise = clipped(self._to_x0(network), 1.0)
+        denoise = clipped(self._denoiser(network), 1.0)
         if known is not None:
             denoise = inpainted(denoise, *known)
 
@@ -345,10 +338,8 @@ class Decoder(nn.Module):
         shape = (3, self.image_size, self.image_size)
         x = keyed_random.normal(keys, "decoder", shape) if start is None else start
         noise = keyed_random.step_noise(keys, "decoder", shape)
-        sampler, schedule = options.sampler, self.schedule.spaced(options.spacing)
-        if sampler == "learned_ddpm":
-            sampler = learned_ddpm(lambda: variance[0])
-        return sampler(denoise, x, schedule, options.sample_steps, noise).clamp(-1, 1)
+        schedule = self.schedule.spaced(options.spacing)
+        return options.sampler(denoise, x, schedule, options.sample_steps, noise).clamp(-1, 1)
 
     @torch.no_grad()
     def invert(
@@ -360,7 +351,7 @@ class Decoder(nn.Module):
         (Ramesh et al. 2022, section 3: the second half of an image's latent, beside z_i.) Raises
         ValueError for a schedule of zero terminal SNR.
         """
-        denoise = clipped(self._to_x0(self._network(condition, dropped=False)), 1.0)
+        denoise = clipped(self._denoiser(self._network(condition, dropped=False)), 1.0)
         return ddim_invert(denoise, image, self.schedule.spaced(spacing), sample_steps)
 
     def require_guide(self, guide: "Decoder") -> None:
@@ -372,30 +363,22 @@ class Decoder(nn.Module):
             if found != expected:
                 raise ValueError(f"guide: {name}: found {found!r}, expected {expected!r}")
 
-    def _to_x0(self, network: Denoiser) -> Denoiser:
-        prediction = self.config.prediction
-        return lambda x, t: self.schedule.to_x0(prediction, network(x, t), x, t)
+    def _denoiser(self, network: Network) -> Denoiser:
+        def denoise(x: Tensor, t: Tensor) -> Denoised:
+            prediction, fraction = network(x, t).tensor_split([3], dim=1)  # [B, 3, H, W] each
+            x0 = self.schedule.to_x0(self.config.prediction, prediction, x, t)
+            return Denoised(x0, fraction if self.config.learned_variance else None)
 
-    def _network(
-        self,
-        condition: Condition,
-        *,
-        dropped: bool,
-        keep_text: bool = False,
-        variance: list[Tensor] | None = None,
-    ) -> Denoiser:
-        """Return the network under a condition, or with z_i and the caption dropped.
+        return denoise
 
-        keep_text: drop z_i alone; variance: receives the network's output for its variance.
-        """
+    def _network(self, condition: Condition, *, dropped: bool, keep_text: bool = False) -> Network:
+        """Return the network under a condition, or with z_i and the caption dropped; keep_text:
+        drop z_i alone."""
         encoded = self.encode_condition(condition)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             image_drop = torch.full_like(t, dropped, dtype=torch.bool)
             text_drop = torch.full_like(t, dropped and not keep_text, dtype=torch.bool)
-            output = self(x, t, encoded, image_drop, text_drop)
-            if variance is not None:
-                variance[:] = [output[:, 3:]]
-            return output[:, :3]
+            return self(x, t, encoded, image_drop, text_drop)
 
         return predict

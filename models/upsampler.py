@@ -12,7 +12,7 @@ from models.decoder import ImageSampling
 from models.degradation import bsr, gaussian_blur, shrink
 from models.diffusion import keyed_random
 from models.diffusion.losses import draw_timesteps, timestep_weight
-from models.diffusion.samplers import clipped
+from models.diffusion.samplers import Denoised, clipped
 from models.diffusion.schedule import NoiseSchedule
 from models.networks.transformer import TimestepMLP, without_autocast
 from models.networks.unet import UNet
@@ -134,11 +134,9 @@ class Upsampler(nn.Module):
         """Raise low_res [B, 3, H, W] to [B, 3, fH, fW] in [-1, 1], without guidance.
 
         keys: int64 [B]; final: another network for the last step, as Karlo has one; None for this
-        one. Raises ValueError for the sampler learned_ddpm, since upsamplers learn no variance, and
-        for a tile that the network cannot halve.
+        one. Raises ValueError for a sampler that needs a learned variance, and for a tile that the
+        network cannot halve.
         """
-        if options.sampler == "learned_ddpm":
-            raise ValueError("sampler: found learned_ddpm for an upsampler, expected another")
         unet, tile = self.config.unet, options.tile
         step = math.lcm(self.factor, unet.patch_size * 2 ** (len(unet.channel_mult) - 1))
         if tile < 0 or tile % step:
@@ -149,10 +147,10 @@ class Upsampler(nn.Module):
         interpolated = self._interpolated(low_res)  # [B, 3, fH, fW]
         shape = tuple(interpolated.shape[1:])
 
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
+        def denoise(x: Tensor, t: Tensor) -> Denoised:
             network = final if final is not None and int(t[0]) == last else self
             output = network._predict_tiled(x, t, interpolated, tile)
-            return self.schedule.to_x0(self.config.prediction, output, x, t)
+            return Denoised(self.schedule.to_x0(self.config.prediction, output, x, t))
 
         purpose = f"upsampler_{shape[1]}"
         x = keyed_random.normal(keys, purpose, shape)  # [B, 3, fH, fW]

@@ -20,6 +20,7 @@ from eval.sample import SampleConfig
 from eval.sampling.generate import default_sampling, sampling_of
 from eval.sampling.image_source import open_images
 from models.clip import load_clip
+from models.diffusion.samplers import analytic_ddpm, learned_ddpm
 from models.unclip import UnClip
 from models.weights import exported, save_weights
 
@@ -205,13 +206,13 @@ def test_settings_on_disk_give_the_sampling_they_were_drawn_with(
     assert defaults.prior.sample_steps == default_sampling().prior.sample_steps
     spacings = [part.spacing for part in (defaults.prior, defaults.decoder, defaults.upsampler)]
     assert spacings == ["trailing", "karras", "karras"]  # of ddpm, and of dpmpp_2m twice
-    assert sampling_of({"prior_sampler": "analytic_ddpm"}).prior.sampler == "analytic_ddpm"
+    assert sampling_of({"prior_sampler": "analytic_ddpm"}).prior.sampler is analytic_ddpm
     paper = sampling_of(
         {"sampler": "learned_ddpm", "upsampler_sampler": "ddim", "spacing": "strided"}
     )
-    assert paper.decoder.sampler == "learned_ddpm" and paper.decoder.spacing == "strided"
+    assert paper.decoder.sampler is learned_ddpm and paper.decoder.spacing == "strided"
     assert paper.prior.spacing == paper.upsampler.spacing == "strided"
-    with pytest.raises(ValueError, match="upsampler_sampler: found none with sampler learned_ddpm"):
+    with pytest.raises(ValueError, match="upsampler_sampler: found learned_ddpm, expected another"):
         sampling_of({"sampler": "learned_ddpm"})
     assert sampling_of({"top_share": 0.25, "temperature": 2.0}).prior.top_share == 0.25
     with pytest.raises(ValueError, match="found 'euler', expected one of ddim, .*analytic_ddpm"):

@@ -107,8 +107,8 @@ def ours(monkeypatch: pytest.MonkeyPatch, folder: Path, encoder: FrozenClip) -> 
     sampling = Sampling(
         prior=PriorSampling(sampler=ddpm, sample_steps=prior, spacing="strided", best_of=1,
                             cfg_scale=SCALES[0]),
-        decoder=ImageSampling(sampler="learned_ddpm", sample_steps=decoder, spacing="strided",
-                              cfg_scale=SCALES[1]),
+        decoder=ImageSampling(sampler=SAMPLERS["learned_ddpm"], sample_steps=decoder,
+                              spacing="strided", cfg_scale=SCALES[1]),
         upsampler=ImageSampling(sampler=ddpm, sample_steps=upsampler, spacing="strided"),
     )  # fmt: skip
     keys = torch.arange(3)

@@ -248,7 +248,8 @@ def test_a_decoder_and_its_upsamplers_draw_the_pipelines_images(tmp_path, monkey
     large = Scheduler(variance_type="fixed_small_log").run(4, start, enlarged).clamp(-1, 1)
 
     noise_as_theirs(monkeypatch, start)
-    how = ImageSampling(sampler="learned_ddpm", sample_steps=6, cfg_scale=3.0, spacing="strided")
+    learned = SAMPLERS["learned_ddpm"]
+    how = ImageSampling(sampler=learned, sample_steps=6, cfg_scale=3.0, spacing="strided")
     drawn = decoder.sample(torch.arange(3), given, how, start=x, empty=empty)
     torch.testing.assert_close(drawn, small, atol=1e-4, rtol=0)
     how = ImageSampling(sampler=SAMPLERS["ddpm"], sample_steps=4, spacing="strided")

@@ -213,17 +213,17 @@ def test_a_learned_variance_is_the_second_half_and_learns_from_the_bound_alone()
 
 
 def test_the_learned_sampler_asks_for_a_learned_variance():
-    how = ImageSampling(sampler="learned_ddpm", sample_steps=3, cfg_scale=2.0)
+    how = ImageSampling(sampler=SAMPLERS["learned_ddpm"], sample_steps=3, cfg_scale=2.0)
     model, _ = own_words(learned_variance=True, use_text=False, text_tokens=0)
     keys, given = torch.arange(4), condition(slice(4))
     found = model.sample(keys, given, how)
     assert found.shape == (4, 3, SIZE, SIZE) and torch.isfinite(found).all()
     alone = model.sample(keys[1:2], condition(slice(1, 2)), how)
     torch.testing.assert_close(alone, found[1:2], atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="learned_ddpm for a decoder that learned no variance"):
-        decoder().sample(keys, given, how)
-    with pytest.raises(ValueError, match="learned_ddpm for an upsampler"):
-        upsampler().sample(keys, images(4), how)
+    for draw in (lambda: decoder().sample(keys, given, how),
+                 lambda: upsampler().sample(keys, images(4), how)):  # fmt: skip
+        with pytest.raises(ValueError, match="learned_ddpm for a model that learned no variance"):
+            draw()
 
 
 @pytest.mark.parametrize(

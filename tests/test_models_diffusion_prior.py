@@ -161,13 +161,15 @@ def test_analytic_variances_come_from_the_data(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prior.scale, "restore", lambda x, unit_norm: x)
     keys, text = torch.arange(3000), text_of(inputs(3000))
     spread = {
-        name: prior.sample(keys, text, sampling(sampler=sampler, sample_steps=5, best_of=1)).std()
-        for name, sampler in (("analytic", "analytic_ddpm"), ("ddpm", SAMPLERS["ddpm"]))
+        name: prior.sample(
+            keys, text, sampling(sampler=SAMPLERS[name], sample_steps=5, best_of=1)
+        ).std()
+        for name in ("analytic_ddpm", "ddpm")
     }
-    assert spread["analytic"] > 1.02 * spread["ddpm"]
+    assert spread["analytic_ddpm"] > 1.02 * spread["ddpm"]
 
 
-@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"learned_ddpm"}))
 def test_a_sample_depends_on_its_own_key_and_caption_alone(sampler: str):
     prior, options = tiny().eval(), sampling(sampler=SAMPLERS[sampler], cfg_scale=2.0)
     whole = drawn(prior, torch.arange(8), options)

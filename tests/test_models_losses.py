@@ -13,7 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from models.configs import DecoderConfig, DiffusionPriorConfig, UNetConfig
 from models.decoder import Decoder
 from models.diffusion.losses import bounded, require_weights, variational_bound
-from models.diffusion.samplers import learned_ddpm, learned_log_variance
+from models.diffusion.samplers import Denoised, learned_ddpm, learned_log_variance
 from models.diffusion.schedule import NoiseSchedule
 from training.config import DecoderRunConfig, PriorRunConfig
 from training.tasks.networks import decoder_model, prior_model
@@ -87,8 +87,8 @@ def test_only_the_variance_learns_from_it():
 def test_sampling_with_a_learned_variance_is_diffusers():
     guess, fraction = noise(2), -torch.rand(SHAPE, generator=torch.Generator().manual_seed(3))
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        return guess + 0.1 * x
+    def denoise(x: Tensor, t: Tensor) -> Denoised:
+        return Denoised(guess + 0.1 * x, fraction)
 
     theirs = DDPMScheduler(
         num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample",
@@ -97,12 +97,11 @@ def test_sampling_with_a_learned_variance_is_diffusers():
     theirs.set_timesteps(10)
     expected = noise(1)
     for i, t in enumerate(theirs.timesteps):
-        output: Any = torch.cat([denoise(expected, t), fraction], dim=1)
+        output: Any = torch.cat([guess + 0.1 * expected, fraction], dim=1)
         rng = torch.Generator().manual_seed(100 + i)
         step: Any = theirs.step(output, int(t), expected, generator=rng)
         expected = step.prev_sample
-    sampler = learned_ddpm(lambda: fraction)
-    found = sampler(denoise, noise(1), SCHEDULE, 10, lambda step: noise(100 + step))
+    found = learned_ddpm(denoise, noise(1), SCHEDULE, 10, lambda step: noise(100 + step))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 

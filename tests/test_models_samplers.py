@@ -12,6 +12,8 @@ from models.configs import Spacing
 from models.diffusion import keyed_random
 from models.diffusion.samplers import (
     SAMPLERS,
+    Denoised,
+    Denoiser,
     Sampler,
     analytic_ddpm,
     clipped,
@@ -29,12 +31,24 @@ COVARIANCE = torch.tensor([[0.6, 0.3], [0.3, 0.4]], dtype=torch.float64)
 SCHEDULE = NoiseSchedule.build("cosine", 1000)
 
 
-def exact(x: Tensor, t: Tensor) -> Tensor:
+def predicted(x: Tensor, t: Tensor) -> Tensor:
     """E[x0 | x_t] for x0 ~ N(MEAN, COVARIANCE), by Gaussian conditioning."""
     alpha_bar = SCHEDULE.alpha_bar[t[0]]
     joint = alpha_bar * COVARIANCE + (1 - alpha_bar) * torch.eye(2, dtype=torch.float64)
     gain = alpha_bar.sqrt() * COVARIANCE @ torch.linalg.inv(joint)
     return MEAN + (x - alpha_bar.sqrt() * MEAN) @ gain.T
+
+
+X0_VARIANCE = gaussian_posterior_variance(SCHEDULE, torch.linalg.eigvalsh(COVARIANCE))
+
+
+def known(x0: Tensor, t: Tensor, x0_variance: Tensor = X0_VARIANCE) -> Denoised:
+    """x0 with what every sampler asks for; a fraction of -1 is DDPM's own variance."""
+    return Denoised(x0, torch.full_like(x0, -1), x0_variance[t])
+
+
+def exact(x: Tensor, t: Tensor) -> Denoised:
+    return known(predicted(x, t), t)
 
 
 def start(count: int) -> Tensor:
@@ -80,10 +94,10 @@ def solution_error(sampler: Sampler, steps: int) -> float:
     schedule = NoiseSchedule(alpha_bar=alpha_bar)
     last: list[Tensor] = []
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def denoise(x: Tensor, t: Tensor) -> Denoised:
         last.append(x)
         signal = alpha_bar[t][:, None]
-        return x * signal.sqrt() * variance / (signal * variance + 1 - signal)
+        return Denoised(x * signal.sqrt() * variance / (signal * variance + 1 - signal))
 
     def scale(at: Tensor) -> Tensor:
         return (at * variance + 1 - at).sqrt()  # the flow keeps x_t / sd(x_t)
@@ -105,14 +119,14 @@ SHARES = torch.tensor([0.3, 0.7], dtype=torch.float64)
 SPREAD = 0.04  # variance of either, in each dimension
 
 
-def of_mixture(x: Tensor, t: Tensor) -> Tensor:
+def of_mixture(x: Tensor, t: Tensor) -> Denoised:
     """E[x0 | x_t] for x0 from the mixture: each component's own, by its probability given x_t."""
     alpha_bar = SCHEDULE.alpha_bar[t[0]]
     variance = alpha_bar * SPREAD + 1 - alpha_bar
     away = x[:, None] - alpha_bar.sqrt() * PLACES  # [B, 2, 2]
     share = (SHARES.log() - away.square().sum(-1) / (2 * variance)).softmax(1)
     means = PLACES + alpha_bar.sqrt() * SPREAD / variance * away
-    return (share[..., None] * means).sum(1)
+    return Denoised((share[..., None] * means).sum(1))
 
 
 @pytest.mark.parametrize(
@@ -138,10 +152,12 @@ def test_samples_of_a_mixture_have_its_shares_mean_and_covariance(
 def test_a_schedule_without_terminal_signal_is_sampled_from_pure_noise(name: str):
     schedule, count = NoiseSchedule.build("cosine", 1000, zero_terminal=True), 20_000
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    x0_variance = gaussian_posterior_variance(schedule, torch.tensor([0.25]))
+
+    def denoise(x: Tensor, t: Tensor) -> Denoised:
         alpha_bar = schedule.alpha_bar[t[0]]
         gain = alpha_bar.sqrt() * 0.25 / (alpha_bar * 0.25 + 1 - alpha_bar)
-        return 2 + gain * (x - alpha_bar.sqrt() * 2)
+        return known(2 + gain * (x - alpha_bar.sqrt() * 2), t, x0_variance)
 
     x = SAMPLERS[name](denoise, start(count), schedule, 100, fresh(count))
     assert x.mean().item() == pytest.approx(2, abs=0.02)
@@ -155,23 +171,25 @@ def test_a_schedule_without_terminal_signal_is_sampled_from_pure_noise(name: str
 def test_analytic_variances_are_exact_for_an_isotropic_gaussian(sample_steps: int):
     """Whatever the number of steps; DDPM's own variance is too small at few."""
     variance, count = 0.3, 50_000
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        alpha_bar = SCHEDULE.alpha_bar[t[0]]
-        return x * alpha_bar.sqrt() * variance / (alpha_bar * variance + 1 - alpha_bar)
+    unknown = gaussian_posterior_variance(SCHEDULE, torch.tensor([variance]))
 
     def spread(sampler: Sampler) -> float:
         """The variance before the last step, which gives the mean of x0 alone."""
         seen: list[Tensor] = []
-        sampler(lambda x, t: (seen.append(x), denoise(x, t))[1], start(count), SCHEDULE,
-                sample_steps, fresh(count))  # fmt: skip
+
+        def denoise(x: Tensor, t: Tensor) -> Denoised:
+            seen.append(x)
+            alpha_bar = SCHEDULE.alpha_bar[t[0]]
+            x0 = x * alpha_bar.sqrt() * variance / (alpha_bar * variance + 1 - alpha_bar)
+            return known(x0, t, unknown)
+
+        sampler(denoise, start(count), SCHEDULE, sample_steps, fresh(count))
         return seen[-1].var().item()
 
     t = SCHEDULE.timesteps(sample_steps)[-1]
     alpha_bar = SCHEDULE.alpha_bar[t].item()
     expected = alpha_bar * variance + 1 - alpha_bar
-    unknown = gaussian_posterior_variance(SCHEDULE, torch.tensor([variance]))
-    assert spread(analytic_ddpm(unknown)) == pytest.approx(expected, rel=0.02)
+    assert spread(analytic_ddpm) == pytest.approx(expected, rel=0.02)
     assert spread(ddim(eta=1.0)) < 0.99 * expected
 
 
@@ -186,7 +204,7 @@ def test_what_is_not_known_of_gaussian_data():
 # -- inversion -------------------------------------------------------------------------------------
 
 
-def return_error(denoise: Callable, sample_steps: int, refinements: int) -> float:
+def return_error(denoise: Denoiser, sample_steps: int, refinements: int) -> float:
     """The 95th percentile of the round trip's largest error over two dimensions; data spread over
     0.6 to 1. Points between two components, which either may claim, are the rest."""
     x0 = ddim()(denoise, start(500), SCHEDULE, 200, no_noise)
@@ -196,7 +214,7 @@ def return_error(denoise: Callable, sample_steps: int, refinements: int) -> floa
 
 
 @pytest.mark.parametrize("denoise", [exact, of_mixture])
-def test_sampling_from_an_inversion_comes_back(denoise: Callable):
+def test_sampling_from_an_inversion_comes_back(denoise: Denoiser):
     """Within .05 at 50 steps, .02 at 100; refining eps where the step starts is what does it."""
     errors = [return_error(denoise, 50, refinements) for refinements in (0, 1, 3)]
     assert errors[2] < 0.05 and errors[2] < errors[1] < errors[0] / 1.5
@@ -240,9 +258,9 @@ def test_ddpm_draws_from_the_posterior():
     x_t = torch.tensor([[1.1]], dtype=torch.float64).expand(count, 1)
     seen: list[Tensor] = []
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def denoise(x: Tensor, t: Tensor) -> Denoised:
         seen.append(x)
-        return x0
+        return Denoised(x0)
 
     draw = keyed_random.normal(torch.arange(count), "fresh", (1,)).double()
     SAMPLERS["ddpm"](denoise, x_t, SCHEDULE, 2, lambda step: draw)
@@ -257,7 +275,7 @@ def test_ddpm_draws_from_the_posterior():
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_one_step_is_the_denoiser_itself(name: str):
     x = start(4)
-    expected = exact(x, torch.full((4,), 999))
+    expected = predicted(x, torch.full((4,), 999))
     torch.testing.assert_close(SAMPLERS[name](exact, x, SCHEDULE, 1, fresh(4)), expected)
 
 
@@ -315,10 +333,10 @@ def test_guidance_is_off_at_one_and_affine_elsewhere():
         return torch.tanh(x)
 
     x, t = start(5), torch.full((5,), 500)
-    cond, uncond = exact(x, t), unconditional(x, t)
-    assert guided(exact, unconditional, 1.0) is exact
+    cond, uncond = predicted(x, t), unconditional(x, t)
+    assert guided(predicted, unconditional, 1.0) is predicted
     for scale in (0.0, 0.5, 3.0):
-        found = guided(exact, unconditional, scale)(x, t)
+        found = guided(predicted, unconditional, scale)(x, t)
         torch.testing.assert_close(found, (1 - scale) * uncond + scale * cond)
 
 
@@ -329,11 +347,11 @@ def test_guidance_acts_in_its_interval_alone():
         calls.append(int(t[0]))
         return torch.tanh(x)
 
-    wrapped = guided(exact, unconditional, 3.0, interval=(200, 600))
+    wrapped = guided(predicted, unconditional, 3.0, interval=(200, 600))
     for t in (0, 199, 200, 600, 601):
         x = start(3)
         found = wrapped(x, torch.full((3,), t))
-        assert torch.equal(found, exact(x, torch.full((3,), t))) == (t not in (200, 600))
+        assert torch.equal(found, predicted(x, torch.full((3,), t))) == (t not in (200, 600))
     assert calls == [200, 600]  # and costs nothing elsewhere
 
 
@@ -348,8 +366,14 @@ def test_a_rescaled_guidance_has_the_conditionals_deviation():
 
 
 def test_clipping_bounds_x0():
-    x = clipped(lambda x, t: 10 * x, 1.0)(start(50), torch.zeros(50, dtype=torch.long))
-    assert x.abs().max() == 1
+    denoise = clipped(lambda x, t: Denoised(10 * x), 1.0)
+    assert denoise(start(50), torch.zeros(50, dtype=torch.long)).x0.abs().max() == 1
+
+
+@pytest.mark.parametrize("name", ["learned_ddpm", "analytic_ddpm"])
+def test_a_sampler_asks_for_the_variance_that_it_needs(name: str):
+    with pytest.raises(ValueError, match=f"sampler: found {name} for a model .*, expected one of"):
+        SAMPLERS[name](lambda x, t: Denoised(x), start(2), SCHEDULE, 3, fresh(2))
 
 
 def test_an_unknown_sampler_lists_the_known_ones():

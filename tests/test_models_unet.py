@@ -189,7 +189,7 @@ def sample_upsampler(keys: torch.Tensor, options: ImageSampling) -> torch.Tensor
     return upsampler().sample(keys, images(4, 4)[keys], options)
 
 
-@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m", "heun"])
 @pytest.mark.parametrize("sample", [sample_decoder, sample_upsampler])
 def test_the_same_key_gives_the_same_image_in_any_batch(sampler: str, sample: Callable):
     options = ImageSampling(sampler=SAMPLERS[sampler], sample_steps=3, cfg_scale=2.0)

@@ -15,7 +15,7 @@ from training.checkpoints import checkpointer
 from training.checkpoints.checkpointer import Checkpointer, RankState
 from training.checkpoints.records import FORMAT, FragmentReader, Progress, Record, valid_records
 from training.config import TrainConfig
-from training.engine.ema import EMA, Averages
+from training.engine.ema import EMA, Ema
 from training.engine.engines import Fragment
 
 SIGMAS = (0.05, 0.1)
@@ -32,7 +32,7 @@ def test_the_average_is_the_weighted_sum_over_all_updates(sigma_rel: float):
     """Against the sum of w_tau theta_tau, w_tau the product of shares, in float64 loops."""
     walk = random_walk(60)
     fragment = Fragment(name="w", offset=0, master=torch.zeros(7), state={})
-    averages = Averages([fragment], 0.9, (sigma_rel,))
+    averages = Ema([fragment], 0.9, (sigma_rel,))
     for t in range(1, 61):
         fragment.master.copy_(walk[t - 1])
         averages.update(t - 1, 0)
@@ -52,7 +52,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been():
     found, expected = [], []
     for shadows, skipped in ((found, (0, 4, 5)), (expected, ())):
         fragment = Fragment(name="w", offset=0, master=torch.zeros(7), state={})
-        averages = Averages([fragment], 0.9, SIGMAS)
+        averages = Ema([fragment], 0.9, SIGMAS)
         weights, nonfinite = iter(walk), 0
         for step in range(9 + len(skipped)):
             if step in skipped:
@@ -79,10 +79,10 @@ def fake_engine(rank: int, world_size: int, whole: torch.Tensor) -> Any:
     )  # fmt: skip
 
 
-def trained(engine: Any, num_steps: int = 3) -> Averages:
+def trained(engine: Any, num_steps: int = 3) -> Ema:
     """The averages of a rank whose weights took a walk."""
     walk, fragment = random_walk(num_steps), engine.fragments()[0]
-    averages = Averages(engine.fragments(), 0.9, SIGMAS)
+    averages = Ema(engine.fragments(), 0.9, SIGMAS)
     for step in range(num_steps):
         fragment.master.copy_(walk[step][fragment.offset :][: len(fragment.master)])
         averages.update(step, 0)
@@ -107,7 +107,7 @@ def write_by_two(run: Path) -> None:
             checkpointer.write_rank_state(state)
 
 
-def every_shadow(averages: Averages) -> list[torch.Tensor]:
+def every_shadow(averages: Ema) -> list[torch.Tensor]:
     return [shadow for shadows in averages.by_fragment() for shadow in shadows.values()]
 
 
@@ -116,7 +116,7 @@ def test_any_number_of_ranks_continues_the_averages_of_two(world_size: int, tmp_
     write_by_two(tmp_path)
     for rank in range(world_size):
         engine = fake_engine(rank, world_size, torch.zeros(7))
-        found = Averages(engine.fragments(), 0.9, SIGMAS)
+        found = Ema(engine.fragments(), 0.9, SIGMAS)
         Checkpointer(tmp_path, engine, found, {}, TrainConfig()).restore(3)
         expected = trained(fake_engine(rank, world_size, torch.zeros(7)))
         for a, b in zip(every_shadow(found), every_shadow(expected), strict=True):
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_other_averages_is_refused(sigmas: tuple[float, ...], tm
     """One that begins in the middle of a run would be of another profile than its name says."""
     write_by_two(tmp_path)
     engine = fake_engine(0, 1, torch.zeros(7))
-    averages = Averages(engine.fragments(), 0.9, sigmas)
+    averages = Ema(engine.fragments(), 0.9, sigmas)
     with pytest.raises(ValueError, match="train.power_ema: found the averages ema, power_0.05, "):
         Checkpointer(tmp_path, engine, averages, {}, TrainConfig()).restore(3)
 

@@ -174,14 +174,14 @@ def save_gathered(root: Path, name: str) -> None:
     import deepspeed
 
     from training.checkpoints.checkpointer import Checkpointer
-    from training.engine.ema import Averages
+    from training.engine.ema import Ema
 
     config = config_of(root, name, {"num_workers": 2, "zero_stage": 3})
     job = build(config)
     for parameter in job.model.parameters():
         nn.init.constant_(parameter, 7.0)
     engine = zero.ZeroEngine(job.model, job.objective, config.train, torch.device("cpu"))
-    averages = Averages(engine.fragments(), 0.9, ())
+    averages = Ema(engine.fragments(), 0.9, ())
     Checkpointer(root / name, engine, averages, {}, config.train).restore(WHOLE)
     context: Any = deepspeed.zero.GatheredParameters(list(job.model.parameters()))
     with context:

@@ -16,7 +16,7 @@ from cluster.base.jsonl import read_lines
 from training.checkpoints.records import Progress
 from training.config import TrainConfig
 from training.data.dataloader import Batch
-from training.engine.ema import EMA, Averages
+from training.engine.ema import EMA, Ema
 from training.engine.engines import Fragment
 from training.engine.optimizer import learning_rate_ratio
 from training.loop import MAX_NONFINITE_IN_A_ROW, seed_dropout
@@ -84,7 +84,7 @@ def test_the_average_is_the_one_computed_directly(tmp_path: Path):
 
 def test_an_average_of_constant_weights_is_those_weights():
     fragment = Fragment(name="w", offset=0, master=torch.arange(3.0), state={})
-    averages = Averages([fragment], decay=0.999)
+    averages = Ema([fragment], decay=0.999)
     for step in range(20):
         averages.update(step, 0)
     (shadow,) = averages.shadows[EMA]

@@ -22,7 +22,7 @@ from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.post_hoc_ema import reconstruct
 from training.checkpoints.records import Progress, newest_valid
 from training.config import PriorRunConfig, TrainConfig
-from training.engine.ema import Averages
+from training.engine.ema import Ema
 from training.engine.engines import Fragment
 from training.reconstruct_ema import EmaConfig
 from training.runs.run_folder import prepare_run
@@ -214,9 +214,9 @@ def wander(run: Path, kept: float, num_steps: int = 400, skipped: int = 0) -> to
     engine: Any = SimpleNamespace(
         rank=0, world_size=1, fragments=lambda: [fragment], optimizer=SimpleNamespace(num_steps=1)
     )
-    stored = Averages([fragment], 0.9, (0.05, 0.1))
+    stored = Ema([fragment], 0.9, (0.05, 0.1))
     checkpoints = Checkpointer(run, engine, stored, {}, TrainConfig.of(async_checkpoints=False))
-    third = Averages([fragment], 0.9, (kept,))
+    third = Ema([fragment], 0.9, (kept,))
     draw = torch.Generator().manual_seed(0)
     for step in range(num_steps):
         nonfinite = min(step + 1, skipped)

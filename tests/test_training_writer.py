@@ -15,7 +15,7 @@ from cluster.base.run_dir import STATE_NAME, fragment_path, step_folder
 from training.checkpoints import checkpointer
 from training.checkpoints.checkpointer import Checkpointer, Writer
 from training.checkpoints.records import Progress, valid_records
-from training.engine.ema import Averages
+from training.engine.ema import Ema
 from training.engine.engines import PlainEngine
 from training.runs.reporting import Reporter
 
@@ -27,10 +27,10 @@ def files(folder: Path) -> dict[str, bytes]:
             if path.suffix in (".safetensors", ".json")}  # fmt: skip
 
 
-def plain(run: Path, asynchronous: bool = False) -> tuple[Any, Averages, Checkpointer]:
+def plain(run: Path, asynchronous: bool = False) -> tuple[Any, Ema, Checkpointer]:
     """The line's engine, its averages, and what saves both to a run."""
     engine = PlainEngine(network(), squared_error, CONFIG, torch.device("cpu"))
-    averages = Averages(engine.fragments(), 0.9, (0.1,))
+    averages = Ema(engine.fragments(), 0.9, (0.1,))
     config = with_options(CONFIG, async_checkpoints=asynchronous, keep_checkpoints=9)
     return engine, averages, Checkpointer(run, engine, averages, {"kind": "line"}, config)
 
@@ -128,7 +128,7 @@ def test_the_first_rank_waits_for_the_fragments_of_all(tmp_path: Path):
         engine: Any = PlainEngine(network(), squared_error, CONFIG, torch.device("cpu"))
         own = engine.fragments()[rank : rank + 1]
         engine.rank, engine.world_size, engine.fragments = rank, 2, lambda own=own: own
-        averages = Averages(own, 0.9, ())
+        averages = Ema(own, 0.9, ())
         checkpoints = Checkpointer(tmp_path, engine, averages, {"kind": "line"}, CONFIG)
         both.append(checkpoints)
     with pytest.MonkeyPatch.context() as patch:  # no process group to meet in

@@ -12,16 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.base.files import Json
-from cluster.base.run_dir import step_folder, step_folders, step_of
-from training.checkpoints.checkpointer import Checkpointer
-from training.checkpoints.records import Progress, from_first_rank
-from training.config import RunConfig, TrainConfig
+from training.checkpoints.records import Progress
+from training.checkpoints.schedule import Checkpoints
+from training.config import RunConfig
 from training.data.dataloader import Batch, make_loader
 from training.data.datasets import ColumnDataset
-from training.engine.ema import Averages
+from training.engine.ema import Ema
 from training.engine.engines import Engine, Scores
 from training.engine.optimizer import learning_rate_ratio
-from training.runs.events import num_attempts, report_incident
 from training.runs.reporting import Reporter
 from training.runs.signals import stop_wanted
 
@@ -59,23 +57,20 @@ def train(
 ) -> Progress:
     """Train to `train.num_steps`, or until stopped, from the run's newest valid checkpoint."""
     config = options.train
-    ema = Averages(engine.fragments(), config.averages.ema_decay, config.averages.power_ema)
-    checkpointer = Checkpointer(run, engine, ema, task.export, config)
-    progress = resume(run, engine, checkpointer, reporter)
-    validation = DeferredValidation(task, run, engine, checkpointer, reporter)
-    if progress.step and is_due(progress, config):  # killed between a checkpoint and its scores
-        validation.validate(progress)
+    ema = Ema(engine.fragments(), config.averages.ema_decay, config.averages.power_ema)
+    checkpoints = Checkpoints(task, run, engine, ema, config, reporter)
+    progress = checkpoints.resume()
     loader = make_loader(
         task.build_dataset, options, block_size=task.block_size, rank=engine.rank,
         world_size=engine.world_size, pin_memory=engine.device.type == "cuda",
     )  # fmt: skip
-    batches = loader.steps(progress.step, config.schedule.num_steps)
+    steps = loader.steps(progress.step, config.schedule.num_steps)
     num_nonfinite = 0  # steps in a row
     engine.model.train()
     for step in range(progress.step, config.schedule.num_steps):
         # Data
         with reporter.fetching(step):
-            micro_batches = next(batches)
+            micro_batches = next(steps)
 
         # Forward and backward: the gradient of the mean over the real samples of the global batch.
         # Engines average over ranks and micro-batches; `scale` makes that average the mean.
@@ -84,7 +79,7 @@ def train(
         with task.grad_context(engine.model, micro_batches):
             for batch in micro_batches:
                 batch = batch.to(engine.device)
-                losses = engine.losses(batch)
+                losses = engine.losses(batch)  # {"loss": [B], other scores: [B]}
                 scale = engine.world_size * len(micro_batches) / max(1, batch.num_real)
                 means = {name: (x * batch.weight).sum() * scale for name, x in losses.items()}
                 engine.backward(means["loss"])
@@ -92,7 +87,7 @@ def train(
                     mean = mean.detach() / len(micro_batches)
                     scores[name] = scores[name] + mean if name in scores else mean
         stop = stop_wanted(run, engine.rank)
-        scores, flags = all_reduce_scores(engine, scores, stop=stop, written=checkpointer.idle)
+        scores, flags = all_reduce_scores(engine, scores, stop=stop, written=checkpoints.is_written)
 
         # Optimizer step; skipped, and counted, where the loss or the gradient is not finite on any
         # rank: the gradient's norm is NaN then, see `poison_grads`
@@ -100,8 +95,6 @@ def train(
         lr_ratio = learning_rate_ratio(config, step)
         scores["grad_norm"] = torch.tensor(engine.step(lr_ratio))
         is_finite = bool(scores["grad_norm"].isfinite())
-
-        # Averages of the weights
         if is_finite:
             ema.update(step, progress.nonfinite_steps)
 
@@ -110,19 +103,10 @@ def train(
         progress = progress.after(micro_batches[0].num_real, finite=is_finite)
         reporter.trained(progress, micro_batches)
         reporter.step(progress, scores if is_finite else {}, lr_ratio)
-        stop, written = flags.tolist()
 
-        # Checkpoint: copied now, written while training continues
-        saves = due_saves(checkpointer, progress, config, stop=stop)
-        if written or saves:
-            validation.run()
-        for save in saves:
-            with reporter.checkpointing(step, checkpointer):
-                save(progress)
-
-        # Validate, once the checkpoint is written
-        if is_due(progress, config):
-            validation.add(progress)
+        # Checkpoint: copied now, written while training continues, validated once it is written
+        stop, all_written = flags.tolist()
+        checkpoints.after_step(progress, stop=stop, all_written=all_written)
 
         # Stop
         if stop:
@@ -132,23 +116,7 @@ def train(
                 f"{run}: the loss was not finite {num_nonfinite} steps in a row; start over with "
                 "--fresh and a lower learning rate"
             )
-    checkpointer.wait()
-    validation.run()
-    checkpointer.finish(progress)
-    return progress
-
-
-def resume(run: Path, engine: Engine, checkpointer: Checkpointer, reporter: Reporter) -> Progress:
-    """Continue from the newest valid checkpoint, and report from which, and which are broken."""
-    folders = step_folders(run)
-    progress = checkpointer.resume()
-    broken = [folder.name for folder in folders if step_of(folder) > progress.step]
-    if broken and engine.rank == 0:
-        names = ", ".join(broken)
-        message = f"{names}: no complete checkpoint; continues from step {progress.step}"
-        report_incident(run, "broken", progress.step, message)
-    attempt = from_first_rank(engine, num_attempts(run))
-    reporter.started(progress, num_workers=engine.world_size, attempt=attempt)
+    checkpoints.finish(progress)
     return progress
 
 
@@ -173,66 +141,3 @@ def all_reduce_scores(
     means = packed[:-2] / engine.world_size
     any_stops, any_writes = packed[-2:] > 0
     return dict(zip(scores, means, strict=True)), torch.stack([any_stops, ~any_writes])
-
-
-def due_saves(
-    checkpointer: Checkpointer, progress: Progress, config: TrainConfig, *, stop: bool
-) -> list[Callable[[Progress], None]]:
-    """Return what is to be saved after a step.
-
-    A snapshot of the power-function averages comes before the checkpoint of the same step, after
-    which a killed run would continue without it. Until the first update there is no average.
-    """
-    saves: list[Callable[[Progress], None]] = []
-    every, is_last = config.averages.snapshot_every, progress.step == config.schedule.num_steps
-    if every and progress.updates and (progress.step % every == 0 or is_last):
-        saves.append(checkpointer.save_averages)
-    if stop or is_due(progress, config):
-        saves.append(checkpointer.save)
-    return saves
-
-
-def is_due(progress: Progress, config: TrainConfig) -> bool:
-    """Return whether a step ends with a checkpoint that is validated."""
-    is_last = progress.step == config.schedule.num_steps
-    return is_last or progress.step % config.checkpoint.checkpoint_every == 0
-
-
-class DeferredValidation:
-    """Validates a checkpoint once it is written, while training continues.
-
-    All ranks do so after the same step, since `on_checkpoint` may let them wait for each other.
-    """
-
-    def __init__(
-        self, task: Task, run: Path, engine: Engine, checkpointer: Checkpointer, reporter: Reporter
-    ) -> None:
-        self._task, self._run, self._engine = task, run, engine
-        self._checkpointer, self._reporter = checkpointer, reporter
-        self._due: Progress | None = None
-
-    def add(self, progress: Progress) -> None:
-        """Take note of a checkpoint, where the task does anything with one."""
-        if self._task.validate or self._task.on_checkpoint:
-            self._due = progress
-
-    def run(self) -> None:
-        """Validate the noted checkpoint, if there is one, and pass its folder on."""
-        due, self._due = self._due, None
-        if due is None:
-            return
-        self._reporter.enters(due.step, "checkpoint")  # the wait for the disk is no step
-        self._checkpointer.wait()
-        self.validate(due)
-        if self._task.on_checkpoint is not None:
-            self._task.on_checkpoint(step_folder(self._run, due.step))
-
-    def validate(self, progress: Progress) -> None:
-        """Score a checkpoint that has no scores yet; the first rank does, and the others wait for
-        it in the next collective."""
-        if self._task.validate is None or self._engine.rank:
-            return
-        if not self._reporter.is_validated(progress):
-            with self._reporter.validating(progress.step):
-                scores = self._task.validate(step_folder(self._run, progress.step))
-                self._reporter.validated(progress, scores)

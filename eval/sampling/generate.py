@@ -4,7 +4,7 @@ list, never on its batch."""
 import zlib
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from eval.sampling.options import SamplingSettings
 from models.decoder import ImageSampling
 from models.diffusion.keyed_random import sample_keys
-from models.diffusion.samplers import SAMPLERS, Sampler, default_spacing, sampler_named
+from models.diffusion.samplers import default_spacing, sampler_named
 from models.priors.base import PriorSampling
 from models.unclip import Sampling, UnClip
 from training.engine.precision import settled
@@ -31,15 +31,11 @@ def caption_keys(captions: list[str], seed: int, offset: int = 0) -> Tensor:
 def build_sampling(settings: SamplingSettings, device_type: str = "cpu") -> Sampling:
     """Return the settings of the three parts, for networks on such a device; ValueError for an
     unknown sampler."""
-    learned: Any = "learned_ddpm"
-    base = learned if settings.sampler == learned else sampler_named(settings.sampler)
-    if not settings.upsampler_sampler and settings.sampler == learned:
-        raise ValueError(
-            "upsampler_sampler: found none with sampler learned_ddpm, which upsamplers do not "
-            f"have, expected one of {', '.join(SAMPLERS)}"
-        )
     name_above = settings.upsampler_sampler or settings.sampler
-    enlarging = sampler_named(name_above)
+    if name_above == "learned_ddpm":
+        raise ValueError(
+            "upsampler_sampler: found learned_ddpm, expected another: upsamplers learn no variance"
+        )
     low, high = settings.guidance_interval
     if not 0 <= low < high <= 1:
         raise ValueError(
@@ -49,7 +45,7 @@ def build_sampling(settings: SamplingSettings, device_type: str = "cpu") -> Samp
     interval = None if (low, high) == (0, 1) else (low, high)
     return Sampling(
         prior=PriorSampling(
-            sampler=_prior_sampler(settings.prior_sampler),
+            sampler=sampler_named(settings.prior_sampler),
             sample_steps=settings.prior_steps,
             spacing=default_spacing(settings.spacing, settings.prior_sampler),
             best_of=settings.best_of,
@@ -59,7 +55,7 @@ def build_sampling(settings: SamplingSettings, device_type: str = "cpu") -> Samp
             mean_of=settings.mean_of,
         ),
         decoder=ImageSampling(
-            sampler=base,
+            sampler=sampler_named(settings.sampler),
             sample_steps=settings.decoder_steps,
             spacing=default_spacing(settings.spacing, settings.sampler),
             cfg_scale=settings.cfg_scale,
@@ -67,7 +63,7 @@ def build_sampling(settings: SamplingSettings, device_type: str = "cpu") -> Samp
             guidance_rescale=settings.guidance_rescale,
         ),
         upsampler=ImageSampling(
-            sampler=enlarging,
+            sampler=sampler_named(name_above),
             sample_steps=settings.upsampler_steps,
             spacing=default_spacing(settings.spacing, name_above),
             tile=settings.upsampler_tile,
@@ -79,16 +75,6 @@ def build_sampling(settings: SamplingSettings, device_type: str = "cpu") -> Samp
 def default_sampling(device_type: str = "cpu") -> Sampling:
     """Return the default settings of the three parts, for networks on such a device."""
     return build_sampling(SamplingSettings(), device_type)
-
-
-def _prior_sampler(name: str) -> Sampler | Literal["analytic_ddpm"]:
-    """Return a prior's sampler; Analytic-DPM's takes its variances from the prior's own data."""
-    if name == "analytic_ddpm":
-        return "analytic_ddpm"
-    if name not in SAMPLERS:
-        known = ", ".join([*SAMPLERS, "analytic_ddpm"])
-        raise ValueError(f"prior_sampler: found {name!r}, expected one of {known}")
-    return SAMPLERS[name]
 
 
 def sampling_of(settings: Mapping[str, Any]) -> Sampling:

@@ -1,12 +1,12 @@
 """Samplers, one signature: sampler(denoise, x, schedule, sample_steps, noise) -> x0.
 
-`denoise(x_t [B, ...], t [B] int64) -> x0` is the network behind any prediction type and any
+`denoise(x_t [B, ...], t [B] int64) -> Denoised` is the network behind any prediction type and any
 guidance. `noise(step) -> like x` returns fresh standard normals, keyed by sample; deterministic
 samplers ignore it. The schedule determines the timesteps that they visit.
 """
 
 from collections.abc import Callable, Iterator
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,22 @@ from torch import Tensor
 from models.configs import Spacing, SpacingChoice
 from models.diffusion.schedule import NoiseSchedule
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+class Denoised(NamedTuple):
+    """What a model knows of x0 at (x_t, t).
+
+    x0: its estimate, [B, ...]; fraction: [B, ...], about [-1, 1], where the step's variance lies
+    between its bounds, for a model that learned it; x0_variance: [B], the mean over dimensions of
+    Var(x0 | x_t), for a model that knows its data's covariance.
+    """
+
+    x0: Tensor
+    fraction: Tensor | None = None
+    x0_variance: Tensor | None = None
+
+
+Network = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> eps, x0 or v, [B, ...]
+Denoiser = Callable[[Tensor, Tensor], Denoised]
 Noise = Callable[[int], Tensor]
 # From x_T [B, ...], or any x at the schedule's first timestep, to x0 [B, ...]
 Sampler = Callable[[Denoiser, Tensor, NoiseSchedule, int, Noise], Tensor]
@@ -41,7 +56,7 @@ def ddim(eta: float = 0.0) -> Sampler:
         denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
     ) -> Tensor:
         for i, t, t_next in _transitions(schedule, sample_steps, x):
-            x0 = denoise(x, t)
+            x0 = denoise(x, t).x0
             eps = schedule.to_eps(x0, x, t)
             # in float64: nearly all of a first step's noise is fresh, and the rest a difference
             signal, sigma = schedule.coefficients(t, x, torch.float64)
@@ -57,51 +72,50 @@ def ddim(eta: float = 0.0) -> Sampler:
     return sample
 
 
-def analytic_ddpm(posterior_variance: Tensor) -> Sampler:
-    """Return DDPM with the optimal variance of each step (Bao et al. 2022, "Analytic-DPM", eq. 8).
+def analytic_ddpm(
+    denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
+) -> Tensor:
+    """Sample by DDPM with the optimal variance of each step (Bao et al. 2022, "Analytic-DPM", eq.
+    8).
 
-    posterior_variance: [T], the mean over dimensions of Var(x0 | x_t): see
-    `gaussian_posterior_variance`. The step from t to s draws from q(x_s | x_t, x0), whose mean
-    contains a x0; the uncertainty of x0 adds a^2 Var(x0 | x_t) to its variance.
+    The step from t to s draws from q(x_s | x_t, x0), whose mean contains a x0; the uncertainty of
+    x0 adds a^2 Var(x0 | x_t) to its variance. Raises ValueError for a model that does not know it.
     """
-
-    def sample(
-        denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
-    ) -> Tensor:
-        table = posterior_variance.to(x.device, x.dtype)
-        for i, t, t_next in _transitions(schedule, sample_steps, x):
-            x0 = denoise(x, t)
-            if (t_next < 0).all():
-                return x0
-            mean, variance, beta = schedule.posterior(x0, x, t, t_next)
-            of_x0 = schedule.coefficients(t_next, x)[0] * beta / schedule.coefficients(t, x)[1] ** 2
-            unknown = table[t].reshape(-1, *[1] * (x.ndim - 1))
-            x = mean + (variance + of_x0**2 * unknown).sqrt() * noise(i)
-        return x
-
-    return sample
+    for i, t, t_next in _transitions(schedule, sample_steps, x):
+        x0, _, x0_variance = denoise(x, t)
+        if x0_variance is None:
+            raise ValueError(
+                "sampler: found analytic_ddpm for a model without its data's covariance, expected "
+                "one of the others; diffusion priors have it"
+            )
+        if (t_next < 0).all():
+            return x0
+        mean, variance, beta = schedule.posterior(x0, x, t, t_next)
+        of_x0 = schedule.coefficients(t_next, x)[0] * beta / schedule.coefficients(t, x)[1] ** 2
+        unknown = x0_variance.to(x).reshape(-1, *[1] * (x.ndim - 1))
+        x = mean + (variance + of_x0**2 * unknown).sqrt() * noise(i)
+    return x
 
 
-def learned_ddpm(fraction: Callable[[], Tensor]) -> Sampler:
-    """Return DDPM with the variance that the network learned (Nichol & Dhariwal 2021, eq. 15).
+def learned_ddpm(
+    denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
+) -> Tensor:
+    """Sample by DDPM with the variance that the network learned (Nichol & Dhariwal 2021, eq. 15).
 
-    fraction: returns the network's last output for it, like x: see `learned_log_variance`. It is
-    the conditional network's; guidance does not change it.
+    Raises ValueError for a model that learned none.
     """
-
-    def sample(
-        denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
-    ) -> Tensor:
-        for i, t, t_next in _transitions(schedule, sample_steps, x):
-            x0 = denoise(x, t)
-            if (t_next < 0).all():
-                return x0
-            mean, variance, beta = schedule.posterior(x0, x, t, t_next)
-            log_variance = learned_log_variance(fraction(), variance, beta)
-            x = mean + (log_variance / 2).exp() * noise(i)
-        return x
-
-    return sample
+    for i, t, t_next in _transitions(schedule, sample_steps, x):
+        x0, fraction, _ = denoise(x, t)
+        if fraction is None:
+            raise ValueError(
+                "sampler: found learned_ddpm for a model that learned no variance, expected one of "
+                "the others; a decoder learns it with --base.learned-variance"
+            )
+        if (t_next < 0).all():
+            return x0
+        mean, variance, beta = schedule.posterior(x0, x, t, t_next)
+        x = mean + (learned_log_variance(fraction, variance, beta) / 2).exp() * noise(i)
+    return x
 
 
 def heun(
@@ -123,13 +137,13 @@ def heun(
         return schedule.target("v", x0, t, schedule.to_eps(x0, x, t))
 
     for _, t, t_next in _transitions(schedule, sample_steps, x):
-        x0 = denoise(x, t)
+        x0 = denoise(x, t).x0
         if (t_next < 0).all():
             return x0
         slope = velocity(x0, x, t)
         turn = angle(t_next) - angle(t)
         euler = x + turn * slope
-        slope_next = velocity(denoise(euler, t_next), euler, t_next)
+        slope_next = velocity(denoise(euler, t_next).x0, euler, t_next)
         x = x + turn * (slope + slope_next) / 2
     return x
 
@@ -143,7 +157,7 @@ def dpmpp_2m(
     """
     x0_last, h_last = None, None
     for _, t, t_next in _transitions(schedule, sample_steps, x):
-        x0 = denoise(x, t)
+        x0 = denoise(x, t).x0
         signal, sigma = schedule.coefficients(t, x)
         signal_next, sigma_next = schedule.coefficients(t_next, x)
         if (t_next < 0).all():
@@ -181,7 +195,7 @@ def ddim_invert(
         signal_next, sigma_next = schedule.coefficients(t_next, x)
         guess = x
         for _ in range(1 + num_refinements):
-            eps = schedule.to_eps(denoise(guess, t), guess, t)
+            eps = schedule.to_eps(denoise(guess, t).x0, guess, t)
             guess = signal * (x - sigma_next * eps) / signal_next + sigma * eps
         x = guess
     return x
@@ -217,6 +231,8 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": ddim(eta=1.0),
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
+    "learned_ddpm": learned_ddpm,
+    "analytic_ddpm": analytic_ddpm,
 }
 SECOND_ORDER = ("heun", "dpmpp_2m")
 
@@ -243,20 +259,21 @@ def default_spacing(spacing: SpacingChoice, name: str) -> Spacing:
     return "karras" if name in SECOND_ORDER else "trailing"
 
 
-# -- wrapped denoisers -----------------------------------------------------------------------------
+# -- wrapped networks and denoisers ----------------------------------------------------------------
 
 
 def guided(
-    conditional: Denoiser,
-    unconditional: Denoiser,
+    conditional: Network,
+    unconditional: Network,
     cfg_scale: float,
     *,
     interval: tuple[int, int] | None = None,
     rescale: float = 0.0,
-) -> Denoiser:
+) -> Network:
     """Wrap two networks into uncond + s (cond - uncond) (Ho & Salimans 2022, eq. 6); s = 1 is off.
 
-    The rule is affine in the prediction, so it is the same for x0, eps and v. interval: timesteps
+    The rule is affine in the prediction, so it is the same for x0, eps and v. Channels that the
+    conditional has beyond the unconditional's, a learned variance, stay. interval: timesteps
     [low, high] in which to guide, the conditional alone elsewhere (Kynkaanniemi et al. 2024); None:
     all. rescale: share of the result that gets the conditional's standard deviation back (Lin et
     al. 2023, eq. 15 and 16).
@@ -264,26 +281,37 @@ def guided(
     if cfg_scale == 1:
         return conditional
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        cond = conditional(x, t)
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        output = conditional(x, t)
         if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
-            return cond
+            return output
         uncond = unconditional(x, t)
+        cond, rest = output.tensor_split([uncond.shape[1]], dim=1)
         result = uncond + cfg_scale * (cond - uncond)
         if rescale:
             dims = tuple(range(1, x.ndim))
             ratio = cond.std(dims, keepdim=True) / result.std(dims, keepdim=True)
             result = result * (rescale * ratio + 1 - rescale)
-        return result
+        return torch.cat([result, rest], dim=1)
 
-    return denoise
+    return predict
 
 
 def inpainted(denoise: Denoiser, known: Tensor, mask: Tensor) -> Denoiser:
     """Wrap `denoise` so that its x0 is `known` [B, C, H, W] where `mask` [B, 1, H, W] is 1."""
-    return lambda x, t: torch.where(mask > 0.5, known, denoise(x, t))
+
+    def wrapped(x: Tensor, t: Tensor) -> Denoised:
+        output = denoise(x, t)
+        return output._replace(x0=torch.where(mask > 0.5, known, output.x0))
+
+    return wrapped
 
 
 def clipped(denoise: Denoiser, bound: float) -> Denoiser:
     """Wrap `denoise` so that its x0 stays in [-bound, bound], the range of the data."""
-    return lambda x, t: denoise(x, t).clamp(-bound, bound)
+
+    def wrapped(x: Tensor, t: Tensor) -> Denoised:
+        output = denoise(x, t)
+        return output._replace(x0=output.x0.clamp(-bound, bound))
+
+    return wrapped

@@ -2,7 +2,7 @@
 image embeddings."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -47,12 +47,12 @@ class PriorSampling:
     """How to sample a prior; each field applies to the priors that have it.
 
     sampler, sample_steps, spacing, best_of: diffusion; temperature, top_share, mean_of:
-    autoregressive; cfg_scale: both. sampler "analytic_ddpm" uses the prior's own statistics.
+    autoregressive; cfg_scale: both. sampler: one of `SAMPLERS`, `analytic_ddpm` is the paper's.
     temperature 0 draws nothing, see `AutoregressivePrior.sample_codes`. mean_of: number of draws to
     average, an estimate of E[z_i | caption]: nearer to z_i than a draw, and less varied.
     """
 
-    sampler: Sampler | Literal["analytic_ddpm"]
+    sampler: Sampler
     sample_steps: int = 16
     spacing: Spacing = "trailing"
     best_of: int = 2

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from models.configs import DiffusionPriorConfig
 from models.diffusion import keyed_random
 from models.diffusion.losses import draw_timesteps, timestep_weight
-from models.diffusion.samplers import analytic_ddpm, clipped, gaussian_posterior_variance, guided
+from models.diffusion.samplers import Denoised, clipped, gaussian_posterior_variance, guided
 from models.diffusion.schedule import NoiseSchedule
 from models.networks.transformer import (
     TRIM_MULTIPLE,
@@ -178,24 +178,26 @@ class DiffusionPrior(nn.Module):
         keep = torch.zeros_like(keys, dtype=torch.bool)
         cached = self.prefill(text, keep)
         null = cached if options.cfg_scale == 1 else self.prefill(text, ~keep)
-        denoise = guided(
+        network = guided(
             lambda x, t: self(x, t, cached, keep),
             lambda x, t: self(x, t, null, ~keep),
             options.cfg_scale,
         )
-        if self.config.clip_x0:
-            denoise = clipped(denoise, self.config.clip_x0)
-        sampler, schedule = options.sampler, self.schedule.spaced(options.spacing)
-        if sampler == "analytic_ddpm":
-            spectrum = self.scale.spectrum.clamp(min=0)
-            sampler = analytic_ddpm(gaussian_posterior_variance(self.schedule, spectrum))
+        spectrum = self.scale.spectrum.clamp(min=0)
+        x0_variance = gaussian_posterior_variance(self.schedule, spectrum).to(keys.device)  # [T]
+
+        def denoise(x: Tensor, t: Tensor) -> Denoised:
+            return Denoised(network(x, t), x0_variance=x0_variance[t])
+
+        bound, schedule = self.config.clip_x0, self.schedule.spaced(options.spacing)
+        denoiser = clipped(denoise, bound) if bound else denoise
 
         # Draws, and the best of each sample
         draws, shape = [], (self.embed_dim,)
         for draw in range(options.best_of):
             x = keyed_random.normal(keys, f"prior_{draw}", shape)  # [B, E]
             noise = keyed_random.step_noise(keys, f"prior_{draw}", shape)
-            x0 = sampler(denoise, x, schedule, options.sample_steps, noise)  # [B, E]
+            x0 = options.sampler(denoiser, x, schedule, options.sample_steps, noise)  # [B, E]
             draws.append(self.scale.restore(x0, unit_norm=self.config.unit_norm))
         z = torch.stack(draws)  # [D, B, E]
         best = (z * text.text_embed).sum(-1).argmax(0)  # [B]

@@ -54,7 +54,7 @@ from training.checkpoints.records import (
     valid_records,
 )
 from training.config import TrainConfig
-from training.engine.ema import EMA, POWER, Averages
+from training.engine.ema import EMA, POWER, Ema
 from training.engine.engines import Engine, Fragment
 
 AWAIT_SECONDS = 3600  # for the other ranks' fragments of a checkpoint
@@ -135,11 +135,11 @@ class Checkpointer:
     """
 
     def __init__(
-        self, run: Path, engine: Engine, averages: Averages, export: Json,
+        self, run: Path, engine: Engine, ema: Ema, export: Json,
         config: TrainConfig,
     ) -> None:  # fmt: skip
         """export: what config.json says of the model."""
-        self._run, self._engine, self._averages = run, engine, averages
+        self._run, self._engine, self._ema = run, engine, ema
         self._export_config, self._config = export, config
         self._writer = Writer(asynchronous=config.checkpoint.async_checkpoints)
         self._copies: dict[str, Tensor] = {}
@@ -173,10 +173,10 @@ class Checkpointer:
     def restore(self, step: int) -> Progress:
         """Read a valid checkpoint into the engine and the averages; each rank reads what it owns
         now, whoever wrote it."""
-        engine, averages = self._engine, self._averages
+        engine, ema = self._engine, self._ema
         stored, records = _open(step_folder(self._run, step))
-        stored.require(set(engine.shapes), set(averages.shadows))
-        for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):
+        stored.require(set(engine.shapes), set(ema.shadows))
+        for fragment, shadows in zip(engine.fragments(), ema.by_fragment(), strict=True):
             restore_fragment(stored, fragment, shadows)
         for name, buffer in engine.model.named_buffers():
             flat = torch.empty(buffer.numel(), dtype=buffer.dtype)
@@ -206,7 +206,7 @@ class Checkpointer:
         """
         self._writer.wait()  # only one copy is ever held
         engine = self._engine
-        tensors = checkpoint_tensors(engine, self._averages)
+        tensors = checkpoint_tensors(engine, self._ema)
         state = self._copy(step_folder(self._run, progress.step), tensors, progress)
         if engine.rank:
             self._writer.start(partial(write_rank_state, state))
@@ -231,7 +231,7 @@ class Checkpointer:
         """Copy the power-function averages and start to write them as a snapshot."""
         self._writer.wait()
         folder = step_folder(self._run / EMA_SNAPSHOTS_FOLDER, progress.step)
-        tensors = power_tensors(self._engine, self._averages)
+        tensors = power_tensors(self._engine, self._ema)
         state = self._copy(folder, tensors, progress)
         self._writer.start(partial(write_rank_state, state))
 
@@ -276,9 +276,9 @@ class Checkpointer:
         return RankState(folder=folder, tensors=copied, record=record)
 
 
-def checkpoint_tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_tensors(engine: Engine, ema: Ema) -> Iterator[tuple[str, Tensor]]:
     """Yield what a rank owns: "section/parameter/offset", flat tensor."""
-    for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):
+    for fragment, shadows in zip(engine.fragments(), ema.by_fragment(), strict=True):
         sections = {MASTER: fragment.master, **shadows, **fragment.state}
         for section, tensor in sections.items():
             yield f"{section}/{fragment.name}/{fragment.offset}", tensor
@@ -287,9 +287,9 @@ def checkpoint_tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str
             yield f"{BUFFER}/{name}/0", buffer.reshape(-1)
 
 
-def power_tensors(engine: Engine, averages: Averages) -> Iterator[tuple[str, Tensor]]:
+def power_tensors(engine: Engine, ema: Ema) -> Iterator[tuple[str, Tensor]]:
     """Yield the power-function averages of what a rank owns."""
-    for fragment, shadows in zip(engine.fragments(), averages.by_fragment(), strict=True):
+    for fragment, shadows in zip(engine.fragments(), ema.by_fragment(), strict=True):
         for section, tensor in shadows.items():
             if section.startswith(POWER):
                 yield f"{section}/{fragment.name}/{fragment.offset}", tensor

@@ -18,7 +18,7 @@ from training.engine.zero_partitions import Fragment
 EMA, POWER = "ema", "power_"  # sections of a checkpoint: ema/..., power_0.05/...
 
 
-class Averages:
+class Ema:
     """The classic average of a run, and the power-function ones of widths `sigma_rels`.
 
     shadows: by section of a checkpoint, one tensor a fragment. They are functions of the masters
