@@ -140,7 +140,7 @@ def main(config: DownloadConfig) -> int:
     # Report where every row went, from the commits alone
     accounts = Accounts.of(read_commits(config.out))
     missing = plan.num_shards - len(committed_names(config.out))
-    waiting = plan.num_rows - accounts.total
+    waiting = plan.num_rows - accounts.counts.total()
     more = f" + {waiting} in {missing} missing shards" if waiting else ""
     print(f"{plan.num_rows} rows = {accounts}{more}; snapshot {snapshot.digest[:12]}", flush=True)
     if waiting and not missing:

@@ -34,44 +34,27 @@ class Accounts:
             else:
                 self.counts[name] += number
 
-    @property
-    def stored(self) -> int:
-        """Number of rows that became samples."""
-        return self.counts["stored"]
-
-    @property
-    def filtered(self) -> dict[str, int]:
-        """Rows that were left out, by reason."""
-        return self._of_kind("filtered:")
-
-    @property
-    def failed(self) -> dict[str, int]:
-        """Rows that could not be had, by reason."""
-        return self._of_kind("failed:")
-
-    def _of_kind(self, prefix: str) -> dict[str, int]:
+    def reasons(self, kind: str) -> dict[str, int]:
+        """Return the rows that were "filtered", or that "failed", by reason."""
         items = sorted(self.counts.items())
-        return {k.removeprefix(prefix): n for k, n in items if n and k.startswith(prefix)}
-
-    @property
-    def total(self) -> int:
-        """Number of rows that have an outcome."""
-        return self.stored + sum(self.filtered.values()) + sum(self.failed.values())
+        return {k.partition(":")[2]: n for k, n in items if n and k.startswith(f"{kind}:")}
 
     def __str__(self) -> str:
-        text = f"{self.stored} stored"
-        for kind, counts in (("filtered", self.filtered), ("failed", self.failed)):
+        text = f"{self.counts['stored']} stored"
+        for kind in ("filtered", "failed"):
+            counts = self.reasons(kind)
             reasons = ", ".join(f"{name} {number}" for name, number in counts.items())
             text += f" + {sum(counts.values())} {kind}" + (f" ({reasons})" if reasons else "")
         return text
 
     def rate(self, seconds: float) -> str:
         """Return the images stored a second, and the most frequent reasons of failed rows."""
-        fraction = sum(self.failed.values()) / max(1, self.total - sum(self.filtered.values()))
-        frequent = sorted(self.failed.items(), key=lambda item: -item[1])[:3]
+        stored, failures = self.counts["stored"], self.reasons("failed")
+        failed = sum(failures.values())
+        frequent = sorted(failures.items(), key=lambda item: -item[1])[:3]
         reasons = ", ".join(f"{name} {number}" for name, number in frequent)
-        failed = f", {fraction:.0%} failed ({reasons})" if reasons else ""
-        return f"{self.stored / max(seconds, 1e-3):.0f} images/s{failed}"
+        note = f", {failed / (stored + failed):.0%} failed ({reasons})" if reasons else ""
+        return f"{stored / max(seconds, 1e-3):.0f} images/s{note}"
 
 
 def count_rows(commit: "Commit") -> None:

@@ -21,11 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import numpy as np
 
-from cluster.base.files import canonical_json, digest_file, digest_of, digest_stream
+from cluster.base.files import Json, canonical_json, digest_file, digest_of, digest_stream
 from ingest.store.storage import (
     Root,
     Storage,
@@ -37,30 +37,43 @@ from ingest.store.storage import (
 
 UNDIGESTED_SUFFIX = "_stats.json"  # timings differ from run to run: published, never digested
 HELD = "_held.json"  # the process that rewrites shards
-TOMBSTONES = "_tombstones"  # rows that readers skip: of earlier versions; no longer written
 NAMES_AT_ONCE = 1024
 NUM_READERS = 16  # of many small files: their time is waiting for the disk or the network
 
 Result = TypeVar("Result")
 
 
+class FileEntry(TypedDict):
+    """What a commit records of a file; size in bytes."""
+
+    sha256: str
+    size: int
+
+
+class Superseded(TypedDict):
+    """What a commit records of an earlier generation; removed: rows, in its own numbering."""
+
+    num_samples: int
+    removed: list[int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """The content of a committed shard. files: name -> {"sha256": hex, "size": bytes}.
+    """The content of a committed shard, whose `files` are recorded by name.
 
-    generation: how often the shard was rewritten without some samples; superseded: for the digest
-    of each earlier generation its num_samples, and the rows removed since, in its own numbering.
+    generation: how often the shard was rewritten without some samples; superseded: what has become
+    of each earlier generation, by its digest.
     """
 
     shard: str
     num_samples: int
     counts: dict[str, int]
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileEntry]
     config_hash: str
     attempt: str = ""
     undigested: list[str] = field(default_factory=list)
     generation: int = 0
-    superseded: dict[str, dict[str, Any]] = field(default_factory=dict)
+    superseded: dict[str, Superseded] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -233,7 +246,7 @@ def recover(root: Root) -> None:
             _discard(storage, attempt)
 
 
-def _this_process() -> dict[str, Any]:
+def _this_process() -> Json:
     pid = os.getpid()
     return {"host": socket.gethostname(), "pid": pid, "birth": process_birth(pid)}
 
@@ -274,13 +287,12 @@ class Attempt:
         The caller holds the folder (`exclusive`): nobody else may supersede meanwhile.
         """
         # What is recorded of the generations before: the rows removed since, in their numbering
-        gone, superseded = set(removed), {}
+        superseded: dict[str, Superseded] = {}
         for digest, entry in old.superseded.items():
-            before = set(entry["removed"])
-            kept = [row for row in range(entry["num_samples"]) if row not in before]
-            rows = before | {row for place, row in enumerate(kept) if place in gone}
-            superseded[digest] = {"num_samples": entry["num_samples"], "removed": sorted(rows)}
-        superseded[old.digest] = {"num_samples": old.num_samples, "removed": sorted(gone)}
+            kept = np.delete(np.arange(entry["num_samples"]), entry["removed"])
+            rows = sorted([*entry["removed"], *kept[np.array(removed, int)].tolist()])
+            superseded[digest] = {"num_samples": entry["num_samples"], "removed": rows}
+        superseded[old.digest] = {"num_samples": old.num_samples, "removed": sorted(removed)}
         described = self._described(old.num_samples - len(removed), counts, config_hash)
         commit = replace(
             described,
@@ -328,25 +340,16 @@ def current_rows(root: Root, commit: Commit, digest: str | None) -> np.ndarray |
     not change: a removed sample is replaced by the next one that remains. None: no row differs.
     digest None: the commit's own. Raises ValueError if all samples are removed.
     """
-    entry = commit.superseded.get(digest or "", {"num_samples": commit.num_samples, "removed": []})
-    hidden: list[int] = []  # by a --forget of an earlier version that did not finish
-    with suppress(FileNotFoundError):
-        tombstone = json.loads(storage_of(root).read(f"{TOMBSTONES}/{commit.shard}.json"))
-        hidden = tombstone["removed"] if tombstone["digest"] == commit.digest else []
-    if digest in (None, commit.digest) and not hidden:
+    if digest in (None, commit.digest):
         return None
-    num_rows = entry["num_samples"]
-    kept = np.delete(np.arange(num_rows), entry["removed"])
-    rows = np.full(num_rows, -1)
-    rows[kept] = np.arange(len(kept))
-    rows[np.isin(rows, hidden)] = -1
-    remaining = np.flatnonzero(rows >= 0)
-    if num_rows and not len(remaining):
+    entry = commit.superseded[digest or ""]
+    rows = np.arange(entry["num_samples"])
+    kept = np.delete(rows, entry["removed"])
+    if len(rows) and not len(kept):
         raise ValueError(
             f"{root}: shard {commit.shard}: all its samples were forgotten; use a newer snapshot"
         )
-    nearest = np.searchsorted(remaining, np.arange(num_rows)) % max(1, len(remaining))
-    return rows[remaining[nearest]]
+    return np.searchsorted(kept, rows) % max(1, len(kept))
 
 
 @contextmanager

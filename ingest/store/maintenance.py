@@ -18,7 +18,6 @@ from ingest.embedding.publish import publish_embeds
 from ingest.lists.duplicates import repeated
 from ingest.shards import STORED
 from ingest.store.commits import (
-    TOMBSTONES,
     committed,
     committed_names,
     exclusive,
@@ -48,6 +47,7 @@ from ingest.store.snapshots import (
 from ingest.store.storage import Root, absolute_root, storage_of
 
 FORGETTING = "_forgetting.json"  # exists while a removal is incomplete
+TOMBSTONES = "_tombstones"  # exist where an earlier version did not complete one
 UNIQUE = "_unique"  # the state of the folder after repeated images were dropped
 
 
@@ -148,8 +148,7 @@ def forget(root: Root, request: Forgotten) -> Removed:
                 unreached.append(embeds)
                 continue
             follow_images(root, embeds)
-            _delete_tombstones(embeds)
-        storage.delete(TOMBSTONES)  # every shard that a request covers was rewritten
+        storage.delete(TOMBSTONES)
         storage.delete("_quarantine")  # damaged files may hold what is to be forgotten
         storage.delete(FORGETTING)
     return Removed(
@@ -162,19 +161,8 @@ def forget(root: Root, request: Forgotten) -> Removed:
 
 def is_forgetting(root: Root) -> bool:
     """Return whether a removal was begun and not completed: the next run completes it."""
-    return storage_of(root).size(FORGETTING) is not None
-
-
-def _delete_tombstones(root: Root) -> None:
-    """Delete the tombstones that an earlier version wrote, where their shard was rewritten: the
-    embeddings of images that are damaged or absent now were not.
-    """
     storage = storage_of(root)
-    for name in storage.names(TOMBSTONES):
-        commit = read_commit(root, name.removesuffix(".json"))
-        tombstone = json.loads(storage.read(f"{TOMBSTONES}/{name}"))
-        if commit is None or tombstone["digest"] != commit.digest:
-            storage.delete(f"{TOMBSTONES}/{name}")
+    return storage.size(FORGETTING) is not None or bool(storage.names(TOMBSTONES))
 
 
 def record_derived(images: Root, embeds: Root) -> None:
