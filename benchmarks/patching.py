@@ -90,8 +90,8 @@ def _train(script: str, config: Config, run: Path, steps: int, *arguments: str) 
 
 def _decoder(config: Config, root: Path, name: str, steps: int) -> dict[str, float]:
     """Train one decoder, and return its size, its time and its errors."""
+    from models.convert.runs import load_model
     from models.costs import num_parameters
-    from models.unclip import load_model
 
     patch_size, attending = SHAPES[name]
     run = root / f"decoder_{patch_size}_{steps}"
@@ -117,7 +117,8 @@ def _errors(decoder, config: Config, root: Path) -> dict[str, float]:
     from eval.sampling.image_source import open_images
     from eval.scores.scorecard import read_embeds
     from ingest.fetching.decode import square_pixels
-    from models.clip import load_clip, token_mask
+    from models.clip import token_mask
+    from models.convert.runs import load_clip
     from models.decoder import Condition
     from models.diffusion import keyed_random
     from training.tasks.pictures import pixels

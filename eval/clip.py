@@ -49,7 +49,7 @@ def main(config: ClipScoreConfig) -> int:
     require_local("--out", config.out)
     require_local("--export", config.export)
     if config.export:
-        from models.clip import load_clip
+        from models.convert.runs import load_clip
         from models.weights import save_weights
 
         encoder = load_clip(config.clip)
@@ -84,7 +84,7 @@ def _class_scores(config: ClipScoreConfig, image: "Tensor") -> Json:
 
     from eval.scores.scorecard import read_embeds
     from ingest.shards import read_manifest
-    from models.clip import load_clip
+    from models.convert.runs import load_clip
     from models.scores import linear_probe, zero_shot
 
     # Classes, by number

@@ -21,7 +21,8 @@ from eval.sampling.chain import Model
 from eval.sampling.image_source import ImageSet, IncompleteError, open_images
 from eval.sampling.sample_job import draw, read_options
 from ingest.store.snapshots import remove_data_folder
-from models.clip import RAW, FrozenClip, absolute_spec, load_clip
+from models.clip import RAW, FrozenClip
+from models.convert.runs import absolute_spec, load_clip
 from models.weights import exported, load_config
 
 DEFAULT_CLIP = "runs/clip"

@@ -52,7 +52,7 @@ def main(config: EmbedConfig) -> int:
     from ingest.shards import load_snapshot, remove_data_folder
     from ingest.store.maintenance import record_failed
     from ingest.store.storage import absolute_root
-    from models.clip import absolute_spec, load_clip
+    from models.convert.runs import absolute_spec, load_clip
 
     # The images, the encoder, and the folder of their embeddings
     _check(config)

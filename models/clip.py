@@ -6,7 +6,6 @@ Frozen CLIP stays outside the training engine: `FrozenClip` encodes, it is never
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from models.configs import ClipConfig
 from models.networks.transformer import trimmed_length
-from models.weights import digest, exported, load_config, load_weights
+from models.weights import digest
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, as in open_clip's models
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -251,70 +250,3 @@ def token_mask(tokens: Tensor) -> Tensor:
     0 pads; before the end of a caption it is CLIP's "!" within a run of punctuation.
     """
     return (tokens != 0).int().flip(1).cummax(1).values.flip(1).bool()
-
-
-def absolute_spec(spec: str) -> str:
-    """Return the name of an encoder with the path of its run folder, or of its file of weights
-    (ARCH:FILE), made absolute, for processes that have another working directory."""
-    name = spec.removesuffix(RAW)
-    raw = spec[len(name) :]
-    if name and Path(name).is_dir():
-        return str(Path(name).absolute()) + raw
-    arch, colon, weights = name.partition(":")
-    if colon and Path(weights).is_file():
-        return f"{arch}:{Path(weights).absolute()}{raw}"
-    return spec
-
-
-def load_clip(spec: str) -> FrozenClip:
-    """Load the encoder that `spec` names.
-
-    A run folder of training/clip.py; ARCHITECTURE:TAG, open_clip's own pretrained weights, which
-    it fetches if they are not in its cache; ARCHITECTURE:random, seeded, for tests; or
-    ARCHITECTURE:FILE.safetensors. Any of these followed by "+raw" keeps the length of embeddings.
-    Raises ValueError when it names none of these.
-    """
-    unit_norm, spec = not spec.endswith(RAW), spec.removesuffix(RAW)
-    folder = Path(spec)
-    if folder.is_dir():
-        step = exported(folder)
-        config = load_config(step)
-        if config["kind"] != "clip":
-            raise ValueError(f"{folder}: found a run of kind {config['kind']}, expected clip")
-        clip = build_clip(ClipConfig(**config["model"]))
-        load_weights(clip, step / "ema.safetensors")
-        return FrozenClip(clip, f"clip-{clip.visual.output_dim}", unit_norm=unit_norm)
-    if ":" not in spec:
-        raise ValueError(
-            f"clip {spec}: found no such folder, expected a finished run of training/clip.py or "
-            "ARCHITECTURE:TAG; train one with: python training/clip.py"
-        )
-    architecture, weights = spec.split(":", 1)
-    if weights == "random" or weights.endswith(".safetensors"):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            clip = build_clip(clip_config_named(architecture))
-        if weights != "random":
-            # open_clip saves a scalar; see build_clip for why ours is not one
-            clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(()))
-            load_weights(clip, Path(weights))
-        return FrozenClip(clip, architecture, unit_norm=unit_norm)
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if weights not in tags:
-        raise ValueError(
-            f"clip {spec}: found tag {weights!r}, expected one of {', '.join(tags) or 'none known'}"
-        )
-    clip = open_clip.create_model(architecture, pretrained=weights)
-    if not isinstance(clip, open_clip.CLIP):
-        raise ValueError(f"clip {spec}: found a {type(clip).__name__}, expected a CLIP")
-    return FrozenClip(clip, architecture, unit_norm=unit_norm)
-
-
-def clip_config_named(architecture: str) -> ClipConfig:
-    """Return the configuration of an open_clip architecture, or of our own `tiny` (tests,
-    debugging)."""
-    if architecture == "tiny":
-        return ClipConfig(
-            embed_dim=32, vision_width=32, vision_depth=1, text_width=32, text_depth=1
-        )
-    return ClipConfig(architecture=architecture)

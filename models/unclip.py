@@ -2,67 +2,16 @@
 al. 2022, figure 2)."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
-from models.configs import (
-    AutoregressivePriorConfig,
-    DecoderConfig,
-    DiffusionPriorConfig,
-    RegressionPriorConfig,
-    UNetConfig,
-    UpsamplerConfig,
-)
+from models.clip import FrozenClip, token_mask, tokenizer
 from models.decoder import Condition, Decoder, ImageSampling
-from models.priors.autoregressive import AutoregressivePrior
 from models.priors.base import Prior, PriorSampling, PriorText
-from models.priors.diffusion import DiffusionPrior
-from models.priors.regression import RegressionPrior
 from models.upsampler import Upsampler
-from models.weights import exported, load_config, load_weights
-
-
-def build_model(config: dict[str, Any]) -> nn.Module:
-    """Build the untrained model that a run's config.json describes."""
-    kind, model = config["kind"], dict(config["model"])
-    if "unet" in model:
-        # JSON has no tuples
-        unet: dict[str, Any] = dict(model["unet"])
-        for name in ("channel_mult", "attn_resolutions"):
-            unet[name] = tuple(unet[name])
-        model["unet"] = UNetConfig(**unet)
-    if kind == "upsampler":
-        sizes = {"factor": config["factor"], "crop_size": config["crop_size"]}
-        return Upsampler(UpsamplerConfig(**model), **sizes)
-    sizes = {name: config[name] for name in ("embed_dim", "text_width")}
-    sizes["vocab_size"] = VOCAB_SIZE
-    if kind == "decoder":
-        return Decoder(DecoderConfig(**model), image_size=config["image_size"], **sizes)
-    sizes["context_length"] = config["context_length"]
-    if kind == "diffusion_prior":
-        return DiffusionPrior(DiffusionPriorConfig(**model), **sizes)
-    if kind == "autoregressive_prior":
-        return AutoregressivePrior(AutoregressivePriorConfig(**model), **sizes)
-    assert kind == "regression_prior", kind
-    return RegressionPrior(RegressionPriorConfig(**model), **sizes)
-
-
-def load_model(run: Path | str, kind: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Load the averaged weights of a finished run, and its config.json.
-
-    kind: "decoder", "upsampler", "diffusion_prior" or another kind of prior, or "prior" for any.
-    Raises ValueError for an unfinished run or one of another kind.
-    """
-    step = exported(Path(run))
-    config = load_config(step)
-    if not config["kind"].endswith(kind):
-        raise ValueError(f"{run}: found a run of kind {config['kind']}, expected {kind}")
-    return load_weights(build_model(config), step / "ema.safetensors"), config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,33 +55,9 @@ class UnClip:
 
         Raises ValueError naming the run that was trained on another encoder or from another size.
         """
-        if upsamplers and not decoder:
-            raise ValueError(f"{upsamplers[0]}: found an upsampler without a decoder, expected one")
-        models: dict[str, Any] = {"prior": None}
-        for name, run in (("prior", prior), ("decoder", decoder), ("guide", guide)):
-            if not run:
-                continue
-            kind = "decoder" if name == "guide" else name
-            models[name], config = load_model(run, kind)
-            if config["encoder_id"] != clip.encoder_id:
-                raise ValueError(
-                    f"{run}: found a {kind} trained on encoder {config['encoder_id']}, expected "
-                    f"{clip.encoder_id}; join only models that were trained on one encoder"
-                )
-        if guide and decoder:
-            models["decoder"].require_guide(models["guide"])
-        stages, size = [], models["decoder"].image_size if decoder else 0
-        for run in upsamplers:
-            upsampler, config = load_model(run, "upsampler")
-            if config["image_size"] != size * config["factor"]:
-                source = config["image_size"] // config["factor"]
-                raise ValueError(
-                    f"{run}: found an upsampler from {source} px, "
-                    f"expected one from the {size} px of the stage before it"
-                )
-            stages.append(upsampler)
-            size = config["image_size"]
-        return cls(clip=clip, **models, upsamplers=tuple(stages))
+        from models.convert.runs import load_chain
+
+        return load_chain(clip, prior, decoder, upsamplers, guide)
 
     @property
     def device(self) -> torch.device:

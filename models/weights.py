@@ -1,5 +1,7 @@
-"""Inference weights on disk: safetensors beside a config.json. The one module of `models/` that
-touches files."""
+"""Inference weights on disk: safetensors beside a config.json.
+
+Beside models/convert/ the one module of `models/` that touches files.
+"""
 
 import hashlib
 import json
@@ -8,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 CONFIG_NAME = "config.json"
+MODEL_NAME, EMA_NAME = "model.safetensors", "ema.safetensors"  # as trained; averaged
 FINAL_NAME = "final.json"  # written last by a run that reached its last step
+JsonObject = dict[str, Any]  # config.json
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -77,7 +82,7 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     return model.eval()
 
 
-def save_config(folder: Path, config: dict) -> None:
+def save_config(folder: Path, config: JsonObject) -> None:
     """Write `config.json` atomically: the configuration to build the model from."""
     part = folder / f"{CONFIG_NAME}.part"
     with part.open("w") as file:
@@ -87,7 +92,7 @@ def save_config(folder: Path, config: dict) -> None:
     part.replace(folder / CONFIG_NAME)
 
 
-def load_config(folder: Path) -> dict:
+def load_config(folder: Path) -> JsonObject:
     """Read `config.json` of `folder`; ValueError if there is none."""
     path = folder / CONFIG_NAME
     if not path.is_file():

@@ -29,7 +29,7 @@ from conftest import Site, serve_site
 from cluster.base.metrics import METRICS
 from cluster.monitoring.queries import PANELS
 from cluster.watch import WatchPageConfig, open_server
-from models.clip import load_clip
+from models.convert.runs import load_clip
 
 GPU_ONLY = {"minidalle2_train_device_memory_bytes"}  # no CPU run has them
 CHILDREN = ("expr", "lhs", "rhs", "param", "vector_selector")  # of a node of promql_parser's

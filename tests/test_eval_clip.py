@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 
 from eval.clip import ClipScoreConfig, main
-from models.clip import load_clip
+from models.convert.runs import load_clip
 from models.scores import linear_probe, retrieval_both_ways, zero_shot
 from models.weights import save_weights
 

@@ -16,7 +16,7 @@ from eval import fid
 from eval.evaluation import SCORER_RELATIONS
 from eval.fid import FidConfig
 from eval.sampling.image_source import IncompleteError
-from models.clip import load_clip
+from models.convert.runs import load_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNT = 9

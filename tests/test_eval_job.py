@@ -23,7 +23,7 @@ from eval.features.workers import ImageBlocks, Workers
 from eval.sampling.image_source import IncompleteError, open_images
 from ingest.store.commits import committed
 from ingest.store.shard_runner import UnitResult, WorkerDiedError
-from models.clip import load_clip
+from models.convert.runs import load_clip
 
 SECONDS = 600
 NUM_IMAGES, BLOCK = 40, 4

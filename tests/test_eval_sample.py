@@ -19,7 +19,7 @@ from eval.fid import FidConfig
 from eval.sample import SampleConfig
 from eval.sampling.generate import default_sampling, sampling_of
 from eval.sampling.image_source import open_images
-from models.clip import load_clip
+from models.convert.runs import load_clip
 from models.diffusion.samplers import analytic_ddpm, learned_ddpm
 from models.unclip import UnClip
 from models.weights import exported, save_weights

@@ -14,7 +14,7 @@ from eval.sampling.image_source import ImageSet
 from eval.scores import scorecard
 from eval.scores.scorecard import caption_scores, prior_scores, shape_scores, shapes_with_real
 from ingest.shapes import make_pairs
-from models.clip import load_clip
+from models.convert.runs import load_clip
 
 COUNT = 7
 

@@ -20,7 +20,7 @@ from eval.html_report.page import write_report
 from eval.sample_and_score import guide_of, run_command
 from eval.sweep import SweepConfig
 from eval.watch import RunWatchConfig
-from models.clip import load_clip
+from models.convert.runs import load_clip
 from models.weights import exported
 
 ROOT = Path(__file__).parent.parent

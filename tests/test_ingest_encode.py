@@ -37,7 +37,8 @@ from ingest.shards import (
     write_manifest,
 )
 from ingest.store.commits import committed
-from models.clip import FrozenClip, load_clip
+from models.clip import FrozenClip
+from models.convert.runs import load_clip
 from training.data import demo_data
 
 SIZES = [(300, 200), (224, 224), (97, 400), (640, 480), (225, 224), (50, 60)]

@@ -21,13 +21,12 @@ from models.clip import (
     VOCAB_SIZE,
     FrozenClip,
     build_clip,
-    clip_config_named,
-    load_clip,
     preprocess,
     token_mask,
     tokenizer,
 )
 from models.configs import ClipConfig
+from models.convert.runs import clip_config_named, load_clip
 from models.diffusion.losses import contrastive
 from training.data.dataloader import Batch, as_batch
 from training.tasks.clip import clip_objective

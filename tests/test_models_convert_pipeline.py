@@ -12,7 +12,8 @@ from test_models_convert_priors import random_prior
 from test_models_convert_unets import SIZE, their_decoder, their_upsampler
 from torch import Tensor
 
-from models.clip import FrozenClip, load_clip, token_mask
+from models.clip import FrozenClip, token_mask
+from models.convert.runs import load_clip
 from models.decoder import ImageSampling
 from models.diffusion.samplers import SAMPLERS
 from models.diffusion.schedule import NoiseSchedule

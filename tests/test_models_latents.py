@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from eval.sampling.generate import sampling_of
-from models.clip import load_clip
 from models.configs import Spacing
+from models.convert.runs import load_clip
 from models.latents import (
     Latents,
     blends,

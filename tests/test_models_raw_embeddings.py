@@ -13,8 +13,8 @@ from PIL import Image
 
 from eval.sampling.generate import sampling_of
 from ingest.shards import EmbedShard, load_snapshot
-from models.clip import absolute_spec, load_clip
 from models.configs import DecoderConfig, UNetConfig
+from models.convert.runs import absolute_spec, load_clip
 from models.decoder import Condition, Decoder, dropped_captions
 from models.latents import encode, reconstructions
 from models.unclip import UnClip

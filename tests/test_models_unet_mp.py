@@ -12,6 +12,7 @@ from _networks import EMBED, LENGTH, SIZE, TEXT, awake
 from torch import Tensor, nn
 
 from models.configs import DecoderConfig, UNetConfig
+from models.convert.runs import build_model
 from models.costs import forward_macs, num_parameters
 from models.decoder import Decoder, ImageSampling
 from models.diffusion.samplers import SAMPLERS
@@ -29,7 +30,6 @@ from models.networks.unet_mp import (
     mp_sum,
     unit,
 )
-from models.unclip import build_model
 
 CONTEXT = 8
 PLAIN = dataclasses.replace(_networks.UNET, channels=16)

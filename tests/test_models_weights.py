@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from models.clip import FrozenClip, load_clip
+from models.clip import FrozenClip
+from models.convert.runs import load_clip, load_model
 from models.decoder import ImageSampling
 from models.diffusion.samplers import SAMPLERS
 from models.priors.base import PriorSampling
-from models.unclip import Sampling, UnClip, load_model
+from models.unclip import Sampling, UnClip
 from models.weights import (
     digest,
     exported,

@@ -103,7 +103,7 @@ def test_the_readme_fits_a_screen_or_two():
 
 def test_the_readmes_python_runs(write_chain: Callable[..., dict[str, Path]], tmp_path: Path):
     """The Python of README.md runs as it is, on the folders of an untrained chain."""
-    from models.clip import load_clip
+    from models.convert.runs import load_clip
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", text, flags=re.S)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.clip import FrozenClip, load_clip
+from models.clip import FrozenClip
 from models.configs import DecoderConfig, DiffusionPriorConfig, UNetConfig, UpsamplerConfig
 from models.convert.priors import prior_to_diffusers
+from models.convert.runs import load_clip, load_model
 from models.convert.unets import decoder_to_diffusers, upsampler_to_diffusers
 from models.decoder import Decoder
 from models.priors.diffusion import DiffusionPrior
-from models.unclip import UnClip, load_model
+from models.unclip import UnClip
 from models.upsampler import Upsampler
 from training import convert
 from training.convert import ConvertConfig

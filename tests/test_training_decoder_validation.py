@@ -11,7 +11,7 @@ from _runs import HERE, base_run, embeds_of, images_of, up_run
 from PIL import Image
 
 from cluster.base.cli import with_options
-from models.unclip import load_model
+from models.convert.runs import load_model
 from training.config import DecoderRunConfig, TrainConfig
 from training.data.dataloader import as_batch
 from training.data.inputs import prepare_data

@@ -84,7 +84,7 @@ def test_a_joined_row_is_one_sample(data: Path):
     """Encoding the joined image again gives the joined embedding."""
     import torch
 
-    from models.clip import load_clip
+    from models.convert.runs import load_clip
 
     clip = load_clip("tiny:random")
     found = PairDataset(*snapshots(data), clip.image_size).read(INDEX)
@@ -228,7 +228,7 @@ def test_another_encoder_than_that_of_the_embeddings_is_refused(data: Path, tmp_
     import torch
     from safetensors.torch import save_file
 
-    from models.clip import load_clip
+    from models.convert.runs import load_clip
 
     state = {name: t.clone() for name, t in load_clip("tiny:random").clip.state_dict().items()}
     state["logit_scale"] = state["logit_scale"].reshape(())

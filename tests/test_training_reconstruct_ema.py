@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from cluster.base.cli import with_options
 from cluster.base.run_dir import EMA_SNAPSHOTS_FOLDER, fragment_path, step_folder
 from models.configs import DiffusionPriorConfig
-from models.unclip import load_model
+from models.convert.runs import load_model
 from models.weights import load_config, save_config, save_weights
 from training import reconstruct_ema as ema
 from training.checkpoints.checkpointer import Checkpointer

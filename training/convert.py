@@ -70,7 +70,7 @@ def import_pipeline(config: ConvertConfig) -> None:
 
     Raises ValueError where the run exists, or --clip does not fit the network.
     """
-    from models.weights import FINAL_NAME, save_config, save_weights
+    from models.weights import EMA_NAME, FINAL_NAME, MODEL_NAME, save_config, save_weights
 
     run, is_upsampler = Path(config.run), config.part == "upsampler"
     if run.is_dir() and any(run.iterdir()):
@@ -84,7 +84,7 @@ def import_pipeline(config: ConvertConfig) -> None:
     folder = run / STEP
     folder.mkdir(parents=True)
     state = model.state_dict()
-    for name in ("model.safetensors", "ema.safetensors"):
+    for name in (MODEL_NAME, EMA_NAME):
         save_weights(folder / name, state)
     save_config(folder, {"model": dataclasses.asdict(model.config), **export})
     write_json(run / FINAL_NAME, {"step": STEP})
@@ -97,8 +97,9 @@ def load_conditioned(config: ConvertConfig) -> tuple[Any, Json]:
     """
     import torch
 
-    from models.clip import absolute_spec, load_clip, token_mask
+    from models.clip import token_mask
     from models.convert.priors import prior_from_diffusers
+    from models.convert.runs import absolute_spec, load_clip
     from models.convert.unets import decoder_from_diffusers
     from models.priors.base import PriorText
 
@@ -142,8 +143,8 @@ def load_upsampler(config: ConvertConfig) -> tuple[Any, Json]:
 def export_run(config: ConvertConfig) -> None:
     """Write a finished run as one network of a pipeline; ValueError where its folder has files."""
     from models.convert.priors import prior_to_diffusers
+    from models.convert.runs import load_model
     from models.convert.unets import decoder_to_diffusers, upsampler_to_diffusers
-    from models.unclip import load_model
 
     kind = "diffusion_prior" if config.part == "prior" else config.part
     model: Any

@@ -60,7 +60,7 @@ class ExtractorSpec:
         """Load the weights and return the extractor on `device`; ValueError for wrong weights."""
         compute_whole_fp32()  # features of one name are the same from any device
         if self.space == "clip":
-            from models.clip import load_clip
+            from models.convert.runs import load_clip
 
             return partial(clip_features, load_clip(self.clip).to(torch.device(device)))
         assert self.weights is not None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cluster.base.files import Json, digest_file
 from eval.features.devices import device_named
-from models.clip import absolute_spec, load_clip
+from models.convert.runs import absolute_spec, load_clip
 from models.unclip import UnClip
 from models.weights import FINAL_NAME, exported, load_config
 from training.engine.precision import compute_whole_fp32
@@ -85,4 +85,4 @@ def chain_weights(prior: str, decoder: str, upsamplers: Sequence[str], guide: st
 def run_weights(run: str) -> dict[str, str]:
     """Identify the weights of one finished run: {step, sha256}, as `chain_weights` does."""
     step = exported(Path(run))
-    return {"step": step.name, "sha256": digest_file(step / "ema.safetensors")}
+    return {"step": step.name, "sha256": digest_file(step / EMA_NAME)}

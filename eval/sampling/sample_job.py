@@ -28,7 +28,7 @@ from eval.sampling.image_source import SAMPLES_NAME, SETTINGS_NAME, IncompleteEr
 from eval.sampling.options import SeededSampling
 from ingest.shards import shard_name
 from ingest.store.commits import Attempt, committed
-from models.clip import load_clip
+from models.convert.runs import load_clip
 from models.unclip import UnClip
 from models.weights import exported, load_config
 from training.engine.precision import settled

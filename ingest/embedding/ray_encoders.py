@@ -15,7 +15,8 @@ from cluster.base.progress import progress, show_place
 from cluster.base.ray_session import ending_with_own_node, ensure_ray, group_resources
 from ingest.embedding.encode import Assembler, Chunk, commit_shard, encode_chunk, read_chunks
 from ingest.shards import Commit, ShardEntry, Snapshot, committed_names, withdraw_damaged
-from models.clip import FrozenClip, Preprocessing, load_clip
+from models.clip import FrozenClip, Preprocessing
+from models.convert.runs import load_clip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ class Accounts:
         failed = sum(failures.values())
         frequent = sorted(failures.items(), key=lambda item: -item[1])[:3]
         reasons = ", ".join(f"{name} {number}" for name, number in frequent)
-        note = f", {failed / (stored + failed):.0%} failed ({reasons})" if reasons else ""
+        note = f", {failed / max(1, stored + failed):.0%} failed ({reasons})" if reasons else ""
         return f"{stored / max(seconds, 1e-3):.0f} images/s{note}"
 
 

@@ -40,7 +40,7 @@ from cluster.base.run_dir import (
     step_folders,
     step_of,
 )
-from models.weights import FINAL_NAME, save_config, save_weights
+from models.weights import EMA_NAME, FINAL_NAME, MODEL_NAME, save_config, save_weights
 from training.checkpoints.records import (
     FORMAT,
     MASTER,
@@ -350,7 +350,7 @@ def export(
     untrained: the model's other tensors.
     """
     stored, _ = _open(folder)
-    for section, file in ((MASTER, "model.safetensors"), (EMA, "ema.safetensors")):
+    for section, file in ((MASTER, MODEL_NAME), (EMA, EMA_NAME)):
         tensors = dict(untrained)
         for name, shape in shapes.items():
             flat = torch.empty(shape.numel())

@@ -18,7 +18,9 @@ from cluster.base.files import Json, write_json
 from cluster.base.run_dir import EMA_SNAPSHOTS_FOLDER, step_folder
 from models.power_ema import Profile, coefficients, gamma_of
 from models.weights import (
+    EMA_NAME,
     FINAL_NAME,
+    MODEL_NAME,
     exported,
     load_config,
     num_elements,
@@ -110,17 +112,17 @@ def _write_run(
     Buffers, and parameters that were not trained, are those of `source`. The folder has another
     name until it is complete.
     """
-    sizes = num_elements(source / "ema.safetensors")
+    sizes = num_elements(source / EMA_NAME)
     names = {name for _, stored, section in terms for name in stored.sections()[section]}
     unfinished = out.with_name(f"{out.name}.part")
     if unfinished.exists():  # of a killed attempt
         shutil.rmtree(unfinished)
     folder = step_folder(unfinished, fit["step"])
     folder.mkdir(parents=True)
-    weights = folder / "ema.safetensors"
+    weights = folder / EMA_NAME
     summed = _summed(terms, {name: sizes[name] for name in sorted(names) if name in sizes})
-    rewrite_weights(source / "ema.safetensors", weights, names, summed)
-    shutil.copyfile(weights, folder / "model.safetensors")
+    rewrite_weights(source / EMA_NAME, weights, names, summed)
+    shutil.copyfile(weights, folder / MODEL_NAME)
     save_config(folder, {**load_config(source), "post_hoc_ema": fit})
     write_json(unfinished / FINAL_NAME, {"step": folder.name})
     unfinished.replace(out)

@@ -80,7 +80,7 @@ def draw_images(
 
 def embed_here(images: str, root: Path, clip_spec: str, batch_size: int = 128) -> None:
     """Embed a small image folder in this process."""
-    from models.clip import load_clip
+    from models.convert.runs import load_clip
 
     encoder, snapshot = load_clip(clip_spec), load_snapshot(images)
     open_embeds(root, clip_spec, encoder, snapshot)

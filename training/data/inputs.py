@@ -15,8 +15,9 @@ from ingest.embedding.statistics import NAME as STATISTICS
 from ingest.embedding.statistics import EmbedStatistics
 from ingest.shards import Snapshot, load_snapshot, read_manifest
 from ingest.store.storage import absolute_root
-from models.clip import FrozenClip, absolute_spec, load_clip
-from models.weights import exported, load_config, load_weights
+from models.clip import FrozenClip
+from models.convert.runs import absolute_spec, load_clip
+from models.weights import EMA_NAME, exported, load_config, load_weights
 from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
 from training.data.datasets import ColumnDataset, MixedDataset, short_sides
 
@@ -148,7 +149,7 @@ def start_from(model: Model, init: str, run: str, export: Json) -> Model:
     if differ:
         reasons = "; ".join(f"{name}: found {old!r}, expected {new!r}" for name, old, new in differ)
         raise ValueError(f"init: {init}: {reasons}; pass the options of those weights")
-    load_weights(model, step / "ema.safetensors")
+    load_weights(model, step / EMA_NAME)
     return model.train()
 
 

@@ -31,10 +31,10 @@ from cluster.base.run_dir import (
 )
 from ingest.shards import STORED, Snapshot, load_snapshot, read_commit, read_manifest
 from ingest.store.storage import storage_of
-from models.weights import FINAL_NAME, exported, load_config, num_elements
+from models.weights import EMA_NAME, FINAL_NAME, MODEL_NAME, exported, load_config, num_elements
 
 MODEL_CARD, DATA_CARD = "MODEL_CARD.md", "DATA_CARD.md"
-WEIGHTS = ("model.safetensors", "ema.safetensors")
+WEIGHTS = (MODEL_NAME, EMA_NAME)
 TITLES = {
     "clip": "a CLIP: the encoder of images and captions",
     "diffusion_prior": "a diffusion prior: from a caption to a CLIP image embedding",

@@ -16,12 +16,12 @@ from models.clip import (
     PIXEL_MEAN,
     PIXEL_STD,
     build_clip,
-    load_clip,
     model_options,
     model_sizes,
     normalise_pixels,
     tokenizer,
 )
+from models.convert.runs import load_clip
 from models.diffusion import keyed_random
 from models.diffusion.losses import bounded, contrastive
 from models.networks.transformer import attention_kernels

@@ -19,7 +19,7 @@ from models.diffusion import keyed_random
 from models.diffusion.samplers import dpmpp_2m
 from models.networks.transformer import trimmed_length
 from models.upsampler import Upsampler
-from models.weights import load_weights
+from models.weights import EMA_NAME, load_weights
 from training.config import DecoderRunConfig
 from training.data.dataloader import Batch, first_batches
 from training.data.datasets import ColumnDataset, ImageDataset, PairDataset
@@ -207,7 +207,7 @@ class Validation:
         """Return {"loss"} of a checkpoint's averaged weights, with the same noise at each, and draw
         <run>/validation/<step>.png: images, and below what the base decoder draws under their
         embeddings and captions, or an upsampler of them made small."""
-        model: Any = load_weights(self.build(), folder / "ema.safetensors")
+        model: Any = load_weights(self.build(), folder / EMA_NAME)
         device = device_of_run(self.device)
         model.to(device)
         count = min(MAX_VALIDATED, sum(sum(sizes) for sizes in self.dataset.data_sets))

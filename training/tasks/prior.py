@@ -19,7 +19,7 @@ from models.priors.base import PriorSampling, PriorText
 from models.priors.diffusion import DiffusionPrior
 from models.priors.regression import RegressionPrior
 from models.scores import prior_scorecard
-from models.weights import load_weights
+from models.weights import EMA_NAME, load_weights
 from training.config import PriorRunConfig
 from training.data.dataloader import Batch, first_batches
 from training.data.datasets import ColumnDataset, EmbedDataset, captions_of
@@ -136,7 +136,7 @@ def validate_prior(
 ) -> dict[str, float]:
     """Return the scorecard of a checkpoint's averaged weights on held-out captions."""
     encoder_of(config.validation, config.clip)
-    model: Any = load_weights(prior_model(config, sizes), folder / "ema.safetensors")
+    model: Any = load_weights(prior_model(config, sizes), folder / EMA_NAME)
     device = device_of_run(config.train.workers.device)
     model.to(device)
     tokens = getattr(config, config.prior).text_tokens
