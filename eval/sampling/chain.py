@@ -8,7 +8,7 @@ from cluster.base.files import Json, digest_file
 from eval.features.devices import device_named
 from models.convert.runs import absolute_spec, load_clip
 from models.unclip import UnClip
-from models.weights import FINAL_NAME, exported, load_config
+from models.weights import EMA_NAME, FINAL_NAME, exported, load_config
 from training.engine.precision import compute_whole_fp32
 
 
