@@ -71,9 +71,9 @@ def script(name: str, *arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / name), *map(str, arguments)]
 
 
-def environment() -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     """Return the environment of a script: one thread of the CPU."""
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more}
 
 
 def debug_prior(data: Path, run: Path, num_steps: int, *more: str) -> list[str]:
@@ -85,11 +85,14 @@ def debug_prior(data: Path, run: Path, num_steps: int, *more: str) -> list[str]:
     )  # fmt: skip
 
 
-def done(command: list[str], seconds: float = 240) -> subprocess.CompletedProcess:
+def done(
+    command: list[str], seconds: float = 240, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=environment()
-    )
+        command, capture_output=True, text=True, timeout=seconds, cwd=ROOT,
+        env=environment(**variables),
+    )  # fmt: skip
 
 
 # -- what a run leaves -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Ranks agree on the checkpoint from which they go on; each verifies its share of it."""
+"""Ranks agree on the checkpoint from which they continue; each verifies its share of it."""
 
 import json
 import subprocess
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from _runs import ROOT, environment, flip
 from safetensors.torch import save_file
 
 from cluster.base.files import digest_file
-from cluster.base.run_dir import step_folder
+from cluster.base.run_dir import fragment_path, step_folder
 from training.checkpoints import records
 from training.checkpoints.records import FORMAT, Progress, Record
 
@@ -36,13 +37,6 @@ def write(run: Path, step: int) -> None:
         path.with_suffix(".json").write_text(json.dumps(asdict(record)))
 
 
-def damage(run: Path, step: int, rank: int) -> None:
-    """Flip the last bit of what a rank wrote."""
-    path = step_folder(run, step) / "fragments" / f"rank_{rank:04d}.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
 
 def asked(meeting: Path, views: list[list[Path]]) -> list[tuple[int, Any]]:
     """Let two ranks look at their views of some runs; their exit codes, and what they tell: of each
@@ -51,7 +45,7 @@ def asked(meeting: Path, views: list[list[Path]]) -> list[tuple[int, Any]]:
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(meeting), *map(str, runs)], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=environment(),
         )
         for rank, runs in enumerate(views)
     ]  # fmt: skip
@@ -75,7 +69,7 @@ def test_damage_that_one_rank_sees_leads_all_to_the_checkpoint_before(tmp_path: 
         write(run, 4)
         write(run, 8)
     for rank, run in enumerate(damaged):
-        damage(run, 8, rank)
+        flip(fragment_path(step_folder(run, 8), rank))
     runs = [whole, empty, *damaged]
     codes, reports = zip(*asked(tmp_path / "meeting", [runs] * READERS), strict=True)
     assert codes == (0, 0)

@@ -5,28 +5,19 @@ undisturbed one at every step, and with its weights, bit for bit where the numbe
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from _runs import done, script
 
 
 def campaign(keep: Path, *arguments: str, timeout: float) -> dict:
     """Run the benchmark; return its figures, or fail with what its runs have said."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "recovery.py"), *arguments]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--keep", str(keep)], capture_output=True, text=True, timeout=timeout,
-        env=environment,
-    )  # fmt: skip
+    ended = done(script("benchmarks/recovery.py", *arguments, "--keep", keep), timeout)
     logs = [path.read_text()[-1500:] for path in sorted(keep.glob("*.txt"))]
-    assert done.returncode == 0, "\n".join([done.stdout, done.stderr[-3000:], *logs])
-    print(done.stdout)  # pytest -s shows the table
-    return json.loads(done.stdout.splitlines()[-1])
+    assert ended.returncode == 0, "\n".join([ended.stdout, ended.stderr[-3000:], *logs])
+    print(ended.stdout)  # pytest -s shows the table
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 @pytest.mark.soak

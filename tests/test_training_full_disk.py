@@ -7,13 +7,13 @@ system that need none are raised in its place.
 import errno
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from _line import CONFIG, run, squared_error
+from _runs import debug_prior, done
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -77,20 +77,11 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(disk: Path, tmp_pat
 
 
 def test_a_full_disk_is_one_line_of_the_script(disk: Path, tmp_path: Path, write_data: Callable):
-    data, root = write_data(tmp_path, num_shards=1, samples_per_shard=16), Path(__file__).parents[1]
-    command = [
-        sys.executable, str(root / "training" / "prior.py"), "--preset", "debug", "--embeds",
-        str(data / "embeds"), "--run", str(disk / "run"), "--train.num-workers", "0",
-        "--train.num-threads", "1", "--train.global-batch-size", "8", "--train.num-steps", "4",
-        "--train.checkpoint-every", "2",
-    ]  # fmt: skip
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    data = write_data(tmp_path, num_shards=1, samples_per_shard=16)
     fill(disk, leave=64 << 10)  # for all but the weights
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, cwd=root, env=environment
-    )
-    assert done.returncode == 1, done.stderr[-2000:]
-    (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    ended = done(debug_prior(data, disk / "run", 4, "--train.checkpoint-every", "2"))
+    assert ended.returncode == 1, ended.stderr[-2000:]
+    (line,) = [line for line in ended.stderr.splitlines() if "error" in line.lower()]
     assert "No space left on device" in line and line.endswith("rerun the same command when that "
                                                                "is mended")  # fmt: skip
     assert not list((disk / "run").rglob("*.part"))

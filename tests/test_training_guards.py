@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from _line import CONFIG, run, squared_error
+from _runs import debug_prior, environment
 from torch import Tensor, nn
 
 from cluster.base.cli import with_options
@@ -97,18 +98,12 @@ def test_sigterm_ends_a_training_script_with_a_checkpoint(
 ):
     """The whole way, in one process and under Ray, which has a handler of its own: the script says
     so in a line, exits with 1, and leaves a checkpoint of its last step."""
-    root = Path(__file__).parent.parent
     data = write_data(tmp_path, num_shards=1, samples_per_shard=16)
-    command = [
-        sys.executable, str(root / "training" / "prior.py"), "--preset", "debug", "--run",
-        str(tmp_path / "run"), "--embeds", str(data / "embeds"), "--train.num-workers",
-        num_workers, "--train.num-threads", "1", "--train.num-steps", "100000",
-        "--train.report-every", "1", "--train.global-batch-size", "8",
-    ]  # fmt: skip
+    more = ["--train.num-workers", num_workers, "--train.report-every", "1"]
+    command = debug_prior(data, tmp_path / "run", 100_000, *more)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+        command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment()
     ) as process:
         deadline = time.monotonic() + 240
         while len(read_lines(metrics)) < 3:

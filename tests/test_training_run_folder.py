@@ -2,14 +2,12 @@
 
 import dataclasses
 import fcntl
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from _runs import debug_prior, done
 
 from cluster import demo
 from cluster.base.cli import JOB_VARIABLE, merged, read_yaml
@@ -21,12 +19,17 @@ from training import convert
 from training import reconstruct_ema as ema
 from training.config import PriorRunConfig, TrainConfig
 from training.convert import ConvertConfig
+from training.loop import Task
 from training.reconstruct_ema import EmaConfig
 from training.runs.cards import DATA_CARD
 from training.runs.run_folder import launch_lock, prepare_run, train_lock
 from training.runs.worker import launch
 
 CONFIG = PriorRunConfig(embeds=("/data/embeds",), diffusion=DiffusionPriorConfig(width=32))
+
+
+def never_built(config: PriorRunConfig) -> Task:
+    raise AssertionError("a model was built")
 
 
 def test_a_run_explains_itself(tmp_path: Path):
@@ -138,10 +141,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
     (run / "step_00000001").mkdir()
     (run / "step_00000001" / DATA_CARD).write_text("as it was")
 
-    def build(config: PriorRunConfig):
-        raise AssertionError("a finished run was built again")
-
-    assert launch(CONFIG, str(tmp_path), build, "prior") == 0
+    assert launch(CONFIG, str(tmp_path), never_built, "prior") == 0
     assert "finished already; --fresh starts over" in capsys.readouterr().out
     assert (run / "step_00000001" / DATA_CARD).read_text() == "as it was"
 
@@ -152,15 +152,12 @@ def test_a_run_under_way_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
     prepare_run(CONFIG, str(tmp_path))
     (tmp_path / "step_00000001").mkdir()
 
-    def build(config: PriorRunConfig):
-        raise AssertionError("built beside another process")
-
     before = sorted(path.name for path in tmp_path.iterdir())
     with launch_lock(tmp_path):
         for fresh in (False, True):
             config = dataclasses.replace(CONFIG, fresh=fresh)
             with pytest.raises(ValueError, match="another process trains here"):
-                launch(config, str(tmp_path), build, "prior")
+                launch(config, str(tmp_path), never_built, "prior")
     after = sorted(path.name for path in tmp_path.iterdir() if path.name != LAUNCH_LOCK)
     assert after == before
     prepare_run(dataclasses.replace(CONFIG, fresh=True), str(tmp_path))
@@ -189,7 +186,7 @@ def test_a_launch_waits_for_who_only_looks_at_the_run(
 def test_a_folder_of_somebody_else_gets_nothing(tmp_path: Path):
     (tmp_path / "config.yaml").write_text("theirs: true")
     with pytest.raises(ValueError, match="expected a run or nothing"):
-        launch(dataclasses.replace(CONFIG, fresh=True), str(tmp_path), None, "prior")  # type: ignore
+        launch(dataclasses.replace(CONFIG, fresh=True), str(tmp_path), never_built, "prior")
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
@@ -200,7 +197,7 @@ def test_a_run_in_a_bucket_is_refused_and_no_folder_is_made_of_its_name(
     monkeypatch.chdir(tmp_path)
     url = "s3://bucket/run"
     for start in (
-        lambda: launch(CONFIG, url, None, "prior"),  # type: ignore
+        lambda: launch(CONFIG, url, never_built, "prior"),
         lambda: prepare_run(CONFIG, url),
         lambda: convert.main(ConvertConfig(diffusers="karlo", run=url)),
         lambda: ema.main(EmaConfig(run=url)),
@@ -246,17 +243,10 @@ runpy.run_path(script, run_name="__main__")
 def test_one_process_trains_where_ray_and_deepspeed_are_not_installed(
     tmp_path: Path, write_data: Callable
 ):
-    data, root = write_data(tmp_path, num_shards=1, samples_per_shard=16), Path(__file__).parents[1]
-    command = [
-        sys.executable, "-c", WITHOUT, str(root / "training" / "prior.py"), "--preset", "debug",
-        "--embeds", str(data / "embeds"), "--run", str(tmp_path / "run"), "--train.num-workers",
-        "0", "--train.num-threads", "1", "--train.global-batch-size", "8", "--train.num-steps", "4",
-    ]  # fmt: skip
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, cwd=root, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    data = write_data(tmp_path, num_shards=1, samples_per_shard=16)
+    python, *command = debug_prior(data, tmp_path / "run", 4)
+    ended = done([python, "-c", WITHOUT, *command])
+    assert ended.returncode == 0, ended.stderr[-2000:]
     assert (tmp_path / "run" / "final.json").is_file()
 
 
@@ -265,9 +255,5 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_built(tmp_path: P
         pytest.skip("there is a GPU here: nothing to refuse")
     train = TrainConfig.of(num_workers=0, device="cuda", precision="fp32")
     config = dataclasses.replace(CONFIG, train=train)
-
-    def build(config: PriorRunConfig):
-        raise AssertionError("built")
-
     with pytest.raises(ValueError, match="train.device: found cuda without a GPU, expected cpu"):
-        launch(config, str(tmp_path / "run"), build, "prior")
+        launch(config, str(tmp_path / "run"), never_built, "prior")
