@@ -33,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_chain: Callable) -> S
     return SampleConfig(
         prior=str(runs["prior"]), decoder=str(runs["decoder"]), upsampler=(str(runs["upsampler"]),),
         prompts=CAPTIONS, batch_size=2, prior_steps=2, decoder_steps=2, upsampler_steps=2,
-        precision="fp32",
+        precision="fp32", num_threads=1,
     )  # fmt: skip
 
 
@@ -292,7 +292,7 @@ def fid_config(config: SampleConfig, data: Path, tmp_path: Path) -> FidConfig:
     return FidConfig(
         real=str(data / "images"), fake=str(tmp_path / "samples"), embeds=str(data / "embeds"),
         clip="tiny:random", prior=config.prior, decoder=config.decoder, upsampler=config.upsampler,
-        out=str(tmp_path / "scores" / "scores.json"),
+        out=str(tmp_path / "scores" / "scores.json"), num_threads=1,
     )  # fmt: skip
 
 
@@ -381,8 +381,9 @@ def test_other_features_need_no_clip(
     monkeypatch.setattr("eval.evaluation.network_spec", lambda request, space: spec)
     monkeypatch.chdir(Path(fid_config.fake))  # where there is no runs/clip
     bare = FidConfig(
-        real=fid_config.real, fake=fid_config.fake, out=fid_config.out, features=("inception",)
-    )
+        real=fid_config.real, fake=fid_config.fake, out=fid_config.out, features=("inception",),
+        num_threads=1,
+    )  # fmt: skip
     images = evaluated(bare)["images"]
     assert images["features"] == "colours" and images["fd"] > 0
     assert not {"judge", "clip_score", "fd_clip"} & images.keys()

@@ -1,7 +1,6 @@
 """Laws of the cards: every line comes from a record, what is quoted stays a quotation, and scores
 stand only on the card of the weights that drew the samples."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -9,14 +8,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from _runs import HERE, embeds_of, prior_run
 
 from cluster.base.files import digest_file
 from cluster.base.run_dir import CODE_NAME
 from ingest.shapes import make_pairs
 from ingest.shards import Attempt, Sample, publish_snapshot, write_image_shard, write_manifest
-from models.configs import DiffusionPriorConfig
 from models.weights import exported
-from training.config import PriorRunConfig, TrainConfig
+from training.config import TrainConfig
 from training.runs.cards import (
     DATA_CARD,
     MODEL_CARD,
@@ -32,9 +31,8 @@ from training.tasks.prior import build_prior
 
 HOSTILE = "`x` \n# <script>alert(1)</script> | [a](http://b)"
 TRAIN = TrainConfig.of(
-    num_steps=3, global_batch_size=4, num_workers=0, num_threads=1, precision="fp32",
-    report_every=1, checkpoint_every=2, warmup=0.3,
-)  # fmt: skip
+    **HERE, num_steps=3, global_batch_size=4, precision="fp32", checkpoint_every=2, warmup=0.3
+)
 SCORE = CardScore(name="Images, CLIP score", value="0.310", method="n = 30, *cosine*")
 
 
@@ -42,15 +40,9 @@ SCORE = CardScore(name="Images, CLIP score", value="0.310", method="n = 30, *cos
 def finished(tmp_path_factory: pytest.TempPathFactory, write_data: Callable[..., Path]) -> Path:
     """A prior that was trained for three steps, with a validation."""
     root = write_data(tmp_path_factory.mktemp("cards"), num_shards=2, samples_per_shard=8)
-    embeds = (str(root / "embeds"),)
-    config = PriorRunConfig(
-        embeds=embeds, validation=embeds, train=TRAIN,
-        diffusion=DiffusionPriorConfig(width=16, depth=1, num_heads=2),
-    )  # fmt: skip
-    run = root / "prior"
-    config = dataclasses.replace(config, run=str(run))
-    assert launch(config, str(run), build_prior, "prior") == 0
-    return run
+    config = prior_run(root, root / "prior", TRAIN, validation=embeds_of(root))
+    assert launch(config, config.run, build_prior, "prior") == 0
+    return Path(config.run)
 
 
 @pytest.fixture
@@ -90,11 +82,7 @@ def test_a_finished_training_leaves_both_cards_beside_its_weights(finished: Path
 def test_a_rerun_of_a_finished_run_writes_the_cards_it_lacks(run: Path, capsys):
     for name in (MODEL_CARD, DATA_CARD):
         (exported(run) / name).unlink()
-    config = PriorRunConfig(**{
-        **vars(PriorRunConfig()), "run": str(run), "train": TRAIN,
-        "embeds": data_roots(run), "validation": data_roots(run),
-        "diffusion": DiffusionPriorConfig(width=16, depth=1, num_heads=2),
-    })  # fmt: skip
+    config = prior_run(run, run, TRAIN, embeds=data_roots(run), validation=data_roots(run))
     assert launch(config, str(run), build_prior, "prior") == 0
     assert "finished already" in capsys.readouterr().out
     assert "a diffusion prior" in card(run, MODEL_CARD)

@@ -1,14 +1,25 @@
 """Laws of the plan (once an epoch, whoever reads) and of the loader (where it continues)."""
 
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from _runs import HERE, clip_run, images_of, prior_run
 
-from training.data.dataloader import KeyedDataset, ThreadedLoader
+from models.weights import exported
+from training.config import DataConfig, RunConfig, TrainConfig
+from training.data import dataloader
+from training.data.dataloader import Batch, KeyedDataset, ThreadedLoader, make_loader
 from training.data.datasets import ColumnDataset, SampleCache
 from training.data.sampler import Plan, PlanSampler
+from training.runs.worker import launch
+from training.tasks.clip import build_clip_task
+from training.tasks.prior import build_prior
 
 SHARDS = [(5,), (12,), (7, 1, 9, 4), (3,) * 9, (20, 1, 1, 1, 20)]
 
@@ -63,14 +74,20 @@ def test_every_sample_comes_exactly_once_an_epoch(
     of = plan(shard_sizes, num_streams=num_streams, block_size=block_size, window=window)
     for number in range(3):
         assert sorted(epoch(of, number)) == list(range(sum(shard_sizes)))
-    first = [loader(of).read(step)[0] for step in range(of.steps_per_epoch)]
-    assert sum(batch.num_real for batch in first) == sum(shard_sizes)
+    for part in (of.slice(step) for step in range(of.steps_per_epoch)):
+        assert part.num_real == part.weight.sum() and (part.num_real > 0 or num_streams > 1)
+        assert 0 <= part.index.min() <= part.index.max() < sum(shard_sizes), "padding is readable"
 
 
-@pytest.mark.parametrize("num_streams", [1, 2, 4])
-def test_the_global_batch_does_not_depend_on_the_number_of_workers(num_streams: int):
-    of = plan(num_streams=num_streams)
-    for step in range(2 * of.steps_per_epoch):
+
+@pytest.mark.parametrize("num_streams", [1, 2])
+@pytest.mark.parametrize("data_sets", [((7, 1, 9, 4),), ((7, 5, 9, 4), (3, 3))])
+def test_the_global_batch_does_not_depend_on_the_number_of_workers(
+    num_streams: int, data_sets: tuple[tuple[int, ...], ...]
+):
+    weights = (3.0, 1.0) if len(data_sets) > 1 else ()
+    of = plan(data_sets=data_sets, weights=weights, num_streams=num_streams)
+    for step in range(20):
         whole = of.slice(step)
         for world_size in (2, 3, 4):
             parts = [of.slice(step, rank, world_size) for rank in range(world_size)]
@@ -78,17 +95,8 @@ def test_the_global_batch_does_not_depend_on_the_number_of_workers(num_streams: 
             assert {p.num_real for p in parts} == {whole.num_real}
             for rank, part in enumerate(parts):
                 assert np.array_equal(part.index, whole.index[rank::world_size])
+                assert np.array_equal(part.epoch, whole.epoch[rank::world_size])
                 assert np.array_equal(part.weight, whole.weight[rank::world_size])
-
-
-@pytest.mark.parametrize("shard_sizes", SHARDS)
-def test_weights_count_the_real_samples_and_padding_is_readable(shard_sizes: tuple[int, ...]):
-    of = plan(shard_sizes)
-    slices = [of.slice(step) for step in range(of.steps_per_epoch)]
-    assert sum(s.weight.sum() for s in slices) == sum(shard_sizes)
-    for part in slices:
-        assert part.num_real == part.weight.sum() > 0
-        assert part.index.min() >= 0 and part.index.max() < sum(shard_sizes)
 
 
 @pytest.mark.parametrize("shard_sizes", [(5, 0), (0, 5)])
@@ -98,13 +106,6 @@ def test_a_stream_of_empty_shards_pads_with_what_is_there(shard_sizes: tuple[int
     assert all(0 <= index < 5 for part in slices for index in part.index)
     assert sum(part.weight.sum() for part in slices) == 15
 
-
-def test_a_rank_reads_the_shards_of_its_own_streams_only():
-    of = plan((5,) * 8, num_streams=4)
-    for number in range(2):
-        steps = range(number * of.steps_per_epoch, (number + 1) * of.steps_per_epoch)
-        shards = [{i // 5 for s in steps for i in real(of, s, rank, 4)} for rank in range(4)]
-        assert sorted(i for mine in shards for i in mine) == list(range(8))
 
 
 def test_seeds_and_epochs_have_their_own_order_and_one_seed_repeats_itself():
@@ -159,31 +160,22 @@ def test_data_sets_mix_by_weight_and_each_keeps_its_own_epochs(
 
 def test_rounds_of_data_sets_are_spread_evenly():
     """After any number of rounds, each data set has had its share of them, give or take one."""
-    shares = np.array([0.6, 0.3, 0.0999, 0.0001])
+    shares = np.array([0.6, 0.3, 0.099, 0.001])
     sets = tuple((1000,) for _ in shares)
     of = plan(data_sets=sets, weights=tuple(shares), global_batch_size=1)
-    turns = np.concatenate([of.slice(step).index // 1000 for step in range(2 * 10_000)])
+    turns = np.concatenate([of.slice(step).index // 1000 for step in range(2 * 1000)])
     had = np.cumsum(turns[:, None] == np.arange(4), axis=0)
     assert np.abs(had - shares * np.arange(1, len(turns) + 1)[:, None]).max() < 1.5
 
 
-def test_a_mixture_does_not_depend_on_the_number_of_workers():
-    of = mixture((7, 5, 9, 4), (3, 3), num_streams=2)
-    for step in range(20):
-        whole = of.slice(step)
-        for world_size in (2, 3, 4):
-            for rank in range(world_size):
-                part = of.slice(step, rank, world_size)
-                assert np.array_equal(part.index, whole.index[rank::world_size])
-                assert np.array_equal(part.epoch, whole.epoch[rank::world_size])
-                assert part.num_real == whole.num_real
 
-
-def test_a_rank_reads_the_shards_of_its_own_streams_only_of_each_data_set():
-    of = mixture((5,) * 8, (5,) * 4, num_streams=4)
-    for epoch_steps in (range(0, 4), range(40, 44)):  # within one epoch of either
-        shards = [{i // 5 for s in epoch_steps for i in real(of, s, rank, 4)} for rank in range(4)]
-        assert sum(len(mine) for mine in shards) == len(set().union(*shards))
+@pytest.mark.parametrize("data_sets", [((5,) * 8,), ((5,) * 8, (5,) * 4)])
+def test_a_rank_reads_the_shards_of_its_own_streams_only(data_sets: tuple[tuple[int, ...], ...]):
+    weights = (3.0, 1.0) if len(data_sets) > 1 else ()
+    of = plan(data_sets=data_sets, weights=weights, num_streams=4)
+    for steps in (range(0, 4), range(40, 44)):  # within one epoch of either
+        shards = [{i // 5 for s in steps for i in real(of, s, rank, 4)} for rank in range(4)]
+        assert sum(len(each) for each in shards) == len(set().union(*shards))
 
 
 def test_data_sets_without_weights_are_refused_and_so_is_a_weight_of_nothing():
@@ -216,22 +208,35 @@ def test_a_loader_continues_at_any_step(start: int):
         assert torch.equal(found.weight, expected.weight)
 
 
-@pytest.mark.parametrize(("world_size", "parts"), [(1, 3), (2, 2), (3, 1), (2, 3)])
-def test_keys_belong_to_samples_however_they_are_dealt(world_size: int, parts: int):
-    """Workers and micro-batches part a step's samples; each keeps its key."""
-    of = plan()
-    for step in range(of.steps_per_epoch + 1):
+
+@pytest.mark.parametrize("micro_batch_size", [0, 2, 3, 6])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7, 8])
+def test_any_number_of_workers_shares_out_a_batch(world_size: int, micro_batch_size: int):
+    """All take as many micro-batches of as many samples, none larger than asked for; what is added
+    to make that so weighs nothing, and the rest is the batch of one worker, each with its key."""
+    config = TrainConfig.of(
+        global_batch_size=48, num_workers=8, min_workers=1, micro_batch_size=micro_batch_size
+    )
+    of = plan((30, 20), global_batch_size=48, seed=3)
+    parts = config.micro_batches(world_size)
+    for step in range(4):  # 50 samples: the last batch of an epoch is padded as it is
         (whole,) = loader(of).read(step)
-        expected = dict(zip(whole["number"].tolist(), whole.keys.tolist(), strict=True))
-        found = {}
+        found, sizes = [], set()
         for rank in range(world_size):
-            of_rank = loader(of, parts=parts, rank=rank, world_size=world_size)
-            batches = of_rank.read(step)
+            batches = loader(of, parts=parts, rank=rank, world_size=world_size).read(step)
             assert len(batches) == parts
-            assert {b.num_real for b in batches} == {whole.num_real}
-            for b in batches:
-                found.update(zip(b["number"].tolist(), b.keys.tolist(), strict=True))
-        assert found == expected
+            sizes |= {len(batch.keys) for batch in batches}
+            assert {batch.num_real for batch in batches} == {whole.num_real}
+            found += [pair for batch in batches for pair in keyed(batch)]
+        assert sizes == {config.samples_a_worker(world_size) // parts}
+        assert max(sizes) <= (micro_batch_size or 48)
+        assert sorted(found) == sorted(keyed(whole))
+
+
+def keyed(batch: Batch) -> list[tuple[int, int]]:
+    """The real samples of a batch with their keys."""
+    there = batch.weight > 0
+    return list(zip(batch["number"][there].tolist(), batch.keys[there].tolist(), strict=True))
 
 
 def test_a_sample_has_another_key_in_every_epoch():
@@ -248,8 +253,6 @@ def test_an_error_of_the_data_set_reaches_the_consumer():
 
 
 def test_a_loader_that_is_left_early_stops_reading():
-    import threading
-
     batches: Any = loader(plan()).steps(0, 10_000)
     next(batches)
     threads = [t for t in threading.enumerate() if t.name == "dataloader"]
@@ -288,3 +291,59 @@ def test_an_error_of_one_thread_is_raised():
 
     with pytest.raises(ValueError, match="sample 7"):
         SampleCache(read_one, num_threads=2).read(np.arange(10))
+
+
+# -- Ray Data: the same samples in the same order, bit for bit ------------------------------------
+
+
+FED = TrainConfig.of(
+    **HERE, num_steps=12, checkpoint_every=6, global_batch_size=8, precision="fp32"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Iterator[Path]:
+    """Two shards of drawn images and their embeddings; one private Ray for the whole module."""
+    import ray
+
+    root = write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=20)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=512 << 20)
+    yield root
+    ray.shutdown()
+
+
+def by_ray(config: RunConfig) -> RunConfig:
+    return dataclasses.replace(config, ingest="ray")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("span", [4, 1000])
+def test_ray_gives_the_batches_of_the_plan(
+    data: Path, tmp_path: Path, span: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dataloader, "STEPS_A_SPAN", span)
+    monkeypatch.setattr(dataloader, "STEPS_A_BLOCK", 2)
+    mixed = {"images": images_of(data) * 2, "data": DataConfig(weights=(1, 2))}
+    config = clip_run(data, tmp_path, FED, **mixed)
+    job = build_clip_task(config)
+    for rank in range(1 if span == 4 else 2):
+        both = [
+            make_loader(job.build_dataset, options, rank=rank, world_size=2).steps(3, 12)
+            for options in (config, by_ray(config))
+        ]
+        for (native,), (rays,) in zip(*both, strict=True):
+            assert torch.equal(native.keys, rays.keys) and native.num_real == rays.num_real
+            assert torch.equal(native.weight, rays.weight)
+            assert native.columns.keys() == rays.columns.keys() == {"image", "tokens"}
+            for name, column in native.columns.items():
+                assert column.dtype == rays[name].dtype and torch.equal(column, rays[name]), name
+
+
+@pytest.mark.slow
+def test_a_run_fed_by_ray_is_the_run_fed_natively(data: Path, tmp_path: Path):
+    native, rays = (prior_run(data, tmp_path / name, FED) for name in ("native", "ray"))
+    assert launch(native, native.run, build_prior, "prior") == 0
+    assert launch(by_ray(rays), rays.run, build_prior, "prior") == 0
+    for name in ("model.safetensors", "ema.safetensors"):
+        first, second = (exported(Path(each.run)) / name for each in (native, rays))
+        assert first.read_bytes() == second.read_bytes()

@@ -4,7 +4,6 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from _line import CONFIG, NUM_SAMPLES, run, squared_error
@@ -16,9 +15,7 @@ from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import HEARTBEATS_FOLDER, SAMPLES_FOLDER, samples_path
 from models.diffusion.keyed_random import sample_keys
 from training.config import TrainConfig
-from training.data.dataloader import Batch, KeyedDataset, ThreadedLoader
-from training.data.datasets import ColumnDataset
-from training.data.sampler import Plan, PlanSampler
+from training.data.dataloader import Batch
 from training.runs.events import (
     SampleLog,
     num_attempts,
@@ -31,44 +28,6 @@ from training.runs.ray_train import RAY_TIMES, interruptible, loss_callback, roo
 
 # -- shares of a batch -----------------------------------------------------------------------------
 
-
-class Rows(ColumnDataset):
-    """Samples that are their own numbers."""
-
-    data_sets: tuple[tuple[int, ...], ...] = ((30, 20),)
-
-    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        return {"x": index}
-
-
-def loader(plan: Plan, rank: int, world_size: int, parts: int) -> ThreadedLoader:
-    dataset = KeyedDataset(samples=Rows(), seed=plan.seed, grad_accum_steps=parts)
-    sampler = PlanSampler(plan=plan, rank=rank, world_size=world_size, grad_accum_steps=parts)
-    return ThreadedLoader(dataset=dataset, sampler=sampler)
-
-
-@pytest.mark.parametrize("micro_batch_size", [0, 2, 3, 6])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7, 8])
-def test_any_number_of_workers_shares_out_a_batch(world_size: int, micro_batch_size: int):
-    """All take as many micro-batches of as many samples, none larger than asked for; what is added
-    to make that so weighs nothing, and the rest is the batch of one worker."""
-    config = TrainConfig.of(
-        global_batch_size=48, num_workers=8, min_workers=1, micro_batch_size=micro_batch_size
-    )
-    plan = Plan(data_sets=Rows.data_sets, global_batch_size=48, seed=3)
-    parts = config.micro_batches(world_size)
-    for step in range(4):  # 50 samples: the last batch of an epoch is padded as it is
-        (whole,) = loader(plan, 0, 1, 1).read(step)
-        keys, sizes = [], set()
-        for rank in range(world_size):
-            batches = loader(plan, rank, world_size, parts).read(step)
-            assert len(batches) == parts
-            sizes |= {len(batch.keys) for batch in batches}
-            assert {batch.num_real for batch in batches} == {whole.num_real}
-            keys += [key for batch in batches for key in batch.keys[batch.weight > 0].tolist()]
-        assert sizes == {config.samples_a_worker(world_size) // parts}
-        assert max(sizes) <= (micro_batch_size or 48)
-        assert sorted(keys) == sorted(whole.keys[whole.weight > 0].tolist())
 
 
 def test_where_workers_divide_the_batch_nothing_is_added():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from _runs import HERE, assert_same, flip, forget_the_end, prior_run, tensors_of, truncate
 from safetensors.torch import load_file
 
 from cluster.base.cli import with_options
@@ -21,7 +22,7 @@ from training import reconstruct_ema as ema
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.post_hoc_ema import reconstruct
 from training.checkpoints.records import Progress, newest_valid
-from training.config import PriorRunConfig, TrainConfig
+from training.config import TrainConfig
 from training.engine.ema import Ema
 from training.engine.engines import Fragment
 from training.reconstruct_ema import EmaConfig
@@ -31,30 +32,26 @@ from training.tasks import prior as prior_job
 
 NUM_STEPS, EVERY = 12, 3
 TRAIN = TrainConfig.of(
-    num_steps=NUM_STEPS, checkpoint_every=6, keep_every=6, keep_checkpoints=1, global_batch_size=8,
-    num_workers=0, num_threads=1, report_every=1, ema_decay=0.9, warmup=0.2,
-    power_ema=(0.05, 0.1), snapshot_every=EVERY,
+    **HERE, num_steps=NUM_STEPS, checkpoint_every=6, keep_every=6, keep_checkpoints=1,
+    global_batch_size=8, ema_decay=0.9, warmup=0.2, power_ema=(0.05, 0.1), snapshot_every=EVERY,
 )  # fmt: skip
 
 
-def train(embeds: Path, run: Path, settings: TrainConfig = TRAIN) -> Path:
-    config = PriorRunConfig(
-        embeds=(str(embeds),), run=str(run), train=settings,
-        diffusion=DiffusionPriorConfig(width=16, depth=1, num_heads=2, dropout=0.1),
-    )  # fmt: skip
+def train(data: Path, run: Path, settings: TrainConfig = TRAIN) -> Path:
+    model = DiffusionPriorConfig(width=16, depth=1, num_heads=2, dropout=0.1)
+    config = prior_run(data, run, settings, diffusion=model)
     train_here(config, prepare_run(config, str(run)), prior_job.build_prior)
     return run
 
 
 @pytest.fixture(scope="module")
-def embeds(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    return write_data(root, num_shards=2, samples_per_shard=10) / "embeds"
+def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=10)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, embeds: Path) -> Path:
-    return train(embeds, tmp_path_factory.mktemp("runs") / "run")
+def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    return train(data, tmp_path_factory.mktemp("runs") / "run")
 
 
 @pytest.fixture
@@ -62,13 +59,6 @@ def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished run, to spoil."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{path.relative_to(folder)}: {name}": tensor.clone()
-        for path in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(str(path)).items()
-    }
 
 
 # -- training keeps what the command needs ---------------------------------------------------------
@@ -80,18 +70,17 @@ def test_a_run_keeps_its_snapshots_and_every_sixth_checkpoint(finished: Path):
     assert [int(path.name[5:]) for path in sorted(finished.glob("step_*"))] == [6, 12]
 
 
-def test_the_last_step_is_a_snapshot_even_if_it_is_no_multiple(embeds: Path, tmp_path: Path):
-    run = train(embeds, tmp_path / "run", with_options(TRAIN, num_steps=5))
+def test_the_last_step_is_a_snapshot_even_if_it_is_no_multiple(data: Path, tmp_path: Path):
+    run = train(data, tmp_path / "run", with_options(TRAIN, num_steps=5))
     steps = [int(path.name[5:]) for path in sorted((run / EMA_SNAPSHOTS_FOLDER).iterdir())]
     assert steps == [3, 5]
 
 
 @pytest.mark.parametrize("lost", [True, False])
-def test_a_resumed_run_has_the_same_averages_and_snapshots(lost: bool, run: Path, embeds: Path):
+def test_a_resumed_run_has_the_same_averages_and_snapshots(lost: bool, run: Path, data: Path):
     """2N steps are N steps resumed for N more, whether or not the later snapshots are there."""
-    expected = tensors(run)
-    (run / "final.json").unlink()
-    shutil.rmtree(step_folder(run, 12))
+    expected = tensors_of(run)
+    forget_the_end(run)
     for step in (9, 12):
         folder = step_folder(run / EMA_SNAPSHOTS_FOLDER, step)
         if lost:
@@ -101,19 +90,18 @@ def test_a_resumed_run_has_the_same_averages_and_snapshots(lost: bool, run: Path
     found = newest_valid(run)
     assert found is not None and found[1].step == 6
     with nullcontext() if lost else pytest.warns(UserWarning, match="0 ranks, incomplete"):
-        train(embeds, run)
-    found = tensors(run)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+        train(data, run)
+    found = tensors_of(run)
+    assert_same(found, expected)
     powers = [name for name in found if ": power_" in name]
     assert len(powers) > 0 and not torch.equal(
         found[powers[0]], found[powers[0].replace("power_0.05", "power_0.1")]
     )
 
 
-def test_a_run_is_not_continued_with_other_averages(run: Path, embeds: Path):
+def test_a_run_is_not_continued_with_other_averages(run: Path, data: Path):
     with pytest.raises(ValueError, match="train.power_ema: found .*0.05, 0.1.* expected"):
-        train(embeds, run, with_options(TRAIN, power_ema=(0.05, 0.2)))
+        train(data, run, with_options(TRAIN, power_ema=(0.05, 0.2)))
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -170,15 +158,6 @@ def test_a_command_killed_while_it_writes_is_run_again(run: Path, monkeypatch: p
     assert call(run) == 0
     load_model(run.with_name("run_ema01"), "diffusion_prior")
 
-
-def flip(path: Path) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from _runs import HERE, clip_run, forget_the_end
 from safetensors.torch import load_file
 from torch import nn
 
 from cluster.base.cli import with_options
-from models.configs import ClipConfig
 from training.config import ClipRunConfig, TrainConfig
 from training.data.dataloader import Batch, make_loader
 from training.engine.sam import perturbed
@@ -68,16 +68,10 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path
 
 
 def run_of(data: Path, run: Path, rho: float) -> ClipRunConfig:
-    model = ClipConfig(embed_dim=16, vision_width=32, vision_depth=1, text_width=32, text_depth=1,
-                       patch_size=16, vocab_size=512)  # fmt: skip
     train = TrainConfig.of(
-        num_steps=4, global_batch_size=16, num_workers=0, num_threads=1, precision="fp32",
-        checkpoint_every=2,
-    )  # fmt: skip
-    images = (str(data / "images"),)
-    return ClipRunConfig(
-        images=images, run=str(run), model=model, train=train, sam_rho=rho, sam_batch_size=8
+        **HERE, num_steps=4, global_batch_size=16, precision="fp32", checkpoint_every=2
     )
+    return clip_run(data, run, train, sam_rho=rho, sam_batch_size=8)
 
 
 def test_partitioned_weights_are_not_perturbed():
@@ -147,9 +141,5 @@ def test_a_run_with_it_differs_repeats_itself_and_resumes(data: Path, tmp_path: 
 
     plain, sharp = trained("plain", 0.0), trained("sharp", 0.1)
     assert plain != sharp and trained("again", 0.1) == sharp
-    for path in (tmp_path / "sharp" / "final.json",):
-        path.unlink()
-    import shutil
-
-    shutil.rmtree(tmp_path / "sharp" / "step_00000004")
+    forget_the_end(tmp_path / "sharp")
     assert trained("sharp", 0.1) == sharp

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _runs import prior_run
 
 from cluster.base.ray_session import GROUPS
-from models.configs import DiffusionPriorConfig
-from training.config import PriorRunConfig, TrainConfig
+from training.config import TrainConfig
 from training.runs.events import read_timeline
 from training.runs.ray_train import fit
 from training.runs.validator import validate, validation_config
@@ -107,11 +107,7 @@ def test_ray_train_runs_the_command_after_each_checkpoint(
         num_steps=4, checkpoint_every=2, global_batch_size=4, num_workers=2, num_threads=1,
         precision="fp32", validator=f"{sys.executable} {script} seen",
     )  # fmt: skip
-    config = PriorRunConfig(
-        embeds=(str(data / "embeds"),), run=str(run), train=train,
-        diffusion=DiffusionPriorConfig(width=16, depth=1, num_heads=2),
-    )  # fmt: skip
-    assert launch(config, str(run), build_prior, "prior") == 0
+    assert launch(prior_run(data, run, train), str(run), build_prior, "prior") == 0
     seen = (run / "seen.txt").read_text().splitlines()
     assert len(seen) == 2 and seen[-1] == "seen step_00000004"  # the last one is waited for
     assert [line for line in read_timeline(run) if line["event"] == "validator failed"] == []
