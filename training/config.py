@@ -22,6 +22,8 @@ MAY_CHANGE = Option(may_change=True)
 HIDDEN_MAY_CHANGE = Option(hidden=True, may_change=True)
 INLINE = Option(inline=True)
 INFINITY = float("inf")
+# What training reads by default: the drawn set, which is made where it is absent
+IMAGES, EMBEDS = "data/shapes/images", "data/shapes/embeds"
 
 
 def _require(config: Any, group: str, low: float, high: float, *names: str) -> None:
@@ -364,7 +366,7 @@ class RunConfig:
 class ClipRunConfig(RunConfig):
     """Train a CLIP on image shards."""
 
-    images: tuple[str, ...] = ("data/shapes/images",)
+    images: tuple[str, ...] = (IMAGES,)
     """folders of committed image shards; the demo's are drawn if it is absent"""
     run: Annotated[str, MAY_CHANGE] = "runs/clip"
     """folder of the run"""
@@ -395,7 +397,7 @@ class ClipRunConfig(RunConfig):
 class PriorRunConfig(RunConfig):
     """Train a prior on embeddings."""
 
-    embeds: tuple[str, ...] = ("data/shapes/embeds",)
+    embeds: tuple[str, ...] = (EMBEDS,)
     """folders of committed embeddings, of one encoder; the demo's are made if it is absent"""
     clip: str = ""
     """encoder of the caption's token states; empty = the one the embeddings name"""
@@ -429,9 +431,9 @@ class PriorRunConfig(RunConfig):
 class DecoderRunConfig(RunConfig):
     """Train one stage of the decoder cascade."""
 
-    images: tuple[str, ...] = ("data/shapes/images",)
+    images: tuple[str, ...] = (IMAGES,)
     """folders of committed image shards"""
-    embeds: tuple[str, ...] = ("data/shapes/embeds",)
+    embeds: tuple[str, ...] = (EMBEDS,)
     """folders of the embeddings of those shards, in the same order; base only"""
     clip: str = ""
     """encoder of the caption's token states; empty = the one the embeddings name"""

@@ -17,33 +17,27 @@ from ingest.shards import (
     write_image_shard,
     write_manifest,
 )
-from ingest.store.storage import absolute_root
-from training.config import ClipRunConfig, PriorRunConfig
+from ingest.store.snapshots import latest_digest
+from training.config import EMBEDS, IMAGES
 
 NUM_SHARDS, SAMPLES_PER_SHARD = 4, 128
 CLIP_SPEC = "tiny:random"  # untrained: enough to exercise a trainer, and nothing to wait for
 
 
-def ensure_images(root: str) -> str:
-    """Return `root` as an absolute path; the default folder is drawn if it is absent."""
-    (default,) = ClipRunConfig().images
-    if root == default and not (Path(root) / "_snapshots" / "latest").is_file():
-        print(f"{root}: absent; drawing {NUM_SHARDS * SAMPLES_PER_SHARD} shapes", flush=True)
-        draw_images(Path(root))
-    load_snapshot(root)
-    return absolute_root(root)
+def draw_default_images() -> None:
+    """Draw the folder of images that training reads by default, unless it is there."""
+    if latest_digest(IMAGES) is None:
+        print(f"{IMAGES}: absent; drawing {NUM_SHARDS * SAMPLES_PER_SHARD} shapes", flush=True)
+        draw_images(Path(IMAGES))
 
 
-def ensure_embeds(root: str) -> str:
-    """Return `root` as an absolute path; the default folder is made from the drawn set if it is
-    absent."""
-    (default,) = PriorRunConfig().embeds
-    if root == default and not (Path(root) / "_snapshots" / "latest").is_file():
-        images = ensure_images(*ClipRunConfig().images)
-        print(f"{root}: absent; embedding the drawn set with {CLIP_SPEC}", flush=True)
-        embed_here(images, Path(root), CLIP_SPEC)
-    load_snapshot(root)
-    return absolute_root(root)
+def embed_default_images() -> None:
+    """Embed that folder, drawn if need be, where training reads embeddings by default, unless they
+    are there."""
+    if latest_digest(EMBEDS) is None:
+        draw_default_images()
+        print(f"{EMBEDS}: absent; embedding the drawn set with {CLIP_SPEC}", flush=True)
+        embed_here(IMAGES, Path(EMBEDS), CLIP_SPEC)
 
 
 def draw_images(

@@ -18,7 +18,7 @@ from ingest.store.storage import absolute_root
 from models.clip import FrozenClip
 from models.convert.runs import absolute_spec, load_clip
 from models.weights import EMA_NAME, exported, load_config, load_weights
-from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig
+from training.config import EMBEDS, IMAGES, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 from training.data.datasets import ColumnDataset, MixedDataset, short_sides
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,27 +27,37 @@ Config = TypeVar("Config", ClipRunConfig, PriorRunConfig, DecoderRunConfig)
 
 def prepare_data(config: Config) -> Config:
     """Make the demo's data where the default folder is absent, and make data paths absolute."""
-    from training.data.demo_data import ensure_embeds, ensure_images
+    from training.data.demo_data import draw_default_images, embed_default_images
 
-    changes = {}
+    changes: dict[str, Any] = {}
     if isinstance(config, (ClipRunConfig, DecoderRunConfig)):
-        changes["images"] = tuple(ensure_images(root) for root in config.images)
+        if IMAGES in config.images:
+            draw_default_images()
+        changes["images"] = _committed_roots(config.images)
     if isinstance(config, (PriorRunConfig, DecoderRunConfig)) and not _upsampler(config):
-        changes["embeds"] = tuple(ensure_embeds(root) for root in config.embeds)
+        if EMBEDS in config.embeds:
+            embed_default_images()
+        changes["embeds"] = _committed_roots(config.embeds)
         changes["clip"] = absolute_spec(config.clip)
     if config.init and Path(config.init).is_dir():
         changes["init"] = str(Path(config.init).absolute())
-    if isinstance(config, PriorRunConfig):
+    if isinstance(config, (PriorRunConfig, DecoderRunConfig)):
         changes["validation"] = tuple(absolute_root(root) for root in config.validation)
     if isinstance(config, DecoderRunConfig):
         for images in changes["images"]:
             require_size(images, config.image_size)
-        changes["validation"] = tuple(absolute_root(root) for root in config.validation)
         embeds = tuple(absolute_root(root) for root in config.validation_embeds)
         changes["validation_embeds"] = embeds
         _require_paired("embeds", config.images, config.embeds, config)
         _require_paired("validation_embeds", config.validation, embeds, config)
     return dataclasses.replace(config, **changes)
+
+
+def _committed_roots(roots: Sequence[str]) -> tuple[str, ...]:
+    """Return absolute roots; ValueError for one without a snapshot."""
+    for root in roots:
+        load_snapshot(root)
+    return tuple(absolute_root(root) for root in roots)
 
 
 def _require_paired(

@@ -61,29 +61,28 @@ def launch(config: RunConfig, run_folder: str, build: Build, model_name: str) ->
         config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
         if (run / FINAL_NAME).is_file():
             print(f"{run}: finished already; --fresh starts over")
-            ensure_cards(run)
-            return DONE
+        else:
+            # Whatever is wrong with the request is found before workers start
+            workers, logging = config.train.workers, config.train.logging
+            window(logging.profile)
+            record_code(run)
+            forget_stop(run)
+            record_event(run, "launched")
+            if workers.num_workers == 0 and workers.zero_stage:
+                stage = workers.zero_stage
+                print(f"zero_stage: {stage} has no effect in one process, which keeps all")
+            with Follower(run, model_name, tensorboard=logging.tensorboard):
+                if workers.num_workers == 0:
+                    train_here(config, run, build)
+                else:
+                    _train_under_ray(config, run, build)
 
-        # Whatever is wrong with the request is found before workers start
-        workers, logging = config.train.workers, config.train.logging
-        window(logging.profile)
-        record_code(run)
-        forget_stop(run)
-        record_event(run, "launched")
-        if workers.num_workers == 0 and workers.zero_stage:
-            print(f"zero_stage: {workers.zero_stage} has no effect in one process, which keeps all")
-        with Follower(run, model_name, tensorboard=logging.tensorboard):
-            if workers.num_workers == 0:
-                train_here(config, run, build)
-            else:
-                _train_under_ray(config, run, build)
-
-        if (run / FINAL_NAME).is_file():
-            ensure_cards(run)
-            return DONE
-        forget_stop(run)
-        print(f"{run}: stopped on request, at a checkpoint; rerun the same command to continue")
-        return INCOMPLETE
+        if not (run / FINAL_NAME).is_file():
+            forget_stop(run)
+            print(f"{run}: stopped on request, at a checkpoint; rerun the same command to continue")
+            return INCOMPLETE
+        ensure_cards(run)
+        return DONE
 
 
 def resolve_precision(config: RunConfig, run: Path) -> RunConfig:
