@@ -1,8 +1,9 @@
 """Every model's sizes and choices, without torch: a script can print its help before anything
 heavy is imported."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
+from typing import Annotated, Any, Literal, get_type_hints
 
 ScheduleName = Literal["cosine", "linear", "scaled_linear"]
 Prediction = Literal["x0", "eps", "v"]
@@ -11,6 +12,43 @@ Spacing = Literal["trailing", "strided", "karras"]
 SpacingChoice = Spacing | Literal["auto"]  # auto: see `default_spacing`
 Degradation = Literal["blur", "bsr"]
 Interpolation = Literal["bilinear", "bicubic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """What an option has to do with the weights of a model.
+
+    on_weights: false for an option of training or drawing alone: the same weights compute the same
+    whatever it is; needs: an option without which this one has no effect.
+    """
+
+    on_weights: bool = True
+    needs: str = ""
+
+
+NOT_ON_WEIGHTS = Effect(on_weights=False)
+NEEDS_ATTENTION = Effect(needs="attn_resolutions")
+NEEDS_OWN_TEXT = Effect(needs="text_tokens")
+
+
+def weight_options(config_class: type, options: Mapping[str, Any], prefix: str = "") -> dict:
+    """Return the options of a model that its weights are for, those of its U-Net as unet.NAME.
+
+    options: as stored; those that an older model lacks have their defaults.
+    """
+    defaults, kept = vars(config_class()), {}
+    hints = get_type_hints(config_class, include_extras=True)
+    options = {**defaults, **options}
+    for name, value in options.items():
+        extras = getattr(hints.get(name), "__metadata__", ())
+        effect = next((extra for extra in extras if isinstance(extra, Effect)), Effect())
+        if is_dataclass(defaults.get(name)):
+            stored = value if isinstance(value, dict) else {}
+            nested = {**vars(defaults[name]), **stored}
+            kept |= weight_options(type(defaults[name]), nested, f"{name}.")
+        elif effect.on_weights and options.get(effect.needs, True):
+            kept[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +92,7 @@ class TransformerConfig:
     """transformer blocks"""
     num_heads: int = 8
     """attention heads"""
-    dropout: float = 0.0
+    dropout: Annotated[float, NOT_ON_WEIGHTS] = 0.0
     """dropout probability in every block"""
     qk_norm: bool = True
     """normalise queries and keys: stable in bf16 at high learning rates"""
@@ -70,9 +108,9 @@ class DiffusionPriorConfig(TransformerConfig):
     """timesteps of the schedule"""
     zero_terminal: bool = False
     """leave no signal at the last timestep"""
-    weighting: Weighting = "simple"
+    weighting: Annotated[Weighting, NOT_ON_WEIGHTS] = "simple"
     """weight of the loss over timesteps"""
-    text_drop: float = 0.1
+    text_drop: Annotated[float, NOT_ON_WEIGHTS] = 0.1
     """probability of dropping the caption and z_t together"""
     text_tokens: int = 0
     """tokens of the caption that an own token table reads (256 in the paper); 0 = CLIP's token
@@ -81,11 +119,11 @@ class DiffusionPriorConfig(TransformerConfig):
     """sinusoids of the timestep; 0 = the width, 256 at most"""
     scale_text: bool = True
     """scale z_t as z_i"""
-    clip_x0: float = 0.0
+    clip_x0: Annotated[float, NOT_ON_WEIGHTS] = 0.0
     """bound on predicted components in sampling, in scaled units; 0 = none"""
     unit_norm: bool = True
     """draw embeddings of unit norm; training sets false for an encoder that keeps their length"""
-    checkpointing: bool = False
+    checkpointing: Annotated[bool, NOT_ON_WEIGHTS] = False
     """recompute activations in the backward pass: less memory, a third more time"""
 
 
@@ -97,22 +135,22 @@ class AutoregressivePriorConfig(TransformerConfig):
     """positions of z_t and the pooled caption"""
     num_codes: int = 0
     """principal components that are coded; 0 = as many as contain `energy`"""
-    energy: float = 0.99
+    energy: Annotated[float, NOT_ON_WEIGHTS] = 0.99
     """share of the embeddings' variance that the coded components contain"""
     codebook_size: int = 1024
     """buckets of a component, and of the dot product"""
     tell_components: bool = False
     """add z_t's value of its component to each code's input; not in the paper"""
-    text_drop: float = 0.1
+    text_drop: Annotated[float, NOT_ON_WEIGHTS] = 0.1
     """probability of dropping the caption and z_t together"""
     text_tokens: int = 0
     """tokens of the caption that a text encoder of its own reads (256 in the paper); 0 = pool
     CLIP's token states"""
-    text_width: int = 512
+    text_width: Annotated[int, NEEDS_OWN_TEXT] = 512
     """channels of the own text encoder"""
-    text_depth: int = 6
+    text_depth: Annotated[int, NEEDS_OWN_TEXT] = 6
     """blocks of the own text encoder"""
-    text_heads: int = 8
+    text_heads: Annotated[int, NEEDS_OWN_TEXT] = 8
     """attention heads of the own text encoder"""
 
 
@@ -122,7 +160,7 @@ class RegressionPriorConfig(TransformerConfig):
 
     depth: int = 4
     """transformer blocks"""
-    contrastive_weight: float = 0.2
+    contrastive_weight: Annotated[float, NOT_ON_WEIGHTS] = 0.2
     """weight of the contrastive term beside the squared error"""
     text_tokens: int = 0
     """tokens of the caption that an own token table reads; 0 = CLIP's token states"""
@@ -140,13 +178,13 @@ class UNetConfig:
     """residual blocks per resolution"""
     attn_resolutions: tuple[int, ...] = (16, 8)
     """sides in cells, counted after patching, that get attention; in images of the training size"""
-    head_channels: int = 64
+    head_channels: Annotated[int, NEEDS_ATTENTION] = 64
     """channels of an attention head"""
-    dropout: float = 0.0
+    dropout: Annotated[float, NOT_ON_WEIGHTS] = 0.0
     """dropout probability in residual blocks"""
-    qk_norm: bool = False
+    qk_norm: Annotated[bool, NEEDS_ATTENTION] = False
     """normalise queries and keys of attention"""
-    checkpointing: bool = False
+    checkpointing: Annotated[bool, NOT_ON_WEIGHTS] = False
     """recompute the blocks' activations in the backward pass: less memory, a third more time"""
     patch_size: int = 1
     """side in px of the patches folded into channels before the first layer; 4 turns 32 px into
@@ -154,7 +192,7 @@ class UNetConfig:
     magnitude_preserving: bool = False
     """blocks that preserve unit magnitude of activations by normalised weights, without group norms
     and biases (Karras et al. 2024, EDM2); their attention is normalised without qk_norm"""
-    channels_last: bool = False
+    channels_last: Annotated[bool, NOT_ON_WEIGHTS] = False
     """keep activations channels-last in memory: for GPUs; on the CPU group norms take up to ten
     times as long"""
 
@@ -180,9 +218,9 @@ class DecoderConfig:
     text_tokens: int = 0
     """tokens of the caption that an own text transformer of width context_width reads (256 in the
     paper); 0 = CLIP's token states"""
-    text_depth: int = 6
+    text_depth: Annotated[int, NEEDS_OWN_TEXT] = 6
     """blocks of the own text transformer"""
-    text_heads: int = 8
+    text_heads: Annotated[int, NEEDS_OWN_TEXT] = 8
     """attention heads of the own text transformer"""
     empty_caption: bool = False
     """replace a dropped caption by the empty one, as in diffusers' pipelines; false hides it"""
@@ -196,17 +234,17 @@ class DecoderConfig:
     """what the network predicts"""
     learned_variance: bool = False
     """learn the variance of each step as well, for the sampler learned_ddpm"""
-    bound_weight: float = 1e-3
+    bound_weight: Annotated[float, NOT_ON_WEIGHTS] = 1e-3
     """weight of the variational bound, from which the variance learns"""
-    weighting: Weighting = "min_snr"
+    weighting: Annotated[Weighting, NOT_ON_WEIGHTS] = "min_snr"
     """weight of the loss over timesteps"""
-    noise_bias: float = 0.0
+    noise_bias: Annotated[float, NOT_ON_WEIGHTS] = 0.0
     """0 draws timesteps uniformly; larger draws them toward high noise"""
-    image_embed_drop: float = 0.1
+    image_embed_drop: Annotated[float, NOT_ON_WEIGHTS] = 0.1
     """probability of dropping z_i"""
-    text_drop: float = 0.5
+    text_drop: Annotated[float, NOT_ON_WEIGHTS] = 0.5
     """probability of dropping the caption, independent of z_i"""
-    embed_noise: float = 0.0
+    embed_noise: Annotated[float, NOT_ON_WEIGHTS] = 0.0
     """largest standard deviation, in units of z_i's norm, of noise added to z_i in training"""
 
 
@@ -226,18 +264,18 @@ class UpsamplerConfig:
     """timesteps of the schedule"""
     prediction: Prediction = "v"
     """what the network predicts"""
-    weighting: Weighting = "min_snr"
+    weighting: Annotated[Weighting, NOT_ON_WEIGHTS] = "min_snr"
     """weight of the loss over timesteps"""
-    noise_bias: float = 0.0
+    noise_bias: Annotated[float, NOT_ON_WEIGHTS] = 0.0
     """0 draws timesteps uniformly; larger draws them toward high noise"""
     zero_terminal: bool = False
     """leave no signal at the last timestep; needs prediction v or x0"""
-    degradation: Degradation = "blur"
+    degradation: Annotated[Degradation, NOT_ON_WEIGHTS] = "blur"
     """corruption of the low resolution in training: the first upsampler's blur, or the second's bsr
     (models/degradation.py)"""
     interpolation: Interpolation = "bilinear"
     """how the low resolution is raised to the network's"""
-    low_res_noise: float = 0.0
+    low_res_noise: Annotated[float, NOT_ON_WEIGHTS] = 0.0
     """largest standard deviation of noise added to the low resolution in training"""
     tell_noise: bool = False
     """condition the network on the level of that noise; samplers add none and pass level 0"""

@@ -16,6 +16,7 @@ from ingest.embedding.statistics import EmbedStatistics
 from ingest.shards import Snapshot, load_snapshot, read_manifest
 from ingest.store.storage import absolute_root
 from models.clip import FrozenClip
+from models.configs import weight_options
 from models.convert.runs import absolute_spec, load_clip
 from models.weights import EMA_NAME, exported, load_config, load_weights
 from training.config import EMBEDS, IMAGES, ClipRunConfig, DecoderRunConfig, PriorRunConfig
@@ -125,34 +126,22 @@ def encoder_of(embeds: Sequence[str], clip: str) -> FrozenClip:
     return encoder
 
 
-# of a model's options, those that say how it learns or is drawn from: the same weights compute the
-# same whatever they are
-FREE = frozenset({
-    "dropout", "text_drop", "image_embed_drop", "embed_noise", "weighting", "noise_bias",
-    "bound_weight", "contrastive_weight", "degradation", "low_res_noise", "clip_x0", "energy",
-    "checkpointing", "channels_last",
-})  # fmt: skip
-# options that say nothing where another one is off
-IDLE = {"attn_resolutions": ("head_channels", "qk_norm"),
-        "text_tokens": ("text_width", "text_depth", "text_heads")}  # fmt: skip
-
-
 def start_from(model: Model, init: str, run: str, export: Json) -> Model:
     """Load the averaged weights of a finished run, or none for an empty `init` or a `run` that has
     a checkpoint of its own.
 
     export: what config.json of the new run says of its model. Raises ValueError naming the first
-    tensor that differs, or the kind of model, its encoder and its options but those that are
-    `FREE`.
+    tensor that differs, or the kind of model, its encoder, or an option that its weights are for.
     """
     if not init or any(Path(run).glob("step_*")):
         return model
     step = exported(Path(init))
-    found = load_config(step)
-    usual: Any = type(model.config)()  # has the options that are newer than those weights
-    theirs, ours = (_meanings(dataclasses.asdict(usual), each["model"]) for each in (found, export))
-    pairs = [(name, found.get(name), export.get(name)) for name in ("kind", "encoder_id", "factor")]
-    if found.get("kind") == export.get("kind"):
+    stored = load_config(step)
+    keys = ("kind", "encoder_id", "factor")
+    pairs = [(name, stored.get(name), export.get(name)) for name in keys]
+    if stored.get("kind") == export.get("kind"):
+        kind: Any = type(model.config)
+        theirs, ours = (weight_options(kind, each["model"]) for each in (stored, export))
         names = sorted(theirs.keys() | ours.keys())
         pairs += [(name, theirs.get(name), ours.get(name)) for name in names]
     differ = [each for each in pairs if each[1] != each[2]]
@@ -161,22 +150,6 @@ def start_from(model: Model, init: str, run: str, export: Json) -> Model:
         raise ValueError(f"init: {init}: {reasons}; pass the options of those weights")
     load_weights(model, step / EMA_NAME)
     return model.train()
-
-
-def _meanings(usual: Json, stored: Json, prefix: str = "") -> Json:
-    """Return the options of a model that its weights are for, those of its U-Net as unet.NAME.
-
-    usual: the default of each, for a model that is older than such an option.
-    """
-    options = {**usual, **stored}
-    off = {name for other, names in IDLE.items() if not options.get(other, True) for name in names}
-    meanings = {}
-    for name, value in options.items():
-        if isinstance(value, dict):
-            meanings |= _meanings(usual.get(name, {}), value, f"{name}.")
-        elif name not in FREE | off:
-            meanings[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return meanings
 
 
 def pin_snapshots(run: str, kind: str, roots: Sequence[str]) -> list[Snapshot]:
