@@ -1,18 +1,19 @@
-"""Laws of distances between features, and their agreement with torch-fidelity, pytorch-fid,
-torchmetrics and prdc on the same features."""
+"""Laws of distances between features, and their agreement with torch-fidelity, pytorch-fid, scipy
+and prdc on the same features."""
 
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from prdc import compute_prdc
 from pytorch_fid.fid_score import calculate_frechet_distance
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
-from torchmetrics.image.fid import FrechetInceptionDistance
 
+from eval.distances import intervals
 from eval.distances.frechet import Moments, Reference, frechet_distance
 from eval.distances.intervals import (
     bootstrap_error,
@@ -52,6 +53,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def test_the_frechet_distance_is_the_oracles(fake: np.ndarray, real: np.ndarray):
+    """And symmetric; scipy's square root of the product for fewer images than features, too."""
     ours = frechet_distance(Features.of(fake).moments(), Features.of(real).moments())
     wide = [x.astype(np.float64) for x in (fake, real)]
     statistics = [fid_features_to_statistics(torch.from_numpy(x)) for x in wide]
@@ -60,22 +62,82 @@ def test_the_frechet_distance_is_the_oracles(fake: np.ndarray, real: np.ndarray)
     means, covariances = [x.mean(0) for x in wide], [np.cov(x, rowvar=False) for x in wide]
     pytorch_fid = calculate_frechet_distance(means[0], covariances[0], means[1], covariances[1])
     assert ours == pytest.approx(pytorch_fid, rel=1e-4)
+    turned = frechet_distance(Features.of(real).moments(), Features.of(fake).moments())
+    assert turned == pytest.approx(ours, rel=1e-10)
+    few = [x[:20] for x in wide]
+    root = scipy.linalg.sqrtm(np.cov(few[0], rowvar=False) @ np.cov(few[1], rowvar=False))
+    moments = [Moments.of(x) for x in few]
+    spread = sum(np.trace(each.covariance) for each in moments) - 2 * np.trace(root).real
+    expected = ((few[0].mean(0) - few[1].mean(0)) ** 2).sum() + spread
+    assert frechet_distance(*moments) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_frechet_distance_is_torchmetrics(fake: np.ndarray, real: np.ndarray):
-    class Given(torch.nn.Module):
-        """An extractor of features that are handed in as pictures."""
+def gaussian(mean: np.ndarray, variance: np.ndarray) -> Moments:
+    return Moments(count=101, mean=mean, scatter=np.diag(variance) * 100)
 
-        num_features = WIDTH
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.flatten(1).float()
+@pytest.mark.parametrize("n", [200, 10])  # more and fewer images than features
+def test_a_set_is_at_no_distance_from_itself(n: int):
+    x = Moments.of(draws(n, 0, width=16))
+    assert frechet_distance(x, x) < 1e-10 * np.trace(x.covariance)
 
-    metric = FrechetInceptionDistance(feature=Given(), normalize=True).set_dtype(torch.float64)
-    metric.update(torch.from_numpy(fake), real=False)
-    metric.update(torch.from_numpy(real), real=True)
-    ours = frechet_distance(Features.of(fake).moments(), Features.of(real).moments())
-    assert ours == pytest.approx(float(metric.compute()), rel=1e-4)
+
+def test_diagonal_gaussians_have_the_closed_form():
+    rng = np.random.default_rng(0)
+    mean_a, mean_b = rng.normal(size=(2, 12))
+    variance_a, variance_b = rng.uniform(0.1, 3, size=(2, 12))
+    closed = ((mean_a - mean_b) ** 2 + (variance_a**0.5 - variance_b**0.5) ** 2).sum()
+    distance = frechet_distance(gaussian(mean_a, variance_a), gaussian(mean_b, variance_b))
+    assert distance == pytest.approx(closed, rel=1e-12)
+
+
+def test_batches_give_the_moments_of_the_whole():
+    x = draws(101, 0, shift=1e4, width=8)  # a large mean is where naive sums lose their digits
+    x = x.astype(np.float64)
+    streamed = Moments.of(x[:7])
+    for start in range(7, 101, 13):
+        streamed = streamed.plus(Moments.of(x[start : start + 13]))
+    assert streamed.count == 101
+    np.testing.assert_allclose(streamed.mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(streamed.covariance, np.cov(x, rowvar=False), rtol=1e-8)
+
+
+def test_merging_is_exact_in_one_order_and_equal_in_every_order():
+    parts = [Moments.of(part) for part in np.array_split(draws(90, 0, width=8), 7)]
+    merged, again = Moments.merge(parts), Moments.merge(parts)
+    assert merged.scatter.tobytes() == again.scatter.tobytes()
+    backwards = Moments.merge(reversed(parts))
+    np.testing.assert_allclose(merged.mean, backwards.mean, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(merged.scatter, backwards.scatter, rtol=1e-10)
+
+
+def test_an_empty_part_changes_nothing():
+    x = Moments.of(draws(9, 0, width=4))
+    empty = Moments.of(np.zeros((0, 4)))
+    for total in (x.plus(empty), empty.plus(x)):
+        np.testing.assert_array_equal(total.mean, x.mean)
+        np.testing.assert_array_equal(total.scatter, x.scatter)
+
+
+def test_float16_features_are_summed_in_float64():
+    x = draws(500, 0, width=4).astype(np.float16)
+    moments = Moments.of(x)
+    assert moments.mean.dtype == moments.scatter.dtype == np.float64
+    np.testing.assert_allclose(moments.mean, x.astype(np.float64).mean(0), rtol=1e-14)
+
+
+def test_users_mistakes_are_named():
+    one, two = Moments.of(np.zeros((1, 4))), Moments.of(np.zeros((2, 4)))
+    with pytest.raises(ValueError, match="found 1 features, expected at least 2"):
+        frechet_distance(two, one)
+    with pytest.raises(ValueError, match="widths 4 and 5"):
+        frechet_distance(two, Moments.of(np.zeros((2, 5))))
+    with pytest.raises(ValueError, match="1 of 2 features not finite"):
+        Moments.of([[0.0, 1.0], [0.0, float("nan")]])
+    with pytest.raises(ValueError, match=r"shape \[3\]"):
+        Moments.of(np.zeros(3))
+    with pytest.raises(ValueError, match="no set"):
+        Moments.merge([])
 
 
 def test_sums_do_not_depend_on_the_blocks(fake: np.ndarray):
@@ -130,17 +192,19 @@ def test_the_bootstrap_finds_the_spread_of_samples(real: np.ndarray):
 # -- kernels ---------------------------------------------------------------------------------------
 
 
-def test_the_kernel_distance_is_torch_fidelitys():
-    x, y = draws(1300, seed=1, shift=0.2), draws(1100, seed=2)
+def test_the_kernel_distance_is_torch_fidelitys(monkeypatch: pytest.MonkeyPatch):
+    assert intervals.KID_SUBSET_SIZE == 1000
+    monkeypatch.setattr(intervals, "KID_SUBSET_SIZE", 200)
+    x, y = draws(300, seed=1, shift=0.2), draws(250, seed=2)
     theirs = kid_features_to_metric(
-        torch.from_numpy(x), torch.from_numpy(y), kid_subsets=100, kid_subset_size=1000,
+        torch.from_numpy(x), torch.from_numpy(y), kid_subsets=100, kid_subset_size=200,
         kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None,
         kid_kernel_poly_coef0=1, rng_seed=2020, verbose=False,
     )  # fmt: skip
     ours = kernel_distance(Features.of(x), Features.of(y))
     assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
     assert ours["kid_std"] == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-3)
-    assert (ours["kid_subsets"], ours["kid_subset_size"]) == (100, 1000)
+    assert (ours["kid_subsets"], ours["kid_subset_size"]) == (100, 200)
 
 
 @pytest.mark.parametrize(("n_fake", "n_real", "subsets"), [(60, 60, 1), (60, 80, 100)])

@@ -38,15 +38,33 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_chain: Callable) -> S
 
 
 def drawn(config: SampleConfig, out: Path, **changes) -> list[np.ndarray]:
-    """Sample into `out`; returns uint8 [64, 64, 3] images."""
+    """Sample into `out`; returns the images."""
     assert sample.main(dataclasses.replace(config, out=str(out), **changes)) == 0
-    return [np.asarray(image, np.int16) for image in open_images(str(out))]
+    return pixels_of(out)
+
+
+@pytest.fixture(scope="module")
+def samples(config: SampleConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("samples") / "samples"
+    drawn(config, out)
+    return out
+
+
+@pytest.fixture
+def drawn_once(samples: Path, tmp_path: Path) -> Path:
+    """A copy of the samples of `config`, to be changed."""
+    return Path(shutil.copytree(samples, tmp_path / "samples"))
+
+
+def pixels_of(samples: Path) -> list[np.ndarray]:
+    """uint8 images [64, 64, 3]."""
+    return [np.asarray(image, np.int16) for image in open_images(str(samples))]
 
 
 def test_an_image_depends_on_seed_and_caption_and_not_on_its_batch(
-    config: SampleConfig, tmp_path: Path
+    config: SampleConfig, samples: Path, tmp_path: Path
 ):
-    pairs = drawn(config, tmp_path / "a")
+    pairs = pixels_of(samples)
     alone = drawn(config, tmp_path / "b", batch_size=1)
     assert all(abs(x - y).max() <= 1 for x, y in zip(pairs, alone, strict=True))
     assert abs(pairs[0] - pairs[2]).max() > 8, "repeats of a caption differ"
@@ -54,22 +72,22 @@ def test_an_image_depends_on_seed_and_caption_and_not_on_its_batch(
     assert all(abs(x - y).max() > 8 for x, y in zip(pairs, other, strict=True))
 
 
-def test_bf16_is_fp32_up_to_rounding(config: SampleConfig, tmp_path: Path):
-    exact = drawn(config, tmp_path / "a")
+def test_bf16_is_fp32_up_to_rounding(config: SampleConfig, samples: Path, tmp_path: Path):
+    exact = pixels_of(samples)
     rounded = drawn(config, tmp_path / "b", precision="bf16")
     assert 0 < np.mean([abs(x - y).mean() for x, y in zip(exact, rounded, strict=True)]) < 4
 
 
 def test_a_rerun_draws_what_is_missing_as_it_was(
-    config: SampleConfig, tmp_path: Path, capsys: pytest.CaptureFixture
+    config: SampleConfig, drawn_once: Path, capsys: pytest.CaptureFixture
 ):
-    before = drawn(config, tmp_path)
-    (tmp_path / "000003.png").unlink()
-    (tmp_path / "samples.jsonl").unlink()
+    before = pixels_of(drawn_once)
+    (drawn_once / "000003.png").unlink()
+    (drawn_once / "samples.jsonl").unlink()
     with pytest.raises(ValueError, match="found unfinished samples; rerun eval/sample.py"):
-        open_images(str(tmp_path))
+        open_images(str(drawn_once))
     capsys.readouterr()
-    after = drawn(config, tmp_path)
+    after = drawn(config, drawn_once)
     assert "2 images drawn, 3 were there" in capsys.readouterr().out, "the batch of the lost one"
     assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
 
@@ -125,22 +143,15 @@ def test_a_device_that_is_not_here_is_refused(config: SampleConfig, tmp_path: Pa
             drawn(config, tmp_path, device=name)
 
 
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"seed": 3}, "seed"),
-        ({"cfg_scale": 9.0}, "cfg_scale"),
-        ({"precision": "bf16"}, "precision"),
-        ({"prompts": ("another",)}, "captions"),
-    ],
-)
-def test_samples_of_other_settings_are_refused_unless_fresh(
-    changes: dict, field: str, config: SampleConfig, tmp_path: Path
-):
-    drawn(config, tmp_path)
-    with pytest.raises(ValueError, match=f"found samples of another {field}"):
-        drawn(config, tmp_path, **changes)
-    assert len(drawn(config, tmp_path, fresh=True, **changes)) in (1, len(CAPTIONS))
+def test_samples_of_other_settings_are_refused_unless_fresh(drawn_once: Path, config: SampleConfig):
+    changes = {
+        "cfg_scale": 9.0, "precision": "bf16", "captions": ("another",), "seed": 3,
+    }  # fmt: skip
+    for field, value in changes.items():
+        other = {"prompts" if field == "captions" else field: value}
+        with pytest.raises(ValueError, match=f"found samples of another {field}"):
+            drawn(config, drawn_once, **other)
+    assert len(drawn(config, drawn_once, fresh=True, seed=3)) == len(CAPTIONS)
 
 
 def trained_again(run: str) -> None:
@@ -161,22 +172,25 @@ def own_chain(config: SampleConfig, tmp_path: Path) -> SampleConfig:
     return dataclasses.replace(config, **{**copies, "upsampler": (copies["upsampler"],)})
 
 
-@pytest.mark.parametrize("part", ["prior", "decoder", "upsampler"])
 def test_samples_of_a_part_that_was_trained_again_are_refused_unless_fresh(
-    part: str, own_chain: SampleConfig, tmp_path: Path
+    own_chain: SampleConfig, tmp_path: Path
 ):
-    drawn(own_chain, tmp_path / "out")
-    drawn(own_chain, tmp_path / "out")
-    run = getattr(own_chain, part)
-    trained_again(run if isinstance(run, str) else run[0])
-    with pytest.raises(ValueError, match=f"found samples of another {part}_weights .*sha256"):
-        drawn(own_chain, tmp_path / "out")
-    drawn(own_chain, tmp_path / "out", fresh=True)
+    out = tmp_path / "out"
+    drawn(own_chain, out)
+    for part in ("prior", "decoder", "upsampler"):
+        run = tmp_path / "chain" / part
+        weights = exported(run) / "ema.safetensors"
+        before = weights.read_bytes()
+        trained_again(str(run))
+        with pytest.raises(ValueError, match=f"found samples of another {part}_weights .*sha256"):
+            drawn(own_chain, out)
+        weights.write_bytes(before)
+    trained_again(own_chain.decoder)
+    drawn(own_chain, out, fresh=True)
 
 
-def test_settings_tell_step_and_weights_of_every_part(config: SampleConfig, tmp_path: Path):
-    drawn(config, tmp_path)
-    settings = json.loads((tmp_path / "settings.json").read_text())
+def test_settings_tell_step_and_weights_of_every_part(config: SampleConfig, samples: Path):
+    settings = json.loads((samples / "settings.json").read_text())
     assert settings["encoder_id"] == load_clip("tiny:random").encoder_id
     parts = [settings["prior_weights"], settings["decoder_weights"], *settings["upsampler_weights"]]
     for part, run in zip(parts, (config.prior, config.decoder, *config.upsampler), strict=True):
@@ -184,21 +198,19 @@ def test_settings_tell_step_and_weights_of_every_part(config: SampleConfig, tmp_
         assert part == {"step": "step_00000004", "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def test_finished_samples_are_left_alone(config: SampleConfig, tmp_path: Path):
+def test_finished_samples_are_left_alone(config: SampleConfig, drawn_once: Path):
     def written() -> dict[str, int]:
-        return {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        return {path.name: path.stat().st_mtime_ns for path in drawn_once.iterdir()}
 
-    drawn(config, tmp_path)
     before = written()
-    drawn(config, tmp_path)
+    drawn(config, drawn_once)
     assert written() == before
 
 
 def test_settings_on_disk_give_the_sampling_they_were_drawn_with(
-    config: SampleConfig, tmp_path: Path
+    config: SampleConfig, samples: Path
 ):
-    drawn(config, tmp_path)
-    settings = json.loads((tmp_path / "settings.json").read_text())
+    settings = json.loads((samples / "settings.json").read_text())
     found = sampling_of(settings)
     assert (found.prior.sample_steps, found.precision) == (2, "fp32")
     assert found.decoder.cfg_scale == config.cfg_scale
@@ -222,23 +234,18 @@ def test_settings_on_disk_give_the_sampling_they_were_drawn_with(
 # -- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"sampler": "ddin"}, "sampler: found 'ddin'"),
-        ({"decoder_steps": 0}, "decoder_steps: found 0, expected 1 or more"),
-        ({"seed": 10**20}, "seed: found 100000000000000000000, expected a number of 64 bits"),
-        ({"best_of": 0}, "best_of: found 0, expected 1 or more"),
-        ({"top_share": 5.0}, "top_share: found 5.0, expected more than 0"),
-        ({"temperature": -1.0}, "temperature: found -1.0, expected 0 or more"),
-        ({"cfg_scale": float("nan")}, "cfg_scale: found nan, expected a finite number"),
-    ],
-)
-def test_a_wrong_option_leaves_the_folder_to_the_right_one(
-    wrong: dict, message: str, config: SampleConfig, tmp_path: Path
-):
-    with pytest.raises(ValueError, match=message):
-        drawn(config, tmp_path / "out", **wrong)
+def test_wrong_options_leave_the_folder_to_the_right_ones(config: SampleConfig, tmp_path: Path):
+    for name, value, message in (
+        ("sampler", "ddin", "found 'ddin'"),
+        ("decoder_steps", 0, "found 0, expected 1 or more"),
+        ("seed", 10**20, "found 100000000000000000000, expected a number of 64 bits"),
+        ("best_of", 0, "found 0, expected 1 or more"),
+        ("top_share", 5.0, "found 5.0, expected more than 0"),
+        ("temperature", -1.0, "found -1.0, expected 0 or more"),
+        ("cfg_scale", float("nan"), "found nan, expected a finite number"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            drawn(config, tmp_path / "out", **{name: value})
     assert len(drawn(config, tmp_path / "out")) == len(CAPTIONS)
 
 
@@ -285,12 +292,20 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path
     return write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=6)
 
 
+@pytest.fixture(scope="module")
+def of_data(config: SampleConfig, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples of the captions of `data`."""
+    out = tmp_path_factory.mktemp("of_data") / "samples"
+    drawn(config, out, prompts=(), captions=str(data / "images"), seed=5)
+    return out
+
+
 @pytest.fixture
-def fid_config(config: SampleConfig, data: Path, tmp_path: Path) -> FidConfig:
+def fid_config(config: SampleConfig, data: Path, of_data: Path, tmp_path: Path) -> FidConfig:
     """The evaluation of samples of `data`'s captions."""
-    drawn(config, tmp_path / "samples", prompts=(), captions=str(data / "images"), seed=5)
+    fake = shutil.copytree(of_data, tmp_path / "of_data")
     return FidConfig(
-        real=str(data / "images"), fake=str(tmp_path / "samples"), embeds=str(data / "embeds"),
+        real=str(data / "images"), fake=str(fake), embeds=str(data / "embeds"),
         clip="tiny:random", prior=config.prior, decoder=config.decoder, upsampler=config.upsampler,
         out=str(tmp_path / "scores" / "scores.json"), num_threads=1,
     )  # fmt: skip

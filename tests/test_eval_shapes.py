@@ -26,15 +26,16 @@ def decode(image_bytes: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(image_bytes)).convert("RGB"))
 
 
-def through_32(image: np.ndarray) -> np.ndarray:
-    bicubic = Image.Resampling.BICUBIC
-    small = Image.fromarray(image).resize((32, 32), bicubic)
-    return np.asarray(small.resize((64, 64), bicubic))
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def through_32(image: np.ndarray, down: Image.Resampling = BICUBIC) -> np.ndarray:
+    small = Image.fromarray(image).resize((32, 32), down)
+    return np.asarray(small.resize((64, 64), BICUBIC))
 
 
 def through_box(image: np.ndarray) -> np.ndarray:
-    small = Image.fromarray(image).resize((32, 32), Image.Resampling.BOX)
-    return np.asarray(small.resize((64, 64), Image.Resampling.BICUBIC))
+    return through_32(image, Image.Resampling.BOX)
 
 
 def with_noise(image: np.ndarray, sigma: float, seed: int) -> np.ndarray:
@@ -53,7 +54,7 @@ def blank() -> np.ndarray:
 @pytest.fixture(scope="module")
 def rows() -> list:
     splits = ("train", "single", "seen", "held_out")
-    return [pair for split in splits for pair in make_pairs(80, 11, split)]
+    return [pair for split in splits for pair in make_pairs(40, 11, split)]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_true_drawings_are_accepted(rows, spoil, least):
 
 @pytest.mark.parametrize("spoil", [lambda image: image, through_32], ids=["jpeg", "through 32 px"])
 def test_captions_one_attribute_away_are_rejected(spoil):
-    rows = list(make_pairs(240, 12, "train"))
+    rows = list(make_pairs(120, 12, "train"))
     accepted, tried = 0, 0
     for start in range(0, len(rows), BLOCK):
         first, *others = rows[start : start + BLOCK]
@@ -88,7 +89,7 @@ def test_captions_one_attribute_away_are_rejected(spoil):
             # A wrong colour leaves nothing right of its thing, another attribute all the rest.
             wrong = 3 * (1 - found.attribute) * len(other.scene.things)
             assert round(wrong) in ((0, 1, 3) if other.scene.relation else (1, 3)), other.caption
-    assert tried == 180 and accepted <= 0.005 * tried
+    assert tried == 90 and accepted == 0
 
 
 def test_attributes_and_relation_are_distinguished():
@@ -114,16 +115,15 @@ def test_attributes_and_relation_are_distinguished():
 RED_DISC = shape_mask("circle", 27.0, (20.0, 20.0), 64)
 
 
-@pytest.mark.parametrize(
-    ("colour", "shape"),
-    [("blue", "cross"), ("red", "circle"), ("black", "cross"), ("orange", "triangle")],
-)
-def test_a_thing_too_many_is_wrong_whatever_its_colour(colour, shape):
-    colours = PALETTE | {"black": (15, 15, 15), "orange": (250, 130, 0)}
-    image = paint(blank(), RED_DISC, PALETTE["red"])
-    assert score(image, "a large red circle").all
-    image = paint(image, shape_mask(shape, 16.0, (48.0, 48.0), 64), colours[colour])
-    assert score(image, "a large red circle") == ShapeScore(all=False, attribute=1.0, relation=None)
+def test_a_thing_too_many_is_wrong_whatever_its_colour():
+    one = paint(blank(), RED_DISC, PALETTE["red"])
+    assert score(one, "a large red circle").all
+    wrong = ShapeScore(all=False, attribute=1.0, relation=None)
+    black, orange = (15, 15, 15), (250, 130, 0)
+    for shape, colour in (("cross", PALETTE["blue"]), ("circle", PALETTE["red"]),
+                          ("cross", black), ("triangle", orange)):  # fmt: skip
+        both = paint(one, shape_mask(shape, 16.0, (48.0, 48.0), 64), colour)
+        assert score(both, "a large red circle") == wrong
 
 
 def test_specks_are_forgiven():
