@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import UseAppendAction
 
-from cluster.base.cli import DONE, INCOMPLETE, Option, parse, require_lasting, run_script
+from cluster.base.cli import (
+    DONE,
+    INCOMPLETE,
+    Option,
+    parse,
+    require_at_least,
+    require_lasting,
+    run_script,
+)
 from ingest.fetching.decode import ResizeMode
 from ingest.lists.filters import FilterConfig
 
@@ -344,26 +352,14 @@ def _check(config: DownloadConfig) -> None:
         return
     if not config.urls:
         raise ValueError("--urls: not given; expected a list of URLs and captions")
-    at_least = {
-        "image_size": 1,
-        "samples_per_shard": 1,
-        "num_threads": 1,
-        "host_connections": 1,
-        "retries": 0,
-        "min_image_side": 0,
-        "num_processes": 0,
-    }
-    for name, low in at_least.items():
-        value = getattr(config, name)
-        if value is not None and value < low:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}: found {value}, expected {low} or more")
+    require_at_least(
+        config, image_size=1, samples_per_shard=1, num_threads=1, host_connections=1, retries=0,
+        min_image_side=0, num_processes=0, host_rate=0,
+    )  # fmt: skip
     for name in ("timeout", "shard_timeout"):
         if getattr(config, name) <= 0:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: found {getattr(config, name)}, expected seconds above 0")
-    if config.host_rate < 0:
-        raise ValueError(f"--host-rate: found {config.host_rate}, expected 0 or more a second")
     if any(sign in config.contact for sign in "\r\n") or not config.contact.isascii():
         raise ValueError("--contact: expected one line of ASCII, such as https://example.com/bot")
 

@@ -7,7 +7,14 @@ examples:
 
 from dataclasses import dataclass
 
-from cluster.base.cli import DONE, INCOMPLETE, parse, require_lasting, run_script
+from cluster.base.cli import (
+    DONE,
+    INCOMPLETE,
+    parse,
+    require_at_least,
+    require_lasting,
+    run_script,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +111,9 @@ def main(config: EmbedConfig) -> int:
 
 def _check(config: EmbedConfig) -> None:
     require_lasting("--out", config.out)
-    for name in ("num_actors", "max_actors", "num_readers", "num_threads", "batch_size"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: found {value}, expected 1 or more")
+    require_at_least(
+        config, num_actors=1, max_actors=1, num_readers=1, num_threads=1, batch_size=1
+    )
     if config.max_actors is not None and config.max_actors < config.num_actors:
         raise ValueError(
             f"--max-actors: found {config.max_actors}, expected at least --num-actors, "

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.base.files import digest_file
+from cluster.base.run_dir import step_folders
 from training.checkpoints.records import FORMAT, Progress, Record, valid_records
 
 
@@ -31,3 +32,12 @@ def write_by_three_ranks(folder: Path, whole: torch.Tensor) -> list[Record]:
     records = valid_records(folder)
     assert records is not None
     return records
+
+
+def newest_valid(run: Path) -> tuple[Path, Progress] | None:
+    """Return the newest valid checkpoint of `run`; broken ones are skipped with a warning."""
+    for folder in reversed(step_folders(run)):
+        records = valid_records(folder)
+        if records:
+            return folder, Progress(**records[0].progress)
+    return None

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from _records import newest_valid
 from _runs import (
     HALF,
     HERE,
@@ -39,7 +40,7 @@ from models.configs import (
     UpsamplerConfig,
 )
 from models.weights import FINAL_NAME
-from training.checkpoints.records import Progress, newest_valid
+from training.checkpoints.records import Progress
 from training.config import RunConfig, TrainConfig
 from training.runs.run_folder import prepare_run
 from training.runs.worker import train_here

@@ -12,7 +12,7 @@ from _records import write_by_three_ranks
 from cluster.base.run_dir import EMA_SNAPSHOTS_FOLDER, step_folder
 from models.power_ema import gamma_of
 from training.checkpoints import checkpointer
-from training.checkpoints.checkpointer import Checkpointer, RankState
+from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.records import FORMAT, FragmentReader, Progress, Record, valid_records
 from training.config import TrainConfig
 from training.engine.ema import EMA, Ema
@@ -100,11 +100,11 @@ def write_by_two(run: Path) -> None:
         )  # fmt: skip
         for parent, tensors in (
             (run, checkpointer.checkpoint_tensors(engine, averages)),
-            (run / EMA_SNAPSHOTS_FOLDER, checkpointer.power_tensors(engine, averages)),
+            (run / EMA_SNAPSHOTS_FOLDER, checkpointer.checkpoint_tensors(engine, averages)),
         ):
-            folder = step_folder(parent, 3)
-            state = RankState(folder=folder, tensors=dict(tensors), record=record)
-            checkpointer.write_rank_state(state)
+            only = "power" if parent != run else ""
+            named = {name: tensor for name, tensor in tensors if name.startswith(only)}
+            checkpointer.write_fragments(step_folder(parent, 3), named, record)
 
 
 def every_shadow(averages: Ema) -> list[torch.Tensor]:

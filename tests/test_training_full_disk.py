@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from _line import CONFIG, run, squared_error
+from _records import newest_valid
 from _runs import debug_prior, done
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import step_folder
 from training.checkpoints import checkpointer
 from training.checkpoints.checkpointer import atomic_tensors
-from training.checkpoints.records import newest_valid, valid_records
+from training.checkpoints.records import valid_records
 from training.data.dataloader import Batch
 
 DISK_BYTES = 1 << 20

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from _line import CONFIG, run, squared_error
+from _records import newest_valid
 from _runs import debug_prior, environment
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ from models.configs import (
 )
 from models.costs import training_flops
 from models.decoder import Decoder
-from training.checkpoints.records import Progress, newest_valid
+from training.checkpoints.records import Progress
 from training.config import ClipRunConfig, PriorRunConfig
 from training.data.dataloader import Batch
 from training.loop import all_reduce_scores

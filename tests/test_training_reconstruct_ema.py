@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from _records import newest_valid
 from _runs import HERE, assert_same, flip, forget_the_end, prior_run, tensors_of, truncate
 from safetensors.torch import load_file
 
@@ -21,7 +22,7 @@ from models.weights import load_config, save_config, save_weights
 from training import reconstruct_ema as ema
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.post_hoc_ema import reconstruct
-from training.checkpoints.records import Progress, newest_valid
+from training.checkpoints.records import Progress
 from training.config import TrainConfig
 from training.engine.ema import Ema
 from training.engine.engines import Fragment
@@ -191,8 +192,9 @@ def wander(run: Path, kept: float, num_steps: int = 400, skipped: int = 0) -> to
     `kept` that was kept directly."""
     fragment = Fragment(name="w", offset=0, master=torch.ones(300), state={})
     engine: Any = SimpleNamespace(
-        rank=0, world_size=1, fragments=lambda: [fragment], optimizer=SimpleNamespace(num_steps=1)
-    )
+        rank=0, world_size=1, fragments=lambda: [fragment], model=torch.nn.Module(),
+        optimizer=SimpleNamespace(num_steps=1),
+    )  # fmt: skip
     stored = Ema([fragment], 0.9, (0.05, 0.1))
     checkpoints = Checkpointer(run, engine, stored, {}, TrainConfig.of(async_checkpoints=False))
     third = Ema([fragment], 0.9, (kept,))

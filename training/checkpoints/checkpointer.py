@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -114,19 +114,6 @@ class Writer:
         self.seconds = time.perf_counter() - started
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankState:
-    """A copy of what one rank writes to a folder of fragments.
-
-    tensors: None where an earlier attempt left the folder complete, with the same bits. record:
-    without its digest.
-    """
-
-    folder: Path
-    tensors: dict[str, Tensor] | None
-    record: Record
-
-
 class Checkpointer:
     """Saves, resumes, exports and deletes the checkpoints of one run; one object in each rank.
 
@@ -205,11 +192,10 @@ class Checkpointer:
         and deletes older checkpoints.
         """
         self._writer.wait()  # only one copy is ever held
-        engine = self._engine
-        tensors = checkpoint_tensors(engine, self._ema)
-        state = self._copy(step_folder(self._run, progress.step), tensors, progress)
+        engine, folder = self._engine, step_folder(self._run, progress.step)
+        write = self._copy(folder, checkpoint_tensors(engine, self._ema), progress)
         if engine.rank:
-            self._writer.start(partial(write_rank_state, state))
+            self._writer.start(write)
             return
         untrained = {
             name: tensor.detach().cpu().clone()
@@ -219,11 +205,11 @@ class Checkpointer:
         kept = self._config.checkpoint
 
         def write_and_export() -> None:
-            write_rank_state(state)
-            await_ranks(state.folder)
-            export(state.folder, engine.shapes, untrained, self._export_config)
-            write_json(state.folder / STATE_NAME, asdict(progress))
-            prune(self._run, kept.keep_checkpoints, state.folder, kept.keep_every)
+            write()
+            await_ranks(folder)
+            export(folder, engine.shapes, untrained, self._export_config)
+            write_json(folder / STATE_NAME, asdict(progress))
+            prune(self._run, kept.keep_checkpoints, folder, kept.keep_every)
 
         self._writer.start(write_and_export)
 
@@ -231,9 +217,9 @@ class Checkpointer:
         """Copy the power-function averages and start to write them as a snapshot."""
         self._writer.wait()
         folder = step_folder(self._run / EMA_SNAPSHOTS_FOLDER, progress.step)
-        tensors = power_tensors(self._engine, self._ema)
-        state = self._copy(folder, tensors, progress)
-        self._writer.start(partial(write_rank_state, state))
+        tensors = checkpoint_tensors(self._engine, self._ema)
+        powers = (pair for pair in tensors if pair[0].startswith(POWER))
+        self._writer.start(self._copy(folder, powers, progress))
 
     def wait(self) -> None:
         """Wait for the write under way; raises what it raised."""
@@ -247,10 +233,11 @@ class Checkpointer:
 
     def _copy(
         self, folder: Path, tensors: Iterable[tuple[str, Tensor]], progress: Progress
-    ) -> RankState:
-        """Copy named flat tensors, unless `folder` holds them already.
+    ) -> Callable[[], None]:
+        """Copy named flat tensors, and return what writes them to `folder`.
 
-        A folder that a killed run left incomplete is deleted before any rank writes to it. The
+        Where an earlier attempt left the folder complete, with the same bits, nothing is written; a
+        folder that a killed run left incomplete is deleted before any rank writes to it. The
         memory of the copy is kept for the next one: on a CPU most of a copy's time goes to pages
         that are touched for the first time, and pinned memory, to which a GPU copies several times
         faster, takes long to allocate.
@@ -259,13 +246,8 @@ class Checkpointer:
         complete = engine.rank == 0 and folder.is_dir() and valid_records(folder) is not None
         if engine.rank == 0 and folder.is_dir() and not complete:
             shutil.rmtree(folder)
-        complete = bool(from_first_rank(engine, int(complete)))
-        record = Record(
-            format=FORMAT, rank=engine.rank, world_size=engine.world_size, sha256="",
-            optimizer_step=engine.optimizer.num_steps, progress=asdict(progress), version=VERSION,
-        )  # fmt: skip
-        if complete:
-            return RankState(folder=folder, tensors=None, record=record)
+        if from_first_rank(engine, int(complete)):
+            return lambda: None
         copied = {}
         for name, tensor in tensors:
             room = self._copies.get(name)
@@ -273,7 +255,11 @@ class Checkpointer:
                 room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._copies[name] = room
             copied[name] = room.copy_(tensor.detach())
-        return RankState(folder=folder, tensors=copied, record=record)
+        record = Record(
+            format=FORMAT, rank=engine.rank, world_size=engine.world_size, sha256="",
+            optimizer_step=engine.optimizer.num_steps, progress=asdict(progress), version=VERSION,
+        )  # fmt: skip
+        return partial(write_fragments, folder, copied, record)
 
 
 def checkpoint_tensors(engine: Engine, ema: Ema) -> Iterator[tuple[str, Tensor]]:
@@ -287,24 +273,14 @@ def checkpoint_tensors(engine: Engine, ema: Ema) -> Iterator[tuple[str, Tensor]]
             yield f"{BUFFER}/{name}/0", buffer.reshape(-1)
 
 
-def power_tensors(engine: Engine, ema: Ema) -> Iterator[tuple[str, Tensor]]:
-    """Yield the power-function averages of what a rank owns."""
-    for fragment, shadows in zip(engine.fragments(), ema.by_fragment(), strict=True):
-        for section, tensor in shadows.items():
-            if section.startswith(POWER):
-                yield f"{section}/{fragment.name}/{fragment.offset}", tensor
-
-
-def write_rank_state(state: RankState) -> None:
-    """Write what a rank owns, then the record that makes it count."""
-    if state.tensors is None:
-        return
-    path = fragment_path(state.folder, state.record.rank)
+def write_fragments(folder: Path, tensors: dict[str, Tensor], record: Record) -> None:
+    """Write what a rank owns, then the record that makes it count, with the digest."""
+    path = fragment_path(folder, record.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_tensors(path) as temporary:
-        save_file(state.tensors, str(temporary))
-        record = replace(state.record, sha256=digest_file(temporary))
-    write_json(record_path(state.folder, record.rank), asdict(record))
+        save_file(tensors, str(temporary))
+        record = replace(record, sha256=digest_file(temporary))
+    write_json(record_path(folder, record.rank), asdict(record))
 
 
 def await_ranks(folder: Path) -> None:
@@ -342,9 +318,8 @@ def restore_fragment(
 
 
 def export(
-    folder: Path, shapes: dict[str, torch.Size], untrained: dict[str, Tensor],
-    config: Json,
-) -> None:  # fmt: skip
+    folder: Path, shapes: dict[str, torch.Size], untrained: dict[str, Tensor], config: Json
+) -> None:
     """Assemble the weights for inference from the fragments of all ranks, read from storage.
 
     untrained: the model's other tensors.

@@ -118,15 +118,6 @@ def _verify(folder: Path, records: Iterable[Record]) -> bool:
     return True
 
 
-def newest_valid(run: Path) -> tuple[Path, Progress] | None:
-    """Return the newest valid checkpoint of `run`; broken ones are skipped with a warning."""
-    for folder in reversed(step_folders(run)):
-        records = valid_records(folder)
-        if records:
-            return folder, Progress(**records[0].progress)
-    return None
-
-
 def newest_valid_step(run: Path, engine: Engine) -> int:
     """Return the step of the newest checkpoint that is valid for all ranks, or -1; every rank calls
     this.

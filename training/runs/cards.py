@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.base.cli import read_yaml
-from cluster.base.files import Json, digest_file, write_json, write_text
+from cluster.base.files import Json, digest_file, write_text
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import (
     CODE_NAME,
@@ -29,12 +29,11 @@ from cluster.base.run_dir import (
     record_path,
     snapshot_path,
 )
-from ingest.shards import STORED, Snapshot, load_snapshot, read_commit, read_manifest
+from ingest.shards import STORED, ShardEntry, load_snapshot, read_commit, read_manifest
 from ingest.store.storage import storage_of
 from models.weights import EMA_NAME, FINAL_NAME, MODEL_NAME, exported, load_config, num_elements
 
 MODEL_CARD, DATA_CARD = "MODEL_CARD.md", "DATA_CARD.md"
-WEIGHTS = (MODEL_NAME, EMA_NAME)
 TITLES = {
     "clip": "a CLIP: the encoder of images and captions",
     "diffusion_prior": "a diffusion prior: from a caption to a CLIP image embedding",
@@ -56,12 +55,6 @@ def code_version() -> dict[str, str]:
         command = [git, "-C", str(root), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {"version": version("minidalle2"), "commit": commit}
-
-
-def record_code(run: Path) -> None:
-    """Write down, once, with which code a run begins."""
-    if not (run / CODE_NAME).is_file():
-        write_json(run / CODE_NAME, code_version())
 
 
 # -- the cards -------------------------------------------------------------------------------------
@@ -130,14 +123,14 @@ def _made_samples(run: Path, settings: Json) -> bool:
         return Path(load_config(exported(Path(prior))).get("clip", "")).absolute() == run.absolute()
     weights = [settings.get("prior_weights"), settings.get("decoder_weights")]
     weights += settings.get("upsampler_weights") or []
-    return digest_file(step / WEIGHTS[-1]) in [(each or {}).get("sha256") for each in weights]
+    return digest_file(step / EMA_NAME) in [(each or {}).get("sha256") for each in weights]
 
 
 def _describe_model(run: Path, step: Path) -> Json:
     """Return what the model card's template shows of a run."""
     config, kind = load_config(step), load_config(step).get("kind", "")
     reports, validations = read_lines(run / METRICS_NAME), read_lines(run / VALIDATION_NAME)
-    weights = [step / name for name in WEIGHTS if (step / name).is_file()]
+    weights = [step / name for name in (MODEL_NAME, EMA_NAME) if (step / name).is_file()]
     version, yaml = _read_object(record_path(step, 0)).get("version", ""), run / CONFIG_NAME
     return {
         "name": run.resolve().name,
@@ -194,7 +187,7 @@ def _limits(model: Json, data: "list[DataDescription]") -> list[str]:
 # -- the data of a run -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class DataDescription:
     """One data set of a run, as its folder records it; problem: why it is not described.
 
@@ -219,68 +212,65 @@ class DataDescription:
 def describe_data(run: Path) -> list[DataDescription]:
     """Describe each data set whose snapshot a run pinned, images before embeddings."""
     path = run / CONFIG_NAME
-    config, described, image_roots = read_yaml(path) if path.is_file() else {}, [], set[str]()
+    config = read_yaml(path) if path.is_file() else {}
+    described: list[DataDescription] = []
     for kind in ("images", "embeds"):
         for number, root in enumerate(map(str, config.get(kind) or [])):
             pinned = snapshot_path(run, f"{kind}_{number + 1}" if number else kind)
             if pinned.is_file():
                 digest = pinned.read_text().strip()
-                described.append(_describe_data_set(kind, root, digest, image_roots))
-                image_roots |= {root} if kind == "images" else set()
+                described.append(_describe_data_set(kind, root, digest))
+    of_images = {each.root for each in described if each.kind == "images"}
+    for each in described:
+        each.described = each.kind == "embeds" and each.manifest.get("images") in of_images
     return described
 
 
-def _describe_data_set(kind: str, root: str, digest: str, image_roots: set[str]) -> DataDescription:
-    """Describe one data set; image_roots: the images of the run that are described already."""
+def _describe_data_set(kind: str, root: str, digest: str) -> DataDescription:
+    """Describe one data set by its manifest, its snapshot and the commits of its images."""
+    found = DataDescription(kind=kind, root=root, digest=digest)
     try:
-        manifest, snapshot = read_manifest(root), load_snapshot(root, digest)
+        found.manifest, snapshot = read_manifest(root), load_snapshot(root, digest)
     except (ValueError, OSError) as error:
-        return DataDescription(kind=kind, root=root, digest=digest, problem=str(error))
-    source = root if kind == "images" else str(manifest.get("images", ""))
-    images = manifest
+        found.problem = str(error)
+        return found
+    found.num_samples, found.num_shards = snapshot.num_samples, len(snapshot.shards)
+    source, found.images = root, found.manifest
     if kind != "images":
+        source = str(found.manifest.get("images", ""))
         try:
-            images = read_manifest(source) if source else {}
-        except (ValueError, OSError):  # the images may be gone
-            images = {}
+            found.images = read_manifest(source) if source else {}
+        except (ValueError, OSError):  # the images may be gone, or never have been shards
+            found.images = {}
+
+    # Outcomes, and the values of stored rows in the kept columns that have "licen" in their name
+    shards = snapshot.shards[:MAX_SHARDS]
+    found.counted = len(shards)
+    columns = [name for name in found.images.get("keep_columns") or [] if "licen" in name.lower()]
     outcomes: Counter[str] = Counter()
-    for shard in snapshot.shards[:MAX_SHARDS] if images else ():
+    licences: dict[str, Counter[str]] = {name: Counter() for name in columns}
+    for shard in shards if found.images else ():
         commit = read_commit(source, shard.name)
         outcomes.update(commit.counts if commit else {"not committed any more": 1})
-    return DataDescription(
-        kind=kind,
-        root=root,
-        digest=digest,
-        num_samples=snapshot.num_samples,
-        num_shards=len(snapshot.shards),
-        manifest=manifest,
-        images=images,
-        outcomes=dict(outcomes.most_common()),
-        licences=_count_licences(source, snapshot, images),
-        counted=min(len(snapshot.shards), MAX_SHARDS),
-        described=kind == "embeds" and source in image_roots,
-    )
+        if columns:
+            _count_licences(licences, source, shard)
+    found.outcomes = dict(outcomes.most_common())
+    found.licences = {name: dict(column.most_common(20)) for name, column in licences.items()}
+    return found
 
 
-def _count_licences(
-    root: str, snapshot: Snapshot, images: Json
-) -> dict[str, dict[str, int]]:
-    """Count the values of stored rows in the kept columns that have "licen" in their name."""
+def _count_licences(licences: dict[str, Counter[str]], root: str, shard: ShardEntry) -> None:
     import pyarrow.parquet as pq
 
-    columns = [name for name in images.get("keep_columns") or [] if "licen" in name.lower()]
-    counts: dict[str, Counter[str]] = {name: Counter() for name in columns}
-    for shard in snapshot.shards[:MAX_SHARDS] if columns else ():
-        try:
-            with storage_of(root).open(f"{shard.name}.parquet") as file:
-                rows = pq.read_table(file, columns=[*columns, "status"]).to_pylist()
-        except (OSError, ValueError):
-            for name in columns:
-                counts[name]["in a shard that cannot be read"] += shard.num_samples
-            continue
-        for name in columns:
-            counts[name].update(str(row[name]) for row in rows if row["status"] == STORED)
-    return {name: dict(column.most_common(20)) for name, column in counts.items()}
+    try:
+        with storage_of(root).open(f"{shard.name}.parquet") as file:
+            rows = pq.read_table(file, columns=[*licences, "status"]).to_pylist()
+    except (OSError, ValueError):
+        for column in licences.values():
+            column["in a shard that cannot be read"] += shard.num_samples
+        return
+    for name, column in licences.items():
+        column.update(str(row[name]) for row in rows if row["status"] == STORED)
 
 
 # -- text ------------------------------------------------------------------------------------------

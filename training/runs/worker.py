@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.base.cli import DONE, INCOMPLETE, with_options
-from cluster.base.files import Json, write_text
+from cluster.base.files import Json, write_json, write_text
 from cluster.base.machine import threads_for
-from cluster.base.run_dir import error_path, error_paths
+from cluster.base.run_dir import CODE_NAME, error_path, error_paths
 from models.weights import FINAL_NAME
 from training.config import RunConfig, TrainConfig
 from training.engine.precision import compute_whole_fp32, device_of_run, native_bf16, settled
-from training.runs.cards import ensure_cards, record_code
+from training.runs.cards import code_version, ensure_cards
 from training.runs.events import record_event
 from training.runs.run_folder import (
     launch_lock,
@@ -65,7 +65,8 @@ def launch(config: RunConfig, run_folder: str, build: Build, model_name: str) ->
             # Whatever is wrong with the request is found before workers start
             workers, logging = config.train.workers, config.train.logging
             window(logging.profile)
-            record_code(run)
+            if not (run / CODE_NAME).is_file():
+                write_json(run / CODE_NAME, code_version())  # with which the run begins
             forget_stop(run)
             record_event(run, "launched")
             if workers.num_workers == 0 and workers.zero_stage:
