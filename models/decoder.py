@@ -112,6 +112,8 @@ class Decoder(nn.Module):
     the caption becomes tokens of its own (Nichol et al. 2021, GLIDE).
     """
 
+    outer_layers = ("embed_to_cond", "embed_to_tokens", "text_in", "caption_to_cond")
+
     def __init__(
         self,
         config: DecoderConfig,

@@ -25,6 +25,8 @@ class Upsampler(nn.Module):
     convolutionally. Raises ValueError for a network with attention, and for `tell_noise` without
     noise."""
 
+    outer_layers = ("noise_in",)
+
     def __init__(self, config: UpsamplerConfig, *, factor: int, crop_size: int) -> None:
         super().__init__()
         if config.unet.attn_resolutions:

@@ -196,6 +196,8 @@ class TextInput(nn.Module):
     text_width: W of CLIP's states, 0 for own tokens; vocab_size: number of own tokens.
     """
 
+    outer_layers = ("states", "tokens")
+
     def __init__(self, *, text_width: int, vocab_size: int, width: int) -> None:
         super().__init__()
         self.states = nn.Linear(text_width, width) if text_width else None
@@ -213,6 +215,8 @@ class TextInput(nn.Module):
 
 class TextEncoder(nn.Module):
     """A causal transformer over the caption's own tokens."""
+
+    outer_layers = ("position",)
 
     def __init__(
         self,

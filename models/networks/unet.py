@@ -63,6 +63,8 @@ class UNet(nn.Module):
     not have, and for options that would have no effect.
     """
 
+    outer_layers = ("time_in", "conv_in", "conv_out")
+
     def __init__(
         self,
         config: UNetConfig,

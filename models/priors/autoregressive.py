@@ -110,6 +110,8 @@ class AttentionPool(nn.Module):
     """Pool a caption's states into `num_tokens` tokens by one cross-attention of learned
     queries."""
 
+    outer_layers = ("query",)
+
     def __init__(self, *, text_width: int, width: int, num_heads: int, num_tokens: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -130,6 +132,10 @@ class AttentionPool(nn.Module):
 
 class AutoregressivePrior(nn.Module):
     """A causal decoder over [z_t, pooled caption | dot product | codes]."""
+
+    outer_layers = (
+        "text_embed_in", "dot_in", "code_in", "null_prefix", "position", "dot_out", "code_out",
+    )  # fmt: skip
 
     def __init__(
         self,

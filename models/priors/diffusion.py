@@ -44,6 +44,10 @@ class DiffusionPrior(nn.Module):
     """Causal transformer over [text | z_t | t | noised z_i | query] that predicts x0 = z_i."""
 
     null_length: Tensor
+    outer_layers = (
+        "text_embed_in", "time_in", "x_in", "query", "null_text", "null_text_embed", "position",
+        "out",
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -25,6 +25,8 @@ Gather = Callable[[Tensor], tuple[Tensor, slice]]
 class RegressionPrior(nn.Module):
     """Bidirectional transformer over [text | z_t | query] that predicts z_i."""
 
+    outer_layers = ("text_embed_in", "query", "position", "out")
+
     def __init__(
         self,
         config: RegressionPriorConfig,

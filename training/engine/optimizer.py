@@ -7,21 +7,17 @@ State exists before the first step (`prepare`), so that a checkpoint can be rest
 import math
 from typing import Any
 
+import open_clip
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from models.clip import CLIP_OUTER_LAYERS
 from training.config import TrainConfig
 from training.engine.precision import settled
 
 # coefficients of the quintic that maps singular values into about [0.7, 1.2]
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# first and last layers, embeddings and norms, by how a part of their name begins
-_NOT_HIDDEN = (
-    "embed_to_cond", "embed_to_tokens", "caption_to_cond", "tokens", "conv_in", "conv_out", "x_in",
-    "text_in", "text_embed_in", "null", "query", "position", "dot_", "code_", "token_embedding",
-    "conv1", "proj", "text_projection", "time_in", "noise_in",
-)  # fmt: skip
 
 
 def orthogonalise(update: Tensor, steps: int = 5, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -145,12 +141,17 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """Group the parameters: hidden matrices (Muon, or AdamW with weight decay), all else AdamW.
 
     First and last layers, embeddings, norms and biases are not hidden matrices: their rows are not
-    interchangeable, and orthogonal updates hurt them.
+    interchangeable, and orthogonal updates hurt them. A module names its own as `outer_layers`.
     """
+    outer = tuple(
+        f"{path}.{layer}.".lstrip(".")
+        for path, module in model.named_modules()
+        for layer in outer_layers(module)
+    )
     hidden, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_hidden = parameter.ndim >= 2 and _is_hidden(name)
+            is_hidden = parameter.ndim >= 2 and not f"{name}.".startswith(outer)
             (hidden if is_hidden else others).append(parameter)
     settings = config.optimizer
     muon = settings.kind == "muon"
@@ -168,10 +169,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     )  # fmt: skip
 
 
-def _is_hidden(name: str) -> bool:
-    """Return whether a matrix lies between the first and the last layer; `out.weight` is a prior's
-    last layer."""
-    return name != "out.weight" and not any(p.startswith(_NOT_HIDDEN) for p in name.split("."))
+def outer_layers(module: nn.Module) -> tuple[str, ...]:
+    """Return which layers and parameters of a module are first or last ones."""
+    if isinstance(module, open_clip.CLIP):
+        return CLIP_OUTER_LAYERS
+    return getattr(module, "outer_layers", ())
 
 
 def set_learning_rate(groups: list[dict], ratio: float) -> None:
