@@ -9,7 +9,7 @@ import pytest
 from _runs import prior_run
 
 from cluster.base.ray_session import GROUPS
-from training.config import TrainConfig
+from training.config import TrainConfig, ValidatorConfig
 from training.runs.events import read_timeline
 from training.runs.ray_train import fit
 from training.runs.validator import validate, validation_config
@@ -65,11 +65,11 @@ def test_a_command_that_fails_is_in_the_timeline(
 @pytest.mark.parametrize("command", ["python 'eval/watch.py", " "])
 def test_a_command_that_is_none_is_refused_before_workers_start(command: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r"^train\.validator: found "):
-        validation_config(TrainConfig.of(validator=command), tmp_path, {})
+        validation_config(ValidatorConfig(command=command), tmp_path, {})
 
 
 def test_without_a_command_ray_validates_nothing(tmp_path: Path):
-    assert validation_config(TrainConfig(), tmp_path, {}) is None
+    assert validation_config(ValidatorConfig(), tmp_path, {}) is None
     with pytest.raises(ValueError, match=r"train\.validator: found a command with num_workers 0"):
         TrainConfig.of(validator="x", num_workers=0)
 

@@ -83,7 +83,7 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
             callbacks=[loss_callback(run)],
         ),
-        validation_config=validation_config(settings, run, group),
+        validation_config=validation_config(settings.validator, run, group),
     )
     try:
         with interruptible(), stopping_on_sigterm(run):  # Ray has set its own handlers by now

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.base.files import Json, write_json
 from cluster.base.run_dir import VALIDATOR_LOG_NAME
-from training.config import TrainConfig
+from training.config import ValidatorConfig
 from training.runs.events import record_event
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ POINTER_NAME = "checkpoint.json"  # {"folder"}: of the checkpoint, which stays w
 
 
 def validation_config(
-    settings: TrainConfig, run: Path, group: dict[str, float]
+    validator: ValidatorConfig, run: Path, group: dict[str, float]
 ) -> "ValidationConfig | None":
     """Return what Ray Train does with each checkpoint; None without a command.
 
@@ -37,7 +37,6 @@ def validation_config(
     workers hold them all, it would wait for the run to end. Raises ValueError for what is no
     command.
     """
-    validator = settings.validator
     if not validator.command:
         return None
     _split(validator.command)
