@@ -272,12 +272,6 @@ def test_features_that_are_not_finite_name_the_image(tmp_path: Path):
         extraction(tmp_path / "a").measured(open_images(str(folder)), means_spec(True))
 
 
-def test_what_workers_must_be():
-    with pytest.raises(ValueError, match="--num-workers: found -1, expected 0 or more"):
-        Workers(num_workers=-1)
-    with pytest.raises(ValueError, match="--num-threads: found 0, expected 1 or more"):
-        Workers(num_threads=0)
-
 
 # -- drawing as a job ------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """diffusers' unCLIP is the oracle: converted decoders and upsamplers give its outputs, there and
 back, and whole chains its images."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def random(model: Any) -> Any:
     return model.eval()
 
 
+@functools.cache
 def their_decoder(
     layers: int = 1, variance: bool = True, seed: int = 0, embed: int = EMBED
 ) -> tuple[Any, Any]:
@@ -59,24 +61,17 @@ def their_decoder(
     return random(unet), random(project)
 
 
+@functools.cache
 def their_upsampler(seed: int = 0) -> Any:
     torch.manual_seed(seed)
     down, up = ((PLAIN.format(way),) * 2 for way in ("Down", "Up"))
-    return random(
-        UNet2DModel(
-            sample_size=2 * SIZE,
-            in_channels=6,
-            out_channels=3,
-            down_block_types=down,
-            up_block_types=up,
-            block_out_channels=(128, 256),
-            layers_per_block=1,
-            resnet_time_scale_shift="scale_shift",
-            add_attention=False,
-            downsample_type="resnet",
-            upsample_type="resnet",
-        )
-    )
+    unet = UNet2DModel(
+        sample_size=2 * SIZE, in_channels=6, out_channels=3, down_block_types=down,
+        up_block_types=up, block_out_channels=(128, 256), layers_per_block=1,
+        resnet_time_scale_shift="scale_shift", add_attention=False, downsample_type="resnet",
+        upsample_type="resnet",
+    )  # fmt: skip
+    return random(unet)
 
 
 def saved(folder: Path, unet: Any, project: Any) -> Path:
@@ -131,24 +126,6 @@ def test_a_converted_decoder_gives_diffusers_outputs(tmp_path, layers, variance,
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert expected.std() > 0.05 and mine.config.learned_variance == variance
 
-
-def test_a_decoder_comes_back_as_it_was(tmp_path):
-    models = their_decoder()
-    mine = decoder_from_diffusers(saved(tmp_path / "a", *models))
-    decoder_to_diffusers(mine, tmp_path / "b")
-    back = (
-        UNet2DConditionModel.from_pretrained(tmp_path / "b" / "decoder"),
-        UnCLIPTextProjModel.from_pretrained(tmp_path / "b" / "text_proj"),
-    )
-    for one, other in zip(models, back, strict=True):
-        wanted = one.state_dict()
-        found = other.state_dict()
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
-            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-6)
-    x, t, given = asked()
-    expected = theirs(models, x, t, given, null=False)
-    torch.testing.assert_close(theirs(back, x, t, given, null=False), expected, atol=1e-5, rtol=0)
 
 
 def test_ours_is_loaded_by_diffusers(tmp_path):

@@ -10,56 +10,13 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from _networks import EMBED, PLAIN, SIZE, TEXT, UNET, awake, condition, decoder, images, upsampler
 
-from models.configs import DecoderConfig, Spacing, UNetConfig, UpsamplerConfig
+from models.configs import DecoderConfig, Spacing
 from models.decoder import Condition, Decoder, ImageSampling
 from models.degradation import gaussian_blur
 from models.diffusion import keyed_random
 from models.diffusion.samplers import SAMPLERS
-from models.upsampler import Upsampler
-
-EMBED, TEXT, LENGTH, SIZE = 8, 12, 5, 8
-ATTENDING = UNetConfig(
-    channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), head_channels=8
-)
-PLAIN = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
-
-
-def awake(model: torch.nn.Module) -> None:
-    """Give the layers that start at zero values, as training would."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    model.eval()
-
-
-def decoder(**changes) -> Any:
-    torch.manual_seed(0)
-    config = DecoderConfig(**{"unet": ATTENDING, "context_width": 8, **changes})
-    model = Decoder(config, image_size=SIZE, embed_dim=EMBED, text_width=TEXT)
-    awake(model)
-    return model
-
-
-def upsampler(**changes) -> Any:
-    torch.manual_seed(0)
-    model = Upsampler(UpsamplerConfig(**{"unet": PLAIN, **changes}), factor=2, crop_size=SIZE)
-    awake(model)
-    return model
-
-
-def condition(rows: slice = slice(6)) -> Condition:
-    rng = torch.Generator().manual_seed(0)
-    image_embed = F.normalize(torch.randn(6, EMBED, generator=rng), dim=1)
-    mask = (torch.arange(LENGTH) < 3).expand(6, -1)
-    states = torch.randn(6, LENGTH, TEXT, generator=rng)
-    return Condition(image_embed=image_embed[rows], text_states=states[rows], token_mask=mask[rows])
-
-
-def images(count: int, size: int = SIZE) -> torch.Tensor:
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
 
 # -- keys ------------------------------------------------------------------------------------------
 
@@ -70,7 +27,7 @@ def test_losses_depend_on_keys_and_not_on_the_batch():
     up = upsampler(low_res_noise=0.5)
     for whole, alone in (
         (base.losses(keys, images(6), condition()),
-         base.losses(keys[part], images(6)[part], condition(part))),
+         base.losses(keys[part], images(6)[part], condition(rows=part))),
         (up.losses(keys, images(6)), up.losses(keys[part], images(6)[part])),
     ):  # fmt: skip
         torch.testing.assert_close(alone["loss"], whole["loss"][part], atol=1e-5, rtol=1e-5)
@@ -158,9 +115,9 @@ def own_words(**changes) -> tuple[Any, Condition]:
     """A decoder with a text transformer of its own, and four captions of 3 to 6 tokens."""
     torch.manual_seed(0)
     sizes = {"text_tokens": 8, "text_depth": 2, "text_heads": 2, "context_width": 8}
-    config = DecoderConfig(**{"unet": ATTENDING, **sizes, **changes})
-    model = Decoder(config, image_size=SIZE, embed_dim=EMBED, text_width=TEXT, vocab_size=20)
-    awake(model)
+    config = DecoderConfig(**{"unet": UNET, **sizes, **changes})
+    sizes = {"image_size": SIZE, "embed_dim": EMBED, "text_width": TEXT, "vocab_size": 20}
+    model = awake(Decoder(config, **sizes))
     mask = torch.arange(8) < torch.tensor([3, 4, 5, 6])[:, None]
     tokens = torch.randint(1, 20, (4, 8), generator=torch.Generator().manual_seed(3)) * mask
     return model, Condition(image_embed=condition().image_embed[:4], tokens=tokens, token_mask=mask)
@@ -187,7 +144,7 @@ def test_an_own_text_transformer_reads_the_caption_and_nothing_behind_it():
 
 
 def test_z_t_reaches_the_timestep_where_it_is_asked_for():
-    model, given = decoder(text_embed_cond=True), condition(slice(4))
+    model, given = decoder(text_embed_cond=True), condition(rows=slice(4))
     with pytest.raises(ValueError, match="found none; pass text_embed"):
         output(model, given)
     given = replace(given, text_embed=given.image_embed.flip(0))
@@ -198,7 +155,7 @@ def test_z_t_reaches_the_timestep_where_it_is_asked_for():
 
 def test_a_learned_variance_is_the_second_half_and_learns_from_the_bound_alone():
     model, _ = own_words(learned_variance=True, use_text=False, text_tokens=0)
-    keys, given = torch.arange(4), condition(slice(4))
+    keys, given = torch.arange(4), condition(rows=slice(4))
     found = model.losses(keys, images(4), given)
     assert found["bound"].shape == (4,) and (found["bound"] > 0).all()
     found["loss"].sum().backward()
@@ -215,10 +172,10 @@ def test_a_learned_variance_is_the_second_half_and_learns_from_the_bound_alone()
 def test_the_learned_sampler_asks_for_a_learned_variance():
     how = ImageSampling(sampler=SAMPLERS["learned_ddpm"], sample_steps=3, cfg_scale=2.0)
     model, _ = own_words(learned_variance=True, use_text=False, text_tokens=0)
-    keys, given = torch.arange(4), condition(slice(4))
+    keys, given = torch.arange(4), condition(rows=slice(4))
     found = model.sample(keys, given, how)
     assert found.shape == (4, 3, SIZE, SIZE) and torch.isfinite(found).all()
-    alone = model.sample(keys[1:2], condition(slice(1, 2)), how)
+    alone = model.sample(keys[1:2], condition(rows=slice(1, 2)), how)
     torch.testing.assert_close(alone, found[1:2], atol=1e-5, rtol=0)
     for draw in (lambda: decoder().sample(keys, given, how),
                  lambda: upsampler().sample(keys, images(4), how)):  # fmt: skip
@@ -269,7 +226,7 @@ def test_corruptions_are_computed_in_fp32_under_autocast():
 def test_recomputed_activations_give_the_same_gradient():
     grads = []
     for checkpointing in (False, True):
-        model = decoder(unet=replace(ATTENDING, checkpointing=checkpointing)).train()
+        model = decoder(unet=replace(UNET, checkpointing=checkpointing)).train()
         model.losses(torch.arange(6), images(6), condition())["loss"].sum().backward()
         found = [p.grad for p in model.parameters()]
         grads.append(torch.cat([grad.flatten() for grad in found if grad is not None]))
@@ -301,15 +258,6 @@ def test_a_weaker_decoder_guides_as_the_rule_says():
             strong.sample(keys, given, replace(how, cfg_scale=1.5), guide=other)
 
 
-def test_guidance_keeps_to_its_interval():
-    model, keys, given = decoder(), torch.arange(6), condition()
-    how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=4, cfg_scale=3.0)
-    everywhere = model.sample(keys, given, replace(how, guidance_interval=(0.0, 1.0)))
-    assert torch.equal(everywhere, model.sample(keys, given, how))
-    nowhere = model.sample(keys, given, replace(how, guidance_interval=(0.3, 0.4)))
-    assert torch.equal(nowhere, model.sample(keys, given, replace(how, cfg_scale=1.0)))
-
-
 def test_what_is_known_stays_and_the_rest_is_drawn():
     model, keys, given, known = decoder(), torch.arange(6), condition(), images(6)
     mask = torch.zeros(6, 1, SIZE, SIZE)
@@ -323,7 +271,7 @@ def test_what_is_known_stays_and_the_rest_is_drawn():
 @pytest.mark.slow
 def test_an_inverted_training_image_comes_back():
     """From its x_T a decoder that has learned six images draws each again, to 35 dB."""
-    model = decoder(embed_grid=True, unet=replace(ATTENDING, channels=16)).train()
+    model = decoder(embed_grid=True, unet=replace(UNET, channels=16)).train()
     given, image = condition(), F.interpolate(images(6, 4), scale_factor=2, mode="bilinear") * 0.9
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for step in range(120):
@@ -347,12 +295,12 @@ def test_an_inverted_training_image_comes_back():
 def test_images_that_do_not_halve_are_refused_in_one_line(size: int):
     keys = torch.arange(2)
     with pytest.raises(ValueError, match=f"found {size} x {size}, expected a multiple") as error:
-        decoder().losses(keys, images(2, size), condition(slice(2)))
+        decoder().losses(keys, images(2, size), condition(rows=slice(2)))
     assert "\n" not in str(error.value)
 
 
 def test_a_low_resolution_that_does_not_halve_is_refused():
-    deep = UNetConfig(channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=())
+    deep = replace(PLAIN, channel_mult=(1, 1, 1))
     how = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=1)
     model = upsampler(unet=deep)
     with pytest.raises(ValueError, match="image size: found 6 x 10, expected a multiple of"):
@@ -363,4 +311,4 @@ def test_a_low_resolution_that_does_not_halve_is_refused():
 def test_an_embedding_grid_fits_the_size_it_was_trained_at_alone():
     model = decoder(embed_grid=True)
     with pytest.raises(ValueError, match="image size: found 12 x 12, expected 8 x 8"):
-        model.losses(torch.arange(2), images(2, 12), condition(slice(2)))
+        model.losses(torch.arange(2), images(2, 12), condition(rows=slice(2)))

@@ -169,13 +169,6 @@ def test_analytic_variances_come_from_the_data(monkeypatch: pytest.MonkeyPatch):
     assert spread["analytic_ddpm"] > 1.02 * spread["ddpm"]
 
 
-@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"learned_ddpm"}))
-def test_a_sample_depends_on_its_own_key_and_caption_alone(sampler: str):
-    prior, options = tiny().eval(), sampling(sampler=SAMPLERS[sampler], cfg_scale=2.0)
-    whole = drawn(prior, torch.arange(8), options)
-    alone = torch.cat([drawn(prior, torch.tensor([i]), options) for i in (5, 2)])
-    torch.testing.assert_close(alone, whole[[5, 2]], atol=1e-5, rtol=0)
-
 
 def test_guidance_of_one_is_the_conditional_model():
     """Without guidance the unconditional half is not even evaluated."""

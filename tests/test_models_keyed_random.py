@@ -97,11 +97,6 @@ def test_sample_keys_part_seeds_epochs_and_samples():
     assert abs(correlation(first, second)) < 5 / math.sqrt(1000)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3)])
-def test_shapes_are_as_asked(shape: tuple[int, ...]):
-    assert keyed_random.uniform(KEYS[:5], "t", shape).shape == (5, *shape)
-    assert keyed_random.normal(KEYS[:5], "t", shape).shape == (5, *shape)
-
 
 def test_rows_share_a_hash_where_they_are_equal_and_nowhere_else():
     """All rows of few values: neighbours, permutations and shifts of each other among them."""

@@ -70,7 +70,7 @@ def no_noise(step: int) -> Tensor:
 def test_samples_have_the_mean_and_covariance_of_the_data(
     name: str, sample_steps: int, tolerance: float
 ):
-    count = 20_000
+    count = 10_000
     x = SAMPLERS[name](exact, start(count), SCHEDULE, sample_steps, fresh(count))
     torch.testing.assert_close(x.mean(0), MEAN, atol=tolerance, rtol=0)
     torch.testing.assert_close(torch.cov(x.T), COVARIANCE, atol=tolerance, rtol=0)
@@ -136,7 +136,7 @@ def of_mixture(x: Tensor, t: Tensor) -> Denoised:
 def test_samples_of_a_mixture_have_its_shares_mean_and_covariance(
     name: str, sample_steps: int, spacing: Spacing
 ):
-    count = 20_000
+    count = 10_000
     schedule = SCHEDULE.spaced(spacing)
     x = SAMPLERS[name](of_mixture, start(count), schedule, sample_steps, fresh(count))
     mean = SHARES @ PLACES
@@ -150,7 +150,7 @@ def test_samples_of_a_mixture_have_its_shares_mean_and_covariance(
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_a_schedule_without_terminal_signal_is_sampled_from_pure_noise(name: str):
-    schedule, count = NoiseSchedule.build("cosine", 1000, zero_terminal=True), 20_000
+    schedule, count = NoiseSchedule.build("cosine", 1000, zero_terminal=True), 10_000
 
     x0_variance = gaussian_posterior_variance(schedule, torch.tensor([0.25]))
 
@@ -222,7 +222,7 @@ def test_sampling_from_an_inversion_comes_back(denoise: Denoiser):
 
 
 def test_an_inversion_of_data_is_the_samplers_noise():
-    x0 = MEAN + start(20_000) @ torch.linalg.cholesky(COVARIANCE).T
+    x0 = MEAN + start(10_000) @ torch.linalg.cholesky(COVARIANCE).T
     x_t = ddim_invert(exact, x0, SCHEDULE, 100)
     torch.testing.assert_close(
         torch.cov(x_t.T), torch.eye(2, dtype=torch.float64), atol=0.05, rtol=0
@@ -245,9 +245,9 @@ def test_deterministic_samplers_ask_for_no_noise_and_repeat_themselves(name: str
 
 
 def test_eta_moves_the_noise_and_not_the_law():
-    other = ddim(eta=0.5)(exact, start(20_000), SCHEDULE, 200, fresh(20_000))
+    other = ddim(eta=0.5)(exact, start(10_000), SCHEDULE, 200, fresh(10_000))
     torch.testing.assert_close(torch.cov(other.T), COVARIANCE, atol=0.03, rtol=0)
-    plain = ddim()(exact, start(20_000), SCHEDULE, 200, no_noise)
+    plain = ddim()(exact, start(10_000), SCHEDULE, 200, no_noise)
     assert not torch.allclose(other, plain, atol=0.1)
 
 

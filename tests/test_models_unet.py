@@ -203,11 +203,6 @@ def test_the_same_key_gives_the_same_image_in_any_batch(sampler: str, sample: Ca
 # -- the upsampler ---------------------------------------------------------------------------------
 
 
-def test_an_upsampler_reads_its_low_resolution():
-    model = upsampler()
-    x, t = images(2), torch.tensor([10, 900])
-    assert (model(x, t, images(2, 4)) != model(x, t, -images(2, 4))).any()
-
 
 def test_an_upsampler_takes_no_attention():
     with pytest.raises(ValueError, match="attn_resolutions: found .*upsamplers take none"):

@@ -16,8 +16,6 @@ from cluster.base.jsonl import read_lines
 from training.checkpoints.records import Progress
 from training.config import TrainConfig
 from training.data.dataloader import Batch
-from training.engine.ema import EMA, Ema
-from training.engine.engines import Fragment
 from training.engine.optimizer import learning_rate_ratio
 from training.loop import MAX_NONFINITE_IN_A_ROW, seed_dropout
 
@@ -81,15 +79,6 @@ def test_the_average_is_the_one_computed_directly(tmp_path: Path):
     found = torch.cat([ema[name].flatten() for name in ("weight", "bias")])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
-
-def test_an_average_of_constant_weights_is_those_weights():
-    fragment = Fragment(name="w", offset=0, master=torch.arange(3.0), state={})
-    averages = Ema([fragment], decay=0.999)
-    for step in range(20):
-        averages.update(step, 0)
-    (shadow,) = averages.shadows[EMA]
-    torch.testing.assert_close(shadow, torch.arange(3.0))
-    assert shadow.data_ptr() != fragment.master.data_ptr()
 
 
 def test_a_run_starts_from_its_seed_and_repeats_itself(tmp_path: Path):
@@ -222,12 +211,6 @@ def test_every_line_has_the_gradients_norm_and_shares_between_0_and_1(tmp_path: 
         assert line["grad_norm"] > 0 and 0 <= line["data_wait_ratio"] <= 1
         assert line["samples_per_second"] > 0 and line["num_steps"] == 7
 
-
-def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert read_lines(path) == [{"step": 1}, {"step": 2}]
-    assert read_lines(tmp_path / "none.jsonl") == []
 
 
 def test_the_last_step_leaves_a_checkpoint_and_the_mark_of_the_end(tmp_path: Path):

