@@ -90,27 +90,29 @@ class Site:
         """Return the URL of a path."""
         return f"http://{self.address}{path}"
 
-    def put(
-        self,
-        path: str,
+    @staticmethod
+    def answer(
         body: bytes = b"",
         *,
         status: int = 200,
         kind: str = "image/png",
         headers: dict[str, str] | None = None,
-    ) -> str:
-        """Answer `path` with a body; return its URL."""
+    ) -> Callable[[Handler], None]:
+        """Return what answers with a body."""
+        given = {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}
 
-        def answer(handler: Handler) -> None:
+        def send(handler: Handler) -> None:
             handler.send_response(status)
-            for name, value in {"Content-Type": kind, **(headers or {})}.items():
+            for name, value in given.items():
                 handler.send_header(name, value)
-            if "Content-Length" not in (headers or {}):
-                handler.send_header("Content-Length", str(len(body)))
             handler.end_headers()
             handler.wfile.write(body)
 
-        self.answers[path] = answer
+        return send
+
+    def put(self, path: str, body: bytes = b"", **answer: Any) -> str:
+        """Answer `path` with a body; return its URL."""
+        self.answers[path] = self.answer(body, **answer)
         return self.url(path)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from _lists import download_of, write_list
 
-from ingest.download import DownloadConfig, main
+from ingest.download import main
 from ingest.fetching.decode import header_problem
 from ingest.lists import duplicates
 from ingest.lists.filters import (
@@ -217,13 +218,8 @@ def test_a_url_that_came_before_is_found_across_buckets_and_batches(
 
 def test_the_first_of_equal_urls_is_fetched(site, tmp_path: Path, capsys):
     url = site.put("/a.png", site.picture())
-    table = pa.table({"url": [url, url, url, url], "text": ["one", "two", "three", "four"]})
-    pq.write_table(table, tmp_path / "l.parquet")
-    config = DownloadConfig(
-        urls=str(tmp_path / "l.parquet"), out=str(tmp_path / "images"), image_size=32,
-        num_processes=0, retries=0, host_rate=0, samples_per_shard=3, allow_address=(site.address,),
-        filters=FilterConfig(unique=("urls",)),
-    )  # fmt: skip
+    listed, once = write_list(tmp_path / "l.parquet", [url] * 4), FilterConfig(unique=("urls",))
+    config = download_of(site, listed, tmp_path / "images", samples_per_shard=3, filters=once)
     assert main(config) == 0
     assert "4 rows = 1 stored + 3 filtered (duplicate_url 3)" in capsys.readouterr().out
     assert site.hits == ["/a.png"]
@@ -235,29 +231,21 @@ def test_the_first_of_equal_urls_is_fetched(site, tmp_path: Path, capsys):
 def test_rows_left_out_never_reach_the_web_and_are_counted(site, tmp_path: Path, capsys):
     urls = [site.put(f"/{i}.png", site.picture(60 + i, 40)) for i in range(5)]
     urls += [site.put("/wide.png", site.picture(90, 30)), site.put("/dot.png", site.picture(9, 9))]
-    table = {
-        "URL": [*urls, "http://optout.example/x.png"],
-        "TEXT": ["fine", "fine", "x", "fine", "fine", "wide one", "small one", "gone"],
-        "similarity": [0.5, 0.1, 0.5, None, 0.5, 0.5, 0.5, 0.5],
-    }
-    pq.write_table(pa.table(table), tmp_path / "l.parquet")
-    (tmp_path / "out.txt").write_text(f"optout.example\n{urls[4]}\n")
-    config = DownloadConfig(
-        urls=str(tmp_path / "l.parquet"), out=str(tmp_path / "images"), image_size=32,
-        num_processes=0, num_threads=2, retries=0, host_rate=0, allow_address=(site.address,),
-        filters=FilterConfig(
-            min_similarity=0.3, min_caption_chars=2, opt_out=str(tmp_path / "out.txt"),
-            min_pixels=1000, max_aspect_ratio=2.0,
-        ),
+    listed = write_list(
+        tmp_path / "l.parquet", [*urls, "http://optout.example/x.png"],
+        text=["fine", "fine", "x", "fine", "fine", "wide one", "small one", "gone"],
+        similarity=[0.5, 0.1, 0.5, None, 0.5, 0.5, 0.5, 0.5],
     )  # fmt: skip
+    (tmp_path / "out.txt").write_text(f"optout.example\n{urls[4]}\n")
+    filters = FilterConfig(
+        min_similarity=0.3, min_caption_chars=2, opt_out=str(tmp_path / "out.txt"),
+        min_pixels=1000, max_aspect_ratio=2.0,
+    )  # fmt: skip
+    config = download_of(site, listed, tmp_path / "images", num_threads=2, filters=filters)
     assert main(config) == 0
-    assert (
-        capsys.readouterr()
-        .out.splitlines()[-1]
-        .startswith(
-            "8 rows = 1 stored + 7 filtered (aspect_ratio 1, low_similarity 1, null_score 1, "
-            "opt_out_list 2, short_caption 1, too_few_pixels 1) + 0 failed; snapshot "
-        )
+    assert capsys.readouterr().out.splitlines()[-1].startswith(
+        "8 rows = 1 stored + 7 filtered (aspect_ratio 1, low_similarity 1, null_score 1, "
+        "opt_out_list 2, short_caption 1, too_few_pixels 1) + 0 failed; snapshot "
     )
     assert sorted(site.hits) == ["/0.png", "/dot.png", "/wide.png"]
     stored = pq.read_table(next((tmp_path / "images").glob("*.parquet")))

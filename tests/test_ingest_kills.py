@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from _lists import ROOT, digests, download_command, finished, is_whole, write_list
 
-from ingest.shards import committed, damage, load_snapshot
+from ingest.shards import load_snapshot
 from training.data import demo_data
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_ROWS, SHARD = 160, 8
 SECONDS_A_RUN = 300.0  # of which some 25 are usual; what starts Ray is slow on a machine in use
 VICTIMS = ("worker", "driver", "raylet")
@@ -47,25 +45,17 @@ def download(site, tmp_path) -> Work:
         site.put(f"/{i}.png", body, status=status)
         site.answers[f"/{i}.png"] = slowed(site.answers[f"/{i}.png"], 0.02 + 0.04 * (i % 7) / 6)
     urls = [site.url(f"/{i}.png") for i in range(NUM_ROWS)]
-    table = {"url": urls, "caption": [f"picture {i}" for i in range(NUM_ROWS)]}
-    pq.write_table(pa.table(table), tmp_path / "list.parquet")
+    listed, whole = write_list(tmp_path / "list.parquet", urls), tmp_path / "whole"
 
     def spell(out: Path, num_processes: int = 2) -> list[str]:
-        return [
-            sys.executable, str(ROOT / "ingest" / "download.py"), "--out", str(out),
-            "--urls", str(tmp_path / "list.parquet"), "--image-size", "32",
-            "--samples-per-shard", str(SHARD), "--num-processes", str(num_processes),
-            "--num-threads", "2", "--retries", "0", "--host-rate", "0",
-            "--host-connections", "8", "--allow-address", site.address,
-        ]  # fmt: skip
+        return download_command(
+            site, listed, out, "--image-size", 32, "--samples-per-shard", SHARD, "--num-threads", 2,
+            "--num-processes", num_processes, "--host-connections", 8,
+        )  # fmt: skip
 
-    run(spell(tmp_path / "whole", 0))
-    return Work(
-        command=spell,
-        num_commits=NUM_ROWS // SHARD,
-        worker="ray::_make_in_task",
-        whole=tmp_path / "whole",
-    )
+    finished(spell(whole, 0))
+    commits = NUM_ROWS // SHARD
+    return Work(command=spell, num_commits=commits, worker="ray::_make_in_task", whole=whole)
 
 
 @pytest.fixture
@@ -81,13 +71,9 @@ def embed(tmp_path) -> Work:
         ]  # fmt: skip
 
     whole = tmp_path / "whole"
-    run(spell(whole))
-    return Work(
-        command=spell,
-        num_commits=24,
-        worker="ray::MapWorker(Map(ClipEncoder))",
-        whole=whole,
-    )
+    finished(spell(whole))
+    worker = "ray::MapWorker(Map(ClipEncoder))"
+    return Work(command=spell, num_commits=24, worker=worker, whole=whole)
 
 
 def slowed(answer, seconds: float):
@@ -96,12 +82,6 @@ def slowed(answer, seconds: float):
         answer(handler)
 
     return later
-
-
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_A_RUN)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
 
 
 def family(driver: subprocess.Popen) -> dict[psutil.Process, str]:
@@ -146,20 +126,14 @@ def kill_once(work: Work, out: Path, victim: str, draw: random.Random) -> str:
     return f"{victim} killed after {commits} commits: exit {ended} after {lived:.1f} s"
 
 
-def digests(out: Path) -> dict[str, str]:
-    commits = committed(out)
-    assert not any(damage(out, commit, deep=True) for commit in commits.values())
-    return {name: commit.digest for name, commit in commits.items()}
-
-
 def campaign(work: Work, tmp_path: Path, kills: list[tuple[str, int]]) -> list[str]:
     """Kill runs one after the other, each in a folder of its own; return what happened."""
     reports = []
     for number, (victim, seed) in enumerate(kills):
         out = tmp_path / f"killed{number}"
         reports.append(kill_once(work, out, victim, random.Random(seed)))
-        run(work.command(out))
-        assert digests(out) == digests(work.whole), reports[-1]
+        finished(work.command(out))
+        assert digests(out) == digests(work.whole) and is_whole(out), reports[-1]
         assert load_snapshot(out).digest == load_snapshot(work.whole).digest
         assert list((out / "_attempts").iterdir()) == []
     return reports

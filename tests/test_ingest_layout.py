@@ -7,11 +7,11 @@ import sys
 import tarfile
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from _lists import download_of, write_list
 
-from ingest.download import DownloadConfig, main
+from ingest.download import main
 from ingest.shards import index_tar
 
 REAL_TAR = Path(__file__).parents[2] / "shared" / "data" / "webdataset" / "cc12m-train-0000.tar"
@@ -21,18 +21,16 @@ REAL_TAR = Path(__file__).parents[2] / "shared" / "data" / "webdataset" / "cc12m
 def urls(site, tmp_path) -> str:
     pictures = [site.put(f"/{i}.png", site.picture(60 + i, 40, 30 * i)) for i in range(5)]
     listed = [*pictures[:3], site.url("/gone"), *pictures[3:]]
-    table = {"url": listed, "caption": [f"Bär {i}" for i in range(6)], "similarity": [0.5] * 6}
-    pq.write_table(pa.table(table), tmp_path / "list.parquet")
-    return str(tmp_path / "list.parquet")
+    captions = [f"Bär {i}" for i in range(6)]
+    return write_list(
+        tmp_path / "list.parquet", listed, caption=captions, similarity=[0.5] * 6
+    )
 
 
 @pytest.fixture
 def ours(site, urls, tmp_path) -> Path:
-    config = DownloadConfig(
-        urls=urls, out=str(tmp_path / "ours"), image_size=32, samples_per_shard=1000,
-        num_processes=0, keep_columns=("similarity",), allow_address=(site.address,), retries=0,
-    )  # fmt: skip
-    assert main(config) == 0
+    kept = {"keep_columns": ("similarity",), "samples_per_shard": 1000}
+    assert main(download_of(site, urls, tmp_path / "ours", **kept)) == 0
     return tmp_path / "ours"
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from _lists import download_of, write_list
 
 from ingest.download import DownloadConfig, main
 from ingest.fetching import shard_task
@@ -25,14 +26,9 @@ def config(site, tmp_path) -> DownloadConfig:
     for i in (0, 3, 6, 9):
         site.put(f"/{i}.png", status=503)
     site.put("/4.png", status=404)
-    captions = [f"picture {i}" for i in range(NUM_ROWS)]
-    table = {"url": urls, "caption": captions, "n": range(NUM_ROWS)}
-    pq.write_table(pa.table(table), tmp_path / "list.parquet")
-    return DownloadConfig(
-        urls=str(tmp_path / "list.parquet"), out=str(tmp_path / "images"), image_size=32,
-        samples_per_shard=4, num_processes=0, num_threads=4, retries=0, host_rate=0,
-        keep_columns=("n",), allow_address=(site.address,),
-    )  # fmt: skip
+    listed = write_list(tmp_path / "list.parquet", urls, n=range(NUM_ROWS))
+    fields = {"samples_per_shard": 4, "num_threads": 4, "keep_columns": ("n",)}
+    return download_of(site, listed, tmp_path / "images", **fields)
 
 
 def mend(site, *rows: int) -> None:
@@ -50,11 +46,12 @@ def test_failures_that_pass_are_stored_in_a_round_of_their_own(config, site, cap
     first = load_snapshot(config.out)
     mend(site, 0, 3, 9)
     hits = len(site.hits)
+    assert main(config) == 0 and len(site.hits) == hits, "without the flag nothing is tried again"
     assert main(replace(config, retry_failed=True)) == 0
     assert "9 stored + 0 filtered + 2 failed (not_found 1, server_error 1)" in last_line(capsys)
     assert sorted(site.hits[hits:]) == ["/0.png", "/3.png", "/6.png", "/9.png"]
     shard = ImageShard(config.out, "000003")
-    assert [shard.caption(i) for i in range(3)] == ["picture 0", "picture 3", "picture 9"]
+    assert [shard.caption(i) for i in range(3)] == ["caption 0", "caption 3", "caption 9"]
     rows = pq.ParquetFile(Path(config.out) / "000003.parquet").read().to_pylist()
     assert [row["n"] for row in rows] == [0, 3, 6, 9]
     assert [row["key"] for row in rows] == [f"00000300{i}" for i in range(4)]
@@ -74,13 +71,6 @@ def test_rounds_follow_each_other_until_nothing_is_left(config, site, capsys):
     assert len(site.hits) == hits and len(committed(config.out)) == 6
 
 
-def test_without_the_flag_nothing_is_tried_again(config, site):
-    main(config)
-    mend(site, 0, 3, 6, 9)
-    hits = len(site.hits)
-    assert main(config) == 0 and len(site.hits) == hits
-
-
 def test_a_round_that_was_interrupted_is_finished_by_any_run(config, site, monkeypatch, capsys):
     main(config)
     mend(site, 0, 3, 6, 9)
@@ -93,15 +83,8 @@ def test_a_round_that_was_interrupted_is_finished_by_any_run(config, site, monke
 
 
 def test_a_list_that_is_not_finished_is_finished_first(config, site, monkeypatch, capsys):
-    real = shard_task.make_shard
-
-    def failing(job, name, *rest):
-        if name == "000001":
-            raise OSError("gone")
-        return real(job, name, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(shard_task, "make_shard", failing)
+        patch.setattr(shard_task, "make_shard", lambda *_: (_ for _ in ()).throw(OSError("gone")))
         assert main(replace(config, retry_failed=True)) == 1
     assert not (Path(config.out) / "_retries").exists()
     mend(site, 0, 3, 6, 9)
