@@ -205,19 +205,19 @@ def pin_statistics(run: str, embeds: Sequence[str], weights: Sequence[float]) ->
     return EmbedStatistics.read(run)
 
 
-def mine_alone(mine: Tensor) -> tuple[Tensor, slice]:
+def local_alone(local: Tensor) -> tuple[Tensor, slice]:
     """Return this rank's rows as all there are: `gathered` of a worker that trains alone."""
-    return mine, slice(len(mine))
+    return local, slice(len(local))
 
 
-def gathered(mine: Tensor) -> tuple[Tensor, slice]:
+def gathered(local: Tensor) -> tuple[Tensor, slice]:
     """Return every rank's rows, and which of them are this one's.
 
     Gradients flow back to the rank that owns them.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return mine_alone(mine)
+        return local_alone(local)
     from torch.distributed.nn.functional import all_gather
 
-    rows = slice(_rank() * len(mine), (_rank() + 1) * len(mine))
-    return torch.cat(all_gather(mine)), rows
+    rows = slice(_rank() * len(local), (_rank() + 1) * len(local))
+    return torch.cat(all_gather(local)), rows

@@ -28,7 +28,7 @@ from models.networks.transformer import attention_kernels
 from training.config import ClipRunConfig
 from training.data.dataloader import Batch
 from training.data.datasets import ColumnDataset, ImageDataset
-from training.data.inputs import gathered, mine_alone, mixed, part_of, pin_snapshots
+from training.data.inputs import gathered, local_alone, mixed, part_of, pin_snapshots
 from training.engine.precision import autocast
 from training.engine.sam import perturbed
 from training.loop import Task, no_context
@@ -100,7 +100,7 @@ def sharpness_aware(
 
     def loss() -> Tensor:
         with autocast(device.type, config.train.workers.precision):
-            losses = clip_objective(model, part, mine_alone)["loss"]
+            losses = clip_objective(model, part, local_alone)["loss"]
         return (losses * part.weight).sum() / part.weight.sum().clamp(min=1)
 
     return perturbed(model, loss, config.sam_rho)
