@@ -23,18 +23,7 @@ from torch import Tensor, nn
 from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import HEARTBEATS_FOLDER
-from models.configs import (
-    AutoregressivePriorConfig,
-    ClipConfig,
-    DecoderConfig,
-    DiffusionPriorConfig,
-    RegressionPriorConfig,
-    UNetConfig,
-)
-from models.costs import training_flops
-from models.decoder import Decoder
 from training.checkpoints.records import Progress
-from training.config import ClipRunConfig, PriorRunConfig
 from training.data.dataloader import Batch
 from training.loop import all_reduce_scores
 from training.runs.events import SPIKE_MINIMUM, SpikeDetector, report_incident
@@ -43,8 +32,6 @@ from training.runs.profiling import peak_tflops, window
 from training.runs.reporting import Reporter
 from training.runs.signals import forget_stop, stop_wanted, stopping_on_sigterm
 from training.runs.watchdog import Watchdog
-from training.tasks.clip import clip_model
-from training.tasks.networks import prior_model
 
 # -- stopping --------------------------------------------------------------------------------------
 
@@ -308,41 +295,6 @@ def test_times_are_written_as_people_do(seconds: float, text: str):
 def test_an_unknown_device_has_no_peak():
     assert peak_tflops(torch.device("cpu")) == 0.0
 
-
-def test_flops_are_six_a_multiplication_of_the_model_itself():
-    """A residual block more adds six times its convolutions; nothing is allocated or changed."""
-    dims = {"image_size": 8, "embed_dim": 8, "text_width": 12}
-
-    def flops(blocks: int) -> float:
-        unet = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=blocks, attn_resolutions=())
-        return training_flops(Decoder(DecoderConfig(unet=unet, context_width=8), **dims))
-
-    block = 2 * 64 * 8 * 8 * 9 + 32 * 16  # two convolutions, and the map of the condition
-    up = block + 64 * 8 * 8 * 9 + 64 * 16 * 8  # on the way up with a skip joined, through a map
-    assert flops(2) - flops(1) == 6 * (block + up)
-    with pytest.raises(ValueError, match="costs: found a Linear, expected a model of this project"):
-        training_flops(nn.Linear(1, 1))
-
-
-@pytest.mark.parametrize("kind", ["diffusion", "autoregressive", "regression"])
-@pytest.mark.parametrize("own", [0, 16])
-def test_a_prior_of_short_captions_has_a_cost(kind: Any, own: int):
-    """Fewer words than are counted by default; more cost more."""
-    sizes = {"embed_dim": 16, "text_width": 12, "context_length": 20}
-    config = PriorRunConfig(
-        prior=kind, diffusion=DiffusionPriorConfig(width=32, num_heads=2, text_tokens=own),
-        autoregressive=AutoregressivePriorConfig(
-            width=32, num_heads=2, text_tokens=own, text_width=32, text_heads=2, num_codes=4
-        ),
-        regression=RegressionPriorConfig(width=32, num_heads=2, text_tokens=own),
-    )  # fmt: skip
-    model = prior_model(config, sizes)
-    assert training_flops(model) > training_flops(model, 4) > 0
-
-
-def test_a_clip_has_a_cost():
-    config = ClipRunConfig(model=ClipConfig())
-    assert training_flops(clip_model(config)) > 6 * 1e7
 
 
 def test_a_window_of_steps_is_profiled(tmp_path: Path):
