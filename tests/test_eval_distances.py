@@ -15,13 +15,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from eval.distances import intervals
 from eval.distances.frechet import Moments, Reference, frechet_distance
-from eval.distances.intervals import (
-    bootstrap_error,
-    cmmd,
-    fd_infinity,
-    interval,
-    kernel_distance,
-)
+from eval.distances.intervals import bootstrap_error, cmmd, fd_infinity, interval, kernel_distance
 from eval.distances.neighbours import manifold_scores, nearest_rows
 from eval.features.blocks import Features
 

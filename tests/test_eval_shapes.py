@@ -7,17 +7,7 @@ import pytest
 from PIL import Image
 
 from eval.scores.shapes import ShapeScore, score, summarise
-from ingest.shapes import (
-    BLOCK,
-    PALETTE,
-    SHAPES,
-    Scene,
-    Thing,
-    draw,
-    make_pairs,
-    parse,
-    shape_mask,
-)
+from ingest.shapes import BLOCK, PALETTE, SHAPES, Scene, Thing, draw, make_pairs, parse, shape_mask
 
 WHITE = 250
 

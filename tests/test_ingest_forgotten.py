@@ -2,13 +2,7 @@
 
 import pytest
 
-from ingest.store.removal import (
-    Forgotten,
-    read_forgotten,
-    read_request,
-    record_request,
-    url_digest,
-)
+from ingest.store.removal import Forgotten, read_forgotten, read_request, record_request, url_digest
 
 
 @pytest.mark.parametrize(

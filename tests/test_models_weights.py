@@ -13,13 +13,7 @@ from models.decoder import ImageSampling
 from models.diffusion.samplers import SAMPLERS
 from models.priors.base import PriorSampling
 from models.unclip import Sampling, UnClip
-from models.weights import (
-    digest,
-    exported,
-    load_config,
-    load_weights,
-    save_weights,
-)
+from models.weights import digest, exported, load_config, load_weights, save_weights
 
 WriteChain = Callable[..., dict[str, Path]]
 

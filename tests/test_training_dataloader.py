@@ -11,6 +11,7 @@ import pytest
 import torch
 from _runs import HERE, clip_run, images_of, prior_run
 
+from cluster.base.cli import with_options
 from models.weights import exported
 from training.config import DataConfig, RunConfig, TrainConfig
 from training.data import dataloader
@@ -237,6 +238,25 @@ def keyed(batch: Batch) -> list[tuple[int, int]]:
     """The real samples of a batch with their keys."""
     there = batch.weight > 0
     return list(zip(batch["number"][there].tolist(), batch.keys[there].tolist(), strict=True))
+
+
+def test_where_workers_divide_the_batch_nothing_is_added():
+    for workers in (1, 2, 4):
+        config = TrainConfig.of(global_batch_size=24, num_workers=workers, micro_batch_size=3)
+        assert config.samples_a_worker(workers) * workers == 24
+        assert config.micro_batches(workers) == config.grad_accum_steps
+
+
+@pytest.mark.parametrize("fewest", [-1, 3])
+def test_fewest_workers_are_at_most_all(fewest: int):
+    with pytest.raises(ValueError, match=f"train.min_workers: found {fewest}, expected at least 0"):
+        TrainConfig.of(num_workers=2, min_workers=fewest)
+
+
+def test_a_contrast_of_all_samples_needs_them_at_once_with_the_fewest_workers_too():
+    config = TrainConfig.of(global_batch_size=24, num_workers=2, micro_batch_size=12)
+    assert config.most_micro_batches == 1
+    assert with_options(config, min_workers=1).most_micro_batches == 2
 
 
 def test_a_sample_has_another_key_in_every_epoch():

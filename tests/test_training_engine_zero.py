@@ -17,14 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from _runs import (
-    SIX_STEPS,
-    TOLERANCE,
-    WHOLE,
-    assert_same,
-    killed_half_way,
-    prior_run,
-)
+from _runs import SIX_STEPS, TOLERANCE, WHOLE, assert_same, killed_half_way, prior_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

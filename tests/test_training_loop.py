@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from training.checkpoints.records import Progress
 from training.config import TrainConfig
 from training.data.dataloader import Batch
 from training.engine.optimizer import learning_rate_ratio
-from training.loop import MAX_NONFINITE_IN_A_ROW, seed_dropout
+from training.loop import MAX_NONFINITE_IN_A_ROW, all_reduce_scores, seed_dropout
+from training.runs.profiling import window
 
 
 def by_hand(config: TrainConfig) -> tuple[nn.Module, list[float], list[Tensor]]:
@@ -78,7 +81,6 @@ def test_the_average_is_the_one_computed_directly(tmp_path: Path):
     ema = load_file(str(tmp_path / "step_00000007" / "ema.safetensors"))
     found = torch.cat([ema[name].flatten() for name in ("weight", "bias")])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-
 
 
 def test_a_run_starts_from_its_seed_and_repeats_itself(tmp_path: Path):
@@ -212,9 +214,40 @@ def test_every_line_has_the_gradients_norm_and_shares_between_0_and_1(tmp_path: 
         assert line["samples_per_second"] > 0 and line["num_steps"] == 7
 
 
-
 def test_the_last_step_leaves_a_checkpoint_and_the_mark_of_the_end(tmp_path: Path):
     run(tmp_path, with_options(CONFIG, checkpoint_every=2, keep_checkpoints=2))
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000006", "step_00000007"]
     assert json.loads((tmp_path / "final.json").read_text()) == {"step": "step_00000007"}
     assert json.loads((tmp_path / "step_00000007" / "config.json").read_text()) == {"kind": "line"}
+
+
+def test_a_window_of_steps_is_profiled(tmp_path: Path):
+    run(tmp_path, with_options(CONFIG, profile="2:2"))
+    trace = json.loads((tmp_path / "profile" / "rank_0000.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert names.count("Optimizer.step#Optimizer.step") == 2
+    assert list(window("2:2")) == [2, 3] and list(window("")) == []
+    for wrong in ("3", "a:b", "-1:2", "1:0"):
+        with pytest.raises(ValueError, match='train.profile: found .*, expected "first:count"'):
+            window(wrong)
+
+
+def test_a_profile_that_reaches_past_the_end_is_written(tmp_path: Path):
+    run(tmp_path, with_options(CONFIG, profile="6:5"))
+    assert (tmp_path / "profile" / "rank_0000.json").is_file()
+
+
+@pytest.mark.parametrize("theirs", [0.0, 1.0])
+def test_one_ranks_wish_is_all_ranks_and_scores_are_means(
+    theirs: float, monkeypatch: pytest.MonkeyPatch
+):
+    """The other rank brings a loss of 3, its wish to stop and word of its write to the sum, as a
+    second process would: one that wants to stop stops all, and all wait for every write."""
+    engine: Any = SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    other = torch.tensor([3.0, theirs, theirs])
+    monkeypatch.setattr("training.loop.dist.all_reduce", lambda packed: packed.add_(other))
+    scores = {"loss": torch.tensor(1.0)}
+    means, flags = all_reduce_scores(engine, scores, stop=False, written=True)
+    assert means["loss"].item() == 2.0 and flags.tolist() == [bool(theirs), not theirs]
+    _, flags = all_reduce_scores(engine, scores, stop=False, written=False)
+    assert flags.tolist() == [bool(theirs), False]

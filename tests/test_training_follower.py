@@ -11,11 +11,17 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
+from _line import CONFIG
 
 from cluster.base import metrics
+from cluster.base.cli import with_options
 from cluster.base.jsonl import NewLines, add_line, read_lines
 from cluster.base.run_dir import METRICS_NAME, VALIDATION_NAME
-from training.runs.follower import Follower
+from training.checkpoints.records import Progress
+from training.runs.events import record_event, report_incident
+from training.runs.follower import Follower, describe
+from training.runs.reporting import Reporter
 from training.runs.trackers import TensorBoard
 
 
@@ -186,3 +192,50 @@ def test_a_full_disk_under_the_events_holds_up_nothing(
 def test_no_events_are_written_unasked(tmp_path: Path):
     follow(tmp_path, line(10))
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_the_driver_tells_where_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture):
+    record_event(tmp_path, "restored", attempt=0, step=0, num_workers=2)
+    with Follower(tmp_path, "prior"):
+        report_incident(tmp_path, "lost", 7, "rank 1: ActorDiedError: it died")
+        record_event(tmp_path, "restored", attempt=1, step=5, num_workers=1)
+        record_event(tmp_path, "restored", attempt=2, step=6, num_workers=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "prior: lost at step 7: rank 1: ActorDiedError: it died",
+        "prior: continues from step 5 with 1 worker",
+        "prior: continues from step 6 with 2 workers",
+    ]
+
+
+def test_incidents_are_reported_and_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture):
+    report_incident(tmp_path, "spike", 3, "of an earlier attempt")
+    with Follower(tmp_path, "prior"):
+        report_incident(tmp_path, "spike", 7, "loss 9, over a median of 1")
+    output = capsys.readouterr().out
+    assert output.count("prior: spike at step 7: loss 9, over a median of 1") == 1
+    assert "earlier" not in output
+
+
+def test_a_report_tells_the_time_left_and_the_use_of_the_device(tmp_path: Path):
+    config = with_options(CONFIG, num_steps=4, report_every=2)
+    reporter = Reporter(tmp_path, config, 0, peak_samples_per_second=1e6)
+    for step in (1, 2):
+        progress = Progress(step=step, samples_seen=step * config.batch.global_batch_size)
+        reporter.step(progress, {"loss": torch.tensor(1.0)}, 1.0)
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert line["mfu"] == pytest.approx(line["samples_per_second"] / 1e6)
+    left = 2 * config.batch.global_batch_size / line["samples_per_second"]
+    assert line["eta_seconds"] == pytest.approx(left)
+    assert describe({**line, "mfu": 0.415, "eta_seconds": 3 * 86400 + 7200.0}).endswith(
+        "MFU 41.5%, waiting for data 0.0%, 3 d 2 h left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(50.4, "50 s"), (125.0, "2 min"), (5000.0, "1 h 23 min")]
+)
+def test_times_are_written_as_people_do(seconds: float, text: str):
+    line = {"step": 1, "num_steps": 2, "loss": 1.0, "samples_per_second": 3.0,
+            "data_wait_ratio": 0.0, "eta_seconds": seconds}  # fmt: skip
+    assert describe(line).endswith(f", {text} left")

@@ -1,9 +1,8 @@
-"""Workers that come and go: the samples of a step stay, and a log and a timeline tell of it."""
+"""The event log of a run: its samples, its timeline, the spikes of its loss."""
 
-import signal
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from _line import CONFIG, NUM_SAMPLES, run, squared_error
@@ -12,42 +11,16 @@ from torch import Tensor, nn
 
 from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
-from cluster.base.run_dir import HEARTBEATS_FOLDER, SAMPLES_FOLDER, samples_path
+from cluster.base.run_dir import SAMPLES_FOLDER, samples_path
 from models.diffusion.keyed_random import sample_keys
-from training.config import TrainConfig
 from training.data.dataloader import Batch
 from training.runs.events import (
+    SPIKE_MINIMUM,
     SampleLog,
+    SpikeDetector,
     num_attempts,
     read_timeline,
-    record_event,
-    report_incident,
 )
-from training.runs.follower import Follower
-from training.runs.ray_train import RAY_TIMES, interruptible, loss_callback, root_cause
-
-# -- shares of a batch -----------------------------------------------------------------------------
-
-
-
-def test_where_workers_divide_the_batch_nothing_is_added():
-    for workers in (1, 2, 4):
-        config = TrainConfig.of(global_batch_size=24, num_workers=workers, micro_batch_size=3)
-        assert config.samples_a_worker(workers) * workers == 24
-        assert config.micro_batches(workers) == config.grad_accum_steps
-
-
-@pytest.mark.parametrize("fewest", [-1, 3])
-def test_fewest_workers_are_at_most_all(fewest: int):
-    with pytest.raises(ValueError, match=f"train.min_workers: found {fewest}, expected at least 0"):
-        TrainConfig.of(num_workers=2, min_workers=fewest)
-
-
-def test_a_contrast_of_all_samples_needs_them_at_once_with_the_fewest_workers_too():
-    config = TrainConfig.of(global_batch_size=24, num_workers=2, micro_batch_size=12)
-    assert config.most_micro_batches == 1
-    assert with_options(config, min_workers=1).most_micro_batches == 2
-
 
 # -- log of samples --------------------------------------------------------------------------------
 
@@ -141,62 +114,49 @@ def test_an_attempt_that_is_lost_before_its_first_step_is_a_part_of_the_restart(
     assert (found.detection, found.restart, found.restore, found.step) == (1, 8, 2, 1)
 
 
-def test_the_driver_tells_where_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture):
-    record_event(tmp_path, "restored", attempt=0, step=0, num_workers=2)
-    with Follower(tmp_path, "prior"):
-        report_incident(tmp_path, "lost", 7, "rank 1: ActorDiedError: it died")
-        record_event(tmp_path, "restored", attempt=1, step=5, num_workers=1)
-        record_event(tmp_path, "restored", attempt=2, step=6, num_workers=2)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "prior: lost at step 7: rank 1: ActorDiedError: it died",
-        "prior: continues from step 5 with 1 worker",
-        "prior: continues from step 6 with 2 workers",
-    ]
+# -- spikes ----------------------------------------------------------------------------------------
 
 
-# -- Ray -------------------------------------------------------------------------------------------
+def test_a_spike_is_reported_and_noise_is_not():
+    rng = np.random.default_rng(0)
+    detector = SpikeDetector(8.0)
+    assert all(not detector.check(loss) for loss in rng.normal(1.0, 0.1, 500))
+    assert "loss 3, over a median of" in detector.check(3.0)
+    assert not detector.check(1.1), "a spike does not widen what is normal"
+    assert detector.check(2.5)
 
 
-def test_what_is_lost_is_reported_in_one_line():
-    """Ray wraps an actor's death in a failed health check, and that in an error of the group."""
-    health, group = RuntimeError("A worker health check failed."), RuntimeError("of the group")
-    health.__dict__["health_check_failure"] = ConnectionError("it died\n\nlast words")
-    group.__dict__["worker_failures"] = {1: health}
-    assert root_cause(group) == "ConnectionError: it died"
-    assert len(root_cause(ValueError("word " * 1000))) <= 160
+def test_the_long_tail_of_a_small_batch_is_no_spike():
+    """The mean of 2 losses that depend on a timestep as a diffusion's do, over three decades."""
+    rng = np.random.default_rng(0)
+    detector = SpikeDetector(CONFIG.faults.spike_deviations)
+    losses = np.exp(rng.uniform(np.log(1e-3), 0, (3000, 2))).mean(1)
+    assert all(not detector.check(loss) for loss in losses)
+    assert detector.check(1e3)
 
 
-def test_rays_own_names_of_times_are_those_that_are_set():
-    """A name that Ray does not know would be no setting at all."""
-    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
-
-    assert RAY_TIMES.keys() <= ENV_VARS_TO_PROPAGATE
-
-
-def test_ctrl_c_is_an_interrupt_though_ray_train_takes_it_over_and_remains_one():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(0))  # as Ray Train's fit does
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-    with interruptible():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    assert signal.getsignal(signal.SIGINT) is before
+def test_a_loss_of_nothing_is_no_error():
+    detector = SpikeDetector(6.0)
+    assert all(not detector.check(0.0) for _ in range(2 * SPIKE_MINIMUM))
+    assert detector.check(1.0)
 
 
-def test_a_loss_is_reported_and_a_heartbeat_cut_short_does_not_end_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    """What Ray's controller calls must not raise: it would end the training."""
-    heartbeat = tmp_path / HEARTBEATS_FOLDER / "rank_0000.json"
-    heartbeat.parent.mkdir()
-    heartbeat.write_text('{"step": 7')
-    losses, context = loss_callback(tmp_path), None
-    losses.after_exception(context, {0: RuntimeError("its node is gone")})
-    assert read_timeline(tmp_path)[-1]["message"] == "rank 0: RuntimeError: its node is gone"
-    assert "lost, and not recorded" in capsys.readouterr().out
-    heartbeat.write_text('{"step": 7}')
-    losses.after_exception(context, {0: RuntimeError("its node is gone")})
-    (incident,) = read_lines(tmp_path / "incidents.jsonl")
-    assert (incident["kind"], incident["step"]) == ("lost", 7)
+def test_no_spike_before_there_is_enough_to_judge_by_nor_without_a_limit():
+    detector, never = SpikeDetector(8.0), SpikeDetector(0.0)
+    for loss in [1.0 + 0.01 * (i % 3) for i in range(SPIKE_MINIMUM - 1)]:
+        assert not detector.check(loss) and not never.check(loss)
+    assert not detector.check(100.0) and not never.check(100.0)
+    assert detector.check(100.0) and not never.check(100.0)
+
+
+def test_a_spike_of_a_run_becomes_an_incident(tmp_path: Path):
+    config = with_options(CONFIG, num_steps=SPIKE_MINIMUM + 4, learning_rate=0.0)
+    calls = iter(range(1000))
+
+    def spiking(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        factor = 1e3 if next(calls) == SPIKE_MINIMUM + 1 else 1.0
+        return {"loss": factor * squared_error(model, batch)["loss"]}
+
+    run(tmp_path, config, spiking)
+    (line,) = read_lines(tmp_path / "incidents.jsonl")
+    assert line["kind"] == "spike" and line["step"] == SPIKE_MINIMUM + 2
