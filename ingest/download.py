@@ -277,8 +277,8 @@ def _make_missing(
                 failures[result.name] = result.problem(job.root)
             else:
                 missing -= 1
-                accounts.add(result.value)
-                count_rows(result.value)
+                accounts.add(result.get())
+                count_rows(result.get())
                 show_place("download", job.root, missing)
             advance(note=accounts.rate(time.monotonic() - started))
     for name, problem in failures.items():

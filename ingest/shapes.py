@@ -217,8 +217,8 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
     """Caption a scene in a phrasing of at most 19 CLIP tokens, which `parse` inverts."""
     if scene.relation is None:
         return f"{HEADS[0]} {scene.things[0]}"
-    head, words = (str(rng.choice(list(of))) for of in (HEADS, RELATION_WORDS[scene.relation]))
-    return f"{head} {scene.things[0]} {words} a {scene.things[1]}"
+    head, phrase = (str(rng.choice(list(of))) for of in (HEADS, RELATION_WORDS[scene.relation]))
+    return f"{head} {scene.things[0]} {phrase} a {scene.things[1]}"
 
 
 def parse(caption: str) -> Scene:
@@ -230,10 +230,10 @@ def parse(caption: str) -> Scene:
     if not match:
         raise ValueError(
             f"caption {caption!r}: expected 'a SIZE COLOUR SHAPE', or two joined by a RELATION:"
-            f" {'; '.join(', '.join(words) for words in (SIZES, PALETTE, SHAPES, RELATIONS))}"
+            f" {'; '.join(', '.join(phrase) for phrase in (SIZES, PALETTE, SHAPES, RELATIONS))}"
         )
-    first, words, second = match.group("first", "relation", "second")
-    relation = next((name for name, forms in RELATION_WORDS.items() if words in forms), None)
+    first, phrase, second = match.group("first", "relation", "second")
+    relation = next((name for name, forms in RELATION_WORDS.items() if phrase in forms), None)
     try:
         triples = (thing.split() for thing in (first, second) if thing)
         things = tuple(Thing(size=a, colour=b, shape=c) for a, b, c in triples)

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -90,7 +90,7 @@ class Sample:
     key: str
     image_bytes: bytes
     caption: str
-    json: Mapping[str, Any]
+    json: Mapping[str, object]
 
 
 def row_schema() -> "pa.Schema":
@@ -105,7 +105,7 @@ def write_image_shard(
     folder: Path,
     name: str,
     samples: Iterable[Sample],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, object]],
     *,
     kept: "pa.Schema | None" = None,
 ) -> int:
@@ -250,9 +250,9 @@ def _open_generation(
         return commit, rows
 
 
-def _require_length(where: str | Path, found: int, expected: int) -> None:
-    if found != expected:
-        raise ValueError(f"{where}: has {found} rows, expected {expected}; rerun its stage")
+def _require_length(where: str | Path, num_rows: int, expected: int) -> None:
+    if num_rows != expected:
+        raise ValueError(f"{where}: has {num_rows} rows, expected {expected}; rerun its stage")
 
 
 # -- embedding shards --------------------------------------------------------------------------

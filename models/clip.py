@@ -43,8 +43,8 @@ def build_clip(config: ClipConfig) -> open_clip.CLIP:
             )
         clip = open_clip.create_model(config.architecture, pretrained=None, load_weights=False)
         if not isinstance(clip, open_clip.CLIP):
-            found = f"{config.architecture}, a {type(clip).__name__}"
-            raise ValueError(f"clip architecture: found {found}, expected a CLIP")
+            described = f"{config.architecture}, a {type(clip).__name__}"
+            raise ValueError(f"clip architecture: found {described}, expected a CLIP")
         clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
         return clip
     vision = open_clip.CLIPVisionCfg(
@@ -102,13 +102,13 @@ def model_sizes(clip: open_clip.CLIP) -> tuple[int, int]:
     return int(size[0] if isinstance(size, tuple) else size), int(clip.context_length)
 
 
-def model_options(clip: open_clip.CLIP) -> dict[str, Any]:
+def model_options(clip: open_clip.CLIP) -> dict[str, object]:
     """Return what determines a CLIP's outputs beside its weights: "module.option" -> value.
 
     The type of each module, such as GELU or QuickGELU, and the options that no weight's shape
     determines, such as the number of heads.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     for name, module in clip.named_modules():
         prefix = f"{name}." if name else ""
         options[f"{prefix}type"] = type(module).__name__

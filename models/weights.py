@@ -84,12 +84,12 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
 
 def save_config(folder: Path, config: JsonObject) -> None:
     """Write `config.json` atomically: the configuration to build the model from."""
-    part = folder / f"{CONFIG_NAME}.part"
-    with part.open("w") as file:
+    temporary = folder / f"{CONFIG_NAME}.part"
+    with temporary.open("w") as file:
         file.write(json.dumps(config, indent=1, sort_keys=True))
         file.flush()
         os.fsync(file.fileno())
-    part.replace(folder / CONFIG_NAME)
+    temporary.replace(folder / CONFIG_NAME)
 
 
 def load_config(folder: Path) -> JsonObject:

@@ -85,10 +85,8 @@ class Workers:
                     raise IncompleteError(
                         f"block {result.name}: {MAX_TRIES} workers died under it ({result.error})"
                     )
-                if result.error is not None:
-                    raise result.error
-                made += result.value
-                advance(result.value)
+                made += result.get()
+                advance(result.get())
         return made
 
     def pool(self, num_blocks: int) -> WorkerPool:

@@ -7,7 +7,6 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -52,17 +51,17 @@ class EmbedStatistics:
             cosines += np.histogram(cosine, COSINE_EDGES)[0]
             total, products = total + block.sum(0), products + block.T @ block
         mean = np.asarray(total) / snapshot.num_samples
-        return cls._of_moments(
-            mean,
-            np.asarray(products) / snapshot.num_samples - np.outer(mean, mean),
-            count=snapshot.num_samples,
-            snapshot=snapshot.digest,
-            cosines=cosines,
-        )
+        covariance = np.asarray(products) / snapshot.num_samples - np.outer(mean, mean)
+        return cls._of_moments(mean, covariance, snapshot.num_samples, snapshot.digest, cosines)
 
     @classmethod
     def _of_moments(
-        cls, mean: np.ndarray, covariance: np.ndarray, **others: Any
+        cls,
+        mean: np.ndarray,
+        covariance: np.ndarray,
+        count: int,
+        snapshot: str,
+        cosines: np.ndarray,
     ) -> "EmbedStatistics":
         values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
         values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
@@ -73,7 +72,9 @@ class EmbedStatistics:
             std=np.sqrt(covariance.diagonal().clip(min=0)),
             eigenvalues=values,
             basis=vectors * np.where(peaks < 0, -1.0, 1.0),
-            **others,
+            count=count,
+            snapshot=snapshot,
+            cosines=cosines,
         )
 
     @classmethod
@@ -96,9 +97,9 @@ class EmbedStatistics:
         return cls._of_moments(
             mean,
             products - np.outer(mean, mean),
-            count=sum(each.count for each in data_sets),
-            snapshot="+".join(each.snapshot for each in data_sets),
-            cosines=np.sum([each.cosines for each in data_sets], axis=0),
+            sum(each.count for each in data_sets),
+            "+".join(each.snapshot for each in data_sets),
+            np.sum([each.cosines for each in data_sets], axis=0),
         )
 
     @property

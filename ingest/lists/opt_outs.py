@@ -33,7 +33,7 @@ def opted_out(robots_tags: Iterable[str], now: datetime | None = None) -> bool:
             if agent != OUR_AGENT:
                 continue
             value = rest
-        if any(part.strip().lower() in OPT_OUT_DIRECTIVES for part in value.split(",")):
+        if any(directive.strip().lower() in OPT_OUT_DIRECTIVES for directive in value.split(",")):
             return True
         dated = _UNAVAILABLE_AFTER.search(value)
         if dated is not None and _has_passed(dated[1], now or datetime.now(UTC)):

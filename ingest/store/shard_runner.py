@@ -14,11 +14,13 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from cluster.base.files import Json
 
 if TYPE_CHECKING:
+    import ray
+
     from cluster.base.ray_session import Group
 
 MAX_TRIES = 3  # of a unit whose worker died, or that failed for a reason that may pass
@@ -26,6 +28,9 @@ PAUSE_SECONDS = 5.0  # before the second try, doubled before the third
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 POLL_SECONDS = 1.0  # how often the cluster's size is read again while nothing ends
 NODE_CHECK_SECONDS = 5.0  # how often the driver checks that its own node is alive
+
+Value = TypeVar("Value")  # what a unit is made into
+DealShare = Callable[[Sequence[Any], int], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +47,18 @@ class Unit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitResult:
+class UnitResult(Generic[Value]):
     """The value that `make` returned for a unit, or the error that it raised."""
 
     name: str
-    value: Any = None
+    value: Value | None = None
     error: BaseException | None = None
+
+    def get(self) -> Value:
+        """Return the value; raise the error if there is one."""
+        if self.error is not None:
+            raise self.error
+        return cast(Value, self.value)
 
     @property
     def disk_full(self) -> bool:
@@ -83,13 +94,13 @@ class WorkerPool:
 
 
 def run_units(
-    make: Callable[[Unit], Any],
+    make: Callable[[Unit], Value],
     units: Iterable[Unit],
     pool: WorkerPool,
     *,
     passing: tuple[type[BaseException], ...] = (),
-    deal_share: Callable[[Sequence[Any], int], Any] | None = None,
-) -> Generator[UnitResult, None, None]:
+    deal_share: DealShare | None = None,
+) -> Generator[UnitResult[Value], None, None]:
     """Make each unit; yield the results as they come. After a full disk no unit is started.
 
     make: picklable. units: read as workers become free. passing: errors after which a unit is tried
@@ -98,41 +109,44 @@ def run_units(
     Raises ConnectionError when this machine is no longer part of Ray, and in this process what
     `make` raises, unless it is an OSError or a ValueError.
     """
-    if pool.number == 0:
-        for unit in units:
-            result = _make_here(make, unit, passing)
-            yield result
-            if result.disk_full:
-                return
+    if pool.number != 0:
+        yield from _RayRunner(make, iter(units), pool, passing, deal_share).results()
         return
-    yield from _RayRunner(make, iter(units), pool, passing, deal_share).results()
-
-
-def _make_here(
-    make: Callable[[Unit], Any], unit: Unit, passing: tuple[type[BaseException], ...]
-) -> UnitResult:
-    for tries in range(1, MAX_TRIES + 1):
-        try:
-            return UnitResult(name=unit.name, value=make(unit))
-        except (OSError, ValueError, *passing) as error:
-            if not isinstance(error, passing) or tries == MAX_TRIES:
-                return UnitResult(name=unit.name, error=error)
-            time.sleep(PAUSE_SECONDS * 2 ** (tries - 1))
-    raise AssertionError("the last try returns")
+    for unit in units:
+        tries, result = 1, None
+        while result is None:
+            try:
+                result = UnitResult(name=unit.name, value=make(unit))
+            except (OSError, ValueError, *passing) as error:
+                if not isinstance(error, passing) or tries == MAX_TRIES:
+                    result = UnitResult[Value](name=unit.name, error=error)
+                else:
+                    time.sleep(PAUSE_SECONDS * 2 ** (tries - 1))
+                    tries += 1
+        yield result
+        if result.disk_full:
+            return
 
 
 class _Actor:
     """A Ray actor that keeps `make`, and what it loads, from unit to unit."""
 
-    def __init__(self, make: Callable[[Unit], Any]) -> None:
+    def __init__(self, make: Callable[[Unit], object]) -> None:
         self._make = make
 
-    def run(self, unit: Unit) -> Any:
+    def run(self, unit: Unit) -> object:
         return self._make(unit)
 
 
-def _make_in_task(make: Callable[[Unit], Any], unit: Unit) -> Any:
+def _make_in_task(make: Callable[[Unit], object], unit: Unit) -> object:
     return make(unit)
+
+
+def _num_cpus() -> int:
+    """Return the CPUs of the cluster as it is now."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 @dataclass(kw_only=True)
@@ -144,16 +158,16 @@ class _Try:
     actor: Any = None
 
 
-class _RayRunner:
+class _RayRunner(Generic[Value]):
     """Keeps as many units in flight as there is room for, until none is left."""
 
     def __init__(
         self,
-        make: Callable[[Unit], Any],
+        make: Callable[[Unit], Value],
         units: Iterator[Unit],
         pool: WorkerPool,
         passing: tuple[type[BaseException], ...],
-        deal_share: Callable[[Sequence[Any], int], Any] | None,
+        deal_share: DealShare | None,
     ) -> None:
         from cluster.base.ray_session import ensure_ray, group_resources
 
@@ -162,11 +176,11 @@ class _RayRunner:
 
         self._make, self._units, self._pool = make, units, pool
         self._passing, self._deal_share = passing, deal_share
-        self._in_flight: dict[Any, _Try] = {}
+        self._in_flight: dict[ray.ObjectRef, _Try] = {}
         self._later: list[tuple[float, str, _Try]] = []  # heap: when to start a unit again
         self._idle: list[Any] = []  # actors
         self._exhausted = False
-        cpus = self._num_cpus()
+        cpus = _num_cpus()
         options: Json = {
             "num_cpus": pool.num_cpus or min(1.0, cpus / (pool.number or cpus)),
             "num_gpus": pool.num_gpus,
@@ -177,7 +191,7 @@ class _RayRunner:
         else:
             self._remote = ray.remote(**options, max_retries=0)(_make_in_task)
 
-    def results(self) -> Iterator[UnitResult]:
+    def results(self) -> Iterator[UnitResult[Value]]:
         import ray
 
         from cluster.base.ray_session import require_own_node
@@ -202,21 +216,14 @@ class _RayRunner:
             for actor in filter(None, actors):
                 ray.kill(actor)
 
-    def _num_cpus(self) -> int:
-        import ray
-
-        return max(1, int(ray.cluster_resources().get("CPU", 1)))
-
     def _start_units(self) -> None:
         # One task more than can run is submitted: no CPU idles while the next unit is read, and a
         # cluster that scales by demand sees some. An actor has one unit in hand.
-        room = self._pool.number or self._num_cpus()  # a cluster may have grown
+        room = self._pool.number or _num_cpus()  # a cluster may have grown
         room += 0 if self._pool.actors else 1
-        while True:
+        while len(self._in_flight) < room:
             due = bool(self._later) and self._later[0][0] <= time.monotonic()
             if not due and (self._exhausted or len(self._in_flight) + len(self._later) >= room):
-                return
-            if len(self._in_flight) >= room:
                 return
             share = None
             if self._deal_share is not None:
@@ -239,26 +246,23 @@ class _RayRunner:
                 reference = self._remote.remote(self._make, attempt.unit)
             self._in_flight[reference] = attempt
 
-    def _release(self, actor: Any) -> None:
-        if actor is not None:
-            self._idle.append(actor)
-
-    def _result(self, attempt: _Try, reference: Any) -> UnitResult | None:
+    def _result(self, attempt: _Try, reference: "ray.ObjectRef") -> UnitResult[Value] | None:
         """Return the result of a try that ended; None if the unit is to be tried again."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        name = attempt.unit.name
+        name, passes, actor_lives = attempt.unit.name, False, True
         try:
-            value = ray.get(reference)
-            self._release(attempt.actor)
-            return UnitResult(name=name, value=value)
+            return UnitResult(name=name, value=ray.get(reference))
         except RayTaskError as error:
-            self._release(attempt.actor)
             problem: BaseException = error.cause
             passes = isinstance(problem, self._passing)
         except RayError as error:  # the worker died, or its node; the next unit starts another
             problem, passes = WorkerDiedError(str(error).splitlines()[0]), True
+            actor_lives = False
+        finally:
+            if attempt.actor is not None and actor_lives:
+                self._idle.append(attempt.actor)
         if not passes or attempt.tries == MAX_TRIES:
             return UnitResult(name=name, error=problem)
         when = time.monotonic() + PAUSE_SECONDS * 2 ** (attempt.tries - 1)

@@ -41,12 +41,12 @@ def write_manifest(root: Root, kind: str, fields: Json) -> None:
         text = json.dumps(expected, indent=1, sort_keys=True) + "\n"
         if storage.create(MANIFEST, text.encode()):
             return
-    found = read_manifest(root)
+    stored = read_manifest(root)
     # The hash of all settings comes last: the name of one setting is more helpful.
-    for name in sorted({*found, *expected}, key=lambda name: (name == "config_hash", name)):
-        if found.get(name) != expected.get(name):
+    for name in sorted({*stored, *expected}, key=lambda name: (name == "config_hash", name)):
+        if stored.get(name) != expected.get(name):
             raise ValueError(
-                f"{root}: was made with {name} = {found.get(name)!r}, this run has "
+                f"{root}: was made with {name} = {stored.get(name)!r}, this run has "
                 f"{expected.get(name)!r}; use the same, another folder, or --fresh to start over"
             )
 
@@ -71,9 +71,9 @@ def remove_data_folder(root: Root, kind: str) -> None:
     names = set(storage.names()) - {FORGOTTEN_FOLDER}
     if not names:
         return
-    found = read_manifest(root).get("kind")
-    if found != kind:
-        raise ValueError(f"{root}: --fresh refused: its manifest says {found!r}, not {kind!r}")
+    actual = read_manifest(root).get("kind")
+    if actual != kind:
+        raise ValueError(f"{root}: --fresh refused: its manifest says {actual!r}, not {kind!r}")
     # The manifest goes last, so that an interrupted deletion can be repeated.
     for name in sorted(names, key=lambda name: name == MANIFEST):
         storage.delete(name)

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.weights import save_weights
+from models.weights import CONFIG_NAME, JsonObject, save_weights
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -19,12 +19,12 @@ class DiffusersModel:
         """Read `folder`; ValueError for another class than `class_name`, or none."""
         self.folder = folder
         try:
-            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+            self.config: JsonObject = json.loads((folder / CONFIG_NAME).read_text())
         except (FileNotFoundError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder}: found no configuration of {class_name}: {error}") from None
-        found = self.config.get("_class_name")
-        if found != class_name:
-            raise ValueError(f"{folder}: found a {found}, expected a folder of {class_name}")
+        name = self.config.get("_class_name")
+        if name != class_name:
+            raise ValueError(f"{folder}: found a {name}, expected a folder of {class_name}")
         path = folder / WEIGHTS_NAME
         if not path.is_file():
             raise ValueError(f"{path}: found no such file, expected the weights of {class_name}")
@@ -42,9 +42,9 @@ class DiffusersModel:
         defaults: what diffusers takes for an option that config.json omits; others are as expected.
         """
         for name, value in expected.items():
-            found = self.config.get(name, defaults.get(name, value))
-            if found != value:
-                raise ValueError(f"{self.folder}: {name}: found {found!r}, expected {value!r}")
+            actual = self.config.get(name, defaults.get(name, value))
+            if actual != value:
+                raise ValueError(f"{self.folder}: {name}: found {actual!r}, expected {value!r}")
 
     def take(self, name: str) -> Tensor:
         """Remove and return a tensor; ValueError if it is missing."""
@@ -59,11 +59,11 @@ class DiffusersModel:
             raise ValueError(f"{self.folder}: found tensors without a place: {names}")
 
 
-def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write_folder(folder: Path, config: JsonObject, tensors: dict[str, Tensor]) -> None:
     """Write a model that diffusers can load; `config` names its class."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / WEIGHTS_NAME, tensors)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def require_convertible(
@@ -73,9 +73,9 @@ def require_convertible(
 
     options: by name, the value of our model and the only one that the class can have.
     """
-    for name, (found, expected) in options.items():
-        if found != expected:
+    for name, (actual, expected) in options.items():
+        if actual != expected:
             raise ValueError(
-                f"{folder}: {name}: found {found!r}, expected {expected!r}, which is all that "
+                f"{folder}: {name}: found {actual!r}, expected {expected!r}, which is all that "
                 f"{class_name} can be"
             )

@@ -9,7 +9,6 @@ learned z_i, which `Decoder.sample` takes as `empty`.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from models.convert.files import DiffusersModel, require_convertible, write_fold
 from models.decoder import Decoder
 from models.networks.unet import UNet
 from models.upsampler import Upsampler
+from models.weights import JsonObject
 
 DECODER, TEXT_PROJECTION = "UNet2DConditionModel", "UnCLIPTextProjModel"
 UPSAMPLER = "UNet2DModel"
@@ -201,7 +201,7 @@ def _unet_config(source: DiffusersModel) -> UNetConfig:
     )
 
 
-def _unet_options(unet: UNet, image_size: int, folder: Path) -> dict[str, Any]:
+def _unet_options(unet: UNet, image_size: int, folder: Path) -> JsonObject:
     """Return diffusers' options of our U-Net; ValueError for one that it does not have."""
     config = unet.config
     sides = [unet.grid // 2**i for i in range(len(config.channel_mult))]

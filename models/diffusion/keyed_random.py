@@ -46,18 +46,18 @@ def bits(keys: Tensor, purpose: str, count: int) -> Tensor:
 
 def uniform(keys: Tensor, purpose: str, shape: Sequence[int] = ()) -> Tensor:
     """Draw float32 [B, *shape] uniform in [0, 1) for int64 `keys` [B]."""
-    words = _shift_right(bits(keys, purpose, math.prod(shape)), 40)  # 24 bits: exact in float32
-    return (words.to(torch.float32) * 2.0**-24).reshape(len(keys), *shape)
+    drawn = _shift_right(bits(keys, purpose, math.prod(shape)), 40)  # 24 bits: exact in float32
+    return (drawn.to(torch.float32) * 2.0**-24).reshape(len(keys), *shape)
 
 
 def normal(keys: Tensor, purpose: str, shape: Sequence[int]) -> Tensor:
     """Draw float32 [B, *shape] standard normal for int64 `keys` [B] (Box and Muller 1958)."""
     count = math.prod(shape)
-    words = bits(keys, purpose, (count + 1) // 2)
+    drawn = bits(keys, purpose, (count + 1) // 2)
     # in (0, 1]: the log is finite
-    radius = (_shift_right(words, 32).to(torch.float32) + 1.0) * 2.0**-32
+    radius = (_shift_right(drawn, 32).to(torch.float32) + 1.0) * 2.0**-32
     radius = torch.sqrt(-2.0 * torch.log(radius.clamp(max=1.0)))
-    angle = (words & 0xFFFFFFFF).to(torch.float32) * (2.0 * math.pi * 2.0**-32)
+    angle = (drawn & 0xFFFFFFFF).to(torch.float32) * (2.0 * math.pi * 2.0**-32)
     pair = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
     return pair[:, :count].reshape(len(keys), *shape)
 

@@ -193,11 +193,11 @@ class UNet(nn.Module):
         h = self.conv_in(x.contiguous(memory_format=self.memory_format))  # [B, C, H/p, W/p]
         if grid is not None:
             if grid.shape[2:] != h.shape[2:]:
-                found, expected = (
+                sides, expected = (
                     " x ".join(str(self.config.patch_size * side) for side in cells.shape[2:])
                     for cells in (h, grid)
                 )
-                raise ValueError(f"image size: found {found}, expected {expected} as in training")
+                raise ValueError(f"image size: found {sides}, expected {expected} as in training")
             h = layers.add(h, grid)  # [B, C, H/p, W/p]
         skips = [h]
         for level in self.down:

@@ -83,7 +83,7 @@ def reconstruct(run: Path, sigma_rel: float, step: int, out: Path) -> Json:
 
 def _snapshots(run: Path) -> list[_Snapshot]:
     """Open the snapshots of a run, in order; every byte is checked against its record."""
-    found = []
+    snapshots = []
     for folder in sorted((run / EMA_SNAPSHOTS_FOLDER).glob("step_*")):
         with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
@@ -95,13 +95,13 @@ def _snapshots(run: Path) -> list[_Snapshot]:
             )
         stored = FragmentReader(folder, len(records))
         progress = Progress(**records[0].progress)
-        found.append(_Snapshot(progress=progress, stored=stored, sections=stored.sections()))
-    if not found:
+        snapshots.append(_Snapshot(progress=progress, stored=stored, sections=stored.sections()))
+    if not snapshots:
         raise ValueError(
             f"{run}: found no snapshots in {EMA_SNAPSHOTS_FOLDER}/, expected some; train with "
             "--train.power-ema 0.05 0.10 --train.snapshot-every"
         )
-    return found
+    return snapshots
 
 
 def _write_run(

@@ -228,35 +228,35 @@ def describe_data(run: Path) -> list[DataDescription]:
 
 def _describe_data_set(kind: str, root: str, digest: str) -> DataDescription:
     """Describe one data set by its manifest, its snapshot and the commits of its images."""
-    found = DataDescription(kind=kind, root=root, digest=digest)
+    facts = DataDescription(kind=kind, root=root, digest=digest)
     try:
-        found.manifest, snapshot = read_manifest(root), load_snapshot(root, digest)
+        facts.manifest, snapshot = read_manifest(root), load_snapshot(root, digest)
     except (ValueError, OSError) as error:
-        found.problem = str(error)
-        return found
-    found.num_samples, found.num_shards = snapshot.num_samples, len(snapshot.shards)
-    source, found.images = root, found.manifest
+        facts.problem = str(error)
+        return facts
+    facts.num_samples, facts.num_shards = snapshot.num_samples, len(snapshot.shards)
+    source, facts.images = root, facts.manifest
     if kind != "images":
-        source = str(found.manifest.get("images", ""))
+        source = str(facts.manifest.get("images", ""))
         try:
-            found.images = read_manifest(source) if source else {}
+            facts.images = read_manifest(source) if source else {}
         except (ValueError, OSError):  # the images may be gone, or never have been shards
-            found.images = {}
+            facts.images = {}
 
     # Outcomes, and the values of stored rows in the kept columns that have "licen" in their name
     shards = snapshot.shards[:MAX_SHARDS]
-    found.counted = len(shards)
-    columns = [name for name in found.images.get("keep_columns") or [] if "licen" in name.lower()]
+    facts.counted = len(shards)
+    columns = [name for name in facts.images.get("keep_columns") or [] if "licen" in name.lower()]
     outcomes: Counter[str] = Counter()
     licences: dict[str, Counter[str]] = {name: Counter() for name in columns}
-    for shard in shards if found.images else ():
+    for shard in shards if facts.images else ():
         commit = read_commit(source, shard.name)
         outcomes.update(commit.counts if commit else {"not committed any more": 1})
         if columns:
             _count_licences(licences, source, shard)
-    found.outcomes = dict(outcomes.most_common())
-    found.licences = {name: dict(column.most_common(20)) for name, column in licences.items()}
-    return found
+    facts.outcomes = dict(outcomes.most_common())
+    facts.licences = {name: dict(column.most_common(20)) for name, column in licences.items()}
+    return facts
 
 
 def _count_licences(licences: dict[str, Counter[str]], root: str, shard: ShardEntry) -> None:
