@@ -163,16 +163,49 @@ def index_tar(path: Root) -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(-1, 4)
 
 
-class ImageShard:
-    """Random access to a committed image shard through its index and a memory map.
+class _Shard:
+    """A committed shard, of one generation.
 
     digest: of the snapshot's entry; given, another content under the same name is a ValueError.
     A sample that was forgotten since is replaced by its neighbour; see `current_rows`.
     """
 
-    def __init__(self, root: Root, name: str, *, digest: str | None = None):
+    def __init__(self, root: Root, name: str, *, digest: str | None = None) -> None:
         self.name, self._where = name, join_root(root, name)
-        self.commit, self._rows = _open_generation(root, name, digest, self._load)
+        while True:
+            problem = None
+            self.commit, damaged = inspect(root, name)
+            if damaged is not None:
+                raise ValueError(f"{root}: shard {name} is damaged: {damaged}; rerun its stage")
+            if digest not in (None, self.commit.digest, *self.commit.superseded):
+                raise ValueError(
+                    f"{root}: shard {name} has digest {self.commit.digest[:12]}, the snapshot "
+                    f"says {(digest or '')[:12]}; it was made again since: publish and use a new "
+                    "snapshot"
+                )
+            try:
+                self._rows = current_rows(root, self.commit, digest)
+                self._load(partial(local_file, root, self.commit))
+            except (OSError, ValueError) as error:
+                problem = error
+            if read_commit(root, name) != self.commit:  # rewritten between two of the files
+                continue
+            if problem is not None:
+                raise problem
+            return
+
+    def _load(self, file: Callable[[str], Path]) -> None:
+        """Open the files, of which `file` returns the paths."""
+        raise NotImplementedError
+
+    def require_complete(self) -> None:
+        """Raise ValueError if samples were forgotten since the shard was pinned."""
+        if self._rows is not None:
+            raise ValueError(f"{self._where}: samples were forgotten; rerun, on the next snapshot")
+
+
+class ImageShard(_Shard):
+    """Random access to a committed image shard through its index and a memory map."""
 
     def _load(self, file: Callable[[str], Path]) -> None:
         index = _load_array(file(f"{self.name}.idx.npy"))
@@ -204,11 +237,6 @@ class ImageShard:
         _require_length(self._where, len(keys), len(self._images))
         return keys if self._rows is None else [keys[row] for row in self._rows]
 
-    def require_complete(self) -> None:
-        """Raise ValueError if samples were forgotten since the shard was pinned."""
-        if self._rows is not None:
-            raise ValueError(f"{self._where}: samples were forgotten; rerun, on the next snapshot")
-
 
 def _load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     """Read an array, or map it; one thread at a time.
@@ -218,36 +246,6 @@ def _load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray
     """
     with _HEADER_LOCK:
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-
-
-def _open_generation(
-    root: Root, name: str, digest: str | None, load: Callable[[Callable[[str], Path]], None]
-) -> tuple[Commit, np.ndarray | None]:
-    """Load the files of one generation, whose paths `load` asks for.
-
-    Returns its commit and its `current_rows`. Raises ValueError for a damaged shard, and for one
-    that is no later generation of `digest`.
-    """
-    while True:
-        rows = problem = None
-        commit, damaged = inspect(root, name)
-        if damaged is not None:
-            raise ValueError(f"{root}: shard {name} is damaged: {damaged}; rerun its stage")
-        if digest not in (None, commit.digest, *commit.superseded):
-            raise ValueError(
-                f"{root}: shard {name} has digest {commit.digest[:12]}, the snapshot says "
-                f"{(digest or '')[:12]}; it was made anew since: publish and use a new snapshot"
-            )
-        try:
-            rows = current_rows(root, commit, digest)
-            load(partial(local_file, root, commit))
-        except (OSError, ValueError) as error:
-            problem = error
-        if read_commit(root, name) != commit:  # rewritten between two of the files
-            continue
-        if problem is not None:
-            raise problem
-        return commit, rows
 
 
 def _require_length(where: str | Path, num_rows: int, expected: int) -> None:
@@ -295,25 +293,17 @@ def write_embed_shard(
     return len(keys)
 
 
-class EmbedShard:
+class EmbedShard(_Shard):
     """A committed embedding shard: arrays stay on the disk until they are indexed.
 
-    image_embed, text_embed: float16 [n, E]; tokens: int32 [n, L]; digest: see `ImageShard`.
+    image_embed, text_embed: float16 [n, E]; tokens: int32 [n, L].
     """
-
-    def __init__(self, root: Root, name: str, *, digest: str | None = None):
-        self.name, self._where = name, join_root(root, name)
-        self.commit, self._rows = _open_generation(root, name, digest, self._load)
-        _require_length(self._where, len(self._arrays["tokens"]), self.commit.num_samples)
 
     def _load(self, file: Callable[[str], Path]) -> None:
         paths = {column: file(f"{self.name}.{column}.npy") for column in EMBED_ARRAYS}
         self._arrays = {column: _load_array(path, "r") for column, path in paths.items()}
-        sizes = {len(array) for array in self._arrays.values()}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"{self._where}: its arrays have {sorted(sizes)} rows; rerun its stage"
-            )
+        for array in self._arrays.values():
+            _require_length(self._where, len(array), self.commit.num_samples)
         self._table = open(file(f"{self.name}.keys.parquet"), "rb")  # noqa: SIM115 - read when needed
 
     def _array(self, column: str) -> np.ndarray:

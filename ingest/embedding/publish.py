@@ -7,7 +7,6 @@ The snapshot itself contains the rows: whoever pins it always reads the same sam
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,12 +18,11 @@ from ingest.embedding.near_duplicates import near_duplicates
 from ingest.embedding.statistics import EmbedStatistics
 from ingest.shards import EmbedShard, read_commits
 from ingest.store.snapshots import Snapshot, publish_snapshot
-from ingest.store.storage import storage_of
+from ingest.store.storage import Root, storage_of, write_table
 
 RULES = "_rules.json"
 REASONS = ("", "undecodable", "low_similarity", "near_duplicate")  # by code; 0 stays
 STAYS, UNDECODABLE, LOW_SIMILARITY, NEAR_DUPLICATE = range(4)
-Root = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,6 @@ def publish_embeds(root: Root, rules: Rules | None = None) -> tuple[Snapshot, Co
     out. Returns the snapshot, and the number of samples left out by reason.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     storage = storage_of(root)
     if rules is None:
@@ -96,9 +93,7 @@ def publish_embeds(root: Root, rules: Rules | None = None) -> tuple[Snapshot, Co
         "reason": reasons,
         "similarity": all_cosines[all_codes != STAYS].astype(np.float32),
     }
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
-    storage.replace("_excluded.parquet", sink.getvalue().to_pybytes())
+    write_table(root, "_excluded.parquet", pa.table(columns))
     snapshot = publish_snapshot(root, {name: rows.tolist() for name, rows in excluded.items()})
     if snapshot.num_samples:
         EmbedStatistics.compute(snapshot).write(root)

@@ -7,7 +7,6 @@ list and of earlier rounds. It is written once; until its last shard is committe
 to the folder works on it.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from cluster.base.outcomes import TRANSIENT
 from ingest.lists.url_list import rechunk
 from ingest.shards import shard_name
 from ingest.store.shard_runner import Unit
-from ingest.store.storage import storage_of
+from ingest.store.storage import Root, read_table, storage_of, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -89,36 +88,30 @@ class DownloadPlan:
                 number += 1
 
 
-def read_rounds(root: str | os.PathLike[str]) -> tuple[RetryRound, ...]:
+def read_rounds(root: Root) -> tuple[RetryRound, ...]:
     """Return the rounds of a download, in order."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    storage = storage_of(root)
     rounds: list[RetryRound] = []
-    for name in storage.names("_retries"):
+    for name in storage_of(root).names("_retries"):
         number = len(rounds) + 1
         if name != f"{number:04d}.parquet":  # a file that was being written
             continue
-        table = pq.ParquetFile(pa.BufferReader(storage.read(f"_retries/{name}"))).read()
+        table = read_table(root, f"_retries/{name}")
         reasons = tuple(table["reason"].to_pylist())
         rounds.append(RetryRound(number=number, rows=table["row"].to_numpy(), reasons=reasons))
     return tuple(rounds)
 
 
-def start_round(root: str | os.PathLike[str], plan: DownloadPlan) -> RetryRound | None:
+def start_round(root: Root, plan: DownloadPlan) -> RetryRound | None:
     """Write the next round, of all rows whose last failure may pass; None if there are none.
 
     All shards of the plan must be committed.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    storage, names = storage_of(root), sorted(TRANSIENT)
+    names = sorted(TRANSIENT)
     last = np.zeros(plan.num_rows, np.int8)  # 1 + place of the reason in `names`; 0 for none
     for number in range(plan.num_shards):
-        with storage.open(f"{shard_name(number)}.parquet") as file:
-            errors = pq.ParquetFile(file).read(columns=["error"])["error"].to_pylist()
+        errors = read_table(root, f"{shard_name(number)}.parquet", "error")["error"].to_pylist()
         codes = [1 + names.index(error) if error in TRANSIENT else 0 for error in errors]
         last[plan.rows_of(number)] = codes
     rows = np.flatnonzero(last)
@@ -126,9 +119,8 @@ def start_round(root: str | os.PathLike[str], plan: DownloadPlan) -> RetryRound 
         return None
     reasons = tuple(names[code - 1] for code in last[rows])
     number = len(plan.rounds) + 1
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"row": pa.array(rows, pa.int64()), "reason": list(reasons)}), sink)
-    storage.replace(f"_retries/{number:04d}.parquet", sink.getvalue().to_pybytes())
+    table = pa.table({"row": pa.array(rows, pa.int64()), "reason": list(reasons)})
+    write_table(root, f"_retries/{number:04d}.parquet", table)
     return RetryRound(number=number, rows=rows, reasons=reasons)
 
 

@@ -44,7 +44,7 @@ from ingest.store.snapshots import (
     publish_snapshot,
     read_manifest,
 )
-from ingest.store.storage import Root, absolute_root, storage_of
+from ingest.store.storage import Root, absolute_root, read_table, storage_of
 
 FORGETTING = "_forgetting.json"  # exists while a removal is incomplete
 TOMBSTONES = "_tombstones"  # exist where an earlier version did not complete one
@@ -240,7 +240,4 @@ def _image_hashes(root: Root, name: str) -> np.ndarray:
 
 def _columns(root: Root, name: str, *columns: str) -> dict[str, list[Any]]:
     """Return columns of an image shard's table."""
-    import pyarrow.parquet as pq
-
-    with storage_of(root).open(f"{name}.parquet") as file:
-        return pq.ParquetFile(file).read(columns=list(columns)).to_pydict()
+    return read_table(root, f"{name}.parquet", *columns).to_pydict()

@@ -15,7 +15,7 @@ import numpy as np
 
 from cluster.base.files import Json, digest_of
 from ingest.store.commits import read_commits
-from ingest.store.storage import Root, join_root, storage_of
+from ingest.store.storage import Root, join_root, read_table, storage_of, write_table
 
 FORMAT_VERSION = 1
 MANIFEST = "_manifest.json"
@@ -147,7 +147,6 @@ def publish_snapshot(root: Root, excluded: Mapping[str, Sequence[int]] | None = 
 def write_snapshot(root: Root, shards: tuple[ShardEntry, ...]) -> Snapshot:
     """Write a list of shards as a snapshot, and point `_snapshots/latest` at it."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     storage, digest = storage_of(root), _snapshot_digest(shards)
     name = f"_snapshots/{digest}.parquet"
@@ -155,9 +154,7 @@ def write_snapshot(root: Root, shards: tuple[ShardEntry, ...]) -> Snapshot:
         types = [("name", pa.string()), ("num_samples", pa.int64()), ("digest", pa.string())]
         types.append(("excluded", pa.list_(pa.int32())))
         columns = {name: [getattr(shard, name) for shard in shards] for name, _ in types}
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns, schema=pa.schema(types)), sink)
-        storage.replace(name, sink.getvalue().to_pybytes())
+        write_table(root, name, pa.table(columns, schema=pa.schema(types)))
     storage.replace(LATEST, f"{digest}\n".encode())
     return Snapshot(root=str(root), digest=digest, shards=shards)
 
@@ -172,9 +169,6 @@ def latest_digest(root: Root) -> str | None:
 
 def load_snapshot(root: Root, digest: str | None = None) -> Snapshot:
     """Return a snapshot by its digest, None for the latest; ValueError if absent or altered."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if digest is None:
         read_manifest(root)
         digest = latest_digest(root)
@@ -183,7 +177,7 @@ def load_snapshot(root: Root, digest: str | None = None) -> Snapshot:
     name = f"_snapshots/{digest}.parquet"
     where = join_root(root, name)
     try:
-        table = pq.ParquetFile(pa.BufferReader(storage_of(root).read(name))).read()
+        table = read_table(root, name)
     except FileNotFoundError:
         raise ValueError(
             f"{where}: no such snapshot; the latest is named in {join_root(root, LATEST)}"

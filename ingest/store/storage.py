@@ -15,7 +15,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LOCAL_PREFIX = "file://"
 TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)@(?P<host>.*)\.[0-9a-f]{32}")
@@ -78,6 +81,24 @@ def has_ended(pid: int, birth: str | None = None) -> bool:
         pass
     fields = _process_fields(pid)
     return bool(fields) and (fields[0] == "Z" or birth not in (None, fields[19]))
+
+
+def read_table(root: Root, name: str, *columns: str) -> "pa.Table":
+    """Return a Parquet file of a data folder: the named columns, or all."""
+    import pyarrow.parquet as pq
+
+    with storage_of(root).open(name) as file:
+        return pq.ParquetFile(file).read(columns=list(columns) or None)
+
+
+def write_table(root: Root, name: str, table: "pa.Table") -> None:
+    """Write a table to a data folder as Parquet, atomically."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    storage_of(root).replace(name, sink.getvalue().to_pybytes())
 
 
 def fsync_path(path: Path) -> None:

@@ -30,7 +30,7 @@ from cluster.base.run_dir import (
     snapshot_path,
 )
 from ingest.shards import STORED, ShardEntry, load_snapshot, read_commit, read_manifest
-from ingest.store.storage import storage_of
+from ingest.store.storage import read_table
 from models.weights import EMA_NAME, FINAL_NAME, MODEL_NAME, exported, load_config, num_elements
 
 MODEL_CARD, DATA_CARD = "MODEL_CARD.md", "DATA_CARD.md"
@@ -260,11 +260,8 @@ def _describe_data_set(kind: str, root: str, digest: str) -> DataDescription:
 
 
 def _count_licences(licences: dict[str, Counter[str]], root: str, shard: ShardEntry) -> None:
-    import pyarrow.parquet as pq
-
     try:
-        with storage_of(root).open(f"{shard.name}.parquet") as file:
-            rows = pq.read_table(file, columns=[*licences, "status"]).to_pylist()
+        rows = read_table(root, f"{shard.name}.parquet", *licences, "status").to_pylist()
     except (OSError, ValueError):
         for column in licences.values():
             column["in a shard that cannot be read"] += shard.num_samples
