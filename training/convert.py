@@ -17,10 +17,15 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cluster.base.cli import parse, require_local, run_script
 from cluster.base.files import Json, write_json
+
+if TYPE_CHECKING:
+    from models.decoder import Decoder
+    from models.priors.diffusion import DiffusionPrior
+    from models.upsampler import Upsampler
 
 STEP = "step_00000000"
 FOLDERS = {  # of a pipeline that hold each network
@@ -90,7 +95,7 @@ def import_pipeline(config: ConvertConfig) -> None:
     write_json(run / FINAL_NAME, {"step": STEP})
 
 
-def load_conditioned(config: ConvertConfig) -> tuple[Any, Json]:
+def load_conditioned(config: ConvertConfig) -> "tuple[Decoder | DiffusionPrior, Json]":
     """Load a prior or a decoder; return it with what config.json states beside its sizes.
 
     Raises ValueError where its dimensions are not those of --clip.
@@ -111,7 +116,7 @@ def load_conditioned(config: ConvertConfig) -> tuple[Any, Json]:
         )
     export = {"encoder_id": encoder.encoder_id, "clip": absolute_spec(config.clip)}
     if config.part == "decoder":
-        model: Any = decoder_from_diffusers(folder)
+        model = decoder_from_diffusers(folder)
         dimension = len(model.null_image_embed)
         export |= {"kind": "decoder", "image_size": model.image_size}
     else:
@@ -129,7 +134,7 @@ def load_conditioned(config: ConvertConfig) -> tuple[Any, Json]:
     return model, {**export, "embed_dim": dimension, "text_width": dimension}
 
 
-def load_upsampler(config: ConvertConfig) -> tuple[Any, Json]:
+def load_upsampler(config: ConvertConfig) -> "tuple[Upsampler, Json]":
     """Load an upsampler; return it with what config.json states beside its sizes."""
     from models.convert.unets import upsampler_from_diffusers
 
@@ -145,9 +150,11 @@ def export_run(config: ConvertConfig) -> None:
     from models.convert.priors import prior_to_diffusers
     from models.convert.runs import load_model
     from models.convert.unets import decoder_to_diffusers, upsampler_to_diffusers
+    from models.decoder import Decoder
+    from models.priors.diffusion import DiffusionPrior
+    from models.upsampler import Upsampler
 
     kind = "diffusion_prior" if config.part == "prior" else config.part
-    model: Any
     model, stored = load_model(config.run, kind)
     folder = Path(config.diffusers)
     for name in FOLDERS[config.part]:
@@ -156,11 +163,11 @@ def export_run(config: ConvertConfig) -> None:
                 f"{folder / name}: found a folder with files, expected none: they would be "
                 "overwritten; name another --diffusers"
             )
-    if config.part == "prior":
+    if isinstance(model, DiffusionPrior):
         prior_to_diffusers(model, folder / "prior")
-    elif config.part == "decoder":
+    elif isinstance(model, Decoder):
         decoder_to_diffusers(model, folder)
-    else:
+    elif isinstance(model, Upsampler):
         for name in FOLDERS["upsampler"]:
             upsampler_to_diffusers(model, folder / name, stored["image_size"])
 

@@ -7,7 +7,6 @@ snapshot, and its sum is written before the next parameter is read.
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +29,7 @@ from models.weights import (
 from training.checkpoints.records import FragmentReader, Progress, valid_records
 from training.engine.ema import POWER
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Snapshot:
-    """The averages after one step."""
-
-    progress: Progress
-    stored: FragmentReader
-    sections: dict[str, set[str]]
+Term = tuple[float, FragmentReader, str]  # share in the sum, snapshot, section
 
 
 def reconstruct(run: Path, sigma_rel: float, step: int, out: Path) -> Json:
@@ -54,7 +46,7 @@ def reconstruct(run: Path, sigma_rel: float, step: int, out: Path) -> Json:
     snapshots = _snapshots(run)
 
     # Updates made by `step`: between snapshots that skipped some, by interpolation
-    steps, updates = zip(*((s.progress.step, s.progress.updates) for s in snapshots), strict=True)
+    steps, updates = zip(*((p.step, p.updates) for p, _ in snapshots), strict=True)
     step = step or steps[-1]
     if not 0 < step <= steps[-1]:
         raise ValueError(
@@ -63,25 +55,25 @@ def reconstruct(run: Path, sigma_rel: float, step: int, out: Path) -> Json:
     wanted = Profile(gamma, float(np.interp(step, [0, *steps], [0, *updates])))
 
     # The combination of all stored averages that is nearest to that profile
-    places = [(s, section) for s in snapshots for section in sorted(s.sections)]
+    places = [(p, stored, name) for p, stored in snapshots for name in sorted(stored.sections())]
     profiles = [
-        Profile(gamma_of(float(section.removeprefix(POWER))), s.progress.updates)
-        for s, section in places
+        Profile(gamma_of(float(section.removeprefix(POWER))), progress.updates)
+        for progress, _, section in places
     ]
     shares, error = coefficients(profiles, wanted)
     fit = {
         "run": str(run), "sigma_rel": sigma_rel, "step": step, "error": error,
-        "snapshots": len(snapshots), "profiles": len({section for _, section in places}),
+        "snapshots": len(snapshots), "profiles": len({section for _, _, section in places}),
     }  # fmt: skip
     terms = [
-        (float(share), s.stored, section)
-        for share, (s, section) in zip(shares, places, strict=True)
+        (float(share), stored, section)
+        for share, (_, stored, section) in zip(shares, places, strict=True)
     ]
     _write_run(source, out, terms, fit)
     return fit
 
 
-def _snapshots(run: Path) -> list[_Snapshot]:
+def _snapshots(run: Path) -> list[tuple[Progress, FragmentReader]]:
     """Open the snapshots of a run, in order; every byte is checked against its record."""
     snapshots = []
     for folder in sorted((run / EMA_SNAPSHOTS_FOLDER).glob("step_*")):
@@ -93,9 +85,7 @@ def _snapshots(run: Path) -> list[_Snapshot]:
                 f"{folder}: found a broken snapshot ({messages[-1].message}), expected a "
                 "complete one; move the folder away to do without it"
             )
-        stored = FragmentReader(folder, len(records))
-        progress = Progress(**records[0].progress)
-        snapshots.append(_Snapshot(progress=progress, stored=stored, sections=stored.sections()))
+        snapshots.append((Progress(**records[0].progress), FragmentReader(folder, len(records))))
     if not snapshots:
         raise ValueError(
             f"{run}: found no snapshots in {EMA_SNAPSHOTS_FOLDER}/, expected some; train with "
@@ -104,10 +94,8 @@ def _snapshots(run: Path) -> list[_Snapshot]:
     return snapshots
 
 
-def _write_run(
-    source: Path, out: Path, terms: list[tuple[float, FragmentReader, str]], fit: Json
-) -> None:
-    """Write a finished run with the sum of `terms` (share, fragments, section) as its weights.
+def _write_run(source: Path, out: Path, terms: list[Term], fit: Json) -> None:
+    """Write a finished run with the sum of `terms` as its weights.
 
     Buffers, and parameters that were not trained, are those of `source`. The folder has another
     name until it is complete.
@@ -120,21 +108,18 @@ def _write_run(
     folder = step_folder(unfinished, fit["step"])
     folder.mkdir(parents=True)
     weights = folder / EMA_NAME
-    summed = _summed(terms, {name: sizes[name] for name in sorted(names) if name in sizes})
-    rewrite_weights(source / EMA_NAME, weights, names, summed)
+
+    def sums() -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter's sum over `terms`, flat, added up in float64."""
+        for name in sorted(names & sizes.keys()):
+            total, flat = torch.zeros(sizes[name], dtype=torch.float64), torch.empty(sizes[name])
+            for share, stored, section in terms:
+                stored.read(f"{section}/{name}", 0, flat)
+                total.add_(flat, alpha=share)
+            yield name, total.float()
+
+    rewrite_weights(source / EMA_NAME, weights, names, sums())
     shutil.copyfile(weights, folder / MODEL_NAME)
     save_config(folder, {**load_config(source), "post_hoc_ema": fit})
     write_json(unfinished / FINAL_NAME, {"step": folder.name})
     unfinished.replace(out)
-
-
-def _summed(
-    terms: list[tuple[float, FragmentReader, str]], sizes: dict[str, int]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter's sum over `terms`, flat, added up in float64."""
-    for name, size in sizes.items():
-        total, flat = torch.zeros(size, dtype=torch.float64), torch.empty(size)
-        for share, stored, section in terms:
-            stored.read(f"{section}/{name}", 0, flat)
-            total.add_(flat, alpha=share)
-        yield name, total.float()

@@ -110,6 +110,6 @@ class Checkpoints:
         if self._task.validate is None or self._engine.rank:
             return
         if not self._reporter.is_validated(progress):
-            with self._reporter.validating(progress.step):
-                scores = self._task.validate(step_folder(self._run, progress.step))
-                self._reporter.validated(progress, scores)
+            self._reporter.enters(progress.step, "validation")
+            scores = self._task.validate(step_folder(self._run, progress.step))
+            self._reporter.validated(progress, scores)

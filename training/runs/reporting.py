@@ -116,12 +116,6 @@ class Reporter:
         yield
         self._checkpoint_seconds += time.perf_counter() - started
 
-    @contextmanager
-    def validating(self, step: int) -> Iterator[None]:
-        """Pass the watchdog that this rank validates, for as long as that takes."""
-        self.enters(step, "validation")
-        yield
-
     def step(
         self, progress: Progress, scores: dict[str, Tensor], learning_rate_ratio: float
     ) -> None:
