@@ -114,11 +114,11 @@ def _open(config: DemoConfig) -> Path:
     if config.fresh and mark.is_file():
         shutil.rmtree(run)
     if mark.is_file():
-        found = json.loads(mark.read_text())
+        known = json.loads(mark.read_text())
         for name, value in wanted.items():
-            if found.get(name) != value:
+            if known.get(name) != value:
                 raise ValueError(
-                    f"{run}: {name}: found {found.get(name)!r} in this demo, expected {value!r}; "
+                    f"{run}: {name}: found {known.get(name)!r} in this demo, expected {value!r}; "
                     "name another --run or start over with --fresh"
                 )
         return run
@@ -190,12 +190,12 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
     drawn, preset = not config.pairs, ("--preset", config.size)
     images = {name: str(run / "data" / name / "images") for name in counts}
     embeds = {name: str(run / "data" / name / "embeds") for name in counts}
-    clip, judge, prior, base, up = (
+    clip, second_clip, prior, base, up = (
         str(run / name) for name in ("clip", "judge", "prior", "base", "up")
     )
     scorer, half, other_half = clip, (), ()
     if not drawn:
-        scorer = judge
+        scorer = second_clip
         half = ("--block-size", "1", "--part", "1/2")
         other_half = ("--block-size", "1", "--part", "2/2", "--train.seed", "1")
     train_images, samples = ("--images", images["train"]), str(run / "samples")
@@ -301,10 +301,10 @@ def _finish(config: DemoConfig, run: Path, timings: Timings) -> None:
     from training.runs.cards import refresh_cards
 
     scores = json.loads((run / SCORES_NAME).read_text())
-    judge = "the CLIP that the model was trained on"
+    scorer = "the CLIP that the model was trained on"
     if config.pairs:
-        judge = "a second CLIP, of the other half"
-    scores["images"]["judge"] = f"{judge}: {scores['images']['judge']}"
+        scorer = "a second CLIP, of the other half"
+    scores["images"]["judge"] = f"{scorer}: {scores['images']['judge']}"
     scores["seconds"] = {row["stage"].replace(" ", "_"): row["seconds"] for row in timings.rows}
     write_json(run / EVAL_NAME, scores, indent=1)
     write_json(run / PROVENANCE_NAME, _provenance(config, run), indent=1)

@@ -9,9 +9,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster.base.files import Json, atomic_write
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TEST_ONE_IN = 10
 SKIN_TONE = re.compile(
@@ -29,7 +32,7 @@ def read_pairs(path: Path) -> Rows:
     return pq.read_table(path, columns=["image", "caption"]).to_pylist()
 
 
-def _write_table(path: Path, table: Any) -> Path:
+def _write_table(path: Path, table: "pa.Table") -> Path:
     """Write a Parquet file atomically."""
     import pyarrow.parquet as pq
 
@@ -205,7 +208,7 @@ def serve_pairs(sets: dict[str, Rows], port: int) -> Iterator[int]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: Any) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             """Log nothing: a line for each of thousands of images would bury the demo's own."""
 
     try:

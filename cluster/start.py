@@ -94,10 +94,10 @@ def _command(config: StartConfig) -> list[str]:
 
 def _ray() -> str:
     beside = Path(sys.executable).parent / "ray"
-    found = str(beside) if beside.is_file() else shutil.which("ray")
-    if not found:
+    executable = str(beside) if beside.is_file() else shutil.which("ray")
+    if not executable:
         raise ValueError(f"ray: found none beside {sys.executable}; `make setup` installs it")
-    return found
+    return executable
 
 
 # -- who may come in -------------------------------------------------------------------------------

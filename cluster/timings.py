@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cluster.base.files import write_json
+from cluster.base.files import Json, write_json
 
 
 @dataclass
@@ -24,7 +23,7 @@ class Timings:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+        self.rows: list[Json] = json.loads(path.read_text()) if path.is_file() else []
 
     @contextmanager
     def attempt(self, stage: str, command: str = "", num_images: int = 0) -> Iterator[StageAttempt]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import parse_qs, urlsplit
 
 from tyro.conf import UseAppendAction
@@ -75,10 +75,10 @@ def open_server(config: WatchPageConfig) -> "WatchServer":
     try:
         return WatchServer(config, token)
     except (OSError, OverflowError) as error:
-        found = getattr(error, "strerror", None) or error
+        problem = getattr(error, "strerror", None) or error
         where = f"{config.address} port {config.port}"
         raise ValueError(
-            f"{where}: found {found}, expected an address of this machine and a free port"
+            f"{where}: found {problem}, expected an address of this machine and a free port"
         ) from error
 
 
@@ -141,8 +141,8 @@ def read_page() -> tuple[bytes, str]:
 
     def digest(tag: str) -> str:
         (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-        found = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        return f"'sha256-{found}'"
+        encoded = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        return f"'sha256-{encoded}'"
 
     policy = (
         f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; "
@@ -219,7 +219,7 @@ class WatchHandler(http.server.BaseHTTPRequestHandler):
             case _:
                 self._send(404, b"no such page\n")
 
-    def _send_json(self, make: Callable[[], Any]) -> None:
+    def _send_json(self, make: Callable[[], object]) -> None:
         try:
             self._send(200, self._owner.prometheus.answer(make), "json")
         except PrometheusError as error:

@@ -67,7 +67,7 @@ class Evaluation:
         self.specs: dict[str, ExtractorSpec] = {
             space: network_spec(request, space) for space in self.spaces if space != "clip"
         }
-        clip = request.judge or request.clip or (DEFAULT_CLIP if "clip" in spaces else "")
+        clip = request.scorer or request.clip or (DEFAULT_CLIP if "clip" in spaces else "")
         self.encoder: FrozenClip | None = None
         if clip:
             clip = absolute_spec(clip.removesuffix(RAW))  # scores compare directions alone

@@ -9,11 +9,9 @@ Choices are keyed by sha256, so that another program, in another language, makes
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from cluster.base.files import Json, digest_file, digest_of
 from eval.sampling.image_source import ImageSet, open_images
@@ -205,7 +203,7 @@ def _shapes(protocol: Json, data: str, work: Path) -> tuple[Captions, References
 
     if data:
         raise ValueError("--protocol-data: found it with a protocol that draws its own data")
-    splits: Sequence[Any] = protocol["splits"]
+    splits: list[str] = protocol["splits"]
     share, rest = divmod(protocol["num_captions"], len(splits))
     if rest or not share:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import UseAppendAction
 
-from cluster.base.cli import require_at_least, require_local
+from cluster.base.cli import Option, require_at_least, require_local
 
 if TYPE_CHECKING:
     from eval.sampling.chain import Model
@@ -43,7 +43,7 @@ class EvalRequest:
     clip: str = ""
     """encoder of CLIP features and of the CLIP score; empty = runs/clip for --features clip, and no
     CLIP score for others"""
-    judge: str = ""
+    scorer: Annotated[str, Option(name="judge")] = ""
     """another CLIP to score with than the model was trained on; overrides --clip"""
     embeds: str = ""
     """embeddings of the real images: adds the scores of CLIP and, with --prior, of the chain"""

@@ -112,7 +112,7 @@ def test_a_size_that_images_were_brought_to_is_named_in_clip_space_too(
     assert again["features"]["clip"]["fd"] == pytest.approx(small["features"]["clip"]["fd"])
 
 
-def test_a_judge_compares_directions_whatever_its_name(config: FidConfig):
+def test_a_scorer_compares_directions_whatever_its_name(config: FidConfig):
     plain, raw = evaluated(config), evaluated(config, clip="tiny:random+raw")
     assert raw["features"]["clip"]["extractor"] == plain["features"]["clip"]["extractor"]
     assert raw["features"]["clip"]["cmmd"] == plain["features"]["clip"]["cmmd"]
@@ -198,7 +198,7 @@ def test_captions_are_drawn_and_measured_in_one_job(
     assert settings["decoder_steps"] == 1 and settings["seed"] == 5
     assert evaluated(drawing) == scores
     assert f"sample: 0 images drawn, {COUNT} were there" in capsys.readouterr().out
-    other = evaluated(drawing, judge="ViT-S-32-alt:random")["images"]
+    other = evaluated(drawing, scorer="ViT-S-32-alt:random")["images"]
     assert other["judge_relation"] == SCORER_RELATIONS[False] and "ViT-S-32-alt" in other["judge"]
 
 

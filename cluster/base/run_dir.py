@@ -59,8 +59,8 @@ def step_folders(run: Path) -> list[Path]:
 
     A copy under another name does not count.
     """
-    found = run.glob(f"{STEP_PREFIX}*")
-    return sorted(path for path in found if re.fullmatch(r"step_\d{8}", path.name))
+    paths = run.glob(f"{STEP_PREFIX}*")
+    return sorted(path for path in paths if re.fullmatch(r"step_\d{8}", path.name))
 
 
 def fragment_path(folder: Path, rank: int) -> Path:

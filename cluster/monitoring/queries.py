@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.base.files import Json
 from cluster.monitoring.panels import DASHBOARDS, Panel
@@ -55,7 +55,7 @@ class PrometheusClient:
 
     url: str
 
-    def answer(self, make: Callable[[], Any]) -> bytes:
+    def answer(self, make: Callable[[], object]) -> bytes:
         """Return what `make`, one of the methods below, returns, as JSON.
 
         Raises PrometheusError, also for an answer of another shape than Prometheus's.

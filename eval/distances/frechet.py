@@ -145,5 +145,5 @@ def _factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _check_widths(a: Moments, b: Moments) -> None:
     if a.mean.shape != b.mean.shape:
-        found = f"widths {a.mean.size} and {b.mean.size}"
-        raise ValueError(f"moments: found {found}, expected features of one encoder")
+        widths = f"widths {a.mean.size} and {b.mean.size}"
+        raise ValueError(f"moments: found {widths}, expected features of one encoder")

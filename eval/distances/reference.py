@@ -9,7 +9,6 @@ import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -84,10 +83,10 @@ def load_statistics(path: Path) -> Statistics:
     return Statistics(moments=moments, **{name: about[name] for name in ABOUT})
 
 
-def _check(path: Path, about: Any, mean: np.ndarray, scatter: np.ndarray) -> None:
+def _check(path: Path, about: object, mean: np.ndarray, scatter: np.ndarray) -> None:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        found = about.get("format") if isinstance(about, dict) else about
-        raise ValueError(f"{path}: format: found {found!r}, expected {FORMAT}")
+        version = about.get("format") if isinstance(about, dict) else about
+        raise ValueError(f"{path}: format: found {version!r}, expected {FORMAT}")
     for name in ABOUT:
         if not isinstance(about.get(name), str):
             raise ValueError(f"{path}: {name}: found {about.get(name)!r}, expected text")
@@ -95,8 +94,8 @@ def _check(path: Path, about: Any, mean: np.ndarray, scatter: np.ndarray) -> Non
         raise ValueError(f"{path}: n: found {about.get('n')!r}, expected 2 or more")
     width = len(mean) if mean.ndim == 1 else 0
     if not 0 < width <= MAX_WIDTH or scatter.shape != (width, width):
-        found = f"{list(mean.shape)} and {list(scatter.shape)}"
-        raise ValueError(f"{path}: mean, scatter: found {found}, expected [D] and [D, D]")
+        shapes = f"{list(mean.shape)} and {list(scatter.shape)}"
+        raise ValueError(f"{path}: mean, scatter: found {shapes}, expected [D] and [D, D]")
     for name, array in (("mean", mean), ("scatter", scatter)):
         if array.dtype != np.float64 or not np.isfinite(array).all():
             raise ValueError(f"{path}: {name}: found {array.dtype}, expected finite float64")

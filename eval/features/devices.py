@@ -10,10 +10,10 @@ def device_named(name: str) -> torch.device:
 
     Raises ValueError for one that is not here.
     """
-    found = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", found):
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", chosen):
         raise ValueError(f"device: found {name!r}, expected auto, cpu, cuda or cuda:N")
-    device = torch.device(found)
+    device = torch.device(chosen)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device: found {name!r} on a machine with {torch.cuda.device_count()} GPUs, expected "

@@ -56,10 +56,10 @@ class WeightsFile:
         import torch
 
         content = Path(self.path).read_bytes()
-        found = sha256(content).hexdigest()
-        if found != self.sha256:
+        digest = sha256(content).hexdigest()
+        if digest != self.sha256:
             raise ValueError(
-                f"{self.path}: found sha256 {found}, expected {self.sha256}; get it again"
+                f"{self.path}: found sha256 {digest}, expected {self.sha256}; get it again"
             )
         try:
             state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
@@ -99,9 +99,9 @@ def find_weights(
     where = folder or os.environ.get(VARIABLE, "")
     path = Path(where) / official.file
     if not where or not path.is_file():
-        found = f"{path}: found no such file" if where else "found neither"
+        problem = f"{path}: found no such file" if where else "found neither"
         raise ValueError(
-            f"weights: {found}; expected {official.file} in --weights-dir or {VARIABLE}: get it "
+            f"weights: {problem}; expected {official.file} in --weights-dir or {VARIABLE}: get it "
             f"from {official.address} (sha256 {official.sha256}); nothing is downloaded here"
         )
     return WeightsFile(path=str(path.absolute()), sha256=official.sha256, official=True)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -47,7 +46,7 @@ class ImageSet:
     parent: "ImageSet | None" = None
     numbers: tuple[int, ...] = ()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> str | tuple[object, ...]:
         """Pickle shards by their folder and snapshot: another process maps the files itself."""
         if self.snapshot is None:
             return super().__reduce__()

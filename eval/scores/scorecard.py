@@ -197,7 +197,7 @@ def chain_scores(
         return scores
     drawn = is_drawn(captions)
     if encoder is None and not drawn:
-        print("ablation: left out: no --clip to judge it")
+        print("ablation: left out: no --clip to score it")
         return scores
     weights = chain_weights(*guided.runs)
     if fake.captions != captions or not weights.items() <= fake.settings.items():
