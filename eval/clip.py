@@ -119,8 +119,6 @@ def _class_scores(config: ClipScoreConfig, image: "Tensor") -> Json:
 
 def _labels(embeds: str, images: str, column: str) -> list[str]:
     """Return the class of each embedding, from the tables of the images."""
-    import io
-
     import pyarrow.parquet as pq
 
     from ingest.shards import STORED, load_snapshot
@@ -130,7 +128,8 @@ def _labels(embeds: str, images: str, column: str) -> list[str]:
         raise ValueError("images: found nothing, expected the folder that the embeddings are of")
     labels: list[str] = []
     for entry in load_snapshot(embeds).shards:
-        table = pq.read_table(io.BytesIO(storage_of(images).read(f"{entry.name}.parquet")))
+        with storage_of(images).open(f"{entry.name}.parquet") as file:
+            table = pq.read_table(file)
         if column not in table.column_names:
             columns = ", ".join(table.column_names)
             raise ValueError(f"{images}: label_column: found {columns}, expected {column!r} too")

@@ -24,41 +24,7 @@ KINDS: dict[object, str] = {
     int: "an integer", float: "a number", str: "a text", bool: "true or false",
 }  # fmt: skip
 
-# The last word of a flag here, and what users of other projects type for it.
-SYNONYMS = {
-    "adam-eps": "eps",
-    "batch-size": "batch bs",
-    "cfg-scale": "cfg guidance guidance-scale scale",
-    "checkpoint-every": "save-every save-steps save-interval",
-    "decay": "scheduler lr-scheduler",
-    "decoder-steps": "steps num-inference-steps sample-steps",
-    "device": "accelerator gpu cuda",
-    "ema-decay": "ema",
-    "fresh": "overwrite force restart",
-    "global-batch-size": "batch batch-size bs train-batch-size",
-    "grad-clip": "clip-grad max-grad-norm gradient-clipping",
-    "image-size": "resolution size",
-    "images": "data dataset data-dir input",
-    "embeds": "data dataset data-dir input",
-    "init": "pretrained finetune checkpoint ckpt",
-    "learning-rate": "lr",
-    "limit": "n num-samples max-samples",
-    "micro-batch-size": "grad-accum accumulate gradient-accumulation-steps",
-    "num-steps": "steps iters iterations max-steps max-iters epochs num-epochs",
-    "num-threads": "threads cpus",
-    "num-workers": "workers gpus num-gpus nproc world-size",
-    "num-actors": "workers",
-    "num-processes": "workers",
-    "out": "output output-dir out-dir",
-    "precision": "bf16 fp16 fp32 amp dtype mixed-precision",
-    "prompts": "prompt caption text",
-    "report-every": "log-every log-interval",
-    "run": "out output output-dir out-dir resume logdir checkpoint ckpt",
-    "urls": "data dataset input",
-    "warmup": "warmup-steps",
-    "weight-decay": "wd",
-    "zero-stage": "zero",
-}
+SYNONYMS = Path(__file__).with_name("synonyms.yaml")  # what users of other projects type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +163,8 @@ def nearest(wrong: str, known: Sequence[str]) -> str:
     """Return a hint for a wrong flag or key: by its last word, by meaning, by spelling."""
     names = {name: name.removeprefix("--").rpartition(".")[2].replace("_", "-") for name in known}
     last = wrong.removeprefix("--").rpartition(".")[2].replace("_", "-").removeprefix("no-")
-    meant = [name for name, others in SYNONYMS.items() if last in others.split()]
+    synonyms = read_yaml(SYNONYMS)
+    meant = [name for name, others in synonyms.items() if last in others.split()]
     for wanted in (last, *meant):
         close = [name for name in known if names[name] == wanted]
         if close:

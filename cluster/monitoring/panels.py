@@ -1,6 +1,7 @@
 """The panels of three dashboards, for Grafana and for the page of watch.py, as panels.yaml states
 them."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +18,11 @@ UNITS = {  # Grafana's names
 class Panel:
     """A chart: a PromQL query, and the name of each of its lines.
 
-    legend: {{label}} stands for a label's value; unit: one of UNITS; gpu: whether only a run on a
-    GPU has it.
+    key: names it on the page of watch.py; legend: {{label}} stands for a label's value; unit: of
+    UNITS; gpu: whether only a run on a GPU has it.
     """
 
+    key: str
     title: str
     query: str
     legend: str
@@ -47,8 +49,9 @@ def read_dashboards(path: Path = SOURCE) -> tuple[Dashboard, ...]:
     """Read the dashboards of a file such as panels.yaml."""
     dashboards = []
     for name, content in read_yaml(path).items():
+        numbers = itertools.count()
         rows = {
-            title: tuple(Panel(**panel) for panel in panels)
+            title: tuple(Panel(key=f"{name}-{next(numbers)}", **panel) for panel in panels)
             for title, panels in content["rows"].items()
         }
         dashboards.append(Dashboard(name=name, title=content["title"], rows=rows))

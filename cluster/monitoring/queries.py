@@ -19,9 +19,7 @@ MAX_LINES = 24  # of a panel
 MAX_BYTES = 8 << 20  # of an answer
 TIMEOUT_SECONDS = 10.0
 PANELS: dict[str, Panel] = {
-    f"{dashboard.name}-{number}": panel
-    for dashboard in DASHBOARDS
-    for number, panel in enumerate(dashboard.panels)
+    panel.key: panel for dashboard in DASHBOARDS for panel in dashboard.panels
 }
 RUNS = ("running", "step", "loss", "samples_per_second", "data_wait_ratio", "eta_seconds")
 RUNS_QUERY = f'{{__name__=~"minidalle2:train_({"|".join(RUNS)})"}}'
@@ -33,17 +31,12 @@ class PrometheusError(Exception):
 
 def layout() -> list[Json]:
     """Return the dashboards as the page draws them, each panel with its key in PANELS."""
-    keys = {id(panel): key for key, panel in PANELS.items()}
-    dashboards = []
+    fields, dashboards = ("key", "title", "help", "unit"), []
     for dashboard in DASHBOARDS:
-        rows = []
-        for title, panels in dashboard.rows.items():
-            shown = [
-                {"key": keys[id(panel)], "title": panel.title, "help": panel.help,
-                 "unit": panel.unit}
-                for panel in panels
-            ]  # fmt: skip
-            rows.append({"title": title, "panels": shown})
+        rows = [
+            {"title": title, "panels": [{f: getattr(panel, f) for f in fields} for panel in panels]}
+            for title, panels in dashboard.rows.items()
+        ]
         title = dashboard.title.partition(": ")[2]
         dashboards.append({"name": dashboard.name, "title": title, "rows": rows})
     return dashboards

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cluster.base.options import merged, read_yaml
+
 PRESETS = Path(__file__).parent / "presets"
 # unexpected stops of a node in a 54-day snapshot of 16,384 GPUs, 2,048 nodes: 419
 # (Dubey et al. 2024, The Llama 3 Herd of Models, section 3.3.4)
@@ -14,12 +16,7 @@ NODE_MTBF_HOURS = 24 * LLAMA_DAYS * LLAMA_NODES / LLAMA_STOPS  # 6,335
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """The models of a plan: presets of training/presets by stage, and their encoder.
-
-    encoder: a preset of a CLIP, as "clip_paper", or the name of an open_clip architecture; ar: the
-    preset of the autoregressive prior, or none; sample_steps: of prior, decoder and upsamplers;
-    passes_per_step: of prior and decoder, 2 under guidance.
-    """
+    """The models of a plan; chains.yaml explains the fields."""
 
     encoder: str
     prior: str
@@ -29,24 +26,10 @@ class Chain:
     passes_per_step: tuple[float, float] = (2, 2)
 
 
-CHAINS = {
-    "paper": Chain(
-        encoder="clip_paper", prior="paper", ar="paper_ar",
-        decoders=("paper", "paper_up256", "paper_up1024"),
-        # table 3; guiding the prior hurt results
-        sample_steps=(64, 250, 27, 15), passes_per_step=(1, 2),
-    ),
-    "karlo": Chain(
-        encoder="ViT-L-14", prior="modern", decoders=("karlo", "karlo_up256")
-    ),
-    "modern": Chain(
-        encoder="ViT-H-14", prior="modern",
-        decoders=("modern", "paper_up256", "paper_up1024"),
-    ),
-    "mini": Chain(encoder="ViT-L-14", prior="mini", ar="mini", decoders=("mini", "mini_up")),
-    "demo": Chain(encoder="clip_demo", prior="demo", ar="demo", decoders=("demo", "demo_up")),
-    "debug": Chain(encoder="clip_debug", prior="debug", ar="debug", decoders=("debug", "debug_up")),
-}  # fmt: skip
+CHAINS: dict[str, Chain] = {
+    name: merged(Chain(encoder="", prior="", decoders=()), fields, name)
+    for name, fields in read_yaml(Path(__file__).with_name("chains.yaml")).items()
+}
 
 
 @dataclass(frozen=True, kw_only=True)
