@@ -241,7 +241,7 @@ def test_wrong_options_leave_the_folder_to_the_right_ones(config: SampleConfig, 
         ("seed", 10**20, "found 100000000000000000000, expected a number of 64 bits"),
         ("best_of", 0, "found 0, expected 1 or more"),
         ("top_share", 5.0, "found 5.0, expected more than 0"),
-        ("temperature", -1.0, "found -1.0, expected 0 or more"),
+        ("temperature", -1.0, "found -1, expected 0 or more"),
         ("cfg_scale", float("nan"), "found nan, expected a finite number"),
     ):
         with pytest.raises(ValueError, match=f"{name}: {message}"):

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,8 +35,8 @@ class Option:
     hidden: its flags work, but --help leaves them out; may_change: another launch of the same run
     may have another value; name: in flags and YAML, where that is not the field's own; inline: a
     group whose fields are named as if the class that holds it had them; groups: of a field with
-    choices, the group of options that each choice uses. A group's hidden and may_change hold for
-    all of its fields.
+    choices, the group of options that each choice uses; least, most: of a finite number, as
+    `require_bounds` checks it. A group's hidden and may_change hold for all of its fields.
     """
 
     hidden: bool = False
@@ -43,6 +44,8 @@ class Option:
     name: str = ""
     inline: bool = False
     groups: tuple[str, ...] = ()
+    least: float | None = None
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,21 @@ def options_of(config_class: type[DataclassInstance]) -> dict[str, OptionField]:
                 (field.name, *inner.path), inner.hint, merged_option
             )
     return options
+
+
+@functools.cache
+def _bounds(config_class: type[DataclassInstance]) -> list[tuple[str, float, float]]:
+    options = ((field.name, option) for field, _, option in fields_of(config_class))
+    return [(name, o.least, o.most) for name, o in options if o.least is not None]
+
+
+def require_bounds(config: DataclassInstance) -> None:
+    """Raise ValueError for the first field whose value is outside of its option's bounds."""
+    for name, least, most in _bounds(type(config)):
+        value = getattr(config, name)
+        if not math.isfinite(value) or not least <= value <= most:
+            bounds = f"{least:g} to {most:g}" if math.isfinite(most) else f"{least:g} or more"
+            raise ValueError(f"{name}: found {value:g}, expected {bounds}")
 
 
 def is_group(value: object) -> TypeGuard[DataclassInstance]:

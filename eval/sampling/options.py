@@ -6,6 +6,7 @@ from typing import Annotated
 
 from tyro.conf import UseAppendAction
 
+from cluster.base.options import Option, require_bounds
 from models.configs import SpacingChoice
 from training.engine.precision import Precision
 
@@ -30,11 +31,11 @@ class DrawingOptions:
 class ImageOptions:
     """How the decoder and upsamplers draw."""
 
-    decoder_steps: int = 16
+    decoder_steps: Annotated[int, Option(least=1)] = 16
     """sampling steps of the decoder"""
-    upsampler_steps: int = 8
+    upsampler_steps: Annotated[int, Option(least=1)] = 8
     """sampling steps of an upsampler"""
-    upsampler_tile: int = 0
+    upsampler_tile: Annotated[int, Option(least=0)] = 0
     """side in px of the overlapping tiles in which an upsampler works, where its complete image
     does not fit the memory; 0 = no tiles"""
     precision: Precision = "auto"
@@ -45,11 +46,11 @@ class ImageOptions:
 class PriorOptions:
     """How a prior draws."""
 
-    prior_steps: int = 16
+    prior_steps: Annotated[int, Option(least=1)] = 16
     """sampling steps of the prior"""
     prior_cfg_scale: float = 1.5
     """guidance of the prior; 1 = off, as in the paper"""
-    best_of: int = 2
+    best_of: Annotated[int, Option(least=1)] = 2
     """draws of a diffusion prior, of which the one nearest to the caption is kept"""
 
 
@@ -77,24 +78,19 @@ class SamplingSettings(PriorOptions, ImageOptions):
     """shares of the noising time in which to guide the decoder; 0 is the clean end"""
     guidance_rescale: float = 0.0
     """share of the decoder's result that gets the standard deviation back that guidance took"""
-    temperature: float = 1.0
+    temperature: Annotated[float, Option(least=0)] = 1.0
     """of an autoregressive prior's codes; 0 = no draw: each code at its expected value, which is
 nearer to the image than a draw"""
     top_share: float = 0.5
     """an autoregressive prior draws its dot-product token from this top part of its distribution"""
-    mean_of: int = 1
+    mean_of: Annotated[int, Option(least=1)] = 1
     """draws of an autoregressive prior whose mean is taken: nearer to the image, and less varied"""
 
     def __post_init__(self) -> None:
-        steps = ("prior_steps", "decoder_steps", "upsampler_steps", "best_of", "mean_of")
-        for name, least in (*((name, 1) for name in steps), ("upsampler_tile", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected {least} or more")
+        require_bounds(self)
         for name in ("cfg_scale", "prior_cfg_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a finite number")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: found {self.temperature}, expected 0 or more")
         if not 0 < self.top_share <= 1:
             raise ValueError(
                 f"top_share: found {self.top_share}, expected more than 0 and at most 1"
