@@ -14,9 +14,9 @@ from PIL import Image
 from cluster.base.files import Json
 from cluster.base.jsonl import read_lines
 from eval.html_report.formats import flatten, read_json
+from eval.sampling.edits import COMMANDS, EDITS_NAME
 from eval.sampling.image_source import SAMPLES_NAME
 
-EDITS_NAME = "edits.jsonl"
 MAX_SIDE = 384  # px of an inline picture; a page of 1024 px ones would not open on a phone
 MAX_SHEET_SIDE = 1600  # px of a sheet, which is many images in one
 MAX_SAMPLES = 24
@@ -76,11 +76,12 @@ def sheet(folder: Path, name: str) -> Json | None:
 
 
 def edits(run: Path) -> dict[str, list[Json]]:
-    """Return the grids below <run>/edits by their command: {heads, rows, settings}."""
+    """Return the grids below <run>/edits by their command: {heads, rows, settings}; unknown commands
+    are left out."""
     by_command: dict[str, list[Json]] = {}
     for path in sorted(run.glob(f"edits/*/{EDITS_NAME}")):
         lines = read_lines(path)
-        if not lines:
+        if not lines or lines[0].get("command") not in COMMANDS:
             continue
         width = len({line["file"].partition("_")[2] for line in lines})
         starts = range(0, min(len(lines), width * MAX_ROWS), width)
@@ -94,5 +95,5 @@ def edits(run: Path) -> dict[str, list[Json]]:
         heads = [line["column"] for line in lines[:width]]
         settings = flatten(lines[0].get("settings") or {})
         strip = {"heads": heads, "rows": rows, "settings": list(settings.items())}
-        by_command.setdefault(str(lines[0].get("command")), []).append(strip)
+        by_command.setdefault(lines[0]["command"], []).append(strip)
     return by_command
