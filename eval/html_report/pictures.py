@@ -76,8 +76,10 @@ def sheet(folder: Path, name: str) -> Json | None:
 
 
 def edits(run: Path) -> dict[str, list[Json]]:
-    """Return the grids below <run>/edits by their command: {heads, rows, settings}; unknown commands
-    are left out."""
+    """Return the grids below <run>/edits by their command: {heads, rows, settings}.
+
+    Unknown commands are left out.
+    """
     by_command: dict[str, list[Json]] = {}
     for path in sorted(run.glob(f"edits/*/{EDITS_NAME}")):
         lines = read_lines(path)
