@@ -16,7 +16,6 @@ from typing import Annotated
 from tyro.conf import UseAppendAction
 
 from cluster.base.cli import parse, require_at_least, require_local, run_script
-from cluster.base.files import atomic_write
 from cluster.base.machine import threads_for
 from eval.sampling.options import DrawingOptions, SamplingSettings, SeededSampling
 from training.engine.precision import settled
@@ -65,15 +64,13 @@ class SampleConfig(SamplingSettings, DrawingOptions):
 def main(config: SampleConfig) -> int:
     """Draw what is missing in `config.out`, then write grid.png and samples.jsonl."""
     import torch
-    from PIL import Image
 
-    from cluster.base.metrics import counter, serve
+    from cluster.base.metrics import serve
     from cluster.base.progress import progress
     from eval.features.devices import device_named
     from eval.sampling import sample_job
     from eval.sampling.captions import read_captions
     from eval.sampling.chain import Model
-    from eval.sampling.generate import render_all, sampling_of
     from eval.sampling.image_source import SAMPLES_NAME
 
     require_local("--out", config.out)
@@ -88,11 +85,11 @@ def main(config: SampleConfig) -> int:
     if config.captions:
         captions = read_captions(config.captions, config.limit)
 
-    sampling, out = sampling_of(vars(config)), Path(config.out)
+    out = Path(config.out)
     model = Model(**{field.name: getattr(config, field.name) for field in fields(Model)})
-    chain = model.load(config.device)
     options = {f.name: getattr(config, f.name) for f in fields(SeededSampling)}
     settings = sample_job.settings_of(model, captions, options, config.device)
+    chain = model.load(config.device)
     sample_job.open_samples(out, settings, fresh=config.fresh)
 
     # Draw the batches of which an image is missing
@@ -102,19 +99,10 @@ def main(config: SampleConfig) -> int:
             batch = captions[start : start + config.batch_size]
             paths = [out / sample_job.image_name(start + i) for i in range(len(batch))]
             if not all(path.is_file() for path in paths):
-                images = render_all(
-                    chain, batch, None, sampling,
-                    seed=config.seed, batch_size=config.batch_size, offset=start,
-                )  # fmt: skip
-                for path, image in zip(paths, images, strict=True):
-                    with atomic_write(path) as temporary:  # a file that exists is not drawn again
-                        Image.fromarray(image).save(temporary, format="png")
-                made += len(batch)
-                counter("minidalle2_samples_generated_total").inc(len(batch))
+                made += sample_job.draw_batch(out, chain, batch, start, settings)
             advance(len(batch))
     if made or not (out / SAMPLES_NAME).is_file():
-        sample_job.grid_of_samples(out, captions)
-        sample_job.list_samples(out, captions, config.seed)
+        sample_job.finish_samples(out, captions, config.seed)
     seconds = time.perf_counter() - started
     print(
         f"sample: {made} images drawn, {len(captions) - made} were there, {seconds:.1f} s -> {out}"

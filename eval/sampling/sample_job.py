@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.base.files import Json, write_json, write_text
+from cluster.base.files import Json, atomic_write, write_json, write_text
 from cluster.base.options import merged
 from eval.features.devices import device_named
 from eval.features.workers import ImageBlocks, MakeBlock, Workers
@@ -35,6 +35,7 @@ from training.engine.precision import settled
 from training.tasks.pictures import grid, save_png
 
 BLOCK_SIZE = 50  # captions: eval/sample.py's batch
+GRID_IMAGES, GRID_COLUMNS = 24, 6  # of grid.png
 
 
 def image_name(number: int) -> str:
@@ -81,25 +82,44 @@ def _settings_in(path: Path) -> Json:
     return settings if ours else {}
 
 
-def list_samples(out: Path, captions: Sequence[str], seed: int) -> None:
-    """Write samples.jsonl, which marks a folder of samples as finished."""
+def draw_batch(
+    folder: Path, chain: UnClip, captions: list[str], start: int, settings: Json
+) -> int:
+    """Draw captions at once, as files in a folder; return their number.
+
+    start: place of the first caption in its list. A file that exists is complete.
+    """
+    from PIL import Image
+
+    from cluster.base.metrics import counter
+
+    images = render_all(
+        chain, captions, None, sampling_of(settings),
+        seed=settings["seed"], batch_size=len(captions), offset=start,
+    )  # fmt: skip
+    for number, image in enumerate(images, start):
+        with atomic_write(folder / image_name(number)) as temporary:
+            Image.fromarray(image).save(temporary, format="png")
+    counter("minidalle2_samples_generated_total").inc(len(images))
+    return len(images)
+
+
+def finish_samples(out: Path, captions: Sequence[str], seed: int) -> None:
+    """Write grid.png of images spread over the captions, grid.json with their captions, and then
+    samples.jsonl, which marks a folder of samples as finished."""
+    from PIL import Image
+
+    step = max(1, len(captions) // GRID_IMAGES)
+    chosen = list(range(0, len(captions), step))[:GRID_IMAGES]
+    images = [np.asarray(Image.open(out / image_name(i)).convert("RGB")) for i in chosen]
+    rows = [images[i : i + GRID_COLUMNS] for i in range(0, len(images), GRID_COLUMNS)]
+    save_png(out / "grid.png", grid(rows, [], []))
+    write_json(out / "grid.json", [captions[i] for i in chosen])
     lines = (
         json.dumps({"file": image_name(i), "caption": caption, "seed": seed})
         for i, caption in enumerate(captions)
     )
     write_text(out / SAMPLES_NAME, "".join(f"{line}\n" for line in lines))
-
-
-def grid_of_samples(out: Path, captions: Sequence[str], most: int = 24, columns: int = 6) -> None:
-    """Write grid.png of images spread over the captions, and grid.json with their captions."""
-    from PIL import Image
-
-    step = max(1, len(captions) // most)
-    chosen = list(range(0, len(captions), step))[:most]
-    images = [np.asarray(Image.open(out / image_name(i)).convert("RGB")) for i in chosen]
-    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    save_png(out / "grid.png", grid(rows, [], []))
-    write_json(out / "grid.json", [captions[i] for i in chosen])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,21 +131,12 @@ class SampleBlocks(ImageBlocks):
 
     def make(self, block: int, chain: UnClip) -> int:
         """Draw and commit a block; return its number of images."""
-        from PIL import Image
-
-        from cluster.base.metrics import counter
-
         numbers = self.numbers(block)
-        images = render_all(
-            chain, self.captions[numbers.start : numbers.stop], None, sampling_of(self.settings),
-            seed=self.settings["seed"], offset=numbers.start,
-        )  # fmt: skip
+        captions = self.captions[numbers.start : numbers.stop]
         with Attempt(self.root, shard_name(block)) as attempt:
-            for number, image in zip(numbers, images, strict=True):
-                Image.fromarray(image).save(attempt.path / image_name(number))
-            attempt.commit(num_samples=len(images), counts={}, config_hash="")
-        counter("minidalle2_samples_generated_total").inc(len(images))
-        return len(images)
+            draw_batch(attempt.path, chain, captions, numbers.start, self.settings)
+            attempt.commit(num_samples=len(captions), counts={}, config_hash="")
+        return len(captions)
 
 
 def load_model(blocks: SampleBlocks, model: Model, device: str) -> MakeBlock:
@@ -143,7 +154,6 @@ def draw(
     for a folder of other samples, IncompleteError if images are missing in the end.
     """
     settings = settings_of(model, captions, options, workers.device)
-    sampling_of(settings)  # refuses bad options before the folder changes
     open_samples(out, settings, fresh=fresh)
     if (out / SAMPLES_NAME).is_file() and not committed(out):  # eval/sample.py finished it
         return 0
@@ -164,8 +174,7 @@ def draw(
     if total != len(captions):
         raise IncompleteError(f"{out}: found {total} samples, expected {len(captions)}")
     if not (out / SAMPLES_NAME).is_file():
-        grid_of_samples(out, captions)
-        list_samples(out, captions, settings["seed"])
+        finish_samples(out, captions, settings["seed"])
     return made
 
 
@@ -175,6 +184,7 @@ def settings_of(model: Model, captions: list[str], options: Json, device: str) -
     Raises ValueError for an unknown option.
     """
     settings = asdict(merged(SeededSampling(), options, "--sampling"))
+    sampling_of(settings)  # refuses bad options before a folder changes
     settings["precision"] = settled(settings["precision"], device_named(device).type)
     clip = model.clip or load_config(exported(Path(model.prior)))["clip"]
     weights = chain_weights(*model.runs)
