@@ -90,7 +90,7 @@ def test_a_demos_runs_are_listed_below_it_and_go_with_it(runs: Path, capsys):
     assert RunsFolder(str(runs)).names() == ["base", "demo/clip", "prior"]
     assert command(["rm", "demo/clip", "--yes", "--runs", str(runs)]) == 0
     assert not (demo / "clip").exists() and (demo / "demo.json").exists()
-    assert command(["rm", "demo", "--yes", "--runs", str(runs)]) == 0
+    assert command(["rm", "--yes", "demo", "--runs", str(runs)]) == 0
     assert not demo.exists()
 
 

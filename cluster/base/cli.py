@@ -165,8 +165,10 @@ def _with_flags(config: Config, given: list[Given], flags: dict[str, OptionField
     def parsed(some: list[Given]) -> DataclassInstance | None:
         arguments = []
         for flag, values in some:
-            joined = len(values) == 1 and flag  # a value may begin with "--"
-            arguments += [f"{flag}={values[0]}"] if joined else [*([flag] if flag else ()), *values]
+            if flag and len(values) == 1 and values[0].startswith("-"):
+                arguments.append(f"{flag}={values[0]}")
+            else:
+                arguments += [flag, *values] if flag else values
         # tyro's message is a box of many lines
         with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
             return tyro.cli(view, args=arguments)
