@@ -37,6 +37,13 @@ def write_step(run: Path, step: int, kind: str = "decoder") -> Path:
     return folder
 
 
+def run_of(folder: Path, *steps: int) -> Path:
+    run = folder / "base"
+    for step in steps:
+        write_step(run, step)
+    return run
+
+
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The content of the weights that `sample_and_score` was called with, call by call."""
@@ -78,9 +85,7 @@ def test_results_of_other_settings_are_deleted_and_own_flags_come_last(
 
 
 def test_each_whole_checkpoint_is_scored_once(tmp_path: Path, scored: list):
-    run = tmp_path / "base"
-    for step in (2, 4):
-        write_step(run, step)
+    run = run_of(tmp_path, 2, 4)
     (run / "step_00000006").mkdir()  # still being written
     (run / "step_00000002.bak").mkdir()
     config = RunWatchConfig(run=str(run), once=True)
@@ -100,9 +105,7 @@ def test_each_whole_checkpoint_is_scored_once(tmp_path: Path, scored: list):
 def test_a_checkpoint_that_is_pruned_while_another_is_scored_is_scored_still(
     tmp_path: Path, scored: list, monkeypatch: pytest.MonkeyPatch
 ):
-    run = tmp_path / "base"
-    for step in (2, 4):
-        write_step(run, step)
+    run = run_of(tmp_path, 2, 4)
     score = watch.sample_and_score
 
     def pruning(*arguments: Any) -> dict[str, Any]:
@@ -137,9 +140,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_taken_is_left_and_said(
 def test_killed_between_two_checkpoints_it_goes_on_with_the_second(
     tmp_path: Path, scored: list, monkeypatch: pytest.MonkeyPatch
 ):
-    run = tmp_path / "base"
-    for step in (2, 4):
-        write_step(run, step)
+    run = run_of(tmp_path, 2, 4)
     score, config = watch.sample_and_score, RunWatchConfig(run=str(run), once=True)
 
     def dying(config: RunWatchConfig, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -161,8 +162,7 @@ def test_killed_between_two_checkpoints_it_goes_on_with_the_second(
 def test_one_curve_holds_no_scores_of_other_settings(
     change: str, tmp_path: Path, scored: list, monkeypatch: pytest.MonkeyPatch
 ):
-    run = tmp_path / "base"
-    write_step(run, 2)
+    run = run_of(tmp_path, 2)
     config = RunWatchConfig(run=str(run), once=True)
     watch.main(config)
     write_step(run, 4)
@@ -187,8 +187,7 @@ def test_a_guide_is_found_among_options():
 
 
 def test_it_follows_a_run_to_its_end(tmp_path: Path, scored: list, monkeypatch: pytest.MonkeyPatch):
-    run = tmp_path / "base"
-    write_step(run, 2)
+    run = run_of(tmp_path, 2)
     naps: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -224,8 +223,7 @@ def test_a_run_takes_the_place_of_its_kind(tmp_path: Path):
 
 
 def test_two_watchers_of_one_run_are_refused(tmp_path: Path, scored: list):
-    run = tmp_path / "base"
-    write_step(run, 2)
+    run = run_of(tmp_path, 2)
     (run / "watch").mkdir()
     with (run / "watch" / ".lock").open("w") as lock:
         assert try_lock(lock)

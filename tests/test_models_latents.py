@@ -1,6 +1,7 @@
 """Laws of the two latents: end points, norms, and what a decoder under them does."""
 
 import itertools
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from eval import sample
 from eval.sampling.generate import sampling_of
 from models.configs import Spacing
 from models.convert.runs import load_clip
@@ -31,6 +33,7 @@ from models.unclip import UnClip
 
 HOW = sampling_of({"decoder_steps": 4, "precision": "fp32", "upsampler_steps": 2})
 SIZE = 32
+QUICK = ["--decoder-steps", "3", "--num-threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -178,12 +181,8 @@ def edited(
     files: dict[str, Any], out: Path, command: str, *arguments: str, enlarge: bool = True
 ) -> list[list[Any]]:
     """Run a sub-command; return its images by row, and check the grid and the list."""
-    import json
-
-    from eval import sample
-
     runs = files["runs"]
-    settings = ["--decoder", str(runs["decoder"]), "--decoder-steps", "3", "--out", str(out)]
+    settings = ["--decoder", str(runs["decoder"]), "--out", str(out), *QUICK]
     if enlarge:
         settings += ["--upsampler", str(runs["upsampler"]), "--upsampler-steps", "2"]
     assert sample.command([command, *settings, *arguments]) == 0
@@ -196,24 +195,6 @@ def edited(
     side = 2 * SIZE if enlarge else SIZE
     assert all(image.shape == (side, side, 3) for image in images)
     return [images[start : start + width] for start in range(0, len(images), width)]
-
-
-def test_every_edit_writes_its_rows(files, tmp_path):
-    images = ["--images", *files["images"]]
-    rows = edited(files, tmp_path / "v", "variations", *images, "--count", "2")
-    assert [len(row) for row in rows] == [3, 3]
-    rows = edited(files, tmp_path / "i", "interpolate", *images, "--count", "3")
-    assert [len(row) for row in rows] == [3]
-    options = ["--caption", "a red cube", "--without", "a photo", "--count", "2"]
-    rows = edited(files, tmp_path / "t", "textdiff", *images, *options)
-    assert [len(row) for row in rows] == [2, 2]
-    more = ["--embeds", files["embeds"], "--components", "2", "5", "500"]
-    rows = edited(files, tmp_path / "p", "pca", *images, *more)
-    assert [len(row) for row in rows] == [3, 3]  # 2, 5 and all 32
-    prior = ["--prior", str(files["runs"]["prior"])]
-    options = ["--prompts", "a red cube", "--prompts", "a hat", "--scales", "1", "3"]
-    rows = edited(files, tmp_path / "g", "guidance", *prior, *options)
-    assert [len(row) for row in rows] == [2, 2]
 
 
 FOUR_PROMPTS = [word for n in range(4) for word in ("--prompts", f"{n} hats")]
@@ -248,26 +229,30 @@ def test_no_split_into_batches_changes_an_edit(command, arguments, files, tmp_pa
         assert abs(found - whole).max() <= 1
 
 
-def test_the_image_itself_is_the_same_in_every_edit(files, tmp_path):
+def test_every_edit_writes_its_rows_and_the_image_itself_is_the_same_in_all(files, tmp_path):
     """A variation's first, a blend's ends, theta 0 and all components are one reconstruction."""
     images = ["--images", *files["images"]]
-    first = edited(files, tmp_path / "v", "variations", *images, "--count", "1", enlarge=False)
-    blend = edited(files, tmp_path / "i", "interpolate", *images, "--count", "2", enlarge=False)[0]
-    options = ["--caption", "a hat", "--count", "2"]
+    first = edited(files, tmp_path / "v", "variations", *images, "--count", "2", enlarge=False)
+    blend = edited(files, tmp_path / "i", "interpolate", *images, "--count", "3")
+    options = ["--caption", "a red cube", "--without", "a photo", "--count", "2"]
     turned = edited(files, tmp_path / "t", "textdiff", *images, *options, enlarge=False)
-    more = ["--embeds", files["embeds"], "--components", "2"]
+    more = ["--embeds", files["embeds"], "--components", "2", "5", "500"]
     whole = edited(files, tmp_path / "p", "pca", *images, *more, enlarge=False)
-    pairs = [(blend[0], 0), (blend[1], 1), (turned[0][0], 0), (turned[1][0], 1), (whole[1][-1], 1)]
+    prior = ["--prior", str(files["runs"]["prior"])]
+    options = ["--prompts", "a red cube", "--prompts", "a hat", "--scales", "1", "3"]
+    guided = edited(files, tmp_path / "g", "guidance", *prior, *options)
+    sizes = [[len(row) for row in rows] for rows in (first, blend, turned, whole, guided)]
+    assert sizes == [[3, 3], [3], [2, 2], [3, 3], [2, 2]]  # of pca: 2, 5 and all 32
+    ends = edited(files, tmp_path / "e", "interpolate", *images, "--count", "2", enlarge=False)[0]
+    pairs = [(ends[0], 0), (ends[1], 1), (turned[0][0], 0), (turned[1][0], 1), (whole[1][-1], 1)]
     for found, number in pairs:
         assert abs(found - first[number][0]).max() <= 1
         assert abs(found - first[1 - number][0]).max() > 8
 
 
 def test_inpainting_keeps_what_is_masked_out(files, tmp_path):
-    from eval import sample
-
     runs = files["runs"]
-    settings = ["--decoder", str(runs["decoder"]), "--decoder-steps", "3", "--out"]
+    settings = ["--decoder", str(runs["decoder"]), *QUICK, "--out"]
     mask = ["--mask", str(files["root"] / "m.png"), "--count", "2"]
     given = ["inpaint", "--images", files["images"][0], *mask, *settings]
     assert sample.command([*given, str(tmp_path / "a")]) == 0
@@ -303,8 +288,6 @@ def test_inpainting_keeps_what_is_masked_out(files, tmp_path):
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_one_line(files, tmp_path, monkeypatch, arguments, problem):
-    from eval import sample
-
     monkeypatch.chdir(files["root"])
     (files["root"] / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     more = [] if arguments == ["varations"] else ["--decoder", str(files["runs"]["decoder"])]
@@ -313,8 +296,6 @@ def test_a_wrong_request_is_one_line(files, tmp_path, monkeypatch, arguments, pr
 
 
 def test_a_folder_of_something_else_is_spared(files, tmp_path, monkeypatch):
-    from eval import sample
-
     monkeypatch.chdir(files["root"])
     (tmp_path / "thesis.tex").write_text("dear")
     options = ["--decoder", str(files["runs"]["decoder"]), "--out", str(tmp_path)]

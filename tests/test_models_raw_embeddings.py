@@ -20,7 +20,7 @@ from models.latents import encode, reconstructions
 from models.unclip import UnClip
 from training.config import DecoderRunConfig, PriorRunConfig
 from training.data import demo_data
-from training.data.dataloader import as_batch
+from training.data.dataloader import Batch, as_batch
 from training.loop import Task
 from training.tasks import decoder as jobs
 from training.tasks import prior as prior_job
@@ -45,6 +45,19 @@ def decoder(data: Path, **options: Any) -> DecoderRunConfig:
         images=(str(data / "images"),), embeds=(str(data / "embeds"),), run=str(data / "run"),
         image_size=16, base=DecoderConfig(unet=UNET, context_width=8, **options),
     )  # fmt: skip
+
+
+def batch_of(config: DecoderRunConfig, count: int) -> Batch:
+    """The first samples of its data, as training reads them."""
+    index = torch.arange(count)
+    batch = as_batch(jobs.decoder_dataset(config).read(index.numpy()), index)
+    return batch.to(torch.device("cpu"))
+
+
+def stir(model: torch.nn.Module) -> None:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)
 
 
 def test_a_raw_encoder_is_another_encoder_of_the_same_directions():
@@ -92,8 +105,7 @@ def test_a_run_s_path_is_made_absolute_before_its_suffix(
 def test_a_dropped_caption_is_the_empty_one_where_that_is_asked_for(data: Path):
     config = decoder(data, empty_caption=True, text_embed_cond=True)
     encoder = load_clip(f"{SPEC}+raw")
-    reader, index = jobs.decoder_dataset(config), torch.arange(40)
-    batch = as_batch(reader.read(index.numpy()), index).to(torch.device("cpu"))
+    batch = batch_of(config, 40)
     drop = dropped_captions(config.base, batch.keys)
     assert 8 < int(drop.sum()) < 32
     given = jobs.decoder_condition(encoder, config, batch, drop)
@@ -115,12 +127,8 @@ def test_what_is_not_dropped_is_read_and_what_is_dropped_is_not(data: Path, empt
     """Another caption changes the loss of the samples that keep theirs, and of no other."""
     config = decoder(data, empty_caption=empty_caption, text_embed_cond=True)
     job: Task = jobs.build_decoder(config)
-    torch.manual_seed(0)
-    for parameter in job.model.parameters():
-        parameter.data.normal_(std=0.1)
-    index = torch.arange(40)
-    batch = as_batch(jobs.decoder_dataset(config).read(index.numpy()), index)
-    batch = batch.to(torch.device("cpu"))
+    stir(job.model)
+    batch = batch_of(config, 40)
     other = as_batch({name: value.numpy() for name, value in batch.columns.items()}, batch.keys)
     other.columns["tokens"] = batch["tokens"].roll(1, 0)
     other.columns["text_embed"] = batch["text_embed"].roll(1, 0)
@@ -131,8 +139,6 @@ def test_what_is_not_dropped_is_read_and_what_is_dropped_is_not(data: Path, empt
     assert not changed[drop].any() and changed[~drop].float().mean() > 0.8
 
 
-
-
 @pytest.mark.parametrize("empty_caption", [False, True])
 def test_edits_give_a_decoder_what_training_gave_it_where_it_dropped_the_caption(
     data: Path, empty_caption: bool
@@ -141,12 +147,8 @@ def test_edits_give_a_decoder_what_training_gave_it_where_it_dropped_the_caption
     config = decoder(data, empty_caption=empty_caption, text_embed_cond=True)
     encoder, model = load_clip(f"{SPEC}+raw"), jobs.decoder_model(config)
     assert isinstance(model, Decoder)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.1)
-    index = torch.arange(4)
-    batch = as_batch(jobs.decoder_dataset(config).read(index.numpy()), index)
-    batch = batch.to(torch.device("cpu"))
+    stir(model)
+    batch = batch_of(config, 4)
     x, t, never = torch.randn(4, 3, 16, 16), torch.full((4,), 500), torch.zeros(4).bool()
     trained = jobs.decoder_condition(encoder, config, batch, ~never if empty_caption else None)
     chain = UnClip(clip=encoder, prior=None, decoder=model)
@@ -162,7 +164,7 @@ def test_edits_give_a_decoder_what_training_gave_it_where_it_dropped_the_caption
     how = sampling_of({"decoder_steps": 2, "precision": "fp32", "upsampler_steps": 1})
     latents = encode(chain, [Image.new("RGB", (20, 20), "red")], how)
     count = len(seen)
-    reconstructions(chain, index[:1], latents, how)
+    reconstructions(chain, torch.arange(1), latents, how)
     assert len(seen) > count > 0
     if empty_caption:
         assert pooled is not None and all(each.allclose(pooled, atol=1e-6) for each in seen)

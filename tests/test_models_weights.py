@@ -73,35 +73,26 @@ def test_the_digest_knows_names_shapes_types_and_bits():
 # -- runs ------------------------------------------------------------------------------------------
 
 
+IMAGE = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
+PRIOR = PriorSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
+SAMPLING = Sampling(prior=PRIOR, decoder=IMAGE, upsampler=IMAGE)
+KEYS, CAPTIONS = torch.arange(2), ["a red cube", "a blue cone"]
+
+
 @pytest.mark.parametrize("kind", ["diffusion", "autoregressive", "regression"])
 def test_finished_runs_join_into_a_chain_from_caption_to_image(
     kind: str, tmp_path: Path, clip: FrozenClip, write_chain: WriteChain
 ):
+    """And a prior alone draws what it draws in the chain, and no image."""
     runs = {name: str(path) for name, path in write_chain(tmp_path, clip, kind=kind).items()}
-    whole = UnClip.load(clip, runs["prior"], runs["decoder"], (runs["upsampler"],))
-    image = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
-    prior = PriorSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
-    sampling = Sampling(prior=prior, decoder=image, upsampler=image)
-    keys, captions = torch.arange(2), ["a red cube", "a blue cone"]
-    embed = whole.sample_prior(keys, captions, sampling)
+    chain = UnClip.load(clip, runs["prior"], runs["decoder"], (runs["upsampler"],))
+    embed = chain.sample_prior(KEYS, CAPTIONS, SAMPLING)
     assert embed.shape == (2, clip.embed_dim)
-    assert whole.render(keys, captions, embed, sampling).shape == (2, 3, 16, 16)
-
-
-def test_a_prior_alone_imagines_as_the_whole_chain_does_and_draws_nothing(
-    tmp_path: Path, clip: FrozenClip, write_chain: WriteChain
-):
-    runs = {name: str(path) for name, path in write_chain(tmp_path, clip).items()}
+    assert chain.render(KEYS, CAPTIONS, embed, SAMPLING).shape == (2, 3, 16, 16)
     alone = UnClip.load(clip, runs["prior"])
-    image = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
-    prior = PriorSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
-    sampling = Sampling(prior=prior, decoder=image, upsampler=image)
-    keys, captions = torch.arange(2), ["a red cube", "a blue cone"]
-    embed = alone.sample_prior(keys, captions, sampling)
-    whole = UnClip.load(clip, runs["prior"], runs["decoder"])
-    assert torch.equal(embed, whole.sample_prior(keys, captions, sampling))
+    assert torch.equal(alone.sample_prior(KEYS, CAPTIONS, SAMPLING), embed)
     with pytest.raises(ValueError, match="decoder: found none"):
-        alone.render(keys, captions, embed, sampling)
+        alone.render(KEYS, CAPTIONS, embed, SAMPLING)
     with pytest.raises(ValueError, match="found an upsampler without a decoder"):
         UnClip.load(clip, runs["prior"], upsamplers=(runs["upsampler"],))
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _runs import prior_run
 from PIL import Image
+from safetensors.torch import save_file
 
 from ingest.shapes import Pair, make_pairs
 from ingest.shards import EmbedShard, ImageShard, Snapshot, load_snapshot
 from models.clip import preprocess, tokenizer
 from models.diffusion.keyed_random import sample_keys
-from training.config import DecoderRunConfig
+from training.config import DecoderRunConfig, TrainConfig
 from training.data import demo_data, inputs
 from training.data.dataloader import KeyedDataset, ThreadedLoader
 from training.data.datasets import EmbedDataset, ImageDataset, MixedDataset, PairDataset
@@ -211,13 +213,7 @@ def test_a_part_that_is_none_is_refused(data: Path, part: str):
 
 
 def test_the_statistics_of_the_prior_are_those_of_its_embeddings(data: Path, tmp_path: Path):
-    from models.configs import DiffusionPriorConfig
-    from training.config import PriorRunConfig
-
-    model = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
-    job = prior_job.build_prior(
-        PriorRunConfig(embeds=(str(data / "embeds"),), run=str(tmp_path), diffusion=model)
-    )
+    job = prior_job.build_prior(prior_run(data, tmp_path, TrainConfig()))
     stored = job.build_dataset().read(np.arange(24))["image_embed"].astype(np.float32)
     buffers = {name: buffer.numpy() for name, buffer in job.model.named_buffers()}
     np.testing.assert_allclose(buffers["scale.mean"], stored.mean(0), atol=1e-4)
@@ -226,7 +222,6 @@ def test_the_statistics_of_the_prior_are_those_of_its_embeddings(data: Path, tmp
 
 def test_another_encoder_than_that_of_the_embeddings_is_refused(data: Path, tmp_path: Path):
     import torch
-    from safetensors.torch import save_file
 
     from models.convert.runs import load_clip
 
