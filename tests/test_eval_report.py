@@ -16,7 +16,7 @@ from _report_run import HOSTILE, SCORES, picture, write_plain_run, write_rich_ru
 from PIL import Image
 
 from eval.html_report.charts import MAX_POINTS, line_chart, point_chart
-from eval.html_report.formats import duration, flatten, number, short, size
+from eval.html_report.formats import flatten, number
 from eval.html_report.page import write_report
 from eval.html_report.pictures import inline_image
 from eval.html_report.score_table import compared, described, entries, headlines, scored_by
@@ -321,17 +321,3 @@ def test_charts_leave_out_what_is_not_finite():
     assert line_chart("loss", [(1, math.nan), (2, 1.0)]) is None
     chart = line_chart("loss", [(1, 3.0), (2, math.inf), (3, 3.0)])
     assert chart and all(len(line) == 2 for line in lines_of(chart.svg))
-
-
-def test_formats():
-    texts = {None: "–", 1234: "1,234", 0.5: "0.500", 0.00012: "1.2e-04", 0.00456: "0.00456"}
-    texts |= {12.3456: "12.35", 123.456: "123.5", "x": "x", 0.0: "0.000", -0.5: "-0.500"}
-    assert {value: number(value) for value in texts} == texts
-    assert [duration(v) for v in (None, 7.46, 725, 7380)] == [
-        "–",
-        "7.5 s",
-        "12 min 05 s",
-        "2 h 03 min",
-    ]
-    assert [size(v) for v in (None, 2**20, 3 * 2**29)] == ["–", "1 MiB", "1.5 GiB"]
-    assert [short(v) for v in (0, 0.0312, 1500, 2e6)] == ["0", "0.0312", "1.5k", "2M"]

@@ -47,22 +47,6 @@ def test_the_average_is_the_weighted_sum_over_all_updates(sigma_rel: float):
     assert shadow.dtype == torch.float32
 
 
-def test_a_skipped_step_is_as_if_it_had_not_been():
-    walk = random_walk(9)
-    found, expected = [], []
-    for shadows, skipped in ((found, (0, 4, 5)), (expected, ())):
-        fragment = Fragment(name="w", offset=0, master=torch.zeros(7), state={})
-        averages = Ema([fragment], 0.9, SIGMAS)
-        weights, nonfinite = iter(walk), 0
-        for step in range(9 + len(skipped)):
-            if step in skipped:
-                nonfinite += 1
-                continue
-            fragment.master.copy_(next(weights))
-            averages.update(step, nonfinite)
-        shadows.extend(averages.shadows[f"power_{sigma}"][0] for sigma in SIGMAS)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
 
 # -- ranks -----------------------------------------------------------------------------------------
 
