@@ -1,63 +1,44 @@
 """Laws of the diffusion prior: who sees what and how the condition is dropped."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from _priors import EMBED, LENGTH, captions, prior_of, rows
+from torch import Tensor
 
-from models.configs import DiffusionPriorConfig
 from models.diffusion.samplers import SAMPLERS
 from models.networks.transformer import Block, causal_mask
 from models.priors.base import EMBED_RMS, EmbedScale, PriorSampling, PriorText
 from models.priors.diffusion import DiffusionPrior
 
-EMBED, TEXT, LENGTH = 16, 12, 5
-SIZES = {"embed_dim": EMBED, "text_width": TEXT, "context_length": LENGTH}
+
+def tiny(**changes) -> DiffusionPrior:
+    return prior_of("diffusion", **changes)
 
 
-def tiny(seed: int = 0, **changes) -> DiffusionPrior:
-    torch.manual_seed(seed)
-    config = DiffusionPriorConfig(**{"width": 32, "depth": 2, "num_heads": 2, **changes})
-    return DiffusionPrior(config, **SIZES)
-
-
-def inputs(count: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random arguments of `predict`; captions of 3 tokens of 5."""
-    rng = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
-    mask = (torch.arange(LENGTH) < 3).expand(count, -1)
-    return {
-        "x_t": draw(count, EMBED),
-        "t": torch.randint(0, 1000, (count,), generator=rng),
-        "text_embed": draw(count, EMBED),
-        "text_states": draw(count, LENGTH, TEXT),
-        "token_mask": mask.clone(),
-        "drop": torch.zeros(count, dtype=torch.bool),
-    }
-
-
-def text_of(given: dict[str, torch.Tensor]) -> PriorText:
-    return PriorText(
-        text_embed=given["text_embed"], text=given["text_states"], token_mask=given["token_mask"]
-    )
-
-
-def predict(prior: DiffusionPrior, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    return prior(given["x_t"], given["t"], text_of(given), given["drop"])
+def predict(
+    prior: DiffusionPrior, text: PriorText, *, shift: float = 0.0, drop: Any = False
+) -> Tensor:
+    """What a prior makes of the same noise, shifted, under some captions."""
+    count, rng = len(text.text), torch.Generator().manual_seed(2)
+    t = torch.randint(0, 1000, (count,), generator=rng)
+    x_t = torch.randn(count, EMBED, generator=rng) + shift
+    return prior(x_t, t, text, torch.as_tensor(drop).expand(count))
 
 
 def test_attention_is_causal():
     """What follows a token does not change it: hidden states before a changed input stay."""
-    prior, given = tiny(), inputs()
-    given["token_mask"][:] = True
+    prior, text = tiny(), captions()
+    text.token_mask[:] = True
     seen: list[Any] = []
     prior.blocks[-2].register_forward_hook(lambda module, args, output: seen.append(output))
-    predict(prior, given)
-    given["text_states"][:, 2] += 1.0
-    predict(prior, given)
-    given["x_t"] += 1.0
-    predict(prior, given)
+    predict(prior, text)
+    text.text[:, 2] += 1.0
+    predict(prior, text)
+    predict(prior, text, shift=1.0)
     first, words, noised = seen
     torch.testing.assert_close(words[:, :2], first[:, :2])
     assert all((words[:, i] != first[:, i]).any() for i in range(2, prior.length))
@@ -72,13 +53,15 @@ def test_the_last_tokens_alone_are_what_they_are_among_all():
     torch.testing.assert_close(block(x, mask, num_queries=2), block(x, mask)[:, -2:])
 
 
-@pytest.mark.parametrize("changed", ["text_states", "text_embed", "token_mask"])
+@pytest.mark.parametrize("changed", ["text", "text_embed", "token_mask"])
 def test_a_dropped_condition_is_not_read_and_a_kept_one_is(changed: str):
-    prior, given = tiny(), inputs()
-    given["drop"] = torch.tensor([True, True, False, False])
-    before = predict(prior, given)
-    given[changed] = ~given[changed] if changed == "token_mask" else given[changed] + 1
-    after = predict(prior, given)
+    prior, text, drop = tiny(), captions(), [True, True, False, False]
+    before = predict(prior, text, drop=drop)
+    value = getattr(text, changed)
+    other = dataclasses.replace(
+        text, **{changed: ~value if changed == "token_mask" else value + 1}
+    )
+    after = predict(prior, other, drop=drop)
     torch.testing.assert_close(after[:2], before[:2])
     assert ((after[2:] - before[2:]).abs().amax(1) > 1e-3).all()
 
@@ -108,14 +91,12 @@ def sampling(**changes) -> PriorSampling:
 
 
 def drawn(prior: DiffusionPrior, keys: torch.Tensor, options: PriorSampling) -> torch.Tensor:
-    given = {name: value[keys] for name, value in inputs(8).items()}
-    given["text_embed"] = F.normalize(given["text_embed"], dim=1)
-    return prior.sample(keys, text_of(given), options)
+    return prior.sample(keys, rows(captions(8), keys), options)
 
 
 def test_best_of_takes_the_larger_dot_product():
     prior, keys = tiny().eval(), torch.arange(8)
-    text_embed = F.normalize(inputs(8)["text_embed"], dim=1)
+    text_embed = captions(8).text_embed
     one, three = (drawn(prior, keys, sampling(best_of=n)) for n in (1, 3))
     better = (three * text_embed).sum(1) - (one * text_embed).sum(1)
     assert (better >= 0).all() and (better > 0).any()
@@ -130,16 +111,16 @@ def test_a_caption_that_is_read_once_is_one_that_is_read_at_every_step(
     changes: dict, sampler: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Guided, the best of three draws, captions of one to five tokens with rubbish behind them."""
-    prior, keys, given = tiny(**changes).eval(), torch.arange(8), inputs(8)
-    given["text_embed"] = F.normalize(given["text_embed"], dim=1)
-    given["token_mask"] = torch.arange(LENGTH) <= (keys % LENGTH)[:, None]
+    prior, keys = tiny(**changes).eval(), torch.arange(8)
+    mask = torch.arange(LENGTH) <= (keys % LENGTH)[:, None]
+    text = dataclasses.replace(captions(8), token_mask=mask)
     options = sampling(sampler=SAMPLERS[sampler], cfg_scale=3.0, best_of=3)
-    found = prior.sample(keys, text_of(given), options)
+    found = prior.sample(keys, text, options)
     words: list[int] = []
     prior.text_in.register_forward_hook(lambda module, args, output: words.append(1))
-    assert torch.equal(prior.sample(keys, text_of(given), options), found) and len(words) == 2
+    assert torch.equal(prior.sample(keys, text, options), found) and len(words) == 2
     monkeypatch.setattr(prior, "prefill", lambda text, drop: text)
-    expected = prior.sample(keys, text_of(given), options)
+    expected = prior.sample(keys, text, options)
     assert len(words) > 2 + 3 * 2 * 3
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -159,7 +140,7 @@ def test_analytic_variances_come_from_the_data(monkeypatch: pytest.MonkeyPatch):
 
     prior.forward = perfect
     monkeypatch.setattr(prior.scale, "restore", lambda x, unit_norm: x)
-    keys, text = torch.arange(3000), text_of(inputs(3000))
+    keys, text = torch.arange(3000), captions(3000)
     spread = {
         name: prior.sample(
             keys, text, sampling(sampler=SAMPLERS[name], sample_steps=5, best_of=1)
