@@ -199,7 +199,7 @@ def test_a_pinned_digest_refuses_a_shard_made_anew(tmp_path):
     old = commit_images(tmp_path)
     withdraw(tmp_path, old)
     commit_images(tmp_path, 3)
-    with pytest.raises(ValueError, match="made anew"):
+    with pytest.raises(ValueError, match="made again"):
         ImageShard(tmp_path, "000000", digest=old.digest)
 
 

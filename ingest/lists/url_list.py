@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from cluster.base.files import Json, digest_of
 
@@ -27,7 +27,7 @@ OUR_COLUMNS += ("width", "height", "original_width", "original_height")
 PLAIN_TYPES = {"string", "large_string", "bool", "float", "double"}
 PLAIN_TYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 COUNT_ROWS = 100_000  # of a batch where only URLs are read
-TYPED_JSON_LINES = 1000  # from which the names and types of their columns are taken
+TYPED_LINES = 1000  # from which the names and types of their columns are taken
 CSV_BLOCK_BYTES = 16 << 20
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
@@ -74,18 +74,31 @@ def _read_csv(
     yield from (pa.Table.from_batches([batch]) for batch in reader)
 
 
-def _read_json_lines(
-    stream: IO[bytes], columns: "pa.Schema | None", size: int
+def _read_lines(
+    stream: IO[bytes], columns: "pa.Schema | None", size: int, *, parse: Callable[[str], object]
 ) -> "Iterator[pa.Table]":
+    """Read lines, each of which `parse` turns into an object of JSON; blank lines are skipped."""
     import pyarrow as pa
 
-    def values(rows: list[Json], name: str) -> list[Any]:
+    def parsed() -> Iterator[Json]:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                value = parse(line.strip().decode("utf-8", "replace"))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if not isinstance(value, dict):
+                raise ValueError(f"line {number}: expected a JSON object")
+            yield value
+
+    def values(rows: list[Json], name: str) -> list[object]:
         cells = (row.get(name) for row in rows)
         return [_HALF_PAIR.sub("\ufffd", v) if isinstance(v, str) else v for v in cells]
 
-    objects = _json_objects(stream)
+    objects = parsed()
     if columns is None:
-        rows = list(islice(objects, TYPED_JSON_LINES))
+        rows = list(islice(objects, TYPED_LINES))
         names = dict.fromkeys(name for row in rows for name in row)
         yield pa.schema([(n, pa.array(values(rows, n)).type) for n in names]).empty_table()
         return
@@ -93,37 +106,13 @@ def _read_json_lines(
         yield pa.table([pa.array(values(rows, f.name), f.type) for f in columns], columns.names)
 
 
-def _json_objects(stream: IO[bytes]) -> Iterator[Json]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line.decode("utf-8", "replace"))
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"line {number}: expected a JSON object")
-        yield value
-
-
-def _read_text(stream: IO[bytes], columns: "pa.Schema | None", size: int) -> "Iterator[pa.Table]":
-    import pyarrow as pa
-
-    lines = (line.strip() for line in stream) if columns is not None else ()
-    urls = (line.decode("utf-8", "replace") for line in lines if line)
-    while rows := list(islice(urls, size)):
-        yield pa.table({"url": rows})
-    if columns is None:
-        yield pa.schema([("url", pa.string())]).empty_table()
-
-
 FORMATS: dict[str, Callable[..., "Iterator[pa.Table]"]] = {
     ".parquet": _read_parquet,
     ".csv": partial(_read_csv, delimiter=","),
     ".tsv": partial(_read_csv, delimiter="\t"),
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".txt": _read_text,
+    ".jsonl": partial(_read_lines, parse=json.loads),
+    ".ndjson": partial(_read_lines, parse=json.loads),
+    ".txt": partial(_read_lines, parse=lambda line: {"url": line}),
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz")
 
@@ -251,12 +240,14 @@ def open_url_list(
     files = _find_files(os.fspath(path))
     schemas = [next(_read_tables(file, None, 0)).schema for file in files]
     schema, suffix = schemas[0], _format_of(files[0].path)
-    url = _find_column(path, "url", url_column, URL_COLUMNS, schema.names)
+    wanted = URL_COLUMNS if url_column is None else (url_column,)
+    url = _find_column(path, "--url-column", wanted, schema.names)
     caption = ""
     if suffix != ".txt" or caption_column is not None:
-        caption = _find_column(path, "caption", caption_column, CAPTION_COLUMNS, schema.names)
+        wanted = CAPTION_COLUMNS if caption_column is None else (caption_column,)
+        caption = _find_column(path, "--caption-column", wanted, schema.names)
     for name in keep_columns:
-        _find_column(path, "keep", name, (), schema.names)
+        _find_column(path, "--keep-columns", (name,), schema.names)
         if name in OUR_COLUMNS:
             raise ValueError(f"--keep-columns {name}: the shards use this name; rename the column")
         if str(kind := schema.field(name).type) not in PLAIN_TYPES:
@@ -320,18 +311,13 @@ def _find_files(path: str) -> tuple["OpenFile", ...]:
 
 
 def _find_column(
-    path: str | os.PathLike[str],
-    what: str,
-    given: str | None,
-    known: Sequence[str],
-    names: Sequence[str],
+    path: str | os.PathLike[str], flag: str, wanted: Sequence[str], names: Sequence[str]
 ) -> str:
-    """Return the column that was given, else the first known one; ValueError if it is absent."""
-    wanted = known if given is None else (given,)
+    """Return the first wanted column that a list has; ValueError if it has none."""
     for name in wanted:
         if name in names:
             return name
-    flag = "--keep-columns" if what == "keep" else f"--{what}-column"
+    what = flag.removeprefix("--").removesuffix("-column").removesuffix("-columns")
     raise ValueError(
         f"{os.fspath(path)}: no {what} column ({', '.join(wanted)}); found {', '.join(names)}; "
         f"name one with {flag}"
