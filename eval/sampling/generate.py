@@ -99,11 +99,11 @@ def render_all(
 
     offset: place of the first caption in its list, which its noise is keyed by.
     """
-    parts = []
+    images = []
     for start in range(0, len(captions), batch_size):
-        part = captions[start : start + batch_size]
-        keys = caption_keys(part, seed, offset + start)
+        batch = captions[start : start + batch_size]
+        keys = caption_keys(batch, seed, offset + start)
         given = None if image_embed is None else image_embed[start : start + batch_size]
-        z = chain.sample_prior(keys, part, sampling) if given is None else given
-        parts.append(to_uint8(chain.render(keys, part, z, sampling)))
-    return np.concatenate(parts)
+        z = chain.sample_prior(keys, batch, sampling) if given is None else given
+        images.append(to_uint8(chain.render(keys, batch, z, sampling)))
+    return np.concatenate(images)
