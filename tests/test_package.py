@@ -266,7 +266,11 @@ def test_the_wheel_holds_the_folders_their_presets_and_templates():
     shipped = {path for path in files if path.startswith(FOLDERS)}
     assert shipped >= {name_of(path) for path in SOURCES}
     assert shipped >= {name_of(path) for path in ROOT.glob("training/presets/*/*.yaml")}
-    assert shipped >= {"eval/html_report/templates/report.html.j2", "cluster/watch.html"}
+    assert shipped >= {name_of(path) for path in ROOT.glob("eval/html_report/templates/*")}
+    assert shipped >= {name_of(path) for path in ROOT.glob("eval/html_report/*.yaml")}
+    assert shipped >= {name_of(path) for path in ROOT.glob("cluster/*/*.yaml")} | {
+        "cluster/watch.html"
+    }
     for folder in ("prometheus", "grafana"):
         watched = {path for path in (ROOT / "cluster" / folder).rglob("*") if path.is_file()}
         assert watched and shipped >= {name_of(path) for path in watched}
