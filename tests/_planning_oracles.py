@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.planning.failures import Checkpoints, Nodes, young_interval
+from cluster.planning.failures import CheckpointTimes, Nodes, young_interval
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Checkpoints):
+class Job(CheckpointTimes):
     """A run in lockstep: one failed node stops all, and what no checkpoint holds is lost."""
 
     work: float

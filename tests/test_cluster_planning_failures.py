@@ -8,7 +8,7 @@ import pytest
 from _planning_oracles import Job, SimulatedRun, daly_interval, simulate, simulated_goodput
 
 from cluster.planning.failures import (
-    Checkpoints,
+    CheckpointTimes,
     Nodes,
     best_checkpoints,
     best_interval,
@@ -87,7 +87,7 @@ def test_the_goodput_is_the_simulations(hours, spares, repair, write, tolerance,
 def test_waiting_for_repairs_is_the_idleness_of_a_queue_with_endless_servers():
     """All nodes are there for exp(-L D) of the time (M/G/oo, Takacs 1962)."""
     nodes = Nodes(count=100, mtbf=100 * 10 * HOUR, restart=0.0, repair=4 * HOUR)
-    checkpoints = Checkpoints(interval=1.0, block=0.0)
+    checkpoints = CheckpointTimes(interval=1.0, block=0.0)
     assert training_goodput(checkpoints, nodes) == pytest.approx(math.exp(-4 / 10), rel=1e-3)
 
 
@@ -99,13 +99,13 @@ def test_the_best_interval_is_youngs_and_dalys_where_failures_are_rare():
         around = [expected_goodput(best * x, block, 300.0, mtbf) for x in (0.9, 1.0, 1.1)]
         assert around[1] == max(around)
     assert daly_interval(50.0, 20.0) == 20.0  # longer than failures are apart
-    best, goodput = best_checkpoints(Checkpoints(interval=1.0, block=1e-3, write=120.0), SOME)
+    best, goodput = best_checkpoints(CheckpointTimes(interval=1.0, block=1e-3, write=120.0), SOME)
     assert best.interval == 120.0 and goodput == training_goodput(best, SOME)  # one write at a time
 
 
 def test_the_simulated_optimum_is_near_the_closed_forms():
     nodes = dataclasses.replace(SOME, spares=64)
-    best, expected = best_checkpoints(Checkpoints(interval=1.0, block=60.0), nodes)
+    best, expected = best_checkpoints(CheckpointTimes(interval=1.0, block=60.0), nodes)
     at = {}
     for factor in (0.25, 0.6, 1.0, 1.6, 4.0):
         job = Job(work=60 * DAY, interval=factor * best.interval, block=60.0)
@@ -119,7 +119,7 @@ def test_llama_3_kept_more_than_nine_tenths_of_its_time():
     nodes = Nodes(
         count=LLAMA_NODES, mtbf=3600 * NODE_MTBF_HOURS, restart=300.0, repair=14_400.0, spares=64
     )
-    _, goodput = best_checkpoints(Checkpoints(interval=1.0, block=2.0, write=30.0), nodes)
+    _, goodput = best_checkpoints(CheckpointTimes(interval=1.0, block=2.0, write=30.0), nodes)
     assert 0.9 < goodput < 0.97
 
 

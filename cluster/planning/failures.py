@@ -30,7 +30,7 @@ class Nodes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoints:
+class CheckpointTimes:
     """interval: work between checkpoints; block: time for which one stops the steps; write: time
     until it is complete on storage, beside the steps."""
 
@@ -72,7 +72,7 @@ def best_interval(block: float, restart: float, mtbf: float) -> float:
     return math.exp((low + high) / 2)
 
 
-def training_goodput(checkpoints: Checkpoints, nodes: Nodes) -> float:
+def training_goodput(checkpoints: CheckpointTimes, nodes: Nodes) -> float:
     """Return the share of the time that goes into work that stays, of a run in lockstep.
 
     `expected_goodput`, where each failure also loses the work done while the last checkpoint was
@@ -124,7 +124,7 @@ def _poisson_at_most(most: int, mean: float) -> float:
     return min(1.0, math.fsum(map(math.exp, logs)))
 
 
-def best_checkpoints(checkpoints: Checkpoints, nodes: Nodes) -> tuple[Checkpoints, float]:
+def best_checkpoints(checkpoints: CheckpointTimes, nodes: Nodes) -> tuple[CheckpointTimes, float]:
     """Return the checkpoints at the closed form's best interval, but no shorter than a write takes,
     since one is written at a time; and their goodput."""
     best = best_interval(checkpoints.block, nodes.restart, nodes.system_mtbf)

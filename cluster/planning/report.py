@@ -10,7 +10,7 @@ from cluster.base.files import Json
 from cluster.planning import failures, layouts
 from cluster.planning.devices import find_gpu
 from cluster.planning.efficiency import CHANNELS_LAST, Efficiency, efficiency, read_measured
-from cluster.planning.failures import Checkpoints, Nodes
+from cluster.planning.failures import CheckpointTimes, Nodes
 from cluster.planning.layouts import Layout, Placement
 from cluster.planning.request import PlanRequest
 from cluster.planning.stages import Stage, build_stages, image_flops
@@ -190,7 +190,7 @@ class Planner:
         nodes, own_interval = self._nodes(best.workers), train.checkpoint_every * seconds
         block = 16.0 * stage.parameters / best.workers / COPY
         write = size / (1e9 * self.request.storage_gbytes)
-        checkpoints = Checkpoints(
+        checkpoints = CheckpointTimes(
             interval=max(own_interval, write),
             block=block if train.async_checkpoints else block + write,
             write=write if train.async_checkpoints else 0.0,
