@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from PIL import Image
 
 from cluster.base import ray_session
 from cluster.base.ray_session import GROUPS
+from eval import sample
 from eval.features import workers
 from eval.features.extractors import ExtractorSpec, clip_spec
 from eval.features.store import FeatureExtraction, open_store
 from eval.features.workers import ImageBlocks, Workers
+from eval.sampling import sample_job
 from eval.sampling.image_source import IncompleteError, open_images
 from ingest.store.commits import committed
 from ingest.store.shard_runner import UnitResult, WorkerDiedError
@@ -278,30 +281,38 @@ def test_features_that_are_not_finite_name_the_image(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory, write_chain: Callable) -> Any:
-    from eval.sampling.chain import Model
 
     runs = write_chain(tmp_path_factory.mktemp("runs"), load_clip("tiny:random"), 8)
-    return Model(prior=str(runs["prior"]), decoder=str(runs["decoder"]))
+    return sample_job.Model(prior=str(runs["prior"]), decoder=str(runs["decoder"]))
 
 
 CAPTIONS = [f"a {colour} thing, number {i}" for i in range(60) for colour in ("red", "blue")]
 OPTIONS = {"prior_steps": 1, "decoder_steps": 1, "best_of": 1, "seed": 3, "precision": "fp32"}
 
 
-def drawn(out: Path, chain: Any, number: int = 0) -> list[bytes]:
-    from eval.sampling.sample_job import draw
-
-    draw(out, chain, CAPTIONS, OPTIONS, Workers(num_workers=number))
+def pictures(out: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(out.glob("0*.png"))]
 
 
+def drawn(out: Path, chain: Any, number: int = 0) -> list[bytes]:
+    sample_job.draw(out, chain, CAPTIONS, OPTIONS, Workers(num_workers=number))
+    return pictures(out)
+
+
+@pytest.fixture(scope="module")
+def ours(chain: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of samples that a job in this process has drawn."""
+    out = tmp_path_factory.mktemp("ours") / "samples"
+    drawn(out, chain)
+    return out
+
+
 def test_drawing_continues_where_it_was(
-    chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: Any, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A damaged block is drawn again and is as it was; the whole ones are left alone."""
-    from eval.sampling import sample_job as drawing
-
-    before = drawn(tmp_path / "s", chain)
+    shutil.copytree(ours, tmp_path / "s")
+    before = pictures(tmp_path / "s")
     assert len(before) == len(CAPTIONS) and len(committed(tmp_path / "s")) == 3
     (tmp_path / "s" / "000060.png").write_bytes(b"damaged")
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("0*.png")}
@@ -310,30 +321,27 @@ def test_drawing_continues_where_it_was(
         again = path.stat().st_mtime_ns != times[path.name]
         assert again == (50 <= int(path.stem) < 100), path
     assert open_images(str(tmp_path / "s")).captions == CAPTIONS
-    monkeypatch.setattr(drawing.SampleBlocks, "make", lambda self, block, chain: 0)
+    monkeypatch.setattr(sample_job.SampleBlocks, "make", lambda self, block, chain: 0)
     with pytest.raises(IncompleteError, match="found 0 samples, expected 120"):
         drawn(tmp_path / "t", chain)
 
 
-def test_drawing_is_eval_samples(chain: Any, tmp_path: Path):
+def test_drawing_is_eval_samples(chain: Any, ours: Path, tmp_path: Path):
     """The script, in batches of the same size, draws the same bytes; its folder is taken as is."""
-    from eval import sample
-
     (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))
     config = sample.SampleConfig(
         prior=chain.prior, decoder=chain.decoder, captions=str(tmp_path / "captions.txt"),
         out=str(tmp_path / "theirs"), num_threads=1, **OPTIONS,
     )  # fmt: skip
     assert sample.main(config) == 0
-    theirs = [path.read_bytes() for path in sorted((tmp_path / "theirs").glob("0*.png"))]
-    assert theirs == drawn(tmp_path / "ours", chain)
+    assert pictures(tmp_path / "theirs") == pictures(ours)
 
 
 @pytest.mark.slow
-def test_workers_draw_the_same_bytes(chain: Any, tmp_path: Path):
+def test_workers_draw_the_same_bytes(chain: Any, ours: Path, tmp_path: Path):
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
-        assert drawn(tmp_path / "two", chain, 2) == drawn(tmp_path / "none", chain)
+        assert drawn(tmp_path / "two", chain, 2) == pictures(ours)
         lines = (tmp_path / "two" / "samples.jsonl").read_text().splitlines()
         assert json.loads(lines[7]) == {"file": "000007.png", "caption": CAPTIONS[7], "seed": 3}
     finally:

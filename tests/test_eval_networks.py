@@ -2,6 +2,7 @@
 TensorFlow's and clean-fid's, and the whole distance torch-fidelity's and torchmetrics'."""
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from cluster.base.files import digest_file
 from eval.distances.frechet import Moments, Reference, frechet_distance
 from eval.features.extractors import ExtractorSpec, dinov2_spec, inception_spec
 from eval.features.extractors import _clean as clean
@@ -33,11 +35,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> WeightsFile:
     return WeightsFile(path=str(path), sha256=digest, official=False)
 
 
-def drawings(seed: int, count: int = COUNT) -> list[Image.Image]:
-    from io import BytesIO
+def saved(path: Path, state: dict[str, torch.Tensor]) -> WeightsFile:
+    torch.save(state, path)
+    return WeightsFile(path=str(path), sha256=digest_file(path), official=False)
 
+
+def drawings(seed: int, count: int = COUNT) -> list[Image.Image]:
     pairs = make_pairs(count, seed, "seen")
     return [Image.open(BytesIO(pair.image_bytes)).convert("RGB") for pair in pairs]
+
+
+def pixels_of(images: list[Image.Image]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([np.asarray(i).transpose(2, 0, 1) for i in images]))
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +94,7 @@ def test_dinov2_reads_the_originals_names(tmp_path: Path):
     name = "vit_small_patch14_dinov2"
     network = timm.create_model(name, pretrained=False, num_classes=0, img_size=224)
     state = {**network.state_dict(), "mask_token": torch.zeros(1, 384)}
-    torch.save(state, tmp_path / "small.pth")
-    from cluster.base.files import digest_file
-
-    digest = digest_file(tmp_path / "small.pth")
-    file = WeightsFile(path=str(tmp_path / "small.pth"), sha256=digest, official=False)
+    file = saved(tmp_path / "small.pth", state)
     found = dinov2_spec(file, name).build("cpu")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8))
     pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
@@ -107,7 +112,7 @@ def test_features_are_torch_fidelitys(weights: WeightsFile, extractor: Any):
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights.path
     )
     images = drawings(0, 4)
-    pixels = torch.from_numpy(np.stack([np.asarray(i).transpose(2, 0, 1) for i in images]))
+    pixels = pixels_of(images)
     with torch.inference_mode():
         expected = theirs(pixels)[0].numpy()
     found = extractor(images)
@@ -116,12 +121,7 @@ def test_features_are_torch_fidelitys(weights: WeightsFile, extractor: Any):
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path):
-    torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
-    from cluster.base.files import digest_file
-
-    file = WeightsFile(
-        path=str(tmp_path / "x.pth"), sha256=digest_file(tmp_path / "x.pth"), official=False
-    )
+    file = saved(tmp_path / "x.pth", {"a": torch.zeros(1)})
     with pytest.raises(ValueError, match="expected the FID's Inception"):
         inception_spec(file, clean=False).build("cpu")
 
@@ -133,10 +133,7 @@ def test_the_distance_of_images_is_the_oracles(weights: WeightsFile, extractor: 
     sets[0] = [image.filter(ImageFilter.GaussianBlur(2)) for image in sets[0]]
     fake, real = (Moments.of(extractor(images)) for images in sets)
     ours = frechet_distance(fake, real)
-    pixels = [
-        torch.from_numpy(np.stack([np.asarray(i).transpose(2, 0, 1) for i in images]))
-        for images in sets
-    ]
+    pixels = [pixels_of(images) for images in sets]
     metric = FrechetInceptionDistance(
         feature=2048, feature_extractor_weights_path=weights.path, antialias=False
     )
@@ -153,8 +150,6 @@ def test_the_distance_of_images_is_the_oracles(weights: WeightsFile, extractor: 
 
 
 def damaged(images: list[Image.Image], kind: str, level: float) -> list[Image.Image]:
-    from io import BytesIO
-
     rng, found = np.random.default_rng(0), []
     for image in images:
         if kind == "blur":
