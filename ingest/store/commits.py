@@ -86,13 +86,9 @@ class Commit:
 
 def read_commit(root: Root, shard: str) -> Commit | None:
     """Return the commit record of `shard`, None if it is not committed."""
-    return _read_record(storage_of(root), shard)
-
-
-def _read_record(storage: Storage, shard: str) -> Commit | None:
     name = _record(shard)
     try:
-        return Commit(**json.loads(storage.read(name)))
+        return Commit(**json.loads(storage_of(root).read(name)))
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, TypeError) as error:
@@ -116,10 +112,8 @@ def committed_names(root: Root) -> list[str]:
 
 def read_commits(root: Root) -> Iterator[Commit]:
     """Yield every commit record, in name order."""
-    storage = storage_of(root)
-    for commit in _map_names(lambda name: _read_record(storage, name), committed_names(root)):
-        if commit is not None:
-            yield commit
+    commits = _map_names(lambda name: read_commit(root, name), committed_names(root))
+    yield from (commit for commit in commits if commit is not None)
 
 
 def committed(root: Root) -> dict[str, Commit]:
@@ -198,11 +192,10 @@ def withdraw_damaged(
 
 def published(root: Root, shard: str) -> Commit:
     """Return the commit of `shard` after finishing its publication if that was interrupted."""
-    storage = storage_of(root)
-    commit = _read_record(storage, shard)
+    commit = read_commit(root, shard)
     if commit is None:
         raise ValueError(f"{root}: shard {shard} is not committed; rerun its stage")
-    _publish(storage, commit)
+    _publish(storage_of(root), commit)
     return commit
 
 
@@ -238,7 +231,7 @@ def recover(root: Root) -> None:
             owner = json.loads(storage.read(f"_attempts/{name}"))
         except FileNotFoundError:  # its owner finished meanwhile
             continue
-        attempt, commit = name.removesuffix(".json"), _read_record(storage, owner["shard"])
+        attempt, commit = name.removesuffix(".json"), read_commit(root, owner["shard"])
         if commit is not None and commit.attempt == attempt:
             _publish(storage, commit)
             _discard(storage, attempt)
