@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from conftest import Site
 
 from ingest.download import DownloadConfig
+from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
 from ingest.store.commits import committed, damage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,3 +53,10 @@ def digests(root: str | Path) -> dict[str, str]:
 def is_whole(root: str | Path) -> bool:
     """Say whether every file is the one that was committed."""
     return not any(damage(root, commit, deep=True) for commit in committed(root).values())
+
+
+def fetcher_of(*sites: Site, **policy: Any) -> Fetcher:
+    """Return what fetches from some sites, without a limit per host."""
+    allowed = tuple(parse_allow_address(site.address) for site in sites)
+    given = {"allow_addresses": allowed, "host_rate": 0, "timeout_seconds": 5.0, **policy}
+    return Fetcher(FetchPolicy(**given))

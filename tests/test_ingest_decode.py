@@ -169,12 +169,14 @@ def test_an_image_whose_shorter_side_is_too_small_is_refused():
 def photograph(size: tuple[int, int], seed: int = 0) -> Image.Image:
     """A picture with the spectrum of photographs, amplitude 1/f, mostly of brightness, and a little
     sensor noise."""
-    rng, (width, height) = np.random.default_rng(seed), size
+    rng = np.random.default_rng(seed)
+    width, height = (-(-side // 120) * 120 for side in size)  # cut to size: an FFT likes no primes
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     spectrum = np.fft.rfft2(rng.normal(size=(4, height, width)))
     fields = np.fft.irfft2(spectrum / np.maximum(frequency, 1 / max(size)), s=(height, width))
-    brightness, *tints = fields / fields.std()
-    values = 127 + 45 * brightness + 6 * np.stack(tints) + rng.normal(0, 2, (3, height, width))
+    brightness, *tints = fields[:, : size[1], : size[0]] / fields.std()
+    values = 127 + 45 * brightness + 6 * np.stack(tints)
+    values += rng.normal(0, 2, values.shape)
     return Image.fromarray(values.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
@@ -183,7 +185,7 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
     return float(10 * np.log10(255**2 / np.square(difference).mean()))
 
 
-@pytest.mark.parametrize("size", [(1024, 768), (1001, 701), (1112, 777), (701, 2003), (2401, 1799)])
+@pytest.mark.parametrize("size", [(1024, 768), (1001, 701), (1112, 777), (701, 2003), (1601, 1201)])
 def test_cheap_reduction_costs_no_more_than_the_jpeg_that_is_stored(size: tuple[int, int]):
     """Against a full decode and one bicubic filter."""
     picture = encoded(photograph(size), "JPEG", quality=90)

@@ -79,12 +79,21 @@ def encoder() -> FrozenClip:
     return load_clip("tiny:random")
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "RN50"])
-def test_embeddings_are_those_of_open_clip(name, tmp_path):
+SMALL = {"embed_dim": 32, "text_cfg": {"context_length": 77, "width": 64, "heads": 2, "layers": 1}}
+SMALL_VIT = {**SMALL, "vision_cfg": {"layers": 1, "width": 64, "patch_size": 32}}
+SMALL_RESNET = {**SMALL, "vision_cfg": {"layers": [1, 1, 1, 1], "width": 16, "patch_size": None}}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("ViT-B-32", SMALL_VIT), ("RN50", SMALL_RESNET),
+     pytest.param("ViT-B-32", {}, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_embeddings_are_those_of_open_clip(name: str, sizes: dict, tmp_path: Path):
     """Its model, its preprocessing and its tokenizer on the same files."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        theirs, _, transform = open_clip.create_model_and_transforms(name)
+        theirs, _, transform = open_clip.create_model_and_transforms(name, **sizes)
     assert isinstance(theirs, open_clip.CLIP)
     encoder = FrozenClip(theirs, name)
     entry = write_shard(tmp_path / "images", photographs())

@@ -4,24 +4,19 @@ import hashlib
 import time
 
 import pytest
+from _lists import fetcher_of
 
 from ingest.fetching.decode import Resizer
 from ingest.fetching.engine import EngineConfig, RowRequest, fetch_rows
-from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
 
 RESIZER = Resizer(image_size=32, resize_mode="keep_ratio")
 
 
-def gather(site, urls, *, retries=0, deadline_seconds=None, num_threads=4, hashes=None):
-    allowed = (parse_allow_address(site.address),)
-    fetcher = Fetcher(
-        FetchPolicy(allow_addresses=allowed, host_rate=0, host_connections=8, timeout_seconds=5)
-    )
+def gather(site, urls, *, hashes=None, resizer=RESIZER, **config):
     requests = [RowRequest(row=i, url=url, hashes=hashes or {}) for i, url in enumerate(urls)]
-    config = EngineConfig(
-        num_threads=num_threads, retries=retries, deadline_seconds=deadline_seconds
-    )
-    return fetch_rows(requests, fetcher, RESIZER, config)
+    given = {"num_threads": 4, "retries": 0, "deadline_seconds": None, **config}
+    fetcher = fetcher_of(site, host_connections=8)
+    return fetch_rows(requests, fetcher, resizer, EngineConfig(**given))
 
 
 def test_every_row_has_an_outcome(site):
@@ -45,42 +40,19 @@ def test_only_what_may_pass_is_tried_again(site, monkeypatch, status: int, tries
     assert len(site.hits) == tries
 
 
-def test_a_failure_that_passes_is_a_success(site, monkeypatch):
-    monkeypatch.setattr("ingest.fetching.engine.backoff_seconds", lambda number: 0.01)
-    url = site.put("/a", status=500)
-    failing = site.answers["/a"]
-
-    def passing(handler) -> None:
-        failing(handler)
-        site.put("/a", site.picture())
-
-    site.answers["/a"] = passing
-    assert gather(site, [url], retries=1)[0].image is not None
-    assert len(site.hits) == 2
-
-
-def test_a_host_that_asks_for_a_pause_gets_it_for_all_of_its_rows(site):
+def test_a_host_that_asks_for_a_pause_gets_it_for_all_of_its_rows_and_they_succeed(site):
     times: list[float] = []
-    refusing = site.put("/a", status=429, headers={"Retry-After": "1"})
-    answer = site.answers["/a"]
+    refuse = site.answer(status=429, headers={"Retry-After": "1"})
+    serve = site.answer(site.picture())
 
-    def once(handler) -> None:
+    def answer(handler) -> None:
         times.append(time.monotonic())
-        answer(handler)
-        site.put("/a", site.picture())
+        (serve if len(times) > 1 else refuse)(handler)
 
-    site.answers["/a"] = once
-    site.put("/b", site.picture())
-    served = site.answers["/b"]
-
-    def timed(handler) -> None:
-        times.append(time.monotonic())
-        served(handler)
-
-    site.answers["/b"] = timed
-    found = gather(site, [refusing, site.url("/b")], retries=1, num_threads=1)
+    site.answers = {"/a": answer, "/b": answer}
+    found = gather(site, [site.url("/a"), site.url("/b")], retries=1, num_threads=1)
     assert found[0].image is not None and found[1].image is not None
-    assert times[1] - times[0] >= 0.99
+    assert times[1] - times[0] >= 0.99 and len(site.hits) == 3
 
 
 def test_a_host_that_asks_for_too_long_a_pause_is_left(site):
@@ -116,14 +88,7 @@ def test_an_error_of_our_own_is_raised(site):
         def __call__(self, data: bytes):
             raise OSError("disk gone")
 
-    allowed = (parse_allow_address(site.address),)
-    fetcher = Fetcher(FetchPolicy(allow_addresses=allowed, host_rate=0))
-    requests = [RowRequest(row=i, url=site.put(f"/{i}", site.picture())) for i in range(30)]
+    urls = [site.put(f"/{i}", site.picture()) for i in range(30)]
     with pytest.raises(OSError, match="disk gone"):
-        fetch_rows(
-            requests,
-            fetcher,
-            Broken(image_size=8, resize_mode="no"),
-            EngineConfig(num_threads=3, retries=0),
-        )
+        gather(site, urls, resizer=Broken(image_size=8, resize_mode="no"), num_threads=3)
     assert len(site.hits) < 30

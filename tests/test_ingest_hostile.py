@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _lists import download_of, fetcher_of
 from PIL import Image, PngImagePlugin
 
-from ingest.download import DownloadConfig, main
+from ingest.download import main
 from ingest.fetching.decode import Resizer
 from ingest.fetching.engine import EngineConfig, RowRequest, fetch_rows
-from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
+from ingest.fetching.fetch import Fetcher
 from ingest.fetching.net import connect
 from ingest.lists.filters import MAX_CAPTION_CHARS
 from ingest.shards import ImageShard, committed
@@ -131,8 +132,8 @@ def cases(site, canary) -> Iterator[dict[str, tuple[str, str]]]:
         "data": ("data:image/png;base64,iVBORw0KGgo=", "invalid_url"),
         "a user's name": ("http://user:secret@127.0.0.1/", "invalid_url"),
     }
+    found |= hops
     for name, (target, reason) in hops.items():
-        found[name] = (target, reason)
         add(f"a redirect to {name}", reason, status=302, headers={"Location": target})
     loop = site.put("/loop", status=301, headers={"Location": "/loop"})
     found["a redirect loop"] = (loop, "too_many_redirects")
@@ -174,10 +175,7 @@ def _memory(field: str) -> int:
 
 
 def test_no_case_takes_too_long_or_too_much_memory_or_leads_astray(site, cases, dialled):
-    policy = FetchPolicy(
-        timeout_seconds=TIMEOUT_SECONDS, allow_addresses=(parse_allow_address(site.address),),
-        host_rate=0,
-    )  # fmt: skip
+    policy = fetcher_of(site, timeout_seconds=TIMEOUT_SECONDS).policy
     resizer = Resizer(image_size=64, resize_mode="keep_ratio")
     problems = []
     for name, (url, reason) in cases.items():
@@ -211,10 +209,9 @@ def test_a_list_of_all_cases_adds_up(site, cases, dialled, tmp_path, capsys):
     data = "\n".join(lines).encode() + b'\n{"url": "", "caption": "not \xff UTF-8"}\n'
     expected["invalid_url"] += 1
     (tmp_path / "list.jsonl").write_bytes(data)
-    config = DownloadConfig(
-        urls=str(tmp_path / "list.jsonl"), out=str(tmp_path / "images"), image_size=64,
-        samples_per_shard=20, num_processes=0, num_threads=4, timeout=TIMEOUT_SECONDS, retries=0,
-        host_rate=0, allow_address=(site.address,),
+    config = download_of(
+        site, str(tmp_path / "list.jsonl"), tmp_path / "images", image_size=64,
+        samples_per_shard=20, num_threads=4, timeout=TIMEOUT_SECONDS,
     )  # fmt: skip
     assert main(config) == 0
     counted: Counter[str] = Counter()
