@@ -113,19 +113,23 @@ def run_units(
         yield from _RayRunner(make, iter(units), pool, passing, deal_share).results()
         return
     for unit in units:
-        tries, result = 1, None
-        while result is None:
-            try:
-                result = UnitResult(name=unit.name, value=make(unit))
-            except (OSError, ValueError, *passing) as error:
-                if not isinstance(error, passing) or tries == MAX_TRIES:
-                    result = UnitResult[Value](name=unit.name, error=error)
-                else:
-                    time.sleep(PAUSE_SECONDS * 2 ** (tries - 1))
-                    tries += 1
+        result = _make_here(make, unit, passing)
         yield result
         if result.disk_full:
             return
+
+
+def _make_here(
+    make: Callable[[Unit], Value], unit: Unit, passing: tuple[type[BaseException], ...]
+) -> UnitResult[Value]:
+    for tries in range(1, MAX_TRIES + 1):
+        try:
+            return UnitResult(name=unit.name, value=make(unit))
+        except (OSError, ValueError, *passing) as error:
+            if not isinstance(error, passing) or tries == MAX_TRIES:
+                return UnitResult(name=unit.name, error=error)
+            time.sleep(PAUSE_SECONDS * 2 ** (tries - 1))
+    raise AssertionError("the last try returns")
 
 
 class _Actor:
