@@ -22,7 +22,7 @@ from cluster.base.files import canonical_json
 from ingest.download import DownloadConfig, prepare
 from ingest.lists.filters import FilterConfig
 from ingest.shards import shard_name
-from ingest.store.commits import Commit
+from ingest.store.commits import Commit, FileEntry
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP_ROWS = 1_000_000
@@ -94,8 +94,8 @@ def fake_commits(folder: Path, shards: int) -> None:
     (folder / "_commits").mkdir(parents=True)
     for number in range(shards - MISSING):
         name = shard_name(number)
-        files = {f"{name}{end}": {"sha256": f"{number:064x}", "size": 0} for end in (
-            ".idx.npy", ".parquet", ".tar")}  # fmt: skip
+        entry: FileEntry = {"sha256": f"{number:064x}", "size": 0}
+        files = {f"{name}{end}": entry for end in (".idx.npy", ".parquet", ".tar")}
         stats = f"{name}_stats.json"
         for file in [*files, stats]:
             (folder / file).touch()
