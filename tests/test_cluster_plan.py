@@ -430,18 +430,3 @@ def test_contradictions_are_refused():
         build_stages(PlanRequest(chain="modern", prior="autoregressive"))
     with pytest.raises(ValueError, match="train_clip: found true for the preset mini"):
         build_stages(PlanRequest(chain="mini", train_clip=True))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        (("--preset", "papre"), "preset: found 'papre', expected one of debug, demo"),
-        (("--gpus", "3"), "unknown flag --gpus"),
-        (("--num-gpus", "0"), "num_gpus: found 0"),
-    ],
-)
-def test_the_script_says_what_is_wrong_and_exits_2(
-    arguments: tuple[str, ...], problem: str, run_here
-):
-    code, _, errors = run_here("cluster/plan.py", *arguments)
-    assert code == 2 and problem in errors and "Traceback" not in errors

@@ -172,16 +172,9 @@ def test_resuming_with_anything_else_is_refused_naming_it(config, tmp_path):
 
 @pytest.mark.slow
 def test_ray_tasks_make_the_same_bytes(config, tmp_path):
-    import ray
-
     main(config)
     spread = replace(config, out=str(tmp_path / "spread"), num_processes=2)
-    began = ray.is_initialized()
-    try:
-        assert main(spread) == 0
-    finally:
-        if not began:
-            ray.shutdown()
+    assert main(spread) == 0
     assert data_of(spread.out) == data_of(config.out)
     recover(spread.out)
     assert os.listdir(Path(spread.out) / "_attempts") == []

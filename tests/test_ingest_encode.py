@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -230,5 +231,5 @@ def test_the_job_embeds_what_is_pending_names_what_is_broken_and_is_cheap_to_rep
     assert ours == {name: commit.digest for name, commit in committed(tmp_path / "here").items()}
     manifest = json.loads((out / "_manifest.json").read_text())
     with pytest.raises(ValueError, match="encoder_id|clip"):
-        embed.main(EmbedConfig(**{**vars(config), "clip": "ViT-B-32:random"}))
+        embed.main(replace(config, clip="ViT-B-32:random"))
     assert json.loads((out / "_manifest.json").read_text()) == manifest
