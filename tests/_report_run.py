@@ -18,42 +18,27 @@ SCORES: dict[str, Any] = {
     "clip": {"retrieval_at_1": 0.876, "n": 500},
     "prior": {"cos": 0.765, "cos_shuffled": 0.123, "retrieval_at_1": 0.432, "n": 500},
     "images": {
-        "n": 1024,
-        "n_real": 2000,
-        "fd_clip": 0.0987,
-        "fd_clip_real_halves": 0.0123,
-        "clip_score": 0.654,
-        "clip_score_shuffled": 0.321,
+        "n": 1024, "n_real": 2000, "fd_clip": 0.0987, "fd_clip_real_halves": 0.0123,
+        "clip_score": 0.654, "clip_score_shuffled": 0.321,
         "judge": "the CLIP the model was trained on",
     },
     "features": {
         "inception": {
-            "name": "inception-2015-12-05 pool3, TF1 bilinear",
-            "quotable": True,
-            "n": 5000,
-            "n_real": 4000,
-            "digest": "f4c3" * 16,
-            "fd": 12.34,
-            "fd_ci95_low": 12.1,
-            "fd_ci95_high": 12.6,
-            "kid": 0.00456,
+            "name": "inception-2015-12-05 pool3, TF1 bilinear", "quotable": True,
+            "n": 5000, "n_real": 4000, "digest": "f4c3" * 16,
+            "fd": 12.34, "fd_ci95_low": 12.1, "fd_ci95_high": 12.6, "kid": 0.00456,
             "kid_std": 0.0002,
-        }
+        },
     },
     "memorisation": {
-        "n": 1024,
-        "share_closer": 0.047,
+        "n": 1024, "share_closer": 0.047,
         "nearest": [{"fake": "000001.png", "train": "000000017", "distance": 0.031}],
     },
     "provenance": {"commit": "c0ffee", "versions": {"torch": "2.14.1"}},
     "novel_measure": {"something_new": 0.777, "n": 31},
     "shapes": {
         "single": {
-            "all": 0.75,
-            "attribute": 0.9,
-            "attribute_error": 0.0171,
-            "real": 0.97,
-            "n": 100,
+            "all": 0.75, "attribute": 0.9, "attribute_error": 0.0171, "real": 0.97, "n": 100,
         },
         "seen": {**CELL, "real": 0.96, "n": 100},
         "held_out": {**CELL, "real": {"all": 0.951, "attribute": 0.99, "relation": 1.0}, "n": 100},
@@ -63,7 +48,7 @@ SCORES: dict[str, Any] = {
         "prior": {"single": {"all": 0.75}, "seen": CELL, "held_out": CELL},
         "text_embed": {"single": {"all": 0.399}, "seen": CELL, "held_out": CELL},
     },
-}
+}  # fmt: skip
 
 
 def picture(seed: int) -> bytes:

@@ -216,7 +216,7 @@ def test_damaged_images_are_stored_or_refused_and_nothing_else():
         )
     ]  # fmt: skip
     draw, outcomes = random.Random(0), {True: 0, False: 0}
-    for number in range(3000):
+    for number in range(1500):
         data = bytearray(originals[number % len(originals)])
         for _ in range(draw.choice((1, 2, 8, 64))):
             data[draw.randrange(len(data))] = draw.randrange(256)
@@ -232,7 +232,7 @@ def test_damaged_images_are_stored_or_refused_and_nothing_else():
             outcomes[False] += 1
         else:
             outcomes[True] += 1
-    assert min(outcomes.values()) > 300
+    assert min(outcomes.values()) > 150
 
 
 @pytest.mark.parametrize("data", [b"", b"<svg/>", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"%!PS-Adobe"])

@@ -108,12 +108,17 @@ def _endless(handler) -> None:
         return
 
 
+@pytest.fixture(scope="module")
+def bodies() -> dict[str, bytes]:
+    return {name: build() for name, (build, _) in BODIES.items()}
+
+
 @pytest.fixture
-def cases(site, canary) -> Iterator[dict[str, tuple[str, str]]]:
+def cases(site, canary, bodies) -> Iterator[dict[str, tuple[str, str]]]:
     """Return the URL and the outcome of every case; nothing but the site may be connected to."""
     found = {}
-    for number, (name, (body, reason)) in enumerate(BODIES.items()):
-        found[name] = (site.put(f"/body/{number}", body()), reason)
+    for number, (name, (_, reason)) in enumerate(BODIES.items()):
+        found[name] = (site.put(f"/body/{number}", bodies[name]), reason)
 
     def add(name: str, reason: str, body: bytes = b"", **answer) -> None:
         found[name] = (site.put(f"/{len(found)}", body, **answer), reason)
