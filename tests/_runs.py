@@ -39,27 +39,27 @@ def embeds_of(data: Path) -> tuple[str, ...]:
     return (str(data / "embeds"),)
 
 
-def prior_run(data: Path, run: Path, train: TrainConfig, **fields: Any) -> PriorRunConfig:
+def prior_run(data: Path, run: Path, /, train: TrainConfig, **fields: Any) -> PriorRunConfig:
     """Configure a diffusion prior."""
     model = DiffusionPriorConfig(width=16, depth=1, num_heads=2)
     given = {"embeds": embeds_of(data), "diffusion": model, **fields}
     return PriorRunConfig(**given, run=str(run), train=train)
 
 
-def clip_run(data: Path, run: Path, train: TrainConfig, **fields: Any) -> ClipRunConfig:
+def clip_run(data: Path, run: Path, /, train: TrainConfig, **fields: Any) -> ClipRunConfig:
     """Configure a CLIP."""
     given = {"images": images_of(data), "model": CLIP, **fields}
     return ClipRunConfig(**given, run=str(run), train=train)
 
 
-def base_run(data: Path, run: Path, train: TrainConfig, **fields: Any) -> DecoderRunConfig:
+def base_run(data: Path, run: Path, /, train: TrainConfig, **fields: Any) -> DecoderRunConfig:
     """Configure a decoder of 16 px."""
     base = DecoderConfig(unet=UNET, context_width=8)
     given = {"images": images_of(data), "embeds": embeds_of(data), "base": base, **fields}
     return DecoderRunConfig(**{"image_size": 16, **given}, run=str(run), train=train)
 
 
-def up_run(data: Path, run: Path, train: TrainConfig, **fields: Any) -> DecoderRunConfig:
+def up_run(data: Path, run: Path, /, train: TrainConfig, **fields: Any) -> DecoderRunConfig:
     """Configure an upsampler from 16 to 32 px."""
     given = {"images": images_of(data), "up": UpsamplerConfig(unet=UNET), **fields}
     sizes = {"image_size": 32, "low_res_size": 16, "crop_size": 16}
