@@ -22,6 +22,7 @@ from training.engine.engines import BUCKET
 from training.runs.profiling import PEAK_TFLOPS
 
 ROOT = Path(__file__).parent.parent
+SLOW = pytest.mark.slow
 DEMO = PlanRequest(chain="demo", gpu="cpu", num_gpus=1, images=8000.0, train_clip=True,
                    eval_images=16)  # fmt: skip
 
@@ -59,7 +60,9 @@ def dry_run_parameters(kind: str, preset: str, sizes: dict, folder: Path, capsys
     return int(line.removeprefix("parameters: ").replace(",", ""))
 
 
-@pytest.mark.parametrize("chain", ["paper", "modern", "mini", "demo", "debug"])
+@pytest.mark.parametrize(
+    "chain", ["debug", "demo", *(pytest.param(c, marks=SLOW) for c in ("mini", "modern", "paper"))]
+)
 def test_parameters_are_those_of_the_dry_run(chain: str, tmp_path: Path, capsys):
     trains = CHAINS[chain].encoder.startswith("clip_")
     encoder, stages = build_stages(PlanRequest(chain=chain, train_clip=trains))  # type: ignore[arg-type]
@@ -90,8 +93,9 @@ def test_counts_of_other_code_are_counted_again(monkeypatch, capsys):
     counts._stored.cache_clear()
 
 
-@pytest.mark.parametrize("chain", ["debug", pytest.param("mini", marks=pytest.mark.slow),
-                                   pytest.param("paper", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "chain", ["debug", *(pytest.param(c, marks=SLOW) for c in ("mini", "paper"))]
+)
 def test_stored_counts_are_what_the_models_count(chain: str, monkeypatch):
     """`cluster.planning.counts.write_counts` writes them again."""
     trains = CHAINS[chain].encoder.startswith("clip_")
