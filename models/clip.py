@@ -25,12 +25,15 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 VOCAB_SIZE = 49408  # of CLIP's BPE; the last two are start and end of text
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
 _OPTIONS = ("num_heads", "eps", "pool_type", "text_pool_type", "text_eos_id")  # open_clip's names
-# open_clip's first and last layers, as `outer_layers` of our modules
-CLIP_OUTER_LAYERS = (
-    "token_embedding", "positional_embedding", "text_projection", "visual.conv1",
-    "visual.positional_embedding", "visual.proj",
-)  # fmt: skip
+# open_clip's first and last layers, in any of its towers, by how a part of their name begins
+_OUTER_LAYERS = ("token_embedding", "position", "text_projection", "query", "conv1", "proj")
 RAW = "+raw"  # ends the name of an encoder whose embeddings keep their length
+
+
+def is_clip_outer(name: str) -> bool:
+    """Return whether a parameter of open_clip's is of a first or last layer: `outer_layers` of our
+    own modules."""
+    return any(part.startswith(_OUTER_LAYERS) for part in name.split("."))
 
 
 def build_clip(config: ClipConfig) -> open_clip.CLIP:

@@ -164,6 +164,13 @@ def test_help_lists_hidden_flags_on_request_alone(capsys):
     assert shown[0].splitlines()[-1].startswith(footer) and footer not in shown[1]
 
 
+def test_help_shows_the_values_of_a_preset(capsys):
+    paper = parse(PriorRunConfig, presets=PRESETS / "prior", argv=["--preset", "paper"])
+    with pytest.raises(SystemExit):
+        parse(PriorRunConfig, presets=PRESETS / "prior", argv=["--preset", "paper", "--help"])
+    assert f"(default: {paper.train.batch.global_batch_size})" in capsys.readouterr().out
+
+
 # -- YAML ------------------------------------------------------------------------------------------
 
 

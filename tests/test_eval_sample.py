@@ -224,8 +224,10 @@ def test_settings_on_disk_give_the_sampling_they_were_drawn_with(
     )
     assert paper.decoder.sampler is learned_ddpm and paper.decoder.spacing == "strided"
     assert paper.prior.spacing == paper.upsampler.spacing == "strided"
-    with pytest.raises(ValueError, match="upsampler_sampler: found learned_ddpm, expected another"):
-        sampling_of({"sampler": "learned_ddpm"})
+    for wrong in ({"sampler": "learned_ddpm"}, {"upsampler_sampler": "analytic_ddpm"},
+                  {"sampler": "analytic_ddpm"}, {"prior_sampler": "learned_ddpm"}):  # fmt: skip
+        with pytest.raises(ValueError, match="sampler: found '.*_ddpm', expected one of ddim, "):
+            sampling_of(wrong)
     assert sampling_of({"top_share": 0.25, "temperature": 2.0}).prior.top_share == 0.25
     with pytest.raises(ValueError, match="found 'euler', expected one of ddim, .*analytic_ddpm"):
         sampling_of({"prior_sampler": "euler"})

@@ -225,6 +225,11 @@ def test_connections_are_kept_between_fetches(site):
     assert len(dialled) == 1, "robots.txt and three images over one connection"
 
 
+def test_spaces_and_letters_beyond_ascii_are_encoded(site):
+    site.put("/b%C3%A4r%20eins", site.picture())
+    assert fetcher_of(site).fetch(site.url("/bär eins")).body == site.picture()
+
+
 def test_international_names_are_looked_up_in_ascii(site):
     asked: list[str] = []
 

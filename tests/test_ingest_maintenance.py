@@ -1,5 +1,6 @@
 """Verify, forget, drop repetitions: what is gone is gone, what is left is untouched."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -211,11 +212,21 @@ def test_open_readers_drop_what_was_forgotten(download, site, tmp_path, monkeypa
         shard.require_complete()
 
 
-def test_a_removal_that_an_earlier_version_did_not_complete_is_completed(download):
-    storage_of(download.out).replace("_tombstones/000000.json", b"{}")
-    assert maintenance.is_forgetting(download.out)
-    maintenance.forget(download.out, Forgotten())
-    assert not maintenance.is_forgetting(download.out)
+def test_tombstones_of_an_earlier_version_are_honoured_until_the_next_run(download):
+    """It wrote them before it rewrote shards, and may have been killed in between; a completed
+    removal left only `_changed`."""
+    root, pinned = download.out, load_snapshot(download.out).shards[0]
+    images = [ImageShard(root, "000000").image_bytes(i) for i in range(4)]
+    storage = storage_of(root)
+    storage.replace("_tombstones/_changed", b"{}")
+    assert not maintenance.is_forgetting(root)
+    tombstone = {"digest": pinned.digest, "removed": [1, 2]}
+    storage.replace("_tombstones/000000.json", json.dumps(tombstone).encode())
+    shard = ImageShard(root, "000000", digest=pinned.digest)
+    assert [shard.image_bytes(i) for i in range(4)] == [images[i] for i in (0, 3, 3, 3)]
+    assert maintenance.is_forgetting(root)
+    maintenance.forget(root, Forgotten())
+    assert not (Path(root) / "_tombstones").exists()
 
 
 def test_a_killed_removal_is_completed_by_the_next_download(download, site, tmp_path, monkeypatch):

@@ -74,6 +74,8 @@ def test_a_text_file_is_urls_without_captions(tmp_path: Path):
     urls = ["http://a/1", "http://a/2", "http://a/\ufffd"]
     assert rows_of(listed) == [{"url": url, "caption": ""} for url in urls]
     assert listed.num_rows == 3
+    (tmp_path / "m.txt").write_bytes(b"")  # an empty part is a part
+    assert open_url_list(tmp_path).num_rows == 3
     with pytest.raises(ValueError, match="no caption column .*found url"):
         open_url_list(tmp_path / "l.txt", caption_column="TEXT")
 

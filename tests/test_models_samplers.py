@@ -22,7 +22,6 @@ from models.diffusion.samplers import (
     default_spacing,
     gaussian_posterior_variance,
     guided,
-    sampler_named,
 )
 from models.diffusion.schedule import NoiseSchedule
 
@@ -374,10 +373,3 @@ def test_clipping_bounds_x0():
 def test_a_sampler_asks_for_the_variance_that_it_needs(name: str):
     with pytest.raises(ValueError, match=f"sampler: found {name} for a model .*, expected one of"):
         SAMPLERS[name](lambda x, t: Denoised(x), start(2), SCHEDULE, 3, fresh(2))
-
-
-def test_an_unknown_sampler_lists_the_known_ones():
-    with pytest.raises(
-        ValueError, match="found 'euler', expected one of ddim, ddpm, heun, dpmpp_2m"
-    ):
-        sampler_named("euler")

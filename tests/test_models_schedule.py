@@ -77,6 +77,13 @@ def test_the_linear_schedules_are_their_closed_forms(name: ScheduleName, beta: l
 
 
 
+def test_published_end_points():
+    """The figures that DDPM and Stable Diffusion report for T = 1000."""
+    assert NoiseSchedule.build("linear").alpha_bar[-1].item() == pytest.approx(4.04e-5, rel=1e-2)
+    last = NoiseSchedule.build("scaled_linear").alpha_bar[-1].item()
+    assert last == pytest.approx(0.00466, rel=1e-2)
+
+
 @pytest.mark.parametrize(("name", "num_timesteps"), [("linear", 10), ("cosine", 1), ("cosine", 0)])
 def test_too_few_timesteps_are_refused(name: ScheduleName, num_timesteps: int):
     with pytest.raises(ValueError, match=f"schedule {name}: {num_timesteps} timesteps"):

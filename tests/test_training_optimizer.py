@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.clip import build_clip
+from models.clip import build_clip, is_clip_outer
 from models.configs import AutoregressivePriorConfig, ClipConfig, UNetConfig
 from models.networks.unet import UNet
 from training.checkpoints import checkpointer
@@ -110,6 +110,16 @@ def test_muon_leaves_tables_and_outer_layers_of_a_clip_alone():
     assert all("resblocks.0" in name for name in hidden) and len(hidden) == 2 * 4
     outer = {"text_projection", "visual.proj", "visual.conv1.weight", "token_embedding.weight"}
     assert outer | {"positional_embedding", "visual.positional_embedding"} <= others
+
+
+@pytest.mark.parametrize(("name", "is_outer"), [
+    ("visual.layer1.0.conv1.weight", True), ("visual.attnpool.positional_embedding", True),
+    ("visual.trunk.patch_embed.proj.weight", True), ("visual.layer1.0.conv2.weight", False),
+    ("transformer.resblocks.0.mlp.c_fc.weight", False),
+])  # fmt: skip
+def test_every_tower_of_open_clip_has_outer_layers(name: str, is_outer: bool):
+    """Runs that Muon began continue with the same groups."""
+    assert is_clip_outer(name) is is_outer
 
 
 def test_a_matrix_that_was_muons_begins_with_its_momentum_squared():

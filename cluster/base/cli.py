@@ -105,9 +105,6 @@ def parse(
     except argparse.ArgumentError as error:
         name = (error.argument_name or "").partition("/")[0]
         raise ValueError(f"{name}: found nothing after it, expected a value") from None
-    if asked.help or asked.help_all:
-        _print_help(config_class, presets, everything=asked.help_all)
-
     files = [
         Path(value) if flag == "--config" else _preset_path(value, presets)
         for flag, value in asked.files or ()
@@ -115,6 +112,8 @@ def parse(
     config = config_class()
     for path in files:
         config = merged(config, read_yaml(path), str(path))
+    if asked.help or asked.help_all:
+        _print_help(config, presets, everything=asked.help_all)
     config = _with_flags(config, _by_flag(arguments, flags), flags)
     for path in files:
         if path.parent == presets:
@@ -186,19 +185,18 @@ def _with_flags(config: Config, given: list[Given], flags: dict[str, OptionField
     raise ValueError(f"{flag}: found {text}, expected {expected}")
 
 
-def _print_help(
-    config_class: type[DataclassInstance], presets: Path | None, *, everything: bool
-) -> NoReturn:
-    """Print what the script does and its flags, hidden ones only if `everything` is asked for."""
+def _print_help(config: DataclassInstance, presets: Path | None, *, everything: bool) -> NoReturn:
+    """Print what the script does and its flags, with their defaults in `config`; hidden ones only
+    if `everything` is asked for."""
     import tyro
 
-    options = options_of(config_class)
+    options = options_of(type(config))
     usage = [(getattr(sys.modules.get("__main__"), "__doc__", None) or "").strip() + "\n\n"]
     if presets is not None:
         usage.append("Also: --preset NAME or --config FILE.yaml (differences from the defaults).")
     if "dry_run" not in options:
         usage.append(f"{DRY_RUN} prints the merged configuration and stops.")
-    view = type(_view(config_class(), hide=not everything))
+    view = type(_view(config, hide=not everything))
     with contextlib.suppress(SystemExit):
         tyro.cli(view, args=["--help"], description=" ".join(usage).strip())
     num_hidden = sum(field.option.hidden for field in options.values())

@@ -156,5 +156,8 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def extract(
     extractor: Extractor, images: Iterable[Image.Image], batch_size: int = 100
 ) -> np.ndarray:
-    """Return the features [N, D] of all `images`, of which there is at least one."""
-    return np.concatenate([extractor(batch) for batch in in_batches(images, batch_size)])
+    """Return the features [N, D] of all `images`; ValueError if there are none."""
+    parts = [extractor(batch) for batch in in_batches(images, batch_size)]
+    if not parts:
+        raise ValueError("found no images, expected at least 2")
+    return np.concatenate(parts)

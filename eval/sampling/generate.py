@@ -13,7 +13,7 @@ from torch import Tensor
 from eval.sampling.options import SamplingSettings
 from models.decoder import ImageSampling
 from models.diffusion.keyed_random import sample_keys
-from models.diffusion.samplers import default_spacing, sampler_named
+from models.diffusion.samplers import NEED_VARIANCE, SAMPLERS, Sampler, default_spacing
 from models.priors.base import PriorSampling
 from models.unclip import Sampling, UnClip
 from training.engine.precision import settled
@@ -29,13 +29,9 @@ def caption_keys(captions: list[str], seed: int, offset: int = 0) -> Tensor:
 
 
 def build_sampling(settings: SamplingSettings, device_type: str = "cpu") -> Sampling:
-    """Return the settings of the three parts, for networks on such a device; ValueError for an
-    unknown sampler."""
+    """Return the settings of the three parts, for networks on such a device; ValueError for a
+    sampler that is unknown, or that a part cannot have."""
     name_above = settings.upsampler_sampler or settings.sampler
-    if name_above == "learned_ddpm":
-        raise ValueError(
-            "upsampler_sampler: found learned_ddpm, expected another: upsamplers learn no variance"
-        )
     low, high = settings.guidance_interval
     if not 0 <= low < high <= 1:
         raise ValueError(
@@ -45,7 +41,7 @@ def build_sampling(settings: SamplingSettings, device_type: str = "cpu") -> Samp
     interval = None if (low, high) == (0, 1) else (low, high)
     return Sampling(
         prior=PriorSampling(
-            sampler=sampler_named(settings.prior_sampler),
+            sampler=_sampler("prior_sampler", settings.prior_sampler, "learned_ddpm"),
             sample_steps=settings.prior_steps,
             spacing=default_spacing(settings.spacing, settings.prior_sampler),
             best_of=settings.best_of,
@@ -55,7 +51,7 @@ def build_sampling(settings: SamplingSettings, device_type: str = "cpu") -> Samp
             mean_of=settings.mean_of,
         ),
         decoder=ImageSampling(
-            sampler=sampler_named(settings.sampler),
+            sampler=_sampler("sampler", settings.sampler, "analytic_ddpm"),
             sample_steps=settings.decoder_steps,
             spacing=default_spacing(settings.spacing, settings.sampler),
             cfg_scale=settings.cfg_scale,
@@ -63,7 +59,7 @@ def build_sampling(settings: SamplingSettings, device_type: str = "cpu") -> Samp
             guidance_rescale=settings.guidance_rescale,
         ),
         upsampler=ImageSampling(
-            sampler=sampler_named(name_above),
+            sampler=_sampler("upsampler_sampler", name_above, *NEED_VARIANCE),
             sample_steps=settings.upsampler_steps,
             spacing=default_spacing(settings.spacing, name_above),
             tile=settings.upsampler_tile,
@@ -75,6 +71,14 @@ def build_sampling(settings: SamplingSettings, device_type: str = "cpu") -> Samp
 def default_sampling(device_type: str = "cpu") -> Sampling:
     """Return the default settings of the three parts, for networks on such a device."""
     return build_sampling(SamplingSettings(), device_type)
+
+
+def _sampler(option: str, name: str, *lacking: str) -> Sampler:
+    """Return the sampler called `name`, of a part that has not what those `lacking` need."""
+    known = [each for each in SAMPLERS if each not in lacking]
+    if name not in known:
+        raise ValueError(f"{option}: found {name!r}, expected one of {', '.join(known)}")
+    return SAMPLERS[name]
 
 
 def sampling_of(settings: Mapping[str, Any]) -> Sampling:

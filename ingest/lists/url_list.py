@@ -75,9 +75,9 @@ def _read_csv(
 
 
 def _read_lines(
-    stream: IO[bytes], columns: "pa.Schema | None", size: int, *, parse: Callable[[str], object]
+    stream: IO[bytes], columns: "pa.Schema | None", size: int, *, line_column: str = ""
 ) -> "Iterator[pa.Table]":
-    """Read lines, each of which `parse` turns into an object of JSON; blank lines are skipped."""
+    """Read lines, each an object of JSON or the value of `line_column`; blank ones are skipped."""
     import pyarrow as pa
 
     def parsed() -> Iterator[Json]:
@@ -85,7 +85,8 @@ def _read_lines(
             if not line.strip():
                 continue
             try:
-                value = parse(line.strip().decode("utf-8", "replace"))
+                text = line.strip().decode("utf-8", "replace")
+                value = {line_column: text} if line_column else json.loads(text)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
             if not isinstance(value, dict):
@@ -97,6 +98,9 @@ def _read_lines(
         return [_HALF_PAIR.sub("\ufffd", v) if isinstance(v, str) else v for v in cells]
 
     objects = parsed()
+    if columns is None and line_column:
+        yield pa.schema([(line_column, pa.string())]).empty_table()
+        return
     if columns is None:
         rows = list(islice(objects, TYPED_LINES))
         names = dict.fromkeys(name for row in rows for name in row)
@@ -110,9 +114,9 @@ FORMATS: dict[str, Callable[..., "Iterator[pa.Table]"]] = {
     ".parquet": _read_parquet,
     ".csv": partial(_read_csv, delimiter=","),
     ".tsv": partial(_read_csv, delimiter="\t"),
-    ".jsonl": partial(_read_lines, parse=json.loads),
-    ".ndjson": partial(_read_lines, parse=json.loads),
-    ".txt": partial(_read_lines, parse=lambda line: {"url": line}),
+    ".jsonl": _read_lines,
+    ".ndjson": _read_lines,
+    ".txt": partial(_read_lines, line_column="url"),
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz")
 

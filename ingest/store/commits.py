@@ -36,6 +36,7 @@ from ingest.store.storage import (
 )
 
 UNDIGESTED_SUFFIX = "_stats.json"  # timings differ from run to run: published, never digested
+TOMBSTONES = "_tombstones"  # rows that readers skip: of earlier versions; no longer written
 HELD = "_held.json"  # the process that rewrites shards
 NAMES_AT_ONCE = 1024
 NUM_READERS = 16  # of many small files: their time is waiting for the disk or the network
@@ -333,16 +334,22 @@ def current_rows(root: Root, commit: Commit, digest: str | None) -> np.ndarray |
     not change: a removed sample is replaced by the next one that remains. None: no row differs.
     digest None: the commit's own. Raises ValueError if all samples are removed.
     """
-    if digest in (None, commit.digest):
+    hidden: list[int] = []  # of the commit's rows: by a --forget of an earlier version, unfinished
+    with suppress(FileNotFoundError):
+        tombstone = json.loads(storage_of(root).read(f"{TOMBSTONES}/{commit.shard}.json"))
+        hidden = tombstone["removed"] if tombstone["digest"] == commit.digest else []
+    if digest in (None, commit.digest) and not hidden:
         return None
-    entry = commit.superseded[digest or ""]
+    now = Superseded(num_samples=commit.num_samples, removed=[])
+    entry = commit.superseded.get(digest or "", now)
     rows = np.arange(entry["num_samples"])
-    kept = np.delete(rows, entry["removed"])
-    if len(rows) and not len(kept):
+    kept = np.delete(rows, entry["removed"])  # row i of the commit is row kept[i] of `digest`
+    remaining = np.delete(np.arange(len(kept)), hidden)
+    if len(rows) and not len(remaining):
         raise ValueError(
             f"{root}: shard {commit.shard}: all its samples were forgotten; use a newer snapshot"
         )
-    return np.searchsorted(kept, rows) % max(1, len(kept))
+    return remaining[np.searchsorted(kept[remaining], rows) % max(1, len(remaining))]
 
 
 @contextmanager

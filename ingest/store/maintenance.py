@@ -18,6 +18,7 @@ from ingest.embedding.publish import publish_embeds
 from ingest.lists.duplicates import repeated
 from ingest.shards import STORED
 from ingest.store.commits import (
+    TOMBSTONES,
     committed,
     committed_names,
     exclusive,
@@ -47,7 +48,6 @@ from ingest.store.snapshots import (
 from ingest.store.storage import Root, absolute_root, read_table, storage_of
 
 FORGETTING = "_forgetting.json"  # exists while a removal is incomplete
-TOMBSTONES = "_tombstones"  # exist where an earlier version did not complete one
 UNIQUE = "_unique"  # the state of the folder after repeated images were dropped
 
 
@@ -148,7 +148,9 @@ def forget(root: Root, request: Forgotten) -> Removed:
                 unreached.append(embeds)
                 continue
             follow_images(root, embeds)
-        storage.delete(TOMBSTONES)
+            for shard in stale_tombstones(embeds):
+                storage_of(embeds).delete(f"{TOMBSTONES}/{shard}.json")
+        storage.delete(TOMBSTONES)  # every shard that a request covers was rewritten
         storage.delete("_quarantine")  # damaged files may hold what is to be forgotten
         storage.delete(FORGETTING)
     return Removed(
@@ -162,7 +164,21 @@ def forget(root: Root, request: Forgotten) -> Removed:
 def is_forgetting(root: Root) -> bool:
     """Return whether a removal was begun and not completed: the next run completes it."""
     storage = storage_of(root)
-    return storage.size(FORGETTING) is not None or bool(storage.names(TOMBSTONES))
+    shards = {name.removesuffix(".json") for name in storage.names(TOMBSTONES) if is_record(name)}
+    return storage.size(FORGETTING) is not None or bool(shards - stale_tombstones(root))
+
+
+def stale_tombstones(root: Root) -> set[str]:
+    """Return the shards whose tombstone, which an earlier version wrote, is of an older generation:
+    they were rewritten. The embeddings of images that are damaged or absent now were not."""
+    storage, stale = storage_of(root), set()
+    for name in filter(is_record, storage.names(TOMBSTONES)):
+        shard = name.removesuffix(".json")
+        commit = read_commit(root, shard)
+        tombstone = json.loads(storage.read(f"{TOMBSTONES}/{name}"))
+        if commit is None or tombstone["digest"] != commit.digest:
+            stale.add(shard)
+    return stale
 
 
 def record_derived(images: Root, embeds: Root) -> None:

@@ -234,14 +234,8 @@ SAMPLERS: dict[str, Sampler] = {
     "learned_ddpm": learned_ddpm,
     "analytic_ddpm": analytic_ddpm,
 }
+NEED_VARIANCE = ("learned_ddpm", "analytic_ddpm")  # of the step, or of x0
 SECOND_ORDER = ("heun", "dpmpp_2m")
-
-
-def sampler_named(name: str) -> Sampler:
-    """Return the sampler called `name`; ValueError lists the valid names."""
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler: found {name!r}, expected one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
 
 
 def default_spacing(spacing: SpacingChoice, name: str) -> Spacing:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from models.clip import CLIP_OUTER_LAYERS
+from models.clip import is_clip_outer
 from training.config import TrainConfig
 from training.engine.precision import settled
 
@@ -146,12 +146,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     outer = tuple(
         f"{path}.{layer}.".lstrip(".")
         for path, module in model.named_modules()
-        for layer in outer_layers(module)
+        for layer in getattr(module, "outer_layers", ())
     )
+    is_clip = isinstance(model, open_clip.CLIP)
     hidden, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_hidden = parameter.ndim >= 2 and not f"{name}.".startswith(outer)
+            is_outer = is_clip_outer(name) if is_clip else f"{name}.".startswith(outer)
+            is_hidden = parameter.ndim >= 2 and not is_outer
             (hidden if is_hidden else others).append(parameter)
     settings = config.optimizer
     muon = settings.kind == "muon"
@@ -167,13 +169,6 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         [group for group in groups if group["params"]],
         beta2=settings.beta2, eps=settings.adam_eps, matrix_dtype=dtype,
     )  # fmt: skip
-
-
-def outer_layers(module: nn.Module) -> tuple[str, ...]:
-    """Return which layers and parameters of a module are first or last ones."""
-    if isinstance(module, open_clip.CLIP):
-        return CLIP_OUTER_LAYERS
-    return getattr(module, "outer_layers", ())
 
 
 def set_learning_rate(groups: list[dict], ratio: float) -> None:

@@ -262,12 +262,14 @@ def _describe_data_set(kind: str, root: str, digest: str) -> DataDescription:
 def _count_licences(licences: dict[str, Counter[str]], root: str, shard: ShardEntry) -> None:
     try:
         rows = read_table(root, f"{shard.name}.parquet", *licences, "status").to_pylist()
-    except (OSError, ValueError):
+        stored = [row for row in rows if row["status"] == STORED]
+        licences_of = {name: [str(row[name]) for row in stored] for name in licences}
+    except (OSError, ValueError, KeyError):  # the last for a shard without such a column
         for column in licences.values():
             column["in a shard that cannot be read"] += shard.num_samples
         return
     for name, column in licences.items():
-        column.update(str(row[name]) for row in rows if row["status"] == STORED)
+        column.update(licences_of[name])
 
 
 # -- text ------------------------------------------------------------------------------------------

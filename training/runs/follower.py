@@ -53,6 +53,8 @@ class Follower:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        if self._tensorboard is not None and self._write_events:  # else the disk is full
+            self._tensorboard.close()
         self._set("train_running", 0)
 
     def _set(self, name: str, value: float) -> None:
@@ -101,7 +103,7 @@ class Follower:
             if self._write_events:
                 self._tensorboard = self._tensorboard or TensorBoard(self._run)
                 self._tensorboard.write()
-        except OSError as error:
+        except (OSError, ImportError) as error:
             self._write_events = False
             return [f"the events for TensorBoard are incomplete: {error}"]
         return []

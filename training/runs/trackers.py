@@ -44,6 +44,8 @@ class TensorBoard:
         messages, summaries = self._messages, self._summaries
         lines = [("train", line) for line in self._metrics.read()]
         lines += [("validation", line) for line in self._validation.read()]
+        if not lines:
+            return
         for group, line in lines:
             step, now = line["step"], time.time()
             if group == "train" and step <= self._last_step:
@@ -60,3 +62,7 @@ class TensorBoard:
             summary = summaries.Summary(value=values)
             self._events.write_event(messages.Event(wall_time=now, step=step, summary=summary))
         self._events.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._events.close()
