@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12; do \
 VENV := .venv
 ARGS ?=
 
-# The stamp bears the digest of what was installed, so that a new lock or dependency sets up again.
+# The stamp holds the digest of what was installed, so that a new lock or dependency sets up again.
 STAMP := $(VENV)/.setup-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c 1-16)
 
 # More threads than cores slow small models down, and every Ray worker would start as many.

@@ -1,6 +1,6 @@
 """Build what Prometheus and Grafana read: recording rules and three dashboards.
 
-python cluster/dashboards.py
+    python cluster/dashboards.py
 
 They are cluster/prometheus/recording.yaml and cluster/grafana/dashboards/*.json. Edit the metrics
 in cluster/base/metrics.py and the panels in cluster/monitoring/panels.yaml.

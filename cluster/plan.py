@@ -1,7 +1,7 @@
 """Plan a training: what a preset needs on a cluster, how long it takes, what it costs.
 
-python cluster/plan.py --preset paper --gpu h200 --num-gpus 64 --images 250e6
-python cluster/plan.py --preset demo               # two CPU cores
+    python cluster/plan.py --preset paper --gpu h200 --num-gpus 64 --images 250e6
+    python cluster/plan.py --preset demo               # two CPU cores
 """
 
 from cluster.base.cli import INCOMPLETE, parse, run_script

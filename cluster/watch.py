@@ -1,7 +1,7 @@
 """A live page of what runs, from Prometheus, where there is no Grafana.
 
-python cluster/watch.py --prometheus http://127.0.0.1:9090       # then http://127.0.0.1:9480
-python cluster/watch.py --address 10.0.0.5 --token-file watch.token
+    python cluster/watch.py --prometheus http://127.0.0.1:9090       # then http://127.0.0.1:9480
+    python cluster/watch.py --address 10.0.0.5 --token-file watch.token
 
 It queries the panels of cluster/monitoring/panels.yaml, runs and alerts, and passes on no other
 query.

@@ -1,9 +1,9 @@
 """Score a CLIP by its embeddings: retrieval both ways, zero-shot classes, a linear probe.
 
-python eval/clip.py --embeds data/test/embeds
-python eval/clip.py --embeds data/test/embeds --images data/test/images --label-column class \
-    --train-embeds data/embeds --train-images data/images --out scores.json
-python eval/clip.py --export clip.safetensors --clip runs/clip          # weights for open_clip
+    python eval/clip.py --embeds data/test/embeds
+    python eval/clip.py --embeds data/test/embeds --images data/test/images --label-column class \\
+        --train-embeds data/embeds --train-images data/images --out scores.json
+    python eval/clip.py --export clip.safetensors --clip runs/clip          # weights for open_clip
 """
 
 import json

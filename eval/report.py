@@ -1,4 +1,4 @@
-"""Write the page that one wants to look at: what a run was, what it reached, beside earlier runs.
+"""Write a page of a run: its images, scores and curves, beside those of other runs.
 
     python eval/report.py --run runs/demo
     python eval/report.py --run runs/demo --against runs/last_week --against runs/other/eval.json

@@ -1,7 +1,8 @@
 """Draw images for captions: caption -> prior -> decoder -> upsamplers.
 
-python eval/sample.py --prior runs/prior --decoder runs/base --prompts "a red cube"
-python eval/sample.py --prior runs/prior --decoder runs/base --captions data/test/images --limit 300
+    python eval/sample.py --prior runs/prior --decoder runs/base --prompts "a red cube"
+    python eval/sample.py --prior runs/prior --decoder runs/base --captions data/test/images \\
+        --limit 300
 
 Sub-commands edit images: variations, interpolate, textdiff, inpaint, pca, guidance; each has a
 --help of its own.

@@ -1,10 +1,9 @@
 """Download a URL list into WebDataset shards; a finished shard is never fetched again.
 
-examples:
-  python ingest/download.py --urls laion.parquet --out data/images
-  python ingest/download.py --urls laion.parquet --out s3://bucket/images --image-size 64
-  python ingest/download.py --out data/images --verify
-  python ingest/download.py --out data/images --forget urls.txt
+    python ingest/download.py --urls laion.parquet --out data/images
+    python ingest/download.py --urls laion.parquet --out s3://bucket/images --image-size 64
+    python ingest/download.py --out data/images --verify
+    python ingest/download.py --out data/images --forget urls.txt
 """
 
 import time

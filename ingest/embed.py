@@ -1,8 +1,7 @@
 """Precompute CLIP embeddings of image shards with Ray Data; each shard exactly once.
 
-examples:
-  python ingest/embed.py --images data/images --clip ViT-L-14:laion2b_s32b_b82k --out data/embeds
-  python ingest/embed.py --images data/images --clip runs/clip --out data/embeds --num-actors 8
+    python ingest/embed.py --images data/images --clip ViT-L-14:laion2b_s32b_b82k --out data/embeds
+    python ingest/embed.py --images data/images --clip runs/clip --out data/embeds --num-actors 8
 """
 
 from dataclasses import dataclass

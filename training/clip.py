@@ -1,7 +1,7 @@
-"""Train a CLIP on image shards: the encoder that the rest of the system stands on.
+"""Train a CLIP, the encoder of captions and images, on image shards.
 
-python training/clip.py --images data/images --run runs/clip
-python training/clip.py --preset debug             # seconds on a CPU, makes its own data
+    python training/clip.py --images data/images --run runs/clip
+    python training/clip.py --preset debug             # seconds on a CPU, makes its own data
 """
 
 from cluster.base.cli import parse, run_script

@@ -1,8 +1,8 @@
 """Convert published pipelines, in diffusers' layout, to finished runs and back.
 
-python training/convert.py --diffusers karlo/ --part decoder --clip ViT-L-14-quickgelu:clip.safetensors+raw --run runs/karlo_base
-python training/decoder.py --init runs/karlo_base ...           # fine-tune it
-python training/convert.py --export --run runs/tuned --part decoder --diffusers karlo_tuned/
+    python training/convert.py --diffusers karlo/ --part decoder --clip ViT-L-14-quickgelu:clip.safetensors+raw --run runs/karlo_base
+    python training/decoder.py --init runs/karlo_base ...           # fine-tune it
+    python training/convert.py --export --run runs/tuned --part decoder --diffusers karlo_tuned/
 
     <diffusers>/prior/  decoder/  text_proj/  super_res_first/  super_res_last/
 

@@ -1,7 +1,7 @@
 """Train one stage of the cascade: the base decoder, or an upsampler.
 
-python training/decoder.py --images data/images --embeds data/embeds --stage base --run runs/base
-python training/decoder.py --preset debug          # seconds on a CPU, makes its own data
+    python training/decoder.py --images data/images --embeds data/embeds --run runs/base
+    python training/decoder.py --preset debug          # seconds on a CPU, makes its own data
 """
 
 from cluster.base.cli import parse, run_script

@@ -1,8 +1,8 @@
 """Train a prior: from a caption to the CLIP image embedding of a picture of it.
 
-python training/prior.py --embeds data/embeds --run runs/prior
-python training/prior.py --preset debug            # seconds on a CPU, makes its own data
-ray job submit --working-dir . -- python training/prior.py --preset debug --run /shared/runs/prior
+    python training/prior.py --embeds data/embeds --run runs/prior
+    python training/prior.py --preset debug            # seconds on a CPU, makes its own data
+    ray job submit --working-dir . -- python training/prior.py --run /shared/prior
 """
 
 from cluster.base.cli import parse, run_script

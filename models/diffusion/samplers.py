@@ -37,12 +37,12 @@ Sampler = Callable[[Denoiser, Tensor, NoiseSchedule, int, Noise], Tensor]
 
 def _transitions(
     schedule: NoiseSchedule, sample_steps: int, x: Tensor
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (step, t [B], t_next [B]) down to the clean end, t_next = -1."""
+) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
+    """Yield (step, t [B], t_next [B], is_last) down to the clean end, t_next = -1."""
     steps = schedule.timesteps(sample_steps)
     for i, (t, t_next) in enumerate(zip(steps, [*steps[1:], -1], strict=True)):
         now, after = (torch.full((len(x),), value, device=x.device) for value in (t, t_next))
-        yield i, now, after
+        yield i, now, after, t_next < 0
 
 
 # -- samplers --------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def ddim(eta: float = 0.0) -> Sampler:
     def sample(
         denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, sample_steps: int, noise: Noise
     ) -> Tensor:
-        for i, t, t_next in _transitions(schedule, sample_steps, x):
+        for i, t, t_next, _ in _transitions(schedule, sample_steps, x):
             x0 = denoise(x, t).x0
             eps = schedule.to_eps(x0, x, t)
             # in float64: nearly all of a first step's noise is fresh, and the rest a difference
@@ -81,14 +81,14 @@ def analytic_ddpm(
     The step from t to s draws from q(x_s | x_t, x0), whose mean contains a x0; the uncertainty of
     x0 adds a^2 Var(x0 | x_t) to its variance. Raises ValueError for a model that does not know it.
     """
-    for i, t, t_next in _transitions(schedule, sample_steps, x):
+    for i, t, t_next, is_last in _transitions(schedule, sample_steps, x):
         x0, _, x0_variance = denoise(x, t)
         if x0_variance is None:
             raise ValueError(
                 "sampler: found analytic_ddpm for a model without its data's covariance, expected "
                 "one of the others; diffusion priors have it"
             )
-        if (t_next < 0).all():
+        if is_last:
             return x0
         mean, variance, beta = schedule.posterior(x0, x, t, t_next)
         of_x0 = schedule.coefficients(t_next, x)[0] * beta / schedule.coefficients(t, x)[1] ** 2
@@ -104,14 +104,14 @@ def learned_ddpm(
 
     Raises ValueError for a model that learned none.
     """
-    for i, t, t_next in _transitions(schedule, sample_steps, x):
+    for i, t, t_next, is_last in _transitions(schedule, sample_steps, x):
         x0, fraction, _ = denoise(x, t)
         if fraction is None:
             raise ValueError(
                 "sampler: found learned_ddpm for a model that learned no variance, expected one of "
                 "the others; a decoder learns it with --base.learned-variance"
             )
-        if (t_next < 0).all():
+        if is_last:
             return x0
         mean, variance, beta = schedule.posterior(x0, x, t, t_next)
         x = mean + (learned_log_variance(fraction, variance, beta) / 2).exp() * noise(i)
@@ -136,9 +136,9 @@ def heun(
     def velocity(x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return schedule.target("v", x0, t, schedule.to_eps(x0, x, t))
 
-    for _, t, t_next in _transitions(schedule, sample_steps, x):
+    for _, t, t_next, is_last in _transitions(schedule, sample_steps, x):
         x0 = denoise(x, t).x0
-        if (t_next < 0).all():
+        if is_last:
             return x0
         slope = velocity(x0, x, t)
         turn = angle(t_next) - angle(t)
@@ -156,11 +156,11 @@ def dpmpp_2m(
     lambda = log(signal / sigma); the last step, to lambda = infinity, is of first order, x = x0.
     """
     x0_last, h_last = None, None
-    for _, t, t_next in _transitions(schedule, sample_steps, x):
+    for _, t, t_next, is_last in _transitions(schedule, sample_steps, x):
         x0 = denoise(x, t).x0
         signal, sigma = schedule.coefficients(t, x)
         signal_next, sigma_next = schedule.coefficients(t_next, x)
-        if (t_next < 0).all():
+        if is_last:
             return x0
         h = torch.log(signal_next / sigma_next) - torch.log(signal / sigma)
         estimate = x0
@@ -190,7 +190,7 @@ def ddim_invert(
             "take a decoder that was trained without zero_terminal"
         )
     x = x0
-    for _, t, t_next in reversed(list(_transitions(schedule, sample_steps, x0))):
+    for _, t, t_next, _ in reversed(list(_transitions(schedule, sample_steps, x0))):
         signal, sigma = schedule.coefficients(t, x)
         signal_next, sigma_next = schedule.coefficients(t_next, x)
         guess = x

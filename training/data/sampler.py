@@ -86,11 +86,11 @@ class Order:
         index = np.full((count, len(streams)), -1, np.int64)
         epochs = (first + np.arange(count)) // self.length
         for epoch in np.unique(epochs).tolist():
-            mine = np.flatnonzero(epochs == epoch)
-            start = first + int(mine[0]) - epoch * self.length
+            places = np.flatnonzero(epochs == epoch)
+            start = first + int(places[0]) - epoch * self.length
             for column, stream in enumerate(streams.tolist()):
-                rows = self._stream_rows(epoch, stream, start, len(mine))
-                index[mine[: len(rows)], column] = rows
+                rows = self._stream_rows(epoch, stream, start, len(places))
+                index[places[: len(rows)], column] = rows
         return index, epochs
 
     def _find_padding(self, epoch: int, stream: int) -> int:
@@ -138,13 +138,13 @@ class Order:
         """Return rows [start, start + count) of a stream's epoch; fewer past its end."""
         starts = self._starts(epoch, stream)
         first = max(0, int(np.searchsorted(starts, start, side="right")) - 1)
-        found = [np.zeros(0, np.int64)]
+        parts = [np.zeros(0, np.int64)]
         for number in range(first, len(starts) - 1):
             if starts[number] >= start + count:
                 break
             rows = self._window_rows(epoch, stream, number)
-            found.append(rows[max(0, start - starts[number]) : start + count - starts[number]])
-        return np.concatenate(found)
+            parts.append(rows[max(0, start - starts[number]) : start + count - starts[number]])
+        return np.concatenate(parts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -255,7 +255,7 @@ class Plan:
     def slice(self, step: int, rank: int = 0, world_size: int = 1) -> BatchIndex:
         """Return what `rank` of `world_size` reads at `step`; ragged ends are padded with weight
         0."""
-        rounds, streams, mine = self._slots(rank, world_size)
+        rounds, streams, own = self._slots(rank, world_size)
         slots = len(rounds)
         index, epoch = np.zeros((2, slots), np.int64)
         weight = np.zeros(slots, np.float32)
@@ -267,10 +267,10 @@ class Plan:
             count = int((of_round == number).sum())
             done = first // pattern * before[-1, number] + before[first % pattern, number]
             num_real += order.num_real(int(done), count)
-            found, epochs = order.read(int(done), count, mine)
+            numbers, epochs = order.read(int(done), count, own)
             here = of_round[rounds] == number
             nth = np.cumsum(of_round == number)[rounds[here]] - 1
-            rows, epoch[here] = found[nth, np.searchsorted(mine, streams[here])], epochs[nth]
+            rows, epoch[here] = numbers[nth, np.searchsorted(own, streams[here])], epochs[nth]
             weight[here] = rows >= 0
             gaps = np.flatnonzero(rows < 0)
             places = zip(epochs[nth[gaps]].tolist(), streams[here][gaps].tolist(), strict=True)

@@ -12,7 +12,7 @@ def keep_freed_memory(kept_bytes: int = KEPT_BYTES) -> bool:
     """Let glibc keep up to so many bytes of what is freed, instead of returning them to the system;
     say whether it will.
 
-    Else every batch comes in pages that the system clears anew, which costs more than what is
+    Else every batch comes in pages that the system clears again, which costs more than what is
     copied into them. ALL is for steps on the CPU, which need as much again each time: of those of
     ZeRO, with their flat buffers, clearing was a fifth. Other C libraries have their own ways and
     are left alone.
