@@ -327,6 +327,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Iter
     import ray
 
     root = write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=20)
+    ray.shutdown()  # one that other modules share, of this machine's cores
     ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=512 << 20)
     yield root
     ray.shutdown()
