@@ -309,10 +309,10 @@ class _ObjectStorage(Storage):
                 self._files.put_file(str(path), self._path(name))
 
     def settle(self) -> None:
-        pass
+        pass  # a put is lasting when it returns
 
     def sweep(self) -> None:
-        pass
+        pass  # workplaces are the machine's own temporary folders
 
     def leave(self, workplace: Path) -> None:
         shutil.rmtree(workplace, ignore_errors=True)
