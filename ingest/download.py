@@ -6,7 +6,6 @@
     python ingest/download.py --out data/images --forget urls.txt
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -102,10 +101,8 @@ def main(config: DownloadConfig) -> int:
     """Run the download; return 0, or 1 when shards are missing and a rerun would continue."""
     from cluster.base import metrics
     from ingest.fetching.retries import DownloadPlan, read_rounds, start_round
-    from ingest.shards import committed_names, publish_snapshot, read_commits, recover
-    from ingest.store.accounts import Accounts
-    from ingest.store.maintenance import drop_repeated_images, is_forgetting
     from ingest.store.removal import read_forgotten
+    from ingest.store.stage import publish_and_report
 
     _check(config)
     if config.verify:
@@ -136,25 +133,13 @@ def main(config: DownloadConfig) -> int:
             plan = replace(plan, rounds=(*plan.rounds, retry_round))
             _make_missing(config, job, url_list, plan)
 
-    # Settle what died workers left, and what was requested in the meantime; publish
-    recover(job.root)
-    if "images" in config.filters.unique:
-        print(f"{drop_repeated_images(job.root)} repeated images dropped", flush=True)
-    if read_forgotten(job.root) != requests or is_forgetting(job.root):
-        _forget(config)
-    snapshot = publish_snapshot(job.root)
-
-    # Report where every row went, from the commits alone
-    accounts = Accounts.of(read_commits(config.out))
-    missing = plan.num_shards - len(committed_names(config.out))
-    waiting = plan.num_rows - accounts.counts.total()
-    more = f" + {waiting} in {missing} missing shards" if waiting else ""
-    print(f"{plan.num_rows} rows = {accounts}{more}; snapshot {snapshot.digest[:12]}", flush=True)
-    if waiting and not missing:
-        raise ValueError(f"{config.out}: {waiting} rows unaccounted for; rerun with --fresh")
-    if missing:
-        print("incomplete: rerun the same command to continue", flush=True)
-    return INCOMPLETE if missing else DONE
+    return publish_and_report(
+        job.root,
+        num_shards=plan.num_shards,
+        num_rows=plan.num_rows,
+        unique=config.filters.unique,
+        before=requests,
+    )
 
 
 def prepare(config: DownloadConfig) -> "tuple[UrlList, ShardJob]":
@@ -241,12 +226,11 @@ def _make_missing(
 
     A damaged shard is withdrawn first, and made again.
     """
-    from cluster.base.progress import progress, show_place
     from ingest.fetching.rate_limit import deal_host_share
     from ingest.fetching.shard_task import NetworkDownError
     from ingest.shards import committed_names, withdraw_damaged
-    from ingest.store.accounts import Accounts, count_rows
-    from ingest.store.shard_runner import WorkerPool, run_units
+    from ingest.store.shard_runner import WorkerPool
+    from ingest.store.stage import make_shards
 
     for name, problem in withdraw_damaged(job.root).items():
         print(f"shard {name} is damaged ({problem}) and is fetched again", flush=True)
@@ -260,26 +244,15 @@ def _make_missing(
         return len(done), 0
 
     units = plan.units(lambda: _read_list(config, url_list))
-    results = run_units(
+    failures = make_shards(
+        "download",
         job,
         (unit for unit in units if unit.name not in done),
         WorkerPool(number=config.num_processes, group="cpu_group"),
+        missing=missing,
         passing=(NetworkDownError,),
         deal_share=partial(deal_host_share, config.host_connections, config.host_rate),
     )
-    failures: dict[str, str] = {}
-    accounts, started = Accounts(), time.monotonic()
-    show_place("download", job.root, missing)
-    with progress("download", missing, unit="shards") as advance:
-        for result in results:
-            if result.error is not None:
-                failures[result.name] = result.problem(job.root)
-            else:
-                missing -= 1
-                accounts.add(result.get())
-                count_rows(result.get())
-                show_place("download", job.root, missing)
-            advance(note=accounts.rate(time.monotonic() - started))
     for name, problem in failures.items():
         print(f"shard {name} failed: {problem}", flush=True)
     return len(done), len(failures)
@@ -324,17 +297,11 @@ def _verify(config: DownloadConfig) -> int:
 
 def _forget(config: DownloadConfig) -> int:
     from ingest.store.maintenance import forget
-    from ingest.store.removal import Forgotten, read_request
+    from ingest.store.removal import read_request
+    from ingest.store.stage import report_removed
 
-    request = read_request(config.forget) if config.forget else Forgotten()
-    removed = forget(config.out, request)
-    print(
-        f"forgotten: {removed.num_samples} samples, {removed.num_rows} rows, in "
-        f"{removed.num_shards} rewritten shards; no later download stores them",
-        flush=True,
-    )
-    for embeds in removed.unreached:
-        print(f"warning: embeddings in {embeds} are not there now: delete that copy", flush=True)
+    request = read_request(config.forget)
+    report_removed(forget(config.out, request))
     return DONE
 
 

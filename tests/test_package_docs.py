@@ -61,7 +61,7 @@ def config_of(words: list[str]) -> Any:
     from eval import clip as eval_clip
     from eval import fid, report, sample, sweep, watch
     from eval.sampling.edits import COMMANDS
-    from ingest import download, embed
+    from ingest import adopt, download, embed
     from training import convert, reconstruct_ema
     from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 
@@ -71,6 +71,7 @@ def config_of(words: list[str]) -> Any:
     if script == "eval/sample.py" and argv and argv[0] in COMMANDS:
         return parse(COMMANDS[argv[0]], argv=argv[1:])
     classes: dict[str, tuple[type, Path | None]] = {
+        "ingest/adopt.py": (adopt.AdoptConfig, None),
         "ingest/download.py": (download.DownloadConfig, None),
         "ingest/embed.py": (embed.EmbedConfig, None),
         "training/clip.py": (ClipRunConfig, PRESETS / "clip"),

@@ -20,7 +20,7 @@ from cluster.base.exporter import Kind, Metric
 from cluster.base.options import nearest
 from cluster.base.outcomes import FAILED, OUTCOMES
 
-BACKLOGS = ("download", "embed")
+BACKLOGS = ("download", "adopt", "embed")
 FOLDERS = ("images", "embeds", "runs")
 Incident = Literal["spike", "hang", "lost", "broken"]  # see training/runs/events.py
 INCIDENTS: tuple[str, ...] = get_args(Incident)

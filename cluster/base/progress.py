@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LINE_SECONDS = 10.0
-MADE_BY = {"download": "images", "embed": "embeds"}
+MADE_BY = {"download": "images", "adopt": "images", "embed": "embeds"}
 
 
 @contextmanager

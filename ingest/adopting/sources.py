@@ -1,0 +1,142 @@
+"""What a source of samples is, whatever it is made of: parts that are read in order, each a shard.
+
+source = open_source(config)
+for part in source.parts():
+    for sample in source.read(part): ...
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from cluster.base.files import Json
+from cluster.base.outcomes import status_of
+from ingest.adopting.config import AdoptConfig
+from ingest.lists.filters import RowFilter
+from ingest.shards import SIZE_COLUMNS, STORED
+from ingest.store.removal import FORGOTTEN, Forgotten
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SOURCE_KEY = "source_key"  # column of a shard's table: the sample's name in its source
+MORE_CAPTIONS = "captions_more"  # column: the captions of a sample after its first one
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One shard's worth of a source.
+
+    place: its file or folder, a path or URL; payload: which piece of it.
+    """
+
+    place: str
+    payload: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSample:
+    """One sample as its source has it.
+
+    key: its name there; image: the file's bytes; captions: the first is the main one; fields: the
+    row's other columns that are kept, and `url` where there is one; problem: the reason out of
+    `cluster.base.outcomes` why it is no sample.
+    """
+
+    key: str
+    image: bytes | None
+    captions: tuple[str, ...] = ()
+    fields: Mapping[str, object] = field(default_factory=dict)
+    problem: str | None = None
+
+
+class Source(Protocol):
+    """Samples to adopt; picklable, since `read` runs in Ray tasks.
+
+    digest: of the listing (names in order and reading options, not contents): the manifest compares
+    it. kept: the columns stored beside those of every table; `captions_more` is one of them where
+    samples have several captions.
+    """
+
+    digest: str
+    kept: "pa.Schema"
+
+    def parts(self) -> Sequence[Part]:
+        """Return all parts, in the order of their shards."""
+        ...
+
+    def read(self, part: Part) -> Iterator[SourceSample]:
+        """Yield a part's samples in order, a few in memory at a time.
+
+        OSError or ValueError: the part cannot be read; it is named, and the others are adopted.
+        """
+        ...
+
+
+def open_source(config: AdoptConfig) -> Source:
+    """Return the source that `config.source` describes; ValueError for what is none."""
+    raise ValueError(
+        f"--source: found {config.source}, expected tars ({', '.join(TAR_ENDINGS)}), a text file "
+        "that lists them or a wids index (.json)"
+    )
+
+
+# -- columns and rows of a shard's table -----------------------------------------------------------
+
+
+def kept_columns(config: AdoptConfig, available: "pa.Schema") -> "pa.Schema":
+    """Return the columns that are stored: --keep-columns, then those that filters need.
+
+    available: the columns that the source has. Raises ValueError for one that it has not.
+    """
+    import pyarrow as pa
+
+    missing = [name for name in config.keep_columns if name not in available.names]
+    if missing:
+        raise ValueError(
+            f"--keep-columns: found {missing[0]}, expected one of {', '.join(available.names)}"
+        )
+    needed = RowFilter.open(config.filters, available).columns.values()
+    names = dict.fromkeys([*config.keep_columns, *needed])
+    return pa.schema([available.field(name) for name in names])
+
+
+def left_out(
+    samples: Sequence[SourceSample], row_filter: RowFilter, kept: "pa.Schema", forgotten: Forgotten
+) -> dict[int, str]:
+    """Return the reason of each sample that is left out before its image is looked at, by place."""
+    import pyarrow as pa
+
+    schema = pa.schema([("url", pa.string()), ("caption", pa.string()), *kept])
+    rows = [{**sample.fields, "caption": "".join(sample.captions[:1])} for sample in samples]
+    reasons = row_filter.problems(pa.Table.from_pylist(rows, schema=schema))
+    for place, sample in enumerate(samples):
+        url = sample.fields.get("url")
+        if forgotten.covers(url if isinstance(url, str) else None):
+            reasons[place] = FORGOTTEN
+        elif sample.problem is not None:
+            reasons[place] = sample.problem
+    return reasons
+
+
+def table_row(
+    key: str,
+    sample: SourceSample,
+    reason: str | None,
+    *,
+    sha256: str | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Json:
+    """Return the row of the table of a sample.
+
+    reason: why it is not stored; sha256: of the image's bytes as found; sizes: see SIZE_COLUMNS.
+    """
+    row: Json = {"key": key, "status": status_of(reason) if reason else STORED}
+    row["error"] = reason
+    if reason == FORGOTTEN:  # nothing of it is kept
+        return row
+    row |= sample.fields
+    row |= {SOURCE_KEY: sample.key, "caption": "".join(sample.captions[:1]), "sha256": sha256}
+    row[MORE_CAPTIONS] = list(sample.captions[1:])
+    return row | dict(zip(SIZE_COLUMNS, sizes or (), strict=False))
