@@ -8,7 +8,13 @@ import pytest
 from PIL import Image
 
 from ingest.fetching import decode
-from ingest.fetching.decode import DecodeError, Resizer, header_problem
+from ingest.fetching.decode import (
+    DecodeError,
+    Resizer,
+    header_problem,
+    square_pixels,
+    stored_picture,
+)
 
 WHITE, RED, BLUE = (255, 255, 255), (220, 30, 30), (30, 30, 220)
 KEEP = Resizer(image_size=64, resize_mode="keep_ratio")
@@ -119,6 +125,64 @@ def test_every_mode_becomes_rgb_over_white(file: io.BytesIO, left, right):
         left = right = Image.open(file).convert("RGB").getpixel((8, 8))
     assert is_colour(image.getpixel((8, 32)), left), image.getpixel((8, 32))
     assert is_colour(image.getpixel((72, 32)), right), image.getpixel((72, 32))
+
+
+def grey_levels() -> io.BytesIO:
+    """The flag of `flag`, in 16 bits of grey."""
+    grey = np.asarray(flag().convert("L"), np.uint16)
+    return encoded(Image.fromarray(grey * 257))
+
+
+def turned(kind: str, **options) -> io.BytesIO:
+    """The flag as a camera held on its side stores it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(flag().transpose(UNDO[6]), kind, exif=exif.tobytes(), **options)
+
+
+def over_nothing(mode: str) -> io.BytesIO:
+    """The flag with its white as nothing: black there, and transparent."""
+    pixels = np.asarray(flag().convert("RGBA")).copy()
+    pixels[(pixels[..., :3] == 255).all(-1)] = 0
+    return encoded(Image.fromarray(pixels).convert(mode))
+
+
+@pytest.mark.parametrize(
+    ("file", "grey", "close"),
+    [
+        (turned("JPEG", quality=95), False, CLOSE),
+        (turned("PNG"), False, 0),
+        (turned("WEBP", lossless=True), False, 0),
+        (over_nothing("RGBA"), False, 0),
+        (encoded(flag().convert("P", palette=Image.Palette.ADAPTIVE)), False, 0),
+        (encoded(flag().convert("CMYK"), "JPEG", quality=95), False, CLOSE),
+        (encoded(flag().convert("L")), True, 0),
+        (grey_levels(), True, 1),
+    ],
+    ids=["turned JPEG", "turned PNG", "turned WebP", "RGBA", "palette", "CMYK", "grey", "16 bit"],
+)
+def test_every_reader_sees_the_same_upright_picture_of_a_foreign_file(
+    file: io.BytesIO, grey: bool, close: int
+):
+    from eval.features.decoding import picture_size, read_picture
+    from models.clip import preprocess
+
+    expected = np.asarray(flag().convert("L" if grey else "RGB").convert("RGB"), int)
+    data = file.getvalue()
+    picture = stored_picture(data)
+    assert picture.mode == "RGB" and picture.size == (96, 64) == picture_size(data, "")
+    away_from_edges = np.abs(np.asarray(picture, int) - expected)[:, :44]
+    assert away_from_edges[:28].max() <= close and away_from_edges[36:].max() <= close
+    square = square_pixels(data, 64)  # what training reads, embedding, and FID
+    assert np.array_equal(square, preprocess(picture, 64))
+    assert np.array_equal(np.asarray(picture), np.asarray(read_picture(data, "")))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_plain_jpeg_is_read_as_pillow_decodes_it(options: dict):
+    file = encoded(photograph((96, 64)), "JPEG", **options)
+    with Image.open(file) as image:
+        assert np.array_equal(np.asarray(stored_picture(file.getvalue())), np.asarray(image))
 
 
 # -- sizes -----------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ingest.fetching.decode import decode_to, upright_size
 
 PLAIN_MODES = ("RGB", "L", "CMYK", "YCbCr", "1", "P")
 MODES = {
@@ -38,18 +40,24 @@ def _opened(file: Path | bytes, where: str) -> Iterator[Image.Image]:
 def picture_size(file: Path | bytes, where: str) -> tuple[int, int]:
     """Return width and height in px, reading no pixels; errors as of `read_picture`."""
     with _opened(file, where) as image:
-        return image.size
+        if image.format == "PNG" and "exif" not in image.info:  # to look further takes its pixels
+            return image.size
+        return upright_size(image)
 
 
 def read_picture(file: Path | bytes, where: str) -> Image.Image:
-    """Decode a picture completely, to RGB; `where` names it in errors.
+    """Decode a picture completely, to upright RGB; `where` names it in errors.
 
-    Grey becomes equal channels, and a fully opaque alpha channel is dropped. Raises ValueError for
-    a file that does not decode, for pixels of more than 8 bits, and for transparency: the
-    background is the user's choice, and would be part of the score.
+    file: a path, or the bytes of a shard's image, which are decoded as training does: over white.
+    Of a path, grey becomes equal channels, and a fully opaque alpha channel is dropped. Raises
+    ValueError for a file that does not decode, and, of a path, for pixels of more than 8 bits and
+    for transparency: the background is the user's choice, and would be part of the score.
     """
     with _opened(file, where) as image:
+        if isinstance(file, bytes):
+            return decode_to(image, image.size)
         image.load()
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode not in (*PLAIN_MODES, "RGBA", "LA", "PA"):
             pixels = MODES.get(image.mode, f"mode {image.mode}")
             raise ValueError(

@@ -7,7 +7,6 @@
 A chunk never crosses shards, so a shard's embeddings do not depend on the process that makes them.
 """
 
-import io
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,8 +14,8 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image
 
+from ingest.fetching.decode import BAD_BYTES, stored_picture
 from ingest.shards import (
     Attempt,
     Commit,
@@ -98,9 +97,8 @@ def _read_chunk(shard: ImageShard, rows: range, preprocessing: Preprocessing) ->
     bad = np.zeros(len(rows), bool)
     for place, row in enumerate(rows):
         try:
-            with Image.open(io.BytesIO(shard.image_bytes(row))) as image:
-                pixels[place] = preprocess(image, side)
-        except (OSError, SyntaxError, ValueError):  # what Pillow raises for bytes that are no image
+            pixels[place] = preprocess(stored_picture(shard.image_bytes(row)), side)
+        except BAD_BYTES:
             bad[place] = True
     captions = [shard.caption(row) for row in rows]
     tokens = np.zeros((0, preprocessing.context_length), np.int32)

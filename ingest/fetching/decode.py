@@ -26,7 +26,11 @@ BAD_BYTES = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError,
 # filter alone the result differs by no more than what storing it as a JPEG changes.
 MIN_OVERSAMPLING = 4 / 3
 ORIENTATION = 0x0112  # EXIF's tag
-SIDEWAYS = (5, 6, 7, 8)  # its values that mean a quarter turn
+TURNS = {  # its values -> how Pillow's Transpose calls what turns such an image upright
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+    6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
+SIDEWAYS = (5, 6, 7, 8)  # those that mean a quarter turn
 
 
 def may_be_image(content_type: str | None) -> bool:
@@ -117,12 +121,10 @@ class Resizer:
 
         try:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                orientation = image.getexif().get(ORIENTATION, 1)
-                width, height = image.size[::-1] if orientation in SIDEWAYS else image.size
+                width, height = upright_size(image)
                 if min(width, height) < self.min_image_side:
                     raise DecodeError("too_small")
-                reduced = decode_to(image, self._target(image.size))
-            resized = self._fitted(_upright(reduced, orientation))
+                resized = self._fitted(decode_to(image, self._target(image.size)))
             file = io.BytesIO()
             resized.save(file, "JPEG", quality=self.quality)
         except (DecodeError, MemoryError):  # a lack of memory is no fault of the image
@@ -170,11 +172,13 @@ class Resizer:
 
 
 def decode_to(image: "Image.Image", target: tuple[int, int]) -> "Image.Image":
-    """Decode an opened image to RGB of `target` size, (width, height) in px, as it is stored: not
-    upright."""
+    """Decode an opened image to upright RGB over white.
+
+    target: the size that it is scaled to, (width, height) in px, as it is stored: not upright.
+    """
     from PIL import Image
 
-    original = image.size
+    original, orientation = image.size, image.getexif().get(ORIENTATION, 1)
     # Half of an odd side ends in the middle of a pixel: the box says where, to a fraction.
     # Without it the picture is stretched by up to a pixel, which costs 7 dB.
     width, height = (int(side * MIN_OVERSAMPLING) for side in target)
@@ -190,38 +194,47 @@ def decode_to(image: "Image.Image", target: tuple[int, int]) -> "Image.Image":
         image = Image.alpha_composite(white, image)
     if image.mode != "RGB":
         image = image.convert("RGB")
-    if target == original:
-        return image
-    return image.resize(target, Image.Resampling.BICUBIC, box=box, reducing_gap=MIN_OVERSAMPLING)
+    if target != original:
+        image = image.resize(
+            target, Image.Resampling.BICUBIC, box=box, reducing_gap=MIN_OVERSAMPLING
+        )
+    if orientation in TURNS:
+        image = image.transpose(Image.Transpose[TURNS[orientation]])
+    return image
+
+
+def upright_size(image: "Image.Image") -> tuple[int, int]:
+    """Return width and height in px of an opened image as `decode_to` turns it."""
+    sideways = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+    width, height = image.size
+    return (height, width) if sideways else (width, height)
+
+
+def stored_picture(data: bytes) -> "Image.Image":
+    """Return a stored image as every reader sees it: in full, upright, RGB over white.
+
+    A download stores only such pictures; those of adopted files are as somebody made them.
+    Raises one of `BAD_BYTES` for bytes that do not decode.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        return decode_to(image, image.size)
 
 
 def square_pixels(data: bytes, size: int) -> "np.ndarray":
-    """Return an image's centre square, its short side resized to `size` px: uint8 [3, size, size].
+    """Return the centre square of `stored_picture`, its short side resized to `size` px: uint8 [3,
+    size, size].
 
     For training on pixels. What an encoder sees is decoded in full: `models.clip.preprocess`.
     """
     import numpy as np
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         short = min(image.size)
         width, height = (max(size, round(side * size / short)) for side in image.size)
         image = decode_to(image, (width, height))
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = (image.width - size) // 2, (image.height - size) // 2
     square = image.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
-
-
-def _upright(image: "Image.Image", orientation: int) -> "Image.Image":
-    from PIL.Image import Transpose
-
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
-    return image.transpose(turns[orientation]) if orientation in turns else image
