@@ -12,7 +12,6 @@ Row i of every embedding file belongs to row i of the shard's index. Every reade
 file, which exports what they need of commits and snapshots too. Nothing is ever unpickled.
 """
 
-import io
 import json
 import mmap
 import threading
@@ -115,29 +114,25 @@ def write_image_shard(
     those of `kept` (None: no others); status "success" exactly for the samples, in their order.
     Returns the number of samples. Raises ValueError when rows and samples do not agree.
     """
-    import tarfile
-
     import pyarrow as pa
     import pyarrow.parquet as pq
+    import webdataset
 
-    # The tar is what webdataset's TarWriter writes, whose import brings torch along: names and
-    # owners are webdataset's. Times are 0, so that equal samples give equal bytes.
+    # The tar, at time 0, so that equal samples give equal bytes
     tar_path = folder / f"{name}.tar"
     keys: list[str] = []
-    with tarfile.open(tar_path, "x") as tar:
+    with open(tar_path, "xb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
         for sample in samples:
             keys.append(sample.key)
             metadata = json.dumps(dict(sample.json), sort_keys=True, ensure_ascii=False)
-            members = {
-                "jpg": sample.image_bytes,
-                "json": metadata.encode(),
-                "txt": sample.caption.encode(),
-            }
-            for extension, data in members.items():
-                member = tarfile.TarInfo(f"{sample.key}.{extension}")
-                member.size, member.mode = len(data), 0o444
-                member.uname = member.gname = "bigdata"
-                tar.addfile(member, io.BytesIO(data))
+            tar.write(
+                {
+                    "__key__": sample.key,
+                    "jpg": sample.image_bytes,
+                    "json": metadata.encode(),
+                    "txt": sample.caption.encode(),
+                }
+            )
 
     # Its index, and the table
     stored = [row["key"] for row in rows if row["status"] == STORED]

@@ -1,9 +1,11 @@
 """URL lists as tests need them, and downloads of them in the calling process."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 from conftest import Site
 
 from ingest.download import DownloadConfig
+from ingest.fetching.engine import EngineConfig, RowRequest, RowResult, ShardDownload
 from ingest.fetching.fetch import Fetcher, FetchPolicy, parse_allow_address
 from ingest.store.commits import committed, damage
 
@@ -60,3 +63,23 @@ def fetcher_of(*sites: Site, **policy: Any) -> Fetcher:
     allowed = tuple(parse_allow_address(site.address) for site in sites)
     given = {"allow_addresses": allowed, "host_rate": 0, "timeout_seconds": 5.0, **policy}
     return Fetcher(FetchPolicy(**given))
+
+
+def fetched_rows(
+    requests: Sequence[RowRequest],
+    fetcher: Fetcher,
+    resizer: Any,
+    left_out: dict[int, str] | None = None,
+    **config: Any,
+) -> dict[int, RowResult]:
+    """Return the result of every row of a shard that img2dataset makes, which stores nothing."""
+    given = {"num_threads": 1, "retries": 0, **config}
+    results: dict[int, RowResult] = {}
+    download = ShardDownload(
+        requests, fetcher, resizer, EngineConfig(**given), results.update, left_out
+    )
+    with TemporaryDirectory() as folder:
+        download.run(Path(folder), "000000")
+        (path,) = Path(folder).iterdir()  # img2dataset's statistics, and no list of places
+        assert json.loads(path.read_text())["count"] == len(results)
+    return results

@@ -1,22 +1,31 @@
-"""Laws of fetching rows: every row has an outcome, what may pass is tried again, deadlines hold."""
+"""Laws of the engine: every row has an outcome, what may pass is tried again, deadlines hold."""
 
 import hashlib
+import os
+import signal
+import tarfile
+import threading
 import time
+import traceback
 
 import pytest
-from _lists import fetcher_of
+from _lists import download_of, fetched_rows, fetcher_of, write_list
 
+from ingest.download import main
+from ingest.fetching import engine
 from ingest.fetching.decode import Resizer
-from ingest.fetching.engine import EngineConfig, RowRequest, fetch_rows
+from ingest.fetching.engine import RowRequest, ShardDownload
 
 RESIZER = Resizer(image_size=32, resize_mode="keep_ratio")
 
 
-def gather(site, urls, *, hashes=None, resizer=RESIZER, **config):
-    requests = [RowRequest(row=i, url=url, hashes=hashes or {}) for i, url in enumerate(urls)]
-    given = {"num_threads": 4, "retries": 0, "deadline_seconds": None, **config}
+def gather(site, urls, *, hashes=None, resizer=RESIZER, left_out=None, **config):
+    rows = [i for i in range(len(urls)) if i not in (left_out or {})]
+    requests = [RowRequest(row=i, url=urls[i], hashes=hashes or {}) for i in rows]
     fetcher = fetcher_of(site, host_connections=8)
-    return fetch_rows(requests, fetcher, resizer, EngineConfig(**given))
+    results = fetched_rows(requests, fetcher, resizer, left_out, **{"num_threads": 4, **config})
+    assert list(results) == list(range(len(urls)))
+    return results
 
 
 def test_every_row_has_an_outcome(site):
@@ -92,3 +101,101 @@ def test_an_error_of_our_own_is_raised(site):
     with pytest.raises(OSError, match="disk gone"):
         gather(site, urls, resizer=Broken(image_size=8, resize_mode="no"), num_threads=3)
     assert len(site.hits) < 30
+
+
+def test_rows_that_are_left_out_are_not_fetched_and_keep_their_reason(site):
+    urls = [site.put(f"/{i}", site.picture()) for i in range(6)]
+    found = gather(site, urls, left_out={1: "opted_out", 4: "repeated"})
+    assert [found[i].reason for i in range(6)] == [None, "opted_out", None, None, "repeated", None]
+    assert sorted(site.hits) == ["/0", "/2", "/3", "/5"]
+
+
+def test_a_slow_host_holds_no_thread_while_another_can_be_fetched(site):
+    """With two threads and one connection a host: in the list's order all would wait for it."""
+    release = threading.Event()
+    serve = site.answer(site.picture())
+
+    def slow(handler) -> None:
+        release.wait(10)
+        serve(handler)
+
+    for i in range(4):
+        site.answers[f"/slow/{i}"] = slow
+    fast = [site.put(f"/{i}", site.picture()) for i in range(10)]
+    urls = [site.url(f"/slow/{i}") for i in range(4)]
+    urls += [url.replace("127.0.0.1", "localhost") for url in fast]
+    fetcher = fetcher_of(site, host_connections=1, allow_addresses=(
+        ("127.0.0.1", site.port), ("localhost", site.port),
+    ))  # fmt: skip
+    served: list[str] = []
+
+    class Watching:
+        def __call__(self, data: bytes):
+            served.append(site.hits[-1])
+            if len(served) == 10:
+                release.set()
+            return RESIZER(data)
+
+    requests = [RowRequest(row=i, url=url) for i, url in enumerate(urls)]
+    found = fetched_rows(requests, fetcher, Watching(), num_threads=2)
+    assert release.is_set() and all(result.image is not None for result in found.values())
+
+
+def test_img2dataset_and_webdataset_make_the_shard(site, tmp_path, monkeypatch):
+    """As the stack says at the moment when a member of the tar is written."""
+    stacks: list[list[traceback.FrameSummary]] = []
+    addfile = tarfile.TarFile.addfile
+
+    def watched(*arguments):
+        stacks.append(list(traceback.extract_stack()))
+        return addfile(*arguments)
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", watched)
+    urls = write_list(tmp_path / "list.parquet", [site.put("/a", site.picture())])
+    assert main(download_of(site, urls, tmp_path / "images")) == 0
+    assert len(stacks) == 3
+    for stack in stacks:
+        calls = [(frame.filename.rpartition("site-packages/")[2], frame.name) for frame in stack]
+        downloads = calls.index(("img2dataset/downloader.py", "download_shard"))
+        assert downloads < calls.index(("webdataset/writer.py", "write"))
+
+
+def test_an_img2dataset_that_would_bypass_our_transport_is_refused(site, tmp_path, monkeypatch):
+    import img2dataset.downloader as library
+
+    fetched: list[tuple] = []
+    bypassing = lambda row, **_: fetched.append(row) or (row[0], None, "no route")  # noqa: E731
+    monkeypatch.setattr(library, "download_image", bypassing)
+    engine.require_our_transport.cache_clear()
+    urls = write_list(tmp_path / "list.parquet", [site.put("/a", site.picture())] * 3)
+    with pytest.raises(ValueError, match="img2dataset: does not fetch through"):
+        main(download_of(site, urls, tmp_path / "images", samples_per_shard=1))
+    assert len(fetched) == 1 and ".invalid" in fetched[0][1] and site.hits == []
+    assert not list((tmp_path / "images").glob("*.tar"))
+
+
+def test_a_row_that_img2dataset_loses_fails_the_shard(site, monkeypatch):
+    write, calls = ShardDownload.write, iter(range(9))
+
+    def losing(self, *arguments):
+        if next(calls) == 2:
+            raise ValueError("img2dataset prints this, and goes on")
+        write(self, *arguments)
+
+    monkeypatch.setattr(ShardDownload, "write", losing)
+    with pytest.raises(RuntimeError, match="lost 1 rows"):
+        gather(site, [site.put(f"/{i}", site.picture()) for i in range(9)])
+
+
+def test_an_interrupt_ends_a_shard_although_rows_are_left(site):
+    interrupts = iter([signal.SIGINT])
+
+    def resizer(data: bytes):
+        for number in interrupts:
+            os.kill(os.getpid(), number)
+        return RESIZER(data)
+
+    urls = [site.put(f"/{i}", site.picture()) for i in range(60)]
+    with pytest.raises(KeyboardInterrupt):
+        gather(site, urls, resizer=resizer, num_threads=2)
+    assert len(site.hits) < 60

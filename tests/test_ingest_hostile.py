@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from _lists import download_of, fetcher_of
+from _lists import download_of, fetched_rows, fetcher_of
 from PIL import Image, PngImagePlugin
 
 from ingest.download import main
 from ingest.fetching.decode import Resizer
-from ingest.fetching.engine import EngineConfig, RowRequest, fetch_rows
+from ingest.fetching.engine import RowRequest, require_our_transport
 from ingest.fetching.fetch import Fetcher
 from ingest.fetching.net import connect
 from ingest.lists.filters import MAX_CAPTION_CHARS
@@ -183,12 +183,12 @@ def test_no_case_takes_too_long_or_too_much_memory_or_leads_astray(site, cases, 
     policy = fetcher_of(site, timeout_seconds=TIMEOUT_SECONDS).policy
     resizer = Resizer(image_size=64, resize_mode="keep_ratio")
     problems = []
+    require_our_transport()  # which imports img2dataset
     for name, (url, reason) in cases.items():
         fetcher = Fetcher(policy)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, started = _memory("VmRSS"), time.monotonic()
-        config = EngineConfig(num_threads=1, retries=0)
-        found = fetch_rows([RowRequest(row=0, url=url)], fetcher, resizer, config)[0]
+        found = fetched_rows([RowRequest(row=0, url=url)], fetcher, resizer)[0]
         seconds, growth = time.monotonic() - started, _memory("VmHWM") - before
         if (found.reason or GOOD) != reason:
             problems.append(f"{name}: {found.reason}, expected {reason}")

@@ -1,22 +1,18 @@
 """One shard: its rows in, its committed files out, in img2dataset's own layout.
 
-Keys, members, columns and `_stats.json` are those that img2dataset 1.47 writes. Its downloader is
-not used: it has no limits per host and no deadline, drops a row where something fails, and the
-import alone costs every worker seconds.
+Keys, members, columns and `_stats.json` are those that img2dataset 1.47 writes; its downloader runs
+the shard (see `engine`), webdataset writes the tar.
 """
 
 import faulthandler
-import json
-import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.base.outcomes import RETRIED, status_of
 from ingest.fetching.decode import Resizer
-from ingest.fetching.engine import EngineConfig, RowRequest, RowResult, fetch_rows
+from ingest.fetching.engine import EngineConfig, RowRequest, RowResult, ShardDownload
 from ingest.fetching.fetch import Fetcher, FetchPolicy
 from ingest.fetching.retries import FAILED_BEFORE
 from ingest.lists.filters import RowFilter, normalised
@@ -91,16 +87,14 @@ def make_shard(job: ShardJob, name: str, rows: "pa.Table", fetcher: Fetcher) -> 
     Raises OSError when the files cannot be written, NetworkDownError when there was no network for
     most of the rows; a bad URL is never an error.
     """
-    started = time.time()
     rows = normalised(rows)
     urls = rows["url"].to_pylist()
 
     # Rows that are left out before they are fetched
-    reasons = job.row_filter.problems(rows)
+    left_out = job.row_filter.problems(rows)
     forgotten = read_forgotten(job.root)
     if forgotten:
-        reasons |= {row: FORGOTTEN for row, url in enumerate(urls) if forgotten.covers(url)}
-    results = {row: RowResult(reason=reason) for row, reason in reasons.items()}
+        left_out |= {row: FORGOTTEN for row, url in enumerate(urls) if forgotten.covers(url)}
     hashes = {kind: rows[name].to_pylist() for kind, name in job.row_filter.hashes.items()}
     requests = [
         RowRequest(
@@ -109,75 +103,79 @@ def make_shard(job: ShardJob, name: str, rows: "pa.Table", fetcher: Fetcher) -> 
             hashes={kind: values[row] for kind, values in hashes.items() if values[row]},
         )
         for row, url in enumerate(urls)
-        if row not in results
+        if row not in left_out
     ]
+
+    # The others, by img2dataset, whose writer calls `finish`
     with Attempt(job.root, name) as attempt:
-        # The others
-        fetched = fetch_rows(requests, fetcher, job.resizer, job.engine)
-        cut_off = sum(result.reason in OUTAGE for result in fetched.values())
-        if cut_off and cut_off >= OUTAGE_SHARE * len(fetched):
-            raise NetworkDownError(
-                f"no network for {cut_off} of {len(fetched)} rows; not committed"
-            )
-        forgotten = read_forgotten(job.root)  # again: fetching may have taken long
-        for row, result in fetched.items():
-            covered = forgotten.covers(urls[row], result.sha256)
-            results[row] = RowResult(reason=FORGOTTEN) if covered else result
-        seen: set[str] = set()  # digests of the fetched bytes of earlier rows
-        for row, result in (
-            sorted(results.items()) if "images" in job.row_filter.config.unique else ()
-        ):
-            if result.sha256 in seen:
-                results[row] = replace(result, image=None, reason="duplicate_image")
-            elif result.sha256 is not None:
-                seen.add(result.sha256)
-
-        # The row of the table of every row of the list, and the sample of those that have one
-        digits = max(MIN_ROW_DIGITS, len(str(job.samples_per_shard - 1)))
         table: list[dict[str, Any]] = []
-        samples: list[Sample] = []
-        for number, row in enumerate(rows.select(["url", "caption", *job.kept]).to_pylist()):
-            result, image = results[number], results[number].image
-            row |= {"key": f"{name}{number:0{digits}d}", "sha256": result.sha256}
-            if result.reason == FORGOTTEN:
-                row |= dict.fromkeys(("url", "caption", *job.kept))
-            row["status"] = STORED if result.reason is None else status_of(result.reason)
-            for size in SIZE_COLUMNS:
-                row[size] = getattr(image, size) if image else None
-            if image is not None:
-                sample = Sample(
-                    key=row["key"], image_bytes=image.jpeg, caption=row["caption"], json=dict(row)
-                )
-                samples.append(sample)
-            row["error"] = result.reason
-            table.append(row)
 
-        # Files and commit
-        kept = rows.select(job.kept).schema
-        num_samples = write_image_shard(attempt.path, name, samples, table, kept=kept)
+        def finish(results: dict[int, RowResult]) -> None:
+            cut_off = sum(result.reason in OUTAGE for result in results.values())
+            if cut_off and cut_off >= OUTAGE_SHARE * len(requests):
+                raise NetworkDownError(
+                    f"no network for {cut_off} of {len(requests)} rows; not committed"
+                )
+            settled = _leave_out(job, urls, results)
+            samples = _tabulate(job, name, rows, settled, table)
+            kept = rows.select(job.kept).schema
+            write_image_shard(attempt.path, name, samples, table, kept=kept)
+
+        ShardDownload(requests, fetcher, job.resizer, job.engine, finish, left_out).run(
+            attempt.path, name
+        )
         counts = Counter(outcome(row["status"], row["error"]) for row in table)
         if FAILED_BEFORE in rows.column_names:
             counts.update(f"{RETRIED}:{reason}" for reason in rows[FAILED_BEFORE].to_pylist())
-        _write_stats(attempt.path / f"{name}_stats.json", table, started)
         return attempt.commit(
-            num_samples=num_samples,
+            num_samples=counts["stored"],
             counts=dict(sorted(counts.items())),
             config_hash=job.config_hash,
         )
 
 
-def _write_stats(path: Path, table: list[dict[str, Any]], started: float) -> None:
-    """Write img2dataset's own statistics of a shard; what it calls resizing is decoding here."""
-    reasons = Counter(row["error"] or STORED for row in table)
-    ended, undecodable = time.time(), reasons["undecodable"] + reasons["too_small"]
-    stats = {
-        "count": len(table),
-        "successes": reasons[STORED],
-        "failed_to_download": len(table) - reasons[STORED] - undecodable,
-        "failed_to_resize": undecodable,
-        "duration": ended - started,
-        "start_time": started,
-        "end_time": ended,
-        "status_dict": dict(reasons),
-    }
-    path.write_text(json.dumps(stats, indent=4))
+def _leave_out(
+    job: ShardJob, urls: list[str | None], results: dict[int, RowResult]
+) -> dict[int, RowResult]:
+    """Leave out what was to be forgotten meanwhile, and repeated images where a filter says so."""
+    forgotten = read_forgotten(job.root)  # again: fetching may have taken long
+    unique = "images" in job.row_filter.config.unique
+    seen: set[str] = set()  # digests of the fetched bytes of earlier rows
+    settled: dict[int, RowResult] = {}
+    for row, result in results.items():
+        settled[row] = result
+        if forgotten.covers(urls[row], result.sha256):
+            settled[row] = RowResult(reason=FORGOTTEN)
+        elif unique and result.sha256 in seen:
+            settled[row] = replace(result, image=None, reason="duplicate_image")
+        elif result.sha256 is not None:
+            seen.add(result.sha256)
+    return settled
+
+
+def _tabulate(
+    job: ShardJob,
+    name: str,
+    rows: "pa.Table",
+    results: dict[int, RowResult],
+    table: list[dict[str, Any]],
+) -> list[Sample]:
+    """Append every row of the list to `table`; return the samples of those that have one."""
+    digits = max(MIN_ROW_DIGITS, len(str(job.samples_per_shard - 1)))
+    samples: list[Sample] = []
+    for number, row in enumerate(rows.select(["url", "caption", *job.kept]).to_pylist()):
+        result, image = results[number], results[number].image
+        row |= {"key": f"{name}{number:0{digits}d}", "sha256": result.sha256}
+        if result.reason == FORGOTTEN:
+            row |= dict.fromkeys(("url", "caption", *job.kept))
+        row["status"] = STORED if result.reason is None else status_of(result.reason)
+        for size in SIZE_COLUMNS:
+            row[size] = getattr(image, size) if image else None
+        if image is not None:
+            sample = Sample(
+                key=row["key"], image_bytes=image.jpeg, caption=row["caption"], json=dict(row)
+            )
+            samples.append(sample)
+        row["error"] = result.reason
+        table.append(row)
+    return samples

@@ -72,6 +72,10 @@ class UnitResult(Generic[Value]):
         return str(self.error) or repr(self.error)
 
 
+class HopelessError(ValueError):
+    """What is wrong is no unit's fault: none would succeed, and neither would a rerun."""
+
+
 class WorkerDiedError(RuntimeError):
     """The worker of a unit, or its node, died in each of `MAX_TRIES` tries."""
 

@@ -10,7 +10,7 @@ from ingest.shards import Commit, committed_names, publish_snapshot, read_commit
 from ingest.store.accounts import Accounts, count_rows
 from ingest.store.maintenance import Removed, drop_repeated_images, forget, is_forgetting
 from ingest.store.removal import Forgotten, read_forgotten
-from ingest.store.shard_runner import DealShare, Unit, WorkerPool, run_units
+from ingest.store.shard_runner import DealShare, HopelessError, Unit, WorkerPool, run_units
 
 
 class MakeShard(Protocol):
@@ -38,7 +38,7 @@ def make_shards(
 ) -> dict[str, str]:
     """Make shards and show the progress; return the problem of each that failed, by name.
 
-    stage: "download" or "adopt"; missing: the number of units.
+    stage: "download" or "adopt"; missing: the number of units. Raises HopelessError.
     """
     results = run_units(job, units, pool, passing=passing, deal_share=deal_share)
     failures: dict[str, str] = {}
@@ -46,6 +46,8 @@ def make_shards(
     show_place(stage, job.root, missing)
     with progress(stage, missing, unit="shards") as advance:
         for result in results:
+            if isinstance(result.error, HopelessError):
+                raise result.error
             if result.error is not None:
                 failures[result.name] = result.problem(job.root)
             else:
