@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from ingest.fetching.shard_task import ShardJob
     from ingest.lists.url_list import UrlList
 
+MIN_IMAGE_SIDE = 16  # px
+
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig:
@@ -54,8 +57,9 @@ class DownloadConfig:
     """keep_ratio: the shorter side is reduced to image_size, cropping is left to the readers;
     center_crop: then the middle is kept; keep_ratio_largest: the longer side is reduced; border:
     then white is added; no: stored as large as it is. Nothing is enlarged."""
-    min_image_side: int = 0
-    """Leave out images whose shorter side is below this, px."""
+    min_image_side: int | None = None
+    """Leave out images whose shorter side is below this, px; None: 16, which leaves out tracking
+    pixels, or what the folder was begun with."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     samples_per_shard: int = 1000
     """Rows of the list per shard."""
@@ -152,7 +156,7 @@ def prepare(config: DownloadConfig) -> "tuple[UrlList, ShardJob]":
     from ingest.fetching.shard_task import JPEG_QUALITY, ShardJob
     from ingest.lists.filters import RowFilter
     from ingest.lists.url_list import open_url_list
-    from ingest.shards import recover, remove_data_folder, write_manifest
+    from ingest.shards import read_manifest, recover, remove_data_folder, write_manifest
     from ingest.store.storage import absolute_root
 
     url_list = open_url_list(
@@ -166,6 +170,12 @@ def prepare(config: DownloadConfig) -> "tuple[UrlList, ShardJob]":
     allowed = tuple(parse_allow_address(text) for text in config.allow_address)
 
     # The manifest: what the shards depend on
+    min_image_side = config.min_image_side
+    if min_image_side is None:
+        begun_with = {}
+        with suppress(ValueError):  # not begun
+            begun_with = {} if config.fresh else read_manifest(config.out)
+        min_image_side = begun_with.get("min_image_side", MIN_IMAGE_SIDE)
     settings = {
         "url_list_sha256": url_list.digest,
         "num_rows": url_list.num_rows,
@@ -176,7 +186,7 @@ def prepare(config: DownloadConfig) -> "tuple[UrlList, ShardJob]":
         "samples_per_shard": config.samples_per_shard,
         "image_size": config.image_size,
         "resize_mode": config.resize_mode,
-        "min_image_side": config.min_image_side,
+        "min_image_side": min_image_side,
         "jpeg_quality": JPEG_QUALITY,
     }
     config_hash = digest_of(settings)
@@ -193,7 +203,7 @@ def prepare(config: DownloadConfig) -> "tuple[UrlList, ShardJob]":
         resizer=Resizer(
             image_size=config.image_size,
             resize_mode=config.resize_mode,
-            min_image_side=config.min_image_side,
+            min_image_side=min_image_side,
             quality=JPEG_QUALITY,
         ),
         engine=EngineConfig(

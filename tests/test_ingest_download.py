@@ -170,6 +170,20 @@ def test_resuming_with_anything_else_is_refused_naming_it(config, tmp_path):
     assert data_of(config.out) == before
 
 
+def test_tracking_pixels_are_left_out_unless_the_folder_was_begun_with_them(site, tmp_path, capsys):
+    sides = ((1, 1), (300, 15), (16, 16), (40, 30))
+    urls = [site.put(f"/{i}", site.picture(*sides[i])) for i in range(len(sides))]
+    listed = write_list(tmp_path / "list.parquet", urls)
+    plain = download_of(site, listed, tmp_path / "plain")
+    assert main(plain) == 0
+    assert "2 stored + 2 filtered (too_small 2)" in capsys.readouterr().out
+    begun = download_of(site, listed, tmp_path / "begun", min_image_side=0)
+    assert main(begun) == 0 and main(replace(begun, min_image_side=None)) == 0
+    assert "4 stored" in capsys.readouterr().out.splitlines()[-1]
+    assert main(replace(begun, min_image_side=None, fresh=True)) == 0
+    assert "2 filtered (too_small 2)" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_ray_tasks_make_the_same_bytes(config, tmp_path):
     main(config)
