@@ -64,27 +64,46 @@ def prepare(config: AdoptConfig, source: "Source") -> "MakeShard":
     import pyarrow as pa
 
     from cluster.base.files import digest_of
+    from ingest.adopting.copies import CopyJob
     from ingest.adopting.in_place import InPlaceJob
+    from ingest.fetching.decode import Resizer
     from ingest.lists.filters import RowFilter
     from ingest.shards import recover, remove_data_folder, write_manifest
     from ingest.store.storage import absolute_root
 
     schema = pa.schema([("url", pa.string()), ("caption", pa.string()), *source.kept])
     row_filter = RowFilter.open(config.filters, schema)
+    copies = config.copy or source.copied
     settings = {
         "source": config.source,
         "source_digest": source.digest,
-        "copy": config.copy,
+        "copy": copies,
         "filters": {**asdict(config.filters), "opt_out": row_filter.opt_out_digest},
         "min_image_side": config.min_image_side,
     }
+    resizer = Resizer(
+        image_size=config.image_size,
+        resize_mode=config.resize_mode,
+        min_image_side=config.min_image_side,
+    )
+    if copies:
+        settings |= {**asdict(resizer), "samples_per_shard": config.samples_per_shard}
     config_hash = digest_of(settings)
     if config.fresh:
         remove_data_folder(config.out, "images")
     write_manifest(config.out, "images", {**settings, "config_hash": config_hash})
     recover(config.out)
+    root = absolute_root(config.out)  # a Ray worker has another working directory
+    if copies:
+        return CopyJob(
+            root=root,
+            source=source,
+            row_filter=row_filter,
+            resizer=resizer,
+            config_hash=config_hash,
+        )
     return InPlaceJob(
-        root=absolute_root(config.out),  # a Ray worker has another working directory
+        root=root,
         source=source,
         row_filter=row_filter,
         min_image_side=config.min_image_side,

@@ -1,6 +1,7 @@
 """THE sample schema: the names, index and layout of image and embedding shards.
 
-    <images>/000000.tar       key.jpg key.txt key.json, members of a key adjacent, in row order
+    <images>/000000.tar       key.jpg key.txt key.json, members of a key adjacent, in row order;
+                              key.png or key.webp where an adopted image keeps its bytes
     <images>/000000.parquet   a row for every attempted URL, stored or not
     <images>/000000.idx.npy   int64 [n, 4]: offset and length of the image and of the caption
     <embeds>/000000.image_embed.npy, .text_embed.npy   float16 [n, E], unit norm,
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ingest.fetching.decode import EXTENSIONS, image_extension
 from ingest.store.commits import (
     Attempt,
     Commit,
@@ -84,7 +86,7 @@ def shard_name(number: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image-caption pair as stored. image_bytes: an encoded JPEG; json: its metadata."""
+    """One image-caption pair as stored. image_bytes: a JPEG, PNG or WebP; json: its metadata."""
 
     key: str
     image_bytes: bytes
@@ -128,7 +130,7 @@ def write_image_shard(
             tar.write(
                 {
                     "__key__": sample.key,
-                    "jpg": sample.image_bytes,
+                    image_extension(sample.image_bytes) or "jpg": sample.image_bytes,
                     "json": metadata.encode(),
                     "txt": sample.caption.encode(),
                 }
@@ -146,7 +148,7 @@ def write_image_shard(
 
 
 def index_tar(path: Root) -> np.ndarray:
-    """Return int64 [n, 4]: offset and length of each sample's .jpg and .txt in the tar."""
+    """Return int64 [n, 4]: offset and length of each sample's image and .txt in the tar."""
     import tarfile
 
     places: dict[str, dict[str, tuple[int, int]]] = {}  # by key and extension
@@ -154,7 +156,10 @@ def index_tar(path: Root) -> np.ndarray:
         for member in tar:
             key, _, extension = member.name.partition(".")
             places.setdefault(key, {})[extension] = (member.offset_data, member.size)
-    rows = [(*members["jpg"], *members["txt"]) for members in places.values()]
+    rows = [
+        (*next(members[e] for e in EXTENSIONS if e in members), *members["txt"])
+        for members in places.values()
+    ]
     return np.array(rows, dtype=np.int64).reshape(-1, 4)
 
 

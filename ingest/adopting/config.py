@@ -23,8 +23,12 @@ class AdoptConfig:
     caption_key: str | None = None
     """Where captions are: a dotted path in each .json such as meta.text, or a column; None: .txt or
     .caption, or a column caption, text or TEXT."""
+    image_column: str | None = None
+    """Column of the image bytes of a table; None: image, jpg, png, webp, img, bytes, ..."""
     captions: str = ""
-    """Which captions of a folder are used; empty: what it has."""
+    """Captions of a folder: metadata (metadata.jsonl, .csv or .parquet, captions.csv or .tsv), coco
+    (captions*.json), txt (a text file beside each image), name (the file's own), or the path of a
+    metadata or COCO file; empty: what it has."""
     keep_columns: Annotated[tuple[str, ...], UseAppendAction] = ()
     """Further field or column to store with every row; repeatable."""
     filters: FilterConfig = field(default_factory=FilterConfig)

@@ -52,15 +52,24 @@ class SourceSample:
 
 
 class Source(Protocol):
-    """Samples to adopt; picklable, since `read` runs in Ray tasks.
+    """Samples to adopt; picklable, since `read` runs in Ray tasks."""
 
-    digest: of the listing (names in order and reading options, not contents): the manifest compares
-    it. kept: the columns stored beside those of every table; `captions_more` is one of them where
-    samples have several captions.
-    """
+    @property
+    def digest(self) -> str:
+        """Of the listing (names in order and reading options, not contents): the manifest compares
+        it."""
+        ...
 
-    digest: str
-    kept: "pa.Schema"
+    @property
+    def kept(self) -> "pa.Schema":
+        """The columns stored beside those of every table; `captions_more` is one of them where
+        samples have several captions."""
+        ...
+
+    @property
+    def copied(self) -> bool:
+        """Whether samples are copied in any case: they cannot be read at random where they are."""
+        ...
 
     def parts(self) -> Sequence[Part]:
         """Return all parts, in the order of their shards."""
@@ -76,6 +85,10 @@ class Source(Protocol):
 
 def open_source(config: AdoptConfig) -> Source:
     """Return the source that `config.source` describes; ValueError for what is none."""
+    from ingest.adopting.tables import find_tables, open_tables
+
+    if files := find_tables(config.source):
+        return open_tables(config, files)
     raise ValueError(
         f"--source: found {config.source}, expected tars ({', '.join(TAR_ENDINGS)}), a text file "
         "that lists them or a wids index (.json)"
@@ -100,6 +113,11 @@ def kept_columns(config: AdoptConfig, available: "pa.Schema") -> "pa.Schema":
     needed = RowFilter.open(config.filters, available).columns.values()
     names = dict.fromkeys([*config.keep_columns, *needed])
     return pa.schema([available.field(name) for name in names])
+
+
+def row_key(shard: str, row: int) -> str:
+    """Return the key of a row: how many rows a part has is known only when it was read."""
+    return f"{shard}{row:06d}"
 
 
 def left_out(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+EXTENSIONS = ("jpg", "png", "webp")  # of the members of a tar that hold an image
+MAX_PIXELS = 50_000_000  # of an image that is decoded: see `header_problem`
 PLAIN_MODES = ("1", "L", "P", "RGB")
 ResizeMode = Literal["keep_ratio", "center_crop", "keep_ratio_largest", "border", "no"]
 # What Pillow raises for bytes that are no image, or a damaged one
@@ -39,6 +41,15 @@ def may_be_image(content_type: str | None) -> bool:
     return kind in ("", "application/octet-stream", "binary/octet-stream") or (
         kind.startswith("image/") and kind != "image/svg+xml"
     )
+
+
+def image_extension(data: bytes) -> str | None:
+    """Return what a shard's member with these bytes is named by; None: stored as JPEG only."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
 def header_problem(

@@ -25,7 +25,7 @@ from urllib3.util import Url, parse_url
 
 from cluster.base.files import Json
 from ingest.fetching import net
-from ingest.fetching.decode import header_problem, may_be_image
+from ingest.fetching.decode import MAX_PIXELS, header_problem, may_be_image
 from ingest.fetching.rate_limit import HostLimits
 from ingest.fetching.robots import MAX_BYTES as MAX_ROBOTS_BYTES
 from ingest.fetching.robots import Origin, RobotsCache, RobotsUnavailableError
@@ -52,7 +52,7 @@ class FetchPolicy:
     """Without a byte."""
     max_bytes: int = 32 << 20
     """On the wire."""
-    max_pixels: int = 50_000_000
+    max_pixels: int = MAX_PIXELS
     min_pixels: int = 0
     max_aspect_ratio: float | None = None
     max_redirects: int = 5
