@@ -27,6 +27,9 @@ class EmbedConfig:
     ARCHITECTURE:FILE.safetensors"""
     out: str = "data/embeds"
     """folder of the embeddings, local or a URL"""
+    captions: tuple[str, ...] = ()
+    """kept columns of the images' tables whose texts are further captions: embedded as well, for
+    --data.captions of training"""
     num_actors: int = 1
     """parallel encoders; where there are GPUs each takes one, and there are at most as many"""
     max_actors: int | None = None
@@ -73,7 +76,7 @@ def main(config: EmbedConfig) -> int:
             f"--clip: found {config.clip} with --min-similarity or --dedup, expected an encoder "
             "whose embeddings are of unit norm"
         )
-    open_embeds(out, clip, encoder, images)
+    open_embeds(out, clip, encoder, images, config.captions)
 
     # Embed each shard that has no embeddings
     pending = pending_shards(out, images)
@@ -87,6 +90,7 @@ def main(config: EmbedConfig) -> int:
         num_readers=config.num_readers,
         num_threads=config.num_threads,
         compile=config.compile,
+        captions=config.captions,
     )
     result = embed_shards(out, pool, images, pending, encoder)
     record_failed(out, result.failed)

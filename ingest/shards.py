@@ -7,6 +7,10 @@
     <embeds>/000000.image_embed.npy, .text_embed.npy   float16 [n, E], unit norm,
                        unless the encoder's name ends with +raw
     <embeds>/000000.tokens.npy   int32 [n, L]     <embeds>/000000.keys.parquet   row, key, caption
+    <embeds>/000000.COLUMN.text_embed.npy, .tokens.npy   float16 [m, E], int32 [m, L]: of the
+                       captions in a kept COLUMN of the images' table, texts or lists of texts;
+                       keys.parquet has them in COLUMN, a list for each row
+    <embeds>/000000.COLUMN.offsets.npy   int64 [n + 1]: row i has captions [o[i], o[i + 1]) of them
     <embeds>/_statistics.npz  mean, std and spectrum of the image embeddings
 
 Row i of every embedding file belongs to row i of the shard's index. Every reader imports this
@@ -25,6 +29,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ingest.captions import (
+    FURTHER_ARRAYS,
+    FurtherCaptions,
+    as_captions,
+    further_columns,
+    holds_captions,
+)
 from ingest.fetching.decode import EXTENSIONS, image_extension
 from ingest.store.commits import (
     Attempt,
@@ -58,7 +69,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attempt", "Commit", "EmbedShard", "ImageShard", "Sample", "ShardEntry", "Snapshot",
-    "committed", "committed_names", "damage", "load_snapshot", "outcome",
+    "caption_columns", "committed", "committed_names", "damage", "load_snapshot", "outcome",
     "publish_snapshot", "published", "read_commit", "read_commits", "read_manifest", "recover",
     "remove_data_folder", "shard_name", "withdraw", "withdraw_damaged", "write_embed_shard",
     "write_image_shard", "write_manifest",
@@ -214,6 +225,7 @@ class ImageShard(_Shard):
         with open(file(f"{self.name}.tar"), "rb") as tar:  # never empty: it ends in two blocks
             self._tar = mmap.mmap(tar.fileno(), 0, access=mmap.ACCESS_READ)
         self._table = open(file(f"{self.name}.parquet"), "rb")  # noqa: SIM115 - read when needed
+        self._further: dict[str, list[list[str]]] = {}  # captions by column
 
     def __len__(self) -> int:
         return len(self._images) if self._rows is None else len(self._rows)
@@ -229,13 +241,41 @@ class ImageShard(_Shard):
     @cached_property
     def keys(self) -> list[str]:
         """The key of every sample, in row order; read from the Parquet file once."""
+        return self._column("key")
+
+    @cached_property
+    def caption_columns(self) -> list[str]:
+        """The kept columns of the table that hold texts or lists of texts."""
         import pyarrow.parquet as pq
 
-        table = pq.ParquetFile(self._table).read(columns=["key", "status"])
-        rows = zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True)
-        keys = [key for key, status in rows if status == STORED]
-        _require_length(self._where, len(keys), len(self._images))
-        return keys if self._rows is None else [keys[row] for row in self._rows]
+        schema = pq.ParquetFile(self._table).schema_arrow
+        reserved = {*row_schema().names, "row"}  # "row": of the table of embeddings
+        return [f.name for f in schema if f.name not in reserved and holds_captions(f.type)]
+
+    def further_captions(self, column: str) -> list[list[str]]:
+        """Return the captions of every sample in a column, read once; none, where it is absent."""
+        if column not in self._further:
+            stored = column in self.caption_columns
+            values = self._column(column) if stored else [None] * len(self)
+            self._further[column] = [as_captions(value) for value in values]
+        return self._further[column]
+
+    def _column(self, name: str) -> list:
+        """Read a column of the table, of the samples."""
+        import pyarrow.parquet as pq
+
+        table = pq.ParquetFile(self._table).read(columns=[name, "status"])
+        pairs = zip(table[name].to_pylist(), table["status"].to_pylist(), strict=True)
+        values = [value for value, status in pairs if status == STORED]
+        _require_length(self._where, len(values), len(self._images))
+        return values if self._rows is None else [values[row] for row in self._rows]
+
+
+def caption_columns(images: Snapshot) -> list[str]:
+    """Return the columns of texts or lists of texts that the tables of these images have."""
+    for entry in images.shards[:1]:  # all shards have the same
+        return ImageShard(images.root, entry.name, digest=entry.digest).caption_columns
+    return []
 
 
 def _load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
@@ -265,10 +305,12 @@ def write_embed_shard(
     tokens: np.ndarray,
     keys: Sequence[str],
     captions: Sequence[str],
+    further: Mapping[str, Sequence[Sequence[str]]] | None = None,
 ) -> int:
     """Write the four files of an embedding shard into `folder`; return the number of rows n.
 
-    image_embed, text_embed: [n, E], stored as float16; tokens: [n, L], stored as int32.
+    image_embed, text_embed: [n, E], stored as float16; tokens: [n, L], stored as int32; further:
+    lists of captions, by column, whose embeddings `FurtherCaptions` writes.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -289,6 +331,8 @@ def write_embed_shard(
             "caption": pa.array(captions, pa.string()),
         }
     )
+    for column, texts in (further or {}).items():
+        table = table.append_column(column, pa.array(texts, pa.list_(pa.string())))
     pq.write_table(table, folder / f"{name}.keys.parquet")
     return len(keys)
 
@@ -296,26 +340,40 @@ def write_embed_shard(
 class EmbedShard(_Shard):
     """A committed embedding shard: arrays stay on the disk until they are indexed.
 
-    image_embed, text_embed: float16 [n, E]; tokens: int32 [n, L].
+    image_embed, text_embed: float16 [n, E]; tokens: int32 [n, L]. captions: the columns of further
+    captions that are opened, where the shard has them.
     """
 
+    def __init__(
+        self, root: Root, name: str, *, digest: str | None = None, captions: Sequence[str] = ()
+    ) -> None:
+        self._columns = captions
+        super().__init__(root, name, digest=digest)
+
     def _load(self, file: Callable[[str], Path]) -> None:
-        paths = {column: file(f"{self.name}.{column}.npy") for column in EMBED_ARRAYS}
-        self._arrays = {column: _load_array(path, "r") for column, path in paths.items()}
-        for array in self._arrays.values():
-            _require_length(self._where, len(array), self.commit.num_samples)
+        columns = set(self._columns) & set(further_columns(self.name, self.commit.files))
+        further = [f"{column}.{array}" for column in columns for array in FURTHER_ARRAYS]
+        paths = {name: file(f"{self.name}.{name}.npy") for name in (*EMBED_ARRAYS, *further)}
+        self._arrays = {name: _load_array(path, "r") for name, path in paths.items()}
+        for name in EMBED_ARRAYS:
+            _require_length(self._where, len(self._arrays[name]), self.commit.num_samples)
         self._table = open(file(f"{self.name}.keys.parquet"), "rb")  # noqa: SIM115 - read when needed
+        self._further: dict[str, FurtherCaptions] = {}  # by column
+        self._further_texts: dict[str, list[list[str]]] = {}
 
     def _array(self, column: str) -> np.ndarray:
-        array = self._arrays[column]
+        array = self._in_memory(column)
+        return array if self._rows is None else array[self._rows]
+
+    def _in_memory(self, name: str) -> np.ndarray:
+        array = self._arrays[name]
         # The file is read sequentially into memory. Rows are read in a shuffled order, in which
         # each first touch of a page would be a fault, and on a cold disk a seek.
         if isinstance(array.base, mmap.mmap):
             array.base.madvise(mmap.MADV_WILLNEED)
             with suppress(OSError):  # before Linux 5.14
                 array.base.madvise(MADV_POPULATE_READ)
-        array = np.asarray(array)
-        return array if self._rows is None else array[self._rows]
+        return np.asarray(array)
 
     @cached_property
     def image_embed(self) -> np.ndarray:
@@ -352,3 +410,32 @@ class EmbedShard(_Shard):
     def captions(self) -> list[str]:
         """The caption of every row, read once."""
         return self._texts["caption"].to_pylist()
+
+    def caption(self, i: int) -> str:
+        """Return the caption of row `i`."""
+        return self.captions[i]
+
+    def further(self, column: str) -> FurtherCaptions:
+        """Return the embeddings of a column of captions; of none, where it is absent."""
+        if column not in self._further:
+            if f"{column}.offsets" in self._arrays:
+                names = (f"{column}.{name}" for name in FURTHER_ARRAYS)
+                captions = FurtherCaptions.of(*map(self._in_memory, names))
+            else:
+                text_embed, tokens = self._arrays["text_embed"][:0], self._arrays["tokens"][:0]
+                offsets = np.zeros(self.commit.num_samples + 1, np.int64)
+                captions = FurtherCaptions.of(offsets, text_embed, tokens)
+            self._further[column] = captions if self._rows is None else captions.at(self._rows)
+        return self._further[column]
+
+    def further_captions(self, column: str) -> list[list[str]]:
+        """Return the captions of every row in a column, read once; none, where it is absent."""
+        import pyarrow.parquet as pq
+
+        if f"{column}.offsets" not in self._arrays:
+            return [[]] * len(self)
+        if column not in self._further_texts:
+            table = pq.ParquetFile(self._table).read(columns=[column])
+            table = table if self._rows is None else table.take(self._rows)
+            self._further_texts[column] = table[column].to_pylist()
+        return self._further_texts[column]

@@ -29,7 +29,7 @@ class Line(ColumnDataset):
 
     data_sets = ((NUM_SAMPLES,),)
 
-    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, index: np.ndarray, keys: Tensor | None = None) -> dict[str, np.ndarray]:
         """Return `x` and `y`, float32 [n, 1]."""
         x = index[:, None].astype(np.float32) / NUM_SAMPLES
         return {"x": x, "y": 2 * x + 1}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from _runs import HERE, clip_run, images_of, prior_run
+from torch import Tensor
 
 from cluster.base.cli import with_options
 from models.weights import exported
@@ -45,7 +46,7 @@ class Numbers(ColumnDataset):
     def __init__(self, data_sets: tuple[tuple[int, ...], ...], broken: int = -1) -> None:
         self.data_sets, self.broken = data_sets, broken
 
-    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, index: np.ndarray, keys: Tensor | None = None) -> dict[str, np.ndarray]:
         if self.broken in index:
             raise ValueError(f"sample {self.broken} is damaged")
         return {"number": index.copy()}

@@ -22,6 +22,7 @@ MAY_CHANGE = Option(may_change=True)
 HIDDEN_MAY_CHANGE = Option(hidden=True, may_change=True)
 INLINE = Option(inline=True)
 INFINITY = float("inf")
+MAIN_CAPTION = "caption"  # what --data.captions calls the main caption of a sample
 # What training reads by default: the drawn set, which is made where it is absent
 IMAGES, EMBEDS = "data/shapes/images", "data/shapes/embeds"
 
@@ -325,6 +326,9 @@ class DataConfig:
 
     weights: tuple[float, ...] = ()
     """share of each data set in the samples, of any sum; none = every sample equally often"""
+    captions: str = ""
+    """caption of a sample in an epoch: columns with weights such as caption:0.7,alt:0.3, where
+    `caption` is the main one; empty = the main one always"""
     num_streams: int = 1
     """virtual streams that shards are dealt to: a multiple of the number of workers, where a
     worker is to open its own shards only"""
@@ -337,6 +341,24 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self, "data", 1, INFINITY, "num_streams", "window", "num_threads", "prefetch")
+        self.caption_weights()
+
+    def caption_weights(self) -> dict[str, float]:
+        """Return the weight of each column of captions; {} for the main caption always."""
+        weights: dict[str, float] = {}
+        for item in self.captions.split(",") if self.captions else ():
+            name, _, number = item.rpartition(":")
+            try:
+                weight = float(number)
+            except ValueError:
+                weight = 0.0
+            if not name or name in weights or not 0 < weight < INFINITY:
+                raise ValueError(
+                    f"data.captions: found {item!r} in {self.captions!r}, expected each column "
+                    "once with a positive weight, such as caption:0.7,alt:0.3"
+                )
+            weights[name] = weight
+        return weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,7 +474,7 @@ class DecoderRunConfig(RunConfig):
     """folders of their embeddings, of the same encoder; base only"""
     image_size: int = 64
     """side of this stage's images in px"""
-    low_res_size: int = 0
+    low_res_size: Annotated[int, HIDDEN] = 0
     """side of the previous stage's images in px; 0 = a quarter; upsamplers only"""
     crop_size: int = 0
     """side of training crops in px; 0 = a quarter of the image, at least 16; upsamplers only"""

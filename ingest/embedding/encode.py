@@ -8,13 +8,14 @@ A chunk never crosses shards, so a shard's embeddings do not depend on the proce
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 
+from ingest.captions import FurtherCaptions
 from ingest.fetching.decode import BAD_BYTES, stored_picture
 from ingest.shards import (
     Attempt,
@@ -22,6 +23,7 @@ from ingest.shards import (
     ImageShard,
     ShardEntry,
     Snapshot,
+    caption_columns,
     recover,
     write_embed_shard,
     write_manifest,
@@ -33,8 +35,14 @@ from models.clip import FrozenClip, Preprocessing, preprocess, tokenizer
 NORM_TOLERANCE = 1e-3
 
 
-def open_embeds(root: Root, clip_spec: str, encoder: FrozenClip, images: Snapshot) -> None:
-    """Create, or reopen, an embedding folder; another encoder or image folder is a ValueError."""
+def open_embeds(
+    root: Root, clip_spec: str, encoder: FrozenClip, images: Snapshot, captions: Sequence[str] = ()
+) -> None:
+    """Create, or reopen, an embedding folder; another encoder or image folder is a ValueError.
+
+    captions: columns of further captions, which are embedded, too.
+    """
+    _require_columns(images, captions)
     fields = {
         "clip": clip_spec,
         "encoder_id": encoder.encoder_id,
@@ -42,11 +50,23 @@ def open_embeds(root: Root, clip_spec: str, encoder: FrozenClip, images: Snapsho
         "text_width": encoder.text_width,
         "context_length": encoder.context_length,
         "images": absolute_root(images.root),
+        **({"captions": list(captions)} if captions else {}),
     }
     write_manifest(root, "embeds", fields)
     recover(root)
     record_derived(images.root, root)
     follow_images(images.root, root)
+
+
+def _require_columns(images: Snapshot, captions: Sequence[str]) -> None:
+    """Raise ValueError for a column that has no captions, or whose name can be none of a file."""
+    known = caption_columns(images) if captions else []
+    for column in captions:
+        if column not in known or "/" in column or captions.count(column) > 1:
+            raise ValueError(
+                f"--captions: found {column!r}, expected columns of texts in {images.root}, each "
+                f"once: {', '.join(known) or 'there are none'}"
+            )
 
 
 # -- read ----------------------------------------------------------------------------------------
@@ -59,6 +79,7 @@ class Chunk:
     start: its first row; total: rows of the shard. pixels: uint8 [n, 3, S, S]; tokens: int32
     [n, L]; bad: bool [n], rows whose image cannot be decoded, black here. image_embed, text_embed:
     float32 [n, E], of unit norm unless the encoder keeps their length, zero where the image is bad.
+    further_tokens, further_embed: [m, L] and [m, E], of further captions, by row, then by column.
     problem: why the shard cannot be read; then there are no rows.
     """
 
@@ -70,28 +91,37 @@ class Chunk:
     bad: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     image_embed: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
     text_embed: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
+    further_tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.int32))
+    further_embed: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
     read_seconds: float = 0.0
     encode_seconds: float = 0.0
     problem: str = ""
 
 
 def read_chunks(
-    root: str, entry: ShardEntry, preprocessing: Preprocessing, size: int
+    root: str,
+    entry: ShardEntry,
+    preprocessing: Preprocessing,
+    size: int,
+    captions: Sequence[str] = (),
 ) -> Iterator[Chunk]:
     """Yield the rows of an image shard, `size` at a time; an empty shard is one empty chunk.
 
-    A shard that cannot be read is one chunk with a problem.
+    captions: columns of further captions. A shard that cannot be read is one chunk with a problem.
     """
     try:
         shard = ImageShard(root, entry.name, digest=entry.digest)
         shard.require_complete()
         for start in range(0, max(1, len(shard)), size):
-            yield _read_chunk(shard, range(start, min(start + size, len(shard))), preprocessing)
+            rows = range(start, min(start + size, len(shard)))
+            yield _read_chunk(shard, rows, preprocessing, captions)
     except (ValueError, OSError) as error:
         yield Chunk(shard=entry.name, problem=str(error))
 
 
-def _read_chunk(shard: ImageShard, rows: range, preprocessing: Preprocessing) -> Chunk:
+def _read_chunk(
+    shard: ImageShard, rows: range, preprocessing: Preprocessing, columns: Sequence[str]
+) -> Chunk:
     started, side = time.perf_counter(), preprocessing.image_size
     pixels = np.zeros((len(rows), 3, side, side), np.uint8)
     bad = np.zeros(len(rows), bool)
@@ -101,13 +131,16 @@ def _read_chunk(shard: ImageShard, rows: range, preprocessing: Preprocessing) ->
         except BAD_BYTES:
             bad[place] = True
     captions = [shard.caption(row) for row in rows]
-    tokens = np.zeros((0, preprocessing.context_length), np.int32)
+    none = np.zeros((0, preprocessing.context_length), np.int32)
+    lists = (shard.further_captions(column)[row] for row in rows for column in columns)
+    further = [text for texts in lists for text in texts]
     return Chunk(
         shard=shard.name,
         start=rows.start,
         total=len(shard),
         pixels=pixels,
-        tokens=_tokenizer(preprocessing)(captions) if captions else tokens,
+        tokens=_tokenizer(preprocessing)(captions) if captions else none,
+        further_tokens=_tokenizer(preprocessing)(further) if further else none,
         bad=bad,
         read_seconds=time.perf_counter() - started,
     )
@@ -123,21 +156,30 @@ def _tokenizer(preprocessing: Preprocessing) -> Callable[[list[str]], np.ndarray
 
 def encode_chunk(encoder: FrozenClip, chunk: Chunk) -> Chunk:
     """Replace a chunk's pixels by the embeddings of both towers; on a GPU in bfloat16."""
-    started = time.perf_counter()
-    image_embed, text_embed = np.zeros((2, len(chunk.bad), encoder.embed_dim), np.float32)
-    if len(chunk.bad):
-        device = next(encoder.parameters()).device
+    started, size = time.perf_counter(), len(chunk.bad)
+    image_embed, text_embed = np.zeros((2, size, encoder.embed_dim), np.float32)
+    further_embed = np.zeros((len(chunk.further_tokens), encoder.embed_dim), np.float32)
+    device = next(encoder.parameters()).device
+
+    def encode_text(tokens: np.ndarray) -> np.ndarray:
+        trimmed = encoder.trimmed(torch.tensor(tokens)).to(device)
+        return encoder.encode_text(trimmed)[0].cpu().numpy()
+
+    if size:
         pixels = torch.tensor(chunk.pixels, device=device)  # Ray's arrays cannot be written to
-        tokens = encoder.trimmed(torch.tensor(chunk.tokens)).to(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             image_embed = encoder.encode_image(pixels).cpu().numpy()
-            text_embed = encoder.encode_text(tokens)[0].cpu().numpy()
+            text_embed = encode_text(chunk.tokens)
+            for start in range(0, len(further_embed), size):  # as many at once as images
+                tokens = chunk.further_tokens[start : start + size]
+                further_embed[start : start + size] = encode_text(tokens)
         image_embed[chunk.bad] = 0
     return replace(
         chunk,
         pixels=chunk.pixels[:0],
         image_embed=image_embed,
         text_embed=text_embed,
+        further_embed=further_embed,
         encode_seconds=time.perf_counter() - started,
     )
 
@@ -162,13 +204,19 @@ class Assembler:
 
 
 def commit_shard(
-    root: Root, images: str, entry: ShardEntry, chunks: list[Chunk], *, unit_norm: bool = True
+    root: Root,
+    images: str,
+    entry: ShardEntry,
+    chunks: list[Chunk],
+    *,
+    unit_norm: bool = True,
+    captions: Sequence[str] = (),
 ) -> tuple[Commit, list[str]]:
     """Check the embeddings of a complete shard, and commit them.
 
-    Returns the commit, and the keys of the samples whose image cannot be decoded. Raises ValueError
-    for a chunk with a problem, and for embeddings that are not finite or, if `unit_norm`, not of
-    unit norm.
+    captions: the columns that `read_chunks` read. Returns the commit, and the keys of the samples
+    whose image cannot be decoded. Raises ValueError for a chunk with a problem, and for embeddings
+    that are not finite or, if `unit_norm`, not of unit norm.
     """
     for chunk in chunks:
         if chunk.problem:
@@ -178,7 +226,9 @@ def commit_shard(
     bad = np.concatenate([chunk.bad for chunk in chunks])
     image_embed = np.concatenate([chunk.image_embed for chunk in chunks])
     text_embed = np.concatenate([chunk.text_embed for chunk in chunks])
-    for name, array in (("image", image_embed[~bad]), ("text", text_embed)):
+    further_embed = np.concatenate([chunk.further_embed for chunk in chunks])
+    embeds = {"image": image_embed[~bad], "text": text_embed, "further text": further_embed}
+    for name, array in embeds.items():
         norms = np.linalg.norm(array, axis=1)
         problem = ""
         if not np.all(norms < np.finfo(np.float16).max):  # as they are stored
@@ -187,7 +237,14 @@ def commit_shard(
             problem = "of unit norm"
         if problem:
             raise ValueError(f"{images}: shard {entry.name}: {name} embeddings are not {problem}")
+    further = {column: shard.further_captions(column) for column in captions}
+    further_tokens = np.concatenate([chunk.further_tokens for chunk in chunks])
+    counts = np.array([[*map(len, each)] for each in further.values()], int)  # [columns, n]
+    starts = (counts.T.cumsum() - counts.T.ravel()).reshape(counts.T.shape)
     with Attempt(root, entry.name) as attempt:
+        for k, column in enumerate(further):
+            texts = FurtherCaptions(starts[:, k], counts[k], further_embed, further_tokens)
+            texts.write(attempt.path, f"{entry.name}.{column}")
         write_embed_shard(
             attempt.path,
             entry.name,
@@ -196,6 +253,7 @@ def commit_shard(
             tokens=np.concatenate([chunk.tokens for chunk in chunks]),
             keys=shard.keys,
             captions=[shard.caption(row) for row in range(len(shard))],
+            further=further,
         )
         counts = {"embedded": int((~bad).sum())}
         if bad.any():
@@ -205,9 +263,19 @@ def commit_shard(
 
 
 def encode_shard(
-    encoder: FrozenClip, images: Snapshot, entry: ShardEntry, root: Root, batch_size: int
+    encoder: FrozenClip,
+    images: Snapshot,
+    entry: ShardEntry,
+    root: Root,
+    batch_size: int,
+    captions: Sequence[str] = (),
 ) -> Commit:
-    """Run all three steps for one shard in this process; ValueError if it cannot be read."""
-    chunks = read_chunks(images.root, entry, encoder.preprocessing, batch_size)
+    """Run all three steps for one shard in this process; ValueError if it cannot be read.
+
+    captions: columns of further captions.
+    """
+    chunks = read_chunks(images.root, entry, encoder.preprocessing, batch_size, captions)
     encoded = [encode_chunk(encoder, chunk) for chunk in chunks]
-    return commit_shard(root, images.root, entry, encoded, unit_norm=encoder.unit_norm)[0]
+    return commit_shard(
+        root, images.root, entry, encoded, unit_norm=encoder.unit_norm, captions=captions
+    )[0]

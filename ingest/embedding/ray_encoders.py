@@ -25,7 +25,7 @@ class EncoderPool:
 
     num_actors: encoders at the start; max_actors: as a cluster grows, None = num_actors.
     num_readers: None = as many as keep the encoders busy. num_threads: of an encoder
-    on the CPU, None = an equal part of its machine's cores.
+    on the CPU, None = an equal part of its machine's cores. captions: columns of further captions.
     """
 
     clip: str
@@ -35,6 +35,7 @@ class EncoderPool:
     num_readers: int | None = None
     num_threads: int | None = None
     compile: bool = False
+    captions: tuple[str, ...] = ()
 
     def actors(self, num_gpus: int) -> tuple[int, int]:
         """Return the number of encoders at the start, and of GPUs that each takes, 1 or 0.
@@ -58,12 +59,14 @@ class EncoderPool:
 class ChunkReader:
     """A Ray Data task: turns the entry of a shard into rows of chunks."""
 
-    def __init__(self, root: str, preprocessing: Preprocessing, size: int) -> None:
-        self._root, self._preprocessing, self._size = root, preprocessing, size
+    def __init__(self, root: str, preprocessing: Preprocessing, pool: EncoderPool) -> None:
+        self._root, self._preprocessing, self._pool = root, preprocessing, pool
 
     def __call__(self, row: Json) -> Iterator[Json]:
         """Yield the chunks of the shard `row`."""
-        for chunk in read_chunks(self._root, ShardEntry(**row), self._preprocessing, self._size):
+        size, captions = self._pool.batch_size, self._pool.captions
+        shard = ShardEntry(**row)
+        for chunk in read_chunks(self._root, shard, self._preprocessing, size, captions):
             yield vars(chunk)
 
 
@@ -99,7 +102,7 @@ def encoded_chunks(
     rows = [vars(entry) for entry in pending]
     shards = ray.data.from_items(rows, override_num_blocks=len(rows))
     chunks = shards.flat_map(
-        ChunkReader(images.root, encoder.preprocessing, pool.batch_size),
+        ChunkReader(images.root, encoder.preprocessing, pool),
         num_cpus=1,
         # A few chunks. It also differs from the encoders' resources; with equal ones Ray Data would
         # run readers inside the encoders' processes.
@@ -172,8 +175,9 @@ def embed_shards(
                 started, entry = time.perf_counter(), entries[chunk.shard]
                 try:
                     commit, undecodable = commit_shard(
-                        out, images.root, entry, chunks, unit_norm=encoder.unit_norm
-                    )
+                        out, images.root, entry, chunks,
+                        unit_norm=encoder.unit_norm, captions=pool.captions,
+                    )  # fmt: skip
                 except ValueError as error:  # this shard's fault: the others continue
                     result.failed[entry.name] = str(error)
                     counter("minidalle2_embed_failed_shards_total").inc()

@@ -28,6 +28,7 @@ import numpy as np
 
 from cluster.base.files import canonical_json, digest_of
 from cluster.base.outcomes import RETRIED
+from ingest.captions import FURTHER_ARRAYS, FurtherCaptions, further_columns
 from ingest.shards import EMBED_ARRAYS, SIZE_COLUMNS, STORED, index_tar, outcome
 from ingest.store.commits import Attempt, Commit, is_record
 from ingest.store.snapshots import FORGOTTEN_FOLDER
@@ -215,6 +216,10 @@ def remove_embeddings(root: Root, old: Commit, images: Commit) -> Commit | None:
             np.save(attempt.path / f"{name}.{column}.npy", kept, allow_pickle=False)
         table = pq.ParquetFile(folder / f"{name}.keys.parquet").read()
         rows = np.delete(np.arange(table.num_rows), removed)
+        for column in further_columns(name, old.files):
+            paths = (folder / f"{name}.{column}.{array}.npy" for array in FURTHER_ARRAYS)
+            arrays = (np.load(path, allow_pickle=False) for path in paths)
+            FurtherCaptions.of(*arrays).at(rows).write(attempt.path, f"{name}.{column}")
         numbers = np.arange(len(rows), dtype=np.int32)
         table = table.take(rows).set_column(0, table.schema.field("row"), [numbers])
         pq.write_table(table, attempt.path / f"{name}.keys.parquet")

@@ -105,13 +105,18 @@ class KeyedDataset(Dataset[list[Batch]]):
 
     def __getitems__(self, batch: BatchIndex) -> list[Batch]:
         """Read the micro-batches of a step of one rank, as torch's DataLoader asks for them."""
-        return self.assemble(batch, self.samples.read(batch.index))
+        keys = self.keys(batch)
+        return self.assemble(batch, keys, self.samples.read(batch.index, keys))
 
-    def assemble(self, batch: BatchIndex, columns: Columns) -> list[Batch]:
-        """Return the micro-batches of samples whose columns have been read."""
+    def keys(self, batch: BatchIndex) -> Tensor:
+        """Return the random keys of samples, int64 [n]."""
         epoch, index = torch.from_numpy(batch.epoch), torch.from_numpy(batch.index)
+        return sample_keys(self.seed, epoch, index)
+
+    def assemble(self, batch: BatchIndex, keys: Tensor, columns: Columns) -> list[Batch]:
+        """Return the micro-batches of samples whose columns have been read."""
         step = replace(
-            as_batch(columns, sample_keys(self.seed, epoch, index)),
+            as_batch(columns, keys),
             weight=torch.from_numpy(batch.weight),
             num_real=batch.num_real,
         )
@@ -216,7 +221,8 @@ class RayLoader:
         for first in range(start, stop, STEPS_A_SPAN):
             steps = range(first, min(first + STEPS_A_SPAN, stop))
             for step, columns in zip(steps, self._columns(steps), strict=True):
-                yield self.dataset.assemble(self.sampler.batch(step), columns)
+                batch = self.sampler.batch(step)
+                yield self.dataset.assemble(batch, self.dataset.keys(batch), columns)
 
     def _columns(self, steps: range) -> Iterator[Columns]:
         """Yield the columns of each step."""
@@ -229,10 +235,11 @@ class RayLoader:
         context.execution_options.preserve_order = True
         blocks = -(-len(steps) // STEPS_A_BLOCK)
         items = ray.data.from_items([{"step": step} for step in steps], override_num_blocks=blocks)
+        sampler = self.sampler.without_caches()
         reader: Any = StepReader  # an actor's class, where the annotations know functions only
         rows = items.map(
             reader,
-            fn_constructor_args=(self.sampler.without_caches(), self.build_dataset),
+            fn_constructor_args=(sampler, self.build_dataset, self.dataset.seed),
             num_cpus=1,
             resources=group_resources("cpu_group"),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self.num_readers),
@@ -244,14 +251,18 @@ class RayLoader:
 class StepReader:
     """An actor of Ray Data: opens a data set, and maps the number of a step to its columns."""
 
-    def __init__(self, sampler: PlanSampler, build_dataset: Callable[[], ColumnDataset]) -> None:
+    def __init__(
+        self, sampler: PlanSampler, build_dataset: Callable[[], ColumnDataset], seed: int
+    ) -> None:
         # It reserves one CPU: its share of the machine is that of one process a core
         os.environ["LOCAL_WORLD_SIZE"] = str(available_cpus())
-        self._sampler, self._samples = sampler, build_dataset()
+        self._sampler = sampler
+        self._dataset = KeyedDataset(samples=build_dataset(), seed=seed)
 
     def __call__(self, row: dict[str, int]) -> dict[str, np.ndarray]:
         """Return the columns of the step that `row` numbers."""
-        return self._samples.read(self._sampler.batch(int(row["step"])).index)
+        batch = self._sampler.batch(int(row["step"]))
+        return self._dataset.samples.read(batch.index, self._dataset.keys(batch))
 
 
 def make_loader(

@@ -6,18 +6,21 @@ Columns come as they are stored: `image` uint8 [n, 3, S, S], `image_embed` and `
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Generic, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ingest.fetching.decode import square_pixels
 from ingest.shards import EmbedShard, ImageShard, ShardEntry, Snapshot
 from ingest.store.snapshots import latest_digest
+from training.data.captions import CaptionDraw
 
 MAX_OPEN_SHARDS = 64
 CHECK_SECONDS = 10.0  # how often data sets check whether samples were removed
@@ -36,8 +39,12 @@ class ColumnDataset(Dataset[Columns]):
 
     data_sets: tuple[tuple[int, ...], ...]
 
-    def read(self, index: np.ndarray) -> Columns:
-        """Return the columns of samples, in the order of `index`, int64 [n]."""
+    def read(self, index: np.ndarray, keys: Tensor | None = None) -> Columns:
+        """Return the columns of samples, in the order of `index`, int64 [n].
+
+        keys: int64 [n], the samples' random keys, by which a caption is drawn where a data set has
+        several; None: the main caption.
+        """
         raise NotImplementedError
 
     def __getitems__(self, index: np.ndarray) -> Columns:
@@ -140,8 +147,9 @@ class SampleCache:
 class ImageDataset(ColumnDataset):
     """`image`: the short side resized to `size` px, the centre cropped; with `tokenize`, `tokens`.
 
-    num_threads: images decoded in parallel; 0 = in the calling thread. Decoded images are kept in
-    memory up to a gigabyte: decoding then costs one epoch only.
+    num_threads: images decoded in parallel; 0 = in the calling thread. captions: weights of columns
+    of captions, see `CaptionDraw`; None: the main caption. Decoded images are kept in memory up to
+    a gigabyte: decoding then costs one epoch only.
     """
 
     def __init__(
@@ -150,18 +158,26 @@ class ImageDataset(ColumnDataset):
         size: int,
         num_threads: int = 0,
         tokenize: Tokenize | None = None,
+        captions: Mapping[str, float] | None = None,
     ) -> None:
         self._size, self._tokenize = size, tokenize
+        self._draw = CaptionDraw(captions) if captions else None
         self._images = SampleCache(self._decode, num_threads=num_threads)
         self._tokens = SampleCache(self._tokens_of, limit_bytes=TOKENS_BYTES)
-        self.shards = Shards(ImageShard, snapshot, self._images.clear)
+        self.shards = Shards(ImageShard, snapshot, self._clear)
         self.data_sets = (self.shards.sizes,)
 
-    def read(self, index: np.ndarray) -> Columns:
+    def _clear(self) -> None:
+        self._images.clear()
+        self._tokens.clear()
+
+    def read(self, index: np.ndarray, keys: Tensor | None = None) -> Columns:
         """Return `image`, and `tokens` of the captions."""
         self.shards.check_removals()
         columns = {"image": self._images.read(index)}
-        if self._tokenize is not None:
+        if self._tokenize is not None and self._draw is not None and keys is not None:
+            columns["tokens"] = self._tokenize(_draw_texts(self.shards, self._draw, index, keys))
+        elif self._tokenize is not None:
             columns["tokens"] = self._tokens.read(index)
         return columns
 
@@ -176,34 +192,77 @@ class ImageDataset(ColumnDataset):
 
 
 class EmbedDataset(ColumnDataset):
-    """`image_embed`, `text_embed` and `tokens`; with `tokenize`, `caption_tokens` too."""
+    """`image_embed`, `text_embed` and `tokens`; with `tokenize`, `caption_tokens` too.
+
+    captions: weights of columns of captions, see `CaptionDraw`; None: the main caption.
+    """
 
     COLUMNS = ("image_embed", "text_embed", "tokens")
 
-    def __init__(self, snapshot: Snapshot, tokenize: Tokenize | None = None) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        tokenize: Tokenize | None = None,
+        captions: Mapping[str, float] | None = None,
+    ) -> None:
         self._tokenize = tokenize
+        self._draw = CaptionDraw(captions) if captions else None
         self._tokens = SampleCache(self._tokens_of, limit_bytes=TOKENS_BYTES)
-        self.shards = Shards(EmbedShard, snapshot)
+        kind = partial(EmbedShard, captions=self._draw.columns if self._draw else ())
+        self.shards = Shards(kind, snapshot, self._tokens.clear)
         self.data_sets = (self.shards.sizes,)
 
-    def read(self, index: np.ndarray) -> Columns:
+    def read(self, index: np.ndarray, keys: Tensor | None = None) -> Columns:
         """Copy the rows of a batch from the mapped files of its shards."""
         self.shards.check_removals()
         shards, rows = self.shards.locate(index)
+        draw = self._draw
 
         def rows_of(number: int, places: np.ndarray) -> Rows:
             shard = self.shards.open(number)
-            return {name: (getattr(shard, name), rows[places]) for name in self.COLUMNS}
+            found = {name: (getattr(shard, name), rows[places]) for name in self.COLUMNS}
+            if draw is not None and keys is not None:
+                found |= _draw_embeds(shard, draw, rows[places], keys[torch.from_numpy(places)])
+            return found
 
         columns = _gather(shards, rows_of)
-        if self._tokenize is not None:
+        if self._tokenize is not None and draw is not None and keys is not None:
+            columns["caption_tokens"] = self._tokenize(_draw_texts(self.shards, draw, index, keys))
+        elif self._tokenize is not None:
             columns["caption_tokens"] = self._tokens.read(index)
         return columns
 
     def _tokens_of(self, index: int) -> np.ndarray:
         assert self._tokenize is not None
         shard, row = self.shards.sample(index)
-        return self._tokenize([shard.captions[row]])[0]
+        return self._tokenize([shard.caption(row)])[0]
+
+
+def _draw_embeds(shard: EmbedShard, draw: CaptionDraw, rows: np.ndarray, keys: Tensor) -> "Rows":
+    """Return `text_embed` and `tokens` of a drawn caption of each of a shard's `rows`."""
+    further = [shard.further(column) for column in draw.columns]
+    counts = [np.ones(len(rows), np.int64), *(captions.counts[rows] for captions in further)]
+    source, number = draw(keys, np.stack(counts, axis=1))
+    found: Rows = {}
+    for name in ("text_embed", "tokens"):
+        values = getattr(shard, name)[rows]
+        for k, captions in enumerate(further, start=1):
+            here = source == k
+            values[here] = getattr(captions, name)[captions.starts[rows[here]] + number[here]]
+        found[name] = values, np.arange(len(rows))
+    return found
+
+
+def _draw_texts(shards: Shards, draw: CaptionDraw, index: np.ndarray, keys: Tensor) -> list[str]:
+    """Return a drawn caption of each sample: the same as `_draw_embeds` draws."""
+    texts: list[Sequence[Sequence[str]]] = []  # of each sample, of each source
+    for number, row in zip(*(place.tolist() for place in shards.locate(index)), strict=True):
+        shard = shards.open(number)
+        further = (shard.further_captions(column)[row] for column in draw.columns)
+        texts.append([(shard.caption(row),), *further])
+    counts = np.array([[len(captions) for captions in sources] for sources in texts])
+    picked = zip(texts, *(numbers.tolist() for numbers in draw(keys, counts)), strict=True)
+    return [sources[source][number] for sources, source, number in picked]
 
 
 class PairDataset(ColumnDataset):
@@ -217,6 +276,7 @@ class PairDataset(ColumnDataset):
         size: int,
         num_threads: int = 0,
         tokenize: Tokenize | None = None,
+        captions: Mapping[str, float] | None = None,
     ) -> None:
         """Read images of `size` px by `ImageDataset`, and embeddings by `EmbedDataset`."""
         by_name = {entry.name: entry for entry in images.shards}
@@ -233,7 +293,7 @@ class PairDataset(ColumnDataset):
             paired.append(replace(image, excluded=entry.excluded))
         matched = Snapshot(root=images.root, digest=images.digest, shards=tuple(paired))
         self._images = ImageDataset(matched, size, num_threads)
-        self._embeds = EmbedDataset(embeds, tokenize)
+        self._embeds = EmbedDataset(embeds, tokenize, captions)
         self.data_sets = self._embeds.data_sets
         self._root, self._checked = images.root, set[int]()
         self._check_keys(0)  # the others when they are opened: there may be very many
@@ -248,12 +308,12 @@ class PairDataset(ColumnDataset):
             )
         self._checked.add(number)
 
-    def read(self, index: np.ndarray) -> Columns:
+    def read(self, index: np.ndarray, keys: Tensor | None = None) -> Columns:
         """Return the columns of both, after a check of the keys of shards read first."""
         shards, _ = self._images.shards.locate(index)
         for number in set(shards.tolist()) - self._checked:
             self._check_keys(number)
-        return {**self._images.read(index), **self._embeds.read(index)}
+        return {**self._images.read(index), **self._embeds.read(index, keys)}
 
 
 class MixedDataset(ColumnDataset):
@@ -268,12 +328,13 @@ class MixedDataset(ColumnDataset):
         self._parts = parts
         self._starts = np.cumsum([0, *(sum(each) for each in sizes)])
 
-    def read(self, index: np.ndarray) -> Columns:
+    def read(self, index: np.ndarray, keys: Tensor | None = None) -> Columns:
         """Return the columns of all, each sample read by its own data set."""
         sources = np.searchsorted(self._starts, index, side="right") - 1
 
         def rows_of(number: int, places: np.ndarray) -> Rows:
-            columns = self._parts[number].read(index[places] - self._starts[number])
+            own_keys = None if keys is None else keys[torch.from_numpy(places)]
+            columns = self._parts[number].read(index[places] - self._starts[number], own_keys)
             return {name: (values, np.arange(len(places))) for name, values in columns.items()}
 
         return _gather(sources, rows_of)

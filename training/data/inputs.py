@@ -13,13 +13,20 @@ from cluster.base.files import Json, write_text
 from cluster.base.run_dir import snapshot_path
 from ingest.embedding.statistics import NAME as STATISTICS
 from ingest.embedding.statistics import EmbedStatistics
-from ingest.shards import Snapshot, load_snapshot, read_manifest
+from ingest.shards import Snapshot, caption_columns, load_snapshot, read_manifest
 from ingest.store.storage import absolute_root
 from models.clip import FrozenClip
 from models.configs import weight_options
 from models.convert.runs import absolute_spec, load_clip
 from models.weights import EMA_NAME, exported, load_config, load_weights
-from training.config import EMBEDS, IMAGES, ClipRunConfig, DecoderRunConfig, PriorRunConfig
+from training.config import (
+    EMBEDS,
+    IMAGES,
+    MAIN_CAPTION,
+    ClipRunConfig,
+    DecoderRunConfig,
+    PriorRunConfig,
+)
 from training.data.datasets import ColumnDataset, MixedDataset, short_sides
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,6 +51,7 @@ def prepare_data(config: Config) -> Config:
         changes["init"] = str(Path(config.init).absolute())
     if isinstance(config, (PriorRunConfig, DecoderRunConfig)):
         changes["validation"] = tuple(absolute_root(root) for root in config.validation)
+    _require_captions(config, changes)
     if isinstance(config, DecoderRunConfig):
         for images in changes["images"]:
             require_size(images, config.image_size)
@@ -73,6 +81,31 @@ def _require_paired(
             f"{name}: found {len(embeds)} folders for {len(images)} of images, expected one for "
             "each, in the same order"
         )
+
+
+def _require_captions(config: Config, roots: Json) -> None:
+    """Raise ValueError for a column of --data.captions that none of the folders has."""
+    weights = config.data.caption_weights()
+    if not weights:
+        return
+    if isinstance(config, DecoderRunConfig) and not ("embeds" in roots and config.base.use_text):
+        raise ValueError(
+            f"data.captions: found {config.data.captions} for a stage without captions, expected "
+            "none"
+        )
+    known, remedy = [MAIN_CAPTION], ""
+    if "embeds" in roots:
+        remedy = "; ingest/embed.py --captions NAME --out ANOTHER embeds more"
+        known += (name for r in roots["embeds"] for name in read_manifest(r).get("captions", ()))
+    else:
+        known += (name for r in roots["images"] for name in caption_columns(load_snapshot(r)))
+    for name in weights:
+        if name not in known:
+            raise ValueError(
+                f"data.captions: found {name!r}, expected columns of captions in "
+                f"{', '.join(roots.get('embeds') or roots['images'])}: "
+                f"{', '.join(dict.fromkeys(known))}{remedy}"
+            )
 
 
 def _upsampler(config: PriorRunConfig | DecoderRunConfig) -> bool:

@@ -84,8 +84,9 @@ def clip_dataset(config: ClipRunConfig, image_size: int, context_length: int) ->
     """Read images and their captions' tokens."""
     tokenize = tokenizer(context_length, config.model.vocab_size)
     threads = config.num_decode_threads
+    captions = config.data.caption_weights()
     data_sets = [
-        ImageDataset(part_of(snapshot, config.part), image_size, threads, tokenize)
+        ImageDataset(part_of(snapshot, config.part), image_size, threads, tokenize, captions)
         for snapshot in pin_snapshots(config.run, "images", config.images)
     ]
     return mixed(data_sets, config.data.weights)

@@ -1,7 +1,7 @@
 """What training/decoder.py trains: one stage of the cascade, its objective, data and validation."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -160,7 +160,8 @@ def decoder_dataset(config: DecoderRunConfig) -> ColumnDataset:
     """Read the run's images; for the base decoder with their embeddings and tokens."""
     images = pin_snapshots(config.run, "images", config.images)
     embeds = pin_snapshots(config.run, "embeds", config.embeds) if config.stage == "base" else []
-    return stage_dataset(config, images, embeds, config.data.weights)
+    data = config.data
+    return stage_dataset(config, images, embeds, data.weights, data.caption_weights())
 
 
 def stage_dataset(
@@ -168,15 +169,17 @@ def stage_dataset(
     images: Sequence[Snapshot],
     embeds: Sequence[Snapshot],
     weights: tuple[float, ...] = (),
+    captions: Mapping[str, float] | None = None,
 ) -> ColumnDataset:
-    """Read images as a stage does; embeds: for the base decoder, one for each of `images`."""
+    """Read images as a stage does; embeds: for the base decoder, one for each of `images`;
+    captions: weights of columns of captions, None for the main caption."""
     size, threads = config.image_size, config.num_decode_threads
     if config.stage != "base":
         return mixed([ImageDataset(snapshot, size, threads) for snapshot in images], weights)
     length = config.base.text_tokens
     tokenize = tokenizer(length) if length and config.base.use_text else None
     pairs = zip(images, embeds, strict=True)
-    return mixed([PairDataset(*pair, size, threads, tokenize) for pair in pairs], weights)
+    return mixed([PairDataset(*pair, size, threads, tokenize, captions) for pair in pairs], weights)
 
 
 def latest(roots: tuple[str, ...]) -> list[Snapshot]:

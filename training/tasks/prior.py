@@ -160,4 +160,6 @@ def prior_dataset(config: PriorRunConfig) -> ColumnDataset:
     """Read embeddings and tokens."""
     tokenize = _tokenize(getattr(config, config.prior).text_tokens)
     snapshots = pin_snapshots(config.run, "embeds", config.embeds)
-    return mixed([EmbedDataset(one, tokenize) for one in snapshots], config.data.weights)
+    captions = config.data.caption_weights()
+    readers = [EmbedDataset(snapshot, tokenize, captions) for snapshot in snapshots]
+    return mixed(readers, config.data.weights)
