@@ -66,17 +66,19 @@ def prepare(config: AdoptConfig, source: "Source") -> "MakeShard":
     from cluster.base.files import digest_of
     from ingest.adopting.copies import CopyJob
     from ingest.adopting.in_place import InPlaceJob
-    from ingest.fetching.decode import Resizer
+    from ingest.adopting.tars import LISTING, TarSource
+    from ingest.fetching.decode import ImageLimits, Resizer
     from ingest.lists.filters import RowFilter
     from ingest.shards import recover, remove_data_folder, write_manifest
-    from ingest.store.storage import absolute_root
+    from ingest.store.storage import absolute_root, storage_of
 
     schema = pa.schema([("url", pa.string()), ("caption", pa.string()), *source.kept])
     row_filter = RowFilter.open(config.filters, schema)
     copies = config.copy or source.copied
     settings = {
-        "source": config.source,
+        "source": absolute_root(config.source),
         "source_digest": source.digest,
+        "keep_columns": config.keep_columns,
         "copy": copies,
         "filters": {**asdict(config.filters), "opt_out": row_filter.opt_out_digest},
         "min_image_side": config.min_image_side,
@@ -93,8 +95,10 @@ def prepare(config: AdoptConfig, source: "Source") -> "MakeShard":
         remove_data_folder(config.out, "images")
     write_manifest(config.out, "images", {**settings, "config_hash": config_hash})
     recover(config.out)
+    if isinstance(source, TarSource):
+        storage_of(config.out).replace(LISTING, "".join(f"{p}\n" for p in source.places).encode())
     root = absolute_root(config.out)  # a Ray worker has another working directory
-    if copies:
+    if copies or not isinstance(source, TarSource):
         return CopyJob(
             root=root,
             source=source,
@@ -102,11 +106,16 @@ def prepare(config: AdoptConfig, source: "Source") -> "MakeShard":
             resizer=resizer,
             config_hash=config_hash,
         )
+    limits = ImageLimits(
+        min_side=config.min_image_side,
+        min_pixels=config.filters.min_pixels,
+        max_aspect_ratio=config.filters.max_aspect_ratio,
+    )
     return InPlaceJob(
         root=root,
         source=source,
         row_filter=row_filter,
-        min_image_side=config.min_image_side,
+        limits=limits,
         config_hash=config_hash,
     )
 

@@ -4,6 +4,7 @@
                               key.png or key.webp where an adopted image keeps its bytes
     <images>/000000.parquet   a row for every attempted URL, stored or not
     <images>/000000.idx.npy   int64 [n, 4]: offset and length of the image and of the caption
+    <images>/000000.captions  of a tar that lies elsewhere: UTF-8, which the index points into
     <embeds>/000000.image_embed.npy, .text_embed.npy   float16 [n, E], unit norm,
                        unless the encoder's name ends with +raw
     <embeds>/000000.tokens.npy   int32 [n, L]     <embeds>/000000.keys.parquet   row, key, caption
@@ -19,6 +20,7 @@ file, which exports what they need of commits and snapshots too. Nothing is ever
 
 import json
 import mmap
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -78,6 +80,7 @@ __all__ = [
 MADV_POPULATE_READ = 22  # Linux's sys/mman.h has it, the mmap module not yet
 STORED = "success"  # img2dataset's word in the `status` column for a row that became a sample
 SIZE_COLUMNS = ("width", "height", "original_width", "original_height")  # px
+CAPTIONS_END = b"\n"  # of a file of captions, which is never empty: it is mapped
 EMBED_ARRAYS = ("image_embed", "text_embed", "tokens")
 _HEADER_LOCK = threading.Lock()  # see `_load_array`
 
@@ -215,6 +218,19 @@ class _Shard:
             raise ValueError(f"{self._where}: samples were forgotten; rerun, on the next snapshot")
 
 
+class _FileSlices:
+    """Slices of a file that may be cut by its owner, where a memory map would end the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, open(path, "rb")  # noqa: SIM115 - as long as the shard
+
+    def __getitem__(self, span: slice) -> bytes:
+        data = os.pread(self._file.fileno(), span.stop - span.start, span.start)
+        if len(data) < span.stop - span.start:
+            raise ValueError(f"{self._path}: was cut since it was adopted; rerun ingest/adopt.py")
+        return data
+
+
 class ImageShard(_Shard):
     """Random access to a committed image shard through its index and a memory map."""
 
@@ -222,8 +238,11 @@ class ImageShard(_Shard):
         index = _load_array(file(f"{self.name}.idx.npy"))
         spans = [slice(start, start + size) for start, size in index.reshape(-1, 2).tolist()]
         self._images, self._captions = spans[::2], spans[1::2]
-        with open(file(f"{self.name}.tar"), "rb") as tar:  # never empty: it ends in two blocks
-            self._tar = mmap.mmap(tar.fileno(), 0, access=mmap.ACCESS_READ)
+        adopted = bool(self.commit.elsewhere)
+        path = file(f"{self.name}.tar")
+        with open(file(f"{self.name}.captions") if adopted else path, "rb") as texts:  # never empty
+            self._texts = mmap.mmap(texts.fileno(), 0, access=mmap.ACCESS_READ)
+        self._tar = _FileSlices(path) if adopted else self._texts
         self._table = open(file(f"{self.name}.parquet"), "rb")  # noqa: SIM115 - read when needed
         self._further: dict[str, list[list[str]]] = {}  # captions by column
 
@@ -236,7 +255,7 @@ class ImageShard(_Shard):
 
     def caption(self, i: int) -> str:
         """Return the caption of sample `i`."""
-        return self._tar[self._captions[i if self._rows is None else self._rows[i]]].decode()
+        return self._texts[self._captions[i if self._rows is None else self._rows[i]]].decode()
 
     @cached_property
     def keys(self) -> list[str]:

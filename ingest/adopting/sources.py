@@ -86,7 +86,10 @@ class Source(Protocol):
 def open_source(config: AdoptConfig) -> Source:
     """Return the source that `config.source` describes; ValueError for what is none."""
     from ingest.adopting.tables import find_tables, open_tables
+    from ingest.adopting.tars import is_tar_source, open_tars
 
+    if is_tar_source(config.source):
+        return open_tars(config)
     if files := find_tables(config.source):
         return open_tables(config, files)
     raise ValueError(

@@ -65,13 +65,18 @@ def header_problem(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                factor = _memory_factor(image)
-                short, long = sorted(image.size)
+                return _size_problem(image, max_pixels, min_pixels, max_aspect_ratio)
     except Image.DecompressionBombError:
         return "too_many_pixels"
     except (OSError, SyntaxError, ValueError):  # what Pillow raises for bytes of no such format
         return "not_an_image"
-    if short * long * factor > max_pixels:
+
+
+def _size_problem(
+    image: "Image.Image", max_pixels: int, min_pixels: int, max_aspect_ratio: float | None
+) -> str | None:
+    short, long = sorted(image.size)
+    if short * long * _memory_factor(image) > max_pixels:
         return "too_many_pixels"
     if short * long < min_pixels:
         return "too_few_pixels"
@@ -99,6 +104,50 @@ class DecodeError(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLimits:
+    """What an image is left out for; sides in px. See `header_problem`."""
+
+    min_side: int = 0
+    max_pixels: int = MAX_PIXELS
+    min_pixels: int = 0
+    max_aspect_ratio: float | None = None
+
+
+def verify_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
+    """Decode every pixel of an image, as cheaply as that is possible; return its upright size, px.
+
+    A JPEG is decoded at an eighth of its size, for which all of its coefficients are read. Raises
+    DecodeError for what is left out.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError:
+        raise DecodeError("too_many_pixels") from None
+    except (OSError, SyntaxError, ValueError):
+        raise DecodeError("not_an_image") from None
+    with image:
+        problem = _size_problem(
+            image, limits.max_pixels, limits.min_pixels, limits.max_aspect_ratio
+        )
+        if problem is not None or min(image.size) < limits.min_side:
+            raise DecodeError(problem or "too_small")
+        width, height = image.size
+        try:
+            sideways = "exif" in image.info and image.getexif().get(ORIENTATION) in SIDEWAYS
+            image.draft(None, (1, 1))
+            image.load()
+        except MemoryError:
+            raise
+        except Exception:  # Pillow's parsers are many: see `Resizer`
+            raise DecodeError("undecodable") from None
+    return (height, width) if sideways else (width, height)
 
 
 @dataclass(frozen=True, kw_only=True)

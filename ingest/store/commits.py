@@ -16,12 +16,12 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
-from typing import TypedDict, TypeVar
+from typing import NotRequired, TypedDict, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from ingest.store.storage import (
     has_ended,
     join_root,
     process_birth,
+    split_place,
     storage_of,
 )
 
@@ -45,10 +46,16 @@ Result = TypeVar("Result")
 
 
 class FileEntry(TypedDict):
-    """What a commit records of a file; size in bytes."""
+    """What a commit records of a file; size in bytes.
+
+    A file that an adoption left where it is has a url, its absolute path or URL, and a stamp, by
+    which a change is noticed (see `Storage.stamp`). Nothing but --out's own files is ever written.
+    """
 
     sha256: str
     size: int
+    url: NotRequired[str]
+    stamp: NotRequired[str]
 
 
 class Superseded(TypedDict):
@@ -78,8 +85,24 @@ class Commit:
 
     @property
     def digest(self) -> str:
-        """Digest of the shard's content: equal for equal bytes, whoever made them."""
-        return digest_of({"n": self.num_samples, "files": self.files})
+        """Digest of the shard's content: equal for equal bytes, whoever made them, wherever."""
+        files = {n: {"sha256": e["sha256"], "size": e["size"]} for n, e in self.files.items()}
+        return digest_of({"n": self.num_samples, "files": files})
+
+    @property
+    def elsewhere(self) -> dict[str, FileEntry]:
+        """The files that are outside of the data folder: they are read, and never changed."""
+        return {name: entry for name, entry in self.files.items() if "url" in entry}
+
+    @property
+    def own_names(self) -> list[str]:
+        """The names of the files in the data folder."""
+        return [*(name for name in self.files if name not in self.elsewhere), *self.undigested]
+
+    def locate(self, root: Root, name: str) -> tuple[Root, str]:
+        """Return the folder that a file of the shard is in, and its name there."""
+        url = self.files[name].get("url")
+        return (root, name) if url is None else split_place(url)
 
 
 # -- reading records -----------------------------------------------------------------------------
@@ -137,17 +160,21 @@ def damage(root: Root, commit: Commit, *, deep: bool = False) -> str | None:
 
     Sizes are always compared, contents when `deep`.
     """
-    storage = storage_of(root)
     for name, expected in commit.files.items():
-        size = storage.size(name)
+        folder, base = commit.locate(root, name)
+        storage, what = storage_of(folder), expected.get("url", name)
+        remedy = "; rerun ingest/adopt.py" if "url" in expected else ""
+        size = storage.size(base)
         if size is None:
-            return f"{name} is missing"
+            return f"{what} is missing{remedy}"
         if size != expected["size"]:
-            return f"{name} has {size} bytes, committed with {expected['size']}"
+            return f"{what} has {size} bytes, committed with {expected['size']}{remedy}"
+        if "stamp" in expected and storage.stamp(base) != expected["stamp"]:
+            return f"{what} was changed since it was adopted{remedy}"
         if deep:
-            with storage.open(name) as file:
+            with storage.open(base) as file:
                 if digest_stream(file) != expected["sha256"]:
-                    return f"{name} differs from its committed sha256"
+                    return f"{what} differs from its committed sha256{remedy}"
     return None
 
 
@@ -166,9 +193,12 @@ def inspect_all(root: Root, *, deep: bool = False) -> Iterator[tuple[Commit, str
 
 
 def withdraw(root: Root, commit: Commit) -> None:
-    """Delete a damaged shard and its commit, so that the next run makes it again."""
+    """Delete a damaged shard and its commit, so that the next run makes it again.
+
+    Files that are elsewhere stay.
+    """
     storage = storage_of(root)
-    for name in [_record(commit.shard), *commit.files, *commit.undigested]:
+    for name in [_record(commit.shard), *commit.own_names]:
         storage.delete(name)
 
 
@@ -204,7 +234,7 @@ def _publish(storage: Storage, commit: Commit) -> None:
     """Move a committed attempt's files into place; several processes may do so at once."""
     if not commit.attempt:
         return
-    names = [*commit.files, *commit.undigested]
+    names = commit.own_names
     waiting = storage.names(f"_attempts/{commit.attempt}")
     if not waiting and all(storage.size(name) is not None for name in names):
         return
@@ -263,9 +293,20 @@ class Attempt:
         self.path = self._storage.workplace(self._folder)
         return self
 
-    def commit(self, *, num_samples: int, counts: dict[str, int], config_hash: str) -> Commit:
-        """Commit every file under `.path`; return the winner's record, which may be another's."""
+    def commit(
+        self,
+        *,
+        num_samples: int,
+        counts: dict[str, int],
+        config_hash: str,
+        elsewhere: Mapping[str, FileEntry] | None = None,
+    ) -> Commit:
+        """Commit every file under `.path`; return the winner's record, which may be another's.
+
+        elsewhere: the shard's files that stay where they are.
+        """
         commit = self._described(num_samples, counts, config_hash)
+        commit.files.update(elsewhere or {})
         self._storage.upload(self.path, self._folder)
         if not self._storage.create(_record(self.shard), canonical_json(asdict(commit))):
             return published(self.root, self.shard)
@@ -288,6 +329,7 @@ class Attempt:
             superseded[digest] = {"num_samples": entry["num_samples"], "removed": rows}
         superseded[old.digest] = {"num_samples": old.num_samples, "removed": sorted(removed)}
         described = self._described(old.num_samples - len(removed), counts, config_hash)
+        described.files.update(old.elsewhere)
         commit = replace(
             described,
             undigested=old.undigested,

@@ -40,6 +40,7 @@ from ingest.store.removal import (
 )
 from ingest.store.snapshots import (
     MANIFEST,
+    WIDS_INDEX,
     latest_digest,
     load_snapshot,
     publish_snapshot,
@@ -67,8 +68,9 @@ def verify(root: Root) -> dict[str, str]:
             if problem is not None:
                 problems[commit.shard] = problem
                 folder = f"_quarantine/{commit.shard}.{commit.digest[:12]}"
-                for name in (name for name in commit.files if storage.size(name) is not None):
-                    storage.move(name, f"{folder}/{name}")
+                for name in commit.own_names:
+                    if name in commit.files and storage.size(name) is not None:
+                        storage.move(name, f"{folder}/{name}")
                 withdraw(root, commit)
             advance(note=f"{len(problems)} damaged")
     if problems and read_manifest(root).get("kind") == "embeds":
@@ -94,7 +96,7 @@ def record_failed(root: Root, problems: Mapping[str, str]) -> None:
 
 def orphan_files(root: Root) -> list[str]:
     """Return the files in the root that belong to no commit, sorted."""
-    known = {name for c in read_commits(root) for name in [*c.files, *c.undigested]}
+    known = {name for commit in read_commits(root) for name in commit.own_names} | {WIDS_INDEX}
     return [n for n in storage_of(root).names() if n not in known and not n.startswith(("_", "."))]
 
 
@@ -105,13 +107,15 @@ def orphan_files(root: Root) -> list[str]:
 class Removed:
     """What a request removed: samples, rows of tables, and the number of rewritten shards.
 
-    unreached: folders of embeddings that were made from these images and are absent now.
+    unreached: folders of embeddings that were made from these images and are absent now; sources:
+    tars of the user's own that still hold removed samples.
     """
 
     num_samples: int
     num_rows: int
     num_shards: int
     unreached: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
 
 def forget(root: Root, request: Forgotten) -> Removed:
@@ -124,6 +128,7 @@ def forget(root: Root, request: Forgotten) -> Removed:
     if read_manifest(root).get("kind") != "images":
         raise ValueError(f"{root}: found embeddings, expected the folder of their images")
     storage, num_samples, num_rows, num_shards = storage_of(root), 0, 0, 0
+    sources: list[str] = []
     with exclusive(root, "--forget"):
         recover(root)
         storage.replace(FORGETTING, b"{}")
@@ -139,6 +144,7 @@ def forget(root: Root, request: Forgotten) -> Removed:
                     old = published(root, name)
                     num_samples += old.num_samples - remove_rows(root, old, reasons).num_samples
                     num_rows, num_shards = num_rows + len(reasons), num_shards + 1
+                    sources += [entry.get("url", "") for entry in old.elsewhere.values()]
                 advance()
         publish_snapshot(root)
         unreached = []
@@ -158,6 +164,7 @@ def forget(root: Root, request: Forgotten) -> Removed:
         num_rows=num_rows,
         num_shards=num_shards,
         unreached=tuple(unreached),
+        sources=tuple(sources),
     )
 
 

@@ -15,7 +15,7 @@ import shutil
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +29,14 @@ import numpy as np
 from cluster.base.files import canonical_json, digest_of
 from cluster.base.outcomes import RETRIED
 from ingest.captions import FURTHER_ARRAYS, FurtherCaptions, further_columns
-from ingest.shards import EMBED_ARRAYS, SIZE_COLUMNS, STORED, index_tar, outcome
+from ingest.shards import (
+    CAPTIONS_END,
+    EMBED_ARRAYS,
+    SIZE_COLUMNS,
+    STORED,
+    index_tar,
+    outcome,
+)
 from ingest.store.commits import Attempt, Commit, is_record
 from ingest.store.snapshots import FORGOTTEN_FOLDER
 from ingest.store.storage import Root, is_remote, local_path, storage_of
@@ -141,7 +148,7 @@ def local_files(root: Root, commit: Commit) -> Iterator[Path]:
         yield local_path(root)
         return
     with tempfile.TemporaryDirectory(prefix="minidalle2-") as folder:
-        for name in commit.files:
+        for name in set(commit.own_names) & set(commit.files):
             with storage_of(root).open(name) as source, open(f"{folder}/{name}", "wb") as target:
                 shutil.copyfileobj(source, target)
         yield Path(folder)
@@ -153,6 +160,17 @@ def copy_tar(source: Path, target: Path, *, without: Collection[str]) -> None:
         for member in old:
             if member.name.partition(".")[0] not in without:
                 new.addfile(member, old.extractfile(member))
+
+
+def keep_captions(source: Path, target: Path, name: str, removed: Sequence[int]) -> None:
+    """Write the index and the captions of a shard whose tar is elsewhere, without some samples."""
+    index = np.load(source / f"{name}.idx.npy", allow_pickle=False)
+    kept = np.delete(index, removed, axis=0)
+    captions = (source / f"{name}.captions").read_bytes()
+    texts = [captions[start : start + size] for start, size in kept[:, 2:].tolist()]
+    (target / f"{name}.captions").write_bytes(b"".join(texts) + CAPTIONS_END)
+    kept[:, 2] = np.cumsum(kept[:, 3]) - kept[:, 3]
+    np.save(target / f"{name}.idx.npy", kept, allow_pickle=False)
 
 
 def remove_rows(root: Root, old: Commit, reasons: Mapping[int, str]) -> Commit:
@@ -170,11 +188,15 @@ def remove_rows(root: Root, old: Commit, reasons: Mapping[int, str]) -> Commit:
         columns = table.to_pydict()
         stored = [row for row, status in enumerate(columns["status"]) if status == STORED]
 
-        # The tar and its index, without the samples
-        removed_keys = {columns["key"][row] for row in stored if row in reasons}
-        tar = attempt.path / f"{name}.tar"
-        copy_tar(folder / tar.name, tar, without=removed_keys)
-        np.save(attempt.path / f"{name}.idx.npy", index_tar(tar), allow_pickle=False)
+        # The tar, or the captions of one that is elsewhere, and the index, without the samples
+        removed = [place for place, row in enumerate(stored) if row in reasons]
+        if old.elsewhere:
+            keep_captions(folder, attempt.path, name, removed)
+        else:
+            tar = attempt.path / f"{name}.tar"
+            keys = {columns["key"][stored[place]] for place in removed}
+            copy_tar(folder / tar.name, tar, without=keys)
+            np.save(attempt.path / f"{name}.idx.npy", index_tar(tar), allow_pickle=False)
 
         # The table: every row stays, with another outcome; a failed row keeps its own
         for row, reason in reasons.items():
@@ -192,7 +214,7 @@ def remove_rows(root: Root, old: Commit, reasons: Mapping[int, str]) -> Commit:
         retried = {n: c for n, c in old.counts.items() if n.startswith(f"{RETRIED}:")}
         return attempt.supersede(
             old,
-            [place for place, row in enumerate(stored) if row in reasons],
+            removed,
             counts={**dict(sorted(Counter(outcomes).items())), **retried},
             config_hash=old.config_hash,
         )

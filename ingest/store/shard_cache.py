@@ -32,9 +32,12 @@ def local_file(root: Root, commit: Commit, name: str) -> Path:
 
     Raises ValueError where a remote file does not match its commit, or is larger than the cache.
     """
-    if not is_remote(root):
-        return local_path(root) / name
-    return LocalCopies.from_environment().path(root, name, **commit.files[name])
+    folder, base = commit.locate(root, name)
+    if not is_remote(folder):
+        return local_path(folder) / base
+    entry = commit.files[name]
+    copies = LocalCopies.from_environment()
+    return copies.path(folder, base, sha256=entry["sha256"], size=entry["size"])
 
 
 class LocalCopies:

@@ -3,6 +3,7 @@
     <root>/_manifest.json               kind, format version, and the settings of its content
     <root>/_snapshots/<digest>.parquet  (name, num_samples, digest, excluded) a row; never changed
     <root>/_snapshots/latest            the digest published last, replaced atomically
+    <images>/index.json                 the tars of the snapshot published last, as wids reads them
 
 Training and evaluation pin one snapshot by its digest and read nothing else.
 """
@@ -20,6 +21,7 @@ from ingest.store.storage import Root, join_root, read_table, storage_of, write_
 FORMAT_VERSION = 1
 MANIFEST = "_manifest.json"
 LATEST = "_snapshots/latest"
+WIDS_INDEX = "index.json"  # for readers of other projects: wids, webdataset, Energon
 FORGOTTEN_FOLDER = "_forgotten"  # --fresh keeps it: a request to be forgotten is for good
 
 
@@ -132,16 +134,28 @@ def publish_snapshot(root: Root, excluded: Mapping[str, Sequence[int]] | None = 
 
     excluded: by shard, the rows that its readers leave out.
     """
-    shards = tuple(
-        ShardEntry(
-            name=commit.shard,
-            num_samples=commit.num_samples,
-            digest=commit.digest,
-            excluded=tuple(sorted((excluded or {}).get(commit.shard, ()))),
+    shards: list[ShardEntry] = []
+    tars: list[Json] = []
+    for commit in read_commits(root):
+        rows = tuple(sorted((excluded or {}).get(commit.shard, ())))
+        shards.append(
+            ShardEntry(
+                name=commit.shard,
+                num_samples=commit.num_samples,
+                digest=commit.digest,
+                excluded=rows,
+            )
         )
-        for commit in read_commits(root)
-    )
-    return write_snapshot(root, shards)
+        tar = commit.files.get(f"{commit.shard}.tar")
+        if tar is not None:
+            # An adopted tar has all of its samples, also those that are left out here
+            num_samples = sum(commit.counts.values()) if "url" in tar else commit.num_samples
+            url = tar.get("url", f"{commit.shard}.tar")
+            tars.append({"url": url, "nsamples": num_samples, "filesize": tar["size"]})
+    if tars or storage_of(root).size(WIDS_INDEX) is not None:
+        index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": tars}
+        storage_of(root).replace(WIDS_INDEX, json.dumps(index, indent=1).encode())
+    return write_snapshot(root, tuple(shards))
 
 
 def write_snapshot(root: Root, shards: tuple[ShardEntry, ...]) -> Snapshot:

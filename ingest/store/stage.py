@@ -99,3 +99,10 @@ def report_removed(removed: Removed) -> None:
     )
     for embeds in removed.unreached:
         print(f"warning: embeddings in {embeds} are not there now: delete that copy", flush=True)
+    if removed.sources:
+        more = f" and {len(removed.sources) - 3} more" if len(removed.sources) > 3 else ""
+        print(
+            f"the bytes are still in your own files, and are to be deleted there: "
+            f"{', '.join(removed.sources[:3])}{more}",
+            flush=True,
+        )

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 LOCAL_PREFIX = "file://"
 TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)@(?P<host>.*)\.[0-9a-f]{32}")
 CONFLICT_SECONDS = (0.1, 0.3, 1.0, 3.0)  # pauses while another process creates the same name
+# Of what stores report of an object, the first that there is shows a change.
+STAMPS = (
+    "ETag", "etag", "blob_id", "md5Hash", "content_md5", "LastModified", "last_modified",
+    "Last-Modified", "updated", "mtime", "created",
+)  # fmt: skip
 Root = str | os.PathLike[str]
 
 
@@ -51,6 +56,12 @@ def absolute_root(root: Root) -> str:
 def join_root(root: Root, name: str) -> str:
     """Return the path or URL of a name, for messages."""
     return f"{os.fspath(root).rstrip('/')}/{name}"
+
+
+def split_place(place: str) -> tuple[str, str]:
+    """Return the folder of a file's path or URL, and its name there."""
+    folder, _, name = place.rpartition("/")
+    return f"{folder}/", name
 
 
 def _process_fields(pid: int) -> list[str]:
@@ -133,6 +144,10 @@ class Storage:
             return (self.root / name).stat().st_size
         except FileNotFoundError:
             return None
+
+    def stamp(self, name: str) -> str:
+        """Return what differs after a file was written again, as far as it is cheap to see."""
+        return str((self.root / name).stat().st_mtime_ns)
 
     def names(self, folder: str = "") -> list[str]:
         """Return the names directly in a folder, sorted; empty if it is absent."""
@@ -260,6 +275,10 @@ class _ObjectStorage(Storage):
             return self._call("info", name)["size"]
         except FileNotFoundError:
             return None
+
+    def stamp(self, name: str) -> str:
+        facts = self._call("info", name)
+        return next((str(facts[key]) for key in STAMPS if facts.get(key) is not None), "")
 
     def names(self, folder: str = "") -> list[str]:
         try:
