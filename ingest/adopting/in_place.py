@@ -100,12 +100,8 @@ class InPlaceJob:
                     if reason is None and span is not None:
                         data = reader.read(span)
                         sha256 = hashlib.sha256(data).hexdigest()
-                        try:
-                            sizes = 2 * verify_image(data, self.limits)
-                        except DecodeError as error:
-                            reason = error.reason
-                        if forgotten.covers(None, sha256):
-                            reason = FORGOTTEN
+                        reason, sizes = self._verified(data)
+                        reason = FORGOTTEN if forgotten.covers(None, sha256) else reason
                     if reason is None and span is not None:
                         caption = "".join(sample.captions[:1]).encode()
                         index.extend((*span, num_bytes, len(caption)))
@@ -118,6 +114,13 @@ class InPlaceJob:
         rows_of_index = np.frombuffer(index, np.int64).reshape(-1, 4)
         np.save(attempt.path / f"{name}.idx.npy", rows_of_index, allow_pickle=False)
         return reasons
+
+    def _verified(self, data: bytes) -> tuple[str | None, tuple[int, ...]]:
+        """Return why an image is left out, None if it is not, and its sizes."""
+        try:
+            return None, 2 * verify_image(data, self.limits)
+        except DecodeError as error:
+            return error.reason, ()
 
 
 def _outcome(reason: str) -> str:

@@ -68,9 +68,9 @@ def verify(root: Root) -> dict[str, str]:
             if problem is not None:
                 problems[commit.shard] = problem
                 folder = f"_quarantine/{commit.shard}.{commit.digest[:12]}"
-                for name in commit.own_names:
-                    if name in commit.files and storage.size(name) is not None:
-                        storage.move(name, f"{folder}/{name}")
+                own = (name for name in commit.files if name not in commit.elsewhere)
+                for name in (name for name in own if storage.size(name) is not None):
+                    storage.move(name, f"{folder}/{name}")
                 withdraw(root, commit)
             advance(note=f"{len(problems)} damaged")
     if problems and read_manifest(root).get("kind") == "embeds":
