@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import webdataset
 import wids
@@ -30,6 +31,7 @@ from ingest.store.shard_cache import local_file
 from training import clip
 from training.config import TrainConfig
 from training.data import demo_data
+from training.data.datasets import PairDataset
 
 NUM_TARS, SAMPLES = 3, 4
 
@@ -241,6 +243,32 @@ def test_compressed_tars_need_a_copy(tars, capsys):
     write_tar(tars / "00009.tar", pairs(0, 2), "w:gz")
     assert adopt(tars) == 1
     assert "00009.tar: is compressed, so it needs --copy" in capsys.readouterr().out
+
+
+def test_a_compressed_source_is_copied(tars):
+    for path in tars.glob("*.tar"):
+        write_tar(path, pairs(4 * int(path.stem), SAMPLES), "w:gz")
+    assert adopt(tars, resize_mode="no") == 0
+    assert images_of(tars.parent / "out") == [picture(i) for i in range(12)]
+    assert len(list((tars.parent / "out").glob("*.tar"))) == 3
+
+
+def test_batches_in_place_are_those_of_a_copy_bit_for_bit(tars):
+    folders = [tars.parent / "out", tars.parent / "copied"]
+    assert adopt(tars) == 0
+    assert main(adoption(tars / "*.tar", folders[1], copy=True, resize_mode="no")) == 0
+    readers = []
+    for out in folders:
+        demo_data.embed_here(str(out), tars.parent / f"{out.name}-embeds", "tiny:random")
+        embeds = load_snapshot(tars.parent / f"{out.name}-embeds")
+        readers.append(PairDataset(load_snapshot(out), embeds, 32))
+    index = np.random.default_rng(0).permutation(12)
+    batches = [reader.read(index) for reader in readers]
+    assert batches[0].keys() == batches[1].keys()
+    for name, expected in batches[1].items():
+        assert np.array_equal(batches[0][name], expected), name
+    tables = [ImageShard(out, "000001").keys for out in folders]
+    assert tables[0] == tables[1]
 
 
 def test_the_index_is_what_wids_and_webdataset_read(tars, tmp_path):

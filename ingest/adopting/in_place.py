@@ -16,17 +16,9 @@ from typing import cast
 
 import numpy as np
 
-from cluster.base.files import Json
+from cluster.base.files import Json, write_json
 from cluster.base.outcomes import status_of
-from ingest.adopting.sources import (
-    Part,
-    SourceSample,
-    left_out,
-    sample_key,
-    table_row,
-    table_schema,
-    write_stats,
-)
+from ingest.adopting.sources import SOURCE_KEY, Part, SourceSample, left_out, row_key, table_row
 from ingest.adopting.tars import Span, TarReader, TarSource, plain_tar
 from ingest.fetching.decode import DecodeError, ImageLimits, verify_image
 from ingest.lists.filters import RowFilter
@@ -68,7 +60,8 @@ class InPlaceJob:
             counts = self._index(reader, part, attempt)
             if storage_of(folder).stamp(base) != stamp:
                 raise OSError("it was changed while it was read; rerun")
-            write_stats(attempt.path / f"{name}_stats.json", counts, started)
+            stats = {"start_time": started, "end_time": time.time(), "status_dict": counts}
+            write_json(attempt.path / f"{name}_stats.json", stats)
             outcomes = {_outcome(reason): number for reason, number in counts.items()}
             tar = FileEntry(sha256=reader.digest(), size=reader.size, url=part.place, stamp=stamp)
             return attempt.commit(
@@ -84,7 +77,7 @@ class InPlaceJob:
         import pyarrow.parquet as pq
 
         kept, name = self.source.kept, attempt.shard
-        schema = pa.schema([*row_schema(), *table_schema(kept)])
+        schema = pa.schema([*row_schema(), (SOURCE_KEY, pa.string()), *kept])
         forgotten = read_forgotten(self.root)
         reasons: Counter[str] = Counter()
         index, num_bytes = array("q"), 0  # a row's four numbers; of captions so far
@@ -106,7 +99,7 @@ class InPlaceJob:
                         caption = "".join(sample.captions[:1]).encode()
                         index.extend((*span, num_bytes, len(caption)))
                         num_bytes += captions.write(caption)
-                    key = sample_key(name, reasons.total())
+                    key = row_key(name, reasons.total())
                     rows.append(table_row(key, sample, reason, sha256=sha256, sizes=sizes))
                     reasons[reason or STORED] += 1
                 table.write_table(pa.Table.from_pylist(rows, schema=schema))

@@ -55,10 +55,7 @@ HASH_BEHIND_BYTES = 8 << 20  # the digest is made of bytes that were just read, 
 
 def is_tar_source(source: str) -> bool:
     """Return whether a --source names tars, by its ending."""
-    base = source.rpartition("/")[2]
-    return source.endswith((*TAR_ENDINGS, ".txt")) or (
-        source.endswith(".json") and base != "captions.json"
-    )
+    return source.endswith((*TAR_ENDINGS, ".txt", ".json"))
 
 
 def list_tars(source: str) -> list[str]:
@@ -143,7 +140,7 @@ def open_tars(config: AdoptConfig) -> "TarSource":
     options = {"caption_key": config.caption_key, "keep_columns": config.keep_columns}
     return TarSource(
         places=tuple(places),
-        compressed=head.compressed,
+        copied=head.compressed,
         caption_key=config.caption_key,
         kept=kept,
         digest=digest_of(options),
@@ -298,10 +295,10 @@ def plain_tar(place: str, *, decompress: bool = True) -> Iterator[Path]:
 
 @dataclass(frozen=True, kw_only=True)
 class TarSource:
-    """Tars, each of which becomes a shard. compressed: the first one is; see `Source`."""
+    """Tars, each of which becomes a shard. copied: the first one is compressed; see `Source`."""
 
     places: tuple[str, ...]
-    compressed: bool
+    copied: bool
     caption_key: str | None
     kept: "pa.Schema"
     digest: str
