@@ -19,7 +19,7 @@ FILTERED = (
     "aspect_ratio", "opt_out_list", "forgotten", "duplicate_url", "duplicate_image", "no_hash",
     "low_similarity", "low_aesthetic", "unsafe", "watermarked", "nsfw", "language", "null_score",
     "short_caption", "long_caption", "few_tokens", "many_tokens", "no_caption", "hidden_file",
-    "link_refused",
+    "link_refused", "other_file",
 )  # fmt: skip
 # In a commit's counts, "retried:REASON": rows of a round of retries, which an earlier shard counted
 # as "failed:REASON".

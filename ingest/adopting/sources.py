@@ -85,6 +85,7 @@ class Source(Protocol):
 
 def open_source(config: AdoptConfig) -> Source:
     """Return the source that `config.source` describes; ValueError for what is none."""
+    from ingest.adopting.folders import open_folder
     from ingest.adopting.tables import find_tables, open_tables
     from ingest.adopting.tars import is_tar_source, open_tars
 
@@ -92,6 +93,8 @@ def open_source(config: AdoptConfig) -> Source:
         return open_tars(config)
     if files := find_tables(config.source):
         return open_tables(config, files)
+    if (folder := open_folder(config)) is not None:
+        return folder
     raise ValueError(
         f"--source: found {config.source}, expected tars ({', '.join(TAR_ENDINGS)}), a text file "
         "that lists them or a wids index (.json)"

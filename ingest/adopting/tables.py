@@ -55,8 +55,8 @@ class TableSource:
             for start, batch in _read_batches(part.place, [*self.columns.values()], first, last):
                 columns = {what: _column(batch, path) for what, path in self.columns.items()}
                 images = columns.pop("image").to_pylist()
-                captions = _captions(columns.pop("caption"))
-                fields = {what: _plain(column) for what, column in columns.items()}
+                captions = caption_tuples(columns.pop("caption"))
+                fields = {what: plain_values(column) for what, column in columns.items()}
                 for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
                     yield _sample(
                         f"{name}:{start + row}",
@@ -147,9 +147,7 @@ def open_tables(config: AdoptConfig, files: Sequence[str]) -> TableSource:
     # Columns
     image = _find_image(config, schema)
     caption, kind = _find_caption(config, schema)
-    plain = [_plain_field(column) for column in schema if column.name not in OUR_COLUMNS]
-    available = pa.schema([column for column in plain if str(column.type) in PLAIN_TYPES])
-    kept = kept_columns(config, available)
+    kept = kept_columns(config, plain_schema(schema))
     columns = {"image": image, "caption": caption, **{name: name for name in kept.names}}
     url = next((name for name in URL_COLUMNS if name in schema.names), None)
     columns |= {"url": url} if url else {}
@@ -231,7 +229,7 @@ def _num_rows(path: str, samples_per_shard: int | None = None) -> int:
 
     if not path.lower().endswith(PARQUET):
         return sum(batch.num_rows for batch in _read_arrow(path))
-    with _open(path) as stream:
+    with open_file(path) as stream:
         metadata = pq.read_metadata(stream)
     groups = (metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))
     largest = max(groups, default=0)
@@ -249,13 +247,14 @@ def _schema(path: str) -> "pa.Schema":
     import pyarrow.parquet as pq
 
     if path.lower().endswith(PARQUET):
-        with _open(path) as stream:
+        with open_file(path) as stream:
             return pq.read_schema(stream)
     batch = next(_read_arrow(path), None)
     return batch.schema if batch is not None else pa.schema([])
 
 
-def _open(path: str) -> io.BufferedIOBase:
+def open_file(path: str) -> io.BufferedIOBase:
+    """Open a local file or a URL for reading."""
     from fsspec.core import url_to_fs
 
     storage, name = url_to_fs(path)
@@ -304,7 +303,7 @@ def _numbered(
             yield start, batch
             start += batch.num_rows
         return
-    with _open(path) as stream:
+    with open_file(path) as stream:
         # Without pre_buffer, pages leave memory as they are read, not with their row group.
         file = pq.ParquetFile(stream, pre_buffer=False)
         for group in range(file.num_row_groups):
@@ -332,32 +331,37 @@ def _column(batch: "pa.RecordBatch", path: str) -> "pa.Array":
     return column
 
 
-def _plain_field(column: "pa.Field") -> "pa.Field":
-    """Return the type that a column is stored as: no dictionary, text as strings."""
+def plain_schema(schema: "pa.Schema") -> "pa.Schema":
+    """Return the columns that may be kept, as they are stored: no dictionary, text as strings."""
     import pyarrow as pa
 
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    is_text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return pa.field(column.name, pa.string() if is_text else kind)
+    fields: list[pa.Field] = []
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        is_text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        fields.append(pa.field(name, pa.string() if is_text else kind))
+    return pa.schema(
+        [f for f in fields if f.name not in OUR_COLUMNS and str(f.type) in PLAIN_TYPES]
+    )
 
 
-def _plain(column: "pa.Array") -> list:
+def plain_values(column: "pa.Array") -> list:
     """Return the values of a column of text or numbers; text that is not UTF-8 is repaired."""
     import pyarrow as pa
 
     column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not str(column.type).endswith(("string", "string_view", "binary")):
         return column.to_pylist()
     values = column.cast(pa.large_binary()).to_pylist()  # Parquet does not check its strings
     return [None if value is None else value.decode("utf-8", "replace") for value in values]
 
 
-def _captions(column: "pa.Array") -> Iterator[tuple[str, ...]]:
+def caption_tuples(column: "pa.Array") -> Iterator[tuple[str, ...]]:
     """Yield the captions of each row, without nulls."""
     import pyarrow as pa
 
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        yield from (() if text is None else (str(text),) for text in _plain(column))
+        yield from (() if text is None else (str(text),) for text in plain_values(column))
         return
     for texts in column.cast(pa.list_(pa.large_binary())).to_pylist():
         yield tuple(text.decode("utf-8", "replace") for text in texts or () if text is not None)

@@ -1,0 +1,350 @@
+"""A folder of images and their captions, local or on any storage.
+
+Captions are of one kind: tables that name the files (metadata.jsonl, .csv or .parquet, captions.csv
+or .tsv), COCO's captions*.json, a text file beside each image, or the names of the files. A file
+name in a table or in COCO's JSON is relative to that file or to the folder, or is the only one of
+its name anywhere below. Every other file of the folder is a row, with the reason why it is none.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, cast
+
+from cluster.base.files import Json, digest_of
+from ingest.adopting.config import AdoptConfig
+from ingest.adopting.sources import MORE_CAPTIONS, Part, SourceSample, kept_columns
+from ingest.adopting.tables import (
+    TEXT_COLUMNS,
+    caption_tuples,
+    open_file,
+    plain_schema,
+    plain_values,
+)
+from ingest.lists.url_list import FORMATS, URL_COLUMNS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from fsspec import AbstractFileSystem
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.csv", "captions.tsv")
+COCO = re.compile(r"captions.*\.json")
+KINDS = ("metadata", "coco", "txt", "name")
+FILE_COLUMNS = ("file_name", "file_path", "filename", "image", "image_path", "path", "file", "img")
+NUMBER = re.compile(r"([\s_.-]*(\(\d+\)|\d+))+$")  # at the end of a file's name
+TABLE_ROWS = 10_000  # of a caption table, read at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A file of the folder, or one that only a caption names. text: the file of its caption."""
+
+    name: str
+    captions: tuple[str, ...] = ()
+    text: str = ""
+    fields: Json = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderSource:
+    """The files of a folder in the order of their paths; root: an absolute path or a URL."""
+
+    digest: str
+    kept: "pa.Schema"
+    root: str
+    ranges: tuple[Part, ...]
+    copied: bool = True
+
+    def parts(self) -> Sequence[Part]:
+        """Return the entries, a shard's number at a time."""
+        return self.ranges
+
+    def read(self, part: Part) -> Iterator[SourceSample]:
+        """Read the files of a part; what vanished or may not be read meanwhile is counted."""
+        folder = _Folder.open(self.root)
+        for entry in cast(list[Entry], part.payload["entries"]):
+            image, captions, problem = None, entry.captions, entry.problem
+            try:
+                if problem is None:
+                    image = folder.read(entry.name)
+                if entry.text:
+                    captions = (folder.read(entry.text).decode("utf-8-sig", "replace"),)
+            except FileNotFoundError:
+                problem = "no_caption" if image else "no_image"
+            except PermissionError as error:
+                problem = "link_refused" if error.errno is None else "forbidden"
+            yield SourceSample(
+                key=_shown(entry.name),
+                image=image,
+                captions=captions,
+                fields=entry.fields,
+                problem=problem,
+            )
+
+
+def open_folder(config: AdoptConfig) -> FolderSource | None:
+    """List a folder and find its captions; None if the source is no folder.
+
+    Raises ValueError where there are no captions, or several kinds of them, naming the choices.
+    """
+    import pyarrow as pa
+
+    folder = _Folder.open(config.source)
+    if not folder.storage.isdir(folder.root):
+        return None
+    files = folder.files()
+    images = [file.name for file in files if _is_image(file)]
+    if not images:
+        raise ValueError(
+            f"--source {config.source}: found no images ({', '.join(SUFFIXES)}) in the folder, "
+            "expected some; name other files by a pattern, as in --source "
+            f'"{config.source.rstrip("/")}/*.tar" or ".../*.parquet"'
+        )
+    kind, sources = _find_captions(config, folder, files, images)
+    captioned, schema = _read_captions(config, folder, images, kind, sources)
+    entries = {file.name: _without_caption(file, kind) for file in files}
+    entries = {name: entry for name, entry in entries.items() if name not in sources} | captioned
+    listed = [entries[name] for name in sorted(entries)]
+
+    kept = kept_columns(config, schema)
+    if any(len(entry.captions) > 1 for entry in listed):
+        kept = kept.append(pa.field(MORE_CAPTIONS, pa.list_(pa.string())))
+    step = config.samples_per_shard
+    listing = [[_shown(entry.name), entry.captions, entry.problem] for entry in listed]
+    return FolderSource(
+        digest=digest_of({"captions": kind, "entries": listing}),
+        kept=kept,
+        root=folder.url,
+        ranges=tuple(
+            Part(place=config.source, payload={"entries": listed[n : n + step]})
+            for n in range(0, len(listed), step)
+        ),
+    )
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Folder:
+    storage: "AbstractFileSystem"
+    root: str
+    local: bool
+
+    @classmethod
+    def open(cls, path: str) -> "_Folder":
+        from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
+
+        storage, root = url_to_fs(path)
+        local = isinstance(storage, LocalFileSystem)
+        return cls(storage=storage, root=os.path.realpath(root) if local else root, local=local)
+
+    @property
+    def url(self) -> str:
+        """The folder as another process finds it."""
+        return self.root if self.local else self.storage.unstrip_protocol(self.root)
+
+    def files(self) -> list[Entry]:
+        """Return every file, sorted; hidden folders and links to folders are one entry each."""
+        if not self.local:
+            names = (str(name) for name in self.storage.find(self.root))
+            return [_entry(name[len(self.root) :].lstrip("/")) for name in sorted(names)]
+        entries: list[Entry] = []
+        for folder, folders, files in os.walk(self.root):
+            inside = os.path.relpath(folder, self.root)
+            prefix = "" if inside == "." else f"{inside}/"
+            entries += [_entry(f"{prefix}{name}") for name in files]
+            for name in tuple(folders):
+                link = os.path.islink(os.path.join(folder, name))
+                if link or name.startswith("."):
+                    problem = "link_refused" if link else "hidden_file"
+                    entries.append(Entry(name=f"{prefix}{name}/", problem=problem))
+                    folders.remove(name)
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes; PermissionError without a number for one that a link leads to
+        outside of the folder."""
+        path = f"{self.root}/{name}"
+        if self.local and not os.path.realpath(path).startswith(f"{self.root}{os.sep}"):
+            raise PermissionError(f"{path}: leads out of the folder")
+        return cast(bytes, self.storage.cat_file(path))
+
+
+def _entry(name: str) -> Entry:
+    hidden = any(each.startswith(".") for each in name.split("/"))
+    return Entry(name=name, problem="hidden_file" if hidden else None)
+
+
+def _without_caption(file: Entry, kind: str) -> Entry:
+    """Return a file that has no caption, with the reason why it is no sample."""
+    if file.problem is not None:
+        return file
+    if _is_image(file):
+        return replace(file, problem="no_caption")
+    is_caption = kind == "txt" and file.name.lower().endswith(".txt")
+    return replace(file, problem="no_image" if is_caption else "other_file")
+
+
+def _is_image(file: Entry) -> bool:
+    return file.problem is None and file.name.lower().endswith(SUFFIXES)
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _shown(name: str) -> str:
+    """Return a name as text; file systems may hold bytes that are none."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+# -- captions --------------------------------------------------------------------------------------
+
+
+def _find_captions(
+    config: AdoptConfig, folder: _Folder, files: list[Entry], images: list[str]
+) -> tuple[str, list[str]]:
+    """Return the kind of the captions, and the files that hold them."""
+    names = [file.name for file in files if file.problem is None]
+    stems = {_stem(name) for name in images}
+    found = {
+        "metadata": [name for name in names if _base(name) in TABLES],
+        "coco": [name for name in names if COCO.fullmatch(_base(name))],
+        "txt": [n for n in names if n.lower().endswith(".txt") and _stem(n) in stems],
+    }
+    wanted = config.captions
+    if wanted == "name" or found.get(wanted):
+        return wanted, found.get(wanted, [])
+    if wanted and wanted not in KINDS:  # a path
+        path = wanted if "://" in wanted or os.path.exists(wanted) else f"{folder.url}/{wanted}"
+        return ("coco" if path.lower().endswith(".json") else "metadata"), [path]
+    if wanted:
+        raise ValueError(f"--captions {wanted}: found none of this kind in {config.source}")
+    kinds = [kind for kind, sources in found.items() if sources]
+    if len(kinds) == 1:
+        print(f"captions: {kinds[0]}, of {', '.join(found[kinds[0]][:3])}", flush=True)
+        return kinds[0], found[kinds[0]]
+    if kinds:
+        several = " and ".join(f"{kind} ({found[kind][0]})" for kind in kinds)
+        choices = " or ".join(f"--captions {kind}" for kind in kinds)
+        raise ValueError(
+            f"--source {config.source}: found captions of several kinds, {several}, expected one; "
+            f"choose by {choices}"
+        )
+    raise ValueError(
+        f"--source {config.source}: found {len(images)} images and no captions, expected one of "
+        f"{', '.join(TABLES)}, COCO's captions*.json or a .txt beside each image; choose the "
+        "files' own names by --captions name, or a file by --captions PATH"
+    )
+
+
+def _read_captions(
+    config: AdoptConfig, folder: _Folder, images: list[str], kind: str, sources: list[str]
+) -> "tuple[dict[str, Entry], pa.Schema]":
+    """Return the images that have captions, and the captions without an image, by name; and the
+    columns that a table of captions has beside."""
+    import pyarrow as pa
+
+    schema = pa.schema([])
+    if kind == "name":
+        texts = {name: _name_caption(name) for name in images}
+        return {
+            name: _captioned(name, (text,) if text else ()) for name, text in texts.items()
+        }, schema
+    if kind == "txt":
+        texts = {_stem(name): name for name in sources}
+        there = [name for name in images if _stem(name) in texts]
+        return {name: Entry(name=name, text=texts[_stem(name)]) for name in there}, schema
+
+    # Rows that name a file; several of one file are its captions
+    entries: dict[str, Entry] = {}
+    known, times = set(images), Counter(map(_base, images))
+    by_base = {_base(name): name for name in images if times[_base(name)] == 1}
+    for source in sources:
+        inside = source if "://" not in source and not os.path.isabs(source) else ""
+        path = f"{folder.url}/{source}" if inside else source
+        try:
+            schema, stream = _read_coco(path) if kind == "coco" else _read_table(config, path)
+            rows = list(stream)
+        except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"captions of {path}: {error!s}") from None
+        for name, captions, fields in rows:
+            near = os.path.normpath(os.path.join(os.path.dirname(inside), name))
+            place = next((n for n in (near, name) if n in known), by_base.get(_base(name), name))
+            earlier = entries.get(place, Entry(name=place, fields=fields))
+            entry = _captioned(place, (*earlier.captions, *captions), earlier.fields)
+            entries[place] = entry if place in known else replace(entry, problem="no_image")
+    return entries, schema
+
+
+def _captioned(name: str, captions: tuple[str, ...], fields: Json | None = None) -> Entry:
+    problem = None if captions else "no_caption"
+    return Entry(name=name, captions=captions, fields=fields or {}, problem=problem)
+
+
+def _name_caption(name: str) -> str:
+    """Return a file's name as a caption: "red_cube-07.png" is "red cube"."""
+    return " ".join(re.split(r"[\s_-]+", NUMBER.sub("", _stem(_base(_shown(name)))))).strip()
+
+
+Rows = Iterator[tuple[str, tuple[str, ...], Json]]  # a file's name, its captions, other columns
+
+
+def _read_table(config: AdoptConfig, path: str) -> "tuple[pa.Schema, Rows]":
+    """Return the plain columns of a table, and its rows."""
+    import pyarrow as pa
+
+    read = FORMATS[os.path.splitext(path)[1].lower()]
+    with open_file(path) as stream:
+        schema = next(read(stream, None, 0)).schema
+    wanted = TEXT_COLUMNS if config.caption_key is None else (config.caption_key,)
+    file = next((name for name in FILE_COLUMNS if name in schema.names), "")
+    caption = next((name for name in wanted if name in schema.names), "")
+    if not file or not caption:
+        raise ValueError(
+            f"found columns {', '.join(schema.names)}, expected one of {', '.join(FILE_COLUMNS)}, "
+            f"and one of {', '.join(wanted)}; name the captions' with --caption-key"
+        )
+    plain = plain_schema(schema)
+    fields = {name: name for name in plain.names}
+    url = next((name for name in URL_COLUMNS if name in schema.names), None)
+    fields |= {"url": url} if url else {}
+    names = dict.fromkeys([file, caption, *fields.values()])
+    columns = pa.schema([schema.field(name) for name in names])
+
+    def rows() -> Rows:
+        with open_file(path) as stream:
+            for batch in (b for t in read(stream, columns, TABLE_ROWS) for b in t.to_batches()):
+                values = {what: plain_values(batch.column(n)) for what, n in fields.items()}
+                files = plain_values(batch.column(file))
+                captions = caption_tuples(batch.column(caption))
+                for row, (name, texts) in enumerate(zip(files, captions, strict=True)):
+                    yield str(name), texts, {what: v[row] for what, v in values.items()}
+
+    return plain, rows()
+
+
+def _read_coco(path: str) -> "tuple[pa.Schema, Rows]":
+    """Return the captions of COCO's JSON (Chen et al. 2015), `annotations` of `images`."""
+    import pyarrow as pa
+
+    with open_file(path) as stream:
+        content = json.load(stream)
+    captions: dict[object, list[str]] = {}
+    for annotation in content["annotations"]:
+        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    return pa.schema([]), (
+        (image["file_name"], tuple(captions.get(image["id"], ())), {"url": image.get("coco_url")})
+        for image in content["images"]
+    )
