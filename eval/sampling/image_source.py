@@ -16,7 +16,7 @@ from PIL import Image
 from cluster.base.files import Json, digest_file, digest_of
 from eval.features.decoding import fitted, picture_size, read_picture
 from ingest.shards import ImageShard, load_snapshot
-from ingest.store.snapshots import Snapshot
+from ingest.store.snapshots import Snapshot, adopt_command
 
 SAMPLES_NAME = "samples.jsonl"
 SETTINGS_NAME = "settings.json"
@@ -147,7 +147,9 @@ def open_images(folder: str) -> ImageSet:
         raise ValueError(f"{root}: found unfinished samples; rerun eval/sample.py to finish them")
     paths = tuple(sorted(p for p in root.glob("*") if p.suffix.lower() in SUFFIXES))
     if not paths:
-        raise ValueError(f"{root}: found no images, expected shards, samples or image files")
+        command = adopt_command(root)
+        more = f"; to make shards of what is there: {command}" if command else ""
+        raise ValueError(f"{root}: found no images, expected shards, samples or image files{more}")
     return ImageSet(source=folder, captions=[], paths=paths)
 
 

@@ -9,7 +9,10 @@ Training and evaluation pin one snapshot by its digest and read nothing else.
 """
 
 import json
+import os
+import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -22,6 +25,10 @@ FORMAT_VERSION = 1
 MANIFEST = "_manifest.json"
 LATEST = "_snapshots/latest"
 WIDS_INDEX = "index.json"  # for readers of other projects: wids, webdataset, Energon
+# What ingest/adopt.py takes: the first ones by a pattern of names, of the others the folder
+ADOPTABLE = (".tar", ".tar.gz", ".tgz", ".parquet", ".arrow", ".jpg", ".jpeg", ".png", ".webp")
+NUM_PATTERNS = 4
+FOLDERS_SEARCHED = 20
 FORGOTTEN_FOLDER = "_forgotten"  # --fresh keeps it: a request to be forgotten is for good
 
 
@@ -57,14 +64,34 @@ def read_manifest(root: Root) -> Json:
     """Return the manifest of `root`; ValueError with the remedy when there is none."""
     try:
         return json.loads(storage_of(root).read(MANIFEST))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        remedy = adopt_command(root) or "ingest/download.py (images) or ingest/embed.py (embeds)"
         raise ValueError(
-            f"{root}: no _manifest.json, so not a data folder; make one with "
-            "ingest/download.py (images) or ingest/embed.py (embeds)"
+            f"{root}: no _manifest.json, so not a data folder; make one with: {remedy}"
         ) from None
     except json.JSONDecodeError as error:
         where = join_root(root, MANIFEST)
         raise ValueError(f"{where}: not JSON ({error}); restore it or use --fresh") from None
+
+
+def adopt_command(root: Root) -> str:
+    """Return the command that makes a data folder of the tars, tables or pictures that `root` is or
+    holds, there or one folder below; "" where there are none."""
+    storage, source = storage_of(root), os.fspath(root).rstrip("/")
+    names = [os.path.basename(source)]
+    with suppress(OSError):
+        names += storage.names()
+    for folder in names[1:][:FOLDERS_SEARCHED]:
+        with suppress(OSError):
+            names += [f"{folder}/{name}" for name in storage.names(folder)]
+    for ending in ADOPTABLE:
+        found = next((name for name in names if name.lower().endswith(ending)), None)
+        if found is not None:
+            pattern = os.path.join(source, os.path.dirname(found), f"*{ending}")
+            is_folder = found != names[0] and ending in ADOPTABLE[:NUM_PATTERNS]
+            source = shlex.quote(pattern if is_folder else source)
+            return f"python ingest/adopt.py --source {source} --out data/images"
+    return ""
 
 
 def remove_data_folder(root: Root, kind: str) -> None:
