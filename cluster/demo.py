@@ -32,7 +32,8 @@ class DemoConfig:
     run: str = "runs/demo"
     """folder of data, runs, samples and report"""
     pairs: str = ""
-    """Parquet file with columns image and caption (and name, to split by); empty = draw shapes"""
+    """Parquet file with columns image and caption (and name, to split by), or anything else that
+    ingest/adopt.py takes; empty = draw shapes"""
     limit: int = 0
     """use only so many of --pairs; 0 = all"""
     num_train: int = 8000
@@ -76,11 +77,12 @@ def main(config: DemoConfig) -> int:
         print(f"metrics: http://127.0.0.1:{port}/metrics")
     timings = Timings(run / TIMINGS_NAME)
 
-    # Pairs of image and caption, then shards of them by way of a URL list
+    # Pairs of image and caption, then shards of them: drawn ones by way of a URL list
     with timings.attempt("pairs") as attempt:
         sets = _pairs(config, run / "source")
         attempt.done = True
-    code = _download(run, sets, timings, port)
+    served = not config.pairs or (run / "source" / "port").is_file()  # by an earlier version
+    code = (_download if served else _adopt)(run, sets, timings, port)
     if code:
         return code
 
@@ -148,8 +150,7 @@ def _download(
     from cluster.demo_data import is_fetched, serve_pairs, write_url_list
 
     folders = {name: run / "data" / name / "images" for name in sets}
-    # an even number of shards, so that a second CLIP can learn from the other half
-    per_shard = {name: max(1, min(500, -(-len(rows) // 8))) for name, rows in sets.items()}
+    per_shard = {name: _samples_per_shard(rows) for name, rows in sets.items()}
     mark = run / "source" / "port"
     known = int(mark.read_text()) if mark.is_file() else 0
     complete = known and all(
@@ -175,6 +176,31 @@ def _download(
             if code:
                 print(f"{run}: the download of {name} is incomplete; rerun the same command")
                 return code
+    return DONE
+
+
+def _samples_per_shard(rows: list[Json]) -> int:
+    """Return a number that makes an even number of shards, so that a second CLIP can learn from
+    the other half."""
+    return max(1, min(500, -(-len(rows) // 8)))
+
+
+def _adopt(run: Path, sets: dict[str, list[Json]], timings: Timings, port: int | None) -> int:
+    """Make shards of given pairs; return the exit code."""
+    for name, rows in sets.items():
+        source, out = run / "source" / f"{name}.parquet", run / "data" / name / "images"
+        arguments = (
+            "--source", str(source), "--out", str(out), "--image-size", "64",
+            "--samples-per-shard", str(_samples_per_shard(rows)), "--num-processes", "0",
+        )  # fmt: skip
+        command = Command(
+            name=f"adopt {name}", script="ingest/adopt.py", arguments=arguments,
+            num_images=len(rows),
+        )  # fmt: skip
+        code = _run_command(command, timings, port)
+        if code:
+            print(f"{run}: the shards of {name} are incomplete; rerun the same command")
+            return code
     return DONE
 
 
@@ -276,11 +302,13 @@ def _short(argument: str) -> str:
 def _script(path: str) -> tuple[type, Callable[[Any], int], Path | None]:
     """Return a script's configuration, its `main` and the prefix of its presets."""
     from eval import fid, sample
-    from ingest import download, embed
+    from ingest import adopt, download, embed
+    from ingest.adopting.config import AdoptConfig
     from training import clip, decoder, prior
     from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 
     scripts: dict[str, tuple[type, Callable[[Any], int], Path | None]] = {
+        "ingest/adopt.py": (AdoptConfig, adopt.main, None),
         "ingest/download.py": (download.DownloadConfig, download.main, None),
         "ingest/embed.py": (embed.EmbedConfig, embed.main, None),
         "training/clip.py": (ClipRunConfig, clip.main, PRESETS / "clip"),

@@ -67,8 +67,10 @@ def drawn_pairs(folder: Path, num_train: int, num_test: int, seed: int) -> dict[
 
 
 def given_pairs(folder: Path, source: Path, limit: int, salt: str = "") -> dict[str, Path]:
-    """Split a user's Parquet file by base name, so that no variant of a test picture is trained on.
-    salt: another one makes another split. Returns the Parquet files of the sets.
+    """Split a user's pairs by base name, so that no variant of a test picture is trained on.
+
+    source: what ingest/adopt.py takes; salt: another one makes another split. Returns the Parquet
+    files of the sets.
 
     An existing split stays as it is. Raises ValueError as `_read_given` does, for a picture that
     does not decode, and for too few pairs.
@@ -101,42 +103,34 @@ def given_pairs(folder: Path, source: Path, limit: int, salt: str = "") -> dict[
 
 
 def _read_given(source: Path) -> list[Json]:
-    """Read a user's pairs as rows {number, image, caption, name}; name is the caption where there
-    is no such column.
+    """Read a user's pairs, by ingest/adopt.py's readers, as rows {key, image, caption, name}.
 
-    Raises ValueError for a missing file or column, another type, and a null, naming its row.
+    key: the row's name in the source; name: the caption where there is no such column.
+
+    Raises ValueError for what is not there, and for a row that is no pair, naming it.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not source.is_file():
+    from ingest.adopting.config import AdoptConfig
+    from ingest.adopting.sources import open_source
+
+    if not source.exists():
         raise ValueError(
             f"{source}: found no such file, expected a Parquet file with columns image and caption"
         )
-    names = pq.ParquetFile(source).schema_arrow.names
-    for column in ("image", "caption"):
-        if column not in names:
+    named = source.suffix == ".parquet" and "name" in pq.read_schema(source).names
+    found = open_source(AdoptConfig(source=str(source), keep_columns=("name",) if named else ()))
+    rows: list[Json] = []
+    for sample in (sample for part in found.parts() for sample in found.read(part)):
+        name = sample.fields["name"] if named else "".join(sample.captions[:1])
+        if sample.problem is not None or name is None:
             raise ValueError(
-                f"{source}: column {column}: found only {', '.join(names)}, expected image and "
-                "caption"
+                f"{source}: found {sample.problem or 'no name'} in row {sample.key} (counted from "
+                "0), expected an image and a caption in every row; leave it out"
             )
-    table = pq.read_table(source, columns=[c for c in ("image", "caption", "name") if c in names])
-    for column in table.column_names:
-        values, expected = table[column], "binary" if column == "image" else "string"
-        kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-        if str(kind).removeprefix("large_") != expected:
-            meaning = "the bytes of an encoded picture" if column == "image" else "text"
-            raise ValueError(
-                f"{source}: column {column}: found {kind}, expected {expected}: {meaning}"
-            )
-        if values.null_count:
-            first = values.is_null().to_pylist().index(True)
-            raise ValueError(
-                f"{source}: column {column}: found null in row {first} (counted from 0), expected "
-                f"{expected} in every row; leave out the {values.null_count} rows without"
-            )
-    rows = table.to_pylist()
-    return [{"name": row["caption"], **row, "number": i} for i, row in enumerate(rows)]
+        caption = sample.captions[0]
+        rows.append({"key": sample.key, "image": sample.image, "caption": caption, "name": name})
+    return rows
 
 
 def _require_pictures(source: Path, rows: list[Json]) -> None:
@@ -149,9 +143,9 @@ def _require_pictures(source: Path, rows: list[Json]) -> None:
             resize(row["image"])
         except DecodeError:
             raise ValueError(
-                f"{source}: column image: found {len(row['image'])} bytes in row {row['number']} "
-                f"(counted from 0) that do not decode, expected an encoded picture (JPEG, PNG, "
-                f"WebP, ...); leave out the row"
+                f"{source}: found {len(row['image'])} bytes in row {row['key']} (counted from 0) "
+                "that do not decode, expected an encoded picture (JPEG, PNG, WebP, ...); leave out "
+                "the row"
             ) from None
 
 

@@ -181,7 +181,9 @@ def test_foreign_pictures_give_equal_batches_embeddings_and_features_in_place_an
         assert np.array_equal(ours, same)
         downloaded = Image.open(io.BytesIO(resizer(members[2 * n][1]).jpeg))
         assert ours.shape == np.asarray(downloaded).shape
-        assert np.abs(ours.astype(int) - np.asarray(downloaded)).mean() < 10  # its chroma is halved
+        assert (
+            np.abs(ours.astype(int) - np.asarray(downloaded)).mean() < 25
+        )  # not 31 or more, as turned
 
 
 @pytest.mark.parametrize("what", ["a.tar", "x/b.tar.gz", "a.parquet", "x/b.png", "images.parquet"])

@@ -213,6 +213,14 @@ def _find_caption(config: AdoptConfig, schema: "pa.Schema") -> "tuple[str, pa.Da
             kind = _column(pa.RecordBatch.from_pylist([], schema), path).type
         except KeyError:
             continue
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        is_coded = pa.types.is_dictionary(kind)
+        text = kind.value_type if is_list or is_coded else kind
+        if not str(text).endswith(("string", "string_view")):
+            raise ValueError(
+                f"--source {config.source}: column {path}: found {kind}, expected text, or a list "
+                "of texts; name another with --caption-key"
+            )
         return path, kind
     raise ValueError(
         f"--source {config.source}: no caption column ({', '.join(wanted)}); found "
