@@ -245,6 +245,15 @@ def test_compressed_tars_need_a_copy(tars, capsys):
     assert "00009.tar: is compressed, so it needs --copy" in capsys.readouterr().out
 
 
+def test_a_source_without_captions_says_which_fields_there_are(tars, capsys):
+    write_tar(tars / "0.tar", [("0.jpg", picture()), ("0.json", b'{"alt": "a", "url": "u"}')])
+    config = adoption(tars / "0.tar", tars.parent / "out")
+    assert main(config) == 0
+    assert "first sample has no .txt or .caption; for --caption-key there are: alt, url" in (
+        capsys.readouterr().out
+    )
+
+
 def test_a_compressed_source_is_copied(tars):
     for path in tars.glob("*.tar"):
         write_tar(path, pairs(4 * int(path.stem), SAMPLES), "w:gz")
@@ -286,6 +295,18 @@ def test_the_index_is_what_wids_and_webdataset_read(tars, tmp_path):
     texts = [ImageShard(tmp_path / "own", f"00000{n}").caption(i) for n in (0, 1) for i in range(3)]
     assert [own[i][".txt"] for i in range(len(own))] == texts
     assert orphan_files(tmp_path / "own") == []
+
+
+def test_hugging_face_datasets_reads_the_tars_of_the_index(tars, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    assert adopt(tars) == 0
+    index = json.loads((tars.parent / "out" / "index.json").read_text())
+    files = {"train": [entry["url"] for entry in index["shardlist"]]}
+    data = datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True)
+    rows = list(data.cast_column("jpg", datasets.Image(decode=False)))
+    assert [row["jpg"]["bytes"] for row in rows] == images_of(tars.parent / "out")
+    assert [row["txt"] for row in rows] == [f"caption {i}" for i in range(12)]
 
 
 @pytest.mark.slow

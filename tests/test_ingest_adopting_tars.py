@@ -17,7 +17,8 @@ from _tars import REAL_TAR, adoption, pairs, picture, write_tar, write_tars
 from PIL import Image
 
 from ingest.adopt import main
-from ingest.adopting.tars import MEMBER_NAME, list_tars, open_tars
+from ingest.adopting.tar_reader import MEMBER_NAME
+from ingest.adopting.tars import list_tars, open_tars
 from ingest.fetching.decode import DecodeError, ImageLimits, verify_image
 from ingest.shards import ImageShard, load_snapshot
 

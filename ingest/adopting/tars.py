@@ -1,25 +1,14 @@
-"""Tars by anyone: which ones a --source names, and their samples, grouped by webdataset's rules.
+"""Tars by anyone: which ones a --source names, and the captions and fields of their samples."""
 
-Nothing of a tar is ever run, unpickled or written to a disk by its name: members are read by their
-place alone.
-"""
-
-import bz2
 import glob
-import gzip
-import hashlib
 import json
-import lzma
 import os
 import re
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from cluster.base.files import Json, digest_of
 from ingest.adopting.config import AdoptConfig
@@ -30,24 +19,25 @@ from ingest.adopting.sources import (
     SourceSample,
     kept_columns,
 )
+from ingest.adopting.tar_reader import (
+    DECOMPRESSORS,
+    MEMBER_NAME,
+    META_NAME,
+    Span,
+    TarReader,
+    TarSample,
+    plain_tar,
+)
 from ingest.shards import row_schema
-from ingest.store.storage import absolute_root, is_remote, local_path, split_place, storage_of
+from ingest.store.storage import absolute_root, is_remote, split_place, storage_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 LISTING = "_listing.txt"  # of the data folder: the tars, in the order of their shards
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "img")
 CAPTION_EXTENSIONS = ("txt", "caption")
-MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM", re.DOTALL)  # of image formats
-DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
-MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's: key and extension
-META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset's: members of no sample
 MAX_MEMBER_BYTES = 64 << 20
-BLOCK = 512  # of a tar, bytes
-READ_BYTES = 1 << 20
-HASH_BEHIND_BYTES = 8 << 20  # the digest is made of bytes that were just read, from memory
 
 
 # -- which tars ------------------------------------------------------------------------------------
@@ -134,7 +124,13 @@ def open_tars(config: AdoptConfig) -> "TarSource":
         with suppress(OSError, ValueError):
             head = _read_head(place, config.caption_key)
             break
-    kept = kept_columns(config, pa.schema(head.fields))
+    if not head.has_caption:
+        names = ", ".join(head.fields) or "none"
+        wanted = config.caption_key or ".txt or .caption"
+        print(f"warning: the first sample has no {wanted}; for --caption-key there are: {names}")
+    own = row_schema().names
+    available = pa.schema([(n, kind) for n, kind in head.fields.items() if n not in own])
+    kept = kept_columns(config, available)
     if head.several_captions:
         kept = kept.append(pa.field(MORE_CAPTIONS, pa.list_(pa.string())))
     options = {"caption_key": config.caption_key, "keep_columns": config.keep_columns}
@@ -161,136 +157,7 @@ def _require_outside(out: str, places: Sequence[str]) -> None:
         )
 
 
-# -- samples ---------------------------------------------------------------------------------------
-
-
-class Span(NamedTuple):
-    """The place of a member's bytes in its tar."""
-
-    offset: int
-    size: int
-
-
-@dataclass(kw_only=True)
-class TarSample:
-    """Members that have a key in common, one after the other, by extension in lower case."""
-
-    key: str
-    members: dict[str, Span] = field(default_factory=dict)
-    problem: str | None = None
-
-
-class TarReader:
-    """One plain tar on this machine: its samples in order, bytes by their place, its digest."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=1 << 16)  # noqa: SIM115 - closed by the caller
-        self.size = os.fstat(self._file.fileno()).st_size
-        self._sha256, self._hashed = hashlib.sha256(), 0
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def read(self, span: Span) -> bytes:
-        """Return the bytes of a member."""
-        return os.pread(self._file.fileno(), span.size, span.offset)
-
-    def samples(self) -> Iterator[TarSample]:
-        """Yield the samples; ValueError where the tar is damaged or ends too early."""
-        sample = None
-        for member in self._members():
-            if member.offset_data - self._hashed > HASH_BEHIND_BYTES:
-                self._hash_until(member.offset_data)
-            match = MEMBER_NAME.fullmatch(member.name)
-            if not member.isreg() or META_NAME.match(member.name) or match is None:
-                continue
-            key, extension = match[1], match[2].lower()
-            if sample is None or key != sample.key:
-                if sample is not None:
-                    yield sample
-                sample = TarSample(key=key)
-            if extension in sample.members:
-                sample.problem = "duplicate_member"
-            sample.members[extension] = Span(member.offset_data, member.size)
-        if sample is not None:
-            yield sample
-
-    def _members(self) -> Iterator[tarfile.TarInfo]:
-        """Yield every member; a TarFile that is iterated keeps them all in memory."""
-        end = 0
-        try:
-            with tarfile.open(fileobj=self._file, mode="r:") as tar:
-                while any(self._header(end)):
-                    self._file.seek(end)
-                    member = tarfile.TarInfo.fromtarfile(tar)
-                    if member.issparse():
-                        raise ValueError(f"{member.name} is a sparse file: pack it as a plain one")
-                    end = member.offset_data
-                    if not (member.isdir() or member.issym() or member.islnk() or member.isdev()):
-                        end += -(-member.size // BLOCK) * BLOCK
-                    yield member
-        except tarfile.TarError as error:
-            raise ValueError(f"not a complete tar: {error}, after {end} bytes") from None
-        for start in range(end, self.size, READ_BYTES):
-            if any(self.read(Span(start, READ_BYTES))):
-                raise ValueError(f"several tars in one file: the first ends after {end} bytes")
-
-    def _header(self, offset: int) -> bytes:
-        header = self.read(Span(offset, BLOCK))
-        if len(header) < BLOCK:  # a complete tar ends in a block of zeros
-            raise ValueError(f"truncated: has {self.size} bytes, expected {offset + BLOCK} or more")
-        return header
-
-    def _hash_until(self, end: int) -> None:
-        while self._hashed < end:
-            block = self.read(Span(self._hashed, min(READ_BYTES, end - self._hashed)))
-            if not block:
-                raise ValueError("it was cut while it was read")
-            self._sha256.update(block)
-            self._hashed += len(block)
-
-    def digest(self) -> str:
-        """Return the sha256 of the whole file."""
-        self._hash_until(self.size)
-        return self._sha256.hexdigest()
-
-    def image_span(self, sample: TarSample) -> Span | None:
-        """Return where the image of a sample is: the member whose content is one, by its first
-        bytes; one whose extension says so comes first."""
-        spans = sample.members
-        named = [spans[extension] for extension in IMAGE_EXTENSIONS if extension in spans]
-        if len(named) == 1:
-            return named[0]
-        others = [spans[e] for e in spans if e.rpartition(".")[2] in IMAGE_EXTENSIONS]
-        for span in dict.fromkeys([*named, *others, *spans.values()]):
-            if MAGIC.match(self.read(Span(span.offset, min(16, span.size)))):
-                return span
-        return named[0] if named else None
-
-
-@contextmanager
-def plain_tar(place: str, *, decompress: bool = True) -> Iterator[Path]:
-    """Yield the path of a tar on this machine: its own, or that of a copy that is deleted again.
-
-    Raises ValueError for a compressed one that is not to be decompressed.
-    """
-    folder, name = split_place(place)
-    with tempfile.TemporaryDirectory(prefix="minidalle2-") as temporary:
-        path = local_path(folder) / name
-        if is_remote(folder):
-            path = Path(temporary) / "remote.tar"
-            with storage_of(folder).open(name) as source, open(path, "xb") as target:
-                shutil.copyfileobj(source, target, READ_BYTES)
-        with open(path, "rb") as file:
-            decompressor = DECOMPRESSORS.get(file.read(2))
-        if decompressor is not None and not decompress:
-            raise ValueError("is compressed, so it needs --copy, into another --out")
-        if decompressor is not None:
-            with decompressor(path, "rb") as source, open(f"{temporary}/plain.tar", "xb") as target:
-                shutil.copyfileobj(source, target, READ_BYTES)
-            path = Path(temporary) / "plain.tar"
-        yield path
+# -- samples -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,9 +270,10 @@ def _parsed(data: bytes) -> Json:
 
 @dataclass(kw_only=True)
 class _Head:
-    """What the first sample of a source shows. fields: those that may be kept, with their types."""
+    """What the first sample of a source shows. fields: of its metadata, with their types."""
 
     compressed: bool = False
+    has_caption: bool = True
     several_captions: bool = False
     fields: "dict[str, pa.DataType]" = field(default_factory=dict)
 
@@ -416,6 +284,7 @@ def _read_head(place: str, caption_key: str | None) -> _Head:
 
     folder, name = split_place(place)
     values: Json = {}
+    texts = 0
     with storage_of(folder).open(name) as file:
         compressed = file.read(2) in DECOMPRESSORS
         file.seek(0)
@@ -428,6 +297,7 @@ def _read_head(place: str, caption_key: str | None) -> _Head:
                 if key not in (None, match[1]):
                     break
                 key = match[1]
+                texts += match[2].lower() in CAPTION_EXTENSIONS
                 data = tar.extractfile(member) if match[2].lower() == "json" else None
                 values = _parsed(data.read(MAX_MEMBER_BYTES)) if data is not None else values
     fields = {}
@@ -440,8 +310,9 @@ def _read_head(place: str, caption_key: str | None) -> _Head:
     value = _nested(values, caption_key or "")
     return _Head(
         compressed=compressed,
+        has_caption=texts > 0 if caption_key is None else bool(value),
         several_captions=isinstance(value, list),
-        fields={n: kind for n, kind in fields.items() if n not in row_schema().names},
+        fields=fields,
     )
 
 

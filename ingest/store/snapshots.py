@@ -162,7 +162,7 @@ def publish_snapshot(root: Root, excluded: Mapping[str, Sequence[int]] | None = 
     excluded: by shard, the rows that its readers leave out.
     """
     shards: list[ShardEntry] = []
-    tars: list[Json] = []
+    tars: list[str] = []
     for commit in read_commits(root):
         rows = tuple(sorted((excluded or {}).get(commit.shard, ())))
         shards.append(
@@ -178,10 +178,11 @@ def publish_snapshot(root: Root, excluded: Mapping[str, Sequence[int]] | None = 
             # An adopted tar has all of its samples, also those that are left out here
             num_samples = sum(commit.counts.values()) if "url" in tar else commit.num_samples
             url = tar.get("url", f"{commit.shard}.tar")
-            tars.append({"url": url, "nsamples": num_samples, "filesize": tar["size"]})
+            entry = {"url": url, "nsamples": num_samples, "filesize": tar["size"]}
+            tars.append(json.dumps(entry))
     if tars or storage_of(root).size(WIDS_INDEX) is not None:
-        index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": tars}
-        storage_of(root).replace(WIDS_INDEX, json.dumps(index, indent=1).encode())
+        head = '{"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [\n'
+        storage_of(root).replace(WIDS_INDEX, (head + ",\n".join(tars) + "\n]}\n").encode())
     return write_snapshot(root, tuple(shards))
 
 
