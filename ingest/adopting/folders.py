@@ -107,8 +107,9 @@ def open_folder(config: AdoptConfig) -> FolderSource | None:
         )
     kind, sources = _find_captions(config, folder, files, images)
     captioned, schema = _read_captions(config, folder, images, kind, sources)
-    entries = {file.name: _without_caption(file, kind) for file in files}
-    entries = {name: entry for name, entry in entries.items() if name not in sources} | captioned
+    used = set(sources)
+    others = {file.name: _without_caption(file, kind) for file in files if file.name not in used}
+    entries = others | captioned
     listed = [entries[name] for name in sorted(entries)]
 
     kept = kept_columns(config, schema)

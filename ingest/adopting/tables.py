@@ -25,6 +25,7 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_b
 TEXT_COLUMNS = (*CAPTION_COLUMNS, "captions", "txt")
 ROWS_AT_ONCE = 32  # decoded, with their images
 MAX_GROUP_SHARDS = 8  # shards' worth of rows in a row group, which each of them reads again
+READ_BYTES = 1 << 20  # of a Parquet file, at once
 SPLIT = re.compile(r"(.*?)-\d+-of-\d+\.")  # of a data set's files, as Hugging Face names them
 
 
@@ -312,8 +313,8 @@ def _numbered(
             start += batch.num_rows
         return
     with open_file(path) as stream:
-        # Without pre_buffer, pages leave memory as they are read, not with their row group.
-        file = pq.ParquetFile(stream, pre_buffer=False)
+        # Pages are read one by one and leave memory as they are read, not with their row group.
+        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=READ_BYTES)
         for group in range(file.num_row_groups):
             end = start + file.metadata.row_group(group).num_rows
             if start < last and end > first:
