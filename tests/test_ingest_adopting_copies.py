@@ -74,6 +74,17 @@ def test_found_bytes_are_kept_under_their_own_name_and_read_by_webdataset(table,
     ]
 
 
+def test_shards_of_one_format_are_what_hugging_face_reads_as_webdataset(table, tmp_path: Path):
+    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
+    assert adopted(table, tmp_path / "out", resize_mode="keep_ratio", samples_per_shard=3) == 0
+    tars = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
+    where = {"data_files": {"train": tars}, "cache_dir": tmp_path / "cache"}
+    read = datasets.load_dataset("webdataset", split="train", **where)
+    read = read.cast_column("jpg", datasets.Image(decode=False))
+    pairs = [(row["jpg"]["bytes"], row["txt"]) for row in read]
+    assert pairs == stored(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("filters", "errors"),
     [

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -183,6 +184,22 @@ def test_a_split_is_named_where_there_are_several(dataset, tmp_path: Path):
         "parquet", data_dir=str(hub), split="train", cache_dir=tmp_path / "cache"
     )
     assert stored(tmp_path / "other") == as_hugging_face_reads(read) == PAIRS
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.parquet", "/{b,a}.parquet"])
+def test_tables_on_other_storage_are_read_alike(pattern: str, tmp_path: Path):
+    memory, buffer = fsspec.filesystem("memory"), io.BytesIO()
+    pq.write_table(pa.table({"image": PICTURES, "caption": CAPTIONS}), buffer)
+    for name in "ab":
+        memory.pipe_file(f"/tables/{name}.parquet", buffer.getvalue())
+    try:
+        assert adopted(f"memory://tables{pattern}", tmp_path / "out") == 0
+    finally:
+        memory.rm("/tables", recursive=True)
+    assert stored(tmp_path / "out") == PAIRS * 2
+    keys = [row["source_key"].partition(":")[0] for row in rows(tmp_path / "out")]
+    expected = ["a.parquet"] * 7 + ["b.parquet"] * 7
+    assert keys == (expected[::-1] if "b,a" in pattern else expected)
 
 
 @pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])

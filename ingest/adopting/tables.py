@@ -88,6 +88,7 @@ def find_tables(source: str) -> tuple[str, ...]:
 
     Raises ValueError where a data set has several splits: one is named as a source of its own.
     """
+    import braceexpand
     from fsspec.core import url_to_fs
 
     storage, root = url_to_fs(source)
@@ -103,7 +104,10 @@ def find_tables(source: str) -> tuple[str, ...]:
             return tuple(storage.unstrip_protocol(name) for name in names)
         names = sorted(str(name) for name in storage.ls(root, detail=False))
     else:
-        names = sorted(map(str, storage.glob(root))) if any(c in root for c in "*?[") else [root]
+        names = []
+        for each in braceexpand.braceexpand(root):
+            has_wildcard = any(sign in each for sign in "*?[")
+            names += sorted(map(str, storage.glob(each))) if has_wildcard else [each]
     names = [name for name in names if name.lower().endswith((*PARQUET, *ARROW))]
     names = [name for name in names if not re.match(r"[._]|cache-|metadata\.", _base(name))]
     splits = sorted({found[1] for name in names if (found := SPLIT.match(_base(name)))})
