@@ -132,6 +132,10 @@ def test_every_file_is_in_one_count(folder: Path, tmp_path: Path):
     (folder / ".git" / "x.png").write_bytes(PICTURES[0])
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "broken.txt").write_bytes(b"of no image")
+    (folder / "latin.png").write_bytes(PICTURES[0])
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    os.mkfifo(folder / "pipe.png")
+    (folder / "pipe.txt").write_bytes(b"of a pipe")
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "private.png").write_bytes(PICTURES[0])
@@ -147,6 +151,7 @@ def test_every_file_is_in_one_count(folder: Path, tmp_path: Path):
     assert errors == {
         **dict.fromkeys(NAMES[:4]), **dict.fromkeys(NAMES[4:], "no_caption"), "within.png": None,
         "lonely.txt": "no_image", "movie.mp4": "other_file", "broken.png": "not_an_image",
+        "latin.png": "bad_caption", "pipe.png": "no_image",
         ".DS_Store": "hidden_file", "c/._a.webp": "hidden_file", ".git/": "hidden_file",
         "link.png": "link_refused", "linked/": "link_refused",
     }  # fmt: skip
@@ -196,6 +201,10 @@ def test_what_is_unclear_is_refused_with_the_choices(folder: Path, tmp_path: Pat
     (folder / "metadata.jsonl").rename(tmp_path / "words.jsonl")
     assert adopted(folder, tmp_path / "other", captions=str(tmp_path / "words.jsonl")) == 0
     assert stored(tmp_path / "other") == PAIRS
+    (tmp_path / "words.jsonl").rename(folder / "c" / "words.jsonl")
+    assert adopted(folder, tmp_path / "within", captions="c/words.jsonl") == 0
+    assert stored(tmp_path / "within") == PAIRS
+    assert "c/words.jsonl" not in [row["source_key"] for row in rows(tmp_path / "within")]
     (folder / "metadata.csv").write_text("name,words\na.png,x\n")
     with pytest.raises(
         ValueError, match="metadata.csv: found columns name, words, expected .*caption"

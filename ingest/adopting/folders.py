@@ -24,6 +24,8 @@ from ingest.adopting.tables import (
     plain_schema,
     plain_values,
 )
+from ingest.adopting.tars import MAX_MEMBER_BYTES
+from ingest.fetching.decode import DecodeError
 from ingest.lists.url_list import FORMATS, URL_COLUMNS
 
 if TYPE_CHECKING:
@@ -73,11 +75,15 @@ class FolderSource:
                 if problem is None:
                     image = folder.read(entry.name)
                 if entry.text:
-                    captions = (folder.read(entry.text).decode("utf-8-sig", "replace"),)
+                    captions = (folder.read(entry.text).decode("utf-8-sig"),)
             except FileNotFoundError:
                 problem = "no_caption" if image else "no_image"
-            except PermissionError as error:
-                problem = "link_refused" if error.errno is None else "forbidden"
+            except PermissionError:
+                problem = "forbidden"
+            except UnicodeDecodeError:
+                problem = "bad_caption"
+            except DecodeError as error:
+                problem = error.reason
             yield SourceSample(
                 key=_shown(entry.name),
                 image=image,
@@ -157,7 +163,12 @@ class _Folder:
             names = (str(name) for name in self.storage.find(self.root))
             return [_entry(name[len(self.root) :].lstrip("/")) for name in sorted(names)]
         entries: list[Entry] = []
-        for folder, folders, files in os.walk(self.root):
+
+        def refused(error: OSError) -> None:
+            name = os.path.relpath(error.filename, self.root)
+            entries.append(Entry(name=f"{name}/", problem="forbidden"))
+
+        for folder, folders, files in os.walk(self.root, onerror=refused):
             inside = os.path.relpath(folder, self.root)
             prefix = "" if inside == "." else f"{inside}/"
             entries += [_entry(f"{prefix}{name}") for name in files]
@@ -170,11 +181,16 @@ class _Folder:
         return sorted(entries, key=lambda entry: entry.name)
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes; PermissionError without a number for one that a link leads to
-        outside of the folder."""
+        """Return a file's bytes; DecodeError for a link that leads out of the folder, and for more
+        bytes than an image has."""
         path = f"{self.root}/{name}"
-        if self.local and not os.path.realpath(path).startswith(f"{self.root}{os.sep}"):
-            raise PermissionError(f"{path}: leads out of the folder")
+        if self.local:
+            if not os.path.realpath(path).startswith(f"{self.root}{os.sep}"):
+                raise DecodeError("link_refused")
+            if not os.path.isfile(path):  # nor is a pipe or a device one
+                raise FileNotFoundError(path)
+            if os.path.getsize(path) > MAX_MEMBER_BYTES:
+                raise DecodeError("too_large")
         return cast(bytes, self.storage.cat_file(path))
 
 
@@ -228,7 +244,8 @@ def _find_captions(
     if wanted == "name" or found.get(wanted):
         return wanted, found.get(wanted, [])
     if wanted and wanted not in KINDS:  # a path
-        path = wanted if "://" in wanted or os.path.exists(wanted) else f"{folder.url}/{wanted}"
+        path = os.path.realpath(wanted) if os.path.exists(wanted) else wanted
+        path = path.removeprefix(f"{folder.root}/")
         return ("coco" if path.lower().endswith(".json") else "metadata"), [path]
     if wanted:
         raise ValueError(f"--captions {wanted}: found none of this kind in {config.source}")
@@ -259,10 +276,7 @@ def _read_captions(
 
     schema = pa.schema([])
     if kind == "name":
-        texts = {name: _name_caption(name) for name in images}
-        return {
-            name: _captioned(name, (text,) if text else ()) for name, text in texts.items()
-        }, schema
+        return {name: _named(name) for name in images}, schema
     if kind == "txt":
         texts = {_stem(name): name for name in sources}
         there = [name for name in images if _stem(name) in texts]
@@ -284,22 +298,24 @@ def _read_captions(
             near = os.path.normpath(os.path.join(os.path.dirname(inside), name))
             place = next((n for n in (near, name) if n in known), by_base.get(_base(name), name))
             earlier = entries.get(place, Entry(name=place, fields=fields))
-            entry = _captioned(place, (*earlier.captions, *captions), earlier.fields)
-            entries[place] = entry if place in known else replace(entry, problem="no_image")
+            texts = (*earlier.captions, *(captions or ()))
+            problem = None if texts else "bad_caption" if captions is None else "no_caption"
+            problem = problem if place in known else "no_image"
+            entries[place] = replace(earlier, captions=texts, problem=problem)
     return entries, schema
 
 
-def _captioned(name: str, captions: tuple[str, ...], fields: Json | None = None) -> Entry:
-    problem = None if captions else "no_caption"
-    return Entry(name=name, captions=captions, fields=fields or {}, problem=problem)
+def _named(name: str) -> Entry:
+    """Return a file with its own name as caption: that of "red_cube-07.png" is "red cube"."""
+    words = re.split(r"[\s_-]+", NUMBER.sub("", _stem(_base(_shown(name)))))
+    caption = " ".join(words).strip()
+    return (
+        Entry(name=name, captions=(caption,)) if caption else Entry(name=name, problem="no_caption")
+    )
 
 
-def _name_caption(name: str) -> str:
-    """Return a file's name as a caption: "red_cube-07.png" is "red cube"."""
-    return " ".join(re.split(r"[\s_-]+", NUMBER.sub("", _stem(_base(_shown(name)))))).strip()
-
-
-Rows = Iterator[tuple[str, tuple[str, ...], Json]]  # a file's name, its captions, other columns
+# A file's name, its captions (None: not UTF-8), and the other columns
+Rows = Iterator[tuple[str, tuple[str, ...] | None, Json]]
 
 
 def _read_table(config: AdoptConfig, path: str) -> "tuple[pa.Schema, Rows]":

@@ -70,14 +70,16 @@ class TableSource:
 
 
 def _sample(
-    key: str, image: Json | bytes | None, captions: tuple[str, ...], fields: Json
+    key: str, image: Json | bytes | None, captions: tuple[str, ...] | None, fields: Json
 ) -> SourceSample:
     """Return a row as a sample. image: bytes, or a dictionary of bytes and path."""
     data = image["bytes"] if isinstance(image, dict) else image
-    problem = None if captions else "no_caption"
+    problem = None if captions else "bad_caption" if captions is None else "no_caption"
     if data is None:
         problem = "no_image_bytes" if isinstance(image, dict) and image["path"] else "no_image"
-    return SourceSample(key=key, image=data, captions=captions, fields=fields, problem=problem)
+    return SourceSample(
+        key=key, image=data, captions=captions or (), fields=fields, problem=problem
+    )
 
 
 # -- opening ---------------------------------------------------------------------------------------
@@ -369,12 +371,16 @@ def plain_values(column: "pa.Array") -> list:
     return [None if value is None else value.decode("utf-8", "replace") for value in values]
 
 
-def caption_tuples(column: "pa.Array") -> Iterator[tuple[str, ...]]:
-    """Yield the captions of each row, without nulls."""
+def caption_tuples(column: "pa.Array") -> Iterator[tuple[str, ...] | None]:
+    """Yield the captions of each row, without nulls; None where one is not UTF-8."""
     import pyarrow as pa
 
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        yield from (() if text is None else (str(text),) for text in plain_values(column))
-        return
-    for texts in column.cast(pa.list_(pa.large_binary())).to_pylist():
-        yield tuple(text.decode("utf-8", "replace") for text in texts or () if text is not None)
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    column = column.cast(pa.list_(pa.large_binary()) if is_list else pa.large_binary())
+    for value in column.to_pylist():
+        texts = value if is_list else [value]
+        try:
+            yield tuple(text.decode() for text in texts or () if text is not None)
+        except UnicodeDecodeError:
+            yield None
