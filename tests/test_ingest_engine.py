@@ -1,12 +1,14 @@
 """Laws of the engine: every row has an outcome, what may pass is tried again, deadlines hold."""
 
 import hashlib
+import io
 import os
 import signal
 import tarfile
 import threading
 import time
 import traceback
+from types import SimpleNamespace
 
 import pytest
 from _lists import download_of, fetched_rows, fetcher_of, write_list
@@ -199,3 +201,59 @@ def test_an_interrupt_ends_a_shard_although_rows_are_left(site):
     with pytest.raises(KeyboardInterrupt):
         gather(site, urls, resizer=resizer, num_threads=2)
     assert len(site.hits) < 60
+
+
+def test_further_interrupts_leave_no_shard_behind(site):
+    """Else multiprocessing, when the process ends, would wait for img2dataset's pool for ever."""
+    asked = threading.Event()
+
+    def slow(handler) -> None:
+        asked.set()
+        time.sleep(1)
+        handler.send_error(404)
+
+    def interrupt() -> None:
+        asked.wait(30)
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    for i in range(60):
+        site.answers[f"/{i}"] = slow
+    engine.require_our_transport()  # which imports img2dataset
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        gather(site, [site.url(f"/{i}") for i in range(60)], num_threads=2)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shard")]
+
+
+@pytest.mark.parametrize("where", ["transport", "resizer"])
+def test_what_is_no_exception_ends_the_shard_as_well(site, monkeypatch, where: str):
+    """It would end a thread of img2dataset's pool, which would wait for that row for ever."""
+
+    class PanicError(BaseException):
+        """As PyO3 raises."""
+
+    calls = iter(range(60))
+
+    def panic(*arguments):
+        if next(calls) == 5:
+            raise PanicError("unreachable code")
+        return RESIZER(*arguments) if where == "resizer" else fetch(*arguments)
+
+    fetch = engine.Fetcher.fetch
+    if where == "transport":
+        monkeypatch.setattr(engine.Fetcher, "fetch", panic)
+    urls = [site.put(f"/{i}", site.picture()) for i in range(60)]
+    with pytest.raises(PanicError):
+        gather(site, urls, resizer=panic if where == "resizer" else RESIZER)
+
+
+def test_an_image_that_img2dataset_drops_for_a_lack_of_memory_fails_the_shard(site, monkeypatch):
+    class Bytes(io.BytesIO):
+        def read(self, *arguments):
+            raise MemoryError("no room")
+
+    monkeypatch.setattr(engine, "io", SimpleNamespace(BytesIO=Bytes))
+    with pytest.raises(RuntimeError, match="lost 3 fetched images"):
+        gather(site, [site.put(f"/{i}", site.picture()) for i in range(3)])

@@ -16,7 +16,7 @@ import random
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -37,6 +37,7 @@ MAX_BACKOFF_SECONDS = 8.0
 PLACE_URL = "http://row.invalid/#"  # followed by the place; the top-level domain never resolves
 SHARD_DIGITS = 6  # of a shard's name, as img2dataset counts them
 Sizes = tuple[bytes | None, int | None, int | None, int | None, int | None, str | None]
+NOT_RESIZED: Sizes = (None, None, None, None, None, "stopped")  # of a shard that fails
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,19 +124,23 @@ class ShardDownload(urllib.request.OpenerDirector):
         deadline = self._config.deadline_seconds
         timer = threading.Timer(deadline, self._queue.drain) if deadline is not None else None
 
-        # In a thread: img2dataset's loop would not end by an interrupt that is raised within
+        # In a thread: img2dataset's loop would not end by an interrupt that is raised within. Its
+        # pool, left while it runs, would wait for ever when the process exits
         with _installed(self), ThreadPoolExecutor(1, "shard") as threads:
             if timer is not None:
                 timer.daemon = True
                 timer.start()
-            try:
-                threads.submit(downloader.download_shard, (int(name), os.fspath(path))).result()
-            except BaseException as error:
-                self._stop(error)
-                raise
-            finally:
-                if timer is not None:
-                    timer.cancel()
+            shard = threads.submit(downloader.download_shard, (int(name), os.fspath(path)))
+            while not shard.done():
+                try:
+                    wait([shard])
+                except BaseException as error:  # again, where the user interrupts again
+                    self._stop(error)
+            if timer is not None:
+                timer.cancel()
+        if self._error is not None:
+            raise self._error
+        shard.result()
 
     def _downloader(self, folder: Path) -> "Downloader":
         from img2dataset.downloader import Downloader
@@ -194,7 +199,7 @@ class ShardDownload(urllib.request.OpenerDirector):
             raise
         except BaseException as error:
             self._stop(error)
-            raise
+            raise RowFailedError("stopped") from error  # others would end img2dataset's thread
 
     def _try(self, attempt: Try, place: int) -> tuple[bytes | None, float | None]:
         """Try a row once; return its bytes, or the seconds after which to try again, or neither."""
@@ -221,6 +226,8 @@ class ShardDownload(urllib.request.OpenerDirector):
     def resize(self, img_stream: io.BytesIO, place: int) -> Sizes:
         """Return what is stored of the image that was fetched for a place: bytes, sizes, reason."""
         row, sha256 = self._fetched.pop(place)
+        if self._error is not None:
+            return NOT_RESIZED
         try:
             image = self._resizer(img_stream.getvalue())
         except DecodeError as error:
@@ -228,7 +235,7 @@ class ShardDownload(urllib.request.OpenerDirector):
             return None, None, None, None, None, error.reason
         except BaseException as error:
             self._stop(error)
-            raise
+            return NOT_RESIZED
         self._results[row] = RowResult(image=image, sha256=sha256)
         return (
             image.jpeg, image.width, image.height, image.original_width, image.original_height,
@@ -245,6 +252,8 @@ class ShardDownload(urllib.request.OpenerDirector):
             raise self._error
         if self._num_written != self._num_rows:
             raise RuntimeError(f"img2dataset lost {self._num_rows - self._num_written} rows")
+        if self._fetched:  # such as for a lack of memory, which it takes for the row's fault
+            raise RuntimeError(f"img2dataset lost {len(self._fetched)} fetched images")
         late = RowResult(reason="shard_deadline")
         rows = sorted([*self._requests, *self._results.keys() - self._requests.keys()])
         self._finish({row: self._results.get(row, late) for row in rows})
