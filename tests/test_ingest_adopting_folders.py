@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -169,6 +170,21 @@ def test_files_that_vanish_meanwhile_are_counted(folder: Path, tmp_path: Path):
     (part,) = source.parts()
     problems = [sample.problem for sample in source.read(part)]
     assert problems == ["no_image", "no_caption", *[None] * 5]
+
+
+def test_a_worker_gets_its_own_part_and_no_other(folder: Path):
+    for name, caption in zip(NAMES, CAPTIONS, strict=True):
+        (folder / name).with_suffix(".txt").write_bytes(caption.encode())
+    columns = {"image": PICTURES, "text": CAPTIONS}
+    pq.write_table(pa.table(columns), folder.parent / "a.parquet")
+    for place in (folder, folder.parent / "a.parquet"):
+        few, many = (
+            open_source(AdoptConfig(source=str(place), samples_per_shard=n)) for n in (7, 1)
+        )
+        sent = pickle.dumps(many)
+        assert len(sent) == len(pickle.dumps(few)) and not pickle.loads(sent).parts()
+        samples = [s for part in many.parts() for s in pickle.loads(sent).read(part)]
+        assert [(s.image, s.captions[0]) for s in samples] == PAIRS
 
 
 def test_names_of_files_are_captions_on_request(folder: Path, tmp_path: Path):

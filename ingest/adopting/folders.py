@@ -62,6 +62,10 @@ class FolderSource:
     ranges: tuple[Part, ...]
     copied: bool = True
 
+    def __getstate__(self) -> Json:
+        """Leave the parts out: each travels to a Ray task by itself."""
+        return {**self.__dict__, "ranges": ()}
+
     def parts(self) -> Sequence[Part]:
         """Return the entries, a shard's number at a time."""
         return self.ranges

@@ -42,6 +42,10 @@ class TableSource:
     ranges: tuple[Part, ...]
     copied: bool = True
 
+    def __getstate__(self) -> Json:
+        """Leave the parts out: each travels to a Ray task by itself."""
+        return {**self.__dict__, "ranges": ()}
+
     def parts(self) -> Sequence[Part]:
         """Return ranges of rows, each of a shard's number or what is left of a file."""
         return self.ranges
