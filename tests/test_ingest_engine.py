@@ -85,6 +85,23 @@ def test_rows_left_at_the_deadline_have_that_reason(site):
     assert set(reasons) == {"not_found", "shard_deadline"} and len(reasons) == 40
 
 
+def test_fetched_images_do_not_wait_for_the_resizer_beyond_the_deadline(site, monkeypatch):
+    """Else a shard of huge images would end its worker, which is given a minute, in every try."""
+    monkeypatch.setattr(engine, "RESIZE_GRACE_SECONDS", 0.0)
+    resized: list[bytes] = []
+
+    def slow(data: bytes):
+        resized.append(data)
+        time.sleep(0.4)
+        return RESIZER(data)
+
+    urls = [site.put(f"/{i}", site.picture()) for i in range(20)]
+    found = gather(site, urls, resizer=slow, deadline_seconds=0.9, num_threads=8)
+    reasons = [result.reason for result in found.values()]
+    assert reasons.count(None) == len(resized) < len(site.hits)
+    assert set(reasons) == {None, "shard_deadline"}
+
+
 def test_bytes_that_are_not_those_of_the_list_are_refused(site):
     body = site.picture()
     url = site.put("/a", body)

@@ -14,6 +14,7 @@ import io
 import os
 import random
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
 
 MAX_RETRY_AFTER_SECONDS = 30.0  # a host that asks for more is left to --retry-failed
 MAX_BACKOFF_SECONDS = 8.0
+RESIZE_GRACE_SECONDS = 20.0  # after a shard's deadline, for images that wait for the resizer
 PLACE_URL = "http://row.invalid/#"  # followed by the place; the top-level domain never resolves
 SHARD_DIGITS = 6  # of a shard's name, as img2dataset counts them
 Sizes = tuple[bytes | None, int | None, int | None, int | None, int | None, str | None]
-NOT_RESIZED: Sizes = (None, None, None, None, None, "stopped")  # of a shard that fails
+NOT_RESIZED: Sizes = (None, None, None, None, None, "stopped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,7 @@ class ShardDownload(urllib.request.OpenerDirector):
         self._fetched: dict[int, tuple[int, str]] = {}  # by place: the row, the bytes' sha256
         self._num_rows, self._num_written = len(requests) + len(self._results), 0
         self._error: BaseException | None = None
+        self._resize_until = float("inf")
         self._lock = threading.Lock()
 
     def run(self, folder: Path, name: str) -> None:
@@ -127,7 +130,8 @@ class ShardDownload(urllib.request.OpenerDirector):
         # In a thread: img2dataset's loop would not end by an interrupt that is raised within. Its
         # pool, left while it runs, would wait for ever when the process exits
         with _installed(self), ThreadPoolExecutor(1, "shard") as threads:
-            if timer is not None:
+            if timer is not None and deadline is not None:
+                self._resize_until = time.monotonic() + deadline + RESIZE_GRACE_SECONDS
                 timer.daemon = True
                 timer.start()
             shard = threads.submit(downloader.download_shard, (int(name), os.fspath(path)))
@@ -227,6 +231,9 @@ class ShardDownload(urllib.request.OpenerDirector):
         """Return what is stored of the image that was fetched for a place: bytes, sizes, reason."""
         row, sha256 = self._fetched.pop(place)
         if self._error is not None:
+            return NOT_RESIZED
+        if time.monotonic() > self._resize_until:
+            self._results[row] = RowResult(reason="shard_deadline")
             return NOT_RESIZED
         try:
             image = self._resizer(img_stream.getvalue())

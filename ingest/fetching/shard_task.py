@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.base.outcomes import RETRIED, status_of
 from ingest.fetching.decode import Resizer
-from ingest.fetching.engine import EngineConfig, RowRequest, RowResult, ShardDownload
+from ingest.fetching.engine import (
+    EngineConfig,
+    RowRequest,
+    RowResult,
+    ShardDownload,
+    require_our_transport,
+)
 from ingest.fetching.fetch import Fetcher, FetchPolicy
 from ingest.fetching.retries import FAILED_BEFORE
 from ingest.lists.filters import RowFilter, normalised
@@ -65,6 +71,7 @@ class ShardJob:
         if unit.share is None:
             return make_shard(self, unit.name, unit.payload, fetcher)
         fetcher.limits.change(unit.share.connections, unit.share.rate)
+        require_our_transport()  # here, since its imports are slow
         if self.engine.deadline_seconds is not None:
             limit = self.engine.deadline_seconds + GRACE_SECONDS
             faulthandler.dump_traceback_later(limit, exit=True)
