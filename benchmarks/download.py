@@ -13,6 +13,7 @@ import http.server
 import io
 import json
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -245,6 +246,7 @@ def _serve(folder: Path, case: str) -> int:
         def finish_request(self, request, client_address) -> None:
             """Shake hands in the connection's own thread."""
             if scheme == "https":
+                assert isinstance(request, socket.socket)
                 request = context.wrap_socket(request, server_side=True)
             super().finish_request(request, client_address)
 
