@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from _lists import download_of, is_whole, write_list
@@ -168,6 +169,17 @@ def test_resuming_with_anything_else_is_refused_naming_it(config, tmp_path):
         with pytest.raises(ValueError, match=f"{named} = .*--fresh"):
             main(replace(config, **{field: value}))
     assert data_of(config.out) == before
+
+
+def test_lists_of_texts_are_kept_as_further_captions(site, tmp_path):
+    urls = [site.put(f"/{i}", site.picture(40, 40, i)) for i in range(3)]
+    alt = [["a", "ü\n"], None, []]
+    listed = write_list(tmp_path / "list.parquet", urls, alt=pa.array(alt, pa.list_(pa.string())))
+    config = download_of(site, listed, tmp_path / "images", keep_columns=("alt",))
+    assert main(config) == 0
+    assert [row["alt"] for row in rows_of(config.out)] == alt
+    shard = ImageShard(config.out, "000000")
+    assert list(shard.further_captions("alt")) == [["a", "ü\n"], [], []]
 
 
 def test_tracking_pixels_are_left_out_unless_the_folder_was_begun_with_them(site, tmp_path, capsys):

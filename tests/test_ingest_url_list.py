@@ -211,5 +211,5 @@ def test_columns_that_cannot_be_stored_are_refused(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "l.parquet")
     with pytest.raises(ValueError, match="shards use this name"):
         open_url_list(tmp_path / "l.parquet", keep_columns=["status"])
-    with pytest.raises(ValueError, match="expected text, number or bool"):
+    with pytest.raises(ValueError, match="expected text, a list of texts, number or bool"):
         open_url_list(tmp_path / "l.parquet", keep_columns=["boxes"])

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import IO, TYPE_CHECKING
 
 from cluster.base.files import Json, digest_of
+from ingest.captions import holds_captions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -254,8 +255,11 @@ def open_url_list(
         _find_column(path, "--keep-columns", (name,), schema.names)
         if name in OUR_COLUMNS:
             raise ValueError(f"--keep-columns {name}: the shards use this name; rename the column")
-        if str(kind := schema.field(name).type) not in PLAIN_TYPES:
-            raise ValueError(f"--keep-columns {name}: is {kind}, expected text, number or bool")
+        kind = schema.field(name).type
+        if str(kind) not in PLAIN_TYPES and not holds_captions(kind):
+            raise ValueError(
+                f"--keep-columns {name}: is {kind}, expected text, a list of texts, number or bool"
+            )
     for file, other in zip(files, schemas, strict=True):
         for name in {url, *([caption] if caption else []), *keep_columns} - set(other.names):
             raise ValueError(f"{file.path}: no column {name!r}, which {files[0].path} has")
