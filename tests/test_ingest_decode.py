@@ -316,3 +316,10 @@ def test_an_error_that_nobody_foresaw_is_reported_and_a_lack_of_memory_is_no_fau
     assert "not decoded: RuntimeError('a new bug')" in capsys.readouterr().err
     with pytest.raises(MemoryError):
         KEEP(picture)
+
+
+def test_the_size_of_an_adopted_image_is_that_of_what_readers_see_also_where_xmp_turns_it():
+    file = io.BytesIO()
+    Image.new("RGB", (40, 20)).save(file, "JPEG", xmp=b'<r:Description tiff:Orientation="6"/>')
+    size = decode.verify_image(file.getvalue(), decode.ImageLimits())
+    assert size == decode.stored_picture(file.getvalue()).size == (20, 40)

@@ -138,16 +138,15 @@ def verify_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
         )
         if problem is not None or min(image.size) < limits.min_side:
             raise DecodeError(problem or "too_small")
-        width, height = image.size
         try:
-            sideways = "exif" in image.info and image.getexif().get(ORIENTATION) in SIDEWAYS
+            size = upright_size(image)
             image.draft(None, (1, 1))
             image.load()
         except MemoryError:
             raise
         except Exception:  # Pillow's parsers are many: see `Resizer`
             raise DecodeError("undecodable") from None
-    return (height, width) if sideways else (width, height)
+    return size
 
 
 @dataclass(frozen=True, kw_only=True)
