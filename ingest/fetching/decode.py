@@ -119,8 +119,8 @@ class ImageLimits:
 def verify_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
     """Decode every pixel of an image, as cheaply as that is possible; return its upright size, px.
 
-    A JPEG is decoded at an eighth of its size, for which all of its coefficients are read. Raises
-    DecodeError for what is left out.
+    A JPEG is decoded at an eighth of its size and without its colours, for which all of its
+    coefficients are read. Raises DecodeError for what is left out.
     """
     from PIL import Image
 
@@ -140,7 +140,7 @@ def verify_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
             raise DecodeError(problem or "too_small")
         try:
             size = upright_size(image)
-            image.draft(None, (1, 1))
+            image.draft("L", (1, 1))
             image.load()
         except MemoryError:
             raise
