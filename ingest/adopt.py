@@ -11,7 +11,7 @@ download's. A rerun makes what is missing, or was changed since.
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from cluster.base.cli import parse, require_at_least, require_lasting, run_script
+from cluster.base.cli import flag_of, parse, require_at_least, require_lasting, run_script
 from ingest.adopting.config import AdoptConfig
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def prepare(config: AdoptConfig, source: "Source") -> "MakeShard":
     schema = pa.schema([("url", pa.string()), ("caption", pa.string()), *source.kept])
     row_filter = RowFilter.open(config.filters, schema)
     copies = config.copy or source.copied
+    _require_effect(config, source, copies)
     settings = {
         "source": absolute_root(config.source),
         "source_digest": source.digest,
@@ -120,10 +121,36 @@ def prepare(config: AdoptConfig, source: "Source") -> "MakeShard":
     )
 
 
+def _require_effect(config: AdoptConfig, source: "Source", copies: bool) -> None:
+    """Raise ValueError for an option that changes nothing for this kind of source."""
+    from ingest.adopting.folders import FolderSource
+    from ingest.adopting.tables import TableSource
+    from ingest.adopting.tars import TarSource
+
+    idle = {
+        "image_size": not copies,
+        "resize_mode": not copies,
+        "samples_per_shard": isinstance(source, TarSource),
+        "image_column": not isinstance(source, TableSource),
+        "captions": not isinstance(source, FolderSource),
+    }
+    for name in (name for name, has_none in idle.items() if has_none):
+        if getattr(config, name) != getattr(AdoptConfig(), name):
+            copied = ", or add --copy" if name in ("image_size", "resize_mode") else ""
+            raise ValueError(f"{flag_of(name)}: changes nothing of {config.source}; drop it{copied}")
+
+
 def _check(config: AdoptConfig) -> None:
+    from fsspec import get_filesystem_class
+
     require_lasting("--out", config.out)
     if not config.source:
         raise ValueError("--source: not given; expected tars, a folder, or Parquet files")
+    scheme, separator, _ = config.source.partition("://")
+    try:
+        get_filesystem_class(scheme if separator else "file")
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"--source {config.source}: {error}") from None
     if "urls" in config.filters.unique:
         raise ValueError(
             "--filters.unique: found urls, expected images: what is adopted has no list"

@@ -23,7 +23,7 @@ from cluster.base.cli import (
     require_lasting,
     run_script,
 )
-from ingest.fetching.decode import ResizeMode
+from ingest.fetching.decode import MIN_IMAGE_SIDE, ResizeMode
 from ingest.lists.filters import FilterConfig
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from ingest.fetching.retries import DownloadPlan
     from ingest.fetching.shard_task import ShardJob
     from ingest.lists.url_list import UrlList
-
-MIN_IMAGE_SIDE = 16  # px
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,8 +297,10 @@ def _verify(config: DownloadConfig) -> int:
     num_valid = len(committed_names(config.out))
     print(f"{num_valid} shards are valid, {len(problems)} were damaged", flush=True)
     if problems:
-        embeds = read_manifest(config.out).get("kind") == "embeds"
-        remedy = "ingest/embed.py to make" if embeds else "the download to fetch"
+        manifest = read_manifest(config.out)
+        remedy = "ingest/adopt.py to make" if "source" in manifest else "the download to fetch"
+        if manifest.get("kind") == "embeds":
+            remedy = "ingest/embed.py to make"
         print(f"incomplete: rerun {remedy} them again", flush=True)
     return INCOMPLETE if problems else DONE
 

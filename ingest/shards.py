@@ -79,6 +79,7 @@ __all__ = [
 
 MADV_POPULATE_READ = 22  # Linux's sys/mman.h has it, the mmap module not yet
 STORED = "success"  # img2dataset's word in the `status` column for a row that became a sample
+SOURCE_KEY = "source_key"  # column of adopted samples: their name in the source
 SIZE_COLUMNS = ("width", "height", "original_width", "original_height")  # px
 CAPTIONS_END = b"\n"  # of a file of captions, which is never empty: it is mapped
 EMBED_ARRAYS = ("image_embed", "text_embed", "tokens")
@@ -268,7 +269,7 @@ class ImageShard(_Shard):
         import pyarrow.parquet as pq
 
         schema = pq.ParquetFile(self._table).schema_arrow
-        reserved = {*row_schema().names, "row"}  # "row": of the table of embeddings
+        reserved = {*row_schema().names, SOURCE_KEY, "row"}  # "row": of the table of embeddings
         return [f.name for f in schema if f.name not in reserved and holds_captions(f.type)]
 
     def further_captions(self, column: str) -> list[list[str]]:

@@ -209,6 +209,31 @@ def test_another_source_or_option_is_refused_and_named(tars, run_here):
         assert code == 2 and f"was made with {name} = " in error
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 16}, "--image-size: changes nothing of .*; drop it, or add --copy"),
+        ({"resize_mode": "border"}, "--resize-mode: changes nothing"),
+        ({"samples_per_shard": 2}, "--samples-per-shard: changes nothing of .*; drop it$"),
+        ({"copy": True, "samples_per_shard": 2}, "--samples-per-shard: changes nothing"),
+        ({"image_column": "jpg"}, "--image-column: changes nothing"),
+        ({"captions": "txt"}, "--captions: changes nothing"),
+    ],
+)
+def test_an_option_that_changes_nothing_is_refused(tars, changes, message):
+    with pytest.raises(ValueError, match=message):
+        adopt(tars, **changes)
+    assert not (tars.parent / "images").exists()
+
+
+def test_where_nothing_can_be_read_nothing_is_published(tars, tmp_path, capsys):
+    with pytest.raises(ValueError, match="--source s4://bucket/a.tar: .*s4"):
+        main(adoption("s4://bucket/a.tar", tmp_path / "out"))
+    assert main(adoption(tmp_path / "absent.tar", tmp_path / "out")) == 1
+    assert "nothing is stored" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "_snapshots").exists()
+
+
 @pytest.fixture
 def remote(tars: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The tars in an object store."""
@@ -298,7 +323,7 @@ def test_the_index_is_what_wids_and_webdataset_read(tars, tmp_path):
 
 
 def test_hugging_face_datasets_reads_the_tars_of_the_index(tars, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     assert adopt(tars) == 0
     index = json.loads((tars.parent / "out" / "index.json").read_text())

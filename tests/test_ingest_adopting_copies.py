@@ -75,7 +75,7 @@ def test_found_bytes_are_kept_under_their_own_name_and_read_by_webdataset(table,
 
 
 def test_shards_of_one_format_are_what_hugging_face_reads_as_webdataset(table, tmp_path: Path):
-    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
+    import datasets
     assert adopted(table, tmp_path / "out", resize_mode="keep_ratio", samples_per_shard=3) == 0
     tars = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
     where = {"data_files": {"train": tars}, "cache_dir": tmp_path / "cache"}
@@ -179,7 +179,8 @@ def test_foreign_pictures_give_equal_batches_embeddings_and_features_in_place_an
     batches, embeds, pictures = [], [], []
     for copy in (False, True):
         out = tmp_path / f"copy-{copy}"
-        assert adopt.main(adoption(source, out, copy=copy, resize_mode="no")) == 0
+        mode = {"resize_mode": "no"} if copy else {}
+        assert adopt.main(adoption(source, out, copy=copy, **mode)) == 0
         batches.append(ImageDataset(load_snapshot(out), 32).read(np.arange(7))["image"])
         demo_data.embed_here(str(out), tmp_path / f"embeds-{copy}", "tiny:random")
         embeds.append(EmbedShard(tmp_path / f"embeds-{copy}", "000000").image_embed)

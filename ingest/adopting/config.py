@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import UseAppendAction
 
-from ingest.fetching.decode import ResizeMode
+from ingest.fetching.decode import MIN_IMAGE_SIDE, ResizeMode
 from ingest.lists.filters import FilterConfig
 
 
@@ -32,7 +32,7 @@ class AdoptConfig:
     keep_columns: Annotated[tuple[str, ...], UseAppendAction] = ()
     """Further field or column to store with every row; repeatable."""
     filters: FilterConfig = field(default_factory=FilterConfig)
-    min_image_side: int = 16
+    min_image_side: int = MIN_IMAGE_SIDE
     """Leave out images whose shorter side is below this, px."""
     image_size: int = 256
     """Side of copied images, px."""

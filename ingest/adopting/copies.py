@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from cluster.base.files import Json
 from ingest.adopting.sources import (
-    SOURCE_KEY,
     Source,
     left_out,
     row_key,
@@ -27,7 +26,15 @@ from ingest.fetching.decode import (
     image_extension,
 )
 from ingest.lists.filters import RowFilter
-from ingest.shards import SIZE_COLUMNS, Attempt, Commit, Sample, outcome, write_image_shard
+from ingest.shards import (
+    SIZE_COLUMNS,
+    SOURCE_KEY,
+    Attempt,
+    Commit,
+    Sample,
+    outcome,
+    write_image_shard,
+)
 from ingest.store.removal import FORGOTTEN, read_forgotten
 from ingest.store.shard_runner import Unit
 

@@ -18,12 +18,12 @@ import numpy as np
 
 from cluster.base.files import Json, write_json
 from cluster.base.outcomes import status_of
-from ingest.adopting.sources import SOURCE_KEY, Part, SourceSample, left_out, row_key, table_row
+from ingest.adopting.sources import Part, SourceSample, left_out, row_key, table_row
 from ingest.adopting.tar_reader import Span, TarReader, plain_tar
 from ingest.adopting.tars import TarSource
 from ingest.fetching.decode import DecodeError, ImageLimits, verify_image
 from ingest.lists.filters import RowFilter
-from ingest.shards import CAPTIONS_END, STORED, Attempt, Commit, outcome, row_schema
+from ingest.shards import CAPTIONS_END, SOURCE_KEY, STORED, Attempt, Commit, outcome, row_schema
 from ingest.store.commits import FileEntry
 from ingest.store.removal import FORGOTTEN, read_forgotten
 from ingest.store.shard_runner import Unit

@@ -13,13 +13,12 @@ from cluster.base.files import Json
 from cluster.base.outcomes import status_of
 from ingest.adopting.config import AdoptConfig
 from ingest.lists.filters import RowFilter
-from ingest.shards import SIZE_COLUMNS, STORED
+from ingest.shards import SIZE_COLUMNS, SOURCE_KEY, STORED
 from ingest.store.removal import FORGOTTEN, Forgotten
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SOURCE_KEY = "source_key"  # column of a shard's table: the sample's name in its source
 MORE_CAPTIONS = "captions_more"  # column: the captions of a sample after its first one
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 

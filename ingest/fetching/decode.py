@@ -27,6 +27,7 @@ BAD_BYTES = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError,
 # many times the size asked for; the rest is a bicubic filter's. Against a full decode and that
 # filter alone the result differs by no more than what storing it as a JPEG changes.
 MIN_OVERSAMPLING = 4 / 3
+MIN_IMAGE_SIDE = 16  # px, by default: what is smaller is mostly a tracking pixel
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = {  # its values -> how Pillow's Transpose calls what turns such an image upright
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",

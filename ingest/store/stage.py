@@ -73,10 +73,13 @@ def publish_and_report(
         print(f"{drop_repeated_images(root)} repeated images dropped", flush=True)
     if read_forgotten(root) != before or is_forgetting(root):
         report_removed(forget(root, Forgotten()))
+    missing = num_shards - len(committed_names(root))
+    if missing and missing == num_shards:
+        print("incomplete: nothing is stored; rerun the same command to continue", flush=True)
+        return INCOMPLETE
     snapshot = publish_snapshot(root)
 
     accounts = Accounts.of(read_commits(root))
-    missing = num_shards - len(committed_names(root))
     total = accounts.counts.total()
     waiting = 0 if num_rows is None else num_rows - total
     more = f" + {waiting} in {missing} missing shards" if waiting else ""
@@ -94,7 +97,7 @@ def report_removed(removed: Removed) -> None:
     """Print what a request to forget has removed, and what its user has to delete."""
     print(
         f"forgotten: {removed.num_samples} samples, {removed.num_rows} rows, in "
-        f"{removed.num_shards} rewritten shards; no later download stores them",
+        f"{removed.num_shards} rewritten shards; no later run stores them",
         flush=True,
     )
     for embeds in removed.unreached:
