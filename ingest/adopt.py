@@ -136,8 +136,9 @@ def _require_effect(config: AdoptConfig, source: "Source", copies: bool) -> None
     }
     for name in (name for name, has_none in idle.items() if has_none):
         if getattr(config, name) != getattr(AdoptConfig(), name):
-            copied = ", or add --copy" if name in ("image_size", "resize_mode") else ""
-            raise ValueError(f"{flag_of(name)}: changes nothing of {config.source}; drop it{copied}")
+            add_copy = name in ("image_size", "resize_mode")
+            remedy = "drop it, or add --copy" if add_copy else "drop it"
+            raise ValueError(f"{flag_of(name)}: changes nothing of {config.source}; {remedy}")
 
 
 def _check(config: AdoptConfig) -> None:
