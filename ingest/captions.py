@@ -56,15 +56,20 @@ def further_columns(shard: str, files: Iterable[str]) -> list[str]:
     return [name.removesuffix(OFFSETS) for name in names]
 
 
+def is_list(kind: "pa.DataType") -> bool:
+    """Return whether a column of this type holds lists."""
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
 def holds_captions(kind: "pa.DataType") -> bool:
     """Return whether a column of this type holds texts or lists of texts."""
     import pyarrow as pa
 
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    kind = kind.value_type if is_list(kind) else kind
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return str(kind) in ("string", "large_string", "string_view")
 
 
 def as_captions(value: object) -> list[str]:

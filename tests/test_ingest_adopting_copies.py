@@ -55,8 +55,14 @@ def test_images_are_resized_as_a_download_does(mode, table: Path, tmp_path: Path
     assert found == [sha256(image).hexdigest() for image in PICTURES]
 
 
-def test_found_bytes_are_kept_under_their_own_name_and_read_by_webdataset(table, tmp_path: Path):
-    assert adopted(table, tmp_path / "out") == 0
+def test_found_bytes_are_kept_under_their_own_name_and_read_by_webdataset(
+    table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    resize, encoded = Resizer.__call__, []
+    with monkeypatch.context() as patch:
+        patch.setattr(Resizer, "__call__", lambda *args: encoded.append(args[1]) or resize(*args))
+        assert adopted(table, tmp_path / "out") == 0
+    assert encoded == PICTURES[3:]  # what is kept is not made a JPEG as well
     resizer = Resizer(image_size=256, resize_mode="no", quality=95)
     expected = [*PICTURES[:3], *(resizer(image).jpeg for image in PICTURES[3:])]
     assert [image for image, _ in stored(tmp_path / "out")] == expected
@@ -129,7 +135,8 @@ def test_what_was_forgotten_is_not_adopted_again(table: Path, tmp_path: Path):
 def test_an_interrupted_adoption_is_continued_to_the_same_snapshot(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    assert adopted(table, tmp_path / "whole", samples_per_shard=2) == 0
+    options = {"samples_per_shard": 2, "resize_mode": "keep_ratio"}
+    assert adopted(table, tmp_path / "whole", **options) == 0
     with monkeypatch.context() as patch:
         resize, calls = Resizer.__call__, []
 
@@ -141,9 +148,9 @@ def test_an_interrupted_adoption_is_continued_to_the_same_snapshot(
 
         patch.setattr(Resizer, "__call__", fail_at_the_fourth)
         with pytest.raises(MemoryError):
-            adopted(table, tmp_path / "out", samples_per_shard=2)
+            adopted(table, tmp_path / "out", **options)
     assert list(committed(tmp_path / "out")) == ["000000"]
-    assert adopted(table, tmp_path / "out", samples_per_shard=2) == 0
+    assert adopted(table, tmp_path / "out", **options) == 0
     digests = {load_snapshot(tmp_path / name).digest for name in ("whole", "out")}
     assert len(digests) == 1
 

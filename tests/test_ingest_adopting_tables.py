@@ -11,6 +11,8 @@ import pytest
 from _adopting import CAPTIONS, adopted, picture, rows, stored
 from PIL import Image
 
+from ingest.shards import ImageShard
+
 EMOJI = Path(__file__).parents[2] / "shared" / "data" / "fluent_emoji_128.parquet"
 PICTURES = [
     picture(n, kind) for n, kind in enumerate(("PNG", "JPEG", "WEBP", "PNG", "JPEG", "WEBP", "PNG"))
@@ -67,6 +69,7 @@ def test_parts_follow_the_rows_and_not_the_row_groups(
 
 def test_further_captions_and_kept_columns_are_stored_beside_the_caption(tmp_path: Path):
     captions = [["one", "two"], ["alone"], [None, "after null"], [], None]
+    further = [["x", None], [], None, ["y", "z"], []]
     source = write(
         tmp_path / "a.parquet",
         {
@@ -75,9 +78,11 @@ def test_further_captions_and_kept_columns_are_stored_beside_the_caption(tmp_pat
             "url": [f"https://a.example/{n}" for n in range(5)],
             "score": [0.5, 1.5, 2.5, 3.5, 4.5],
             "licence": pa.array(["a", "b", None, "a", "b"]).dictionary_encode(),
+            "alt": pa.array(further, pa.large_list(pa.string_view())),
         },
     )
-    assert adopted(source, tmp_path / "out", keep_columns=("score", "licence")) == 0
+    names = ("score", "licence", "alt")
+    assert adopted(source, tmp_path / "out", keep_columns=names) == 0
     table = rows(tmp_path / "out")
     assert [row["captions_more"] for row in table] == [["two"], [], [], [], []]
     assert [row["caption"] for row in table[:3]] == ["one", "alone", "after null"]
@@ -85,6 +90,8 @@ def test_further_captions_and_kept_columns_are_stored_beside_the_caption(tmp_pat
     assert [(row["score"], row["licence"], row["url"]) for row in table[:2]] == [
         (0.5, "a", "https://a.example/0"), (1.5, "b", "https://a.example/1"),
     ]  # fmt: skip
+    assert [row["alt"] for row in table] == further
+    assert ImageShard(tmp_path / "out", "000000").further_captions("alt") == [["x"], [], []]
 
 
 def test_a_malformed_row_is_a_counted_row(tmp_path: Path):
@@ -128,7 +135,8 @@ def test_a_malformed_file_fails_its_part_and_the_others_go_in(tmp_path: Path, ca
             {"caption_key": "b"},
             "no caption column .b.*--caption-key",
         ),
-        ({"image": [b"x"], "text": ["x"]}, {"keep_columns": ("b",)}, "--keep-columns: found b"),
+        ({"image": [b"x"], "text": ["x"]}, {"keep_columns": ("b",)}, "one of text"),
+        ({"image": [b"x"], "caption": ["x"]}, {"keep_columns": ("b",)}, "found b.* there is none"),
     ],
 )
 def test_a_missing_column_is_named_in_one_line(columns, options, message: str, tmp_path: Path):

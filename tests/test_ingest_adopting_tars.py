@@ -8,6 +8,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from _tars import REAL_TAR, adoption, pairs, picture, write_tar, write_tars
 from PIL import Image
 
 from ingest.adopt import main
+from ingest.adopting.sources import open_source
 from ingest.adopting.tar_reader import MEMBER_NAME
 from ingest.adopting.tars import list_tars, open_tars
 from ingest.fetching.decode import DecodeError, ImageLimits, verify_image
@@ -159,6 +161,73 @@ def test_captions_and_fields_come_from_json_or_from_the_table_beside_a_tar(tmp_p
     assert errors(tmp_path / "two") == {"low_similarity": 3, None: 3}
 
 
+def test_a_kept_list_of_texts_stays_one_whatever_its_first_values_are(tmp_path):
+    values: list[object] = [None, [], ["one", "two"], "alone", ["x", 3, None], ["\ud800"]]
+    members = []
+    for i, value in enumerate(values):
+        members += [(f"{i}.jpg", picture(i)), (f"{i}.txt", b"main")]
+        members.append((f"{i}.json", json.dumps({"alt": value}).encode()))
+    path = write_tar(tmp_path / "a.tar", members)
+    assert main(adoption(path, tmp_path / "out", keep_columns=("alt",))) == 0
+    expected = [None, [], ["one", "two"], ["alone"], ["x"], ["?"]]
+    assert [row["alt"] for row in table(tmp_path / "out")] == expected
+    shard = ImageShard(tmp_path / "out", "000000")
+    assert shard.further_captions("alt") == [each or [] for each in expected]
+
+
+def test_a_member_that_is_too_large_is_never_read(tmp_path, monkeypatch):
+    members = [("0.jpg", picture(0)), ("0.json", json.dumps({"text": "a" * 2000}).encode()),
+               ("1.jpg", picture(1)), ("1.json", b'{"text": "b"}')]  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", members)
+    monkeypatch.setattr("ingest.adopting.tars.MAX_MEMBER_BYTES", 1900)
+    assert main(adoption(path, tmp_path / "out", caption_key="text")) == 0
+    assert [row["error"] for row in table(tmp_path / "out")] == ["too_large", None]
+    assert [text for _, text in read_back(tmp_path / "out")] == ["b"]
+
+
+def test_a_table_beside_a_tar_may_have_any_order_types_and_row_groups(tmp_path):
+    path = write_tar(tmp_path / "00000.tar", pairs(0, 9))
+    keys = [7, 3, 99, 8, 0, 1, 2, 5, 6]  # no row of 4
+    texts = pa.array([f"alt {key % 2}" for key in keys]).dictionary_encode()
+    columns = {"key": [f"{key:05d}" for key in keys], "alt": texts}
+    columns["more"] = [[str(key)] for key in keys]
+    pq.write_table(pa.table(columns), tmp_path / "00000.parquet", row_group_size=2)
+    assert main(adoption(path, tmp_path / "out", keep_columns=("alt", "more"))) == 0
+    kept = [(row["alt"], row["more"]) for row in table(tmp_path / "out")]
+    assert kept == [(f"alt {i % 2}", [str(i)]) if i != 4 else (None, None) for i in range(9)]
+
+
+@pytest.mark.parametrize("first", ["BZ_photo.jpg", "BZh91AY&SY.jpg", "\x1f\x8b.jpg", "(\xb5/.jpg"])
+def test_a_plain_tar_may_begin_with_any_name(tmp_path, first):
+    path = write_tar(tmp_path / "a.tar", [(first, picture(1)), *pairs(0, 1)])
+    assert main(adoption(path, tmp_path / "out")) == 0
+    assert [image for image, _ in read_back(tmp_path / "out")] == [picture(1), picture(0)]
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
+def test_a_compressed_tar_that_is_cut_is_named_and_the_rest_goes_in(tmp_path, capsys, compression):
+    for name in ("0", "1"):
+        write_tar(tmp_path / "t" / f"{name}.tar.{compression}", pairs(0, 40), f"w:{compression}")
+    broken = tmp_path / "t" / f"1.tar.{compression}"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    assert main(adoption(tmp_path / "t" / f"*.tar.{compression}", tmp_path / "out")) == 1
+    assert f"failed: {broken}: " in capsys.readouterr().out
+    assert load_snapshot(tmp_path / "out").num_samples == 40
+
+
+def test_a_tar_compressed_by_zstandard_says_what_it_needs(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(600))
+    monkeypatch.delitem(fsspec.compression.compr, "zstd", raising=False)
+    with pytest.raises(ValueError, match=r"--source: .*a.tar.zst is compressed by zstd: install"):
+        main(adoption(path, tmp_path / "out"))
+    plain = Path(write_tar(tmp_path / "b.tar", pairs(0, 2))).read_bytes()
+    monkeypatch.setitem(fsspec.compression.compr, "zstd", lambda *_, **__: io.BytesIO(plain))
+    assert main(adoption(path, tmp_path / "out", resize_mode="no")) == 0
+    assert [image for image, _ in read_back(tmp_path / "out")] == [picture(0), picture(1)]
+
+
 def test_every_way_to_name_tars_names_the_same(tmp_path):
     write_tars(tmp_path / "t")
     names = [str(tmp_path / "t" / f"{i:05d}.tar") for i in range(3)]
@@ -173,6 +242,8 @@ def test_every_way_to_name_tars_names_the_same(tmp_path):
         open_tars(adoption(tmp_path / "none*.tar", tmp_path / "out"))
     with pytest.raises(ValueError, match="inside of --out"):
         open_tars(adoption(tmp_path / "t/*.tar", tmp_path / "t"))
+    with pytest.raises(ValueError, match=r"\.tar, .*wids index.*\.parquet, .*folder of"):
+        open_source(adoption(tmp_path / "nowhere", tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ With --resize-mode no, a JPEG, PNG or WebP keeps its bytes; its member of the ta
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,13 @@ from ingest.adopting.sources import (
     table_row,
 )
 from ingest.fetching.decode import (
-    MAX_PIXELS,
     DecodeError,
+    ImageLimits,
     ResizedImage,
     Resizer,
     header_problem,
     image_extension,
+    verify_image,
 )
 from ingest.lists.filters import RowFilter
 from ingest.shards import (
@@ -108,18 +109,21 @@ class CopyJob:
     def _image(self, data: bytes) -> tuple[ResizedImage | None, str | None]:
         """Return what is stored of an image, or the reason why nothing is."""
         config = self.row_filter.config
-        problem = header_problem(
-            data,
-            max_pixels=MAX_PIXELS,
+        limits = ImageLimits(
+            min_side=self.resizer.min_image_side,
             min_pixels=config.min_pixels,
             max_aspect_ratio=config.max_aspect_ratio,
         )
-        if problem is not None:
-            return None, problem
         try:
-            image = self.resizer(data)
+            if self.resizer.resize_mode == "no" and image_extension(data) is not None:
+                sizes = dict(zip(SIZE_COLUMNS, 2 * verify_image(data, limits), strict=True))
+                return ResizedImage(jpeg=data, **sizes), None
+            problem = header_problem(
+                data,
+                max_pixels=limits.max_pixels,
+                min_pixels=limits.min_pixels,
+                max_aspect_ratio=limits.max_aspect_ratio,
+            )
+            return (None, problem) if problem else (self.resizer(data), None)
         except DecodeError as error:
             return None, error.reason
-        if self.resizer.resize_mode == "no" and image_extension(data) is not None:
-            image = replace(image, jpeg=data)
-        return image, None

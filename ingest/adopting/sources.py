@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MORE_CAPTIONS = "captions_more"  # column: the captions of a sample after its first one
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Source(Protocol):
 def open_source(config: AdoptConfig) -> Source:
     """Return the source that `config.source` describes; ValueError for what is none."""
     from ingest.adopting.folders import open_folder
-    from ingest.adopting.tables import find_tables, open_tables
+    from ingest.adopting.tables import ARROW, PARQUET, find_tables, open_tables
     from ingest.adopting.tars import is_tar_source, open_tars
 
     if is_tar_source(config.source):
@@ -95,8 +95,9 @@ def open_source(config: AdoptConfig) -> Source:
     if (folder := open_folder(config)) is not None:
         return folder
     raise ValueError(
-        f"--source: found {config.source}, expected tars ({', '.join(TAR_ENDINGS)}), a text file "
-        "that lists them or a wids index (.json)"
+        f"--source: found {config.source}, expected tars (.tar, .tgz, .tar.gz, .tar.bz2, .tar.xz), "
+        "a text file that lists them, a wids index (.json), images in tables "
+        f"({', '.join((*PARQUET, *ARROW))}), or a folder of tables or of pictures"
     )
 
 
@@ -113,7 +114,8 @@ def kept_columns(config: AdoptConfig, available: "pa.Schema") -> "pa.Schema":
     missing = [name for name in config.keep_columns if name not in available.names]
     if missing:
         raise ValueError(
-            f"--keep-columns: found {missing[0]}, expected one of {', '.join(available.names)}"
+            f"--keep-columns: found {missing[0]}, expected "
+            + (f"one of {', '.join(available.names)}" if available.names else "none: there is none")
         )
     needed = RowFilter.open(config.filters, available).columns.values()
     names = dict.fromkeys([*config.keep_columns, *needed])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from cluster.base.files import Json, digest_of
 from ingest.adopting.config import AdoptConfig
 from ingest.adopting.sources import MORE_CAPTIONS, Part, SourceSample, kept_columns
+from ingest.captions import holds_captions, is_list
 from ingest.lists.url_list import CAPTION_COLUMNS, OUR_COLUMNS, PLAIN_TYPES, URL_COLUMNS
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def open_tables(config: AdoptConfig, files: Sequence[str]) -> TableSource:
     columns = {"image": image, "caption": caption, **{name: name for name in kept.names}}
     url = next((name for name in URL_COLUMNS if name in schema.names), None)
     columns |= {"url": url} if url else {}
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if is_list(kind):
         kept = kept.append(pa.field(MORE_CAPTIONS, pa.list_(pa.string())))
 
     # Parts
@@ -224,10 +225,7 @@ def _find_caption(config: AdoptConfig, schema: "pa.Schema") -> "tuple[str, pa.Da
             kind = _column(pa.RecordBatch.from_pylist([], schema), path).type
         except KeyError:
             continue
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        is_coded = pa.types.is_dictionary(kind)
-        text = kind.value_type if is_list or is_coded else kind
-        if not str(text).endswith(("string", "string_view")):
+        if not holds_captions(kind):
             raise ValueError(
                 f"--source {config.source}: column {path}: found {kind}, expected text, or a list "
                 "of texts; name another with --caption-key"
@@ -351,40 +349,51 @@ def _column(batch: "pa.RecordBatch", path: str) -> "pa.Array":
 
 
 def plain_schema(schema: "pa.Schema") -> "pa.Schema":
-    """Return the columns that may be kept, as they are stored: no dictionary, text as strings."""
+    """Return the columns that may be kept, as they are stored: text and lists of text as strings,
+    no dictionary."""
     import pyarrow as pa
 
     fields: list[pa.Field] = []
     for name, kind in zip(schema.names, schema.types, strict=True):
+        if holds_captions(kind):
+            kind = pa.list_(pa.string()) if is_list(kind) else pa.string()
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        is_text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-        fields.append(pa.field(name, pa.string() if is_text else kind))
-    return pa.schema(
-        [f for f in fields if f.name not in OUR_COLUMNS and str(f.type) in PLAIN_TYPES]
-    )
+        if name not in OUR_COLUMNS and (holds_captions(kind) or str(kind) in PLAIN_TYPES):
+            fields.append(pa.field(name, kind))
+    return pa.schema(fields)
 
 
 def plain_values(column: "pa.Array") -> list:
-    """Return the values of a column of text or numbers; text that is not UTF-8 is repaired."""
+    """Return the values of a column that may be kept; text that is not UTF-8 is repaired."""
     import pyarrow as pa
 
     column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    if not str(column.type).endswith(("string", "string_view", "binary")):
+    if not (holds_captions(column.type) or str(column.type).endswith("binary")):
         return column.to_pylist()
-    values = column.cast(pa.large_binary()).to_pylist()  # Parquet does not check its strings
-    return [None if value is None else value.decode("utf-8", "replace") for value in values]
+    values = _undecoded(column)
+    if is_list(column.type):
+        return [None if texts is None else [_repaired(text) for text in texts] for texts in values]
+    return [_repaired(text) for text in values]
+
+
+def _repaired(text: bytes | None) -> str | None:
+    return None if text is None else text.decode("utf-8", "replace")
 
 
 def caption_tuples(column: "pa.Array") -> Iterator[tuple[str, ...] | None]:
     """Yield the captions of each row, without nulls; None where one is not UTF-8."""
-    import pyarrow as pa
-
-    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    column = column.cast(pa.list_(pa.large_binary()) if is_list else pa.large_binary())
-    for value in column.to_pylist():
-        texts = value if is_list else [value]
+    for value in _undecoded(column):
+        texts = value if is_list(column.type) else [value]
         try:
             yield tuple(text.decode() for text in texts or () if text is not None)
         except UnicodeDecodeError:
             yield None
+
+
+def _undecoded(column: "pa.Array") -> list:
+    """Return the bytes of texts, or of lists of them: Parquet does not check its strings."""
+    import pyarrow as pa
+
+    column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    kind = pa.list_(pa.large_binary()) if is_list(column.type) else pa.large_binary()
+    return column.cast(kind).to_pylist()

@@ -6,8 +6,8 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.base.files import Json, digest_of
@@ -20,14 +20,19 @@ from ingest.adopting.sources import (
     kept_columns,
 )
 from ingest.adopting.tar_reader import (
-    DECOMPRESSORS,
+    BLOCK,
+    DAMAGED,
     MEMBER_NAME,
     META_NAME,
+    NoDecompressorError,
     Span,
     TarReader,
     TarSample,
+    compression_of,
+    decompressed,
     plain_tar,
 )
+from ingest.captions import holds_captions, is_list
 from ingest.shards import row_schema
 from ingest.store.storage import absolute_root, is_remote, split_place, storage_of
 
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 LISTING = "_listing.txt"  # of the data folder: the tars, in the order of their shards
 CAPTION_EXTENSIONS = ("txt", "caption")
 MAX_MEMBER_BYTES = 64 << 20
+HEAD_SAMPLES = 16  # whose fields decide which columns there are
 
 
 # -- which tars ------------------------------------------------------------------------------------
@@ -121,13 +127,17 @@ def open_tars(config: AdoptConfig) -> "TarSource":
     # The first tar that can be read shows which fields there are
     head = _Head()
     for place in places[:8]:
-        with suppress(OSError, ValueError):
+        try:
             head = _read_head(place, config.caption_key)
             break
+        except NoDecompressorError as error:
+            raise ValueError(f"--source: {place} {error}") from None
+        except (OSError, ValueError):  # its shard reports it
+            continue
     if not head.has_caption:
         names = ", ".join(head.fields) or "none"
         wanted = config.caption_key or ".txt or .caption"
-        print(f"warning: the first sample has no {wanted}; for --caption-key there are: {names}")
+        print(f"warning: the first samples have no {wanted}; for --caption-key there are: {names}")
     own = row_schema().names
     available = pa.schema([(n, kind) for n, kind in head.fields.items() if n not in own])
     kept = kept_columns(config, available)
@@ -176,35 +186,27 @@ class TarSource:
 
     def read(self, part: Part) -> Iterator[SourceSample]:
         """Yield a tar's samples with their images."""
-        with plain_tar(part.place) as path:
-            reader = TarReader(path)
-            try:
-                for span, sample in self.scan(reader, part):
-                    image = reader.read(span) if span is not None else None
-                    yield SourceSample(
-                        key=sample.key, image=image, captions=sample.captions,
-                        fields=sample.fields, problem=sample.problem,
-                    )  # fmt: skip
-            finally:
-                reader.close()
+        with plain_tar(part.place) as path, closing(TarReader(path)) as reader:
+            for span, sample in self.scan(reader, part):
+                yield replace(sample, image=reader.read(span) if span is not None else None)
 
     def scan(self, reader: TarReader, part: Part) -> Iterator[tuple[Span | None, SourceSample]]:
         """Yield where each sample's image is, and the sample without it."""
         wanted = {"url", *self.kept.names} - {MORE_CAPTIONS}
         wanted |= {self.caption_key} if self.caption_key else set()
-        columns, rows = _rows_beside(part.place, wanted)
+        beside = _RowsBeside.open(part.place, wanted)
         for sample in reader.samples():
-            values, json_span = rows.get(sample.key, {}), sample.members.get("json")
-            if json_span is not None and columns != wanted:
-                values = _parsed(reader.read(json_span)) | values
             span, problem = reader.image_span(sample), sample.problem
+            values, json_span = beside.row(sample.key), sample.members.get("json")
+            if any(each.size > MAX_MEMBER_BYTES for each in (span, json_span) if each):
+                span, problem = None, problem or "too_large"
+            elif json_span is not None and beside.columns != wanted:
+                values = _parsed(reader.read(json_span)) | values
             captions = self._captions(reader, sample, values)
             if captions is None:
                 problem = problem or "bad_caption"
             elif span is None:
                 problem = problem or "no_image"
-            elif span.size > MAX_MEMBER_BYTES:
-                span, problem = None, problem or "too_large"
             yield (
                 span,
                 SourceSample(
@@ -243,7 +245,10 @@ class TarSource:
         for column in self.kept:
             if column.name != MORE_CAPTIONS:
                 value = values.get(column.name)
-                if types.is_string(column.type) and value is not None:
+                if is_list(column.type) and holds_captions(column.type) and value is not None:
+                    texts = value if isinstance(value, list) else [value]
+                    value = [_text(text) for text in texts if isinstance(text, str)]
+                elif types.is_string(column.type) and value is not None:
                     value = _text(value if isinstance(value, str) else json.dumps(value))
                 elif types.is_floating(column.type):
                     value = float(value) if isinstance(value, int | float) else None
@@ -270,7 +275,7 @@ def _parsed(data: bytes) -> Json:
 
 @dataclass(kw_only=True)
 class _Head:
-    """What the first sample of a source shows. fields: of its metadata, with their types."""
+    """What the first samples of a source show. fields: of their metadata, with their types."""
 
     compressed: bool = False
     has_caption: bool = True
@@ -279,41 +284,50 @@ class _Head:
 
 
 def _read_head(place: str, caption_key: str | None) -> _Head:
-    """Read the first sample of a tar, by a stream: nothing else of it is fetched."""
-    import pyarrow as pa
+    """Read the first samples of a tar, by a stream: nothing else of it is fetched.
 
+    The first value of a field that is not null or empty decides its type.
+    """
     folder, name = split_place(place)
     values: Json = {}
     texts = 0
     with storage_of(folder).open(name) as file:
-        compressed = file.read(2) in DECOMPRESSORS
+        compression = compression_of(file.read(BLOCK))
         file.seek(0)
-        with suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r|*") as tar:
-            key = None
+        stream, keys = decompressed(file, compression), set[str]()
+        with suppress(tarfile.TarError, *DAMAGED), tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 match = MEMBER_NAME.fullmatch(member.name)
                 if not member.isreg() or META_NAME.match(member.name) or match is None:
                     continue
-                if key not in (None, match[1]):
+                keys.add(match[1])
+                if len(keys) > HEAD_SAMPLES:
                     break
-                key = match[1]
                 texts += match[2].lower() in CAPTION_EXTENSIONS
                 data = tar.extractfile(member) if match[2].lower() == "json" else None
-                values = _parsed(data.read(MAX_MEMBER_BYTES)) if data is not None else values
-    fields = {}
-    for field_name, value in values.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fields[field_name] = pa.float64() if number else pa.string()
+                found = _parsed(data.read(MAX_MEMBER_BYTES)) if data is not None else {}
+                values |= {n: v for n, v in found.items() if values.get(n) in (None, [])}
+    fields = {name: _type_of(value) for name, value in values.items()}
     with _parquet_beside(place) as table:
         schema = table.schema_arrow if table is not None else []
         fields |= {column.name: _plain_type(column.type) for column in schema}
     value = _nested(values, caption_key or "")
     return _Head(
-        compressed=compressed,
+        compressed=compression is not None,
         has_caption=texts > 0 if caption_key is None else bool(value),
         several_captions=isinstance(value, list),
         fields=fields,
     )
+
+
+def _type_of(value: object) -> "pa.DataType":
+    """Return the type of the column of a field of .json."""
+    import pyarrow as pa
+
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return pa.list_(pa.string())
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return pa.float64() if number else pa.string()
 
 
 def _plain_type(kind: "pa.DataType") -> "pa.DataType":
@@ -345,11 +359,28 @@ def _parquet_beside(place: str) -> "Iterator[pq.ParquetFile | None]":
         yield table if "key" in table.schema_arrow.names else None
 
 
-def _rows_beside(place: str, wanted: set[str]) -> tuple[set[str], dict[str, Json]]:
-    """Return which of the wanted columns the table beside a tar has, and its rows by key."""
-    with _parquet_beside(place) as table:
-        if table is None:
-            return set(), {}
-        columns = wanted & set(table.schema_arrow.names)
-        rows = table.read(columns=["key", *sorted(columns)]).to_pylist()
-    return columns, {str(row.pop("key")): row for row in rows}
+@dataclass(frozen=True, kw_only=True)
+class _RowsBeside:
+    """The wanted columns that the table beside a tar has, as Arrow, and its rows by their keys."""
+
+    columns: set[str] = field(default_factory=set)
+    table: "pa.Table | None" = None
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, place: str, wanted: set[str]) -> "_RowsBeside":
+        with _parquet_beside(place) as file:
+            if file is None:
+                return cls()
+            columns = wanted & set(file.schema_arrow.names)
+            table = file.read(columns=["key", *sorted(columns)])
+        keys = table["key"].to_pylist()
+        numbers = {str(key): number for number, key in enumerate(keys)}
+        return cls(columns=columns, table=table.select(sorted(columns)), numbers=numbers)
+
+    def row(self, key: str) -> Json:
+        """Return the values of a sample; none where the table has no row for it."""
+        number = self.numbers.get(key)
+        if self.table is None or number is None:
+            return {}
+        return {name: self.table[name][number].as_py() for name in self.columns}
