@@ -274,7 +274,7 @@ def test_a_source_without_captions_says_which_fields_there_are(tars, capsys):
     write_tar(tars / "0.tar", [("0.jpg", picture()), ("0.json", b'{"alt": "a", "url": "u"}')])
     config = adoption(tars / "0.tar", tars.parent / "out")
     assert main(config) == 0
-    assert "first sample has no .txt or .caption; for --caption-key there are: alt, url" in (
+    assert "first samples have no .txt or .caption; for --caption-key there are: alt, url" in (
         capsys.readouterr().out
     )
 

@@ -82,8 +82,6 @@ class CopyJob:
     def _samples(self, unit: Unit, table: list[Json]) -> Iterator[Sample]:
         """Yield what is stored; append to `table` a row for every sample of the part."""
         forgotten = read_forgotten(self.root)
-        unique = "images" in self.row_filter.config.unique
-        seen: set[str] = set()  # digests of earlier images of the part
         stream = iter(self.source.read(unit.payload))
         while batch := list(islice(stream, SAMPLES_AT_ONCE)):
             reasons = left_out(batch, self.row_filter, self.source.kept, forgotten)
@@ -93,10 +91,7 @@ class CopyJob:
                     reason = reason or "no_image"
                 elif reason is None:
                     sha256 = hashlib.sha256(sample.image).hexdigest()
-                    repeated = unique and sha256 in seen
-                    seen.add(sha256)
-                    reason = "duplicate_image" if repeated else None
-                    reason = FORGOTTEN if forgotten.covers(None, sha256) else reason
+                    reason = FORGOTTEN if forgotten.covers(None, sha256) else None
                     image, reason = (None, reason) if reason else self._image(sample.image)
                 key = row_key(unit.name, len(table))
                 sizes = image and [getattr(image, name) for name in SIZE_COLUMNS]

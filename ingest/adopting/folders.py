@@ -12,11 +12,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from os.path import basename
 from typing import TYPE_CHECKING, cast
 
 from cluster.base.files import Json, digest_of
 from ingest.adopting.config import AdoptConfig
-from ingest.adopting.sources import MORE_CAPTIONS, Part, SourceSample, kept_columns
+from ingest.adopting.sources import (
+    FURTHER_CAPTIONS,
+    Part,
+    SourceSample,
+    as_text,
+    kept_columns,
+)
 from ingest.adopting.tables import (
     TEXT_COLUMNS,
     caption_tuples,
@@ -89,7 +96,7 @@ class FolderSource:
             except DecodeError as error:
                 problem = error.reason
             yield SourceSample(
-                key=_shown(entry.name),
+                key=as_text(entry.name),
                 image=image,
                 captions=captions,
                 fields=entry.fields,
@@ -124,9 +131,9 @@ def open_folder(config: AdoptConfig) -> FolderSource | None:
 
     kept = kept_columns(config, schema)
     if any(len(entry.captions) > 1 for entry in listed):
-        kept = kept.append(pa.field(MORE_CAPTIONS, pa.list_(pa.string())))
+        kept = kept.append(pa.field(FURTHER_CAPTIONS, pa.list_(pa.string())))
     step = config.samples_per_shard
-    listing = [[_shown(entry.name), entry.captions, entry.problem] for entry in listed]
+    listing = [[as_text(entry.name), entry.captions, entry.problem] for entry in listed]
     return FolderSource(
         digest=digest_of({"captions": kind, "entries": listing}),
         kept=kept,
@@ -217,17 +224,8 @@ def _is_image(file: Entry) -> bool:
     return file.problem is None and file.name.lower().endswith(SUFFIXES)
 
 
-def _base(name: str) -> str:
-    return name.rpartition("/")[2]
-
-
 def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
-
-
-def _shown(name: str) -> str:
-    """Return a name as text; file systems may hold bytes that are none."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 # -- captions --------------------------------------------------------------------------------------
@@ -240,8 +238,8 @@ def _find_captions(
     names = [file.name for file in files if file.problem is None]
     stems = {_stem(name) for name in images}
     found = {
-        "metadata": [name for name in names if _base(name) in TABLES],
-        "coco": [name for name in names if COCO.fullmatch(_base(name))],
+        "metadata": [name for name in names if basename(name) in TABLES],
+        "coco": [name for name in names if COCO.fullmatch(basename(name))],
         "txt": [n for n in names if n.lower().endswith(".txt") and _stem(n) in stems],
     }
     wanted = config.captions
@@ -288,8 +286,8 @@ def _read_captions(
 
     # Rows that name a file; several of one file are its captions
     entries: dict[str, Entry] = {}
-    known, times = set(images), Counter(map(_base, images))
-    by_base = {_base(name): name for name in images if times[_base(name)] == 1}
+    known, times = set(images), Counter(map(basename, images))
+    by_base = {basename(name): name for name in images if times[basename(name)] == 1}
     for source in sources:
         inside = source if "://" not in source and not os.path.isabs(source) else ""
         path = f"{folder.url}/{source}" if inside else source
@@ -300,7 +298,7 @@ def _read_captions(
             raise ValueError(f"captions of {path}: {error!s}") from None
         for name, captions, fields in rows:
             near = os.path.normpath(os.path.join(os.path.dirname(inside), name))
-            place = next((n for n in (near, name) if n in known), by_base.get(_base(name), name))
+            place = next((n for n in (near, name) if n in known), by_base.get(basename(name), name))
             earlier = entries.get(place, Entry(name=place, fields=fields))
             texts = (*earlier.captions, *(captions or ()))
             problem = None if texts else "bad_caption" if captions is None else "no_caption"
@@ -311,7 +309,7 @@ def _read_captions(
 
 def _named(name: str) -> Entry:
     """Return a file with its own name as caption: that of "red_cube-07.png" is "red cube"."""
-    words = re.split(r"[\s_-]+", NUMBER.sub("", _stem(_base(_shown(name)))))
+    words = re.split(r"[\s_-]+", NUMBER.sub("", _stem(basename(as_text(name)))))
     caption = " ".join(words).strip()
     return (
         Entry(name=name, captions=(caption,)) if caption else Entry(name=name, problem="no_caption")

@@ -19,7 +19,7 @@ from ingest.store.removal import FORGOTTEN, Forgotten
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MORE_CAPTIONS = "captions_more"  # column: the captions of a sample after its first one
+FURTHER_CAPTIONS = "captions_more"  # column: the captions of a sample after its first one
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -122,6 +122,11 @@ def kept_columns(config: AdoptConfig, available: "pa.Schema") -> "pa.Schema":
     return pa.schema([available.field(name) for name in names])
 
 
+def as_text(text: str) -> str:
+    """Return text that UTF-8 can hold: names of files and JSON may have other units in them."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def row_key(shard: str, row: int) -> str:
     """Return the key of a row: how many rows a part has is known only when it was read."""
     return f"{shard}{row:06d}"
@@ -163,5 +168,5 @@ def table_row(
         return row
     row |= sample.fields
     row |= {SOURCE_KEY: sample.key, "caption": "".join(sample.captions[:1]), "sha256": sha256}
-    row[MORE_CAPTIONS] = list(sample.captions[1:])
+    row[FURTHER_CAPTIONS] = list(sample.captions[1:])
     return row | dict(zip(SIZE_COLUMNS, sizes or (), strict=False))

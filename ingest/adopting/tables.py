@@ -1,7 +1,7 @@
 """Image bytes in tables: Parquet files, Arrow files, and Hugging Face data sets on the disk.
 
 An image is a column of bytes, or a struct of bytes and path as Hugging Face stores it; a path alone
-is refused, row by row. A caption is text, or a list of texts: the first, then its alternatives.
+is refused, row by row. A caption is text, or a list of texts: the first, then further captions.
 """
 
 import io
@@ -10,11 +10,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os.path import basename
 from typing import TYPE_CHECKING
 
 from cluster.base.files import Json, digest_of
 from ingest.adopting.config import AdoptConfig
-from ingest.adopting.sources import MORE_CAPTIONS, Part, SourceSample, kept_columns
+from ingest.adopting.sources import FURTHER_CAPTIONS, Part, SourceSample, kept_columns
 from ingest.captions import holds_captions, is_list
 from ingest.lists.url_list import CAPTION_COLUMNS, OUR_COLUMNS, PLAIN_TYPES, URL_COLUMNS
 
@@ -56,7 +57,7 @@ class TableSource:
         import pyarrow as pa
 
         first, last = part.payload.get("rows") or (0, _num_rows(part.place))
-        name = os.path.basename(part.place)
+        name = basename(part.place)
         try:
             for start, batch in _read_batches(part.place, [*self.columns.values()], first, last):
                 columns = {what: _column(batch, path) for what, path in self.columns.items()}
@@ -105,10 +106,6 @@ def find_tables(source: str) -> tuple[str, ...]:
             if len(splits) > 1:
                 raise ValueError(_ambiguous(source, splits, f"{source.rstrip('/')}/{splits[0]}"))
             root = f"{root}/{splits[0]}"
-        if storage.exists(f"{root}/state.json"):  # Dataset.save_to_disk
-            state = json.loads(storage.cat_file(f"{root}/state.json"))
-            names = [f"{root}/{file['filename']}" for file in state["_data_files"]]
-            return tuple(storage.unstrip_protocol(name) for name in names)
         names = sorted(str(name) for name in storage.ls(root, detail=False))
     else:
         names = []
@@ -116,16 +113,12 @@ def find_tables(source: str) -> tuple[str, ...]:
             has_wildcard = any(sign in each for sign in "*?[")
             names += sorted(map(str, storage.glob(each))) if has_wildcard else [each]
     names = [name for name in names if name.lower().endswith((*PARQUET, *ARROW))]
-    names = [name for name in names if not re.match(r"[._]|cache-|metadata\.", _base(name))]
-    splits = sorted({found[1] for name in names if (found := SPLIT.match(_base(name)))})
+    names = [name for name in names if not re.match(r"[._]|cache-|metadata\.", basename(name))]
+    splits = sorted({found[1] for name in names if (found := SPLIT.match(basename(name)))})
     if len(splits) > 1 and storage.isdir(root):
         pattern = f"{source.rstrip('/')}/{splits[0]}-*{os.path.splitext(names[0])[1]}"
         raise ValueError(_ambiguous(source, splits, f'"{pattern}"'))
     return tuple(storage.unstrip_protocol(name) for name in names)
-
-
-def _base(name: str) -> str:
-    return name.rpartition("/")[2]
 
 
 def _ambiguous(source: str, splits: Sequence[str], example: str) -> str:
@@ -164,7 +157,7 @@ def open_tables(config: AdoptConfig, files: Sequence[str]) -> TableSource:
     url = next((name for name in URL_COLUMNS if name in schema.names), None)
     columns |= {"url": url} if url else {}
     if is_list(kind):
-        kept = kept.append(pa.field(MORE_CAPTIONS, pa.list_(pa.string())))
+        kept = kept.append(pa.field(FURTHER_CAPTIONS, pa.list_(pa.string())))
 
     # Parts
     step, ranges = config.samples_per_shard, list[Part]()
@@ -173,7 +166,7 @@ def open_tables(config: AdoptConfig, files: Sequence[str]) -> TableSource:
         rows = [(n, min(n + step, count or 0)) for n in starts]
         ranges += [Part(place=file, payload={"rows": each}) for each in rows]
         ranges += [Part(place=file)] if count is None else []
-    listing = [[_base(file), count] for file, count in zip(files, counts, strict=True)]
+    listing = [[basename(file), count] for file, count in zip(files, counts, strict=True)]
     return TableSource(
         digest=digest_of({"files": listing, "columns": columns}),
         kept=kept,

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from cluster.base.files import Json, digest_of
 from ingest.adopting.config import AdoptConfig
 from ingest.adopting.sources import (
-    MORE_CAPTIONS,
+    FURTHER_CAPTIONS,
     TAR_ENDINGS,
     Part,
     SourceSample,
+    as_text,
     kept_columns,
 )
 from ingest.adopting.tar_reader import (
@@ -141,8 +142,8 @@ def open_tars(config: AdoptConfig) -> "TarSource":
     own = row_schema().names
     available = pa.schema([(n, kind) for n, kind in head.fields.items() if n not in own])
     kept = kept_columns(config, available)
-    if head.several_captions:
-        kept = kept.append(pa.field(MORE_CAPTIONS, pa.list_(pa.string())))
+    if head.further_captions:
+        kept = kept.append(pa.field(FURTHER_CAPTIONS, pa.list_(pa.string())))
     options = {"caption_key": config.caption_key, "keep_columns": config.keep_columns}
     return TarSource(
         places=tuple(places),
@@ -192,7 +193,7 @@ class TarSource:
 
     def scan(self, reader: TarReader, part: Part) -> Iterator[tuple[Span | None, SourceSample]]:
         """Yield where each sample's image is, and the sample without it."""
-        wanted = {"url", *self.kept.names} - {MORE_CAPTIONS}
+        wanted = {"url", *self.kept.names} - {FURTHER_CAPTIONS}
         wanted |= {self.caption_key} if self.caption_key else set()
         beside = _RowsBeside.open(part.place, wanted)
         for sample in reader.samples():
@@ -210,7 +211,7 @@ class TarSource:
             yield (
                 span,
                 SourceSample(
-                    key=_text(sample.key),
+                    key=as_text(sample.key),
                     image=None,
                     captions=captions or (),
                     fields=self._fields(values),
@@ -225,10 +226,10 @@ class TarSource:
         if self.caption_key is not None:
             value = values.get(self.caption_key) or _nested(values, self.caption_key)
             texts = [] if value is None else [value] if isinstance(value, str) else value
-            several = MORE_CAPTIONS in self.kept.names or isinstance(value, str | None)
+            several = FURTHER_CAPTIONS in self.kept.names or isinstance(value, str | None)
             if not isinstance(texts, list) or not several:
                 return None
-            right = all(isinstance(text, str) and _text(text) == text for text in texts)
+            right = all(isinstance(text, str) and as_text(text) == text for text in texts)
             return tuple(texts) if right else None
         span = next((sample.members[e] for e in CAPTION_EXTENSIONS if e in sample.members), None)
         if span is None:
@@ -243,24 +244,19 @@ class TarSource:
 
         fields: Json = {}
         for column in self.kept:
-            if column.name != MORE_CAPTIONS:
+            if column.name != FURTHER_CAPTIONS:
                 value = values.get(column.name)
                 if is_list(column.type) and holds_captions(column.type) and value is not None:
                     texts = value if isinstance(value, list) else [value]
-                    value = [_text(text) for text in texts if isinstance(text, str)]
+                    value = [as_text(text) for text in texts if isinstance(text, str)]
                 elif types.is_string(column.type) and value is not None:
-                    value = _text(value if isinstance(value, str) else json.dumps(value))
+                    value = as_text(value if isinstance(value, str) else json.dumps(value))
                 elif types.is_floating(column.type):
                     value = float(value) if isinstance(value, int | float) else None
                 fields[column.name] = value
         url = values.get("url")
-        fields["url"] = _text(url) if isinstance(url, str) else None
+        fields["url"] = as_text(url) if isinstance(url, str) else None
         return fields
-
-
-def _text(text: str) -> str:
-    """Return text that UTF-8 can hold: names of members and JSON may have other units in them."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _parsed(data: bytes) -> Json:
@@ -279,7 +275,7 @@ class _Head:
 
     compressed: bool = False
     has_caption: bool = True
-    several_captions: bool = False
+    further_captions: bool = False
     fields: "dict[str, pa.DataType]" = field(default_factory=dict)
 
 
@@ -315,7 +311,7 @@ def _read_head(place: str, caption_key: str | None) -> _Head:
     return _Head(
         compressed=compression is not None,
         has_caption=texts > 0 if caption_key is None else bool(value),
-        several_captions=isinstance(value, list),
+        further_captions=isinstance(value, list),
         fields=fields,
     )
 
