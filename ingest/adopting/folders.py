@@ -23,11 +23,11 @@ from ingest.adopting.sources import (
     SourceSample,
     as_text,
     kept_columns,
+    open_place,
 )
 from ingest.adopting.tables import (
     TEXT_COLUMNS,
     caption_tuples,
-    open_file,
     plain_schema,
     plain_values,
 )
@@ -325,7 +325,7 @@ def _read_table(config: AdoptConfig, path: str) -> "tuple[pa.Schema, Rows]":
     import pyarrow as pa
 
     read = FORMATS[os.path.splitext(path)[1].lower()]
-    with open_file(path) as stream:
+    with open_place(path) as stream:
         schema = next(read(stream, None, 0)).schema
     wanted = TEXT_COLUMNS if config.caption_key is None else (config.caption_key,)
     file = next((name for name in FILE_COLUMNS if name in schema.names), "")
@@ -343,7 +343,7 @@ def _read_table(config: AdoptConfig, path: str) -> "tuple[pa.Schema, Rows]":
     columns = pa.schema([schema.field(name) for name in names])
 
     def rows() -> Rows:
-        with open_file(path) as stream:
+        with open_place(path) as stream:
             for batch in (b for t in read(stream, columns, TABLE_ROWS) for b in t.to_batches()):
                 values = {what: plain_values(batch.column(n)) for what, n in fields.items()}
                 files = plain_values(batch.column(file))
@@ -358,7 +358,7 @@ def _read_coco(path: str) -> "tuple[pa.Schema, Rows]":
     """Return the captions of COCO's JSON (Chen et al. 2015), `annotations` of `images`."""
     import pyarrow as pa
 
-    with open_file(path) as stream:
+    with open_place(path) as stream:
         content = json.load(stream)
     captions: dict[object, list[str]] = {}
     for annotation in content["annotations"]:

@@ -5,9 +5,11 @@ for part in source.parts():
     for sample in source.read(part): ...
 """
 
+import glob
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 from cluster.base.files import Json
 from cluster.base.outcomes import status_of
@@ -15,12 +17,14 @@ from ingest.adopting.config import AdoptConfig
 from ingest.lists.filters import RowFilter
 from ingest.shards import SIZE_COLUMNS, SOURCE_KEY, STORED
 from ingest.store.removal import FORGOTTEN, Forgotten
+from ingest.store.storage import absolute_root, is_remote, split_place, storage_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FURTHER_CAPTIONS = "captions_more"  # column: the captions of a sample after its first one
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+LIST_ENDINGS = (".txt", ".json")  # of a list of tars: their paths, or a wids index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +90,9 @@ def open_source(config: AdoptConfig) -> Source:
     """Return the source that `config.source` describes; ValueError for what is none."""
     from ingest.adopting.folders import open_folder
     from ingest.adopting.tables import ARROW, PARQUET, find_tables, open_tables
-    from ingest.adopting.tars import is_tar_source, open_tars
+    from ingest.adopting.tars import open_tars
 
-    if is_tar_source(config.source):
+    if config.source.endswith((*TAR_ENDINGS, *LIST_ENDINGS)):
         return open_tars(config)
     if files := find_tables(config.source):
         return open_tables(config, files)
@@ -99,6 +103,34 @@ def open_source(config: AdoptConfig) -> Source:
         "a text file that lists them, a wids index (.json), images in tables "
         f"({', '.join((*PARQUET, *ARROW))}), or a folder of tables or of pictures"
     )
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def expand(source: str) -> list[str]:
+    """Return the absolute path or URL of every file that a path or URL with wildcards or braces
+    names: braces in their order, what a wildcard finds by name."""
+    import braceexpand
+    from fsspec.core import url_to_fs
+
+    places: list[str] = []
+    for text in braceexpand.braceexpand(source):
+        place = absolute_root(text)
+        if not re.search(r"[*?\[]", place):
+            places.append(place)
+        elif is_remote(place):
+            storage, pattern = url_to_fs(place)
+            places += sorted(str(storage.unstrip_protocol(name)) for name in storage.glob(pattern))
+        else:
+            places += sorted(glob.glob(place, recursive=True))
+    return places
+
+
+def open_place(place: str) -> IO[bytes]:
+    """Open a file by its path or URL for reading; seekable."""
+    folder, name = split_place(absolute_root(place))
+    return storage_of(folder).open(name)
 
 
 # -- columns and rows of a shard's table -----------------------------------------------------------

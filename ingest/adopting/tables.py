@@ -4,7 +4,6 @@ An image is a column of bytes, or a struct of bytes and path as Hugging Face sto
 is refused, row by row. A caption is text, or a list of texts: the first, then further captions.
 """
 
-import io
 import json
 import os
 import re
@@ -15,9 +14,17 @@ from typing import TYPE_CHECKING
 
 from cluster.base.files import Json, digest_of
 from ingest.adopting.config import AdoptConfig
-from ingest.adopting.sources import FURTHER_CAPTIONS, Part, SourceSample, kept_columns
+from ingest.adopting.sources import (
+    FURTHER_CAPTIONS,
+    Part,
+    SourceSample,
+    expand,
+    kept_columns,
+    open_place,
+)
 from ingest.captions import holds_captions, is_list
 from ingest.lists.url_list import CAPTION_COLUMNS, OUR_COLUMNS, PLAIN_TYPES, URL_COLUMNS
+from ingest.store.storage import is_remote, local_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,7 +103,6 @@ def find_tables(source: str) -> tuple[str, ...]:
 
     Raises ValueError where a data set has several splits: one is named as a source of its own.
     """
-    import braceexpand
     from fsspec.core import url_to_fs
 
     storage, root = url_to_fs(source)
@@ -106,19 +112,16 @@ def find_tables(source: str) -> tuple[str, ...]:
             if len(splits) > 1:
                 raise ValueError(_ambiguous(source, splits, f"{source.rstrip('/')}/{splits[0]}"))
             root = f"{root}/{splits[0]}"
-        names = sorted(str(name) for name in storage.ls(root, detail=False))
+        names = sorted(map(storage.unstrip_protocol, storage.ls(root, detail=False)))
     else:
-        names = []
-        for each in braceexpand.braceexpand(root):
-            has_wildcard = any(sign in each for sign in "*?[")
-            names += sorted(map(str, storage.glob(each))) if has_wildcard else [each]
+        names = expand(source)
     names = [name for name in names if name.lower().endswith((*PARQUET, *ARROW))]
     names = [name for name in names if not re.match(r"[._]|cache-|metadata\.", basename(name))]
     splits = sorted({found[1] for name in names if (found := SPLIT.match(basename(name)))})
     if len(splits) > 1 and storage.isdir(root):
         pattern = f"{source.rstrip('/')}/{splits[0]}-*{os.path.splitext(names[0])[1]}"
         raise ValueError(_ambiguous(source, splits, f'"{pattern}"'))
-    return tuple(storage.unstrip_protocol(name) for name in names)
+    return tuple(names)
 
 
 def _ambiguous(source: str, splits: Sequence[str], example: str) -> str:
@@ -239,7 +242,7 @@ def _num_rows(path: str, samples_per_shard: int | None = None) -> int:
 
     if not path.lower().endswith(PARQUET):
         return sum(batch.num_rows for batch in _read_arrow(path))
-    with open_file(path) as stream:
+    with open_place(path) as stream:
         metadata = pq.read_metadata(stream)
     groups = (metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))
     largest = max(groups, default=0)
@@ -257,29 +260,17 @@ def _schema(path: str) -> "pa.Schema":
     import pyarrow.parquet as pq
 
     if path.lower().endswith(PARQUET):
-        with open_file(path) as stream:
+        with open_place(path) as stream:
             return pq.read_schema(stream)
     batch = next(_read_arrow(path), None)
     return batch.schema if batch is not None else pa.schema([])
 
 
-def open_file(path: str) -> io.BufferedIOBase:
-    """Open a local file or a URL for reading."""
-    from fsspec.core import url_to_fs
-
-    storage, name = url_to_fs(path)
-    return storage.open(name, "rb")
-
-
 def _read_arrow(path: str) -> "Iterator[pa.RecordBatch]":
     """Yield the record batches of an Arrow file or stream; a local one is mapped, not read."""
     import pyarrow as pa
-    from fsspec.core import url_to_fs
-    from fsspec.implementations.local import LocalFileSystem
 
-    storage, name = url_to_fs(path)
-    local = isinstance(storage, LocalFileSystem)
-    with pa.memory_map(name) if local else storage.open(name, "rb") as stream:
+    with open_place(path) if is_remote(path) else pa.memory_map(str(local_path(path))) as stream:
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
         if not is_file:
@@ -313,7 +304,7 @@ def _numbered(
             yield start, batch
             start += batch.num_rows
         return
-    with open_file(path) as stream:
+    with open_place(path) as stream:
         # Pages are read one by one and leave memory as they are read, not with their row group.
         file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=READ_BYTES)
         for group in range(file.num_row_groups):

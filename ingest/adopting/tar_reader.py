@@ -4,20 +4,19 @@ Nothing of a tar is ever run, unpickled or written by its name: members are read
 """
 
 import hashlib
-import lzma
 import os
 import re
 import shutil
 import tarfile
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from ingest.store.storage import is_remote, local_path, split_place, storage_of
+from ingest.adopting.sources import open_place
+from ingest.store.storage import is_remote, local_path
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "img")
 MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM", re.DOTALL)  # of image formats
@@ -28,7 +27,6 @@ MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's: key and 
 META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset's: members of no sample
 BLOCK = 512  # of a tar, bytes
 OCTAL = re.compile(rb"[0-7]+")
-DAMAGED = (EOFError, zlib.error, lzma.LZMAError)  # what decompressors raise beside an OSError
 TIME_ALONE = re.compile(rb"\d+ mtime=[0-9.]+\n\0*")  # a pax header as webdataset writes it
 READ_BYTES = 1 << 20
 HASH_BEHIND_BYTES = 8 << 20  # the digest is made of bytes that were just read, from memory
@@ -178,12 +176,11 @@ def plain_tar(place: str, *, decompress: bool = True) -> Iterator[Path]:
 
     Raises ValueError for a compressed one that is not to be, or cannot be, decompressed.
     """
-    folder, name = split_place(place)
     with tempfile.TemporaryDirectory(prefix="minidalle2-") as temporary:
-        path = local_path(folder) / name
-        if is_remote(folder):
+        path = local_path(place)
+        if is_remote(place):
             path = Path(temporary) / "remote.tar"
-            with storage_of(folder).open(name) as source, open(path, "xb") as target:
+            with open_place(place) as source, open(path, "xb") as target:
                 shutil.copyfileobj(source, target, READ_BYTES)
         with open(path, "rb") as file:
             compression = compression_of(file.read(BLOCK))
@@ -195,7 +192,9 @@ def plain_tar(place: str, *, decompress: bool = True) -> Iterator[Path]:
                 try:
                     with decompressed(file, compression) as source, open(path, "xb") as target:
                         shutil.copyfileobj(source, target, READ_BYTES)
-                except DAMAGED as error:
+                except (OSError, MemoryError):
+                    raise
+                except Exception as error:  # every package has errors of its own
                     raise ValueError(f"not a complete {compression} file: {error}") from None
         yield path
 

@@ -1,9 +1,7 @@
 """Tars by anyone: which ones a --source names, and the captions and fields of their samples."""
 
-import glob
 import json
 import os
-import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -14,15 +12,16 @@ from cluster.base.files import Json, digest_of
 from ingest.adopting.config import AdoptConfig
 from ingest.adopting.sources import (
     FURTHER_CAPTIONS,
-    TAR_ENDINGS,
+    LIST_ENDINGS,
     Part,
     SourceSample,
     as_text,
+    expand,
     kept_columns,
+    open_place,
 )
 from ingest.adopting.tar_reader import (
     BLOCK,
-    DAMAGED,
     MEMBER_NAME,
     META_NAME,
     NoDecompressorError,
@@ -50,21 +49,14 @@ HEAD_SAMPLES = 16  # whose fields decide which columns there are
 # -- which tars ------------------------------------------------------------------------------------
 
 
-def is_tar_source(source: str) -> bool:
-    """Return whether a --source names tars, by its ending."""
-    return source.endswith((*TAR_ENDINGS, ".txt", ".json"))
-
-
 def list_tars(source: str) -> list[str]:
     """Return the absolute path or URL of every tar that `source` names.
 
     source: a path or URL with wildcards or braces, a text file of such, or a wids index.
     """
-    import braceexpand
-
     if source.startswith("pipe:") or "::" in source:
         raise ValueError(f"--source: found {source}, expected a path or URL: no command is run")
-    if source.endswith((".txt", ".json")):
+    if source.endswith(LIST_ENDINGS):
         folder, base = split_place(absolute_root(source))
         text = storage_of(folder).read(base).decode()
         if source.endswith(".txt"):
@@ -74,19 +66,10 @@ def list_tars(source: str) -> list[str]:
             entries = _wids_entries(json.loads(text), source)
         # A relative entry is relative to the file that lists it
         entries = [e if "://" in e or os.path.isabs(e) else folder + e for e in entries]
-        if any(entry.endswith((".txt", ".json")) for entry in entries):
+        if any(entry.endswith(LIST_ENDINGS) for entry in entries):
             raise ValueError(f"--source {source}: found a list inside it, expected tars")
         return [place for entry in entries for place in list_tars(entry)]
-    places: list[str] = []
-    for text in braceexpand.braceexpand(source):
-        place = absolute_root(text)
-        if not re.search(r"[*?\[]", place):
-            places.append(place)
-        elif is_remote(place):
-            places += _remote_glob(place)
-        else:
-            places += sorted(glob.glob(place, recursive=True))
-    return places
+    return expand(source)
 
 
 def _wids_entries(index: object, source: str) -> list[str]:
@@ -96,13 +79,6 @@ def _wids_entries(index: object, source: str) -> list[str]:
         raise ValueError(
             f"--source {source}: found no shardlist of urls, expected a wids index"
         ) from None
-
-
-def _remote_glob(pattern: str) -> list[str]:
-    from fsspec.core import url_to_fs
-
-    files, path = url_to_fs(pattern)
-    return sorted(str(files.unstrip_protocol(found)) for found in files.glob(path))
 
 
 def open_tars(config: AdoptConfig) -> "TarSource":
@@ -284,14 +260,14 @@ def _read_head(place: str, caption_key: str | None) -> _Head:
 
     The first value of a field that is not null or empty decides its type.
     """
-    folder, name = split_place(place)
     values: Json = {}
     texts = 0
-    with storage_of(folder).open(name) as file:
+    with open_place(place) as file:
         compression = compression_of(file.read(BLOCK))
         file.seek(0)
         stream, keys = decompressed(file, compression), set[str]()
-        with suppress(tarfile.TarError, *DAMAGED), tarfile.open(fileobj=stream, mode="r|") as tar:
+        # A damaged one is reported by its shard; decompressors have many kinds of errors
+        with suppress(Exception), tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 match = MEMBER_NAME.fullmatch(member.name)
                 if not member.isreg() or META_NAME.match(member.name) or match is None:
@@ -346,7 +322,7 @@ def _parquet_beside(place: str) -> "Iterator[pq.ParquetFile | None]":
 
     folder, name = split_place(place)
     try:
-        file = storage_of(folder).open(f"{name.partition('.')[0]}.parquet")
+        file = open_place(f"{folder}{name.partition('.')[0]}.parquet")
     except FileNotFoundError:
         yield None
         return
