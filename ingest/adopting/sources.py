@@ -66,7 +66,7 @@ class Source(Protocol):
     @property
     def kept(self) -> "pa.Schema":
         """The columns stored beside those of every table; `captions_more` is one of them where
-        samples have several captions."""
+        samples have further captions."""
         ...
 
     @property
