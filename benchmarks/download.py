@@ -1,6 +1,6 @@
 """Downloading, side by side with the plain img2dataset command: images/s and per CPU-second.
 
-    python benchmarks/download.py        # some ten minutes on two cores
+    python benchmarks/download.py        # some twenty minutes on two cores
 
 A server on several loopback addresses (a process of its own) serves photograph-like JPEGs of about
 1024 px, over http, and over https with a certificate that both commands trust. They fetch the same
@@ -40,7 +40,7 @@ POLL_SECONDS = 0.1  # between readings of the processes' CPU time
 class Config(BenchmarkConfig):
     """Sizes of the comparison."""
 
-    num_samples: int = 2000
+    num_samples: int = 6000
     """images a run"""
     repeats: int = 3
     """runs of each command and latency"""
