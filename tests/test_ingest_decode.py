@@ -280,7 +280,7 @@ def test_damaged_images_are_stored_or_refused_and_nothing_else():
         )
     ]  # fmt: skip
     draw, outcomes = random.Random(0), {True: 0, False: 0}
-    for number in range(1500):
+    for number in range(10_000):
         data = bytearray(originals[number % len(originals)])
         for _ in range(draw.choice((1, 2, 8, 64))):
             data[draw.randrange(len(data))] = draw.randrange(256)
