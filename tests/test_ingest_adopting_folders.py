@@ -6,6 +6,7 @@ import os
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -77,7 +78,7 @@ def test_a_folder_is_what_hugging_face_reads_as_imagefolder(folder: Path, tmp_pa
 
     pairs = [{"file_name": n, "text": c} for n, c in zip(NAMES, CAPTIONS, strict=True)]
     write_jsonl(folder, pairs)
-    read = datasets.load_dataset(
+    read: Any = datasets.load_dataset(
         "imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache")
     )
     expected = {}

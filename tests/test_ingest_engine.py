@@ -8,6 +8,7 @@ import tarfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from ingest.fetching.engine import RowRequest, ShardDownload
 RESIZER = Resizer(image_size=32, resize_mode="keep_ratio")
 
 
-def gather(site, urls, *, hashes=None, resizer=RESIZER, left_out=None, **config):
+def gather(site, urls, *, hashes=None, resizer: Callable = RESIZER, left_out=None, **config):
     rows = [i for i in range(len(urls)) if i not in (left_out or {})]
     requests = [RowRequest(row=i, url=urls[i], hashes=hashes or {}) for i in rows]
     fetcher = fetcher_of(site, host_connections=8)

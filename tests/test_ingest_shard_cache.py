@@ -71,7 +71,8 @@ def test_copies_used_longest_ago_make_room(remote: str, tmp_path: Path):
 
     def fetch(number: int) -> Path:
         commit, name = files[number]
-        return cache.path(root, name, **commit.files[name])
+        entry = commit.files[name]
+        return cache.path(root, name, sha256=entry["sha256"], size=entry["size"])
 
     def used(path: Path, seconds_ago: float) -> Path:
         then = time.time() - seconds_ago
