@@ -163,18 +163,10 @@ def _download(
             if not urls.is_file():
                 write_url_list(urls, rows, served, name)
             arguments = (
-                "--urls", str(urls), "--out", str(folders[name]),
-                "--image-size", "64", "--samples-per-shard", str(per_shard[name]),
-                "--num-processes", "0", "--allow-address", f"127.0.0.1:{served}",
+                "--urls", str(urls), "--allow-address", f"127.0.0.1:{served}",
                 "--host-rate", "0", "--host-connections", "32",
             )  # fmt: skip
-            command = Command(
-                name=f"download {name}", script="ingest/download.py", arguments=arguments,
-                num_images=len(rows),
-            )  # fmt: skip
-            code = _run_command(command, timings, port)
-            if code:
-                print(f"{run}: the download of {name} is incomplete; rerun the same command")
+            if code := _make_shards("download", run, name, rows, arguments, timings, port):
                 return code
     return DONE
 
@@ -185,21 +177,35 @@ def _samples_per_shard(rows: list[Json]) -> int:
     return max(1, min(500, -(-len(rows) // 8)))
 
 
+def _make_shards(
+    verb: str,
+    run: Path,
+    name: str,
+    rows: list[Json],
+    arguments: tuple[str, ...],
+    timings: Timings,
+    port: int | None,
+) -> int:
+    """Make the shards of a set of pairs by the script of ingest/ that `verb` names; return the exit
+    code."""
+    command = Command(
+        name=f"{verb} {name}", script=f"ingest/{verb}.py", num_images=len(rows),
+        arguments=(
+            *arguments, "--out", str(run / "data" / name / "images"), "--image-size", "64",
+            "--samples-per-shard", str(_samples_per_shard(rows)), "--num-processes", "0",
+        ),
+    )  # fmt: skip
+    code = _run_command(command, timings, port)
+    if code:
+        print(f"{run}: the {verb} of {name} is incomplete; rerun the same command")
+    return code
+
+
 def _adopt(run: Path, sets: dict[str, list[Json]], timings: Timings, port: int | None) -> int:
     """Make shards of given pairs; return the exit code."""
     for name, rows in sets.items():
-        source, out = run / "source" / f"{name}.parquet", run / "data" / name / "images"
-        arguments = (
-            "--source", str(source), "--out", str(out), "--image-size", "64",
-            "--samples-per-shard", str(_samples_per_shard(rows)), "--num-processes", "0",
-        )  # fmt: skip
-        command = Command(
-            name=f"adopt {name}", script="ingest/adopt.py", arguments=arguments,
-            num_images=len(rows),
-        )  # fmt: skip
-        code = _run_command(command, timings, port)
-        if code:
-            print(f"{run}: the shards of {name} are incomplete; rerun the same command")
+        arguments = ("--source", str(run / "source" / f"{name}.parquet"))
+        if code := _make_shards("adopt", run, name, rows, arguments, timings, port):
             return code
     return DONE
 

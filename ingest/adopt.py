@@ -99,26 +99,15 @@ def prepare(config: AdoptConfig, source: "Source") -> "MakeShard":
     if isinstance(source, TarSource):
         storage_of(config.out).replace(LISTING, "".join(f"{p}\n" for p in source.places).encode())
     root = absolute_root(config.out)  # a Ray worker has another working directory
-    if copies or not isinstance(source, TarSource):
-        return CopyJob(
-            root=root,
-            source=source,
-            row_filter=row_filter,
-            resizer=resizer,
-            config_hash=config_hash,
-        )
     limits = ImageLimits(
         min_side=config.min_image_side,
         min_pixels=config.filters.min_pixels,
         max_aspect_ratio=config.filters.max_aspect_ratio,
     )
-    return InPlaceJob(
-        root=root,
-        source=source,
-        row_filter=row_filter,
-        limits=limits,
-        config_hash=config_hash,
-    )
+    common = {"root": root, "row_filter": row_filter, "limits": limits, "config_hash": config_hash}
+    if copies or not isinstance(source, TarSource):
+        return CopyJob(source=source, resizer=resizer, **common)
+    return InPlaceJob(source=source, **common)
 
 
 def _require_effect(config: AdoptConfig, source: "Source", copies: bool) -> None:

@@ -147,7 +147,7 @@ def main(config: DownloadConfig) -> int:
 def prepare(config: DownloadConfig) -> "tuple[UrlList, ShardJob]":
     """Open the list, write or check the manifest, and describe what all shards have in common."""
     from cluster.base.files import digest_of
-    from ingest.fetching.decode import Resizer
+    from ingest.fetching.decode import ImageLimits, Resizer
     from ingest.fetching.engine import EngineConfig
     from ingest.fetching.fetch import FetchPolicy, parse_allow_address
     from ingest.fetching.net import resolve_proxy
@@ -213,8 +213,10 @@ def prepare(config: DownloadConfig) -> "tuple[UrlList, ShardJob]":
         policy=FetchPolicy(
             timeout_seconds=config.timeout,
             allow_addresses=allowed,
-            min_pixels=config.filters.min_pixels,
-            max_aspect_ratio=config.filters.max_aspect_ratio,
+            limits=ImageLimits(
+                min_pixels=config.filters.min_pixels,
+                max_aspect_ratio=config.filters.max_aspect_ratio,
+            ),
             robots=config.robots,
             host_connections=config.host_connections,
             host_rate=config.host_rate,

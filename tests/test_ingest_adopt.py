@@ -209,6 +209,19 @@ def test_another_source_or_option_is_refused_and_named(tars, run_here):
         assert code == 2 and f"was made with {name} = " in error
 
 
+def test_a_folder_of_tars_is_its_tars_although_it_has_tables_and_pictures(tars, capsys):
+    """As img2dataset writes it: a table beside each tar."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    assert adopt(tars) == 0
+    pq.write_table(pa.table({"key": ["x"], "url": ["y"]}), tars / "000000.parquet")
+    (tars / "logo.png").write_bytes(picture(kind="PNG"))
+    assert main(adoption(tars, tars.parent / "folder")) == 0
+    assert f"{tars}: {NUM_TARS} tars are adopted, and nothing else of it" in capsys.readouterr().out
+    assert images_of(tars.parent / "folder") == images_of(tars.parent / "out")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -11,7 +11,7 @@ import pytest
 from _lists import download_of, write_list
 
 from ingest.download import main
-from ingest.fetching.decode import header_problem
+from ingest.fetching.decode import ImageLimits, header_problem
 from ingest.lists import duplicates
 from ingest.lists.filters import (
     MAX_CAPTION_CHARS,
@@ -260,7 +260,10 @@ def test_rows_left_out_never_reach_the_web_and_are_counted(site, tmp_path: Path,
 
 def test_area_and_shape_are_judged_by_the_header(site):
     picture = site.picture(60, 20)
-    assert header_problem(picture, max_pixels=1200, min_pixels=1200, max_aspect_ratio=3) is None
-    assert header_problem(picture, max_pixels=1199) == "too_many_pixels"
-    assert header_problem(picture, max_pixels=9999, min_pixels=1201) == "too_few_pixels"
-    assert header_problem(picture, max_pixels=9999, max_aspect_ratio=2.9) == "aspect_ratio"
+    for reason, limits in (
+        (None, ImageLimits(max_pixels=1200, min_pixels=1200, max_aspect_ratio=3)),
+        ("too_many_pixels", ImageLimits(max_pixels=1199)),
+        ("too_few_pixels", ImageLimits(min_pixels=1201)),
+        ("aspect_ratio", ImageLimits(max_aspect_ratio=2.9)),
+    ):
+        assert header_problem(picture, limits) == reason

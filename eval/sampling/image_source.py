@@ -147,9 +147,10 @@ def open_images(folder: str) -> ImageSet:
         raise ValueError(f"{root}: found unfinished samples; rerun eval/sample.py to finish them")
     paths = tuple(sorted(p for p in root.glob("*") if p.suffix.lower() in SUFFIXES))
     if not paths:
-        command = adopt_command(root)
-        more = f"; to make shards of what is there: {command}" if command else ""
-        raise ValueError(f"{root}: found no images, expected shards, samples or image files{more}")
+        raise ValueError(
+            f"{root}: found no images, expected shards, samples or image files; make shards of "
+            f"tars or tables by: {adopt_command(root)}"
+        )
     return ImageSet(source=folder, captions=[], paths=paths)
 
 

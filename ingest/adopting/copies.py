@@ -52,6 +52,7 @@ class CopyJob:
     root: str
     source: Source
     row_filter: RowFilter
+    limits: ImageLimits
     resizer: Resizer
     config_hash: str
 
@@ -103,22 +104,11 @@ class CopyJob:
 
     def _image(self, data: bytes) -> tuple[ResizedImage | None, str | None]:
         """Return what is stored of an image, or the reason why nothing is."""
-        config = self.row_filter.config
-        limits = ImageLimits(
-            min_side=self.resizer.min_image_side,
-            min_pixels=config.min_pixels,
-            max_aspect_ratio=config.max_aspect_ratio,
-        )
         try:
             if self.resizer.resize_mode == "no" and image_extension(data) is not None:
-                sizes = dict(zip(SIZE_COLUMNS, 2 * verify_image(data, limits), strict=True))
+                sizes = dict(zip(SIZE_COLUMNS, 2 * verify_image(data, self.limits), strict=True))
                 return ResizedImage(jpeg=data, **sizes), None
-            problem = header_problem(
-                data,
-                max_pixels=limits.max_pixels,
-                min_pixels=limits.min_pixels,
-                max_aspect_ratio=limits.max_aspect_ratio,
-            )
+            problem = header_problem(data, self.limits)
             return (None, problem) if problem else (self.resizer(data), None)
         except DecodeError as error:
             return None, error.reason

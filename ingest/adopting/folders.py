@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from os.path import basename
 from typing import TYPE_CHECKING, cast
@@ -20,6 +20,7 @@ from ingest.adopting.config import AdoptConfig
 from ingest.adopting.sources import (
     FURTHER_CAPTIONS,
     Part,
+    RangeSource,
     SourceSample,
     as_text,
     kept_columns,
@@ -60,22 +61,13 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderSource:
-    """The files of a folder in the order of their paths; root: an absolute path or a URL."""
+class FolderSource(RangeSource):
+    """The files of a folder in the order of their paths, a shard's number at a time.
 
-    digest: str
-    kept: "pa.Schema"
+    root: an absolute path or a URL.
+    """
+
     root: str
-    ranges: tuple[Part, ...]
-    copied: bool = True
-
-    def __getstate__(self) -> Json:
-        """Leave the parts out: each travels to a Ray task by itself."""
-        return {**self.__dict__, "ranges": ()}
-
-    def parts(self) -> Sequence[Part]:
-        """Return the entries, a shard's number at a time."""
-        return self.ranges
 
     def read(self, part: Part) -> Iterator[SourceSample]:
         """Read the files of a part; what vanished or may not be read meanwhile is counted."""
@@ -118,9 +110,8 @@ def open_folder(config: AdoptConfig) -> FolderSource | None:
     images = [file.name for file in files if _is_image(file)]
     if not images:
         raise ValueError(
-            f"--source {config.source}: found no images ({', '.join(SUFFIXES)}) in the folder, "
-            "expected some; name other files by a pattern, as in --source "
-            f'"{config.source.rstrip("/")}/*.tar" or ".../*.parquet"'
+            f"--source {config.source}: found no images ({', '.join(SUFFIXES)}), tars or tables in "
+            "the folder, expected some; name other files by a pattern"
         )
     kind, sources = _find_captions(config, folder, files, images)
     captioned, schema = _read_captions(config, folder, images, kind, sources)

@@ -86,13 +86,34 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class RangeSource:
+    """What sources that are always copied have in common. ranges: their parts; see `Source`."""
+
+    digest: str
+    kept: "pa.Schema"
+    ranges: tuple[Part, ...]
+    copied: bool = True
+
+    def __getstate__(self) -> Json:
+        """Leave the parts out: each travels to a Ray task by itself."""
+        return {**self.__dict__, "ranges": ()}
+
+    def parts(self) -> Sequence[Part]:
+        """Return all parts, in the order of their shards."""
+        return self.ranges
+
+
 def open_source(config: AdoptConfig) -> Source:
     """Return the source that `config.source` describes; ValueError for what is none."""
     from ingest.adopting.folders import open_folder
     from ingest.adopting.tables import ARROW, PARQUET, find_tables, open_tables
-    from ingest.adopting.tars import open_tars
+    from ingest.adopting.tars import open_tars, tars_in
 
     if config.source.endswith((*TAR_ENDINGS, *LIST_ENDINGS)):
+        return open_tars(config)
+    if tars := tars_in(config.source):
+        print(f"{config.source}: {len(tars)} tars are adopted, and nothing else of it", flush=True)
         return open_tars(config)
     if files := find_tables(config.source):
         return open_tables(config, files)
@@ -101,7 +122,7 @@ def open_source(config: AdoptConfig) -> Source:
     raise ValueError(
         f"--source: found {config.source}, expected tars (.tar, .tgz, .tar.gz, .tar.bz2, .tar.xz), "
         "a text file that lists them, a wids index (.json), images in tables "
-        f"({', '.join((*PARQUET, *ARROW))}), or a folder of tables or of pictures"
+        f"({', '.join((*PARQUET, *ARROW))}), or a folder of any of them or of pictures"
     )
 
 

@@ -17,6 +17,7 @@ from ingest.adopting.config import AdoptConfig
 from ingest.adopting.sources import (
     FURTHER_CAPTIONS,
     Part,
+    RangeSource,
     SourceSample,
     expand,
     kept_columns,
@@ -39,25 +40,14 @@ SPLIT = re.compile(r"(.*?)-\d+-of-\d+\.")  # of a data set's files, as Hugging F
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableSource:
-    """Rows of files of one kind. A part is a range of a file's rows, None of one that is damaged.
+class TableSource(RangeSource):
+    """Rows of files of one kind. A part is a range of a file's rows, a shard's number or what is
+    left of the file; None of one that is damaged.
 
     columns: that are read, by what they are: image, caption, url; the others keep their name.
     """
 
-    digest: str
-    kept: "pa.Schema"
     columns: dict[str, str]
-    ranges: tuple[Part, ...]
-    copied: bool = True
-
-    def __getstate__(self) -> Json:
-        """Leave the parts out: each travels to a Ray task by itself."""
-        return {**self.__dict__, "ranges": ()}
-
-    def parts(self) -> Sequence[Part]:
-        """Return ranges of rows, each of a shard's number or what is left of a file."""
-        return self.ranges
 
     def read(self, part: Part) -> Iterator[SourceSample]:
         """Yield the rows of a part; OSError or ValueError for a file that is damaged."""

@@ -1,8 +1,10 @@
 """Tars by anyone: which ones a --source names, and the captions and fields of their samples."""
 
 import json
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -13,6 +15,7 @@ from ingest.adopting.config import AdoptConfig
 from ingest.adopting.sources import (
     FURTHER_CAPTIONS,
     LIST_ENDINGS,
+    TAR_ENDINGS,
     Part,
     SourceSample,
     as_text,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 LISTING = "_listing.txt"  # of the data folder: the tars, in the order of their shards
 CAPTION_EXTENSIONS = ("txt", "caption")
 MAX_MEMBER_BYTES = 64 << 20
+DAMAGED = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
 HEAD_SAMPLES = 16  # whose fields decide which columns there are
 
 
@@ -52,7 +56,7 @@ HEAD_SAMPLES = 16  # whose fields decide which columns there are
 def list_tars(source: str) -> list[str]:
     """Return the absolute path or URL of every tar that `source` names.
 
-    source: a path or URL with wildcards or braces, a text file of such, or a wids index.
+    source: a path or URL with wildcards or braces, a text file of such, a wids index, or a folder.
     """
     if source.startswith("pipe:") or "::" in source:
         raise ValueError(f"--source: found {source}, expected a path or URL: no command is run")
@@ -69,7 +73,18 @@ def list_tars(source: str) -> list[str]:
         if any(entry.endswith(LIST_ENDINGS) for entry in entries):
             raise ValueError(f"--source {source}: found a list inside it, expected tars")
         return [place for entry in entries for place in list_tars(entry)]
-    return expand(source)
+    return expand(source) if source.endswith(TAR_ENDINGS) else tars_in(source)
+
+
+def tars_in(source: str) -> list[str]:
+    """Return the tars in a folder and in the folders below, by name; none where it is no folder."""
+    from fsspec.core import url_to_fs
+
+    storage, root = url_to_fs(source)
+    if not storage.isdir(root):
+        return []
+    names = (str(name) for name in storage.find(root, maxdepth=2) if name.endswith(TAR_ENDINGS))
+    return sorted(absolute_root(storage.unstrip_protocol(name)) for name in names)
 
 
 def _wids_entries(index: object, source: str) -> list[str]:
@@ -266,8 +281,8 @@ def _read_head(place: str, caption_key: str | None) -> _Head:
         compression = compression_of(file.read(BLOCK))
         file.seek(0)
         stream, keys = decompressed(file, compression), set[str]()
-        # A damaged one is reported by its shard; decompressors have many kinds of errors
-        with suppress(Exception), tarfile.open(fileobj=stream, mode="r|") as tar:
+        # A damaged one is reported by its shard
+        with suppress(*DAMAGED), tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 match = MEMBER_NAME.fullmatch(member.name)
                 if not member.isreg() or META_NAME.match(member.name) or match is None:

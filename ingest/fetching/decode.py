@@ -53,52 +53,6 @@ def image_extension(data: bytes) -> str | None:
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
-def header_problem(
-    data: bytes, *, max_pixels: int, min_pixels: int = 0, max_aspect_ratio: float | None = None
-) -> str | None:
-    """Return why an image is left out by its header, before anything is decoded; None if it is not.
-
-    Against `max_pixels` the area counts `_memory_factor` times.
-    """
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                return _size_problem(image, max_pixels, min_pixels, max_aspect_ratio)
-    except Image.DecompressionBombError:
-        return "too_many_pixels"
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for bytes of no such format
-        return "not_an_image"
-
-
-def _size_problem(
-    image: "Image.Image", max_pixels: int, min_pixels: int, max_aspect_ratio: float | None
-) -> str | None:
-    short, long = sorted(image.size)
-    if short * long * _memory_factor(image) > max_pixels:
-        return "too_many_pixels"
-    if short * long < min_pixels:
-        return "too_few_pixels"
-    if max_aspect_ratio is not None and long > max_aspect_ratio * short:
-        return "aspect_ratio"
-    return None
-
-
-def _memory_factor(image: "Image.Image") -> int:
-    """Return how many times the memory of an RGB image the decoding takes.
-
-    Blending over white and 16 bits hold several copies, WebP's decoder two canvases of its own; a
-    progressive JPEG keeps all its coefficients, 2 bytes each, however small it is decoded.
-    """
-    if image.format == "WEBP":
-        return 5
-    if "transparency" in image.info or image.mode not in PLAIN_MODES:
-        return 4
-    return 2 if "progressive" in image.info else 1
-
-
 class DecodeError(Exception):
     """Bytes that become no sample. reason: out of `cluster.base.outcomes`."""
 
@@ -117,12 +71,20 @@ class ImageLimits:
     max_aspect_ratio: float | None = None
 
 
-def verify_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
-    """Decode every pixel of an image, as cheaply as that is possible; return its upright size, px.
+def header_problem(data: bytes, limits: ImageLimits) -> str | None:
+    """Return why an image is left out by its header, before anything is decoded; None if it is not.
 
-    A JPEG is decoded at an eighth of its size and without its colours, for which all of its
-    coefficients are read. Raises DecodeError for what is left out.
+    Against `max_pixels` the area counts `_memory_factor` times.
     """
+    try:
+        _opened(data, limits).close()
+    except DecodeError as error:
+        return error.reason
+    return None
+
+
+def _opened(data: bytes, limits: ImageLimits) -> "Image.Image":
+    """Open an image, of which nothing is decoded yet; DecodeError for one that is left out."""
     from PIL import Image
 
     try:
@@ -131,14 +93,41 @@ def verify_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except Image.DecompressionBombError:
         raise DecodeError("too_many_pixels") from None
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for bytes of no such format
         raise DecodeError("not_an_image") from None
-    with image:
-        problem = _size_problem(
-            image, limits.max_pixels, limits.min_pixels, limits.max_aspect_ratio
-        )
-        if problem is not None or min(image.size) < limits.min_side:
-            raise DecodeError(problem or "too_small")
+    short, long = sorted(image.size)
+    ratio = limits.max_aspect_ratio
+    if short * long * _memory_factor(image) > limits.max_pixels:
+        raise DecodeError("too_many_pixels")
+    if short * long < limits.min_pixels:
+        raise DecodeError("too_few_pixels")
+    if ratio is not None and long > ratio * short:
+        raise DecodeError("aspect_ratio")
+    if short < limits.min_side:
+        raise DecodeError("too_small")
+    return image
+
+
+def _memory_factor(image: "Image.Image") -> int:
+    """Return how many times the memory of an RGB image the decoding takes.
+
+    Blending over white and 16 bits hold several copies, WebP's decoder two canvases of its own; a
+    progressive JPEG keeps all its coefficients, 2 bytes each, however small it is decoded.
+    """
+    if image.format == "WEBP":
+        return 5
+    if "transparency" in image.info or image.mode not in PLAIN_MODES:
+        return 4
+    return 2 if "progressive" in image.info else 1
+
+
+def verify_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
+    """Decode every pixel of an image, as cheaply as that is possible; return its upright size, px.
+
+    A JPEG is decoded at an eighth of its size and without its colours, for which all of its
+    coefficients are read. Raises DecodeError for what is left out.
+    """
+    with _opened(data, limits) as image:
         try:
             size = upright_size(image)
             image.draft("L", (1, 1))

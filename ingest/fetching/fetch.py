@@ -25,7 +25,7 @@ from urllib3.util import Url, parse_url
 
 from cluster.base.files import Json
 from ingest.fetching import net
-from ingest.fetching.decode import MAX_PIXELS, header_problem, may_be_image
+from ingest.fetching.decode import ImageLimits, header_problem, may_be_image
 from ingest.fetching.rate_limit import HostLimits
 from ingest.fetching.robots import MAX_BYTES as MAX_ROBOTS_BYTES
 from ingest.fetching.robots import Origin, RobotsCache, RobotsUnavailableError
@@ -52,9 +52,7 @@ class FetchPolicy:
     """Without a byte."""
     max_bytes: int = 32 << 20
     """On the wire."""
-    max_pixels: int = MAX_PIXELS
-    min_pixels: int = 0
-    max_aspect_ratio: float | None = None
+    limits: ImageLimits = field(default_factory=ImageLimits)
     max_redirects: int = 5
     robots: bool = True
     """Request a host's robots.txt, and obey it."""
@@ -162,12 +160,7 @@ class Fetcher:
             body = self._follow(url or "")
         except FetchError as error:
             return Fetched(reason=error.reason, retry_after=error.retry_after)
-        problem = header_problem(
-            body,
-            max_pixels=policy.max_pixels,
-            min_pixels=policy.min_pixels,
-            max_aspect_ratio=policy.max_aspect_ratio,
-        )
+        problem = header_problem(body, policy.limits)
         return Fetched(reason=problem) if problem else Fetched(body=body)
 
     def _follow(self, url: str) -> bytes:

@@ -12,7 +12,6 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -25,10 +24,6 @@ FORMAT_VERSION = 1
 MANIFEST = "_manifest.json"
 LATEST = "_snapshots/latest"
 WIDS_INDEX = "index.json"  # for readers of other projects: wids, webdataset, Energon
-# What ingest/adopt.py takes: the first ones by a pattern of names, of the others the folder
-ADOPTABLE = (".tar", ".tar.gz", ".tgz", ".parquet", ".arrow", ".jpg", ".jpeg", ".png", ".webp")
-NUM_PATTERNS = 4
-FOLDERS_SEARCHED = 20
 FORGOTTEN_FOLDER = "_forgotten"  # --fresh keeps it: a request to be forgotten is for good
 
 
@@ -65,9 +60,9 @@ def read_manifest(root: Root) -> Json:
     try:
         return json.loads(storage_of(root).read(MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
-        remedy = adopt_command(root) or "ingest/download.py (images) or ingest/embed.py (embeds)"
         raise ValueError(
-            f"{root}: no _manifest.json, so not a data folder; make one with: {remedy}"
+            f"{root}: no _manifest.json, so not a data folder; make one of what is there by: "
+            f"{adopt_command(root)}; or by ingest/download.py (images) or ingest/embed.py (embeds)"
         ) from None
     except json.JSONDecodeError as error:
         where = join_root(root, MANIFEST)
@@ -75,23 +70,8 @@ def read_manifest(root: Root) -> Json:
 
 
 def adopt_command(root: Root) -> str:
-    """Return the command that makes a data folder of the tars, tables or pictures that `root` is or
-    holds, there or one folder below; "" where there are none."""
-    storage, source = storage_of(root), os.fspath(root).rstrip("/")
-    names = [os.path.basename(source)]
-    with suppress(OSError):
-        names += storage.names()
-    for folder in names[1:][:FOLDERS_SEARCHED]:
-        with suppress(OSError):
-            names += [f"{folder}/{name}" for name in storage.names(folder)]
-    for ending in ADOPTABLE:
-        found = next((name for name in names if name.lower().endswith(ending)), None)
-        if found is not None:
-            pattern = os.path.join(source, os.path.dirname(found), f"*{ending}")
-            is_folder = found != names[0] and ending in ADOPTABLE[:NUM_PATTERNS]
-            source = shlex.quote(pattern if is_folder else source)
-            return f"python ingest/adopt.py --source {source} --out data/images"
-    return ""
+    """Return the command that makes a data folder of tars, tables or pictures in `root`."""
+    return f"python ingest/adopt.py --source {shlex.quote(os.fspath(root))} --out data/images"
 
 
 def remove_data_folder(root: Root, kind: str) -> None:
