@@ -191,7 +191,8 @@ class _Shard:
             problem = None
             self.commit, damaged = inspect(root, name)
             if damaged is not None:
-                raise ValueError(f"{root}: shard {name} is damaged: {damaged}; rerun its stage")
+                remedy = "" if self.commit.elsewhere else "; rerun its stage"  # has one of its own
+                raise ValueError(f"{root}: shard {name} is damaged: {damaged}{remedy}")
             if digest not in (None, self.commit.digest, *self.commit.superseded):
                 raise ValueError(
                     f"{root}: shard {name} has digest {self.commit.digest[:12]}, the snapshot "

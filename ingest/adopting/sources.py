@@ -119,8 +119,9 @@ def open_source(config: AdoptConfig) -> Source:
         return open_tables(config, files)
     if (folder := open_folder(config)) is not None:
         return folder
+    found = config.source if exists(config.source) else f"nothing at {config.source}"
     raise ValueError(
-        f"--source: found {config.source}, expected tars (.tar, .tgz, .tar.gz, .tar.bz2, .tar.xz), "
+        f"--source: found {found}, expected tars (.tar, .tgz, .tar.gz, .tar.bz2, .tar.xz), "
         "a text file that lists them, a wids index (.json), images in tables "
         f"({', '.join((*PARQUET, *ARROW))}), or a folder of any of them or of pictures"
     )
@@ -146,6 +147,14 @@ def expand(source: str) -> list[str]:
         else:
             places += sorted(glob.glob(place, recursive=True))
     return places
+
+
+def exists(source: str) -> bool:
+    """Return whether there is a file or folder of this path or URL."""
+    from fsspec.core import url_to_fs
+
+    storage, root = url_to_fs(source)
+    return storage.exists(root)
 
 
 def open_place(place: str) -> IO[bytes]:
