@@ -1,6 +1,6 @@
 """Downloading, side by side with the plain img2dataset command: images/s and per CPU-second.
 
-    python benchmarks/download.py        # some twenty minutes on two cores
+    python benchmarks/download.py        # half an hour on two cores
 
 A server on several loopback addresses (a process of its own) serves photograph-like JPEGs of about
 1024 px, over http, and over https with a certificate that both commands trust. They fetch the same
