@@ -172,7 +172,7 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
         "mfu": rate * flops / peak if peak else None,
         "memory_bytes": torch.cuda.max_memory_allocated() - before if on_gpu else None,
         "predicted_bytes": predicted,
-        "precision": settled(options.train.precision, device.type), "torch": torch.__version__,
+        "precision": settled(options.train.workers.precision, device.type), "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def _times(config: Config, model: Any, columns: Any, settings: Any, device: Any)
     from training.engine.engines import PlainEngine
 
     engine = PlainEngine(model, _objective, settings, device)
-    averages = Ema(engine.fragments(), settings.ema_decay)
+    averages = Ema(engine.fragments(), settings.averages.ema_decay)
     model.train()
 
     def step(number: int) -> None:
