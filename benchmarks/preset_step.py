@@ -26,9 +26,9 @@ WORDS = 32  # tokens of a caption, of which a web list's have about so many
 GPU_STAGES = (
     "decoder/mini:256", "decoder/karlo:64", "prior/paper:128", "decoder/modern:128",
     "decoder/paper_up256:64", "prior/paper_ar:64", "decoder/paper_up1024:8", "prior/modern:512",
-    "prior/mini:1024", "decoder/mini_up:256", "decoder/paper:16",
+    "prior/mini:1024", "decoder/mini_up:256", "decoder/paper:16", "clip/ViT-B-32:512",
 )  # fmt: skip
-CPU_STAGES = ("prior/demo:64", "decoder/demo:64", "decoder/demo_up:64")
+CPU_STAGES = ("prior/demo:64", "decoder/demo:64", "decoder/demo_up:64", "clip/demo:64")
 # what is added to a preset: its flags for a U-Net, and whether it is compiled
 VARIANTS: dict[str, tuple[bool, bool]] = {
     "plain": (False, False),
@@ -43,9 +43,10 @@ class Config(BenchmarkConfig):
     """What to measure."""
 
     stages: tuple[str, ...] = ()
-    """script/preset:batch; empty = all presets of a GPU, or the demo's on a CPU"""
+    """script/preset:batch, of CLIP also script/architecture:batch, one of open_clip's; empty = all
+    presets of a GPU, or the demo's on a CPU"""
     variants: tuple[str, ...] = ("plain",)
-    """of plain, channels_last, compiled, channels_last_compiled; a prior has no channels"""
+    """of plain, channels_last, compiled, channels_last_compiled; the decoder alone has channels"""
     num_steps: int = 8
     """steps of a measurement, after three that warm up"""
     repeats: int = 3
@@ -76,7 +77,7 @@ def main(config: Config) -> int:
         (stage, variant)
         for stage in stages
         for variant in config.variants
-        if not (stage.startswith("prior") and VARIANTS[variant][0])
+        if stage.startswith("decoder") or not VARIANTS[variant][0]
     ]
     table, results = Table(*columns), []
     for stage, variant in pairs:
@@ -152,10 +153,10 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
     encoder = encoder_counts(chain.encoder)
     sizes = {key: encoder[key] for key in ("embed_dim", "text_width", "context_length")}
     options, build = _config(script, preset, channels_last, sizes)
-    predicted = _predicted(build, encoder, batch)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     with device:
         model = build()
+    predicted = _predicted(model, encoder, batch)
     flops = training_flops(model, WORDS)
     if compiled:
         compile_model(model)
@@ -172,7 +173,8 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
         "mfu": rate * flops / peak if peak else None,
         "memory_bytes": torch.cuda.max_memory_allocated() - before if on_gpu else None,
         "predicted_bytes": predicted,
-        "precision": settled(options.train.workers.precision, device.type), "torch": torch.__version__,
+        "precision": settled(options.train.workers.precision, device.type),
+        "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -208,13 +210,18 @@ def _config(script: str, preset: str, channels_last: bool, sizes: dict[str, int]
     from dataclasses import replace
 
     from cluster.planning.counts import read_preset
+    from training.config import PRESETS
+    from training.tasks.clip import clip_model
     from training.tasks.networks import decoder_model, prior_model
 
     more = ["--train.num-workers", "0", "--train.zero-stage", "0"]
-    if script == "prior":
-        options = read_preset(script, preset, *more)
-        return options, lambda: prior_model(options, sizes)
+    if script == "clip" and not (PRESETS / script / f"{preset}.yaml").is_file():
+        preset, more = "debug", [*more, "--model.architecture", preset]
     options = read_preset(script, preset, *more)
+    if script == "clip":
+        return options, lambda: clip_model(options)
+    if script == "prior":
+        return options, lambda: prior_model(options, sizes)
     group = "base" if options.stage == "base" else "up"
     half = getattr(options, group)
     unet = replace(half.unet, channels_last=channels_last or half.unet.channels_last)
@@ -222,16 +229,12 @@ def _config(script: str, preset: str, channels_last: bool, sizes: dict[str, int]
     return options, lambda: decoder_model(options, sizes)
 
 
-def _predicted(build: Any, encoder: dict[str, Any], batch: int) -> float:
+def _predicted(model: Any, encoder: dict[str, Any], batch: int) -> float:
     """Return the bytes that a plan reckons with: state, and activations of the batch."""
-    import torch
-
     from cluster.planning.counts import count_model
-    from models.costs import state_bytes
+    from models.costs import meta_copy, state_bytes
 
-    with torch.device("meta"):
-        model = build()
-    counts = count_model(model, min(WORDS, encoder["context_length"]))
+    counts = count_model(meta_copy(model).requires_grad_(), min(WORDS, encoder["context_length"]))
     network = getattr(model, "unet", model)
     checkpointed = getattr(getattr(network, "config", None), "checkpointing", False)
     activations = counts["activations"]["checkpointed" if checkpointed else "kept"]
@@ -244,12 +247,16 @@ def _columns(model: Any, sizes: dict[str, int], count: int, device: Any) -> Any:
     import torch
     import torch.nn.functional as F
 
+    from models.clip import model_sizes
     from training.data.dataloader import Batch
 
     side = getattr(model, "image_size", None) or getattr(model, "crop_size", 1)
-    dim, num_tokens = sizes["embed_dim"], min(WORDS, sizes["context_length"])
+    num_tokens = min(WORDS, sizes["context_length"])
+    if hasattr(model, "visual"):
+        side, num_tokens = model_sizes(model)  # open_clip's towers read padding too
+    dim = sizes["embed_dim"]
     columns = {
-        "image": torch.rand(count, 3, side, side) * 2 - 1,
+        "image": torch.randint(256, (count, 3, side, side), dtype=torch.uint8),
         "image_embed": F.normalize(torch.randn(count, dim), dim=1),
         "text_embed": F.normalize(torch.randn(count, dim), dim=1),
         "states": torch.randn(count, num_tokens, sizes["text_width"]),
@@ -264,9 +271,13 @@ def _objective(model: Any, batch: Any) -> dict[str, Any]:
     from models.decoder import Condition, Decoder
     from models.priors.base import PriorText
     from models.upsampler import Upsampler
+    from training.tasks.clip import clip_objective
+    from training.tasks.pictures import pixels
 
+    if hasattr(model, "visual"):
+        return clip_objective(model, batch)
     if isinstance(model, Upsampler):
-        return model.losses(batch.keys, batch["image"])
+        return model.losses(batch.keys, pixels(batch["image"]))
     own = model.config.text_tokens
     mask = batch["tokens"] > 0
     if not isinstance(model, Decoder):
@@ -277,7 +288,7 @@ def _objective(model: Any, batch: Any) -> dict[str, Any]:
     condition = Condition(
         image_embed=batch["image_embed"], text_embed=batch["text_embed"], token_mask=mask, **text
     )
-    return model.losses(batch.keys, batch["image"], condition)
+    return model.losses(batch.keys, pixels(batch["image"]), condition)
 
 
 def _network(model: Any) -> str:

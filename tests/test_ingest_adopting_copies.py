@@ -48,7 +48,7 @@ def table(tmp_path: Path) -> Path:
 def test_images_are_resized_as_a_download_does(mode, table: Path, tmp_path: Path):
     assert adopted(table, tmp_path / "out", resize_mode=mode, image_size=24) == 0
     resizer = Resizer(image_size=24, resize_mode=mode, quality=95)
-    assert [image for image, _ in stored(tmp_path / "out")] == [resizer(p).jpeg for p in PICTURES]
+    assert [image for image, _ in stored(tmp_path / "out")] == [resizer(p).data for p in PICTURES]
     sizes = [(row["original_width"], row["original_height"]) for row in rows(tmp_path / "out")]
     assert sizes == [(64, 48)] * 5
     found = [row["sha256"] for row in rows(tmp_path / "out")]
@@ -64,7 +64,7 @@ def test_found_bytes_are_kept_under_their_own_name_and_read_by_webdataset(
         assert adopted(table, tmp_path / "out") == 0
     assert encoded == PICTURES[3:]  # what is kept is not made a JPEG as well
     resizer = Resizer(image_size=256, resize_mode="no", quality=95)
-    expected = [*PICTURES[:3], *(resizer(image).jpeg for image in PICTURES[3:])]
+    expected = [*PICTURES[:3], *(resizer(image).data for image in PICTURES[3:])]
     assert [image for image, _ in stored(tmp_path / "out")] == expected
     tar = tmp_path / "out" / "000000.tar"
     with tarfile.open(tar) as members:
@@ -198,7 +198,7 @@ def test_foreign_pictures_give_equal_batches_embeddings_and_features_in_place_an
     resizer = Resizer(image_size=1, resize_mode="no", quality=100)
     for n, (ours, same) in enumerate(zip(*pictures, strict=True)):
         assert np.array_equal(ours, same)
-        downloaded = Image.open(io.BytesIO(resizer(members[2 * n][1]).jpeg))
+        downloaded = Image.open(io.BytesIO(resizer(members[2 * n][1]).data))
         assert ours.shape == np.asarray(downloaded).shape
         assert (
             np.abs(ours.astype(int) - np.asarray(downloaded)).mean() < 25

@@ -31,7 +31,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> io.BytesIO:
 def stored(file: io.BytesIO, resizer: Resizer = KEEP) -> Image.Image:
     """The image as a shard would hold it."""
     found = resizer(file.getvalue())
-    image = Image.open(io.BytesIO(found.jpeg))
+    image = Image.open(io.BytesIO(found.data))
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (found.width, found.height))
     return image
 

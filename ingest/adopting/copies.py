@@ -100,14 +100,14 @@ class CopyJob:
                 table.append(row)
                 if image is not None:
                     json = {name: value for name, value in row.items() if name != "error"}
-                    yield Sample(key=key, image_bytes=image.jpeg, caption=row["caption"], json=json)
+                    yield Sample(key=key, image_bytes=image.data, caption=row["caption"], json=json)
 
     def _image(self, data: bytes) -> tuple[ResizedImage | None, str | None]:
         """Return what is stored of an image, or the reason why nothing is."""
         try:
             if self.resizer.resize_mode == "no" and image_extension(data) is not None:
                 sizes = dict(zip(SIZE_COLUMNS, 2 * verify_image(data, self.limits), strict=True))
-                return ResizedImage(jpeg=data, **sizes), None
+                return ResizedImage(data=data, **sizes), None
             problem = header_problem(data, self.limits)
             return (None, problem) if problem else (self.resizer(data), None)
         except DecodeError as error:

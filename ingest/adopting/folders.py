@@ -33,14 +33,14 @@ from ingest.adopting.tables import (
     plain_values,
 )
 from ingest.adopting.tars import MAX_MEMBER_BYTES
-from ingest.fetching.decode import DecodeError
+from ingest.fetching.decode import FOUND_EXTENSIONS, DecodeError
 from ingest.lists.url_list import FORMATS, URL_COLUMNS
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from fsspec import AbstractFileSystem
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SUFFIXES = tuple(f".{extension}" for extension in FOUND_EXTENSIONS)
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.csv", "captions.tsv")
 COCO = re.compile(r"captions.*\.json")
 KINDS = ("metadata", "coco", "txt", "name")

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from ingest.adopting.sources import open_place
+from ingest.fetching.decode import FOUND_EXTENSIONS
 from ingest.store.storage import is_remote, local_path
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "img")
+IMAGE_EXTENSIONS = (*FOUND_EXTENSIONS, "img")
 MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM", re.DOTALL)  # of image formats
 COMPRESSIONS = {  # first bytes -> fsspec's name
     b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd",

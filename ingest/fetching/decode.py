@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-EXTENSIONS = ("jpg", "png", "webp")  # of the members of a tar that hold an image
+EXTENSIONS = ("jpg", "png", "webp")  # of images in our shards
+FOUND_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")  # of the files of others
 MAX_PIXELS = 50_000_000  # of an image that is decoded: see `header_problem`
 PLAIN_MODES = ("1", "L", "P", "RGB")
 ResizeMode = Literal["keep_ratio", "center_crop", "keep_ratio_largest", "border", "no"]
@@ -141,9 +142,9 @@ def verify_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class ResizedImage:
-    """What is stored of an image. jpeg: its bytes; sizes in px, the original's when upright."""
+    """What is stored of an image; sizes in px, the original's when upright."""
 
-    jpeg: bytes
+    data: bytes
     width: int
     height: int
     original_width: int
@@ -186,7 +187,7 @@ class Resizer:
             print(f"warning: an image was not decoded: {error!r}", file=sys.stderr, flush=True)
             raise DecodeError("undecodable") from error
         return ResizedImage(
-            jpeg=file.getvalue(),
+            data=file.getvalue(),
             width=resized.width,
             height=resized.height,
             original_width=width,

@@ -245,7 +245,7 @@ class ShardDownload(urllib.request.OpenerDirector):
             return NOT_RESIZED
         self._results[row] = RowResult(image=image, sha256=sha256)
         return (
-            image.jpeg, image.width, image.height, image.original_width, image.original_height,
+            image.data, image.width, image.height, image.original_width, image.original_height,
             None,
         )  # fmt: skip
 

@@ -180,7 +180,7 @@ def _tabulate(
             row[size] = getattr(image, size) if image else None
         if image is not None:
             sample = Sample(
-                key=row["key"], image_bytes=image.jpeg, caption=row["caption"], json=dict(row)
+                key=row["key"], image_bytes=image.data, caption=row["caption"], json=dict(row)
             )
             samples.append(sample)
         row["error"] = result.reason

@@ -1,0 +1,33 @@
+"""benchmarks/gpu.py runs to its end on a machine without a GPU, and keeps each result."""
+
+import json
+from pathlib import Path
+
+import pytest
+from _runs import done, script
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_measured_by_runs_on_a_cpu_and_keeps_what_it_has(tmp_path: Path):
+    command = script(
+        "benchmarks/gpu.py", "--all", "--quick", "--num-threads", "1",
+        "--work", tmp_path / "work", "--out", tmp_path / "grid.png",
+    )  # fmt: skip
+    first = done(command, 900)
+    assert first.returncode == 0, first.stderr[-3000:]
+    found = json.loads(first.stdout.splitlines()[-1])
+    assert not [name for name, line in found.items() if "failed" in line], found
+    assert found["run"]["n_steps"] >= 30 and found["run"]["images_per_second"] > 0
+    assert "passed" in found["tests tests/test_models_cuda.py"]["tests"]
+    assert found["step decoder/debug:4 plain"]["samples_per_second"] > 0
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+
+    # One result is lost: that one alone is made again
+    file = tmp_path / "work" / "results.jsonl"
+    lines = [line for line in file.read_text().splitlines(True) if "prior/debug" not in line]
+    file.write_text("".join(lines))
+    second = done(command, 300)
+    assert "step prior/debug:4 plain" in second.stdout.splitlines()
+    assert "run" not in second.stdout.splitlines()
+    again = json.loads(second.stdout.splitlines()[-1])
+    assert again["run"] == found["run"] and again.keys() == found.keys()
