@@ -2,9 +2,10 @@
 
     python cluster/plan.py --preset paper --gpu h200 --num-gpus 64 --images 250e6
     python cluster/plan.py --preset demo               # two CPU cores
+    python cluster/plan.py --validate                  # beside runs that others have published
 """
 
-from cluster.base.cli import INCOMPLETE, parse, run_script
+from cluster.base.cli import DONE, INCOMPLETE, parse, run_script
 from cluster.planning.request import PRESETS, PlanRequest
 
 
@@ -15,8 +16,13 @@ def main(request: PlanRequest) -> int:
 
     from rich.console import Console
 
+    from cluster.planning.published import print_runs, validated
     from cluster.planning.report import Planner, print_plan
 
+    if request.validate:
+        runs = validated()
+        print_runs(runs, Console(width=None if Console().is_terminal else 200))
+        return INCOMPLETE if any(run.is_off for run in runs) else DONE
     plan = Planner(request).plan()
     if request.json:
         print(json.dumps(plan, indent=2))
@@ -29,7 +35,7 @@ def main(request: PlanRequest) -> int:
     if request.budget and plan["cost"] > request.budget:
         print(f"over the budget: ${plan['cost']:,.0f} of ${request.budget:,.0f}", file=sys.stderr)
         return INCOMPLETE
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

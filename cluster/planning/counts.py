@@ -69,9 +69,10 @@ def encoder_counts(name: str) -> Counts:
 def stage_counts(kind: str, config: TrainedConfig, encoder: Counts, tokens: int) -> Counts:
     """Return the counts of the model that a training script builds from `config`.
 
-    tokens: of a caption, which the model reads. Returns `parameters`; `macs` of a forward pass
-    on one sample as it is trained; `text_macs`, the share of a text encoder of its own, which
-    sampling runs once; `image_macs` on an image of full size; `activations`, as `count_model`.
+    tokens: of a caption, which the model reads. Returns `parameters` and their `tensors`; `macs` of
+    a forward pass on one sample as it is trained; `text_macs`, the share of a text encoder of its
+    own, which sampling runs once; `image_macs` on an image of full size; `activations`, as
+    `count_model`.
     """
     sizes = {key: encoder[key] for key in ("embed_dim", "text_width", "context_length")}
     name, network = architecture(config)
@@ -241,7 +242,7 @@ def _count_stage(config: TrainedConfig, sizes: dict[str, int], num_tokens: int) 
 
 
 def count_model(model: Any, num_tokens: int) -> Counts:
-    """Return `parameters`, `macs` and `activations` of a model on the meta device.
+    """Return `parameters`, their `tensors`, `macs` and `activations` of a model on the meta device.
 
     activations: by "kept" and "checkpointed", the bytes that a step holds beside its state: `fixed`
     (autocast's bf16 copies of weights) and `each` for every sample of a micro-batch.
@@ -267,4 +268,5 @@ def count_model(model: Any, num_tokens: int) -> Counts:
         activations[name] = {"fixed": fixed, "each": max(0, peak - fixed) / PROBE}
     if may_checkpoint:
         network.config = own_config
-    return {"parameters": parameters, "macs": macs, "activations": activations}
+    tensors = sum(p.requires_grad for p in model.parameters())
+    return {"parameters": parameters, "tensors": tensors, "macs": macs, "activations": activations}

@@ -30,7 +30,10 @@ class Gpu:
         return self.memory_gib * 2**30
 
     def wire(self, num_gpus: int) -> float:
-        """Return bytes a second that each of so many GPUs sends and takes in a ring."""
+        """Return bytes a second that each of so many GPUs sends and takes in rings.
+
+        Rings between machines use all their cards, each a part of the bytes.
+        """
         return self.link if num_gpus <= self.per_node else min(self.link, self.network)
 
 

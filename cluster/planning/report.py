@@ -9,7 +9,13 @@ from rich.table import Table
 from cluster.base.files import Json
 from cluster.planning import failures, layouts
 from cluster.planning.devices import find_gpu
-from cluster.planning.efficiency import CHANNELS_LAST, Efficiency, efficiency, read_measured
+from cluster.planning.efficiency import (
+    CHANNELS_LAST,
+    Efficiency,
+    Workload,
+    efficiency,
+    read_measured,
+)
 from cluster.planning.failures import CheckpointTimes, Nodes
 from cluster.planning.layouts import Layout, Placement
 from cluster.planning.request import PlanRequest
@@ -34,6 +40,7 @@ SHARD_SECONDS = 600.0  # of one node for one shard of a download or an embedding
 COPY = 25e9  # bytes a second from a GPU to the memory of its CPU, for which steps wait
 
 GIB = 2**30
+ENCODER = Workload(network="encoder")
 
 Plan = Json  # JSON: numbers in the units that their names give, and their sources
 
@@ -120,7 +127,7 @@ class Planner:
 
     def _embed(self) -> Plan:
         """Return how long both towers take over all images, and the nodes that decode for them."""
-        request, share = self.request, self._efficiency("encoder")
+        request, share = self.request, self._efficiency(ENCODER)
         flops = 2.0 * (self.encoder["image_macs"] + self.encoder["caption_macs"])
         rate = request.num_gpus * self.gpu.peak_tflops * 1e12 * share.mfu / flops
         days = request.images / rate / DAY
@@ -135,12 +142,12 @@ class Planner:
     def _trained(self, stage: Stage) -> Plan:
         """Return a stage's size, memory by layout, and its speed, failures and cost if it fits."""
         request, gpu = self.request, self.gpu
-        share = self._efficiency(stage.network, stage.preset)
+        share = self._efficiency(stage.workload)
         workers = layouts.usable_workers(stage, request.num_gpus)
         flops = stage.flops(stage.global_batch_size // workers)
         own = layouts.preset_layout(stage, workers)
         own_bytes = layouts.memory_of(stage, workers, own).total
-        placements = layouts.place(stage, gpu, workers, share.mfu, request.headroom)
+        placements = layouts.place(stage, gpu, workers, share, request)
         best = next((each for each in placements if each.fits), None)
         plan = {
             "name": stage.name, "kind": stage.kind, "preset": stage.preset,
@@ -161,7 +168,7 @@ class Planner:
             return {**plan, **self._speed(stage, best)}
         least = min(placements, key=lambda each: each.memory.total)
         plan["least_bytes"], plan["least_layout"] = least.memory.total, str(least.layout)
-        plan["nearest"] = layouts.nearest(stage, gpu, workers, share.mfu, request.headroom)
+        plan["nearest"] = layouts.nearest(stage, gpu, workers, share, request)
         return plan
 
     def _memory_table(self, stage: Stage, workers: int) -> list[Plan]:
@@ -239,9 +246,9 @@ class Planner:
         """Return what it costs to sample and score the evaluation's images."""
         request, peak = self.request, self.gpu.peak_tflops * 1e12
         flops = image_flops(request.chain, self.stages)
-        seconds = 2 * 2 * INCEPTION_MACS / (peak * self._efficiency("encoder").mfu)
+        seconds = 2 * 2 * INCEPTION_MACS / (peak * self._efficiency(ENCODER).mfu)
         for stage in self.stages:
-            mfu = self._efficiency(stage.network, stage.preset).mfu
+            mfu = self._efficiency(stage.workload).mfu
             seconds += flops.get(stage.name, 0.0) / (peak * mfu)
         hours = seconds * request.eval_images / 3600
         return {
@@ -249,8 +256,8 @@ class Planner:
             "gpu_hours": hours, "days": hours / 24 / request.num_gpus, "cost": hours * self.price,
         }  # fmt: skip
 
-    def _efficiency(self, network: str, preset: str = "") -> Efficiency:
-        return efficiency(network, self.gpu, self.request, self.measured, preset)
+    def _efficiency(self, run: Workload) -> Efficiency:
+        return efficiency(run, self.gpu, self.request, self.measured)
 
     def _pipeline(self, download: Plan, embed: Plan, trained: list[Plan]) -> Plan:
         """Return when each stage begins and ends: one after the other, failures included."""

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from cluster.base.options import Option, merged, read_yaml, require_bounds
 
+EngineName = Literal["deepspeed", "fsdp2"]
 PRESETS = Path(__file__).parent / "presets"
 # unexpected stops of a node in a 54-day snapshot of 16,384 GPUs, 2,048 nodes: 419
 # (Dubey et al. 2024, The Llama 3 Herd of Models, section 3.3.4)
@@ -43,6 +44,9 @@ class PlanRequest:
     """train the encoder as well, instead of taking one that is there"""
     gpu: str = "h200"
     """kind of GPU: a100-40, a100-80, h100, h200, b200, l40s, or cpu (two cores)"""
+    engine: EngineName = "deepspeed"
+    """who reduces gradients and partitions the state: DeepSpeed, or torch's FSDP2, which gathers
+    weights in bf16 beside the forward pass; --train.engine of the training scripts"""
     num_gpus: Annotated[int, Option(least=1, most=100_000)] = 64
     """GPUs"""
     images: Annotated[float, Option(least=1, most=1e12)] = 250e6
@@ -92,6 +96,9 @@ class PlanRequest:
     """images drawn for the evaluation"""
     json: bool = False
     """print JSON instead of tables"""
+    validate: bool = False
+    """compare the planner with runs that others have published, and stop; exit code 1 where one is
+    off by more than 25 %"""
 
     def __post_init__(self) -> None:
         require_bounds(self)

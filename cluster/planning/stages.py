@@ -12,6 +12,7 @@ from cluster.planning.counts import (
     read_preset,
     stage_counts,
 )
+from cluster.planning.efficiency import Workload
 from cluster.planning.request import CHAINS, PlanRequest
 from training.config import ClipRunConfig, DecoderRunConfig, TrainConfig
 
@@ -76,7 +77,15 @@ class Stage:
         unet = getattr(architecture(self.config)[1], "unet", None)
         if unet is None:
             return "transformer"
-        return "unet_channels_last" if unet.channels_last else "unet"
+        return "unet" if unet.channels_last is False else "unet_channels_last"
+
+    @property
+    def workload(self) -> Workload:
+        """What its efficiency depends on; compiled where the preset does not say otherwise."""
+        return Workload(
+            network=self.network, preset=self.preset, parameters=self.parameters,
+            tensors=self.counts["tensors"], compiled=self.train.workers.compile is not False,
+        )  # fmt: skip
 
     def flops(self, share: int = 0) -> float:
         """FLOPs of training on one sample, the frozen text tower and SAM's second pass included.

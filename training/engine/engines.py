@@ -6,7 +6,7 @@ world size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -30,9 +30,9 @@ from training.engine.zero_partitions import (
 # Elements up to which stage 3 keeps a parameter whole on every rank: gathering norms, biases and
 # other small ones at each use would cost more than they weigh. DeepSpeed's default.
 WHOLE_UP_TO = 100_000
-# Elements that DeepSpeed reduces at once, its default, for which it allocates memory whether or not
-# there are as many.
-BUCKET = 500_000_000
+# Elements that are reduced at once, at most: so many are sent at full speed, and DeepSpeed
+# allocates two buckets of each type.
+MAX_BUCKET = 50_000_000
 Scores = dict[str, Tensor]  # {"loss": [B], ...}
 
 
@@ -152,10 +152,23 @@ class PlainEngine:
         """Do nothing: fragments are the parameters themselves."""
 
 
+def bucket_elements(sizes: Iterable[int]) -> int:
+    """Return how many elements DeepSpeed reduces at once, by the sizes of all parameters.
+
+    About a sixteenth of them: the first bucket is full, and its reduction begins, after that share
+    of the gradients.
+    """
+    sizes = list(sizes)
+    return min(MAX_BUCKET, max(*sizes, sum(sizes) // 16))
+
+
 class ZeroEngine:
     """DeepSpeed, stages 0 to 3, through its public interface.
 
-    Weights are fp32; bf16 is autocast, so one code path serves both precisions.
+    Weights are fp32; bf16 is autocast, so one code path serves both precisions. Stages 1 to 3
+    reduce gradients while the last micro-batch's backward pass still computes others. Stage 0
+    reduces them after it, and in fp32. Stages 1 and 2 gather new weights in fp32: DeepSpeed gathers
+    bf16 only where the weights that layers read are bf16 themselves.
     """
 
     def __init__(
@@ -198,7 +211,9 @@ class ZeroEngine:
                 # stages 1 and 2 then add up a bucket in its place, not in a copy (measured on CPU);
                 # stage 3 would rely on the order in which ranks' gradients come
                 "reduce_scatter": self.device.type != "cpu" or workers.zero_stage == 3,
-                "reduce_bucket_size": min(BUCKET, sum(map(math.prod, self.shapes.values()))),
+                "reduce_bucket_size": bucket_elements(map(math.prod, self.shapes.values())),
+                # without it stages 1 and 2 reduce after the backward pass
+                "overlap_comm": True,
                 "stage3_param_persistence_threshold": WHOLE_UP_TO,
                 **({"offload_optimizer": {"device": "cpu"}} if workers.offload == "cpu" else {}),
             },
