@@ -3,8 +3,9 @@
 Frozen CLIP stays outside the training engine: `FrozenClip` encodes, it is never trained.
 """
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import text_global_pool
+from open_clip.transformer import ResidualAttentionBlock, text_global_pool
 from PIL import Image
 from torch import Tensor, nn
 
 from models.configs import ClipConfig
-from models.networks.transformer import trimmed_length
+from models.networks.packing import Packing
+from models.networks.transformer import attend_packed, trimmed_length
 from models.weights import digest
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, as in open_clip's models
@@ -185,6 +187,7 @@ class FrozenClip(nn.Module):
         if not unit_norm:
             self.encoder_id += RAW
         self.tokenize = tokenizer(self.context_length, int(self.clip.vocab_size))
+        self._bf16_blocks: list[nn.Module] = []  # not registered: a copy, see `encode_packed`
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -203,6 +206,10 @@ class FrozenClip(nn.Module):
     def device(self) -> torch.device:
         """The device that inputs are moved to and results are on."""
         return self.clip.positional_embedding.device
+
+    def on(self, device: torch.device) -> "FrozenClip":
+        """Move to a device, once: `to` would look at every weight in every step."""
+        return self if self.device == device else self.to(device)
 
     def drop_vision(self) -> None:
         """Free the vision tower, most of the weights, where only captions are encoded, as in
@@ -227,10 +234,66 @@ class FrozenClip(nn.Module):
         """Return tokens int [B, L] without the columns that are padding in every row, if the tower
         does not read them: a causal one that pools at a caption's end.
 
-        Most captions fill a fifth of the context.
+        Most captions fill a fifth of the context. Tokens on a GPU stay as they are: to read their
+        lengths would be to wait for it.
         """
-        causal = self.clip.attn_mask is not None and self.clip.text_pool_type in ("argmax", "eos")
-        return tokens[:, : trimmed_length(token_mask(tokens))] if causal else tokens
+        may_trim = self.is_causal and not tokens.is_cuda
+        return tokens[:, : trimmed_length(token_mask(tokens))] if may_trim else tokens
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the text tower reads no padding: a causal one that pools at a caption's end."""
+        return self.clip.attn_mask is not None and self.clip.text_pool_type in ("argmax", "eos")
+
+    @property
+    def packs_text(self) -> bool:
+        """Whether `encode_packed` knows the text tower: a causal one of open_clip's plain blocks.
+
+        Towers of other blocks (QK-norm, scaled cosine) encode padded captions.
+        """
+        blocks = self.clip.transformer.resblocks
+        return self.is_causal and all(type(block) is ResidualAttentionBlock for block in blocks)
+
+    @torch.no_grad()
+    def encode_packed(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Encode packed captions, int64 [S], to text_states float32 [S, W], those of
+        `encode_text`.
+
+        Under bf16 autocast on a GPU the linear layers are a bf16 copy, where autocast would convert
+        frozen weights again at every call. For towers that `packs_text` names.
+        """
+        clip = self.clip
+        x = clip.token_embedding(tokens) + F.embedding(packing.position, clip.positional_embedding)
+        for block in self._text_blocks(x) if len(x) else ():
+            x = _packed_block(block, x, packing)  # [S, W]
+        return clip.ln_final(x).float()
+
+    def _text_blocks(self, like: Tensor) -> Iterable[Any]:
+        """Return the tower's blocks in the precision of a call."""
+        if not like.is_cuda or not torch.is_autocast_enabled("cuda"):
+            return self.clip.transformer.resblocks
+        if not self._bf16_blocks:
+            blocks = copy.deepcopy(self.clip.transformer.resblocks)
+            for module in blocks.modules():
+                if isinstance(module, nn.Linear | nn.MultiheadAttention):
+                    for parameter in module.parameters(recurse=False):
+                        parameter.data = parameter.to(torch.get_autocast_dtype("cuda"))
+            self._bf16_blocks = list(blocks)
+        return self._bf16_blocks
+
+    @torch.no_grad()
+    def pool_packed(self, states: Tensor, tokens: Tensor, packing: Packing) -> Tensor:
+        """Return text_embed float32 [B, E], of unit norm if `unit_norm`, of packed text_states
+        float32 [S, W] and their tokens int64 [S]; no caption may be empty."""
+        padded = packing.pad(tokens, self.context_length)  # [B, L]
+        is_end = padded if self.clip.text_pool_type == "argmax" else padded == self.clip.text_eos_id
+        end = packing.offsets[:-1] + is_end.int().argmax(1)  # [B]
+        return self._projected(states.index_select(0, end))
+
+    def _projected(self, pooled: Tensor) -> Tensor:
+        projection = self.clip.text_projection
+        embed = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+        return self._of_length(embed.float())
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,9 +310,17 @@ class FrozenClip(nn.Module):
         pooled = text_global_pool(
             states, tokens, clip.text_pool_type, eos_token_id=clip.text_eos_id
         )
-        projection = clip.text_projection
-        embed = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
-        return self._of_length(embed.float()), states.float()
+        return self._projected(pooled), states.float()
+
+
+def _packed_block(block: Any, x: Tensor, packing: Packing) -> Tensor:
+    """Run a block of open_clip's on packed tokens [S, W], each caption for itself."""
+    attention = block.attn
+    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)  # [S, 3 W]
+    q, k, v = (y.unflatten(-1, (attention.num_heads, -1)) for y in qkv.chunk(3, dim=-1))
+    y = attend_packed(q, k, v, packing).flatten(1)  # [S, W]
+    x = x + block.ls_1(attention.out_proj(y))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def token_mask(tokens: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from models.diffusion.samplers import (
     inpainted,
 )
 from models.diffusion.schedule import NoiseSchedule
+from models.networks.packing import Packing
 from models.networks.transformer import TextEncoder
 from models.networks.unet import UNet
 
@@ -36,7 +37,8 @@ class Condition:
     """A decoder's input: z_i, and what it reads of the caption.
 
     image_embed: z_i, [B, E]; text_states: CLIP's, [B, L, W], or tokens: int [B, L] of a decoder
-    with a text encoder of its own; token_mask: bool [B, L], True = keep; text_embed: z_t, [B, E].
+    with a text encoder of its own, or packed int [S] with their packing; token_mask: bool [B, L],
+    True = keep; text_embed: z_t, [B, E].
     without_text: z_i alone, as where training dropped the caption; not for a decoder with
     `empty_caption`, see `UnClip.condition`.
     """
@@ -44,6 +46,7 @@ class Condition:
     image_embed: Tensor
     text_states: Tensor | None = None
     tokens: Tensor | None = None
+    packing: Packing | None = None
     token_mask: Tensor | None = None
     text_embed: Tensor | None = None
     without_text: bool = False
@@ -209,7 +212,11 @@ class Decoder(nn.Module):
         if self.text_encoder is not None:
             assert condition.tokens is not None and mask is not None
             assert self.caption_to_cond is not None
-            text = self.text_encoder(condition.tokens, mask)  # [B, L, context]
+            if condition.packing is None:
+                text = self.text_encoder(condition.tokens, mask)  # [B, L, context]
+            else:
+                packed = self.text_encoder(condition.tokens, condition.packing)  # [S, context]
+                text = condition.packing.pad(packed, mask.shape[1])  # [B, L, context]
             end = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # [B]
             row = torch.arange(len(text), device=end.device)
             pooled = self.caption_to_cond(text[row, end])  # [B, cond]

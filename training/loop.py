@@ -15,7 +15,7 @@ from cluster.base.files import Json
 from training.checkpoints.records import Progress
 from training.checkpoints.schedule import Checkpoints
 from training.config import RunConfig
-from training.data.dataloader import Batch, make_loader
+from training.data.dataloader import Batch, as_it_is, make_loader
 from training.data.datasets import ColumnDataset
 from training.engine.ema import Ema
 from training.engine.engines import Engine, Scores
@@ -36,7 +36,9 @@ class Task:
     """What is trained: built in every worker.
 
     objective(model, batch) -> {"loss": [B], other scores: [B]}; build_dataset: opens its data, here
-    or in a process of Ray's; export: what config.json says of the model; block_size: neighbouring
+    or in a process of Ray's; collate: adds to a batch what the objective needs of it and only the
+    CPU knows without waiting, such as the lengths of its captions; it runs where batches are read
+    ahead; export: what config.json says of the model; block_size: neighbouring
     samples that stay together; validate: scores of the averaged weights in a checkpoint's folder,
     None where there is no validation data; grad_context: holds while the gradient is taken, see
     engine/sam.py; on_checkpoint: called by every rank with the folder of each complete checkpoint.
@@ -46,6 +48,7 @@ class Task:
     objective: Callable[[Any, Batch], Scores]
     build_dataset: Callable[[], ColumnDataset]
     export: Json
+    collate: Callable[[Batch], Batch] = as_it_is
     block_size: int = 1
     validate: Callable[[Path], dict[str, float]] | None = None
     grad_context: Callable[[Any, list[Batch]], AbstractContextManager] = no_context
@@ -61,8 +64,8 @@ def train(
     checkpoints = Checkpoints(task, run, engine, ema, config, reporter)
     progress = checkpoints.resume()
     loader = make_loader(
-        task.build_dataset, options, block_size=task.block_size, rank=engine.rank,
-        world_size=engine.world_size, pin_memory=engine.device.type == "cuda",
+        task.build_dataset, options, collate=task.collate, block_size=task.block_size,
+        rank=engine.rank, world_size=engine.world_size, pin_memory=engine.device.type == "cuda",
     )  # fmt: skip
     steps = loader.steps(progress.step, config.schedule.num_steps)
     num_nonfinite = 0  # steps in a row

@@ -1,37 +1,92 @@
 """Transformer layers shared by the priors and the U-Nets: attention, blocks, and the caption's
 input."""
 
+import inspect
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from models.configs import TransformerConfig
+from models.networks.packing import Packing
 
 TRIM_MULTIPLE = 8  # tokens
+Mask = Tensor | Packing | Literal["causal"]  # what a token may read, see `SelfAttention`
+_OPTIONS = inspect.signature(varlen_attn).parameters
+_CAUSAL = {"window_size": (-1, 0)} if "window_size" in _OPTIONS else {"is_causal": True}
 
 
 # -- functions -------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Literal["causal"] | None) -> Tensor:
     """Return softmax(q k^T / sqrt(d) + mask) v (Vaswani et al. 2017, eq. 1).
 
-    q: [B, H, N, d]; k, v: [B, H, M, d]; mask: bool, broadcast to [B, H, N, M], True = keep.
-    Returns [B, H, N, d].
+    q: [B, H, N, d]; k, v: [B, H, M, d]; mask: bool, broadcast to [B, H, N, M], True = keep, or
+    "causal" for N = M, or None for none. Returns [B, H, N, d].
 
     On an accelerator this is the fused kernel. On the CPU the fused backward in bf16 took 28 % of a
     U-Net's step, and plain matrix products half of that, so there the formula is spelled out.
     """
     if q.is_cuda:
+        if mask == "causal":  # a table would keep the fastest kernel away
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     logits = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)  # [B, H, N, M]
+    if isinstance(mask, str):
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     return logits.softmax(dim=-1).to(v.dtype) @ v
+
+
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, num_queries: int = 0
+) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v within each sequence.
+
+    k, v: [T, H, d]; q: [T, H, d], or with `num_queries` n > 0 [B * n, H, d], n for each sequence,
+    which read all of it; no sequence may then be empty. Returns as q.
+    """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # a norm under autocast makes fp32
+    if v.is_cuda and v.dtype != torch.float32 and v.shape[-1] % 8 == 0:  # what the kernel takes
+        offsets, longest, causal = packing.offsets, packing.max_length, packing.causal
+        if num_queries:
+            stop = len(offsets) * num_queries
+            offsets = torch.arange(0, stop, num_queries, dtype=torch.int32, device=q.device)
+            longest, causal = num_queries, False
+        options = _CAUSAL if causal else {}
+        ends = offsets, packing.offsets, longest, packing.max_length
+        return varlen_attn(q, k, v, *ends, **options)  # pyright: ignore
+
+    outputs = []
+    for rows, keep, members in zip(packing.rows, packing.keep, packing.members, strict=True):
+
+        def padded(x: Tensor, rows: Tensor = rows) -> Tensor:
+            flat = x.index_select(0, rows.flatten())  # [b * l, H, d]
+            return flat.unflatten(0, rows.shape).transpose(1, 2)  # [b, H, l, d]
+
+        if num_queries:
+            queries = q.unflatten(0, (-1, num_queries)).index_select(0, members).transpose(1, 2)
+        else:
+            queries = padded(q)  # [b, H, n or l, d]
+        # padding comes after all tokens of a sequence
+        mask = "causal" if packing.causal and not num_queries else keep[:, None, None, :]
+        y = attend(queries, padded(k), padded(v), mask).transpose(1, 2)  # [b, n or l, H, d]
+        outputs.append(y if num_queries else y.flatten(0, 1))
+    if not outputs:
+        return q  # no token at all
+    y = torch.cat(outputs)  # [B, n, H, d], or the groups' [b * l, H, d]
+    if num_queries:
+        return y.index_select(0, packing.member_order).flatten(0, 1)
+    return y.index_select(0, packing.order)
+
+
 
 
 def attention_kernels(like: Tensor) -> AbstractContextManager:
@@ -68,7 +123,11 @@ def trimmed_length(token_mask: Tensor) -> int:
     `TRIM_MULTIPLE` or L."""
     width = token_mask.shape[1]
     position = torch.arange(1, width + 1, device=token_mask.device)
-    longest = int((position * token_mask).max())
+    return trim(int((position * token_mask).max()), width)
+
+
+def trim(longest: int, width: int) -> int:
+    """Return `longest` as a multiple of `TRIM_MULTIPLE`, at most `width`."""
     return min(width, -(-max(1, longest) // TRIM_MULTIPLE) * TRIM_MULTIPLE)
 
 
@@ -79,6 +138,14 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> T
     frequency = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device) / half)
     angle = t.float()[:, None] * frequency[None, :]
     return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def last_tokens(x: Tensor, mask: Mask, num_queries: int) -> Tensor:
+    """Return the last `num_queries` tokens of x [B, N, ...], 0 for all, or the last one of each
+    sequence of a packed x [T, ...]."""
+    if isinstance(mask, Packing):
+        return x.index_select(0, mask.last) if num_queries else x
+    return x[:, -num_queries:]  # -0 takes all
 
 
 # -- layers ----------------------------------------------------------------------------------------
@@ -138,17 +205,24 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(head, elementwise_affine=False) if qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, mask: Tensor, num_queries: int = 0, cache: KeyValues | None = None
+        self, x: Tensor, mask: Mask, num_queries: int = 0, cache: KeyValues | None = None
     ) -> Tensor:
         """Map x [B, N, width] to [B, N, width], or to [B, num_queries, width] of the last tokens,
         which read all the others.
 
-        mask: bool [..., N, M], True = keep. cache: M - N earlier tokens, which these tokens read
-        and are appended to; None for none, M = N. num_queries: 0 for all.
+        mask: bool [..., N, M], True = keep, or "causal" with neither `cache` nor `num_queries`, or
+        the packing of x [T, width], of which `num_queries` 1 takes each sequence's last token, [B,
+        width]. cache: M - N earlier tokens, which these tokens read and are appended to; None for
+        none, M = N. num_queries: 0 for all.
         """
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # [B, N, W] each
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        q, mask = q[..., -num_queries:, :], mask[..., -num_queries:, :]  # -0 takes all
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
+        if isinstance(mask, Packing):
+            q, k = self.q_norm(last_tokens(q, mask, num_queries)), self.k_norm(k)  # [T, H, d]
+            return self.out(attend_packed(q, k, v, mask, num_queries).flatten(1))  # [T, W]
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        if isinstance(mask, Tensor):
+            q, mask = q[..., -num_queries:, :], mask[..., -num_queries:, :]  # -0 takes all
         q, k = self.q_norm(q), self.k_norm(k)  # [B, H, N, d]
         if cache is not None:
             k, v = cache.extend(k, v)  # [B, H, M, d]
@@ -172,12 +246,12 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor, num_queries: int = 0, cache: KeyValues | None = None
+        self, x: Tensor, mask: Mask, num_queries: int = 0, cache: KeyValues | None = None
     ) -> Tensor:
         """Map x [B, N, width] to [B, N, width], or to [B, num_queries, width] of the last tokens;
-        see `SelfAttention` for the arguments."""
+        see `SelfAttention` for the arguments, and for x [T, width] that is packed."""
         h = self.attention(self.norm_1(x), mask, num_queries, cache)  # [B, N, W]
-        x = x[:, -num_queries:] + self.dropout(h)  # [B, N, W]
+        x = last_tokens(x, mask, num_queries) + self.dropout(h)  # [B, N, W]
         return x + self.dropout(self.mlp(self.norm_2(x)))  # [B, N, W]
 
 
@@ -238,11 +312,17 @@ class TextEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        """Map tokens int [B, L] with token_mask bool [B, L] (True = keep) to states [B, L, width].
+    def forward(self, tokens: Tensor, token_mask: Tensor | Packing) -> Tensor:
+        """Map tokens int [B, L] with token_mask bool [B, L] (True = keep) to states [B, L, width],
+        or packed ones [T] with their packing to [T, width].
 
         L may be less than `context_length` if the end of every caption is within L.
         """
+        if isinstance(token_mask, Packing):
+            h = self.tokens(tokens) + F.embedding(token_mask.position, self.position[0])  # [T, W]
+            for block in self.blocks:
+                h = block(h, token_mask)  # [T, W]
+            return self.norm(h)  # [T, W]
         length = tokens.shape[1]
         h = self.tokens(tokens) + self.position[:, :length]  # [B, L, W]
         mask = causal_mask(length, token_mask)  # [B, 1, L, L]

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from models.configs import AutoregressivePriorConfig
 from models.diffusion import keyed_random
+from models.networks.packing import CaptionPacking, Packing
 from models.networks.transformer import (
     KeyValues,
     TextEncoder,
     attend,
+    attend_packed,
     prior_blocks,
     without_autocast,
 )
-from models.priors.base import PriorSampling, PriorText
+from models.priors.base import PackedText, PriorSampling, PriorText
 
 RANGE = 4.0  # standard deviations; values beyond go to the outermost buckets
 SMOOTH = 0.05  # of the buckets' range [-1, 1]: .2 standard deviations of a component
@@ -120,9 +122,16 @@ class AttentionPool(nn.Module):
         self.kv = nn.Linear(text_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, states: Tensor, token_mask: Tensor) -> Tensor:
-        """Map states [B, L, text_width] with token_mask bool [B, L] to [B, n, width]."""
+    def forward(self, states: Tensor, token_mask: Tensor | Packing) -> Tensor:
+        """Map states [B, L, text_width] with token_mask bool [B, L], or [T, text_width] with their
+        packing, to [B, n, width]."""
         k, v = self.kv(self.norm(states)).chunk(2, dim=-1)  # [B, L, W] each
+        if isinstance(token_mask, Packing):
+            count, heads = self.query.shape[1], (self.num_heads, -1)
+            q = self.query.to(k.dtype).expand(len(token_mask.last), -1, -1).flatten(0, 1)
+            q, k, v = (y.unflatten(-1, heads) for y in (q, k, v))  # [T, H, d]
+            y = attend_packed(q, k, v, token_mask, count)  # [B * n, H, d]
+            return self.out(y.flatten(1).unflatten(0, (-1, count)))  # [B, n, W]
         q = self.query.to(k.dtype).expand(len(states), -1, -1)  # [B, n, W]
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
         mask = token_mask[:, None, None, :].expand(-1, -1, q.shape[2], -1)  # [B, 1, n, L]
@@ -193,17 +202,18 @@ class AutoregressivePrior(nn.Module):
         self.code_out.bias.data = -0.5 * (middles * RANGE) ** 2
         self.codes = PcaCodes(embed_dim=embed_dim, num_codes=config.num_codes, codebook_size=size)
 
-    def prefix(self, text: PriorText, drop: Tensor) -> Tensor:
+    def prefix(self, text: PriorText | PackedText, drop: Tensor) -> Tensor:
         """Return the tokens before the codes, [B, num_prefix, W]: z_t and the pooled caption, or
         learned nulls where `drop`, bool [B]."""
         states = text.text
+        mask = text.packing.text if isinstance(text, PackedText) else text.token_mask
         if self.text_encoder is not None:
-            states = self.text_encoder(states, text.token_mask)  # [B, L, text_width]
+            states = self.text_encoder(states, mask)  # [B, L, text_width], or packed
         z_t = self.text_embed_in(text.text_embed * self.embed_dim**0.5)[:, None]  # [B, 1, W]
-        tokens = torch.cat([z_t, self.pool(states, text.token_mask)], dim=1)  # [B, num_prefix, W]
+        tokens = torch.cat([z_t, self.pool(states, mask)], dim=1)  # [B, num_prefix, W]
         return torch.where(drop[:, None, None], self.null_prefix.to(tokens.dtype), tokens)
 
-    def hints(self, text: PriorText, drop: Tensor) -> Tensor:
+    def hints(self, text: PriorText | PackedText, drop: Tensor) -> Tensor:
         """Return what is added to the token before each code, [B, K, W or 1]: z_t's value of that
         code's component with `config.tell_components`, zeros without it or where `drop`, bool
         [B]."""
@@ -217,14 +227,18 @@ class AutoregressivePrior(nn.Module):
         start = caches[0].length if caches else 0
         length = start + h.shape[1]
         h = h + self.position[:, start:length]  # [B, n, W]
+        if caches is None:
+            for block in self.blocks:
+                h = block(h, "causal")  # [B, n, W]
+            return self.norm_out(h)
         causal = torch.ones(length, length, dtype=torch.bool, device=h.device).tril()
         mask = causal[None, None, start:]  # [1, 1, n, length]
-        for i, block in enumerate(self.blocks):
-            h = block(h, mask, cache=caches[i] if caches else None)  # [B, n, W]
+        for block, cache in zip(self.blocks, caches, strict=True):
+            h = block(h, mask, cache=cache)  # [B, n, W]
         return self.norm_out(h)
 
     def forward(
-        self, text: PriorText, dot: Tensor, codes: Tensor, drop: Tensor
+        self, text: PriorText | PackedText, dot: Tensor, codes: Tensor, drop: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return float32 logits of the dot-product token [B, C] and of the codes [B, K, C], each
         given those before it.
@@ -243,7 +257,17 @@ class AutoregressivePrior(nn.Module):
         """Return the quantised z_i . z_t, int64 [B]: equal buckets over [-1, 1]."""
         return _bucket((image_embed * text_embed).sum(1), self.config.codebook_size)
 
-    def losses(self, keys: Tensor, image_embed: Tensor, text: PriorText) -> dict[str, Tensor]:
+    def pack(self, lengths: Tensor, keys: Tensor) -> CaptionPacking:
+        """Return how captions of `lengths` int64 [B] are packed; see `DiffusionPrior.pack`.
+
+        Dropped ones are read: nulls take the place of what is pooled from them.
+        """
+        keep = torch.zeros_like(keys, dtype=torch.bool)
+        return CaptionPacking(text=Packing.of(lengths), drop=keep)
+
+    def losses(
+        self, keys: Tensor, image_embed: Tensor, text: PriorText | PackedText
+    ) -> dict[str, Tensor]:
         """Return {"loss", "dot_loss", "code_loss": [B]} of image_embed [B, E], in nats per token.
 
         Dropped captions come from the sample `keys` int64 [B].

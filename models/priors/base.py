@@ -15,6 +15,7 @@ from models.configs import (
     Spacing,
 )
 from models.diffusion.samplers import Sampler
+from models.networks.packing import CaptionPacking
 from models.networks.transformer import trimmed_length
 
 EMBED_RMS = 0.5375  # the paper's 17.2 / sqrt(1024): RMS of ImageNet's pixels in [-1, 1]
@@ -43,6 +44,20 @@ class PriorText:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedText:
+    """Captions as a prior's input in training, without padding.
+
+    text_embed: z_t, float [B, E], unit norm; text: CLIP's token states, float [S, W], or the
+    prior's own tokens, int [S], of the captions that `packing` has not dropped; packing: from the
+    prior's own `pack`.
+    """
+
+    text_embed: Tensor
+    text: Tensor
+    packing: CaptionPacking
+
+
+@dataclass(frozen=True, kw_only=True)
 class PriorSampling:
     """How to sample a prior; each field applies to the priors that have it.
 
@@ -68,9 +83,16 @@ class Prior(Protocol):
     embed_dim: int
     config: DiffusionPriorConfig | AutoregressivePriorConfig | RegressionPriorConfig
 
-    def losses(self, keys: Tensor, image_embed: Tensor, text: PriorText) -> dict[str, Tensor]:
+    def pack(self, lengths: Tensor, keys: Tensor) -> CaptionPacking:
+        """Return how captions of `lengths` int64 [B] are packed for `losses` under sample `keys`
+        int64 [B], all on the CPU."""
+        ...
+
+    def losses(
+        self, keys: Tensor, image_embed: Tensor, text: PriorText | PackedText
+    ) -> dict[str, Tensor]:
         """Return {"loss": [B], other scores: [B]} of image_embed [B, E]; all randomness comes from
-        the sample `keys` int64 [B]."""
+        the sample `keys` int64 [B]. Packed or padded, the losses are the same."""
         ...
 
     def sample(self, keys: Tensor, text: PriorText, options: PriorSampling) -> Tensor:

@@ -1,6 +1,7 @@
 """The diffusion prior: a caption's image embeddings (Ramesh et al. 2022, section 2.2)."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from models.diffusion import keyed_random
 from models.diffusion.losses import draw_timesteps, timestep_weight
 from models.diffusion.samplers import Denoised, clipped, gaussian_posterior_variance, guided
 from models.diffusion.schedule import NoiseSchedule
+from models.networks.packing import CaptionPacking, Packing, pack_prior
 from models.networks.transformer import (
     TRIM_MULTIPLE,
     KeyValues,
@@ -20,7 +22,7 @@ from models.networks.transformer import (
     causal_mask,
     prior_blocks,
 )
-from models.priors.base import EmbedScale, PriorSampling, PriorText
+from models.priors.base import EmbedScale, PackedText, PriorSampling, PriorText
 
 NUM_EXTRA_TOKENS = 4  # z_t, t, noised z_i, query
 NUM_STEP_TOKENS = 3  # those that a step of sampling changes: t, noised z_i, query
@@ -98,12 +100,15 @@ class DiffusionPrior(nn.Module):
         num_padded = states.shape[1] - self.null_text.shape[1]
         null = F.pad(self.null_text, (0, 0, 0, num_padded)).to(states.dtype)  # [1, L, W]
         states = torch.where(drop[:, None, None], null, states)  # [B, L, W]
-        z_t = self.scale(text.text_embed) if self.config.scale_text else text.text_embed
-        z_t = self.text_embed_in(z_t)[:, None]  # [B, 1, W]
-        z_t = torch.where(drop[:, None, None], self.null_text_embed, z_t)
+        z_t = self._text_embed_token(text.text_embed, drop)  # [B, 1, W]
         null_mask = torch.arange(states.shape[1], device=drop.device) < self.null_length  # [L]
         keep = torch.where(drop[:, None], null_mask, text.token_mask)  # [B, L]
         return states, z_t.to(states.dtype), keep
+
+    def _text_embed_token(self, text_embed: Tensor, drop: Tensor) -> Tensor:
+        z_t = self.scale(text_embed) if self.config.scale_text else text_embed
+        z_t = self.text_embed_in(z_t)[:, None]  # [B, 1, W]
+        return torch.where(drop[:, None, None], self.null_text_embed, z_t)
 
     def _step_tokens(self, x_t: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the tokens [B, 3, W] that change from step to step."""
@@ -111,26 +116,50 @@ class DiffusionPrior(nn.Module):
         tokens = self.time_in(t)[:, None], self.x_in(x_t)[:, None], query  # [B, 1, W] each
         return torch.cat([token.to(dtype) for token in tokens], dim=1)
 
-    def forward(self, x_t: Tensor, t: Tensor, text: PriorText | TextCache, drop: Tensor) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor, text: PriorText | PackedText | TextCache, drop: Tensor
+    ) -> Tensor:
         """Predict the clean, scaled z_i, float32 [B, E].
 
         x_t: [B, E], scaled; t: int64 [B]; drop: bool [B], True replaces caption and z_t by learned
-        nulls (classifier-free guidance); a `TextCache` has it applied already.
+        nulls (classifier-free guidance); a `TextCache` has it applied already, and a `PackedText`
+        says itself which they are.
         """
         if isinstance(text, TextCache):
             return self.decode_step(text, x_t, t)
+        if isinstance(text, PackedText):
+            h, packing = self._packed_tokens(x_t, t, text)  # [T, W]
+            return self.out(self.norm_out(self._transform(h, packing))).float()  # [B, E]
         states, z_t, keep = self.encode_text(text, drop)  # [B, L, W], [B, 1, W], [B, L]
         h = torch.cat([states, z_t, self._step_tokens(x_t, t, states.dtype)], dim=1)
         ends = self.position[:, : states.shape[1]], self.position[:, -NUM_EXTRA_TOKENS:]
         h = h + torch.cat(ends, dim=1)  # [B, N, W], N = L + 4
         keep = F.pad(keep, (0, NUM_EXTRA_TOKENS), value=True)  # [B, N]
-        mask = causal_mask(h.shape[1], keep)  # [B, 1, N, N]
+        h = self._transform(h, causal_mask(h.shape[1], keep))  # [B, 1, W]
+        return self.out(self.norm_out(h[:, -1])).float()  # [B, E]
+
+    def _packed_tokens(self, x_t: Tensor, t: Tensor, text: PackedText) -> tuple[Tensor, Packing]:
+        """Return the tokens of all sequences, [T, W], and their packing."""
+        packing = text.packing
+        assert packing.joined is not None and packing.source is not None
+        assert packing.place is not None
+        states = self.text_in(text.text)  # [S, W]
+        nulls = self.null_text.expand(packing.num_dropped, -1, -1).flatten(0, 1).to(states.dtype)
+        z_t = self._text_embed_token(text.text_embed, packing.drop).to(states.dtype)  # [B, 1, W]
+        further = torch.cat([z_t, self._step_tokens(x_t, t, states.dtype)], dim=1)  # [B, 4, W]
+        h = torch.cat([states, nulls, further.flatten(0, 1)]).index_select(0, packing.source)
+        position = F.embedding(packing.place % self.length, self.position[0])  # [T, W]
+        return h + position, packing.joined
+
+    def _transform(self, h: Tensor, mask: Tensor | Packing) -> Tensor:
+        """Run the blocks on [B, N, W] or packed [T, W]; returns the last tokens, [B, 1, W] or
+        [B, W]."""
         for i, block in enumerate(self.blocks):
             if self.config.checkpointing and self.training:
                 h = checkpoint(block, h, mask, self.num_queries(i), use_reentrant=False)
             else:
-                h = block(h, mask, self.num_queries(i))  # [B, N, W], at last [B, 1, W]
-        return self.out(self.norm_out(h[:, -1])).float()  # [B, E]
+                h = block(h, mask, self.num_queries(i))
+        return h
 
     def num_queries(self, block: int) -> int:
         """Return how many of a block's last tokens are needed, 0 for all: one of the last block."""
@@ -159,14 +188,31 @@ class DiffusionPrior(nn.Module):
             h = block(h, text.mask, self.num_queries(i), cache)  # [B, 3, W], at last [B, 1, W]
         return self.out(self.norm_out(h[:, -1])).float()  # [B, E]
 
-    def losses(self, keys: Tensor, image_embed: Tensor, text: PriorText) -> dict[str, Tensor]:
+    def pack(self, lengths: Tensor, keys: Tensor) -> CaptionPacking:
+        """Return how captions of `lengths` int64 [B] are packed for `losses` under sample `keys`
+        int64 [B], all on the CPU."""
+        nulls = self.num_nulls, self.null_text.shape[1]
+        drop = self._dropped(keys)
+        return pack_prior(lengths, drop, num_further=NUM_EXTRA_TOKENS, nulls=nulls)
+
+    @cached_property
+    def num_nulls(self) -> int:
+        """Number of tokens that are read in place of a dropped caption; of trained weights."""
+        return int(self.null_length)
+
+    def _dropped(self, keys: Tensor) -> Tensor:
+        return keyed_random.uniform(keys, "text_drop") < self.config.text_drop  # [B]
+
+    def losses(
+        self, keys: Tensor, image_embed: Tensor, text: PriorText | PackedText
+    ) -> dict[str, Tensor]:
         """Return {"loss": [B]}, the weighted MSE on x0, of image_embed [B, E].
 
         Timesteps, noise and dropped captions come from the sample `keys` int64 [B].
         """
         x0 = self.scale(image_embed)  # [B, E]
         t = draw_timesteps(self.schedule, keys)  # [B]
-        drop = keyed_random.uniform(keys, "text_drop") < self.config.text_drop  # [B]
+        drop = self._dropped(keys)  # [B]
         x_t = self.schedule.q_sample(x0, t, keyed_random.normal(keys, "eps", x0.shape[1:]))
         x0_pred = self(x_t, t, text, drop)  # [B, E]
         weight = timestep_weight(self.schedule, self.config.weighting, "x0", t)  # [B]

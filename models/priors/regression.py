@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from models.configs import RegressionPriorConfig
 from models.diffusion.losses import contrastive
+from models.networks.packing import CaptionPacking, Packing, pack_prior
 from models.networks.transformer import TextInput, prior_blocks, without_autocast
-from models.priors.base import EmbedScale, PriorSampling, PriorText
+from models.priors.base import EmbedScale, PackedText, PriorSampling, PriorText
 
 CONTRASTIVE_SCALE = 1 / 0.07  # CLIP's initial temperature
 NUM_EXTRA_TOKENS = 2  # z_t, query
@@ -52,26 +53,44 @@ class RegressionPrior(nn.Module):
         self.out = nn.Linear(width, embed_dim)
         self.scale = EmbedScale(embed_dim)
 
-    def forward(self, text: PriorText) -> Tensor:
+    def forward(self, text: PriorText | PackedText) -> Tensor:
         """Predict the scaled z_i, float32 [B, E]."""
-        states = self.text_in(text.text)  # [B, L, W]
+        states = self.text_in(text.text)  # [B, L, W], or [S, W] of packed captions
         z_t = self.text_embed_in(self.scale(text.text_embed))[:, None]  # [B, 1, W]
         query = self.query.expand(len(z_t), -1, -1)  # [B, 1, W]
-        h = torch.cat([states, z_t.to(states.dtype), query.to(states.dtype)], dim=1)
+        further = torch.cat([z_t.to(states.dtype), query.to(states.dtype)], dim=1)  # [B, 2, W]
+        if isinstance(text, PackedText):
+            packing = text.packing
+            assert packing.joined is not None and packing.source is not None
+            assert packing.place is not None
+            h = torch.cat([states, further.flatten(0, 1)]).index_select(0, packing.source)
+            h = h + F.embedding(packing.place % self.position.shape[1], self.position[0])  # [T, W]
+            h = self._transform(h, packing.joined)  # [B, W]
+            return self.out(self.norm_out(h)).float()  # [B, E]
+        h = torch.cat([states, further], dim=1)
         ends = self.position[:, : states.shape[1]], self.position[:, -NUM_EXTRA_TOKENS:]
         h = h + torch.cat(ends, dim=1)  # [B, N, W], N = L + 2
         keep = F.pad(text.token_mask, (0, NUM_EXTRA_TOKENS), value=True)  # [B, N]
         mask = keep[:, None, None, :].expand(-1, -1, h.shape[1], -1)  # [B, 1, N, N]
-        for i, block in enumerate(self.blocks):
-            is_last = i == len(self.blocks) - 1
-            h = block(h, mask, num_queries=1 if is_last else 0)  # [B, N, W], at last [B, 1, W]
+        h = self._transform(h, mask)  # [B, 1, W]
         return self.out(self.norm_out(h[:, -1])).float()  # [B, E]
+
+    def _transform(self, h: Tensor, mask: Tensor | Packing) -> Tensor:
+        """Run the blocks; returns the last tokens, [B, 1, W], or packed [B, W]."""
+        for i, block in enumerate(self.blocks):
+            h = block(h, mask, 1 if i == len(self.blocks) - 1 else 0)
+        return h
+
+    def pack(self, lengths: Tensor, keys: Tensor) -> CaptionPacking:
+        """Return how captions of `lengths` int64 [B] are packed; see `DiffusionPrior.pack`."""
+        keep = torch.zeros_like(keys, dtype=torch.bool)
+        return pack_prior(lengths, keep, num_further=NUM_EXTRA_TOKENS, causal=False)
 
     def losses(
         self,
         keys: Tensor,
         image_embed: Tensor,
-        text: PriorText,
+        text: PriorText | PackedText,
         gather: Gather = lambda rows: (rows, slice(len(rows))),
     ) -> dict[str, Tensor]:
         """Return {"loss", "mse", "accuracy": [B]} of image_embed [B, E]; `keys` are not used.

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cluster.base.machine import available_cpus
 from models.diffusion.keyed_random import sample_keys
+from models.networks.packing import PackedTokens
 from training.config import RunConfig
 from training.data.datasets import ColumnDataset, Columns
 from training.data.sampler import BatchIndex, Plan, PlanSampler
@@ -32,21 +33,24 @@ class Batch:
 
     keys: int64 [B], the samples' random keys; weight: float32 [B], 0 for padding; num_real:
     samples of weight 1 in the complete global batch; columns: name -> [B, ...] (image, image_embed,
-    text_embed, tokens) as stored, until `to` copies them to a device.
+    text_embed, tokens) as stored, until `to` copies them to a device; captions: all of the batch's,
+    packed, where its task trains on them, see `Task.collate`.
     """
 
     keys: Tensor
     weight: Tensor
     num_real: int
     columns: dict[str, Tensor]
+    captions: PackedTokens | None = None
 
     def __getitem__(self, column: str) -> Tensor:
         return self.columns[column]
 
     def rows(self, rows: Tensor | slice) -> "Batch":
-        """Return some of the samples, by their rows."""
+        """Return some of the samples, by their rows; their captions are not packed."""
         columns = {name: value[rows] for name, value in self.columns.items()}
-        return replace(self, keys=self.keys[rows], weight=self.weight[rows], columns=columns)
+        keys, weight = self.keys[rows], self.weight[rows]
+        return replace(self, keys=keys, weight=weight, columns=columns, captions=None)
 
     def part(self, count: int) -> "Batch":
         """Return at most `count` neighbouring samples, from a row that the first key names.
@@ -62,7 +66,8 @@ class Batch:
         """Return the batch in pinned memory, from which a GPU copies while it computes."""
         columns = {name: value.pin_memory() for name, value in self.columns.items()}
         keys, weight = self.keys.pin_memory(), self.weight.pin_memory()
-        return replace(self, keys=keys, weight=weight, columns=columns)
+        captions = self.captions and self.captions.apply(Tensor.pin_memory)
+        return replace(self, keys=keys, weight=weight, columns=columns, captions=captions)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device; what is stored in half precision is float32 there."""
@@ -73,7 +78,8 @@ class Batch:
             columns[name] = value.float() if value.dtype == torch.float16 else value
         keys = self.keys.to(device, non_blocking=True)
         weight = self.weight.to(device, non_blocking=True)
-        return replace(self, keys=keys, weight=weight, columns=columns)
+        captions = self.captions and self.captions.apply(lambda x: x.to(device, non_blocking=True))
+        return replace(self, keys=keys, weight=weight, columns=columns, captions=captions)
 
 
 def as_batch(columns: Columns, keys: Tensor) -> Batch:
@@ -86,22 +92,35 @@ def as_batch(columns: Columns, keys: Tensor) -> Batch:
     )
 
 
+def as_it_is(batch: Batch) -> Batch:
+    """Add nothing to a batch."""
+    return batch
+
+
 def first_batches(
-    samples: ColumnDataset, count: int, size: int, device: torch.device
+    samples: ColumnDataset,
+    count: int,
+    size: int,
+    device: torch.device,
+    collate: Callable[[Batch], Batch] = as_it_is,
 ) -> Iterator[Batch]:
     """Yield the first `count` samples, `size` at once; their random keys are their indices."""
     for start in range(0, count, size):
         index = np.arange(start, min(start + size, count))
-        yield as_batch(samples.read(index), torch.from_numpy(index)).to(device)
+        yield collate(as_batch(samples.read(index), torch.from_numpy(index))).to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyedDataset(Dataset[list[Batch]]):
-    """A data set whose samples get random keys and weights: the micro-batches of a step."""
+    """A data set whose samples get random keys and weights: the micro-batches of a step.
+
+    collate: adds to each micro-batch, on the CPU, what its objective needs, see `Task.collate`.
+    """
 
     samples: ColumnDataset
     seed: int
     grad_accum_steps: int = 1
+    collate: Callable[[Batch], Batch] = as_it_is
 
     def __getitems__(self, batch: BatchIndex) -> list[Batch]:
         """Read the micro-batches of a step of one rank, as torch's DataLoader asks for them."""
@@ -121,7 +140,7 @@ class KeyedDataset(Dataset[list[Batch]]):
             num_real=batch.num_real,
         )
         parts = torch.arange(len(batch.index)).chunk(self.grad_accum_steps)
-        return [step.rows(slice(int(r[0]), int(r[-1]) + 1)) for r in parts]
+        return [self.collate(step.rows(slice(int(r[0]), int(r[-1]) + 1))) for r in parts]
 
 
 class StepLoader(Protocol):
@@ -269,6 +288,7 @@ def make_loader(
     build_dataset: Callable[[], ColumnDataset],
     options: RunConfig,
     *,
+    collate: Callable[[Batch], Batch] = as_it_is,
     block_size: int = 1,
     rank: int = 0,
     world_size: int = 1,
@@ -276,7 +296,7 @@ def make_loader(
 ) -> StepLoader:
     """Return the loader of a rank that `options.ingest` names; both give the same batches.
 
-    block_size: neighbouring samples that stay together.
+    collate: see `KeyedDataset`; block_size: neighbouring samples that stay together.
     """
     samples, data, config = build_dataset(), options.data, options.train
     plan = Plan(
@@ -290,7 +310,9 @@ def make_loader(
     )
     parts = config.micro_batches(world_size)
     sampler = PlanSampler(plan=plan, rank=rank, world_size=world_size, grad_accum_steps=parts)
-    dataset = KeyedDataset(samples=samples, seed=config.seed, grad_accum_steps=parts)
+    dataset = KeyedDataset(
+        samples=samples, seed=config.seed, grad_accum_steps=parts, collate=collate
+    )
     if options.ingest == "native":
         return ThreadedLoader(
             dataset=dataset, sampler=sampler, prefetch=data.prefetch, pin_memory=pin_memory

@@ -13,9 +13,10 @@ from ingest.embedding.statistics import EmbedStatistics
 from ingest.shards import load_snapshot
 from models.clip import FrozenClip, token_mask, tokenizer
 from models.diffusion.samplers import ddim
+from models.networks.packing import CaptionPacking, PackedTokens, token_lengths
 from models.networks.transformer import trimmed_length
 from models.priors.autoregressive import AutoregressivePrior
-from models.priors.base import PriorSampling, PriorText
+from models.priors.base import PackedText, PriorSampling, PriorText
 from models.priors.diffusion import DiffusionPrior
 from models.priors.regression import RegressionPrior
 from models.scores import prior_scorecard
@@ -52,7 +53,7 @@ def build_prior(config: PriorRunConfig) -> Task:
     sizes = encoder_sizes(config.embeds)
     statistics = pin_statistics(config.run, config.embeds, config.data.weights)
     config = with_codes(with_length(config, encoder), statistics)
-    model = prior_model(config, sizes)
+    model: Any = prior_model(config, sizes)
     set_statistics(model, statistics, whiten=config.whiten)
     export = {
         "kind": f"{config.prior}_prior",
@@ -68,6 +69,7 @@ def build_prior(config: PriorRunConfig) -> Task:
         model=model,
         objective=partial(prior_objective, encoder, bool(own_tokens)),
         build_dataset=partial(prior_dataset, config),
+        collate=partial(pack_captions, model.pack, bool(own_tokens)),
         export=export,
         validate=partial(validate_prior, config, encoder, sizes) if config.validation else None,
     )
@@ -110,22 +112,45 @@ def set_statistics(model: nn.Module, statistics: EmbedStatistics, *, whiten: boo
         model.scale.set_spectrum(torch.from_numpy(statistics.covariance))
 
 
+def pack_captions(
+    pack: Callable[[Tensor, Tensor], CaptionPacking], own_tokens: bool, batch: Batch
+) -> Batch:
+    """Return a batch with its captions packed for a prior, by its `pack`."""
+    tokens = batch["caption_tokens" if own_tokens else "tokens"]
+    packing = pack(token_lengths(token_mask(tokens)), batch.keys)
+    return dataclasses.replace(batch, captions=PackedTokens.of(tokens, packing))
+
+
 def prior_text(encoder: FrozenClip, batch: Batch, own_tokens: bool) -> PriorText:
-    """Return the text that conditions a prior, of a batch's captions."""
+    """Return the text that conditions a prior, of a batch's captions, padded."""
     if own_tokens:
         tokens = batch["caption_tokens"]
         text = tokens = tokens[:, : trimmed_length(token_mask(tokens))]
     else:
         tokens = encoder.trimmed(batch["tokens"])
-        _, text = encoder.to(batch.keys.device).encode_text(tokens)
+        _, text = encoder.on(batch.keys.device).encode_text(tokens)
     return PriorText(text_embed=batch["text_embed"], text=text, token_mask=token_mask(tokens))
+
+
+def packed_text(encoder: FrozenClip, batch: Batch, own_tokens: bool) -> PackedText:
+    """Return the text that conditions a prior in training, of a batch from `pack_captions`."""
+    assert batch.captions is not None
+    text, packing = batch.captions.tokens, batch.captions.packing
+    if not own_tokens:
+        encoder.on(text.device)
+        if encoder.packs_text:
+            text = encoder.encode_packed(text, packing.text)  # [S, W]
+        else:
+            _, states = encoder.encode_text(encoder.trimmed(batch["tokens"]))
+            text = states[packing.text.sequence, packing.text.position]
+    return PackedText(text_embed=batch["text_embed"], text=text, packing=packing)
 
 
 def prior_objective(
     encoder: FrozenClip, own_tokens: bool, model: Any, batch: Batch
 ) -> dict[str, Tensor]:
-    """Return the losses of a prior on a batch."""
-    text = prior_text(encoder, batch, own_tokens)
+    """Return the losses of a prior on a batch from `pack_captions`."""
+    text = packed_text(encoder, batch, own_tokens)
     if isinstance(model, RegressionPrior):  # contrasts with every worker's captions
         return model.losses(batch.keys, batch["image_embed"], text, gathered)
     return model.losses(batch.keys, batch["image_embed"], text)
