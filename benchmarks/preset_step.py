@@ -5,8 +5,9 @@
 
 A step is a whole one of the plain engine: noise, conditioning drops, forward, loss, backward, the
 clipped norm, AdamW and EMA, on pictures, embeddings and token states of noise that are on the
-device already, 32 words a caption. A frozen CLIP's text tower, data and networks are not in it.
-MFU counts the model's own FLOPs (six a multiply-accumulate) against the data sheet's dense bf16.
+device already. Captions are as long as LAION's, 15.5 tokens in the mean, packed for a prior. A
+frozen CLIP's text tower, data and networks are not in it. MFU counts the model's own FLOPs (six a
+multiply-accumulate) on real tokens against the data sheet's dense bf16.
 Memory is the most that torch's allocator gave out, on a GPU, beside what cluster/plan.py reckons
 with. A batch that does not fit is halved until it does. `--jsonl FILE` appends the lines that plans
 read.
@@ -19,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _captions import caption_lengths
 from _common import BenchmarkConfig, run_benchmark
 
 WARMING_STEPS = 3
-WORDS = 32  # tokens of a caption, of which a web list's have about so many
 GPU_STAGES = (
     "decoder/mini:256", "decoder/karlo:64", "prior/paper:128", "decoder/modern:128",
     "decoder/paper_up256:64", "prior/paper_ar:64", "decoder/paper_up1024:8", "prior/modern:512",
@@ -157,10 +158,10 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
     with device:
         model = build()
     predicted = _predicted(model, encoder, batch)
-    flops = training_flops(model, WORDS)
+    columns = _columns(model, sizes, batch, device)
+    flops = float(np.mean(_flops(model, caption_lengths(batch, sizes["context_length"]))))
     if compiled:
         compile_model(model)
-    columns = _columns(model, sizes, batch, device)
     parts = _times(config, model, columns, options.train, device)
     peak = peak_tflops(device) * 1e12
     rate, on_gpu = batch / float(np.median(parts)), device.type == "cuda"
@@ -229,12 +230,23 @@ def _config(script: str, preset: str, channels_last: bool, sizes: dict[str, int]
     return options, lambda: decoder_model(options, sizes)
 
 
+def _flops(model: Any, lengths: Any) -> Any:
+    """Return the FLOPs of training on samples with captions of `lengths` tokens."""
+    import numpy as np
+
+    from models.costs import training_flops
+
+    places = np.unique(np.quantile(lengths, (0, 0.5, 0.9, 1)).astype(int))
+    return np.interp(lengths, places, [training_flops(model, int(place)) for place in places])
+
+
 def _predicted(model: Any, encoder: dict[str, Any], batch: int) -> float:
     """Return the bytes that a plan reckons with: state, and activations of the batch."""
     from cluster.planning.counts import count_model
     from models.costs import meta_copy, state_bytes
 
-    counts = count_model(meta_copy(model).requires_grad_(), min(WORDS, encoder["context_length"]))
+    length = int(caption_lengths(batch, encoder["context_length"]).mean())
+    counts = count_model(meta_copy(model).requires_grad_(), length)
     network = getattr(model, "unet", model)
     checkpointed = getattr(getattr(network, "config", None), "checkpointing", False)
     activations = counts["activations"]["checkpointed" if checkpointed else "kept"]
@@ -242,34 +254,42 @@ def _predicted(model: Any, encoder: dict[str, Any], batch: int) -> float:
 
 
 def _columns(model: Any, sizes: dict[str, int], count: int, device: Any) -> Any:
-    """Return a batch of noise: pictures, unit embeddings, and captions of `WORDS` words, or as
-    many as the encoder has room for."""
+    """Return a batch of noise: pictures, unit embeddings, captions as long as LAION's."""
     import torch
     import torch.nn.functional as F
 
     from models.clip import model_sizes
+    from models.networks.packing import PackedTokens
     from training.data.dataloader import Batch
 
-    side = getattr(model, "image_size", None) or getattr(model, "crop_size", 1)
-    num_tokens = min(WORDS, sizes["context_length"])
+    side, context = getattr(model, "image_size", None) or getattr(model, "crop_size", 1), None
     if hasattr(model, "visual"):
-        side, num_tokens = model_sizes(model)  # open_clip's towers read padding too
-    dim = sizes["embed_dim"]
+        side, context = model_sizes(model)
+    dim, context = sizes["embed_dim"], context or sizes["context_length"]
+    lengths = torch.from_numpy(caption_lengths(count, context))
+    mask = torch.arange(context) < lengths[:, None]
+    keys, tokens = torch.arange(count), torch.randint(1, 1000, (count, context)) * mask
     columns = {
         "image": torch.randint(256, (count, 3, side, side), dtype=torch.uint8),
         "image_embed": F.normalize(torch.randn(count, dim), dim=1),
         "text_embed": F.normalize(torch.randn(count, dim), dim=1),
-        "states": torch.randn(count, num_tokens, sizes["text_width"]),
-        "tokens": torch.randint(1, 1000, (count, num_tokens)),
+        "tokens": tokens,
     }
-    keys, weight = torch.arange(count), torch.ones(count)
-    return Batch(keys=keys, weight=weight, num_real=count, columns=columns).to(device)
+    captions = None
+    if hasattr(model, "pack"):
+        captions = PackedTokens.of(tokens, model.pack(lengths, keys))
+        columns["states"] = torch.randn(len(captions.tokens), sizes["text_width"])
+    else:
+        columns["states"] = torch.randn(count, context, sizes["text_width"])
+    return Batch(
+        keys=keys, weight=torch.ones(count), num_real=count, columns=columns, captions=captions
+    ).to(device)
 
 
 def _objective(model: Any, batch: Any) -> dict[str, Any]:
     """Return a model's own losses of a batch of noise."""
-    from models.decoder import Condition, Decoder
-    from models.priors.base import PriorText
+    from models.decoder import Condition
+    from models.priors.base import PackedText
     from models.upsampler import Upsampler
     from training.tasks.clip import clip_objective
     from training.tasks.pictures import pixels
@@ -279,15 +299,16 @@ def _objective(model: Any, batch: Any) -> dict[str, Any]:
     if isinstance(model, Upsampler):
         return model.losses(batch.keys, pixels(batch["image"]))
     own = model.config.text_tokens
-    mask = batch["tokens"] > 0
-    if not isinstance(model, Decoder):
-        states = batch["tokens"] if own else batch["states"]
-        text = PriorText(text_embed=batch["text_embed"], text=states, token_mask=mask)
+    if batch.captions is not None:
+        text = batch.captions.tokens if own else batch["states"]
+        packing = batch.captions.packing
+        text = PackedText(text_embed=batch["text_embed"], text=text, packing=packing)
         return model.losses(batch.keys, batch["image_embed"], text)
     text = {"tokens": batch["tokens"]} if own else {"text_states": batch["states"]}
     condition = Condition(
-        image_embed=batch["image_embed"], text_embed=batch["text_embed"], token_mask=mask, **text
-    )
+        image_embed=batch["image_embed"], text_embed=batch["text_embed"],
+        token_mask=batch["tokens"] > 0, **text,
+    )  # fmt: skip
     return model.losses(batch.keys, pixels(batch["image"]), condition)
 
 

@@ -1,10 +1,31 @@
-"""benchmarks/gpu.py runs to its end on a machine without a GPU, and keeps each result."""
+"""What the benchmarks of training measure by, and that they run to their end without a GPU."""
 
 import json
+import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from _runs import done, script
+
+from models.clip import token_mask, tokenizer
+
+ROOT = Path(__file__).parent.parent
+LIST = ROOT.parent / "shared" / "data" / "laion" / "real_urls_10000.parquet"
+
+
+@pytest.mark.skipif(not LIST.exists(), reason="the list is not here")
+def test_captions_of_the_benchmarks_are_as_long_as_a_list_s():
+    import pyarrow.parquet as pq
+    import torch
+
+    captions, tokenize = pq.read_table(LIST)["TEXT"].to_pylist(), tokenizer(77)
+    lengths = [
+        token_mask(torch.from_numpy(tokenize(captions[start : start + 500]))).sum(1)
+        for start in range(0, len(captions), 500)
+    ]
+    counts = np.bincount(torch.cat(lengths).numpy(), minlength=78)
+    assert tuple(counts) == runpy.run_path(str(ROOT / "benchmarks" / "_captions.py"))["COUNTS"]
 
 
 @pytest.mark.slow
