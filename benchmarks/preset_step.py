@@ -141,7 +141,7 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
 
     from cluster.planning.counts import encoder_counts
     from cluster.planning.request import CHAINS
-    from models.costs import num_parameters, training_flops
+    from models.costs import num_parameters
     from training.engine.precision import settled
     from training.runs.profiling import peak_tflops
     from training.runs.worker import compile_model
