@@ -6,6 +6,7 @@ python -m pytest tests/test_models_cuda.py
 from dataclasses import replace
 from typing import Any
 
+import _group_norm as group_norms
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,6 +180,25 @@ def test_a_compiled_network_steps_alike(name: str):
     expected = stepped(MODELS[name](), "cuda")
     for found, wanted in zip(stepped(MODELS[name](), "cuda", compiled=True), expected, strict=True):
         assert error(found, wanted) < 1e-3
+
+
+@on_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", group_norms.CASES)
+def test_the_kernel_of_group_norm_is_torch_in_float64(name: str, compiled: bool):
+    case = group_norms.CASES[name]
+    leaves = [each.cuda() for each in group_norms.inputs(case)]
+    wanted = group_norms.evaluated(
+        case, group_norms.reference, [each.double() for each in leaves]
+    )
+    torch.compiler.reset()
+    kernel = group_norms.kernel
+    kernel = torch.compile(kernel, fullgraph=True) if compiled else kernel
+    found, again = (group_norms.evaluated(case, kernel, leaves) for _ in range(2))
+    limit = group_norms.TOLERANCE[case.dtype] * max(1, case.mean / 10)
+    for f, w, a in zip(found, wanted, again, strict=True):
+        assert error(f.double(), w) < limit
+        assert torch.equal(f, a), "a second run differs"
 
 
 @on_gpu

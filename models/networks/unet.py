@@ -209,5 +209,5 @@ class UNet(nn.Module):
             if level.takes_skip:
                 h = layers.join(h, skips.pop())
             h = self._run(level, h, cond, tokens, token_mask)
-        h = self.conv_out(layers.activate(self.norm_out(h))).contiguous()  # [B, out p^2, H/p, W/p]
+        h = self.conv_out(self.norm_out(h)).contiguous()  # [B, out p^2, H/p, W/p]
         return F.pixel_shuffle(h, self.config.patch_size).float()  # [B, out, H, W]

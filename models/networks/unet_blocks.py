@@ -7,12 +7,14 @@ values (Nichol et al. 2021, GLIDE); there is no cross-attention layer.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.networks.transformer import TimestepMLP, attend, without_autocast
+from models.networks.group_norm import FusedGroupNorm, in_channels_last
+from models.networks.transformer import TimestepMLP, attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class UNetLayers:
 
     block_down: residual blocks of the way down; block_up: those of the middle and the way up; join:
     a feature map of the way up, with a skip; add: a feature map, with a condition of its shape;
-    activate: the input of the last layer.
+    norm_out: what precedes the last layer.
     """
 
     block_down: Callable[..., nn.Module]
@@ -31,7 +33,6 @@ class UNetLayers:
     conv_in: Callable[[int, int], nn.Module]
     norm_out: Callable[[int], nn.Module]
     conv_out: Callable[[int, int], nn.Module]
-    activate: Callable[[Tensor], Tensor]
     join: Callable[[Tensor, Tensor], Tensor]
     add: Callable[[Tensor, Tensor], Tensor]
 
@@ -44,11 +45,6 @@ def resized(x: Tensor, resample: str | None) -> Tensor:
     if resample == "down":
         return F.avg_pool2d(x, 2)
     return F.interpolate(x, scale_factor=2, mode="nearest") if resample == "up" else x
-
-
-def in_channels_last(x: Tensor) -> bool:
-    """Return whether x [B, C, H, W] has its channels side by side in memory."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def cells_of(x: Tensor) -> Tensor:
@@ -103,25 +99,9 @@ def _zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-class _GroupNorm(nn.GroupNorm):
-    """Group norm that keeps its input's type and memory format.
-
-    Autocast would convert a bf16 image to fp32, and all that follows up to the next convolution:
-    four tenths of a step's activations. torch's kernels keep the sums in fp32 by themselves, as
-    ADM's half precision does. On GPUs they make their input contiguous.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight, bias = (each.to(input.dtype) for each in (self.weight, self.bias))  # [C] each
-        with without_autocast(input):
-            out = torch.group_norm(input, self.num_groups, weight, bias, self.eps)  # [B, C, H, W]
-        if in_channels_last(input):
-            return out.contiguous(memory_format=torch.channels_last)
-        return out
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return _GroupNorm(min(math.gcd(32, channels), max(1, channels // 4)), channels)
+def _norm(channels: int, *, silu: bool = False) -> FusedGroupNorm:
+    groups = min(math.gcd(32, channels), max(1, channels // 4))
+    return FusedGroupNorm(groups, channels, silu=silu)
 
 
 class ResBlock(nn.Module):
@@ -133,21 +113,20 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = resample
-        self.norm_1 = _norm(channels)
+        self.norm_1 = _norm(channels, silu=True)
         self.conv_1 = nn.Conv2d(channels, out, 3, padding=1)
         self.cond = nn.Linear(cond, 2 * out)
-        self.norm_2 = _norm(out)
+        self.norm_2 = _norm(out, silu=True)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = _zeroed(nn.Conv2d(out, out, 3, padding=1))
         self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Map x [B, C, H, W] under cond [B, cond] to [B, out, H', W']."""
-        h = resized(F.silu(self.norm_1(x)), self.resample)  # [B, C, H', W']
+        h = resized(self.norm_1(x), self.resample)  # [B, C, H', W']
         h = self.conv_1(h)  # [B, out, H', W']
-        scale, shift = self.cond(F.silu(cond))[:, :, None, None].chunk(2, dim=1)  # [B, out, 1, 1]
-        h = self.norm_2(h) * (1 + scale) + shift  # [B, out, H', W']
-        h = self.conv_2(self.dropout(F.silu(h)))  # [B, out, H', W']
+        scale, shift = self.cond(F.silu(cond)).chunk(2, dim=1)  # [B, out]
+        h = self.conv_2(self.dropout(self.norm_2(h, scale, shift)))  # [B, out, H', W']
         return self.skip(resized(x, self.resample)) + h
 
 
@@ -183,9 +162,8 @@ ADM = UNetLayers(
     attention=AttentionBlock,
     time_in=TimestepMLP,
     conv_in=lambda channels, out: nn.Conv2d(channels, out, 3, padding=1),
-    norm_out=_norm,
+    norm_out=partial(_norm, silu=True),
     conv_out=lambda channels, out: _zeroed(nn.Conv2d(channels, out, 3, padding=1)),
-    activate=F.silu,
     join=lambda x, skip: torch.cat([x, skip], dim=1),
     add=torch.add,
 )

@@ -206,7 +206,6 @@ MAGNITUDE_PRESERVING = UNetLayers(
     conv_in=MPFirstConv,
     norm_out=nn.Identity,
     conv_out=partial(MPConv, gain=True),
-    activate=lambda x: x,
     join=mp_cat,
     add=_add_condition,
 )
