@@ -128,7 +128,7 @@ def engine_step(
     from training.config import TrainConfig
     from training.engine.ema import Ema
     from training.engine.engines import PlainEngine, ZeroEngine
-    from training.loop import all_reduce_scores
+    from training.loop import Flags, all_reduce_scores
 
     stage: Any = 0 if engine == "plain" else int(engine.removeprefix("zero"))
     config = TrainConfig.of(
@@ -144,7 +144,7 @@ def engine_step(
     def step() -> None:
         loss = made.losses(batch)["loss"].mean()
         made.backward(loss)
-        all_reduce_scores(made, {"loss": loss.detach()}, stop=False, written=True)
+        all_reduce_scores(made, {"loss": loss.detach()}, Flags(written=True))
         if not math.isfinite(made.step(1.0)):
             raise FloatingPointError("found a gradient that is not finite")
         averages.update(next(count), 0)

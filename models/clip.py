@@ -81,8 +81,11 @@ def normalise_pixels(
     pixel_std: tuple[float, ...] = PIXEL_STD,
 ) -> Tensor:
     """Map uint8 [B, 3, S, S] to standardised float32; mean and deviation of pixels in [0, 1]."""
-    mean = torch.tensor(pixel_mean, device=image.device)[:, None, None]
-    std = torch.tensor(pixel_std, device=image.device)[:, None, None]
+    # filled in on the device: a copy from the host would wait for it
+    mean, std = (
+        torch.stack([torch.full((1, 1), value, device=image.device) for value in values])
+        for values in (pixel_mean, pixel_std)
+    )
     return (image.float() / 255 - mean) / std
 
 

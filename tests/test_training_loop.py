@@ -18,9 +18,18 @@ from cluster.base.jsonl import read_lines
 from training.checkpoints.records import Progress
 from training.config import TrainConfig
 from training.data.dataloader import Batch
+from training.engine.ema import Ema
+from training.engine.engines import PlainEngine
 from training.engine.optimizer import learning_rate_ratio
-from training.loop import MAX_NONFINITE_IN_A_ROW, all_reduce_scores, seed_dropout
+from training.loop import MAX_NONFINITE_IN_A_ROW, Flags, all_reduce_scores, seed_dropout
 from training.runs.profiling import window
+
+
+@pytest.fixture(autouse=True, params=["at once", "a step late"])
+def when_results_are_read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every law hold as on a CPU, and as on a GPU, whose results the host reads a step late."""
+    if request.param == "a step late":
+        monkeypatch.setattr("training.loop.QUEUED", ("cpu",))
 
 
 def by_hand(config: TrainConfig) -> tuple[nn.Module, list[float], list[Tensor]]:
@@ -192,6 +201,42 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(kind: str, tmp_path:
     assert not (tmp_path / "ten" / "final.json").exists()
 
 
+def test_a_step_is_settled_before_the_next_one_moves_the_weights(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a GPU only once the gradient of the next step is in the queue, but for the last one."""
+    events: list[str] = []
+
+    def noted(name: str, function: Any) -> Any:
+        return lambda *arguments: (events.append(name), function(*arguments))[1]
+
+    for name in ("backward", "step"):
+        monkeypatch.setattr(PlainEngine, name, noted(name, getattr(PlainEngine, name)))
+    monkeypatch.setattr(Ema, "update", noted("average", Ema.update))
+    run(tmp_path, with_options(CONFIG, num_steps=3))
+    late = "a step late" in request.node.name
+    once, twice = ["backward", "step", "average"], ["backward", "average", "step"]
+    assert events == (["backward", "step", *twice, *twice, "average"] if late else once * 3)
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_a_long_step_is_reported_at_once(
+    long: bool, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And its flags are read then: nobody waits two long steps for the end of a run."""
+    monkeypatch.setattr("training.loop.LONG_STEP", 0.0 if long else math.inf)
+    found: list[int] = []
+
+    def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        found.append(len(read_lines(tmp_path / "metrics.jsonl")))
+        return squared_error(model, batch)
+
+    run(tmp_path, objective=objective)
+    late = "a step late" in request.node.name and not long
+    assert found == ([0, 0, 1, 2, 3, 4, 5] if late else [0, 1, 2, 3, 4, 5, 6])
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 8))
+
+
 # -- reports and ends ------------------------------------------------------------------------------
 
 
@@ -244,10 +289,10 @@ def test_one_ranks_wish_is_all_ranks_and_scores_are_means(
     """The other rank brings a loss of 3, its wish to stop and word of its write to the sum, as a
     second process would: one that wants to stop stops all, and all wait for every write."""
     engine: Any = SimpleNamespace(world_size=2, device=torch.device("cpu"))
-    other = torch.tensor([3.0, theirs, theirs])
+    other = torch.tensor([3.0, theirs, theirs, theirs])
     monkeypatch.setattr("training.loop.dist.all_reduce", lambda packed: packed.add_(other))
     scores = {"loss": torch.tensor(1.0)}
-    means, flags = all_reduce_scores(engine, scores, stop=False, written=True)
-    assert means["loss"].item() == 2.0 and flags.tolist() == [bool(theirs), not theirs]
-    _, flags = all_reduce_scores(engine, scores, stop=False, written=False)
-    assert flags.tolist() == [bool(theirs), False]
+    found = all_reduce_scores(engine, scores, Flags(written=True))
+    assert found.tolist() == [2.0, theirs, theirs, theirs]
+    found = all_reduce_scores(engine, scores, Flags(stop=True))
+    assert found.tolist() == [2.0, 1 + theirs, 1 + theirs, theirs]

@@ -175,6 +175,32 @@ def test_a_parameter_without_gradient_stays():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_where_the_gradient_is_not_finite_nothing_moves(kind: Any):
+    """Neither weights nor moments nor the count of steps, and no host looks; else it is a step."""
+    config = TrainConfig.of(optimizer=kind, weight_decay=0.1, beta2=0.95)
+    model, again = network(), network()
+    ours, theirs = build_optimizer(model, config), build_optimizer(again, config)
+    for step in range(4):
+        gradients(model, step)
+        gradients(again, step)
+        set_learning_rate(ours.param_groups, 1.0)
+        set_learning_rate(theirs.param_groups, 1.0)
+        if step == 2:
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad[0] = math.nan
+            ours.step(found_inf=torch.ones(()))
+            continue
+        ours.step(found_inf=torch.zeros(()))
+        theirs.step()
+    assert ours.num_steps == theirs.num_steps == 3
+    for mine, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, other)
+        states = ours.state[mine], theirs.state[other]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
 def test_state_is_there_before_the_first_step_and_moves_nothing():
     """A checkpoint is read into it, so it must be what the first step would have made."""
     for optimizer_name in ("adamw", "muon"):

@@ -16,9 +16,17 @@ from torch import Tensor, nn
 
 from cluster.base.jsonl import read_lines
 from training.data.dataloader import Batch
-from training.runs.signals import forget_stop, stop_wanted, stopping_on_sigterm
+from training.runs import signals
+from training.runs.signals import StopRequest, forget_stop, stopping_on_sigterm
 
 
+@pytest.fixture
+def always_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run look for the request at each step, however short."""
+    monkeypatch.setattr(signals, "LOOK_EVERY", 0.0)
+
+
+@pytest.mark.usefixtures("always_looks")
 def test_a_run_that_is_stopped_leaves_a_checkpoint_and_goes_on_bit_for_bit(tmp_path: Path):
     whole, _ = run(tmp_path / "whole")
     calls = iter(range(100))
@@ -39,9 +47,11 @@ def test_a_run_that_is_stopped_leaves_a_checkpoint_and_goes_on_bit_for_bit(tmp_p
 
 
 def test_only_the_first_rank_looks_for_the_wish(tmp_path: Path):
-    assert not stop_wanted(tmp_path, 0)
+    first, second = (StopRequest(tmp_path, rank) for rank in (0, 1))
+    assert not first.wanted()
     (tmp_path / "stop").touch()
-    assert stop_wanted(tmp_path, 0) and not stop_wanted(tmp_path, 1)
+    assert StopRequest(tmp_path, 0).wanted() and not second.wanted()
+    assert not first.wanted()  # it has looked a moment ago
 
 
 def test_the_first_sigterm_is_a_wish_and_the_second_is_not(tmp_path: Path):

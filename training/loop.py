@@ -1,6 +1,8 @@
 """The training loop. It knows a task, an engine and a run folder; neither the model nor the other
 ranks."""
 
+import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,15 +17,17 @@ from cluster.base.files import Json
 from training.checkpoints.records import Progress
 from training.checkpoints.schedule import Checkpoints
 from training.config import RunConfig
-from training.data.dataloader import Batch, as_it_is, make_loader
+from training.data.dataloader import Batch, Upload, as_it_is, make_loader
 from training.data.datasets import ColumnDataset
 from training.engine.ema import Ema
 from training.engine.engines import Engine, Scores
 from training.engine.optimizer import learning_rate_ratio
 from training.runs.reporting import Reporter
-from training.runs.signals import stop_wanted
+from training.runs.signals import StopRequest
 
 MAX_NONFINITE_IN_A_ROW = 10
+QUEUED = ("cuda",)  # devices that compute behind the host
+LONG_STEP = 1.0  # seconds, of which the wait for the end of a step is no share worth mentioning
 
 
 def no_context(model: Any, batches: list[Batch]) -> AbstractContextManager:
@@ -62,15 +66,15 @@ def train(
     config = options.train
     ema = Ema(engine.fragments(), config.averages.ema_decay, config.averages.power_ema)
     checkpoints = Checkpoints(task, run, engine, ema, config, reporter)
-    progress = checkpoints.resume()
+    account = Account(engine, ema, reporter, run, checkpoints.resume())
     loader = make_loader(
         task.build_dataset, options, collate=task.collate, block_size=task.block_size,
         rank=engine.rank, world_size=engine.world_size, pin_memory=engine.device.type == "cuda",
     )  # fmt: skip
-    steps = loader.steps(progress.step, config.schedule.num_steps)
-    num_nonfinite = 0  # steps in a row
+    start, stop_request = account.progress.step, StopRequest(run, engine.rank)
+    steps, on_device = loader.steps(start, config.schedule.num_steps), Upload(engine.device)
     engine.model.train()
-    for step in range(progress.step, config.schedule.num_steps):
+    for step in range(start, config.schedule.num_steps):
         # Data
         with reporter.fetching(step):
             micro_batches = next(steps)
@@ -80,8 +84,7 @@ def train(
         seed_dropout(config.seed, step, engine.rank)
         scores: Scores = {}
         with task.grad_context(engine.model, micro_batches):
-            for batch in micro_batches:
-                batch = batch.to(engine.device)
+            for batch in map(on_device, micro_batches):
                 losses = engine.losses(batch)  # {"loss": [B], other scores: [B]}
                 scale = engine.world_size * len(micro_batches) / max(1, batch.num_real)
                 means = {name: (x * batch.weight).sum() * scale for name, x in losses.items()}
@@ -89,38 +92,29 @@ def train(
                 for name, mean in means.items():  # stays on the device
                     mean = mean.detach() / len(micro_batches)
                     scores[name] = scores[name] + mean if name in scores else mean
-        stop = stop_wanted(run, engine.rank)
-        scores, flags = all_reduce_scores(engine, scores, stop=stop, written=checkpoints.is_written)
+
+        # Average, count and report the step before, whose scores have arrived meanwhile
+        account.settle()
 
         # Optimizer step; skipped, and counted, where the loss or the gradient is not finite on any
         # rank: the gradient's norm is NaN then, see `poison_grads`
         reporter.enters(step, "step")
         lr_ratio = learning_rate_ratio(config, step)
-        scores["grad_norm"] = torch.tensor(engine.step(lr_ratio))
-        is_finite = bool(scores["grad_norm"].isfinite())
-        if is_finite:
-            ema.update(step, progress.nonfinite_steps)
-
-        # Report
-        num_nonfinite = 0 if is_finite else num_nonfinite + 1
-        progress = progress.after(micro_batches[0].num_real, finite=is_finite)
-        reporter.trained(progress, micro_batches)
-        reporter.step(progress, scores if is_finite else {}, lr_ratio)
+        norm = engine.step(lr_ratio)
+        stop, written = stop_request.wanted(), checkpoints.is_written
+        account.add(micro_batches, lr_ratio, scores, norm, stop=stop, written=written)
 
         # Checkpoint: copied now, written while training continues, validated once it is written
-        stop, all_written = flags.tolist()
-        checkpoints.after_step(progress, stop=stop, all_written=all_written)
+        if account.waits or checkpoints.is_due(step + 1, account.flags):
+            account.settle()
+        if checkpoints.is_due(step + 1, account.flags):
+            checkpoints.after_step(account.progress, account.flags)
 
         # Stop
-        if stop:
+        if account.flags.stop:
             break
-        if num_nonfinite >= MAX_NONFINITE_IN_A_ROW:
-            raise FloatingPointError(
-                f"{run}: the loss was not finite {num_nonfinite} steps in a row; start over with "
-                "--fresh and a lower learning rate"
-            )
-    checkpoints.finish(progress)
-    return progress
+    checkpoints.finish(account.progress)
+    return account.progress
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -128,19 +122,124 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % (1 << 63))
 
 
-def all_reduce_scores(
-    engine: Engine, scores: Scores, *, stop: bool, written: bool
-) -> tuple[Scores, Tensor]:
-    """Average scores over the ranks in one collective, in which two flags ride along.
+# -- what the host learns of a step ----------------------------------------------------------------
 
-    stop: this rank wants to stop; written: it has written its last checkpoint. Returns the mean
-    scores on the device, and bool [2]: any rank wants to stop, all ranks have written.
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What the ranks agree about.
+
+    stop: one of them is asked to stop; written: all have written the last checkpoint; slow: one
+    took more than LONG_STEP over a step.
     """
+
+    stop: bool = False
+    written: bool = False
+    slow: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What a step leaves: `values`, which `arrived` on the host, are the mean scores by `names`,
+    of several ranks their flags, and the norm of the gradient."""
+
+    micro_batches: list[Batch]
+    lr_ratio: float
+    names: list[str]
+    values: Tensor
+    arrived: torch.cuda.Event | None
+
+
+class Account:
+    """What the host knows of a run's steps, of which the newest may still be on the device.
+
+    A GPU works off what the host puts into its queue, and idles where the host waits for the end of
+    it. So `add` only sends for what a step leaves, and `settle` reads it when the gradient of the
+    next step is in the queue but no weight has moved: progress and averages are then those of the
+    step. Where a step is long, before a checkpoint and on a CPU, it is settled at once.
+    """
+
+    def __init__(
+        self, engine: Engine, ema: Ema, reporter: Reporter, run: Path, progress: Progress
+    ) -> None:
+        self.progress, self.flags = progress, Flags()
+        self._engine, self._ema, self._reporter, self._run = engine, ema, reporter, run
+        self._results: Results | None = None
+        self._num_nonfinite = 0  # steps in a row
+        self._added = time.monotonic()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a step is settled at its end; all ranks agree."""
+        return self._engine.device.type not in QUEUED or self.flags.slow
+
+    def add(
+        self, micro_batches: list[Batch], lr_ratio: float, scores: Scores, norm: Tensor,
+        *, stop: bool, written: bool,
+    ) -> None:  # fmt: skip
+        """Send for what a step leaves on the device; stop, written: this rank's flags, which of
+        several ranks hold once the step is settled."""
+        before, self._added = self._added, time.monotonic()
+        flags = Flags(stop=stop, written=written, slow=self._added - before > LONG_STEP)
+        if self._engine.world_size == 1:
+            self.flags = flags
+        values = all_reduce_scores(self._engine, scores, flags)
+        values = torch.cat([values, norm.detach().float().reshape(1)])
+        values = values.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        arrived = None
+        if norm.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._results = Results(
+            micro_batches=micro_batches, lr_ratio=lr_ratio, names=list(scores), values=values,
+            arrived=arrived,
+        )  # fmt: skip
+
+    def settle(self) -> None:
+        """Average, count and report the last step, unless that is done; waits for its end.
+
+        Raises FloatingPointError at the end of MAX_NONFINITE_IN_A_ROW steps without a finite one.
+        """
+        results, self._results = self._results, None
+        if results is None:
+            self.flags = Flags(slow=self.flags.slow)
+            return
+        if results.arrived is not None:
+            results.arrived.synchronize()
+        *values, norm = results.values.tolist()
+        scores = dict(zip(results.names, values, strict=False)) | {"grad_norm": norm}
+        if self._engine.world_size > 1:
+            stop, unwritten, slow = values[len(results.names) :]
+            self.flags = Flags(stop=stop > 0, written=not unwritten, slow=slow > 0)
+
+        is_finite = math.isfinite(norm)
+        if is_finite:
+            self._ema.update(self.progress.step, self.progress.nonfinite_steps)
+        self._num_nonfinite = 0 if is_finite else self._num_nonfinite + 1
+        num_real = results.micro_batches[0].num_real
+        self.progress = self.progress.after(num_real, finite=is_finite)
+        self._reporter.trained(self.progress, results.micro_batches)
+        self._reporter.step(self.progress, scores if is_finite else {}, results.lr_ratio)
+        if self._num_nonfinite >= MAX_NONFINITE_IN_A_ROW:
+            raise FloatingPointError(
+                f"{self._run}: the loss was not finite {self._num_nonfinite} steps in a row; start "
+                "over with --fresh and a lower learning rate"
+            )
+
+
+def all_reduce_scores(engine: Engine, scores: Scores, flags: Flags) -> Tensor:
+    """Average the S scores over the ranks in one collective, in which their flags ride along.
+
+    Returns [S], of several ranks [S + 3]: on how many one wants to stop, has not written its last
+    checkpoint, or was slow.
+    """
+    packed = torch.stack([x.float() for x in scores.values()])
     if engine.world_size == 1:
-        return scores, torch.tensor([stop, written])
-    flags = torch.tensor([stop, not written], dtype=torch.float32, device=engine.device)
-    packed = torch.cat([torch.stack([x.float() for x in scores.values()]), flags])
+        return packed
+    raised = torch.tensor(
+        [flags.stop, not flags.written, flags.slow], dtype=torch.float32,
+        pin_memory=engine.device.type == "cuda",
+    )  # fmt: skip
+    packed = torch.cat([packed, raised.to(engine.device, non_blocking=True)])
     dist.all_reduce(packed)
-    means = packed[:-2] / engine.world_size
-    any_stops, any_writes = packed[-2:] > 0
-    return dict(zip(scores, means, strict=True)), torch.stack([any_stops, ~any_writes])
+    return torch.cat([packed[:-3] / engine.world_size, packed[-3:]])

@@ -102,7 +102,7 @@ class RegressionPrior(nn.Module):
         (z, local), (z_t, _) = gather(self.scale.restore(x)), gather(text.text_embed)  # [G, E]
         with without_autocast(z_t):  # bf16 has no number between .996 and 1
             same = (z_t[local] @ z_t.T) > 1 - 1e-4  # [B, G]: a caption is no negative of itself
-        scale = torch.tensor(CONTRASTIVE_SCALE, device=x.device)
+        scale = torch.full((), CONTRASTIVE_SCALE, device=x.device)
         contrastive_loss, accuracy = contrastive(z, z_t, scale, ~same, local)  # [B] each
         loss = mse + self.config.contrastive_weight * contrastive_loss
         return {"loss": loss, "mse": mse.detach(), "accuracy": accuracy.detach()}

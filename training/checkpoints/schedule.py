@@ -15,7 +15,7 @@ from training.runs.events import num_attempts, report_incident
 from training.runs.reporting import Reporter
 
 if TYPE_CHECKING:
-    from training.loop import Task
+    from training.loop import Flags, Task
 
 
 class Checkpoints:
@@ -55,29 +55,33 @@ class Checkpoints:
         attempt = from_first_rank(self._engine, num_attempts(self._run))
         num_workers = self._engine.world_size
         self._reporter.started(progress, num_workers=num_workers, attempt=attempt)
-        if progress.step and self._is_due(progress):
+        if progress.step and self._saves(progress.step):
             self._validate(progress)
         return progress
 
-    def after_step(self, progress: Progress, *, stop: bool, all_written: bool) -> None:
+    def is_due(self, step: int, flags: Flags) -> bool:
+        """Return whether `after_step` has something to do after `step` steps."""
+        validates = flags.written and self._unvalidated is not None
+        return flags.stop or validates or self._saves(step) or self._saves_averages(step)
+
+    def after_step(self, progress: Progress, flags: Flags) -> None:
         """Save what is due after a step, and validate the checkpoint before it.
 
-        stop: training stops here; all_written: all ranks have written the checkpoint before. A
-        snapshot of the power-function averages comes before the checkpoint of the same step, after
-        which a killed run would continue without it. Until the first update there is no average.
+        A snapshot of the power-function averages comes before the checkpoint of the same step,
+        after which a killed run would continue without it. Until the first update there is no
+        average.
         """
         saves = []
-        every, is_last = self._config.averages.snapshot_every, self._is_last(progress)
-        if every and progress.updates and (progress.step % every == 0 or is_last):
+        if progress.updates and self._saves_averages(progress.step):
             saves.append(self._checkpointer.save_averages)
-        if stop or self._is_due(progress):
+        if flags.stop or self._saves(progress.step):
             saves.append(self._checkpointer.save)
-        if saves or all_written:
+        if saves or flags.written:
             self._validate_written()
         for save in saves:
             with self._reporter.checkpointing(progress.step - 1, self._checkpointer):
                 save(progress)
-        if self._is_due(progress):
+        if self._saves(progress.step):
             self._unvalidated = progress
 
     def finish(self, progress: Progress) -> None:
@@ -86,12 +90,13 @@ class Checkpoints:
         self._validate_written()
         self._checkpointer.finish(progress)
 
-    def _is_last(self, progress: Progress) -> bool:
-        return progress.step == self._config.schedule.num_steps
-
-    def _is_due(self, progress: Progress) -> bool:
+    def _saves(self, step: int) -> bool:
         every = self._config.checkpoint.checkpoint_every
-        return self._is_last(progress) or progress.step % every == 0
+        return step == self._config.schedule.num_steps or step % every == 0
+
+    def _saves_averages(self, step: int) -> bool:
+        every = self._config.averages.snapshot_every
+        return bool(every) and (step == self._config.schedule.num_steps or step % every == 0)
 
     def _validate_written(self) -> None:
         """Validate the last checkpoint, if that is still to be done, and pass its folder on."""

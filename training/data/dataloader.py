@@ -69,6 +69,13 @@ class Batch:
         captions = self.captions and self.captions.apply(Tensor.pin_memory)
         return replace(self, keys=keys, weight=weight, columns=columns, captions=captions)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of a batch on a GPU until what is now queued on `stream` is done."""
+        for tensor in (self.keys, self.weight, *self.columns.values()):
+            tensor.record_stream(stream)
+        if self.captions is not None:
+            self.captions.apply(lambda x: (x.record_stream(stream), x)[1])
+
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device; what is stored in half precision is float32 there."""
         columns = {
@@ -80,6 +87,29 @@ class Batch:
         weight = self.weight.to(device, non_blocking=True)
         captions = self.captions and self.captions.apply(lambda x: x.to(device, non_blocking=True))
         return replace(self, keys=keys, weight=weight, columns=columns, captions=captions)
+
+
+class Upload:
+    """Copies batches to a device; to a GPU on a stream of its own, beside the step that computes.
+
+    The host is ahead of the GPU: it asks for a copy while the step before is computed, and that is
+    done when the step that needs it begins.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Return the batch on the device; what this thread queues from now on waits for it."""
+        if self._stream is None:
+            return batch.to(self._device)
+        with torch.cuda.stream(self._stream):
+            copied = batch.to(self._device)
+        compute = torch.cuda.current_stream(self._device)
+        compute.wait_stream(self._stream)
+        copied.record_stream(compute)
+        return copied
 
 
 def as_batch(columns: Columns, keys: Tensor) -> Batch:

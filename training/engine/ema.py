@@ -9,8 +9,8 @@ The ramp of d lets short runs forget their random start. The power-function aver
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.power_ema import gamma_of, new_share
 from training.engine.zero_partitions import Fragment
@@ -38,14 +38,12 @@ class Ema:
 
     def update(self, step: int, nonfinite_steps: int) -> None:
         """Add the weights after step number `step`; nonfinite_steps: those skipped so far."""
-        self._lerp(EMA, 1 - min(self._decay, (1 + step) / (10 + step)))
+        decays = {EMA: min(self._decay, (1 + step) / (10 + step))}
         for section, gamma in self._gammas.items():
-            self._lerp(section, new_share(gamma, step + 1 - nonfinite_steps))
-
-    @torch.no_grad()
-    def _lerp(self, section: str, share: float) -> None:
-        for shadow, master in zip(self.shadows[section], self._masters, strict=True):
-            shadow.lerp_(master, share)
+            decays[section] = 1 - new_share(gamma, step + 1 - nonfinite_steps)
+        for section, decay in decays.items():
+            if self._masters:  # on a GPU one launch for many of them
+                get_ema_multi_avg_fn(decay)(self.shadows[section], self._masters, None)
 
     def by_fragment(self) -> Iterator[dict[str, Tensor]]:
         """Yield {section: shadow} of each fragment, in the order of the fragments."""

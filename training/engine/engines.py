@@ -61,8 +61,8 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, learning_rate_ratio: float) -> float:
-        """Step along the accumulated gradient and return its global norm.
+    def step(self, learning_rate_ratio: float) -> Tensor:
+        """Step along the accumulated gradient and return its global norm, scalar, on the device.
 
         Where the norm is not finite, no rank moves.
         """
@@ -99,8 +99,8 @@ def poison_grads(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def _clip(model: nn.Module, config: TrainConfig) -> float:
-    """Clip the gradients to a global norm of `grad_clip`; returns the norm before.
+def _clip(model: nn.Module, config: TrainConfig) -> Tensor:
+    """Clip the gradients to a global norm of `grad_clip`; returns the norm before, scalar.
 
     A parameter that no micro-batch used gets a gradient of zero, as from DeepSpeed's sum over
     ranks: both engines draw the same curve.
@@ -109,7 +109,7 @@ def _clip(model: nn.Module, config: TrainConfig) -> float:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    return nn.utils.clip_grad_norm_(parameters, config.optimizer.grad_clip or float("inf")).item()
+    return nn.utils.clip_grad_norm_(parameters, config.optimizer.grad_clip or float("inf"))
 
 
 class PlainEngine:
@@ -135,12 +135,11 @@ class PlainEngine:
         """Accumulate the gradient of a micro-batch."""
         (poison_grads(loss) / self._config.grad_accum_steps).backward()
 
-    def step(self, learning_rate_ratio: float) -> float:
+    def step(self, learning_rate_ratio: float) -> Tensor:
         """Clip, step where the norm is finite, and drop the gradient; returns the norm."""
         norm = _clip(self.model, self._config)
-        if math.isfinite(norm):
-            set_learning_rate(self.optimizer.param_groups, learning_rate_ratio)
-            self.optimizer.step()
+        set_learning_rate(self.optimizer.param_groups, learning_rate_ratio)
+        self.optimizer.step(found_inf=1.0 - norm.isfinite().float())
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -240,16 +239,16 @@ class ZeroEngine:
             # DeepSpeed counts micro-batches by these calls, and moves only at the last of them
             self._engine.step()
 
-    def step(self, learning_rate_ratio: float) -> float:
+    def step(self, learning_rate_ratio: float) -> Tensor:
         """Step at the end of the accumulation; returns the norm of the gradient."""
         set_learning_rate(self._engine.optimizer.param_groups, learning_rate_ratio)
         if self._config.workers.zero_stage:
             self._partition.finalize_grads()
             self._engine.step()
             self._partition.zero_grads()
-            return float(self._engine.get_global_grad_norm())
+            return torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
         norm = _clip(self.model, self._config)
-        if not math.isfinite(norm):
+        if not norm.isfinite():
             self._engine.zero_grad()
         self._engine.step()
         return norm

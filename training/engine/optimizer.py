@@ -77,8 +77,8 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def num_steps(self) -> int:
         """Return how many steps AdamW's moments have seen, 0 where all parameters are Muon's."""
-        counts = [int(state["step"]) for state in self.state.values() if "step" in state]
-        return max(counts, default=0)
+        counts = [state["step"] for state in self.state.values() if "step" in state]
+        return int(torch.stack(counts).max()) if counts else 0
 
     @num_steps.setter
     def num_steps(self, value: int) -> None:
@@ -87,16 +87,20 @@ class Optimizer(torch.optim.Optimizer):
                 state["step"].fill_(value)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Move every parameter that has a gradient."""
+    def step(self, closure: Any = None, found_inf: Tensor | None = None) -> Any:
+        """Move every parameter that has a gradient.
+
+        found_inf: float32 scalar on the device; where it is 1, neither parameters nor state move,
+        and the host need not know it. None: all move.
+        """
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["muon"]:
-                self._muon(parameters, group)
+                self._muon(parameters, group, found_inf)
             elif parameters:
-                self._adamw(parameters, group)
+                self._adamw(parameters, group, found_inf)
 
-    def _adamw(self, parameters: list[Tensor], group: dict) -> None:
+    def _adamw(self, parameters: list[Tensor], group: dict, found_inf: Tensor | None) -> None:
         states = [self.init_state(p, group) for p in parameters]
         adamw(
             parameters,
@@ -106,6 +110,7 @@ class Optimizer(torch.optim.Optimizer):
             [],
             [s["step"] for s in states],
             fused=True,
+            found_inf=found_inf,
             amsgrad=False,
             beta1=group["beta1"],
             beta2=group["beta2"],
@@ -115,7 +120,7 @@ class Optimizer(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _muon(self, parameters: list[Tensor], group: dict) -> None:
+    def _muon(self, parameters: list[Tensor], group: dict, found_inf: Tensor | None) -> None:
         """Step along the orthogonalised Nesterov momentum; matrices of one shape go through
         together."""
         by_shape: dict[tuple[int, int], list[Tensor]] = {}
@@ -125,16 +130,22 @@ class Optimizer(torch.optim.Optimizer):
             updates = []
             for p in members:
                 assert p.grad is not None
-                momentum = self.init_state(p, group)["exp_avg"]
-                momentum.lerp_(p.grad, 1 - group["momentum"])
+                state = self.init_state(p, group)["exp_avg"]
+                momentum = state.lerp(p.grad, 1 - group["momentum"])
+                _move(state, momentum, found_inf)
                 updates.append(p.grad.lerp(momentum, group["momentum"]).view(shape))
             stacked = orthogonalise(torch.stack(updates), dtype=self.matrix_dtype)
             # a tall matrix gets a larger step, so that the change of its output is alike for all
             # shapes
             scale = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
             for p, update in zip(members, stacked, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-scale)
+                shrunk = p * (1 - group["lr"] * group["weight_decay"])
+                _move(p, shrunk.add_(update.view_as(p), alpha=-scale), found_inf)
+
+
+def _move(tensor: Tensor, to: Tensor, found_inf: Tensor | None) -> None:
+    """Set `tensor` to `to`, unless `found_inf` is 1."""
+    tensor.copy_(to if found_inf is None else torch.where(found_inf > 0, tensor, to))
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:

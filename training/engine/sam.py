@@ -25,9 +25,11 @@ def perturbed(model: nn.Module, loss: Callable[[], Tensor], rho: float) -> Itera
     gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
     norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
     before = [w.detach().clone() for w in weights]
-    if torch.isfinite(norm) and norm > 0:
-        pairs = zip(before, gradients, strict=True)
-        _set(weights, [w if g is None else w + g * (rho / norm) for w, g in pairs])
+    moves, pairs = norm.isfinite() & (norm > 0), zip(before, gradients, strict=True)
+    _set(
+        weights,
+        [w if g is None else torch.where(moves, w + g * (rho / norm), w) for w, g in pairs],
+    )
     try:
         yield
     finally:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cluster.base.files import write_text
 from cluster.base.jsonl import add_line, read_lines
@@ -53,7 +52,7 @@ class Reporter:
     def _begin_report(self, progress: Progress) -> None:
         self._reported, self._reported_samples = time.perf_counter(), progress.samples_seen
         self._wait_seconds = self._checkpoint_seconds = 0.0
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, float] = {}
         self._count = 0
 
     def started(self, progress: Progress, *, num_workers: int = 1, attempt: int = 0) -> None:
@@ -117,7 +116,7 @@ class Reporter:
         self._checkpoint_seconds += time.perf_counter() - started
 
     def step(
-        self, progress: Progress, scores: dict[str, Tensor], learning_rate_ratio: float
+        self, progress: Progress, scores: dict[str, float], learning_rate_ratio: float
     ) -> None:
         """Add a step's mean scores, none where it was skipped; report every `report_every` steps.
 
@@ -125,10 +124,10 @@ class Reporter:
         """
         config = self._config
         for name, value in scores.items():
-            self._sums[name] = self._sums.get(name, torch.zeros(())) + value
+            self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += bool(scores)
         if self._rank == 0 and "loss" in scores:
-            message = self._spikes.check(scores["loss"].item())
+            message = self._spikes.check(scores["loss"])
             if message:
                 report_incident(self._run, "spike", progress.step, message)
         last = progress.step == config.schedule.num_steps
@@ -150,7 +149,7 @@ class Reporter:
             "step": progress.step,
             "samples_seen": progress.samples_seen,
             "reported_samples": samples,
-            **{name: value.item() / self._count for name, value in self._sums.items()},
+            **{name: value / self._count for name, value in self._sums.items()},
             "learning_rate_ratio": learning_rate_ratio,
             **({} if memory is None else {"device_memory_bytes": memory}),
             "samples_per_second": rate,

@@ -7,16 +7,30 @@ same command continues the run.
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.base.run_dir import STOP_NAME
 
+LOOK_EVERY = 1.0  # seconds: a storage that nodes share may take milliseconds to answer
 
-def stop_wanted(run: Path, rank: int) -> bool:
-    """Return whether the run is asked to stop; the first rank looks, for all."""
-    return rank == 0 and (run / STOP_NAME).exists()
+
+class StopRequest:
+    """Whether a run is asked to stop; the first rank looks for the file, for all."""
+
+    def __init__(self, run: Path, rank: int) -> None:
+        self._path, self._looks = run / STOP_NAME, rank == 0
+        self._next_look, self._found = time.monotonic(), False
+
+    def wanted(self) -> bool:
+        """Return whether this rank has found the file, for which it looks now and then."""
+        now = time.monotonic()
+        if self._looks and now >= self._next_look:
+            self._next_look = now + LOOK_EVERY
+            self._found = self._found or self._path.exists()
+        return self._found
 
 
 def forget_stop(run: Path) -> None:
