@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from ingest.shapes import Pair, make_pairs
 from ingest.shards import EmbedShard, ImageShard, Snapshot, load_snapshot
 from models.clip import preprocess, tokenizer
+from models.diffusion import keyed_random
 from models.diffusion.keyed_random import sample_keys
 from training.config import DecoderRunConfig, TrainConfig
 from training.data import demo_data, inputs
-from training.data.dataloader import KeyedDataset, ThreadedLoader
+from training.data.dataloader import Batch, KeyedDataset, ThreadedLoader
 from training.data.datasets import EmbedDataset, ImageDataset, MixedDataset, PairDataset
 from training.data.sampler import Plan, PlanSampler
 from training.tasks import decoder as jobs
@@ -166,6 +167,25 @@ def test_weights_are_one_for_each_data_set(data: Path):
     for readers, weights in (([reader], (1.0, 2.0)), ([reader, reader], (1.0,))):
         with pytest.raises(ValueError, match="data.weights: found"):
             inputs.mixed(readers, weights)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_images_are_cropped_before_they_are_sent_as_they_would_be_after(flip: bool):
+    """Byte for byte what indices on a device would cut out of the whole images, as pixels."""
+    keys = sample_keys(0, torch.zeros(9, dtype=torch.int64), torch.arange(9))
+    image = torch.randint(0, 256, (9, 3, 20, 20), dtype=torch.uint8)
+    batch = Batch(keys=keys, weight=torch.ones(9), num_real=9, columns={"image": image})
+    corner = (keyed_random.uniform(keys, "crop", (2,)) * 5).long()
+    assert corner.min() == 0 and corner.max() == 4
+    rows, columns = corner[:, :1] + torch.arange(16), corner[:, 1:] + torch.arange(16)
+    expected = jobs.pixels(image).permute(0, 2, 3, 1)[
+        torch.arange(9)[:, None, None], rows[:, :, None], columns[:, None, :]
+    ].permute(0, 3, 1, 2)
+    if flip:
+        expected = jobs.keyed_flips(expected, keys)
+    found = jobs.crop_images(16, flip, batch)["image"]
+    assert found.dtype == torch.uint8 and torch.equal(jobs.pixels(found), expected)
+    assert found.stride() == expected.stride()  # in which order losses add up
 
 
 def test_a_sample_is_mirrored_by_its_key_alone():

@@ -63,7 +63,8 @@ def test_each_checkpoint_tells_the_loss_on_held_out_images_and_draws(
     reader = jobs.stage_dataset(config, images, embeds)
     index = torch.arange(12)
     with torch.no_grad():
-        losses = job.objective(model, as_batch(reader.read(index.numpy()), index))["loss"]
+        batch = job.collate(as_batch(reader.read(index.numpy()), index))
+        losses = job.objective(model, batch)["loss"]
     assert records[-1]["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
 
 

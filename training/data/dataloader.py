@@ -128,16 +128,12 @@ def as_it_is(batch: Batch) -> Batch:
 
 
 def first_batches(
-    samples: ColumnDataset,
-    count: int,
-    size: int,
-    device: torch.device,
-    collate: Callable[[Batch], Batch] = as_it_is,
+    samples: ColumnDataset, count: int, size: int, device: torch.device
 ) -> Iterator[Batch]:
     """Yield the first `count` samples, `size` at once; their random keys are their indices."""
     for start in range(0, count, size):
         index = np.arange(start, min(start + size, count))
-        yield collate(as_batch(samples.read(index), torch.from_numpy(index))).to(device)
+        yield as_batch(samples.read(index), torch.from_numpy(index)).to(device)
 
 
 @dataclass(frozen=True, kw_only=True)

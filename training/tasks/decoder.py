@@ -39,7 +39,7 @@ DRAWING = ImageSampling(sampler=dpmpp_2m, sample_steps=16, spacing="karras")
 def build_decoder(config: DecoderRunConfig) -> Task:
     """Return the task of training one stage of the cascade."""
     objective: Callable[[Any, Batch], dict[str, Tensor]]
-    collate = as_it_is
+    collate: Callable[[Batch], Batch] = as_it_is
     if config.stage == "base":
         if config.flip:
             raise ValueError(
@@ -68,7 +68,7 @@ def build_decoder(config: DecoderRunConfig) -> Task:
     else:
         factor, crop = cascade_sizes(config)
         condition = None
-        objective = partial(upsampler_objective, crop, config.flip)
+        objective, collate = upsampler_objective, partial(crop_images, crop, config.flip)
         export = {
             "kind": "upsampler",
             "model": dataclasses.asdict(config.up),
@@ -108,10 +108,17 @@ def base_objective(
     return model.losses(batch.keys, pixels(batch["image"]), condition)
 
 
-def upsampler_objective(crop: int, flip: bool, model: Upsampler, batch: Batch) -> dict[str, Tensor]:
-    """Return the losses [B] of an upsampler, on crops of `crop` px."""
-    image = keyed_crops(pixels(batch["image"]), batch.keys, crop)
-    return model.losses(batch.keys, keyed_flips(image, batch.keys) if flip else image)
+def upsampler_objective(model: Upsampler, batch: Batch) -> dict[str, Tensor]:
+    """Return the losses [B] of an upsampler on a batch from `crop_images`."""
+    return model.losses(batch.keys, pixels(batch["image"]))
+
+
+def crop_images(crop: int, flip: bool, batch: Batch) -> Batch:
+    """Return a batch on the CPU with crops of `crop` px, mirrored at random, for whole images: a
+    sixteenth of 1024 px has to be sent to a GPU."""
+    image = keyed_crops(batch["image"], batch.keys, crop)
+    image = keyed_flips(image, batch.keys) if flip else image
+    return dataclasses.replace(batch, columns={**batch.columns, "image": image})
 
 
 def pack_captions_of_decoder(encoder: FrozenClip, config: DecoderRunConfig, batch: Batch) -> Batch:
@@ -179,15 +186,14 @@ def decoder_condition(
 
 
 def keyed_crops(image: Tensor, keys: Tensor, crop: int) -> Tensor:
-    """Cut a crop [B, 3, crop, crop] out of each image [B, 3, H, H], where the sample's key says."""
+    """Cut a crop [B, 3, crop, crop] out of each image [B, 3, H, H], where the sample's key says.
+
+    Returns it channels-last, as networks on GPUs take it.
+    """
     room = image.shape[-1] - crop + 1
-    corner = (keyed_random.uniform(keys, "crop", (2,)) * room).long()  # [B, 2]
-    span = torch.arange(crop, device=image.device)
-    rows, columns = corner[:, :1] + span, corner[:, 1:] + span  # [B, crop]
-    batch = torch.arange(len(image), device=image.device)[:, None, None]
-    return image.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
+    corners = (keyed_random.uniform(keys, "crop", (2,)) * room).long().tolist()  # [B, 2]
+    crops = [x[:, i : i + crop, j : j + crop] for x, (i, j) in zip(image, corners, strict=True)]
+    return torch.stack(crops).contiguous(memory_format=torch.channels_last)
 
 
 def keyed_flips(image: Tensor, keys: Tensor) -> Tensor:
@@ -259,10 +265,11 @@ class Validation:
         model.to(device)
         count = min(MAX_VALIDATED, sum(sum(sizes) for sizes in self.dataset.data_sets))
         losses: list[Tensor] = []
-        for batch in first_batches(self.dataset, count, VALIDATED_AT_ONCE, device, self.collate):
+        for whole in first_batches(self.dataset, count, VALIDATED_AT_ONCE, torch.device("cpu")):
+            batch = self.collate(whole).to(device)
             losses.append(self.objective(model, batch)["loss"].cpu())
             if len(losses) == 1:
-                self._draw(model, batch.part(NUM_DRAWN), folder)
+                self._draw(model, whole.part(NUM_DRAWN).to(device), folder)
         return {"loss": float(torch.cat(losses).mean())}
 
     def _draw(self, model: Any, batch: Batch, folder: Path) -> None:
