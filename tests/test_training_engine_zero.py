@@ -1,15 +1,12 @@
-"""Stage 3 and offloading are the plain engine: same curve, same weights, checkpoints for any stage.
+"""ZeRO and FSDP2 are the plain engine: same curve, same weights, checkpoints for any of them.
 
 Ranks are processes of this file, without Ray, which the tests of distributed training have. Stage 3
 keeps parameters whole below a size; here none, so that all are partitioned, or the smallest ones.
 """
 
 import dataclasses
-import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from _ranks import rank_main, run_ranks
 from _runs import SIX_STEPS, TOLERANCE, WHOLE, assert_same, killed_half_way, prior_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,6 +25,7 @@ from cluster.base.run_dir import step_folder
 from models.configs import DiffusionPriorConfig
 from training.config import PriorRunConfig, TrainConfig
 from training.engine import engines as zero
+from training.engine.fsdp import FsdpEngine
 from training.loop import Task
 from training.runs.run_folder import prepare_run
 from training.runs.worker import train_rank
@@ -47,11 +46,17 @@ TWO: dict[str, tuple[dict, int]] = {
     "stage_3_small_whole": ({"zero_stage": 3}, 400),
     "stage_3_offloaded": ({"zero_stage": 3, "offload": "cpu"}, 0),
     "stage_2_offloaded": ({"zero_stage": 2, "offload": "cpu"}, 0),
+    "fsdp2": ({"engine": "fsdp2"}, 0),
 }
-# stage, offload, ranks, precision
-STAGES = [(0, "none"), (1, "none"), (2, "none"), (2, "cpu"), (3, "none"), (3, "cpu")]
+# stage, None for FSDP2; offload, ranks, precision
+STAGES = [(0, "none"), (1, "none"), (2, "none"), (2, "cpu"), (3, "none"), (3, "cpu"),
+          (None, "none")]  # fmt: skip
 ENGINES = [(*stage, ranks, precision) for precision in ("fp32", "bf16") for ranks in (1, 2)
            for stage in STAGES]  # fmt: skip
+
+
+def engine_class(config: TrainConfig) -> Any:
+    return FsdpEngine if config.workers.engine == "fsdp2" else zero.ZeroEngine
 
 
 def config_of(root: Path, name: str, changes: dict) -> PriorRunConfig:
@@ -90,10 +95,10 @@ class Sometimes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.always, self.sometimes = nn.Linear(5, 7), nn.Linear(7, 3)
+        self.always, self.sometimes = nn.ModuleList([nn.Linear(5, 7)]), nn.Linear(7, 3)
 
     def forward(self, x: Tensor, both: bool) -> Tensor:
-        h = self.always(x)
+        h = self.always[0](x)
         return self.sometimes(h) if both else h
 
 
@@ -130,10 +135,13 @@ def stepped(engine: zero.Engine) -> tuple[dict[str, Tensor], list[bool]]:
     return found, moved
 
 
-def engine_config(stage: int, offload: Any, num_workers: int, precision: Any) -> TrainConfig:
+def engine_config(
+    stage: int | None, offload: Any, num_workers: int, precision: Any
+) -> TrainConfig:
     return with_options(
         SIX_STEPS, global_batch_size=2 * max(1, num_workers), micro_batch_size=1, zero_stage=stage,
         offload=offload, num_workers=num_workers, precision=precision,
+        engine="fsdp2" if stage is None else None,
     )  # fmt: skip
 
 
@@ -152,7 +160,7 @@ def save_stepped(folder: Path) -> None:
         if case[2] != dist.get_world_size():
             continue
         config = engine_config(*case)
-        engine = zero.ZeroEngine(Sometimes(), sometimes_loss, config, torch.device("cpu"))
+        engine = engine_class(config)(Sometimes(), sometimes_loss, config, torch.device("cpu"))
         found, moved = stepped(engine)
         assert moved == [True, True, False, True, False, True], moved
         save_file(found, str(folder / stepped_name(case, engine.rank)))
@@ -191,7 +199,7 @@ def act(root: Path, calls: list) -> None:
         if kind == "train":
             config = config_of(root, name, changes)
             ranks = {"rank": rank, "world_size": dist.get_world_size()}
-            train_rank(config, Path(config.run), build, zero.ZeroEngine, **ranks)
+            train_rank(config, Path(config.run), build, engine_class(config.train), **ranks)
         elif kind == "gather":
             save_gathered(root, name)
         else:
@@ -203,36 +211,7 @@ def ranks(root: Path, world_size: int, calls: list) -> None:
     for kind, name, changes, _ in calls:
         if kind == "train":
             prepare_run(config_of(root, name, changes), str(root / name))
-    meeting = root / f"meeting_{len(list(root.glob('meeting_*')))}"
-    meeting.mkdir()
-    arguments = [str(root), str(meeting), str(world_size), json.dumps(calls)]
-    outputs = [(meeting / f"{rank}.txt").open("w") for rank in range(world_size)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), *arguments], stdout=output, stderr=output
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    try:
-        codes = [process.wait(timeout=600) for process in processes]
-    finally:
-        for process, output in zip(processes, outputs, strict=True):
-            process.kill()
-            output.close()
-    logs = [(meeting / f"{rank}.txt").read_text()[-3000:] for rank in range(world_size)]
-    assert codes == [0] * world_size, "\n\n".join(logs)
-
-
-def main() -> None:
-    rank, root, meeting, world_size, calls = sys.argv[1:]
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, DS_ACCELERATOR="cpu")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}/store", rank=int(rank), world_size=int(world_size)
-    )
-    act(Path(root), json.loads(calls))
-    dist.barrier()
-    dist.destroy_process_group()
+    run_ranks(__file__, root, world_size, calls)
 
 
 # -- what must hold --------------------------------------------------------------------------------
@@ -275,21 +254,36 @@ def root(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path
              for _, name, changes, whole in two]  # fmt: skip
     back = [["train", half_of(root, name, f"two_of_{name}"),
              {"num_workers": 2, "zero_stage": 3}, 400]
-            for name in ("plain", "alone_1", "stage_2_offloaded")]  # fmt: skip
-    down = [["train", half_of(root, "plain", f"stage_{stage}_of_plain"),
-             {"num_workers": 2, "zero_stage": stage}, 0] for stage in (0, 1)]  # fmt: skip
+            for name in ("plain", "alone_1", "stage_2_offloaded", "fsdp2")]  # fmt: skip
+    back += [["train", half_of(root, name, f"fsdp2_of_{name}"),
+              {"num_workers": 2, "engine": "fsdp2"}, 0]
+             for name in ("plain", "stage_1", "stage_3")]  # fmt: skip
+    down = [["train", half_of(root, name, f"stage_{stage}_of_{name}"),
+             {"num_workers": 2, "zero_stage": stage}, 0]
+            for name, stage in (("plain", 0), ("plain", 1), ("fsdp2", 1))]  # fmt: skip
     ranks(root, 2, [*again, *back, *down])
 
     # of four workers one is lost: 16 samples are 6, 5 and 5, in micro-batches of 3
-    ranks(root, 3, [["train", half_of(root, "plain", "three_of_plain"),
-                     {"num_workers": 4, "min_workers": 2, "zero_stage": 1}, 0]])  # fmt: skip
+    ranks(root, 3, [["train", half_of(root, "plain", f"three_of_plain_{name}"),
+                     {"num_workers": 4, "min_workers": 2, **engine}, 0]
+                    for name, engine in THREE.items()])  # fmt: skip
+
+    # in one process, which another engine began
+    plain = config_of(root, half_of(root, "fsdp2", "plain_of_fsdp2"), {})
+    folder = prepare_run(plain, plain.run)
+    train_rank(plain, folder, build, zero.PlainEngine, rank=0, world_size=1)
     return root
+
+
+THREE: dict[str, dict] = {"stage_1": {"zero_stage": 1}, "fsdp2": {"engine": "fsdp2"}}
 
 
 
 ONE = ["one_of_stage_0", "one_of_stage_1", "one_of_stage_3", "alone_1", "alone_3"]
-BACK = ["two_of_plain", "two_of_alone_1", "two_of_stage_2_offloaded", "three_of_plain",
-        "stage_0_of_plain", "stage_1_of_plain"]  # fmt: skip
+BACK = ["two_of_plain", "two_of_alone_1", "two_of_stage_2_offloaded", "two_of_fsdp2",
+        "stage_0_of_plain", "stage_1_of_plain", "stage_1_of_fsdp2", "plain_of_fsdp2",
+        "fsdp2_of_plain", "fsdp2_of_stage_1", "fsdp2_of_stage_3",
+        *(f"three_of_plain_{name}" for name in THREE)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*TWO, *ONE, *BACK])
@@ -371,4 +365,4 @@ def test_dropped_gradients_and_unused_parameters_leave_nothing_behind(case: tupl
 
 
 if __name__ == "__main__":
-    main()
+    rank_main(act)

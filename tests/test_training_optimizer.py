@@ -251,7 +251,7 @@ def test_a_run_without_warm_up_starts_at_its_peak(decay: Any):
         ({"optimizer": "muon", "zero_stage": 1}, "found muon with zero_stage 1, expected adamw"),
         ({"optimizer": "muon", "zero_stage": 3}, "found muon with zero_stage 3, expected adamw"),
         ({"zero_stage": 3, "compile": True}, "train.zero_stage: found 3 with compile true"),
-        ({"offload": "cpu"}, "train.offload: found cpu with zero_stage 0, expected none"),
+        ({"offload": "cpu", "zero_stage": 0}, "train.offload: found cpu with zero_stage 0"),
         ({"offload": "cpu", "zero_stage": 1}, "train.offload: found cpu with zero_stage 1"),
         ({"offload": "cpu", "zero_stage": 2, "num_workers": 0},
          "train.offload: found cpu with num_workers 0, expected none"),

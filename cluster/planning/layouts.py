@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from cluster.base.options import with_options
 from cluster.planning.devices import GPUS, Gpu
 from cluster.planning.efficiency import Efficiency, Workload
 from cluster.planning.request import EngineName, PlanRequest
@@ -253,9 +254,9 @@ def place(
 
 def preset_layout(stage: Stage, workers: int) -> Layout:
     """Return what the preset itself asks for, on so many workers."""
-    train = stage.train
+    train = with_options(stage.train, num_workers=workers)
     return Layout(
-        zero_stage=train.workers.zero_stage,
+        zero_stage=train.zero_stage(stage.parameters),
         micro_batch=train.batch.micro_batch_size or stage.global_batch_size // workers,
         checkpointing=stage.checkpointing[0],
         offload=train.workers.offload == "cpu",

@@ -179,8 +179,11 @@ class ZeroEngine:
         self.model, self.device, self._config = model.to(device), device, config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.shapes = {name: p.shape for name, p in trained_parameters(model)}
+        self._stage = config.zero_stage(self._num_parameters, device.type)
+        if config.workers.zero_stage is None and self.rank == 0:
+            print(f"zero_stage: {self._stage}, for {self._num_parameters:,} parameters", flush=True)
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-        if config.workers.zero_stage == 3 and frozen:
+        if self._stage == 3 and frozen:
             raise ValueError(
                 f"train.zero_stage: found 3 with the frozen parameter {frozen[0]}, expected at "
                 "most 2: it partitions all parameters, and checkpoints hold the trained ones"
@@ -191,8 +194,12 @@ class ZeroEngine:
         self._engine: Any = deepspeed.initialize(
             model=Objective(model, objective), optimizer=self.optimizer, config=self._settings()
         )[0]
-        stage = STAGES[config.workers.zero_stage]
-        self._partition: ZeroPartition = stage(model, self._engine, self.optimizer)
+        partition = STAGES[self._stage]
+        self._partition: ZeroPartition = partition(model, self._engine, self.optimizer)
+
+    @property
+    def _num_parameters(self) -> int:
+        return sum(map(math.prod, self.shapes.values()))
 
     def _settings(self) -> Json:
         """Return DeepSpeed's configuration."""
@@ -204,12 +211,12 @@ class ZeroEngine:
             "gradient_accumulation_steps": self._grad_accum_steps,
             # Without ZeRO, DeepSpeed returns no norm and steps along a gradient that is not finite:
             # `step` clips.
-            "gradient_clipping": config.optimizer.grad_clip if workers.zero_stage else 0.0,
+            "gradient_clipping": config.optimizer.grad_clip if self._stage else 0.0,
             "zero_optimization": {
-                "stage": workers.zero_stage,
+                "stage": self._stage,
                 # stages 1 and 2 then add up a bucket in its place, not in a copy (measured on CPU);
                 # stage 3 would rely on the order in which ranks' gradients come
-                "reduce_scatter": self.device.type != "cpu" or workers.zero_stage == 3,
+                "reduce_scatter": self.device.type != "cpu" or self._stage == 3,
                 "reduce_bucket_size": bucket_elements(map(math.prod, self.shapes.values())),
                 # without it stages 1 and 2 reduce after the backward pass
                 "overlap_comm": True,
@@ -242,7 +249,7 @@ class ZeroEngine:
     def step(self, learning_rate_ratio: float) -> Tensor:
         """Step at the end of the accumulation; returns the norm of the gradient."""
         set_learning_rate(self._engine.optimizer.param_groups, learning_rate_ratio)
-        if self._config.workers.zero_stage:
+        if self._stage:
             self._partition.finalize_grads()
             self._engine.step()
             self._partition.zero_grads()

@@ -25,7 +25,8 @@ def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
     offload = train.workers.offload == "cpu"
     # power-function averages are shared out, as the classic one is, and lie where it does
     powers = 4 * num_parameters(model) * len(train.averages.power_ema) // workers
-    here = state_bytes(model, train.workers.zero_stage, workers, offload=offload)
+    stage = 3 if train.workers.engine == "fsdp2" else train.zero_stage(num_parameters(model))
+    here = state_bytes(model, stage, workers, offload=offload)
     gigabytes = (here if offload else here + powers) / 1e9
     kept = "weights" if offload else "weights, gradients, moments and averages"
     print(f"state a worker: {gigabytes:.3f} GB in {kept}; activations come on top")

@@ -215,12 +215,14 @@ def _ray_worker(arguments: Json) -> None:
     run, config, build = Path(arguments["run"]), arguments["config"], arguments["build"]
     os.environ.setdefault("DS_ACCELERATOR", _device_type(config.train))
     from training.engine.engines import ZeroEngine
+    from training.engine.fsdp import FsdpEngine
 
+    engine = FsdpEngine if config.train.workers.engine == "fsdp2" else ZeroEngine
     if error_paths(run):  # Ray tries again what no attempt can do
         return
     rank, world_size = dist.get_rank(), dist.get_world_size()
     try:
-        train_rank(config, run, build, ZeroEngine, rank=rank, world_size=world_size)
+        train_rank(config, run, build, engine, rank=rank, world_size=world_size)
     except FINAL_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in DISK_FULL:
             raise  # the storage may answer the next attempt
