@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.configs import UNetConfig
 from models.networks.unet import UNet
 from training.config import ClipRunConfig, TrainConfig
+from training.engine.choices import zero_stage
 from training.engine.engines import Engine, PlainEngine
 from training.engine.fsdp import FsdpEngine
 
@@ -145,7 +146,7 @@ def test_sharpness_aware_minimisation_and_a_plain_engine_of_several_are_refused(
     ],
 )
 def test_the_stage_of_zero_is_by_size(parameters: int, device: str, options: dict, stage: int):
-    assert TrainConfig.of(**options).zero_stage(parameters, device) == stage
+    assert zero_stage(TrainConfig.of(**options), parameters, device) == stage
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ TWO: dict[str, tuple[dict, int]] = {
 # stage, None for FSDP2; offload, ranks, precision
 STAGES = [(0, "none"), (1, "none"), (2, "none"), (2, "cpu"), (3, "none"), (3, "cpu"),
           (None, "none")]  # fmt: skip
-ENGINES = [(*stage, ranks, precision) for precision in ("fp32", "bf16") for ranks in (1, 2)
-           for stage in STAGES]  # fmt: skip
+ENGINES: list[Any] = [(*stage, ranks, precision) for precision in ("fp32", "bf16")
+                      for ranks in (1, 2) for stage in STAGES]  # fmt: skip
 
 
 def engine_class(config: TrainConfig) -> Any:
@@ -160,7 +160,9 @@ def save_stepped(folder: Path) -> None:
         if case[2] != dist.get_world_size():
             continue
         config = engine_config(*case)
-        engine = engine_class(config)(Sometimes(), sometimes_loss, config, torch.device("cpu"))
+        engine: zero.Engine = engine_class(config)(
+            Sometimes(), sometimes_loss, config, torch.device("cpu")
+        )
         found, moved = stepped(engine)
         assert moved == [True, True, False, True, False, True], moved
         save_file(found, str(folder / stepped_name(case, engine.rank)))

@@ -14,6 +14,7 @@ from models.configs import (
     RegressionPriorConfig,
     UpsamplerConfig,
 )
+from training.engine.choices import EngineName, require_engine
 from training.engine.precision import Precision
 
 PRESETS = Path(__file__).parent / "presets"
@@ -22,8 +23,6 @@ MAY_CHANGE = Option(may_change=True)
 HIDDEN_MAY_CHANGE = Option(hidden=True, may_change=True)
 INLINE = Option(inline=True)
 INFINITY = float("inf")
-ZERO_1_BELOW = 1_000_000_000  # parameters, whose gradients, 4 GB, still fit on each GPU
-Engine = Literal["deepspeed", "fsdp2", "plain"]
 MAIN_CAPTION = "caption"  # what --data.captions calls the main caption of a sample
 # What training reads by default: the drawn set, which is made where it is absent
 IMAGES, EMBEDS = "data/shapes/images", "data/shapes/embeds"
@@ -147,14 +146,14 @@ class WorkersConfig:
     it, which the run then keeps"""
     compile: Annotated[bool, MAY_CHANGE] = False
     """compile the network (torch.compile): minutes at the start, faster steps afterwards"""
-    engine: Annotated[Engine | None, MAY_CHANGE] = None
+    engine: Annotated[EngineName | None, MAY_CHANGE] = None
     """who takes the steps: deepspeed, torch's fsdp2 (rows of all parameters on each worker, weights
     and gradients sent in bf16 beside the passes), or plain PyTorch in one process; None: deepspeed
     for workers under Ray, plain without"""
     zero_stage: Annotated[Literal[0, 1, 2, 3] | None, MAY_CHANGE] = None
     """DeepSpeed's partitioning: 0 none, 1 optimizer state, 2 also gradients, 3 also weights; None:
     on several GPUs 1 below a billion parameters, else 2; 0 elsewhere and with muon"""
-    offload: Annotated[Literal["none", "cpu"], MAY_CHANGE] = "none"
+    offload: Annotated[Literal["none", "cpu"], HIDDEN_MAY_CHANGE] = "none"
     """where optimizer state and averaged weights are kept: with the weights, or in the memory of
     the CPU, which then takes the steps; zero_stage 2 or 3"""
 
@@ -169,28 +168,6 @@ class WorkersConfig:
             raise ValueError(
                 "train.zero_stage: found 3 with compile true, expected at most 2: weights are "
                 "gathered layer by layer, which a compiled network does not wait for"
-            )
-        if self.engine is not None and (self.engine == "plain") != (self.num_workers == 0):
-            expected = "num_workers 0" if self.engine == "plain" else "num_workers 1 or more"
-            raise ValueError(
-                f"train.engine: found {self.engine} with num_workers {self.num_workers}, expected "
-                f"{expected}: plain is for the calling process, others are for workers under Ray"
-            )
-        if self.engine == "fsdp2" and (self.offload == "cpu" or self.zero_stage is not None):
-            name = "offload" if self.offload == "cpu" else "zero_stage"
-            raise ValueError(
-                f"train.{name}: found {getattr(self, name)} with engine fsdp2, expected "
-                f"{'none' if name == 'offload' else 'null'}: it is DeepSpeed's"
-            )
-        if self.offload == "cpu" and self.zero_stage in (0, 1):
-            raise ValueError(
-                f"train.offload: found cpu with zero_stage {self.zero_stage}, expected none, or "
-                "zero_stage 2 or 3"
-            )
-        if self.offload == "cpu" and not self.num_workers:
-            raise ValueError(
-                "train.offload: found cpu with num_workers 0, expected none, or num_workers 1 or "
-                "more: the calling process trains without DeepSpeed"
             )
 
 
@@ -300,32 +277,12 @@ class TrainConfig:
                 f"train.micro_batch_size: found {self.batch.micro_batch_size}, "
                 f"expected a divisor of a worker's {share} samples"
             )
-        if self.optimizer.kind == "muon" and self.workers.zero_stage:
-            raise ValueError(
-                f"train.optimizer: found muon with zero_stage {self.workers.zero_stage}, expected "
-                "adamw: ZeRO flattens the matrices that Muon needs whole"
-            )
-        if self.optimizer.kind == "muon" and self.workers.engine == "fsdp2":
-            raise ValueError(
-                "train.optimizer: found muon with engine fsdp2, expected adamw: its ranks own rows "
-                "of the matrices that Muon needs whole"
-            )
+        require_engine(self)
         if self.validator.command and not self.workers.num_workers:
             raise ValueError(
                 "train.validator: found a command with num_workers 0, expected 1 or more: Ray "
                 "starts it; without Ray, run eval/watch.py beside the training"
             )
-
-    def zero_stage(self, num_parameters: int, device_type: str = "cuda") -> int:
-        """Return DeepSpeed's stage for a model of that size on workers with such devices."""
-        workers = self.workers
-        if workers.zero_stage is not None:
-            return workers.zero_stage
-        if workers.offload == "cpu":
-            return 2
-        if device_type == "cpu" or workers.num_workers < 2 or self.optimizer.kind == "muon":
-            return 0
-        return 1 if num_parameters < ZERO_1_BELOW else 2
 
     @classmethod
     def of(cls, **options: Any) -> "TrainConfig":
@@ -443,15 +400,13 @@ class ClipRunConfig(RunConfig):
     """sizes: flags such as --model.width, not listed by --help but by --dry-run"""
 
     def __post_init__(self) -> None:
-        if self.sam_rho and self.train.workers.zero_stage == 3:
+        workers = self.train.workers
+        if self.sam_rho and (workers.zero_stage == 3 or workers.engine == "fsdp2"):
+            stage = workers.zero_stage == 3
+            name, value = ("zero_stage", "3") if stage else ("engine", "fsdp2")
             raise ValueError(
-                f"train.zero_stage: found 3 with sam_rho {self.sam_rho}, expected at most 2: a "
-                "worker perturbs whole weights"
-            )
-        if self.sam_rho and self.train.workers.engine == "fsdp2":
-            raise ValueError(
-                f"train.engine: found fsdp2 with sam_rho {self.sam_rho}, expected deepspeed: a "
-                "worker perturbs whole weights"
+                f"train.{name}: found {value} with sam_rho {self.sam_rho}, expected "
+                f"{'at most 2' if stage else 'deepspeed'}: a worker perturbs whole weights"
             )
 
 

@@ -9,6 +9,7 @@ from cluster.planning.efficiency import Efficiency, Workload
 from cluster.planning.request import EngineName, PlanRequest
 from cluster.planning.stages import Stage
 from training.config import ClipRunConfig
+from training.engine.choices import zero_stage
 
 MAX_BUCKET = 50_000_000  # elements of ZeRO's buckets at most: training/engine/engines.py
 MAX_LIVE = 1_000_000_000  # elements of weights that stage 3 keeps gathered
@@ -256,7 +257,7 @@ def preset_layout(stage: Stage, workers: int) -> Layout:
     """Return what the preset itself asks for, on so many workers."""
     train = with_options(stage.train, num_workers=workers)
     return Layout(
-        zero_stage=train.zero_stage(stage.parameters),
+        zero_stage=zero_stage(train, stage.parameters),
         micro_batch=train.batch.micro_batch_size or stage.global_batch_size // workers,
         checkpointing=stage.checkpointing[0],
         offload=train.workers.offload == "cpu",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cluster.base.files import Json
 from training.config import TrainConfig
 from training.data.dataloader import Batch
+from training.engine.choices import zero_stage
 from training.engine.optimizer import Optimizer, build_optimizer, set_learning_rate
 from training.engine.precision import autocast, settled
 from training.engine.zero_partitions import (
@@ -179,7 +180,7 @@ class ZeroEngine:
         self.model, self.device, self._config = model.to(device), device, config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.shapes = {name: p.shape for name, p in trained_parameters(model)}
-        self._stage = config.zero_stage(self._num_parameters, device.type)
+        self._stage = zero_stage(config, self._num_parameters, device.type)
         if config.workers.zero_stage is None and self.rank == 0:
             print(f"zero_stage: {self._stage}, for {self._num_parameters:,} parameters", flush=True)
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]

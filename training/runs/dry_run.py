@@ -9,6 +9,7 @@ from torch import nn
 from cluster.base.cli import to_yaml
 from models.costs import num_parameters, offloaded_bytes, state_bytes
 from training.config import RunConfig
+from training.engine.choices import zero_stage
 
 COPIED_BYTES = 16  # a parameter: master weight, two moments, average
 
@@ -25,7 +26,7 @@ def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
     offload = train.workers.offload == "cpu"
     # power-function averages are shared out, as the classic one is, and lie where it does
     powers = 4 * num_parameters(model) * len(train.averages.power_ema) // workers
-    stage = 3 if train.workers.engine == "fsdp2" else train.zero_stage(num_parameters(model))
+    stage = 3 if train.workers.engine == "fsdp2" else zero_stage(train, num_parameters(model))
     here = state_bytes(model, stage, workers, offload=offload)
     gigabytes = (here if offload else here + powers) / 1e9
     kept = "weights" if offload else "weights, gradients, moments and averages"
