@@ -80,16 +80,15 @@ class FsdpEngine:
         self._root.set_reshard_after_backward(is_last)  # weights stay for the next micro-batch
         (poison_grads(loss) / self._grad_accum_steps).backward()
 
-    def step(self, learning_rate_ratio: float) -> float:
+    def step(self, learning_rate_ratio: float) -> Tensor:
         """Clip, step where the norm is finite, and drop the gradient; returns the norm."""
         norm = self._clipped()
         set_learning_rate(self.optimizer.param_groups, learning_rate_ratio)
-        if norm.isfinite():
-            self.optimizer.step()
+        self.optimizer.step(found_inf=1.0 - norm.isfinite().float())
         self.optimizer.zero_grad(set_to_none=True)
         for _, parameter in self._parameters:
             parameter.grad = None
-        return float(norm)
+        return norm
 
     def _clipped(self) -> Tensor:
         """Give this rank's rows their gradient, clipped by its global norm, which is returned.
