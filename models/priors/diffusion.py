@@ -191,7 +191,8 @@ class DiffusionPrior(nn.Module):
     def pack(self, lengths: Tensor, keys: Tensor) -> CaptionPacking:
         """Return how captions of `lengths` int64 [B] are packed for `losses` under sample `keys`
         int64 [B], all on the CPU."""
-        nulls = self.num_nulls, self.null_text.shape[1]
+        rows = min(TRIM_MULTIPLE, self.length - NUM_EXTRA_TOKENS)  # of null_text, even partitioned
+        nulls = self.num_nulls, rows
         drop = self._dropped(keys)
         return pack_prior(lengths, drop, num_further=NUM_EXTRA_TOKENS, nulls=nulls)
 
