@@ -1,5 +1,8 @@
 """Packed captions against padded ones: equal losses, gradients and states, without the padding."""
 
+import pickle
+import runpy
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -9,10 +12,13 @@ import torch.nn.functional as F
 from _priors import EMBED, TEXT, images, prior_of
 from torch import Tensor
 
-from models.clip import VOCAB_SIZE, FrozenClip, token_mask
+from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
+from models.networks import transformer
 from models.networks.packing import Packing, token_lengths
 from models.networks.transformer import TextEncoder
 from models.priors.base import PackedText, PriorText
+from training.data.dataloader import as_batch
+from training.tasks.prior import pack_captions
 
 KINDS = ("diffusion", "autoregressive", "regression")
 WORDS = 30
@@ -122,3 +128,110 @@ def test_towers_of_other_kinds_are_not_packed():
     for options in changes:
         text = open_clip.CLIPTextCfg(context_length=40, width=32, heads=2, layers=1, **options)
         assert not FrozenClip(open_clip.CLIP(16, vision, text), "small").packs_text
+
+
+# -- what is computed ------------------------------------------------------------------------------
+
+
+def laion_lengths() -> Tensor:
+    """Return lengths of captions in CLIP's tokens as they were counted in LAION's list, which
+    tests/test_training_benchmarks.py counts again."""
+    path = Path(__file__).parent.parent / "benchmarks" / "_captions.py"
+    return torch.from_numpy(runpy.run_path(str(path))["caption_lengths"](1536))
+
+
+def test_at_most_one_and_a_tenth_tokens_are_computed_for_each_real_one():
+    """Counted where linear layers run: in the tower, and in each prior's blocks."""
+    lengths = laion_lengths()
+    counted: list[int] = []
+
+    def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        counted.append(inputs[0].shape[0])
+
+    vision = open_clip.CLIPVisionCfg(image_size=32, patch_size=8, width=32, layers=1, head_width=16)
+    text = open_clip.CLIPTextCfg(context_length=77, width=TEXT, heads=1, layers=1)
+    encoder = FrozenClip(open_clip.CLIP(16, vision, text), "small")
+    encoder.clip.transformer.resblocks[0].mlp[0].register_forward_pre_hook(count)
+    priors = [prior_of(kind, context_length=77, depth=1) for kind in ("diffusion", "regression")]
+    for prior in priors:
+        prior.blocks[0].attention.qkv.register_forward_pre_hook(count)
+    for batch in lengths.split(512):
+        keys = torch.arange(len(batch))
+        for prior in priors:
+            packing = prior.pack(batch, keys)
+            tokens = torch.ones(packing.text.num_tokens, dtype=torch.long)
+            states, embed = encoder.encode_packed(tokens, packing.text), images(len(keys))
+            further = prior.position.shape[1] - 77
+            captions = PackedText(text_embed=embed, text=states, packing=packing)
+            prior.losses(keys, embed, captions)
+            tower, blocks = counted[-2:]
+            assert tower <= batch.sum()  # no state of a dropped caption
+            assert blocks <= 1.1 * (batch.sum() + further * len(batch))
+    assert len(counted) == 2 * 2 * 3 and 15 < lengths.double().mean() < 16
+
+
+def test_attention_on_a_cpu_pads_a_third_of_what_the_longest_caption_asks_for():
+    packing = Packing.of(laion_lengths()[:512])
+    padded = sum(rows.shape[0] * rows.shape[1] ** 2 for rows in packing.rows)
+    assert padded < 512 * packing.longest**2 / 3
+
+
+# -- the kernel of a GPU ---------------------------------------------------------------------------
+
+
+def reference_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+    *, window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:  # fmt: skip
+    """What torch documents of `varlen_attn`, sequence by sequence, in double precision."""
+    out = torch.full_like(q, torch.nan)
+    ends_q, ends_k = cu_seq_q.tolist(), cu_seq_k.tolist()
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(ends_q) == len(ends_k)
+    for i in range(len(ends_q) - 1):
+        of_q, of_k = slice(*ends_q[i : i + 2]), slice(*ends_k[i : i + 2])
+        rows = [x.double().transpose(0, 1) for x in (q[of_q], k[of_k], v[of_k])]
+        assert rows[0].shape[1] <= max_q and rows[1].shape[1] <= max_k
+        causal = window_size == (-1, 0)
+        assert causal or window_size == (-1, -1)
+        if rows[0].shape[1]:
+            y = F.scaled_dot_product_attention(rows[0], rows[1], rows[2], is_causal=causal)
+            out[of_q] = y.transpose(0, 1).to(q.dtype)
+    return out
+
+
+@pytest.mark.parametrize("own_tokens", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_is_given_what_the_groups_compute(
+    monkeypatch: pytest.MonkeyPatch, kind: str, own_tokens: bool
+):
+    changes: dict[str, Any] = {"text_tokens": WORDS} if own_tokens else {}
+    if kind != "regression":
+        changes["text_drop"] = 0.4
+    prior = prior_of(kind, context_length=WORDS, **changes)
+    text, keys = captions_of(LENGTHS["mixed"], own_tokens=own_tokens), torch.arange(9)
+    expected = gradients(prior, keys, packed(text, prior, keys))
+    calls: list[Any] = []
+    monkeypatch.setattr(transformer, "has_kernel", lambda like: True)
+    monkeypatch.setattr(transformer, "varlen_attn", lambda *args, **options: (
+        calls.append(options), reference_varlen(*args, **options))[1])  # fmt: skip
+    found = gradients(prior, keys, packed(text, prior, keys))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert len(calls) > 0
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def test_a_batch_carries_its_packing_over_pickling_and_to_devices():
+    tokens = torch.from_numpy(tokenizer(77)(CAPTIONS))
+    batch = as_batch({"tokens": tokens.numpy()}, torch.arange(len(CAPTIONS)))
+    batch = pack_captions(prior_of("diffusion", context_length=77).pack, False, batch)
+    found = pickle.loads(pickle.dumps(batch)).to(torch.device("cpu"))
+    assert found.captions is not None and batch.captions is not None
+    assert torch.equal(found.captions.tokens, batch.captions.tokens)
+    assert found.captions.packing.joined.max_length == 128
+    meta = batch.to(torch.device("meta")).captions
+    assert meta is not None and meta.packing.joined is not None
+    devices = {x.device.type for x in (meta.tokens, meta.packing.drop, *meta.packing.joined.rows)}
+    assert devices == {"meta"}
+    assert batch.rows(slice(0, 2)).captions is None

@@ -11,17 +11,21 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 from _line import CONFIG
+from _priors import prior_of
 
 from cluster.base import metrics
 from cluster.base.cli import with_options
 from cluster.base.jsonl import NewLines, add_line, read_lines
 from cluster.base.run_dir import METRICS_NAME, VALIDATION_NAME
 from training.checkpoints.records import Progress
+from training.data.dataloader import Batch, as_batch
 from training.runs.events import record_event, report_incident
 from training.runs.follower import Follower, describe
 from training.runs.reporting import Reporter
 from training.runs.trackers import TensorBoard
+from training.tasks.prior import pack_captions
 
 
 def line(step: int, **changes) -> dict:
@@ -216,14 +220,23 @@ def test_incidents_are_reported_and_counted_once(tmp_path: Path, capsys: pytest.
     assert "earlier" not in output
 
 
+def captioned(lengths: list[int]) -> Batch:
+    count = torch.tensor(lengths)
+    tokens = (torch.arange(77) < count[:, None]).int().numpy()
+    batch = as_batch({"tokens": tokens}, torch.arange(len(lengths)))
+    return pack_captions(prior_of("autoregressive").pack, False, batch)
+
+
 def test_a_report_tells_the_time_left_and_the_use_of_the_device(tmp_path: Path):
     config = with_options(CONFIG, num_steps=4, report_every=2)
-    reporter = Reporter(tmp_path, config, 0, peak_samples_per_second=1e6)
+    reporter = Reporter(tmp_path, config, 0, flops=lambda num_tokens: 100 + num_tokens, peak=1e9)
     for step in (1, 2):
         progress = Progress(step=step, samples_seen=step * config.batch.global_batch_size)
+        reporter.trained(progress, [captioned([3, 9, 5 * step])])
         reporter.step(progress, {"loss": 1.0}, 1.0)
     (line,) = read_lines(tmp_path / "metrics.jsonl")
-    assert line["mfu"] == pytest.approx(line["samples_per_second"] / 1e6)
+    mean = (3 + 9 + 5 + 3 + 9 + 10) / 6  # of the captions' real tokens
+    assert line["mfu"] == pytest.approx(line["samples_per_second"] * (100 + mean) / 1e9)
     left = 2 * config.batch.global_batch_size / line["samples_per_second"]
     assert line["eta_seconds"] == pytest.approx(left)
     assert describe({**line, "mfu": 0.415, "eta_seconds": 3 * 86400 + 7200.0}).endswith(

@@ -127,15 +127,22 @@ class CaptionPacking(OnDevice):
     of a prior's sequences, None where there are none; source: int64 [T], of each of their tokens
     the row in [S tokens of text | N nulls of each dropped caption | K further tokens of each
     sample]; place: int64 [T], its position, of further tokens counted from the end: -K ... -1;
-    num_dropped: of captions.
+    num_dropped: of captions; num_tokens: that the model reads of captions, nulls among them.
     """
 
     text: Packing
     drop: Tensor
+    num_tokens: int
     num_dropped: int = 0
     joined: Packing | None = None
     source: Tensor | None = None
     place: Tensor | None = None
+
+    @classmethod
+    def of(cls, lengths: Tensor, drop: Tensor) -> "CaptionPacking":
+        """Pack captions of `lengths`, int64 [B] on the CPU, all of which are read."""
+        text = Packing.of(lengths)
+        return cls(text=text, drop=drop, num_tokens=text.num_tokens)
 
 
 def pack_prior(
@@ -162,7 +169,7 @@ def pack_prior(
     null = first_null + (drop.cumsum(0)[sequence] - 1) * num_nulls + position
     source = torch.where(drop[sequence], null, text.offsets[sequence].long() + position)
     return CaptionPacking(
-        text=text, drop=drop, num_dropped=num_dropped, joined=joined,
+        text=text, drop=drop, num_tokens=int(read.sum()), num_dropped=num_dropped, joined=joined,
         source=torch.where(further < 0, source, first_further + sequence * num_further + further),
         place=torch.where(further < 0, position, further - num_further),
     )  # fmt: skip

@@ -45,6 +45,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Literal["causal"] | N
     return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
+def has_kernel(like: Tensor) -> bool:
+    """Return whether torch's attention on packed sequences takes tensors as `like`, [T, H, d]."""
+    return like.is_cuda and like.dtype != torch.float32 and like.shape[-1] % 8 == 0
+
+
 def attend_packed(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, num_queries: int = 0
 ) -> Tensor:
@@ -54,7 +59,7 @@ def attend_packed(
     which read all of it; no sequence may then be empty. Returns as q.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # a norm under autocast makes fp32
-    if v.is_cuda and v.dtype != torch.float32 and v.shape[-1] % 8 == 0:  # what the kernel takes
+    if has_kernel(v):
         offsets, longest, causal = packing.offsets, packing.max_length, packing.causal
         if num_queries:
             stop = len(offsets) * num_queries
@@ -85,8 +90,6 @@ def attend_packed(
     if num_queries:
         return y.index_select(0, packing.member_order).flatten(0, 1)
     return y.index_select(0, packing.order)
-
-
 
 
 def attention_kernels(like: Tensor) -> AbstractContextManager:

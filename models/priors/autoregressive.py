@@ -263,7 +263,7 @@ class AutoregressivePrior(nn.Module):
         Dropped ones are read: nulls take the place of what is pooled from them.
         """
         keep = torch.zeros_like(keys, dtype=torch.bool)
-        return CaptionPacking(text=Packing.of(lengths), drop=keep)
+        return CaptionPacking.of(lengths, keep)
 
     def losses(
         self, keys: Tensor, image_embed: Tensor, text: PriorText | PackedText

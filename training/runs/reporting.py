@@ -8,7 +8,7 @@ The driver reads these files (training/runs/follower.py).
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,11 +36,13 @@ class Reporter:
         rank: int,
         *,
         watchdog: Watchdog | None = None,
-        peak_samples_per_second: float = 0.0,
+        flops: Callable[[float], float] | None = None,
+        peak: float = 0.0,
     ) -> None:
-        """peak_samples_per_second: what all devices could do at their peak, 0 where unknown."""
+        """flops: of training on a sample, by the mean length of captions in tokens, None where the
+        peak is unknown; peak: FLOP/s of all devices."""
         self._run, self._config, self._rank = run, config, rank
-        self._watchdog, self._peak = watchdog, peak_samples_per_second
+        self._watchdog, self._flops, self._peak = watchdog, flops, peak
         self._profiler = Profiler(run, config.logging.profile, rank)
         self._spikes = SpikeDetector(config.faults.spike_deviations)
         self._samples: SampleLog | None = None
@@ -52,6 +54,7 @@ class Reporter:
     def _begin_report(self, progress: Progress) -> None:
         self._reported, self._reported_samples = time.perf_counter(), progress.samples_seen
         self._wait_seconds = self._checkpoint_seconds = 0.0
+        self._num_tokens = self._num_captions = 0
         self._sums: dict[str, float] = {}
         self._count = 0
 
@@ -76,11 +79,22 @@ class Reporter:
 
     def trained(self, progress: Progress, micro_batches: list[Batch]) -> None:
         """Record that a step has moved the weights by these samples."""
+        for batch in micro_batches:
+            if batch.captions is not None:
+                self._num_tokens += batch.captions.packing.num_tokens
+                self._num_captions += len(batch.keys)
         if self._samples is not None:
             self._samples.write(progress.step, micro_batches)
         if self._first_step_due:
             record_event(self._run, "stepped", step=progress.step)
             self._first_step_due = False
+
+    def _mfu(self, samples_per_second: float) -> dict[str, float]:
+        """Return the share of the peak that real tokens take: MFU."""
+        if self._flops is None:
+            return {}
+        mean = self._num_tokens / max(1, self._num_captions)
+        return {"mfu": samples_per_second * self._flops(mean) / self._peak}
 
     def is_validated(self, progress: Progress) -> bool:
         """Return whether a checkpoint has its scores."""
@@ -153,7 +167,7 @@ class Reporter:
             "learning_rate_ratio": learning_rate_ratio,
             **({} if memory is None else {"device_memory_bytes": memory}),
             "samples_per_second": rate,
-            **({"mfu": rate / self._peak} if self._peak else {}),
+            **self._mfu(rate),
             "eta_seconds": samples_left / rate if rate else None,
             "data_wait_ratio": self._wait_seconds / seconds,
             "checkpoint_seconds": self._checkpoint_seconds,

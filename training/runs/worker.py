@@ -131,7 +131,7 @@ def train_rank(
     """Train as one rank, with an engine of that class."""
     import torch
 
-    from models.costs import training_flops
+    from models.costs import flops_of_captions
     from training.engine.allocator import ALL, KEPT_BYTES, keep_freed_memory
     from training.loop import train
     from training.runs.profiling import peak_tflops
@@ -165,16 +165,18 @@ def train_rank(
 
             task = dataclasses.replace(task, on_checkpoint=partial(report_checkpoint, rank=rank))
 
-        # Samples a second at the devices' peak; 0 where it is not known, or of another precision
+        # The devices' peak, in FLOP/s; 0 where it is not known, or of another precision
         known = peak_tflops(device) if settings.workers.precision == "bf16" else 0.0
         tflops = settings.logging.peak_tflops or known
-        peak = world_size * tflops * 1e12 / training_flops(task.model) if tflops else 0.0
+        flops = flops_of_captions(task.model) if tflops else None
 
         # Train
         if settings.workers.compile:
             compile_model(task.model)
         engine = engine_class(task.model, task.objective, settings, device)
-        reporter = Reporter(run, settings, rank, watchdog=watchdog, peak_samples_per_second=peak)
+        reporter = Reporter(
+            run, settings, rank, watchdog=watchdog, flops=flops, peak=world_size * tflops * 1e12
+        )
         train(task, config, engine, run, reporter)
 
 

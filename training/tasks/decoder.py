@@ -17,7 +17,7 @@ from models.decoder import Condition, Decoder, ImageSampling, dropped_captions
 from models.degradation import shrink
 from models.diffusion import keyed_random
 from models.diffusion.samplers import dpmpp_2m
-from models.networks.packing import CaptionPacking, PackedTokens, Packing, token_lengths
+from models.networks.packing import CaptionPacking, PackedTokens, token_lengths
 from models.networks.transformer import trim, trimmed_length
 from models.upsampler import Upsampler
 from models.weights import EMA_NAME, load_weights
@@ -129,7 +129,7 @@ def pack_captions_of_decoder(encoder: FrozenClip, config: DecoderRunConfig, batc
         drop = dropped_captions(config.base, batch.keys)
         empty = torch.from_numpy(encoder.tokenize([""])).to(tokens)
         tokens = torch.where(drop[:, None], empty, tokens)
-    packing = CaptionPacking(text=Packing.of(token_lengths(token_mask(tokens))), drop=drop)
+    packing = CaptionPacking.of(token_lengths(token_mask(tokens)), drop)
     return dataclasses.replace(batch, captions=PackedTokens.of(tokens, packing))
 
 
