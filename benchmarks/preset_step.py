@@ -161,7 +161,7 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
     columns = _columns(model, sizes, batch, device)
     flops = float(np.mean(_flops(model, caption_lengths(batch, sizes["context_length"]))))
     if compiled:
-        compile_model(model)
+        compile_model(model, device)
     parts = _times(config, model, columns, options.train, device)
     peak = peak_tflops(device) * 1e12
     rate, on_gpu = batch / float(np.median(parts)), device.type == "cuda"

@@ -21,6 +21,7 @@ from models.diffusion.samplers import (
     inpainted,
 )
 from models.diffusion.schedule import NoiseSchedule
+from models.networks.compiling import compiled
 from models.networks.packing import Packing
 from models.networks.transformer import TextEncoder
 from models.networks.unet import UNet
@@ -244,6 +245,15 @@ class Decoder(nn.Module):
         """
         if isinstance(condition, Condition):
             condition = self.encode_condition(condition)
+        cond, grid, tokens, mask = self._encode(condition, image_drop, text_drop)
+        return self.unet(x_t, t, cond=cond, grid=grid, tokens=tokens, token_mask=mask)
+
+    @compiled(dynamic=None)
+    def _encode(
+        self, condition: EncodedCondition, image_drop: Tensor, text_drop: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return the U-Net's condition: a vector [B, cond], a grid [B, C, H/p, W/p], tokens
+        [B, K + L, context], and their mask."""
         z = condition.image_embed * self.embed_scale  # [B, E]
         z = torch.where(image_drop[:, None], self.null_image_embed * self.embed_scale, z)
         tokens = self.embed_to_tokens(z)  # [B, K * context], K embed tokens
@@ -259,7 +269,7 @@ class Decoder(nn.Module):
         if condition.pooled is not None:
             cond = cond + condition.pooled.masked_fill(text_drop[:, None], 0.0)  # [B, cond]
         grid = None if self.embed_to_grid is None else self.embed_to_grid(z)  # [B, C, H/p, W/p]
-        return self.unet(x_t, t, cond=cond, grid=grid, tokens=tokens, token_mask=mask)
+        return cond, grid, tokens, mask
 
     def losses(self, keys: Tensor, image: Tensor, condition: Condition) -> dict[str, Tensor]:
         """Return {"loss": [B]} for image [B, 3, H, W] in [-1, 1].
@@ -269,19 +279,35 @@ class Decoder(nn.Module):
         here. With a learned variance the loss is L_hybrid (Nichol & Dhariwal 2021, eq. 16), and
         "bound" [B] is its second part, in bits per dimension.
         """
-        config, z = self.config, condition.image_embed
+        x_t, t, eps, z, image_drop, text_drop = self._noise(keys, image, condition.image_embed)
+        condition = replace(condition, image_embed=z)
+        output = self(x_t, t, condition, image_drop, text_drop)  # [B, 3 or 6, H, W]
+        return self._score(output, image, x_t, t, eps)
+
+    @compiled(dynamic=None)
+    def _noise(self, keys: Tensor, image: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        """Return what training draws: x_t, t and eps, z_i with its noise, and bool [B] twice, True
+        where z_i or the caption is hidden."""
+        config = self.config
         if config.embed_noise:
             # blur z_i a little, since at sampling it comes from a prior and not from CLIP
             level = config.embed_noise * keyed_random.uniform(keys, "embed_noise_level")[:, None]
             noise = keyed_random.normal(keys, "embed_noise", z.shape[1:]) / self.embed_scale
-            condition = replace(condition, image_embed=F.normalize(z + level * noise, dim=1))
+            z = F.normalize(z + level * noise, dim=1)  # [B, E]
         t = draw_timesteps(self.schedule, keys, config.noise_bias)  # [B]
         eps = keyed_random.normal(keys, "eps", image.shape[1:])  # [B, 3, H, W]
         x_t = self.schedule.q_sample(image, t, eps)  # [B, 3, H, W]
         image_drop = keyed_random.uniform(keys, "image_embed_drop") < config.image_embed_drop
         keep = torch.zeros_like(image_drop)
         text_drop = keep if config.empty_caption else dropped_captions(config, keys)
-        output = self(x_t, t, condition, image_drop, text_drop)
+        return x_t, t, eps, z, image_drop, text_drop
+
+    @compiled(dynamic=None)
+    def _score(
+        self, output: Tensor, image: Tensor, x_t: Tensor, t: Tensor, eps: Tensor
+    ) -> dict[str, Tensor]:
+        """Return `losses` of the network's output [B, 3 or 6, H, W]."""
+        config = self.config
         output, fraction = output[:, :3], output[:, 3:]  # [B, 3, H, W]; the second may be empty
         target = self.schedule.target(config.prediction, image, t, eps)
         error = (output - target).square().mean((1, 2, 3))  # [B]

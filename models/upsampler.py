@@ -14,6 +14,7 @@ from models.diffusion import keyed_random
 from models.diffusion.losses import draw_timesteps, timestep_weight
 from models.diffusion.samplers import Denoised, clipped
 from models.diffusion.schedule import NoiseSchedule
+from models.networks.compiling import compiled
 from models.networks.transformer import TimestepMLP, without_autocast
 from models.networks.unet import UNet
 
@@ -113,12 +114,24 @@ class Upsampler(nn.Module):
 
         Degradation, timesteps and noise come from the sample `keys` int64 [B].
         """
-        config = self.config
+        x_t, t, eps, low_res, level = self._noise(keys, image)
+        output = self(x_t, t, low_res, level)  # [B, 3, fH, fW]
+        return self._score(output, image, t, eps)
+
+    @compiled(dynamic=None)
+    def _noise(self, keys: Tensor, image: Tensor) -> tuple[Tensor, ...]:
+        """Return what training draws: x_t, t and eps, the low resolution [B, 3, H, W], and the
+        standard deviation [B] of the noise in it."""
         low_res, level = self.degrade(image, keys)  # [B, 3, H, W], [B]
-        t = draw_timesteps(self.schedule, keys, config.noise_bias)  # [B]
+        t = draw_timesteps(self.schedule, keys, self.config.noise_bias)  # [B]
         eps = keyed_random.normal(keys, "eps", image.shape[1:])  # [B, 3, fH, fW]
         x_t = self.schedule.q_sample(image, t, eps)  # [B, 3, fH, fW]
-        output = self(x_t, t, low_res, level)  # [B, 3, fH, fW]
+        return x_t, t, eps, low_res, level
+
+    @compiled(dynamic=None)
+    def _score(self, output: Tensor, image: Tensor, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        """Return `losses` of the network's output [B, 3, fH, fW]."""
+        config = self.config
         target = self.schedule.target(config.prediction, image, t, eps)
         error = (output - target).square().mean((1, 2, 3))  # [B]
         weight = timestep_weight(self.schedule, config.weighting, config.prediction, t)  # [B]

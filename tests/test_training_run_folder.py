@@ -104,7 +104,7 @@ def test_a_runs_own_configuration_continues_it_also_where_it_began_fresh(tmp_pat
 def test_a_run_older_than_an_option_goes_on_with_its_default(tmp_path: Path):
     run = prepare_run(CONFIG, str(tmp_path))
     text = (run / "config.yaml").read_text()
-    assert "  compile: false\n" in text and "  qk_norm: true\n" in text
+    assert "  compile: null\n" in text and "  qk_norm: true\n" in text
     (run / "config.yaml").write_text(text.replace("  qk_norm: true\n", "", 1))
     assert prepare_run(CONFIG, str(tmp_path)) == run
     other = dataclasses.replace(CONFIG.diffusion, qk_norm=False)

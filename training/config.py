@@ -144,8 +144,9 @@ class WorkersConfig:
     precision: Precision = "auto"
     """bf16: fp32 weights under autocast; fp32: no autocast; auto: bf16 where the device computes in
     it, which the run then keeps"""
-    compile: Annotated[bool, MAY_CHANGE] = False
-    """compile the network (torch.compile): minutes at the start, faster steps afterwards"""
+    compile: Annotated[bool | None, MAY_CHANGE] = None
+    """compile the network (torch.compile): a minute or more at the start, faster steps afterwards;
+    None: on GPUs, but with zero_stage 3"""
     engine: Annotated[EngineName | None, MAY_CHANGE] = None
     """who takes the steps: deepspeed, torch's fsdp2 (rows of all parameters on each worker, weights
     and gradients sent in bf16 beside the passes), or plain PyTorch in one process; None: deepspeed

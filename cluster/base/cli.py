@@ -144,6 +144,11 @@ def _by_flag(arguments: list[str], flags: dict[str, OptionField]) -> list[Given]
             known = [*flags, *sorted({"--config", "--preset", DRY_RUN} - {*flags})]
             raise ValueError(f"unknown flag {flag}{nearest(flag, known)}")
         given.append((flag, [value] if equals else []))
+    # A choice of yes, no and None reads as a switch, too
+    for i, (flag, values) in enumerate(given):
+        switch = _positive(flag, flags)
+        if flag and not values and flags[switch].hint == bool | None:
+            given[i] = switch, [str(switch == flag.replace("_", "-"))]
     return given
 
 

@@ -138,9 +138,9 @@ class NoiseSchedule:
         return alpha_bar.sqrt().to(dtype), (1 - alpha_bar).sqrt().to(dtype)
 
     def _alpha_bar(self, t: Tensor, like: Tensor) -> Tensor:
-        return self._table(t.device)[t].reshape(-1, *[1] * (like.ndim - 1))
+        return self.table(t.device)[t].reshape(-1, *[1] * (like.ndim - 1))
 
-    def _table(self, device: torch.device) -> Tensor:
+    def table(self, device: torch.device) -> Tensor:
         """Return alpha_bar with the clean end's 1 appended, [T + 1], cached on each device: a copy
         to a GPU would wait for all its queued work."""
         if device not in self._tables:
@@ -205,5 +205,5 @@ class NoiseSchedule:
 
     def snr(self, t: Tensor) -> Tensor:
         """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar) of `t` as float32 [B]."""
-        alpha_bar = self._table(t.device)[t]
+        alpha_bar = self.table(t.device)[t]
         return (alpha_bar / (1 - alpha_bar)).float()

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from models.configs import TransformerConfig
+from models.networks.compiling import compiled
 from models.networks.packing import Packing
 
 TRIM_MULTIPLE = 8  # tokens
@@ -248,6 +249,7 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
+    @compiled(dynamic=None)
     def forward(
         self, x: Tensor, mask: Mask, num_queries: int = 0, cache: KeyValues | None = None
     ) -> Tensor:

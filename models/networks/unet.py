@@ -9,22 +9,32 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.configs import UNetConfig
+from models.networks.compiling import compiled
 from models.networks.unet_blocks import ADM, UNetLayers
 from models.networks.unet_mp import MAGNITUDE_PRESERVING
 
 
 class _Level(nn.Module):
-    """A residual block, and attention where the resolution has it."""
+    """A residual block, on the way up of a feature map joined with a skip, and attention where the
+    resolution has it."""
 
-    def __init__(self, block: nn.Module, attention: nn.Module | None) -> None:
+    def __init__(
+        self, block: nn.Module, attention: nn.Module | None, join: Callable[..., Tensor]
+    ) -> None:
         super().__init__()
-        self.block = block
-        self.attention = attention
+        self.block, self.attention, self._join = block, attention, join
         self.takes_skip = block.resample is None  # on the way up
 
+    @compiled(dynamic=False)
     def forward(
-        self, x: Tensor, cond: Tensor, tokens: Tensor | None, token_mask: Tensor | None
+        self,
+        x: Tensor,
+        cond: Tensor,
+        tokens: Tensor | None,
+        token_mask: Tensor | None,
+        skip: Tensor | None = None,
     ) -> Tensor:
+        x = x if skip is None else self._join(x, skip)  # [B, C, H, W]
         x = self.block(x, cond)  # [B, C', H', W']
         return x if self.attention is None else self.attention(x, tokens, token_mask)
 
@@ -76,6 +86,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.context = config, context
+        self.channels_last = config.channels_last  # or set where it is faster, see `compile_model`
         self._require_halving(image_size)
         _validate(config, image_size)
         self.grid = image_size // config.patch_size
@@ -127,7 +138,7 @@ class UNet(nn.Module):
         Weights stay contiguous: ZeRO flattens them, and Muon views them as matrices; a convolution
         follows its input.
         """
-        return torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def _require_halving(self, *sides: int) -> None:
         """Raise ValueError for sides in px that some resolution could not halve."""
@@ -162,7 +173,7 @@ class UNet(nn.Module):
             channels=out, head_channels=config.head_channels, context=self.context, **norms
         )
         has_attention = side in config.attn_resolutions and resample is None
-        return _Level(residual, attention if has_attention else None)
+        return _Level(residual, attention if has_attention else None, self.layers.join)
 
     def _run(self, level: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.config.checkpointing and self.training:
@@ -187,8 +198,25 @@ class UNet(nn.Module):
         sides that do not halve or do not fit `grid`.
         """
         self._require_halving(*x.shape[2:])
+        h, cond = self._enter(x, t, cond, grid)  # [B, C, H/p, W/p], [B, 4C]
+        skips = [h]
+        for level in self.down:
+            h = self._run(level, h, cond, tokens, token_mask)  # [B, mC, H/(2^i p), W/(2^i p)]
+            skips.append(h)
+        for level in self.middle:
+            h = self._run(level, h, cond, tokens, token_mask)
+        for level in self.up:
+            skip = skips.pop() if level.takes_skip else None
+            h = self._run(level, h, cond, tokens, token_mask, skip)
+        return self._leave(h)  # [B, out, H, W]
+
+    @compiled(dynamic=False)
+    def _enter(
+        self, x: Tensor, t: Tensor, cond: Tensor | None, grid: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the first feature map [B, C, H/p, W/p], and the levels' condition [B, 4C]."""
         layers, time = self.layers, self.time_in(t)  # [B, 4C]
-        cond = time if cond is None else layers.add(time, cond)  # [B, 4C]
+        time = time if cond is None else layers.add(time, cond)  # [B, 4C]
         x = F.pixel_unshuffle(x, self.config.patch_size)  # [B, in p^2, H/p, W/p]
         h = self.conv_in(x.contiguous(memory_format=self.memory_format))  # [B, C, H/p, W/p]
         if grid is not None:
@@ -199,15 +227,10 @@ class UNet(nn.Module):
                 )
                 raise ValueError(f"image size: found {sides}, expected {expected} as in training")
             h = layers.add(h, grid)  # [B, C, H/p, W/p]
-        skips = [h]
-        for level in self.down:
-            h = self._run(level, h, cond, tokens, token_mask)  # [B, mC, H/(2^i p), W/(2^i p)]
-            skips.append(h)
-        for level in self.middle:
-            h = self._run(level, h, cond, tokens, token_mask)
-        for level in self.up:
-            if level.takes_skip:
-                h = layers.join(h, skips.pop())
-            h = self._run(level, h, cond, tokens, token_mask)
+        return h, time
+
+    @compiled(dynamic=False)
+    def _leave(self, h: Tensor) -> Tensor:
+        """Return the output, float32 [B, out, H, W], of the last feature map."""
         h = self.conv_out(self.norm_out(h)).contiguous()  # [B, out p^2, H/p, W/p]
         return F.pixel_shuffle(h, self.config.patch_size).float()  # [B, out, H, W]

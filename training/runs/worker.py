@@ -32,6 +32,7 @@ from training.runs.run_folder import (
 from training.runs.signals import forget_stop, stopping_on_sigterm
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from training.loop import Task
@@ -148,6 +149,7 @@ def train_rank(
             f"train.device: found {settings.workers.device} without a GPU, expected cpu"
         )
     compute_whole_fp32()
+    torch.backends.cudnn.benchmark = True  # shapes are the same in every step
     keep_freed_memory(ALL if device.type == "cpu" else KEPT_BYTES)
     if device.type == "cpu":
         threads = threads_for(settings.workers.num_threads)
@@ -171,8 +173,8 @@ def train_rank(
         flops = flops_of_captions(task.model) if tflops else None
 
         # Train
-        if settings.workers.compile:
-            compile_model(task.model)
+        if compiles(settings, device, say=not rank):
+            compile_model(task.model, device)
         engine = engine_class(task.model, task.objective, settings, device)
         reporter = Reporter(
             run, settings, rank, watchdog=watchdog, flops=flops, peak=world_size * tflops * 1e12
@@ -180,12 +182,41 @@ def train_rank(
         train(task, config, engine, run, reporter)
 
 
-def compile_model(model: "nn.Module") -> None:
-    """Compile a network in place: what its objective calls, which for CLIP is its two towers."""
-    from open_clip import CLIP
+def compiles(settings: TrainConfig, device: "torch.device", *, say: bool) -> bool:
+    """Return whether to compile, and print the choice where the configuration leaves it open."""
+    workers = settings.workers
+    if workers.compile is not None:
+        return workers.compile
+    chosen = device.type == "cuda" and workers.zero_stage != 3
+    if say:
+        why = "zero_stage 3" if device.type == "cuda" else "a CPU"
+        print(f"compile: {'true, on a GPU' if chosen else f'false, with {why}'}", flush=True)
+    return chosen
 
-    for network in (model.visual, model.transformer) if isinstance(model, CLIP) else (model,):
-        network.compile()
+
+def compile_model(model: "nn.Module", device: "torch.device") -> None:
+    """Compile a model in place for a device, part by part: see models/networks/compiling.py.
+
+    Feature maps of a U-Net on a GPU are channels-last then: convolutions copy none of them, and
+    group norm is no longer the kernel that would.
+    """
+    from open_clip import CLIP
+    from open_clip.transformer import ResidualAttentionBlock
+
+    from models.diffusion.schedule import NoiseSchedule
+    from models.networks.compiling import compile_parts
+    from models.networks.unet import UNet
+
+    compile_parts(model)
+    for tower in (model.visual, model.transformer) if isinstance(model, CLIP) else ():
+        blocks = [m for m in tower.modules() if isinstance(m, ResidualAttentionBlock)]
+        for part in blocks or [tower]:
+            part.compile(dynamic=False, fullgraph=bool(blocks))
+    for module in model.modules():
+        if isinstance(module, UNet) and device.type == "cuda":
+            module.channels_last = True
+        if isinstance(schedule := getattr(module, "schedule", None), NoiseSchedule):
+            schedule.table(device)  # there already when a graph is traced
 
 
 # -- under Ray Train -------------------------------------------------------------------------------
