@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.clip import token_mask
 from models.configs import (
     AutoregressivePriorConfig,
     DecoderConfig,
@@ -20,12 +21,14 @@ from models.configs import (
     UNetConfig,
     UpsamplerConfig,
 )
+from models.convert.runs import load_clip
 from models.costs import forward_of, peak_bytes
 from models.decoder import Condition, Decoder, ImageSampling
 from models.diffusion import keyed_random
 from models.diffusion.samplers import SAMPLERS
+from models.networks.packing import Packing
 from models.priors.autoregressive import AutoregressivePrior
-from models.priors.base import PriorSampling, PriorText
+from models.priors.base import PackedText, PriorSampling, PriorText
 from models.priors.diffusion import DiffusionPrior
 from models.priors.regression import RegressionPrior
 from models.upsampler import Upsampler
@@ -119,16 +122,25 @@ def condition_of(batch: dict[str, Tensor]) -> Condition:
     )  # fmt: skip
 
 
-def losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def packed_text(model: Any, batch: dict[str, Tensor]) -> PackedText:
+    """Pack on the CPU, as where batches are read, and move."""
+    packing = model.pack(inputs()["mask"].sum(1), torch.arange(COUNT))
+    packing = packing.apply(lambda x: x.to(batch["states"].device))
+    rows = batch["states"][packing.text.sequence, packing.text.position]
+    return PackedText(text_embed=batch["text_embed"], text=rows, packing=packing)
+
+
+def losses(model: Any, batch: dict[str, Tensor], *, packed: bool = False) -> Tensor:
     if isinstance(model, Upsampler):
         return model.losses(batch["keys"], batch["image"])["loss"]
     if isinstance(model, Decoder):
         return model.losses(batch["keys"], batch["image"], condition_of(batch))["loss"]
-    return model.losses(batch["keys"], batch["image_embed"], text_of(batch))["loss"]
+    text = packed_text(model, batch) if packed else text_of(batch)
+    return model.losses(batch["keys"], batch["image_embed"], text)["loss"]
 
 
 def stepped(
-    model: nn.Module, device: str, *, bf16: bool = False, compiled: bool = False
+    model: Any, device: str, *, bf16: bool = False, compiled: bool = False, packed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the samples' losses, and the gradient of their mean as one vector, on the CPU."""
     model.to(device).zero_grad(set_to_none=True)
@@ -136,7 +148,7 @@ def stepped(
         model.compile()
     batch = {name: value.to(device) for name, value in inputs().items()}
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
-        found = losses(model, batch)
+        found = losses(model, batch, packed=packed)
     found.mean().backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return found.detach().float().cpu(), torch.cat(gradients).float().cpu()
@@ -172,6 +184,51 @@ def test_bf16_is_fp32_up_to_rounding(name: str):
     found = stepped(MODELS[name](), device, bf16=True)
     assert error(found[0], expected[0]) < 0.02
     assert error(found[1], expected[1]) < 0.1
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+def test_packed_captions_in_bf16_are_padded_ones_up_to_rounding(kind: str):
+    """On a GPU by torch's kernel for sequences of unequal length."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    expected = stepped(prior(kind), device)
+    found = stepped(prior(kind), device, bf16=True, packed=True)
+    assert error(found[0], expected[0]) < 0.02
+    assert error(found[1], expected[1]) < 0.1
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", PRIORS)
+def test_packed_captions_are_padded_ones(kind: str):
+    """In fp32, for which there is no kernel."""
+    expected = stepped(prior(kind), "cuda")
+    found = stepped(prior(kind), "cuda", packed=True)
+    assert max(error(*pair) for pair in zip(found, expected, strict=True)) < 1e-4
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", PRIORS)
+def test_compiled_blocks_read_packed_captions_alike(kind: str):
+    expected = stepped(prior(kind), "cuda", bf16=True, packed=True)
+    torch.compiler.reset()
+    model = prior(kind)
+    for block in model.blocks:
+        block.compile(fullgraph=True)
+    found = stepped(model, "cuda", bf16=True, packed=True)
+    assert error(found[0], expected[0]) < 0.01 and error(found[1], expected[1]) < 0.05
+
+
+@on_gpu
+def test_the_frozen_tower_s_copy_in_bf16_encodes_packed_captions():
+    encoder = load_clip("tiny:random")
+    tokens = torch.from_numpy(encoder.tokenize(["a red cube", "", "two blue spheres and a cone"]))
+    keep = token_mask(tokens)
+    expected = encoder.encode_text(tokens)[1][keep]
+    packing, rows = Packing.of(keep.sum(1)).apply(Tensor.cuda), tokens[keep].long().cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        found = encoder.on(torch.device("cuda", 0)).encode_packed(rows, packing)
+    assert found.dtype == torch.float32 and error(found.cpu(), expected) < 0.02
+    again = encoder.encode_packed(rows, packing)  # the weights are as before
+    assert error(again.cpu(), expected) < 1e-4
 
 
 @on_gpu
