@@ -15,8 +15,9 @@ from models.decoder import Condition, ImageSampling
 from models.diffusion import keyed_random
 from models.diffusion.losses import draw_timesteps
 from models.diffusion.samplers import SAMPLERS
+from models.networks.transformer import attend
 from models.networks.unet import UNet
-from models.networks.unet_blocks import _norm
+from models.networks.unet_blocks import UpConv, _norm
 from models.upsampler import Upsampler
 
 
@@ -94,6 +95,37 @@ def test_a_norm_keeps_types_and_sums_in_fp32_under_autocast(dtype: torch.dtype):
     assert torch.allclose(found.float(), exact, rtol=bound, atol=bound)
     found.float().square().sum().backward()
     assert x.grad is not None and x.grad.isfinite().all() and norm.weight.grad is not None
+
+
+@pytest.mark.parametrize("sides", [(4, 6), (1, 3)])
+def test_a_convolution_of_an_enlargement_needs_no_enlargement(sides: tuple[int, int]):
+    torch.manual_seed(0)
+    conv = UpConv(3, 5, 3, padding=1).double()
+    x = torch.randn(2, 3, *sides, dtype=torch.float64, requires_grad=True)
+    enlarged = F.interpolate(x, scale_factor=2, mode="nearest")
+    expected = F.conv2d(enlarged, conv.weight, conv.bias, padding=1)
+    found, dy = conv(x), torch.randn_like(expected)
+    torch.testing.assert_close(found, expected)
+    leaves = x, *conv.parameters()
+    for f, e in zip(*(torch.autograd.grad(y, leaves, dy) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["mask", "causal", "none"])
+def test_attention_is_its_formula(kind: str, dtype: torch.dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 7, 8, dtype=torch.float64) for _ in range(3))
+    keep = torch.rand(2, 1, 1, 7) < 0.6
+    keep[..., 0] = True
+    table = {"mask": keep, "causal": torch.ones(7, 7).tril().bool(), "none": torch.ones(7).bool()}
+    logits = q @ k.transpose(-1, -2) / 8**0.5
+    expected = logits.masked_fill(~table[kind], -torch.inf).softmax(-1) @ v
+    mask = {"mask": keep, "causal": "causal", "none": None}[kind]
+    found = attend(q.to(dtype), k.to(dtype), v.to(dtype), cast(Any, mask))
+    assert found.dtype == dtype
+    limit = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit)
 
 
 def test_every_parameter_gets_a_gradient():

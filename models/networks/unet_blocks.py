@@ -104,6 +104,24 @@ def _norm(channels: int, *, silu: bool = False) -> FusedGroupNorm:
     return FusedGroupNorm(groups, channels, silu=silu)
 
 
+class UpConv(nn.Conv2d):
+    """A convolution of 3 x 3 of its input at twice the size.
+
+    A pixel of the nearest-neighbour enlargement is read by up to four of the nine taps. Their sums
+    are the kernel, 4 x 4, of a transposed convolution of stride 2, of which an output takes 4
+    products instead of 9: on the CPU a forward and a backward pass take half the time.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map input [B, C, H, W] to [B, out, 2H, 2W]."""
+        if not input.is_cpu:
+            return super().forward(resized(input, "up"))
+        # kernel[i, j] = sum of weight[i - a, j - b] over a, b in {0, 1}, turned by 180 degrees
+        kernel = F.avg_pool2d(F.pad(self.weight, (1, 1, 1, 1)), 2, 1, divisor_override=1)
+        kernel = kernel.flip(2, 3).transpose(0, 1)  # [C, out, 4, 4]
+        return F.conv_transpose2d(input, kernel, self.bias, stride=2, padding=1)
+
+
 class ResBlock(nn.Module):
     """Residual block with scale-shift conditioning and, for "up" or "down", a change of
     resolution (Dhariwal & Nichol 2021, section 3)."""
@@ -114,7 +132,8 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resample = resample
         self.norm_1 = _norm(channels, silu=True)
-        self.conv_1 = nn.Conv2d(channels, out, 3, padding=1)
+        conv = UpConv if resample == "up" else nn.Conv2d
+        self.conv_1 = conv(channels, out, 3, padding=1)
         self.cond = nn.Linear(cond, 2 * out)
         self.norm_2 = _norm(out, silu=True)
         self.dropout = nn.Dropout(dropout)
@@ -123,8 +142,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Map x [B, C, H, W] under cond [B, cond] to [B, out, H', W']."""
-        h = resized(self.norm_1(x), self.resample)  # [B, C, H', W']
-        h = self.conv_1(h)  # [B, out, H', W']
+        h = self.norm_1(x)  # [B, C, H, W]
+        h = resized(h, "down") if self.resample == "down" else h
+        h = self.conv_1(h)  # [B, out, H', W'], for "up" from half the size
         scale, shift = self.cond(F.silu(cond)).chunk(2, dim=1)  # [B, out]
         h = self.conv_2(self.dropout(self.norm_2(h, scale, shift)))  # [B, out, H', W']
         return self.skip(resized(x, self.resample)) + h
