@@ -123,8 +123,9 @@ class DiffusionPriorConfig(TransformerConfig):
     """bound on predicted components in sampling, in scaled units; 0 = none"""
     unit_norm: bool = True
     """draw embeddings of unit norm; training sets false for an encoder that keeps their length"""
-    checkpointing: Annotated[bool, NOT_ON_WEIGHTS] = False
-    """recompute activations in the backward pass: less memory, a third more time"""
+    checkpointing: Annotated[bool | None, NOT_ON_WEIGHTS] = False
+    """recompute activations in the backward pass: less memory, a third more time; None: where a
+    GPU's memory has no room for them, and on a CPU"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +185,9 @@ class UNetConfig:
     """dropout probability in residual blocks"""
     qk_norm: Annotated[bool, NEEDS_ATTENTION] = False
     """normalise queries and keys of attention"""
-    checkpointing: Annotated[bool, NOT_ON_WEIGHTS] = False
-    """recompute the blocks' activations in the backward pass: less memory, a third more time"""
+    checkpointing: Annotated[bool | None, NOT_ON_WEIGHTS] = False
+    """recompute the blocks' activations in the backward pass: less memory, a third more time; None:
+    where a GPU's memory has no room for them, and on a CPU"""
     patch_size: int = 1
     """side in px of the patches folded into channels before the first layer; 4 turns 32 px into
     8 x 8 cells"""

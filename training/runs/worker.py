@@ -133,6 +133,7 @@ def train_rank(
     import torch
 
     from models.costs import flops_of_captions
+    from training.engine.activations import settle_checkpointing
     from training.engine.allocator import ALL, KEPT_BYTES, keep_freed_memory
     from training.loop import train
     from training.runs.profiling import peak_tflops
@@ -166,6 +167,13 @@ def train_rank(
             from training.runs.validator import report_checkpoint
 
             task = dataclasses.replace(task, on_checkpoint=partial(report_checkpoint, rank=rank))
+
+        # Activations are kept where they fit
+        on_gpu = device.type == "cuda"
+        memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
+        choice = settle_checkpointing(task.model, settings, memory, world_size)
+        if choice and not rank:
+            print(choice, flush=True)
 
         # The devices' peak, in FLOP/s; 0 where it is not known, or of another precision
         known = peak_tflops(device) if settings.workers.precision == "bf16" else 0.0
