@@ -10,7 +10,7 @@ Speckle replaces its camera noise; the reduction is one step, to the final size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,38 +53,57 @@ def shrink(image: Tensor, factor: int) -> Tensor:
 # -- blind super-resolution ------------------------------------------------------------------------
 
 
+# Each sample has its own order of corruptions and reduction. A GPU is not asked for the orders: the
+# batch runs through this program before the reduction, and again after it, and a sample takes a
+# step where that is its next one. It is the shortest program that holds every order of two blurs, a
+# JPEG, a noise and a speckle with 3 blurs and 2 JPEGs, which cost most.
+PROGRAM = "nsnbjnsnbnsnjnsbnsn"
+ISOTROPIC, ANISOTROPIC, NOISE, SPECKLE, JPEG, REDUCTION, DONE = range(7)  # in an order
+
+
 def bsr(image: Tensor, keys: Tensor, factor: int) -> Tensor:
     """Corrupt and reduce `image` [B, 3, H, W] in [-1, 1] to [B, 3, H / factor, W / factor].
 
     All randomness comes from the sample `keys` int64 [B]. Sides: at least 8 factor px.
     """
-    large = (image.float() + 1) / 2
-    small = F.avg_pool2d(large, factor)  # [B, 3, h, w]; a row is set when it is reduced
-    is_small = torch.zeros(len(keys), dtype=torch.bool, device=image.device)
-    corruptions: list[Callable[[Tensor, Tensor, float], Tensor]] = [
-        _isotropic, _anisotropic, _noisy, _speckled, _compressed,
-    ]  # fmt: skip
-    order = keyed_random.uniform(keys, "bsr_order", (len(corruptions) + 1,)).argsort(dim=1)
-    for turn in order.unbind(1):
-        for number, corrupt in enumerate(corruptions):
-            # `scale`: px of this size per px of the large image
-            for image_now, scale, mask in ((large, 1.0, ~is_small), (small, 1 / factor, is_small)):
-                rows = ((turn == number) & mask).nonzero()[:, 0]
-                _apply(corrupt, image_now, rows, keys, scale)
-        rows = (turn == len(corruptions)).nonzero()[:, 0]
-        if len(rows):
-            small[rows] = _reduced(large[rows], keys[rows], factor).clamp(0, 1)
-            is_small[rows] = True
+    order = keyed_random.uniform(keys, "bsr_order", (DONE,)).argsort(dim=1)  # [B, 6]
+    order = F.pad(order, (0, 1), value=DONE)  # [B, 7]
+    turn = torch.zeros_like(keys)[:, None]  # [B, 1], of each sample in its order
+    large, turn = _corrupted((image.float() + 1) / 2, keys, order, turn, 1.0)
+    small = _reduced(large, keys, factor).clamp(0, 1)  # [B, 3, h, w]
+    small, _ = _corrupted(small, keys, order, turn + 1, 1 / factor)
     return small * 2 - 1
 
 
-def _apply(
-    corrupt: Callable[[Tensor, Tensor, float], Tensor], image: Tensor, rows: Tensor, keys: Tensor,
-    scale: float,
-) -> None:  # fmt: skip
-    """Corrupt the `rows` of `image` in place, where there are any."""
-    if len(rows):
-        image[rows] = corrupt(image[rows], keys[rows], scale).clamp(0, 1)
+def _corrupted(
+    x: Tensor, keys: Tensor, order: Tensor, turn: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Take each sample's steps from its `turn` [B, 1] on, up to its reduction or the end of its
+    `order` [B, 7]; returns x [B, 3, H, W] and the turns reached.
+
+    scale: px of this size per px of the large image.
+    """
+    noise, speckle = _noise(keys, x.shape[1:]), _speckle(keys, x.shape[1:])  # [B, 3, H, W] each
+    isotropic, anisotropic = _isotropic(keys, scale), _anisotropic(keys, scale)  # [B, k, k] each
+    blurs, blurs_too = (
+        _some(keys, f"bsr_{name}_share", BLUR_SHARE) for name in ("iso", "aniso")
+    )  # [B, 1, 1, 1] each
+    for step in PROGRAM:
+        following = order.gather(1, turn)[:, :, None, None]  # [B, 1, 1, 1]
+        if step == "b":
+            first = following == ISOTROPIC
+            taken = first | (following == ANISOTROPIC)
+            y = _blurred(x, torch.where(first[:, 0], isotropic, anisotropic))
+            y = torch.where(torch.where(first, blurs, blurs_too), y, x)
+        elif step == "j":
+            taken, y = following == JPEG, _compressed(x, keys)
+        elif step == "n":
+            taken, y = following == NOISE, x + noise
+        else:
+            taken, y = following == SPECKLE, x * speckle
+        x = torch.where(taken, y.clamp(0, 1), x)
+        turn = turn + taken[:, :, 0, 0]
+    return x, turn
 
 
 def _some(keys: Tensor, name: str, share: float) -> Tensor:
@@ -96,17 +115,14 @@ def _between(keys: Tensor, name: str, low: float, high: float) -> Tensor:
     return low + (high - low) * keyed_random.uniform(keys, name)
 
 
-def _isotropic(image: Tensor, keys: Tensor, scale: float) -> Tensor:
+def _isotropic(keys: Tensor, scale: float) -> Tensor:
     sigma = _between(keys, "bsr_iso", *BLUR_RANGE) * scale
-    blurred = _blurred(image, gaussian_kernels(sigma, sigma, torch.zeros_like(sigma)))
-    return torch.where(_some(keys, "bsr_iso_share", BLUR_SHARE), blurred, image)
+    return gaussian_kernels(sigma, sigma, torch.zeros_like(sigma))
 
 
-def _anisotropic(image: Tensor, keys: Tensor, scale: float) -> Tensor:
+def _anisotropic(keys: Tensor, scale: float) -> Tensor:
     along, across = (_between(keys, f"bsr_axis_{i}", *BLUR_RANGE) * scale for i in "ab")
-    angle = _between(keys, "bsr_angle", 0.0, math.pi)
-    blurred = _blurred(image, gaussian_kernels(along, across, angle))
-    return torch.where(_some(keys, "bsr_aniso_share", BLUR_SHARE), blurred, image)
+    return gaussian_kernels(along, across, _between(keys, "bsr_angle", 0.0, math.pi))
 
 
 def gaussian_kernels(along: Tensor, across: Tensor, angle: Tensor) -> Tensor:
@@ -133,20 +149,22 @@ def _blurred(image: Tensor, kernels: Tensor) -> Tensor:
     return F.conv2d(flat, weight, groups=batch * channels).view(batch, channels, height, width)
 
 
-def _noisy(image: Tensor, keys: Tensor, scale: float) -> Tensor:
-    noise = keyed_random.normal(keys, "bsr_noise", image.shape[1:])
+def _noise(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return what is added to images of `shape`, [B, 3, H, W]: 0 for those without noise."""
+    noise = keyed_random.normal(keys, "bsr_noise", shape)
     noise = torch.where(_some(keys, "bsr_grey", GREY_SHARE), noise[:, :1], noise)
     level = _between(keys, "bsr_noise_level", *NOISE_RANGE)[:, None, None, None]
-    return image + level * noise * _some(keys, "bsr_noise_share", NOISE_SHARE)
+    return level * noise * _some(keys, "bsr_noise_share", NOISE_SHARE)
 
 
-def _speckled(image: Tensor, keys: Tensor, scale: float) -> Tensor:
-    noise = keyed_random.normal(keys, "bsr_speckle", image.shape[1:])
+def _speckle(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the factors of images of `shape`, [B, 3, H, W]: 1 for those without speckle."""
+    noise = keyed_random.normal(keys, "bsr_speckle", shape)
     level = _between(keys, "bsr_speckle_level", *NOISE_RANGE)[:, None, None, None]
-    return image * (1 + level * noise * _some(keys, "bsr_speckle_share", SPECKLE_SHARE))
+    return 1 + level * noise * _some(keys, "bsr_speckle_share", SPECKLE_SHARE)
 
 
-def _compressed(image: Tensor, keys: Tensor, scale: float) -> Tensor:
+def _compressed(image: Tensor, keys: Tensor) -> Tensor:
     quality = _between(keys, "bsr_quality", *QUALITY_RANGE)
     return torch.where(_some(keys, "bsr_jpeg_share", JPEG_SHARE), jpeg(image, quality), image)
 
@@ -185,6 +203,27 @@ _TO_YCC = (
 )
 
 
+_CONSTANTS: dict[torch.device, tuple[Tensor, ...]] = {}
+
+
+def jpeg_constants(device: torch.device) -> tuple[Tensor, ...]:
+    """Return JPEG's colours, their inverse, its cosines and tables, on each device once: a copy to
+    a GPU would wait for it.
+
+    From RGB [3, 3], to RGB [3, 3], [frequency, position] [8, 8], and [3, 8, 8].
+    """
+    if device not in _CONSTANTS:
+        to_ycc = torch.tensor(_TO_YCC)
+        # The orthonormal cosine transform of 8 samples
+        k, n = torch.arange(8)[:, None], torch.arange(8)
+        cosines = torch.cos((2 * n + 1) * k * math.pi / 16) / 2
+        cosines[0] /= math.sqrt(2)
+        tables = torch.tensor([_LUMINANCE, _CHROMINANCE, _CHROMINANCE]).float()
+        constants = to_ycc, torch.linalg.inv(to_ycc), cosines, tables
+        _CONSTANTS[device] = tuple(each.to(device) for each in constants)
+    return _CONSTANTS[device]
+
+
 def jpeg(image: Tensor, quality: Tensor) -> Tensor:
     """Return `image` [B, 3, H, W] in [0, 1] after JPEG of `quality` [B] in [1, 100].
 
@@ -193,19 +232,13 @@ def jpeg(image: Tensor, quality: Tensor) -> Tensor:
     """
     height, width = image.shape[2:]
     padded = F.pad(image, (0, -width % 8, 0, -height % 8), mode="replicate")
-    to_ycc = torch.tensor(_TO_YCC, device=image.device)
+    to_ycc, to_rgb, cosines, tables = jpeg_constants(image.device)
     # the transform takes levels about 0
     ycc = torch.einsum("cd,bdhw->bchw", to_ycc, padded * 255)
     ycc[:, 0] -= 128
     blocks = ycc.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [B, 3, h, w, 8, 8]
 
-    # The orthonormal cosine transform of 8 samples, [frequency, position]
-    k, n = torch.arange(8, device=image.device)[:, None], torch.arange(8, device=image.device)
-    cosines = torch.cos((2 * n + 1) * k * math.pi / 16) / 2
-    cosines[0] /= math.sqrt(2)
-
     # Tables scaled to the quality as the IJG's library scales them, [B, 3, 1, 1, 8, 8]
-    tables = torch.tensor([_LUMINANCE, _CHROMINANCE, _CHROMINANCE], device=image.device).float()
     percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[:, None, None, None]
     table = ((tables * percent + 50) / 100).floor().clamp(1, 255)[:, :, None, None]
 
@@ -213,5 +246,5 @@ def jpeg(image: Tensor, quality: Tensor) -> Tensor:
     blocks = cosines.T @ coded @ cosines
     ycc = blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)
     ycc[:, 0] += 128
-    rgb = torch.einsum("cd,bdhw->bchw", torch.linalg.inv(to_ycc), ycc)
+    rgb = torch.einsum("cd,bdhw->bchw", to_rgb, ycc)
     return (rgb / 255)[:, :, :height, :width].clamp(0, 1)

@@ -44,7 +44,7 @@ def decoder_step(model: Any) -> dict[str, Tensor]:
 
 
 def upsampler_step(side: int, model: Any) -> dict[str, Tensor]:
-    return upsampler_objective(side, True, model, batch_of(image=PIXELS))
+    return upsampler_objective(model, batch_of(image=PIXELS[:, :, :side, :side]))
 
 
 def prior_step(model: Any) -> dict[str, Tensor]:
@@ -69,6 +69,7 @@ STEPS: dict[str, tuple[Callable[[], nn.Module], Step]] = {
         decoder_step,
     ),
     "upsampler, blur": (_networks.upsampler, partial(upsampler_step, 8)),
+    "upsampler, bsr": (partial(_networks.upsampler, **BSR), partial(upsampler_step, 16)),
     **{
         kind: (partial(_priors.prior_of, kind), prior_step)
         for kind in ("diffusion", "autoregressive", "regression")

@@ -2,6 +2,7 @@
 super-resolution's corruptions: JPEG against Pillow's, the rest by their laws."""
 
 import io
+import itertools
 import math
 
 import numpy as np
@@ -11,20 +12,28 @@ import torch
 from PIL import Image
 
 from models.degradation import (
+    BLUR_SHARE,
     BLUR_SIGMA,
     BSR_KERNEL_SIZE,
     JPEG_SHARE,
     NOISE_SHARE,
+    PROGRAM,
     SPECKLE_SHARE,
+    _anisotropic,
+    _blurred,
     _compressed,
-    _noisy,
-    _speckled,
+    _isotropic,
+    _noise,
+    _reduced,
+    _some,
+    _speckle,
     bsr,
     gaussian_blur,
     gaussian_kernels,
     jpeg,
     shrink,
 )
+from models.diffusion import keyed_random
 
 
 def test_the_kernel_is_the_papers_gaussian():
@@ -112,9 +121,45 @@ def test_bsr_differs_between_samples_and_from_the_mean_over_cells():
     assert (found - clean).mean().abs() < 0.01  # it darkens and brightens nothing
 
 
+def corrupted_alone(image: torch.Tensor, key: torch.Tensor, factor: int) -> torch.Tensor:
+    """One sample's degradation, step by step in its order, image [1, 3, H, W] in [0, 1]."""
+    scale, image = 1.0, image.clone()
+    for step in keyed_random.uniform(key, "bsr_order", (6,))[0].argsort().tolist():
+        if step < 2:
+            kernel = (_isotropic, _anisotropic)[step](key, scale)
+            blurs = _some(key, f"bsr_{('iso', 'aniso')[step]}_share", BLUR_SHARE)
+            image = _blurred(image, kernel) if blurs.item() else image
+        elif step < 4:
+            shape = image.shape[1:]
+            image = image + _noise(key, shape) if step == 2 else image * _speckle(key, shape)
+        elif step == 4:
+            image = _compressed(image, key)
+        else:
+            image, scale = _reduced(image, key, factor), 1 / factor
+        image = image.clamp(0, 1)
+    return image
+
+
+def test_a_batch_is_corrupted_as_each_sample_alone_in_its_order():
+    image, keys = pictures(24), torch.arange(24) * 31
+    expected = [corrupted_alone(image[i : i + 1], keys[i : i + 1], 4) for i in range(24)]
+    found = (bsr(image * 2 - 1, keys, 4) + 1) / 2
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=0)
+
+
+def test_every_order_of_the_corruptions_is_in_the_program():
+    for order in itertools.permutations("bbjns"):
+        program = iter(PROGRAM)
+        assert all(step in program for step in order), order
+
+
 def test_corruptions_are_drawn_as_often_as_they_say():
     image, keys = pictures(1)[:, :, :8, :8].expand(2000, -1, -1, -1), torch.arange(2000)
-    shares = {_noisy: NOISE_SHARE, _speckled: SPECKLE_SHARE, _compressed: JPEG_SHARE}
-    for corrupt, share in shares.items():
-        touched = (corrupt(image, keys, 1.0) != image).flatten(1).any(1).float().mean()
-        assert touched.item() == pytest.approx(share, abs=0.03), corrupt
+    shape = image.shape[1:]
+    shares = (
+        (image + _noise(keys, shape), NOISE_SHARE), (image * _speckle(keys, shape), SPECKLE_SHARE),
+        (_compressed(image, keys), JPEG_SHARE),
+    )  # fmt: skip
+    for found, share in shares:
+        touched = (found != image).flatten(1).any(1).float().mean()
+        assert touched.item() == pytest.approx(share, abs=0.03), share

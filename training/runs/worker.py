@@ -211,6 +211,7 @@ def compile_model(model: "nn.Module", device: "torch.device") -> None:
     from open_clip import CLIP
     from open_clip.transformer import ResidualAttentionBlock
 
+    from models.degradation import jpeg_constants
     from models.diffusion.schedule import NoiseSchedule
     from models.networks.compiling import compile_parts
     from models.networks.unet import UNet
@@ -220,11 +221,12 @@ def compile_model(model: "nn.Module", device: "torch.device") -> None:
         blocks = [m for m in tower.modules() if isinstance(m, ResidualAttentionBlock)]
         for part in blocks or [tower]:
             part.compile(dynamic=False, fullgraph=bool(blocks))
+    jpeg_constants(device)  # constants are there already when a graph is traced
     for module in model.modules():
         if isinstance(module, UNet) and device.type == "cuda":
             module.channels_last = True
         if isinstance(schedule := getattr(module, "schedule", None), NoiseSchedule):
-            schedule.table(device)  # there already when a graph is traced
+            schedule.table(device)
 
 
 # -- under Ray Train -------------------------------------------------------------------------------
