@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from _captions import caption_lengths
 from _common import BenchmarkConfig, run_benchmark
@@ -30,12 +31,13 @@ GPU_STAGES = (
     "prior/mini:1024", "decoder/mini_up:256", "decoder/paper:16", "clip/ViT-B-32:512",
 )  # fmt: skip
 CPU_STAGES = ("prior/demo:64", "decoder/demo:64", "decoder/demo_up:64", "clip/demo:64")
-# what is added to a preset: its flags for a U-Net, and whether it is compiled
-VARIANTS: dict[str, tuple[bool, bool]] = {
-    "plain": (False, False),
-    "channels_last": (True, False),
-    "compiled": (False, True),
-    "channels_last_compiled": (True, True),
+# channels-last or not, whether it is compiled, and whether with the kernel for group norm
+VARIANTS: dict[str, tuple[bool, bool, bool]] = {
+    "plain": (False, False, False),
+    "channels_last": (True, False, True),
+    "compiled": (False, True, False),
+    "channels_last_compiled": (True, True, True),
+    "channels_last_compiled_without_kernel": (True, True, False),
 }
 
 
@@ -47,7 +49,8 @@ class Config(BenchmarkConfig):
     """script/preset:batch, of CLIP also script/architecture:batch, one of open_clip's; empty = all
     presets of a GPU, or the demo's on a CPU"""
     variants: tuple[str, ...] = ("plain",)
-    """of plain, channels_last, compiled, channels_last_compiled; the decoder alone has channels"""
+    """of plain, channels_last, compiled, channels_last_compiled (what training on a GPU does) and
+    channels_last_compiled_without_kernel; the decoder alone has channels"""
     num_steps: int = 8
     """steps of a measurement, after three that warm up"""
     repeats: int = 3
@@ -142,18 +145,19 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
     from cluster.planning.counts import encoder_counts
     from cluster.planning.request import CHAINS
     from models.costs import num_parameters
+    from models.networks import group_norm
     from training.engine.precision import settled
     from training.runs.profiling import peak_tflops
     from training.runs.worker import compile_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    channels_last, compiled = VARIANTS[variant]
+    channels_last, compiled, kernel = VARIANTS[variant]
     chain = next(
         (c for c in CHAINS.values() if preset in (c.prior, c.ar, *c.decoders)), CHAINS["mini"]
     )
     encoder = encoder_counts(chain.encoder)
     sizes = {key: encoder[key] for key in ("embed_dim", "text_width", "context_length")}
-    options, build = _config(script, preset, channels_last, sizes)
+    options, build = _config(script, preset, sizes)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     with device:
         model = build()
@@ -162,7 +166,14 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
     flops = float(np.mean(_flops(model, caption_lengths(batch, sizes["context_length"]))))
     if compiled:
         compile_model(model, device)
-    parts = _times(config, model, columns, options.train, device)
+    if script == "decoder":
+        model.unet.channels_last = channels_last
+    torch.backends.cudnn.benchmark = True
+    if kernel:
+        parts = _times(config, model, columns, options.train, device)
+    else:
+        with mock.patch.object(group_norm, "has_kernel", lambda x, scale: False):
+            parts = _times(config, model, columns, options.train, device)
     peak = peak_tflops(device) * 1e12
     rate, on_gpu = batch / float(np.median(parts)), device.type == "cuda"
     return {
@@ -206,10 +217,8 @@ def _times(config: Config, model: Any, columns: Any, settings: Any, device: Any)
     return parts
 
 
-def _config(script: str, preset: str, channels_last: bool, sizes: dict[str, int]) -> Any:
+def _config(script: str, preset: str, sizes: dict[str, int]) -> Any:
     """Return a preset's configuration for one process, and what builds its model."""
-    from dataclasses import replace
-
     from cluster.planning.counts import read_preset
     from training.config import PRESETS
     from training.tasks.clip import clip_model
@@ -223,10 +232,6 @@ def _config(script: str, preset: str, channels_last: bool, sizes: dict[str, int]
         return options, lambda: clip_model(options)
     if script == "prior":
         return options, lambda: prior_model(options, sizes)
-    group = "base" if options.stage == "base" else "up"
-    half = getattr(options, group)
-    unet = replace(half.unet, channels_last=channels_last or half.unet.channels_last)
-    options = replace(options, **{group: replace(half, unet=unet)})
     return options, lambda: decoder_model(options, sizes)
 
 
@@ -317,7 +322,7 @@ def _network(model: Any) -> str:
     unet = getattr(model, "unet", None)
     if unet is None:
         return "transformer"
-    return "unet_channels_last" if unet.config.channels_last else "unet"
+    return "unet_channels_last" if unet.channels_last else "unet"
 
 
 def _wait(device: Any) -> None:
