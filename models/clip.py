@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.configs import ClipConfig
+from models.networks.compiling import compiled
 from models.networks.packing import Packing
 from models.networks.transformer import attend_packed, trimmed_length
 from models.weights import digest
@@ -268,8 +269,18 @@ class FrozenClip(nn.Module):
         clip = self.clip
         x = clip.token_embedding(tokens) + F.embedding(packing.position, clip.positional_embedding)
         for block in self._text_blocks(x) if len(x) else ():
-            x = _packed_block(block, x, packing)  # [S, W]
+            x = self._packed_block(block, x, packing)  # [S, W]
         return clip.ln_final(x).float()
+
+    @compiled(dynamic=None)
+    def _packed_block(self, block: Any, x: Tensor, packing: Packing) -> Tensor:
+        """Run a block of open_clip's on packed tokens [S, W], each caption for itself."""
+        attention = block.attn
+        qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)  # [S, 3 W]
+        q, k, v = (y.unflatten(-1, (attention.num_heads, -1)) for y in qkv.chunk(3, dim=-1))
+        y = attend_packed(q, k, v, packing).flatten(1)  # [S, W]
+        x = x + block.ls_1(attention.out_proj(y))
+        return x + block.ls_2(block.mlp(block.ln_2(x)))
 
     def _text_blocks(self, like: Tensor) -> Iterable[Any]:
         """Return the tower's blocks in the precision of a call."""
@@ -314,16 +325,6 @@ class FrozenClip(nn.Module):
             states, tokens, clip.text_pool_type, eos_token_id=clip.text_eos_id
         )
         return self._projected(pooled), states.float()
-
-
-def _packed_block(block: Any, x: Tensor, packing: Packing) -> Tensor:
-    """Run a block of open_clip's on packed tokens [S, W], each caption for itself."""
-    attention = block.attn
-    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)  # [S, 3 W]
-    q, k, v = (y.unflatten(-1, (attention.num_heads, -1)) for y in qkv.chunk(3, dim=-1))
-    y = attend_packed(q, k, v, packing).flatten(1)  # [S, W]
-    x = x + block.ls_1(attention.out_proj(y))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def token_mask(tokens: Tensor) -> Tensor:

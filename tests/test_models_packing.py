@@ -1,7 +1,9 @@
 """Packed captions against padded ones: equal losses, gradients and states, without the padding."""
 
+import copy
 import pickle
 import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
 from models.networks import transformer
+from models.networks.compiling import compile_parts
 from models.networks.packing import Packing, token_lengths
 from models.networks.transformer import TextEncoder
 from models.priors.base import PackedText, PriorText
@@ -217,6 +220,55 @@ def test_the_kernel_is_given_what_the_groups_compute(
     found = gradients(prior, keys, packed(text, prior, keys))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert len(calls) > 0
+
+
+@torch.library.custom_op("tests::varlen", mutates_args=())
+def varlen_op(
+    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, causal: bool
+) -> Tensor:
+    """The reference as an operation that a graph may contain."""
+    window = (-1, 0) if causal else (-1, -1)
+    return reference_varlen(q, k, v, ends_q, ends_k, 1 << 20, 1 << 20, window_size=window)
+
+
+varlen_op.register_fake(lambda q, k, v, ends_q, ends_k, causal: torch.empty_like(q))
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_compiled_blocks_of_prior_and_tower_take_captions_of_any_length(
+    monkeypatch: pytest.MonkeyPatch, by_kernel: bool
+):
+    """Without a graph break; after two batches, as torch finds out what varies, without another
+    graph."""
+    if by_kernel:
+        monkeypatch.setattr(transformer, "has_kernel", lambda like: True)
+        monkeypatch.setattr(transformer, "varlen_attn", lambda q, k, v, a, b, m, n, **window: (
+            varlen_op(q, k, v, a, b, bool(window))))  # fmt: skip
+    graphs: list[Any] = []
+    torch.compiler.reset()
+    count = lambda graph, inputs: (graphs.append(graph), graph.forward)[1]  # noqa: E731
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    vision = open_clip.CLIPVisionCfg(image_size=32, patch_size=8, width=32, layers=1, head_width=16)
+    text = open_clip.CLIPTextCfg(context_length=77, width=TEXT, heads=1, layers=3)
+    encoder = FrozenClip(open_clip.CLIP(16, vision, text), "small")
+    prior = prior_of("diffusion", context_length=77, depth=3).eval()
+    eager = copy.deepcopy((encoder, prior))
+    for module in (encoder, prior):
+        compile_parts(module)
+    seen, lengths = [], laion_lengths()
+    for batch, keys in zip(lengths.split(64)[:6], torch.arange(384).split(64), strict=True):
+        losses = []
+        for tower, model in ((encoder, prior), eager):
+            packing = model.pack(batch, keys)
+            tokens = torch.arange(packing.text.num_tokens) % 100
+            states = tower.encode_packed(tokens, packing.text)
+            captions = PackedText(text_embed=images(64), text=states, packing=packing)
+            with torch.no_grad():
+                losses.append(model.losses(keys, images(64), captions)["loss"])
+        torch.testing.assert_close(*losses)
+        seen.append(len(graphs))
+    assert 0 < seen[1] <= 6, "a block of the tower, one of the prior and its last one"
+    assert len(set(seen[2 if by_kernel else 3 :])) == 1
 
 
 # -- batches ---------------------------------------------------------------------------------------

@@ -42,10 +42,11 @@ class Task:
     objective(model, batch) -> {"loss": [B], other scores: [B]}; build_dataset: opens its data, here
     or in a process of Ray's; collate: adds to a batch what the objective needs of it and only the
     CPU knows without waiting, such as the lengths of its captions; it runs where batches are read
-    ahead; export: what config.json says of the model; block_size: neighbouring
-    samples that stay together; validate: scores of the averaged weights in a checkpoint's folder,
-    None where there is no validation data; grad_context: holds while the gradient is taken, see
-    engine/sam.py; on_checkpoint: called by every rank with the folder of each complete checkpoint.
+    ahead; export: what config.json says of the model; block_size: neighbouring samples that stay
+    together; encoder: frozen, outside the engine; validate: scores of the averaged weights in a
+    checkpoint's folder, None where there is no validation data; grad_context: holds while the
+    gradient is taken, see engine/sam.py; on_checkpoint: called by every rank with the folder of
+    each complete checkpoint.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Task:
     export: Json
     collate: Callable[[Batch], Batch] = as_it_is
     block_size: int = 1
+    encoder: nn.Module | None = None
     validate: Callable[[Path], dict[str, float]] | None = None
     grad_context: Callable[[Any, list[Batch]], AbstractContextManager] = no_context
     on_checkpoint: Callable[[Path], None] | None = None

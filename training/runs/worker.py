@@ -183,6 +183,8 @@ def train_rank(
         # Train
         if compiles(settings, device, say=not rank):
             compile_model(task.model, device)
+            if task.encoder is not None:
+                compile_model(task.encoder, device)
         engine = engine_class(task.model, task.objective, settings, device)
         reporter = Reporter(
             run, settings, rank, watchdog=watchdog, flops=flops, peak=world_size * tflops * 1e12

@@ -76,6 +76,7 @@ def build_decoder(config: DecoderRunConfig) -> Task:
             "factor": factor,
             "crop_size": crop,
         }
+        encoder = None
     build, validate = partial(decoder_model, config), None
     if config.validation:
         dataset = stage_dataset(config, latest(config.validation), latest(config.validation_embeds))
@@ -89,6 +90,7 @@ def build_decoder(config: DecoderRunConfig) -> Task:
         build_dataset=partial(decoder_dataset, config),
         collate=collate,
         export=export,
+        encoder=encoder,
         validate=validate,
     )
 

@@ -71,6 +71,7 @@ def build_prior(config: PriorRunConfig) -> Task:
         build_dataset=partial(prior_dataset, config),
         collate=partial(pack_captions, model.pack, bool(own_tokens)),
         export=export,
+        encoder=encoder,
         validate=partial(validate_prior, config, encoder, sizes) if config.validation else None,
     )
 
