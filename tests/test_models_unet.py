@@ -17,7 +17,7 @@ from models.diffusion.losses import draw_timesteps
 from models.diffusion.samplers import SAMPLERS
 from models.networks.transformer import attend
 from models.networks.unet import UNet
-from models.networks.unet_blocks import UpConv, _norm
+from models.networks.unet_blocks import OuterConv, UpConv, _norm
 from models.upsampler import Upsampler
 
 
@@ -34,6 +34,20 @@ def test_the_output_starts_at_zero():
     assert not decoder(asleep=True)(images(2), t, condition(2), *shown).any()
     up = Upsampler(UpsamplerConfig(unet=PLAIN), factor=2, crop_size=8)
     assert not up(images(2), t, images(2, 4)).any()
+
+
+def test_channels_filled_up_with_zeros_change_no_bit(monkeypatch: pytest.MonkeyPatch):
+    """Losses and gradients of the path that a GPU takes, on a CPU."""
+    runs, padded = [], OuterConv.padded
+    for forward in (OuterConv.forward, padded):
+        monkeypatch.setattr(OuterConv, "forward", forward)
+        model = decoder()
+        loss = model.losses(torch.arange(3), images(3), condition(3))["loss"]
+        loss.sum().backward()
+        layers = model.unet.conv_in, model.unet.conv_out
+        runs.append([loss, *(layer.weight.grad for layer in layers), layers[1].bias.grad])
+    for found, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])
