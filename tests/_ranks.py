@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from training import loop
+
 
 def run_ranks(file: str, root: Path, world_size: int, calls: list) -> None:
     """Let `world_size` processes of `file`, which ends in `rank_main`, do `calls`."""
@@ -32,7 +34,8 @@ def run_ranks(file: str, root: Path, world_size: int, calls: list) -> None:
 
 
 def rank_main(act: Callable[[Path, list], None]) -> None:
-    """Join the other ranks and do `act(root, calls)`."""
+    """Join the other ranks and do `act(root, calls)`; results are read a step late, as on GPUs."""
+    loop.QUEUED = ("cpu",)
     rank, root, meeting, world_size, calls = sys.argv[1:]
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)

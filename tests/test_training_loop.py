@@ -21,7 +21,13 @@ from training.data.dataloader import Batch
 from training.engine.ema import Ema
 from training.engine.engines import PlainEngine
 from training.engine.optimizer import learning_rate_ratio
-from training.loop import MAX_NONFINITE_IN_A_ROW, Flags, all_reduce_scores, seed_dropout
+from training.loop import (
+    MAX_NONFINITE_IN_A_ROW,
+    Account,
+    Flags,
+    all_reduce_scores,
+    seed_dropout,
+)
 from training.runs.profiling import window
 
 
@@ -235,6 +241,37 @@ def test_a_long_step_is_reported_at_once(
     late = "a step late" in request.node.name and not long
     assert found == ([0, 0, 1, 2, 3, 4, 5] if late else [0, 1, 2, 3, 4, 5, 6])
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 8))
+
+
+def test_what_other_ranks_want_holds_from_the_step_in_which_it_arrives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same for all of them: each adds its flags to the sum of the ranks, and reads the sum
+    before its next optimizer step. A step that has been settled brings none."""
+    monkeypatch.setattr("training.loop.QUEUED", ("cpu",))
+    theirs = torch.zeros(4)
+    monkeypatch.setattr("training.loop.dist.all_reduce", lambda packed: packed.add_(theirs))
+    ema: Any = SimpleNamespace(update=lambda step, nonfinite: None)
+    reporter: Any = SimpleNamespace(trained=lambda *_: None, step=lambda *_: None)
+    engine: Any = SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    account = Account(engine, ema, reporter, tmp_path, Progress())
+    batches: Any = [SimpleNamespace(num_real=4)]
+
+    def add() -> None:
+        loss, norm = {"loss": torch.tensor(1.0)}, torch.tensor(2.0)
+        account.add(batches, 1.0, loss, norm, stop=False, written=True)
+
+    theirs[:] = torch.tensor([3.0, 1.0, 1.0, 1.0])  # loss; wants to stop; still writes; was slow
+    add()
+    assert account.flags == Flags() and not account.waits
+    account.settle()
+    assert account.flags == Flags(stop=True, slow=True) and account.waits
+    account.settle()
+    assert account.flags == Flags(slow=True) and account.progress.samples_seen == 4
+    theirs[:] = 0.0
+    add()
+    account.settle()
+    assert account.flags == Flags(written=True) and not account.waits
 
 
 # -- reports and ends ------------------------------------------------------------------------------
