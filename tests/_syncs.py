@@ -25,6 +25,7 @@ from training.config import RunConfig, TrainConfig
 from training.engine.engines import PlainEngine
 from training.loop import Task, train
 from training.runs.reporting import Reporter
+from training.runs.worker import compile_model
 from training.tasks.clip import build_clip_task
 from training.tasks.decoder import build_decoder
 from training.tasks.prior import build_prior
@@ -99,7 +100,7 @@ class _Watched(Reporter):
 
 def train_watched(
     kind: str, data: Path, run: Path, device: torch.device,
-    watch: Callable[[], AbstractContextManager], **changes: Any,
+    watch: Callable[[], AbstractContextManager], *, compiled: bool = False, **changes: Any,
 ) -> nn.Module:  # fmt: skip
     """Train the smallest model of a kind for some steps, and return it.
 
@@ -109,6 +110,8 @@ def train_watched(
     torch.manual_seed(0)
     run.mkdir(parents=True)
     task, settings = build(config), with_options(config.train, **changes)
+    if compiled:
+        compile_model(task.model, device)
     engine = PlainEngine(task.model, task.objective, settings, device)
     reporter = _Watched(run, settings, 0, watch=watch)
     with reporter.watched:

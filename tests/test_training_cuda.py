@@ -49,6 +49,14 @@ def test_a_step_does_not_wait(kind: str, precision: str, data: Path, tmp_path: P
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) > 5
 
 
+@pytest.mark.parametrize("kind", ["decoder", "diffusion"])
+def test_a_compiled_step_does_not_wait(kind: str, data: Path, tmp_path: Path):
+    """Once the steps before have compiled it, for any number of tokens."""
+    device, settings = torch.device("cuda"), {"precision": "bf16", "compiled": True}
+    train_watched(kind, data, tmp_path / "run", device, refuse_waits, **settings)
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) > 5
+
+
 def test_what_waits_is_refused():
     x = torch.ones(3, device="cuda")
     with pytest.raises(RuntimeError, match="synchronizing CUDA operation"), refuse_waits():
