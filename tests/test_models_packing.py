@@ -11,16 +11,22 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from _networks import UNET
 from _priors import EMBED, TEXT, images, prior_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
+from models.configs import DecoderConfig
+from models.convert.runs import load_clip
+from models.decoder import Decoder
 from models.networks import transformer
 from models.networks.compiling import compile_parts
 from models.networks.packing import Packing, token_lengths
 from models.networks.transformer import TextEncoder
 from models.priors.base import PackedText, PriorText
+from training.config import DecoderRunConfig
 from training.data.dataloader import as_batch
+from training.tasks.decoder import base_objective, pack_captions_of_decoder
 from training.tasks.prior import pack_captions
 
 KINDS = ("diffusion", "autoregressive", "regression")
@@ -272,6 +278,37 @@ def test_compiled_blocks_of_prior_and_tower_take_captions_of_any_length(
 
 
 # -- batches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"empty_caption": True, "text_embed_cond": True}, {"text_tokens": WORDS}],
+    ids=["states", "empty caption", "own tokens"],
+)  # fmt: skip
+def test_a_decoder_s_losses_and_gradients_are_those_of_padded_captions(options: dict[str, Any]):
+    encoder = load_clip("tiny:random")
+    base = DecoderConfig(unet=UNET, context_width=8, text_drop=0.4, **options)
+    config = DecoderRunConfig(base=base)
+    torch.manual_seed(0)
+    sizes = {"embed_dim": encoder.embed_dim, "text_width": encoder.text_width}
+    model = Decoder(base, image_size=8, **sizes, vocab_size=VOCAB_SIZE)
+    for parameter in model.parameters():  # layers that begin at zero would hide the caption
+        nn.init.normal_(parameter, std=0.05)
+    embed = F.normalize(torch.randn(2, len(CAPTIONS), encoder.embed_dim), dim=-1)
+    columns: dict[str, Any] = {
+        "image": torch.randint(256, (len(CAPTIONS), 3, 8, 8), dtype=torch.uint8).numpy(),
+        "image_embed": embed[0].numpy(), "text_embed": embed[1].numpy(),
+        "tokens": encoder.tokenize(CAPTIONS), "caption_tokens": tokenizer(WORDS)(CAPTIONS),
+    }  # fmt: skip
+    batch = as_batch(columns, torch.arange(len(CAPTIONS)))
+    found = []
+    for each in (pack_captions_of_decoder(encoder, config, batch), batch):
+        model.zero_grad(set_to_none=True)
+        loss = base_objective(encoder, config, model, each)["loss"]
+        loss.sum().backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"loss": loss.detach(), **grads})
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    assert max(float(g.abs().max()) for n, g in found[0].items() if n.startswith("text_")) > 0
 
 
 def test_a_batch_carries_its_packing_over_pickling_and_to_devices():
