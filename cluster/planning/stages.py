@@ -77,14 +77,20 @@ class Stage:
         unet = getattr(architecture(self.config)[1], "unet", None)
         if unet is None:
             return "transformer"
-        return "unet" if unet.channels_last is False else "unet_channels_last"
+        return "unet_channels_last" if unet.channels_last or self.is_compiled else "unet"
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a GPU runs it compiled, and a U-Net channels-last then: unless its preset says
+        otherwise."""
+        return self.train.workers.compile is not False
 
     @property
     def workload(self) -> Workload:
-        """What its efficiency depends on; compiled where the preset does not say otherwise."""
+        """What its efficiency depends on."""
         return Workload(
             network=self.network, preset=self.preset, parameters=self.parameters,
-            tensors=self.counts["tensors"], compiled=self.train.workers.compile is not False,
+            tensors=self.counts["tensors"], compiled=self.is_compiled,
         )  # fmt: skip
 
     def flops(self, share: int = 0) -> float:
