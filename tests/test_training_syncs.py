@@ -9,7 +9,6 @@ from _syncs import KINDS, NoSyncs, WaitsForDeviceError, train_watched
 from torch import nn
 
 CPU = torch.device("cpu")
-pending = pytest.mark.xfail(reason="the rows of each corruption are read")
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +16,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path
     return write_data(tmp_path_factory.mktemp("data"), num_shards=1, samples_per_shard=20)
 
 
-kinds = [pytest.param(kind, marks=pending if "bsr" in kind else ()) for kind in KINDS]
-
-
-@pytest.mark.parametrize("kind", kinds)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_step_does_not_wait(
     kind: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
