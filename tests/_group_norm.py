@@ -1,7 +1,6 @@
 """Run under TRITON_INTERPRET=1: print, for each case, how far the kernel is from float64.
 
-Errors are relative in norm, of the result and of each gradient; a second run of each case says
-whether every bit is the same.
+Errors are relative in norm, of the result and of each gradient.
 """
 
 import json
@@ -37,11 +36,10 @@ CASES = {
     "one group": Case((2, 18, 13, 11), 1),
     "splits of one cell more": Case((1, 64, 1, 1025), 32),
     "no splits": Case((2, 18, 33, 31), 1, min_programs=1),
-    "no scale": Case((2, 64, 11, 12), 16, modulated=False),
-    "no SiLU": Case((2, 64, 11, 12), 16, silu=False),
-    "the norm alone": Case((2, 64, 11, 12), 16, modulated=False, silu=False),
-    "the norm alone, bf16": Case((2, 64, 11, 12), 16, "bfloat16", modulated=False, silu=False),
-    "a mean of 1000 deviations": Case((2, 64, 31, 33), 16, mean=1000.0),
+    "no scale": Case((2, 32, 11, 12), 8, modulated=False),
+    "no SiLU": Case((2, 32, 11, 12), 8, silu=False),
+    "the norm alone": Case((2, 32, 11, 12), 8, modulated=False, silu=False),
+    "a mean of 1000 deviations": Case((1, 32, 31, 33), 8, mean=1000.0),
 }
 # relative, of a rounding; a mean of 1000 deviations costs three digits of seven
 TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
@@ -86,20 +84,21 @@ def evaluated(case: Case, function, leaves: list[Tensor]) -> list[Tensor]:
 def main() -> None:
     from models.networks import group_norm_triton
 
+    # The fake operators, autograd's registration, and a trace forward and backward
+    leaves = [each.requires_grad_() for each in inputs(Case((2, 8, 3, 4), 2))]
+    torch.library.opcheck(group_norm, (*leaves, 2, 1e-5, True))
     results = {}
     for name, case in CASES.items():
         group_norm_triton.MIN_PROGRAMS = case.min_programs
         leaves = inputs(case)
         wanted = evaluated(case, reference, [each.double() for each in leaves])
-        found, again = (evaluated(case, kernel, leaves) for _ in range(2))
+        found = evaluated(case, kernel, leaves)
         assert found[0].is_contiguous(memory_format=torch.channels_last)
         assert [each.dtype for each in found[1:]] == [each.dtype for each in leaves]
-        errors = {
+        results[name] = {
             part: float((f.double() - w).norm() / w.norm())
             for part, f, w in zip(NAMES, found, wanted, strict=False)
         }
-        same = all(torch.equal(f, a) for f, a in zip(found, again, strict=True))
-        results[name] = {"errors": errors, "same": same}
     print(json.dumps(results))
 
 

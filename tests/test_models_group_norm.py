@@ -16,12 +16,12 @@ from models.networks.group_norm import FusedGroupNorm
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict]:
+def interpreted() -> dict[str, dict[str, float]]:
     """What the kernel computes under Triton's interpreter, which is chosen before its import."""
     pytest.importorskip("triton", reason="torch's builds for CPUs come without triton")
     script = Path(__file__).with_name("_group_norm.py")
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=600,
+        [sys.executable, script], capture_output=True, text=True, timeout=1200,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(script.parent.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -29,12 +29,11 @@ def interpreted() -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_kernel_is_float64_up_to_rounding(interpreted: dict[str, dict], name: str):
-    case, result = CASES[name], interpreted[name]
-    assert list(result["errors"]) == list(NAMES if case.modulated else NAMES[:4])
+def test_the_kernel_is_float64_up_to_rounding(interpreted: dict[str, dict[str, float]], name: str):
+    case, errors = CASES[name], interpreted[name]
+    assert list(errors) == list(NAMES if case.modulated else NAMES[:4])
     limit = TOLERANCE[case.dtype] * max(1, case.mean / 10)
-    assert max(result["errors"].values()) < limit, result["errors"]
-    assert result["same"], "a second run differs"
+    assert max(errors.values()) < limit, errors
 
 
 @pytest.mark.parametrize("name", ["splits of one cell more", "no scale", "no SiLU"])
@@ -70,14 +69,3 @@ def test_the_kernel_is_one_node_of_a_graph_without_breaks(monkeypatch: pytest.Mo
     (graph,) = graphs
     nodes = [node for node in graph.graph.nodes if "minidalle2" in str(node.target)]
     assert len(nodes) == 1
-
-
-def test_the_operators_describe_themselves():
-    """Shapes, types and strides without the kernel, as `torch.compile` asks for them."""
-    case = Case((2, 64, 3, 4), 16)
-    x, weight, bias, scale, shift = inputs(case)
-    x, weight, bias, scale, shift = (each.to("meta") for each in (x, weight, bias, scale, shift))
-    y, moments = group_norm.group_norm(x, weight, bias, scale, shift, 16, 1e-5, True)
-    dx, sums = group_norm.group_norm_backward(y, x, weight, bias, scale, shift, moments, True)
-    assert y.shape == dx.shape == x.shape and y.stride() == dx.stride() == x.stride()
-    assert moments.shape == (2, 2, 16) and sums.shape == (2, 2, 64)
