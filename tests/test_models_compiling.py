@@ -11,11 +11,14 @@ import _networks
 import _priors
 import pytest
 import torch
+from functorch.compile import make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from models.clip import build_clip
 from models.configs import UNetConfig
 from models.networks.compiling import compiled
+from models.networks.group_norm import in_channels_last
 from training.data.dataloader import Batch
 from training.runs.worker import compile_model
 from training.tasks.clip import clip_objective
@@ -137,6 +140,29 @@ def test_levels_of_equal_shapes_share_a_graph(
     compile_model(model, CPU)
     decoder_step(model)
     assert len(graphs.graphs) <= bound
+
+
+def test_no_convolution_of_a_level_copies_its_feature_maps(monkeypatch: pytest.MonkeyPatch):
+    """Channels-last: what enters convolutions, forward and backward, has that format already."""
+    found: list[bool] = []
+
+    def look(graph: Any, inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            if "convolution" in str(node.target):
+                for image in node.args[: 2 if "backward" in str(node.target) else 1]:
+                    if image.meta["val"].shape[1] > 3:  # no image
+                        found.append(in_channels_last(image.meta["val"]))
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    unet = _networks.decoder(unet=dataclasses.replace(_networks.UNET, channels=16)).train().unet
+    unet.channels_last = True
+    compile_model(unet, CPU)
+    noise = torch.randn(4, 3, _networks.SIZE, _networks.SIZE)
+    unet(noise, KEYS, tokens=torch.randn(4, 5, unet.context), token_mask=None).sum().backward()
+    assert len(found) > 40 and all(found)
 
 
 @pytest.mark.slow
