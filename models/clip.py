@@ -284,14 +284,14 @@ class FrozenClip(nn.Module):
 
     def _text_blocks(self, like: Tensor) -> Iterable[Any]:
         """Return the tower's blocks in the precision of a call."""
-        if not like.is_cuda or not torch.is_autocast_enabled("cuda"):
+        device = like.device.type
+        if not like.is_cuda or not torch.is_autocast_enabled(device):
             return self.clip.transformer.resblocks
         if not self._bf16_blocks:
             blocks = copy.deepcopy(self.clip.transformer.resblocks)
-            for module in blocks.modules():
-                if isinstance(module, nn.Linear | nn.MultiheadAttention):
-                    for parameter in module.parameters(recurse=False):
-                        parameter.data = parameter.to(torch.get_autocast_dtype("cuda"))
+            layers = [m for m in blocks.modules() if isinstance(m, nn.Linear | nn.MultiheadAttention)]
+            for parameter in (p for m in layers for p in m.parameters(recurse=False)):
+                parameter.data = parameter.to(torch.get_autocast_dtype(device))
             self._bf16_blocks = list(blocks)
         return self._bf16_blocks
 
