@@ -289,8 +289,9 @@ class FrozenClip(nn.Module):
             return self.clip.transformer.resblocks
         if not self._bf16_blocks:
             blocks = copy.deepcopy(self.clip.transformer.resblocks)
-            layers = [m for m in blocks.modules() if isinstance(m, nn.Linear | nn.MultiheadAttention)]
-            for parameter in (p for m in layers for p in m.parameters(recurse=False)):
+            kinds = nn.Linear | nn.MultiheadAttention
+            layers = [module for module in blocks.modules() if isinstance(module, kinds)]
+            for parameter in (p for layer in layers for p in layer.parameters(recurse=False)):
                 parameter.data = parameter.to(torch.get_autocast_dtype(device))
             self._bf16_blocks = list(blocks)
         return self._bf16_blocks
