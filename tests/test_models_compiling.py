@@ -149,9 +149,9 @@ def test_no_convolution_of_a_level_copies_its_feature_maps(monkeypatch: pytest.M
     def look(graph: Any, inputs: Any) -> Any:
         for node in graph.graph.nodes:
             if "convolution" in str(node.target):
-                for image in node.args[: 2 if "backward" in str(node.target) else 1]:
-                    if image.meta["val"].shape[1] > 3:  # no image
-                        found.append(in_channels_last(image.meta["val"]))
+                count = 2 if "backward" in str(node.target) else 1
+                maps = [each.meta["val"] for each in node.args[:count]]
+                found.extend(in_channels_last(x) for x in maps if x.shape[1] > 3)  # no image
         return make_boxed_func(graph.forward)
 
     torch.compiler.reset()
