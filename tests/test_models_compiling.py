@@ -27,6 +27,7 @@ from training.tasks.decoder import upsampler_objective
 CPU = torch.device("cpu")
 KEYS = torch.arange(4)
 MP = dataclasses.replace(_networks.UNET, magnitude_preserving=True)
+FLAT = dataclasses.replace(_networks.UNET, channel_mult=(1,), attn_resolutions=(8,))
 DEEP = dataclasses.replace(_networks.UNET, num_res_blocks=4)
 Step = Callable[[Any], dict[str, Tensor]]
 
@@ -71,6 +72,7 @@ STEPS: dict[str, tuple[Callable[[], nn.Module], Step]] = {
         partial(_networks.decoder, learned_variance=True, embed_noise=0.1, prediction="eps"),
         decoder_step,
     ),
+    "decoder of one resolution": (partial(_networks.decoder, unet=FLAT), decoder_step),
     "upsampler, blur": (_networks.upsampler, partial(upsampler_step, 8)),
     "upsampler, bsr": (partial(_networks.upsampler, **BSR), partial(upsampler_step, 16)),
     **{
@@ -167,7 +169,7 @@ def test_no_convolution_of_a_level_copies_its_feature_maps(monkeypatch: pytest.M
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs the Debian package g++")
-@pytest.mark.parametrize("name", ["decoder", "diffusion", "clip"])
+@pytest.mark.parametrize("name", ["decoder of one resolution", "diffusion", "clip"])
 def test_compiled_code_computes_what_eager_does(name: str):
     build, step = STEPS[name]
     model = build().train()
