@@ -284,15 +284,14 @@ class FrozenClip(nn.Module):
 
     def _text_blocks(self, like: Tensor) -> Iterable[Any]:
         """Return the tower's blocks in the precision of a call."""
-        device = like.device.type
-        if not like.is_cuda or not torch.is_autocast_enabled(device):
+        if not like.is_cuda or not torch.is_autocast_enabled():
             return self.clip.transformer.resblocks
         if not self._bf16_blocks:
             blocks = copy.deepcopy(self.clip.transformer.resblocks)
             kinds = nn.Linear | nn.MultiheadAttention
             layers = [module for module in blocks.modules() if isinstance(module, kinds)]
             for parameter in (p for layer in layers for p in layer.parameters(recurse=False)):
-                parameter.data = parameter.to(torch.get_autocast_dtype(device))
+                parameter.data = parameter.to(torch.get_autocast_dtype(like.device.type))
             self._bf16_blocks = list(blocks)
         return self._bf16_blocks
 

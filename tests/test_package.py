@@ -21,9 +21,9 @@ EVERY_FILE = sorted([*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/
 SCRIPTS = [path for path in SOURCES if "\nif __name__ ==" in path.read_text(encoding="utf-8")]
 
 # Ceilings: a new capability may raise the first two by what it adds; else they only fall. Budgets
-# that were set before adoption and several captions: 24,000 and 20,000 lines, 150 `Any`.
-MAX_PRODUCT_LINES = 31_188
-MAX_TEST_LINES = 25_815
+# that were set before adoption, several captions and GPU steps: 24,000 and 20,000 lines, 150 `Any`.
+MAX_PRODUCT_LINES = 33_130
+MAX_TEST_LINES = 27_720
 MAX_ANY = 110
 MAX_FILES_A_FOLDER = 15
 MAX_FILE_LINES = 500

@@ -111,7 +111,7 @@ class OuterConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map input [B, channels, H, W] to [B, out, H, W]."""
-        on_gpu = input.is_cuda and torch.is_autocast_enabled(input.device.type)
+        on_gpu = input.is_cuda and torch.is_autocast_enabled()
         return self.padded(input) if on_gpu else super().forward(input)
 
     def padded(self, x: Tensor) -> Tensor:
