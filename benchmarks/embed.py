@@ -95,7 +95,7 @@ def _write(root: Path, config: Config) -> None:
     resize = Resizer(image_size=256, resize_mode="keep_ratio")
     with tempfile.TemporaryDirectory() as name:
         _draw(Path(name))
-        drawn = [resize(path.read_bytes()).jpeg for path in sorted(Path(name).iterdir())]
+        drawn = [resize(path.read_bytes()).data for path in sorted(Path(name).iterdir())]
     write_manifest(root, "images", {})
     for number in range(config.many):
         name, count = shard_name(number), config.samples_per_shard

@@ -101,7 +101,7 @@ def _write(root: Path, config: Config) -> None:
     resize = Resizer(image_size=config.image_size, resize_mode="keep_ratio")
     pictures = []
     for path in sorted(root.glob("*.jpg")):
-        image = Image.open(io.BytesIO(resize(path.read_bytes()).jpeg))
+        image = Image.open(io.BytesIO(resize(path.read_bytes()).data))
         file = io.BytesIO()  # as many bytes as real pictures have at this size: 33 kB at 256 px
         image.filter(ImageFilter.GaussianBlur(1.2)).save(file, "JPEG", quality=95)
         pictures.append(file.getvalue())
