@@ -32,6 +32,7 @@ from models.priors.base import PackedText, PriorSampling, PriorText
 from models.priors.diffusion import DiffusionPrior
 from models.priors.regression import RegressionPrior
 from models.upsampler import Upsampler
+from training.runs.worker import compile_model
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -145,7 +146,7 @@ def stepped(
     """Return the samples' losses, and the gradient of their mean as one vector, on the CPU."""
     model.to(device).zero_grad(set_to_none=True)
     if compiled:
-        model.compile()
+        compile_model(model, torch.device(device))
     batch = {name: value.to(device) for name, value in inputs().items()}
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         found = losses(model, batch, packed=packed)
