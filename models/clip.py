@@ -213,7 +213,10 @@ class FrozenClip(nn.Module):
 
     def on(self, device: torch.device) -> "FrozenClip":
         """Move to a device, once: `to` would look at every weight in every step."""
-        return self if self.device == device else self.to(device)
+        if self.device != device:
+            self._bf16_blocks = []
+            self.to(device)
+        return self
 
     def drop_vision(self) -> None:
         """Free the vision tower, most of the weights, where only captions are encoded, as in

@@ -195,8 +195,8 @@ class UNetConfig:
     """blocks that preserve unit magnitude of activations by normalised weights, without group norms
     and biases (Karras et al. 2024, EDM2); their attention is normalised without qk_norm"""
     channels_last: Annotated[bool, NOT_ON_WEIGHTS] = False
-    """keep activations channels-last in memory: for GPUs; on the CPU group norms take up to ten
-    times as long"""
+    """keep activations channels-last in memory, as compiled networks on GPUs do in any case; on the
+    CPU group norms take up to ten times as long"""
 
 
 @dataclass(frozen=True, kw_only=True)

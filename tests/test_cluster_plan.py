@@ -24,7 +24,6 @@ from cluster.planning.request import CHAINS, PRESETS, PlanRequest
 from cluster.planning.stages import build_stages
 from models.clip import FrozenClip, build_clip
 from models.costs import offloaded_bytes, state_bytes
-from training.engine.engines import MAX_BUCKET
 from training.runs.profiling import PEAK_TFLOPS
 
 ROOT = Path(__file__).parent.parent
@@ -287,6 +286,14 @@ def paper_like(demo, name: str):
     return next(stage for stage in demo.stages if stage.name == name)
 
 
+def test_a_plan_with_fsdp2_keeps_deepspeed_for_muon(demo):
+    for stage in demo.stages:
+        engine = "deepspeed" if stage.train.optimizer.kind == "muon" else "fsdp2"
+        found = list(layouts.layouts(stage, 2, "fsdp2", offload=False))
+        assert found and {each.engine for each in found} == {engine}
+    assert "muon" in {stage.train.optimizer.kind for stage in demo.stages}
+
+
 def test_memory_falls_with_partitioning_and_grows_with_the_micro_batch(demo):
     stage = paper_like(demo, "base")
     for micro in (1, 4):
@@ -313,7 +320,6 @@ def test_state_is_what_the_engine_keeps(demo):
         layout = Layout(zero_stage=zero, micro_batch=1, checkpointing=False, offload=offload)
         found = layouts.memory_of(stage, 4, layout).state
         assert found == pytest.approx(state_bytes(model, zero, 4, offload=offload), abs=4)
-    assert layouts.MAX_BUCKET == MAX_BUCKET
     assert layouts.host_bytes(stage, 4) == pytest.approx(offloaded_bytes(model, 4), abs=4)
 
 

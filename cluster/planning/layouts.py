@@ -9,9 +9,8 @@ from cluster.planning.efficiency import Efficiency, Workload
 from cluster.planning.request import EngineName, PlanRequest
 from cluster.planning.stages import Stage
 from training.config import ClipRunConfig
-from training.engine.choices import zero_stage
+from training.engine.choices import MAX_BUCKET, zero_stage
 
-MAX_BUCKET = 50_000_000  # elements of ZeRO's buckets at most: training/engine/engines.py
 MAX_LIVE = 1_000_000_000  # elements of weights that stage 3 keeps gathered
 MOST_GPUS = 8192  # considered for the nearest that fits
 
@@ -210,14 +209,19 @@ def micro_batches(stage: Stage, workers: int) -> list[int]:
 def layouts(
     stage: Stage, workers: int, engine: EngineName = "deepspeed", *, offload: bool
 ) -> Iterator[Layout]:
-    """Yield the layouts that the training script takes on so many workers."""
+    """Yield the layouts that the training script takes on so many workers; by DeepSpeed where FSDP2
+    does not do what the stage asks for: Muon, SAM."""
     zero_stages = (2, 3) if offload else (0, 1, 2, 3)
-    if stage.train.optimizer.kind == "muon":
+    muon = stage.train.optimizer.kind == "muon"
+    sam = isinstance(stage.config, ClipRunConfig) and stage.config.sam_rho
+    if muon:
         zero_stages = () if offload else (0,)
+    if sam:
+        zero_stages = tuple(zero for zero in zero_stages if zero < 3)
+    if muon or sam:
+        engine = "deepspeed"
     if engine == "fsdp2":
         zero_stages = () if offload else (2,)
-    if isinstance(stage.config, ClipRunConfig) and stage.config.sam_rho:
-        zero_stages = tuple(zero for zero in zero_stages if zero < 3)
     for zero in zero_stages:
         for checkpointing in stage.checkpointing:
             for micro in micro_batches(stage, workers):

@@ -49,7 +49,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Literal["causal"] | N
 
 def has_kernel(like: Tensor) -> bool:
     """Return whether torch's attention on packed sequences takes tensors as `like`, [T, H, d]."""
-    return like.is_cuda and like.dtype != torch.float32 and like.shape[-1] % 8 == 0
+    width = like.shape[-1]
+    return like.is_cuda and like.dtype != torch.float32 and width % 8 == 0 and width <= 256
 
 
 def attend_packed(

@@ -6,6 +6,9 @@ if TYPE_CHECKING:
     from training.config import TrainConfig
 
 EngineName = Literal["deepspeed", "fsdp2", "plain"]
+# Elements that are reduced at once, at most: so many are sent at full speed, and DeepSpeed
+# allocates two buckets of each type.
+MAX_BUCKET = 50_000_000
 ZERO_1_BELOW = 1_000_000_000  # parameters, whose gradients, 4 GB, still fit on each GPU
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cluster.base.files import Json
 from training.config import TrainConfig
 from training.data.dataloader import Batch
-from training.engine.choices import zero_stage
+from training.engine.choices import MAX_BUCKET, zero_stage
 from training.engine.optimizer import Optimizer, build_optimizer, set_learning_rate
 from training.engine.precision import autocast, settled
 from training.engine.zero_partitions import (
@@ -31,9 +31,6 @@ from training.engine.zero_partitions import (
 # Elements up to which stage 3 keeps a parameter whole on every rank: gathering norms, biases and
 # other small ones at each use would cost more than they weigh. DeepSpeed's default.
 WHOLE_UP_TO = 100_000
-# Elements that are reduced at once, at most: so many are sent at full speed, and DeepSpeed
-# allocates two buckets of each type.
-MAX_BUCKET = 50_000_000
 Scores = dict[str, Tensor]  # {"loss": [B], ...}
 
 
@@ -140,7 +137,8 @@ class PlainEngine:
         """Clip, step where the norm is finite, and drop the gradient; returns the norm."""
         norm = _clip(self.model, self._config)
         set_learning_rate(self.optimizer.param_groups, learning_rate_ratio)
-        self.optimizer.step(found_inf=1.0 - norm.isfinite().float())
+        self.optimizer.found_inf = 1.0 - norm.isfinite().float()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -168,7 +166,8 @@ class ZeroEngine:
     Weights are fp32; bf16 is autocast, so one code path serves both precisions. Stages 1 to 3
     reduce gradients while the last micro-batch's backward pass still computes others. Stage 0
     reduces them after it, and in fp32. Stages 1 and 2 gather new weights in fp32: DeepSpeed gathers
-    bf16 only where the weights that layers read are bf16 themselves.
+    bf16 only where the weights that layers read are bf16 themselves. Their step looks at the norm
+    on the host, and so waits for the GPU once.
     """
 
     def __init__(
@@ -256,8 +255,7 @@ class ZeroEngine:
             self._partition.zero_grads()
             return torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
         norm = _clip(self.model, self._config)
-        if not norm.isfinite():
-            self._engine.zero_grad()
+        self.optimizer.found_inf = 1.0 - norm.isfinite().float()
         self._engine.step()
         return norm
 

@@ -54,8 +54,9 @@ class FsdpEngine:
         """Return the module, sharded in place."""
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         whole = {p for p in objective.parameters() if p.ndim == 0 or not p.requires_grad}
+        # not on a CPU, whose autocast leaves layer norms alone: with bf16 weights they refuse fp32
         sent = settled(self._config.workers.precision, self.device.type) == "bf16"
-        dtype = torch.bfloat16 if sent else None
+        dtype = torch.bfloat16 if sent and self.device.type != "cpu" else None
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=dtype, cast_forward_inputs=False
         )
@@ -84,7 +85,8 @@ class FsdpEngine:
         """Clip, step where the norm is finite, and drop the gradient; returns the norm."""
         norm = self._clipped()
         set_learning_rate(self.optimizer.param_groups, learning_rate_ratio)
-        self.optimizer.step(found_inf=1.0 - norm.isfinite().float())
+        self.optimizer.found_inf = 1.0 - norm.isfinite().float()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for _, parameter in self._parameters:
             parameter.grad = None

@@ -57,6 +57,7 @@ class Optimizer(torch.optim.Optimizer):
             "beta2": beta2, "momentum": 0.95, "eps": eps,
         }  # fmt: skip
         super().__init__(groups, defaults)
+        self.found_inf: Tensor | None = None
 
     def prepare(self) -> None:
         """Create the state of every parameter that has none."""
@@ -87,12 +88,14 @@ class Optimizer(torch.optim.Optimizer):
                 state["step"].fill_(value)
 
     @torch.no_grad()
-    def step(self, closure: Any = None, found_inf: Tensor | None = None) -> Any:
+    def step(self, closure: Any = None) -> Any:
         """Move every parameter that has a gradient.
 
-        found_inf: float32 scalar on the device; where it is 1, neither parameters nor state move,
-        and the host need not know it. None: all move.
+        Where `found_inf`, a float32 scalar on the device, is 1, neither parameters nor state move,
+        and the host need not know it. None: all move. An attribute, as in torch's own fused
+        optimizers, since DeepSpeed calls `step` without arguments.
         """
+        found_inf = self.found_inf
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["muon"]:

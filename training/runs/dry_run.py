@@ -26,7 +26,9 @@ def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
     offload = train.workers.offload == "cpu"
     # power-function averages are shared out, as the classic one is, and lie where it does
     powers = 4 * num_parameters(model) * len(train.averages.power_ema) // workers
-    stage = 3 if train.workers.engine == "fsdp2" else zero_stage(train, num_parameters(model))
+    device = "cpu" if train.workers.device == "cpu" else "cuda"  # of the cluster's workers
+    stage = zero_stage(train, num_parameters(model), device)
+    stage = 3 if train.workers.engine == "fsdp2" else stage
     here = state_bytes(model, stage, workers, offload=offload)
     gigabytes = (here if offload else here + powers) / 1e9
     kept = "weights" if offload else "weights, gradients, moments and averages"

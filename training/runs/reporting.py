@@ -17,6 +17,7 @@ import torch
 from cluster.base.files import write_text
 from cluster.base.jsonl import add_line, read_lines
 from cluster.base.run_dir import METRICS_NAME, VALIDATION_NAME
+from models.costs import CAPTION_TOKENS
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.records import Progress
 from training.config import TrainConfig
@@ -93,7 +94,9 @@ class Reporter:
         """Return the share of the peak that real tokens take: MFU."""
         if self._flops is None:
             return {}
-        mean = self._num_tokens / max(1, self._num_captions)
+        mean = CAPTION_TOKENS  # of towers that read padded captions, which nobody counts
+        if self._num_captions:
+            mean = self._num_tokens / self._num_captions
         return {"mfu": samples_per_second * self._flops(mean) / self._peak}
 
     def is_validated(self, progress: Progress) -> bool:

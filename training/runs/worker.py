@@ -6,6 +6,7 @@
 import dataclasses
 import errno
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -171,6 +172,10 @@ def train_rank(
         # Activations are kept where they fit
         on_gpu = device.type == "cuda"
         memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
+        if on_gpu and world_size > 1:  # of the smallest: ranks that chose apart would wait for ever
+            smallest = torch.tensor(memory, device=device)
+            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+            memory = int(smallest)
         choice = settle_checkpointing(task.model, settings, memory, world_size)
         if choice and not rank:
             print(choice, flush=True)
@@ -197,11 +202,25 @@ def compiles(settings: TrainConfig, device: "torch.device", *, say: bool) -> boo
     workers = settings.workers
     if workers.compile is not None:
         return workers.compile
-    chosen = device.type == "cuda" and workers.zero_stage != 3
+    why_not = _why_not_compiled(settings, device)
     if say:
-        why = "zero_stage 3" if device.type == "cuda" else "a CPU"
-        print(f"compile: {'true, on a GPU' if chosen else f'false, with {why}'}", flush=True)
-    return chosen
+        print(f"compile: {f'false, {why_not}' if why_not else 'true, on a GPU'}", flush=True)
+    return not why_not
+
+
+def _why_not_compiled(settings: TrainConfig, device: "torch.device") -> str:
+    """Return why a network is not compiled unless that is asked for; "" where it is."""
+    import torch
+
+    if device.type != "cuda":
+        return "on a CPU"
+    if settings.workers.zero_stage == 3:
+        return "with zero_stage 3"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "on a GPU before Ampere, which has no bf16"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "without a C compiler, which Triton needs"
+    return ""
 
 
 def compile_model(model: "nn.Module", device: "torch.device") -> None:
