@@ -289,9 +289,8 @@ def paper_like(demo, name: str):
 def test_a_plan_with_fsdp2_keeps_deepspeed_for_muon(demo):
     for stage in demo.stages:
         engine = "deepspeed" if stage.train.optimizer.kind == "muon" else "fsdp2"
-        found = list(layouts.layouts(stage, 2, "fsdp2", offload=False))
-        assert found and {each.engine for each in found} == {engine}
-    assert "muon" in {stage.train.optimizer.kind for stage in demo.stages}
+        found = {each.engine for each in layouts.layouts(stage, 2, "fsdp2", offload=False)}
+        assert found == {engine}
 
 
 def test_memory_falls_with_partitioning_and_grows_with_the_micro_batch(demo):
