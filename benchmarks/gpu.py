@@ -77,7 +77,10 @@ class Config(BenchmarkConfig):
 
 
 def main(config: Config) -> int:
-    """Print a table, and one JSON object as the last line."""
+    """Print a table, and one JSON object as the last line; 1 where a result failed, which the same
+    command tries again."""
+    from cluster.base.cli import DONE, INCOMPLETE
+
     with tempfile.TemporaryDirectory() as folder:
         work = Path(config.work or folder).absolute()
         work.mkdir(parents=True, exist_ok=True)
@@ -93,7 +96,7 @@ def main(config: Config) -> int:
         if config.minutes:
             results.add("run", lambda: _run(work, config))
     results.show()
-    return 0
+    return INCOMPLETE if results.failed else DONE
 
 
 class Results:
@@ -118,6 +121,11 @@ class Results:
                 line = {"failed": f"{type(error).__name__}: {error}", "output": output[-2000:]}
             self._lines[name] = line
             add_line(self._path, {"name": name, **line})
+
+    @property
+    def failed(self) -> list[str]:
+        """The names of what failed."""
+        return [name for name, line in self._lines.items() if "failed" in line]
 
     def show(self) -> None:
         """Print a table, and all as one JSON object."""

@@ -15,6 +15,7 @@ read.
 
 import gc
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,9 @@ def main(config: Config) -> int:
     if unknown:
         names = ", ".join(VARIANTS)
         raise ValueError(f"variants: found {min(unknown)!r}, expected some of {names}")
+    for stage in config.stages:
+        if not re.fullmatch(r"(clip|prior|decoder)/[^:/]+:[1-9]\d*", stage):
+            raise ValueError(f"stages: found {stage!r}, expected such as decoder/mini:256")
     import torch
     from rich.console import Console
     from rich.table import Table
