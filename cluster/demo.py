@@ -214,7 +214,8 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
     """List the commands after the download, in order.
 
     The drawn set is scored by the CLIP that it trains. Given pairs are few and unlike the drawn
-    ones, so a second CLIP, trained on the other half of the shards, scores them.
+    ones, so a second CLIP, trained on the other half of the shards, scores them. Distances are also
+    in the space of an ImageNet classifier, on which nothing here was trained.
     """
     from eval.sampling.image_source import SAMPLES_NAME
     from models.weights import FINAL_NAME
@@ -262,7 +263,8 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
             name="evaluate", script="eval/fid.py", num_images=counts["test"],
             arguments=(
                 "--real", images["test"], "--fake", samples, "--embeds", embeds["test"], *chain,
-                "--clip", scorer, "--out", str(run / SCORES_NAME),
+                "--features", "efficientnet_lite0", "clip", "--clip", scorer,
+                "--out", str(run / SCORES_NAME),
             ),
             output=run / SCORES_NAME,
             inputs=(run / "samples" / SAMPLES_NAME, *finals),

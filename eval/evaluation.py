@@ -9,7 +9,13 @@ from cluster.base.files import digest_of
 from cluster.base.machine import threads_for
 from eval.distances.measure import QUOTABLE, ImageSource, memorisation, open_source, space_scores
 from eval.features.devices import device_named
-from eval.features.extractors import ExtractorSpec, clip_spec, dinov2_spec, inception_spec
+from eval.features.extractors import (
+    ExtractorSpec,
+    clip_spec,
+    dinov2_spec,
+    efficientnet_spec,
+    inception_spec,
+)
 from eval.features.store import FeatureExtraction
 from eval.features.weights import DINOV2, INCEPTION, find_weights, require_local_clip
 from eval.features.workers import Workers
@@ -22,6 +28,7 @@ from eval.sampling.image_source import ImageSet, IncompleteError, open_images
 from eval.sampling.sample_job import draw, read_options
 from ingest.store.snapshots import remove_data_folder
 from models.clip import RAW, FrozenClip
+from models.convert import efficientnet
 from models.convert.runs import absolute_spec, load_clip
 from models.weights import exported, load_config
 
@@ -30,6 +37,10 @@ SCORER_RELATIONS = {  # by whether the CLIP that scores is the model's own
     True: "the CLIP that the model was trained on",
     False: "another CLIP than the model was trained on",
     None: "unknown: the images name no model",
+}
+NETWORK_RELATIONS = {  # likewise of a published network
+    True: "the image tower that the model was trained on",
+    False: "a network that the model was not trained on",
 }
 
 
@@ -159,9 +170,9 @@ class Evaluation:
         both = [source.measured(spec, self.extraction) for source in (self.fake, real)]
         scores = space_scores(both[0], both[1], spec, self.request.num_resamples)
         least = min(scores["n"], scores["n_real"])
-        if least < QUOTABLE and space != "clip":
+        if least < QUOTABLE and space not in ("clip", "efficientnet_lite0"):
             print(f"warning: {least} images are too few to quote an FID; it takes {QUOTABLE}")
-        return scores | self._captions_digest()
+        return scores | {"judge_relation": self._relation(space)} | self._captions_digest()
 
     def _captions_digest(self) -> dict[str, str]:
         fake = self.fake.images
@@ -171,7 +182,7 @@ class Evaluation:
         """Return the headline distances, the CLIP score, and which CLIP gave it."""
         from eval.scores.scorecard import embed_scores
 
-        first = next(iter(features.values()))
+        first = features[min(features, key=lambda space: space == "clip")]  # whose distance is fd
         scores = {"n": first["n"], "n_real": first["n_real"], "features": first["extractor"]}
         scores |= self._captions_digest()
         for space, distances in reversed(features.items()):
@@ -182,7 +193,7 @@ class Evaluation:
                 scores["n_real_halves"] = distances["n_real_halves"]
         if self.encoder is not None:
             scores["judge"] = self.specs["clip"].name
-            scores["judge_relation"] = SCORER_RELATIONS[self._is_own_encoder()]
+            scores["judge_relation"] = self._relation("clip")
         fake = self.fake.images
         if fake is None or not fake.captions:
             return scores
@@ -192,13 +203,18 @@ class Evaluation:
         _, embeds = self.extraction.extracted(fake, self.specs["clip"])
         return scores | embed_scores(embeds.all(), fake.captions, self.encoder)
 
-    def _is_own_encoder(self) -> bool | None:
-        """Return whether the model was trained on the CLIP that scores; None if it is unknown."""
+    def _relation(self, space: str) -> str:
+        """State whether the model was trained on what a space is of."""
         settings = self.fake.images.settings if self.fake.images is not None else {}
         own = settings.get("encoder_id")
         if own is None and self.model.prior:
             own = load_config(exported(Path(self.model.prior))).get("encoder_id")
-        return None if own is None or not self.encoder else own == self.encoder.encoder_id
+        if space != "clip":
+            return NETWORK_RELATIONS[own is not None and efficientnet.IDENTITY in own
+                                     and space == "efficientnet_lite0"]  # fmt: skip
+        return SCORER_RELATIONS[
+            None if own is None or not self.encoder else own == self.encoder.encoder_id
+        ]
 
     def save_statistics(self, folder: Path) -> None:
         """Write the statistics of the real images, an npz a space."""
@@ -210,6 +226,8 @@ class Evaluation:
 
 def network_spec(request: EvalRequest, space: str) -> ExtractorSpec:
     """Describe the extractor of a space that takes weights; ValueError if they are absent."""
+    if space == "efficientnet_lite0":
+        return efficientnet_spec()
     if space == "dinov2":
         other = (request.dinov2_weights, request.dinov2_sha256)
         return dinov2_spec(

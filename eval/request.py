@@ -11,7 +11,7 @@ from cluster.base.cli import Option, require_at_least, require_local
 if TYPE_CHECKING:
     from eval.sampling.chain import Model
 
-Space = Literal["clip", "inception", "inception_clean", "dinov2"]
+Space = Literal["clip", "inception", "inception_clean", "dinov2", "efficientnet_lite0"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class EvalRequest:
     """generated images: a folder of eval/sample.py, or any of those; with --captions or a model for
     --protocol, where they are drawn"""
     features: tuple[Space, ...] = ()
-    """spaces of the distances; FID proper is inception's; empty = the protocol's, or clip"""
+    """spaces of the distances, the headline's first; FID proper is inception's; the weights of
+    efficientnet_lite0 are installed; empty = the protocol's, or clip"""
     image_size: int = 0
     """crop the centre square of all images and resize it to this side in px; 0 = as they are"""
     weights_dir: str = ""

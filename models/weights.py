@@ -4,9 +4,11 @@ Beside models/convert/ the one module of `models/` that touches files.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,6 +82,31 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
             )
     model.load_state_dict(state)
     return model.eval()
+
+
+def load_tensors(path: str, sha256: str) -> JsonObject:
+    """Return the tensors of a pickled file; ValueError for another digest, or for more than
+    tensors.
+
+    The file is read once, so the loaded bytes are the verified ones. The unpickler builds nothing
+    but tensors.
+    """
+    content = Path(path).read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path}: found sha256 {found}, expected {sha256}; get it again")
+    try:
+        state = torch.load(  # tensors stay in memory, whatever device they were saved from
+            io.BytesIO(content), lambda storage, _: storage, weights_only=True
+        )
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: found no plain tensors ({reason}), expected a file of weights"
+        ) from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: found a {type(state).__name__}, expected named tensors")
+    return state
 
 
 def save_config(folder: Path, config: JsonObject) -> None:

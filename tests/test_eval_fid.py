@@ -13,8 +13,9 @@ from _inception import write_inception
 from PIL import Image
 
 from eval import fid
-from eval.evaluation import SCORER_RELATIONS
+from eval.evaluation import NETWORK_RELATIONS, SCORER_RELATIONS
 from eval.fid import FidConfig
+from eval.html_report.score_table import headlines
 from eval.sampling.image_source import IncompleteError
 from models.convert.runs import load_clip
 
@@ -124,6 +125,19 @@ def test_a_url_is_refused_for_what_lies_in_folders(config: FidConfig):
             evaluated(config, **changes)
     with pytest.raises(ValueError, match="s3://bucket/real: found a URL"):
         evaluated(config, real="s3://bucket/real")
+
+
+def test_the_installed_judge_is_the_headline_and_names_its_weights(config: FidConfig):
+    scores = evaluated(config, features=("clip", "efficientnet_lite0"))
+    found, images = scores["features"]["efficientnet_lite0"], scores["images"]
+    assert found["extractor"] == "efficientnet_lite0@579344248a93 pooled, ImageNet"
+    assert found["judge_relation"] == NETWORK_RELATIONS[False]
+    assert images["fd"] == found["fd"] and images["features"] == found["extractor"]
+    assert images["fd_clip"] == scores["features"]["clip"]["fd"] != images["fd"]
+    for name in ("kid", "precision", "recall", "density", "coverage", "fd_ci95_low"):
+        assert np.isfinite(found[name]), name
+    tiles = {tile["name"]: tile for tile in headlines(scores)}
+    assert tiles["Fréchet distance, EfficientNet-Lite0"]["scorer"] == NETWORK_RELATIONS[False]
 
 
 @pytest.mark.slow

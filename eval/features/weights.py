@@ -1,10 +1,7 @@
 """Weights of the published extractors: found on this machine, verified, never downloaded."""
 
-import io
 import os
-import pickle
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from cluster.base.files import Json
@@ -48,29 +45,10 @@ class WeightsFile:
         return "" if self.official else f", weights sha256 {self.sha256[:12]}: not the official"
 
     def load(self) -> Json:
-        """Return the tensors of the file; ValueError for another digest, or for more than tensors.
+        """Return the tensors of the file, verified: see `load_tensors`."""
+        from models.weights import load_tensors  # which imports torch
 
-        The file is read once, so the loaded bytes are the verified ones. The unpickler builds
-        nothing but tensors.
-        """
-        import torch
-
-        content = Path(self.path).read_bytes()
-        digest = sha256(content).hexdigest()
-        if digest != self.sha256:
-            raise ValueError(
-                f"{self.path}: found sha256 {digest}, expected {self.sha256}; get it again"
-            )
-        try:
-            state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{self.path}: found no plain tensors ({reason}), expected a file of weights"
-            ) from None
-        if not isinstance(state, dict):
-            raise ValueError(f"{self.path}: found a {type(state).__name__}, expected named tensors")
-        return state
+        return load_tensors(self.path, self.sha256)
 
 
 def find_weights(

@@ -134,12 +134,17 @@ def described(path: str, made: Scores | None = None) -> tuple[str, int, str]:
 
 
 def made_of(entry: ScoreEntry) -> str:
-    """State of how many images a score is, and in which space."""
-    texts = [str(entry.made[key]) for key in ("name", "features", "judge") if entry.made.get(key)]
+    """State of how many images a score is, in which space, and whether the model was trained on
+    that."""
+    keys = ("name", "features", "extractor", "judge", "judge_relation")
+    texts: list[str] = []
+    for text in (str(entry.made[key]) for key in keys if entry.made.get(key)):
+        if not any(text in earlier for earlier in texts):
+            texts.append(text)
     if entry.made.get("quotable") is False:
         texts.append("too few images, or other weights, to quote as FID")
     texts += [f"{_label(key)} {number(entry.made[key])}" for key in COUNTS if key in entry.made]
-    return ", ".join(dict.fromkeys(texts))
+    return ", ".join(texts)
 
 
 def _label(key: str) -> str:
@@ -207,7 +212,7 @@ def headlines(scores: Scores) -> list[dict[str, str]]:
     tiles = []
     for path, name in HEADLINES.items():
         entry = by_path.get(path)
-        if entry is None or (path.startswith("features.") and not entry.made.get("quotable")):
+        if entry is None or (path in PUBLISHED and not entry.made.get("quotable")):
             continue
         method, count = described(path)[2], entry.made.get("n")
         if path.startswith("features."):
@@ -218,7 +223,7 @@ def headlines(scores: Scores) -> list[dict[str, str]]:
             "value": number(entry.value),
             "spread": entry.spread,
             "method": f"{method}; n = {count:,}" if count else method,
-            "scorer": scorers.get(path.split(".")[0], ""),
+            "scorer": scorers.get(path.split(".")[0], str(entry.made.get("judge_relation", ""))),
         })  # fmt: skip
     return tiles
 
