@@ -91,9 +91,8 @@ def given_pairs(folder: Path, source: Path, limit: int, salt: str = "") -> dict[
     _require_pictures(source, rows)
     split: dict[str, Rows] = {"train": [], "test": []}
     for row in rows:
-        held_out = zlib.crc32(f"{salt}test {base_name(row['name'])}".encode()) % TEST_ONE_IN == 0
         pair = {"image": row["image"], "caption": row["caption"]}
-        split["test" if held_out else "train"].append(pair)
+        split["test" if is_held_out(row["name"], salt) else "train"].append(pair)
     for name, pairs in split.items():
         if len(pairs) < 2:
             raise ValueError(
@@ -147,6 +146,11 @@ def _require_pictures(source: Path, rows: list[Json]) -> None:
                 "that do not decode, expected an encoded picture (JPEG, PNG, WebP, ...); leave out "
                 "the row"
             ) from None
+
+
+def is_held_out(name: str, salt: str = "") -> bool:
+    """Return whether the pairs of this name are the test set's; salt: as in `given_pairs`."""
+    return zlib.crc32(f"{salt}test {base_name(name)}".encode()) % TEST_ONE_IN == 0
 
 
 def base_name(name: str) -> str:
