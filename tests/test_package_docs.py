@@ -184,3 +184,20 @@ def test_sizes_are_those_that_the_page_on_smaller_models_shows():
         with torch.device("meta"):
             found = [num_parameters(prior_model(prior)), num_parameters(decoder_model(decoder))]
         assert [f"{count:,}" for count in found] == shown, name
+
+
+SCORED = re.compile(r"\b(FD|FID|KID|CMMD|CLIP score|everything right|all right)\b", re.I)
+
+
+def test_every_table_that_scores_pictures_names_its_judge():
+    """In the paragraph before or after it: one that the model was not trained on, or that it has
+    none."""
+    tables = 0
+    for page in [*PAGES, ROOT / "benchmarks" / "gpu.md"]:
+        blocks = ["", *page.read_text(encoding="utf-8").split("\n\n"), ""]
+        for before, table, after in zip(blocks, blocks[1:], blocks[2:], strict=False):
+            header = table.partition("\n|--")[0]
+            if table.startswith("|") and SCORED.search(header):
+                tables += 1
+                assert re.search(r"\bjudge", f"{before} {header} {after}"), f"{page.name}: {header}"
+    assert tables >= 3
