@@ -1,10 +1,15 @@
 """Where work is placed: on its group where the head says that there are groups, else anywhere."""
 
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import ray
 
 from cluster.base.cli import JOB_VARIABLE, require_lasting, require_local
-from cluster.base.ray_session import GROUPS, group_resources, has_gpus
+from cluster.base.ray_session import GROUPS, ensure_ray, group_resources, has_gpus
 from training.config import TrainConfig
 from training.runs.ray_train import worker_device
 
@@ -68,3 +73,62 @@ def test_what_needs_a_file_system_is_offered_no_url(monkeypatch: pytest.MonkeyPa
     assert "expected an absolute one: a Ray job's folder" in str(caught.value)
     with pytest.raises(ValueError, match="--run: found s3://bucket/runs/base, expected a local"):
         require_local("--run", "s3://bucket/runs/base")
+
+
+def private_ray(monkeypatch: pytest.MonkeyPatch, home: Path, *errors: str) -> list[dict]:
+    """Let a private Ray fail with `errors`, then start; return the options of each start."""
+    starts: list[dict] = []
+
+    def init(**options: object) -> None:
+        starts.append(options)
+        if len(starts) <= len(errors):
+            raise Exception(errors[len(starts) - 1])
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr("cluster.base.metrics.export_to_ray", lambda: None)
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")  # restored at the end, even where it was not set
+        monkeypatch.delenv(name)
+    return starts
+
+
+SLOW = "The current node timed out during startup. This could happen because some ..."
+
+
+def test_a_ray_that_is_slow_to_start_is_started_again(monkeypatch, tmp_path, capsys):
+    starts = private_ray(monkeypatch, tmp_path, SLOW, SLOW)
+    ensure_ray()
+    assert [start["address"] for start in starts] == ["local"] * 3
+    assert "attempt 2 of 3" in capsys.readouterr().err
+    assert "RAY_AUTH_TOKEN" not in os.environ, "Ray keeps its own in a home that can be written to"
+
+
+def test_a_ray_that_never_starts_is_one_line_and_another_error_its_own(monkeypatch, tmp_path):
+    private_ray(monkeypatch, tmp_path, SLOW, SLOW, SLOW)
+    with pytest.raises(OSError, match="Ray did not start: found a load of .* expected"):
+        ensure_ray()
+    private_ray(monkeypatch, tmp_path, "another")
+    with pytest.raises(Exception, match="^another$"):
+        ensure_ray()
+
+
+def test_a_full_disk_for_ray_s_files_is_named_before_it_starts(monkeypatch, tmp_path):
+    starts = private_ray(monkeypatch, tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5 << 20))
+    with pytest.raises(OSError, match="/tmp: found 5 MB free, expected 64 for Ray's files"):
+        ensure_ray()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "absent"))
+    with pytest.raises(OSError, match="absent: found 0 MB free"):
+        ensure_ray()
+    assert starts == []
+
+
+def test_a_read_only_home_gets_a_token_that_lives_as_long_as_its_ray(monkeypatch, tmp_path):
+    private_ray(monkeypatch, tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    ensure_ray()
+    assert re.fullmatch("[0-9a-f]{64}", os.environ["RAY_AUTH_TOKEN"])
+    assert list(tmp_path.iterdir()) == []

@@ -2,13 +2,18 @@
 
 import logging
 import os
+import secrets
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 LOOK_SECONDS = 5.0
+NUM_STARTS = 3  # of a private Ray, whose processes have 30 s each time
+MIN_FILES_BYTES = 64 << 20
 GROUPS = "minidalle2_groups"  # the resource of a head whose cluster has groups of nodes
 Group = Literal["cpu_group", "gpu_group"]
 
@@ -28,17 +33,53 @@ def ensure_ray() -> None:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        # The scripts print their own progress; what workers print is in Ray's session folder
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=512 << 20,
-            log_to_driver=bool(os.environ.get("MINIDALLE2_TRACEBACK")),
-            logging_level=logging.WARNING,
-        )
+        _start_private()
     else:
         ray.init(address=address, logging_level=logging.WARNING)
     export_to_ray()
+
+
+def _start_private() -> None:
+    """Start a local Ray, again where its processes did not answer within its own limit of 30 s.
+
+    Raises OSError where it does not start: an overloaded host, too little memory, no room for its
+    files.
+    """
+    import ray
+
+    # Where Ray keeps sockets and logs, and its objects too where /dev/shm has no room for them
+    files = os.environ.get("RAY_TMPDIR") or "/tmp"
+    free = shutil.disk_usage(files).free if os.path.isdir(files) else 0
+    if free < MIN_FILES_BYTES:
+        raise OSError(
+            f"{files}: found {free >> 20:,} MB free, expected {MIN_FILES_BYTES >> 20} for Ray's "
+            "files; free some, or name another short path: RAY_TMPDIR=PATH"
+        )
+    home = Path.home()
+    if not os.access(home, os.W_OK) and home.exists() and not (home / ".ray/auth_token").is_file():
+        # Ray would write one there; the processes of this Ray inherit the variable
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    for start in range(1, NUM_STARTS + 1):
+        try:
+            # Scripts print their own progress; what workers print is in Ray's session folder
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=512 << 20,
+                log_to_driver=bool(os.environ.get("MINIDALLE2_TRACEBACK")),
+                logging_level=logging.WARNING,
+            )
+            return
+        except Exception as error:  # Ray's own are bare ones
+            ray.shutdown()
+            if "timed out during startup" not in str(error):
+                raise
+        print(f"Ray did not start within 30 s, attempt {start} of {NUM_STARTS}", file=sys.stderr)
+    raise OSError(
+        f"Ray did not start: found a load of {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores, "
+        "expected a less busy host, or some 3 GB of memory; its logs are in "
+        f"{files}/ray/session_latest/logs"
+    )
 
 
 def group_resources(group: Group) -> dict[str, float]:
