@@ -1,19 +1,19 @@
 """CLIP through open_clip: built small from scratch, loaded from a run, or by architecture and tag.
 
-Frozen CLIP stays outside the training engine: `FrozenClip` encodes, it is never trained.
+Frozen CLIP stays outside the training engine: `FrozenClip` encodes, it is never trained. open_clip,
+which takes seconds to import, is imported by those who build a model.
 """
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, text_global_pool
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,6 +22,9 @@ from models.networks.compiling import compiled
 from models.networks.packing import Packing
 from models.networks.transformer import attend_packed, trimmed_length
 from models.weights import digest
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, as in open_clip's models
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -39,8 +42,16 @@ def is_clip_outer(name: str) -> bool:
     return any(part.startswith(_OUTER_LAYERS) for part in name.split("."))
 
 
-def build_clip(config: ClipConfig) -> open_clip.CLIP:
+def is_clip(model: nn.Module) -> "TypeGuard[CLIP]":
+    """Return whether a model is one of open_clip's, which this does not import."""
+    loaded = sys.modules.get("open_clip")  # by whoever built such a model
+    return loaded is not None and isinstance(model, loaded.CLIP)
+
+
+def build_clip(config: ClipConfig) -> "CLIP":
     """Build an untrained open_clip model; ValueError for an unknown architecture."""
+    import open_clip
+
     if config.architecture:
         if config.architecture not in open_clip.list_models():
             raise ValueError(
@@ -105,13 +116,13 @@ def preprocess(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1).copy()
 
 
-def model_sizes(clip: open_clip.CLIP) -> tuple[int, int]:
+def model_sizes(clip: "CLIP") -> tuple[int, int]:
     """Return the side of the input in px and the length of a caption in tokens."""
     size = clip.visual.image_size
     return int(size[0] if isinstance(size, tuple) else size), int(clip.context_length)
 
 
-def model_options(clip: open_clip.CLIP) -> dict[str, object]:
+def model_options(clip: "CLIP") -> dict[str, object]:
     """Return what determines a CLIP's outputs beside its weights: "module.option" -> value.
 
     The type of each module, such as GELU or QuickGELU, and the options that no weight's shape
@@ -136,7 +147,9 @@ def tokenizer(
     A smaller `vocab_size` folds token ids onto each other; 0 stays padding, and the last two stay
     start and end.
     """
-    tokenize = open_clip.SimpleTokenizer(context_length=context_length)
+    from open_clip import SimpleTokenizer
+
+    tokenize = SimpleTokenizer(context_length=context_length)
 
     def fold(tokens: np.ndarray) -> np.ndarray:
         folded = 1 + (tokens - 1) % (vocab_size - 3)
@@ -168,7 +181,7 @@ class FrozenClip(nn.Module):
     as long as the towers make them, which published unCLIP pipelines were trained on.
     """
 
-    def __init__(self, clip: open_clip.CLIP, name: str, *, unit_norm: bool = True) -> None:
+    def __init__(self, clip: "CLIP", name: str, *, unit_norm: bool = True) -> None:
         super().__init__()
         self.unit_norm = unit_norm
         self.image_size, self.context_length = model_sizes(clip)
@@ -258,6 +271,8 @@ class FrozenClip(nn.Module):
 
         Towers of other blocks (QK-norm, scaled cosine) encode padded captions.
         """
+        from open_clip.transformer import ResidualAttentionBlock
+
         blocks = self.clip.transformer.resblocks
         return self.is_causal and all(type(block) is ResidualAttentionBlock for block in blocks)
 
@@ -319,6 +334,8 @@ class FrozenClip(nn.Module):
 
         L may be less than the context: see `trimmed`.
         """
+        from open_clip.transformer import text_global_pool
+
         clip, tokens = self.clip, tokens.to(self.device).long()
         length = tokens.shape[1]
         x = clip.token_embedding(tokens) + clip.positional_embedding[:length]

@@ -12,14 +12,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from open_clip import CLIP
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.clip import model_sizes
+from models.clip import is_clip, model_sizes
 from models.decoder import Condition, Decoder
 from models.priors.autoregressive import AutoregressivePrior
 from models.priors.base import PriorText
@@ -127,7 +126,7 @@ def forward_of(
         t = torch.zeros(batch, dtype=torch.long)  # [B]
         keep = t.bool()
 
-        if isinstance(model, CLIP):
+        if is_clip(model):
             size, context_length = model_sizes(model)
             image = torch.zeros(batch, 3, size, size)
             tokens = torch.zeros(batch, context_length, dtype=torch.long)

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import open_clip
 import torch
 from torch import nn
 
@@ -161,6 +160,8 @@ def load_clip(spec: str) -> FrozenClip:
             clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(()))
             load_weights(clip, Path(weights))
         return FrozenClip(clip, architecture, unit_norm=unit_norm)
+    import open_clip
+
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if weights not in tags:
         raise ValueError(

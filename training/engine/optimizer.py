@@ -7,12 +7,11 @@ State exists before the first step (`prepare`), so that a checkpoint can be rest
 import math
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from models.clip import is_clip_outer
+from models.clip import is_clip, is_clip_outer
 from training.config import TrainConfig
 from training.engine.precision import settled
 
@@ -162,11 +161,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         for path, module in model.named_modules()
         for layer in getattr(module, "outer_layers", ())
     )
-    is_clip = isinstance(model, open_clip.CLIP)
+    of_clip = is_clip(model)
     hidden, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_outer = is_clip_outer(name) if is_clip else f"{name}.".startswith(outer)
+            is_outer = is_clip_outer(name) if of_clip else f"{name}.".startswith(outer)
             is_hidden = parameter.ndim >= 2 and not is_outer
             (hidden if is_hidden else others).append(parameter)
     settings = config.optimizer
