@@ -11,18 +11,25 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from cluster.base.cli import DONE, parse, require_local, run_script
 from cluster.base.files import Json, write_json
-from cluster.base.run_dir import DEMO_NAME, EVAL_NAME, PROVENANCE_NAME, TIMINGS_NAME
+from cluster.base.run_dir import DEMO_NAME, EVAL_NAME, PROVENANCE_NAME, RAY_FOLDER, TIMINGS_NAME
 from cluster.timings import Timings
 
 SCORES_NAME = "scores.json"
+# Of each kind of stage, on two cores: --size debug, and demo
+USUAL_SECONDS = {
+    "pairs": (6, 15), "download": (4, 10), "adopt": (4, 10), "clip": (12, 200), "judge": (4, 200),
+    "embed": (4, 10), "prior": (5, 150), "base": (6, 250), "up": (5, 120), "sample": (4, 60),
+    "evaluate": (6, 100),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,28 +82,55 @@ def main(config: DemoConfig) -> int:
     port = serve(config.metrics_port)
     if port is not None:
         print(f"metrics: http://127.0.0.1:{port}/metrics")
-    timings = Timings(run / TIMINGS_NAME)
-
-    # Pairs of image and caption, then shards of them: drawn ones by way of a URL list
-    with timings.attempt("pairs") as attempt:
-        sets = _pairs(config, run / "source")
-        attempt.done = True
     served = not config.pairs or (run / "source" / "port").is_file()  # by an earlier version
-    code = (_download if served else _adopt)(run, sets, timings, port)
-    if code:
-        return code
+    verb, make_images = ("download", _download) if served else ("adopt", _adopt)
+    named = [each.name for each in _commands(config, run, {"train": 0, "test": 0})]
+    timings = Timings(
+        run / TIMINGS_NAME,
+        {
+            name: USUAL_SECONDS[name.split()[0]][config.size == "demo"]
+            for name in ("pairs", f"{verb} train", f"{verb} test", *named)
+        },
+    )
 
-    # CLIP, embeddings, prior, decoder, upsampler, samples, scores
-    ensure_ray()
-    counts = {name: len(rows) for name, rows in sets.items()}
-    for command in _commands(config, run, counts):
-        code = _run_command(command, timings, port)
-        if code:
-            return code
+    # Pairs of image and caption, while Ray starts, which is a wait for its processes
+    print(timings.outlook("pairs"), flush=True)
+    with timings.attempt("pairs") as attempt, ThreadPoolExecutor(1) as pool:
+        pool.submit(import_module, "torch")
+        pairs = pool.submit(_pairs, config, run / "source")
+        ensure_ray()
+        sets = pairs.result()
+        attempt.done = True
+    commands = _commands(config, run, {name: len(rows) for name, rows in sets.items()})
+    trained = [each for each in commands if not each.script.startswith("eval/")]
 
-    # The report
-    _finish(config, run, timings)
-    return 0
+    # Shards of them, drawn ones by way of a URL list, while the workers start; then CLIP,
+    # embeddings, prior, decoder, upsampler
+    with _workers(trained, run):
+        code = make_images(run, sets, timings, port)
+        code = code or _run_commands(trained, timings, port)
+
+    # Samples, scores, and the report
+    code = code or _run_commands(commands[len(trained) :], timings, port)
+    if not code:
+        _finish(config, run, timings)
+    return code
+
+
+def _workers(commands: list[Command], run: Path) -> AbstractContextManager[None]:
+    """Start workers for the runs that are not finished: one start for all, since it takes longer
+    than a short training."""
+    from models.weights import FINAL_NAME
+    from training.config import RunConfig
+    from training.runs.ray_train import shared_workers
+
+    settings, builds = [], []
+    for command in commands:
+        module, config = _request(command)
+        if isinstance(config, RunConfig) and not (Path(config.run) / FINAL_NAME).is_file():
+            settings.append(config.train)
+            builds.append(module.BUILD)
+    return shared_workers(run / RAY_FOLDER, settings, builds) if settings else nullcontext()
 
 
 def _open(config: DemoConfig) -> Path:
@@ -244,7 +278,8 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
     def embed(name: str) -> Command:
         return Command(
             name=f"embed {name}", script="ingest/embed.py", num_images=counts[name],
-            arguments=("--images", images[name], "--clip", clip, "--out", embeds[name]),
+            arguments=("--images", images[name], "--clip", clip, "--out", embeds[name],
+                "--num-actors", "0"),
         )  # fmt: skip
 
     finals = [Path(path) / FINAL_NAME for path in dict.fromkeys((clip, scorer, prior, base, up))]
@@ -272,21 +307,29 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
     ]  # fmt: skip
 
 
+def _run_commands(commands: list[Command], timings: Timings, port: int | None) -> int:
+    """Run commands one after the other; returns the exit code of the first that is not done."""
+    for command in commands:
+        code = _run_command(command, timings, port)
+        if code:
+            return code
+    return DONE
+
+
 def _run_command(command: Command, timings: Timings, port: int | None) -> int:
     """Print a command and run its script's `main` with the configuration that it gives, unless its
     output is up to date."""
     from training.config import RunConfig
 
     line = f"python {command.script} {' '.join(_short(each) for each in command.arguments)}"
-    print(f"\n$ {line}", flush=True)
-    config_class, run_main, presets = _script(command.script)
-    config = parse(config_class, presets=presets, argv=command.arguments)
+    print("", *filter(None, (timings.outlook(command.name), f"$ {line}")), sep="\n", flush=True)
+    module, config = _request(command)
     config = dataclasses.replace(config, metrics_port=port)
     images = command.num_images
     if isinstance(config, RunConfig):
         images = config.train.schedule.num_steps * config.train.batch.global_batch_size
     with timings.attempt(command.name, line, images) as attempt:
-        code = DONE if _is_current(command) else run_main(config)
+        code = DONE if _is_current(command) else module.main(config)
         attempt.done = code == DONE
     return code
 
@@ -307,25 +350,26 @@ def _short(argument: str) -> str:
     return argument.removeprefix(f"{Path.cwd()}/")
 
 
-def _script(path: str) -> tuple[type, Callable[[Any], int], Path | None]:
-    """Return a script's configuration, its `main` and the prefix of its presets."""
+def _request(command: Command) -> tuple[Any, Any]:
+    """Return a command's script and the configuration that it is given."""
     from eval import fid, sample
     from ingest import adopt, download, embed
     from ingest.adopting.config import AdoptConfig
     from training import clip, decoder, prior
     from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 
-    scripts: dict[str, tuple[type, Callable[[Any], int], Path | None]] = {
-        "ingest/adopt.py": (AdoptConfig, adopt.main, None),
-        "ingest/download.py": (download.DownloadConfig, download.main, None),
-        "ingest/embed.py": (embed.EmbedConfig, embed.main, None),
-        "training/clip.py": (ClipRunConfig, clip.main, PRESETS / "clip"),
-        "training/prior.py": (PriorRunConfig, prior.main, PRESETS / "prior"),
-        "training/decoder.py": (DecoderRunConfig, decoder.main, PRESETS / "decoder"),
-        "eval/sample.py": (sample.SampleConfig, sample.main, None),
-        "eval/fid.py": (fid.FidConfig, fid.main, None),
+    scripts: dict[str, tuple[Any, type, Path | None]] = {
+        "ingest/adopt.py": (adopt, AdoptConfig, None),
+        "ingest/download.py": (download, download.DownloadConfig, None),
+        "ingest/embed.py": (embed, embed.EmbedConfig, None),
+        "training/clip.py": (clip, ClipRunConfig, PRESETS / "clip"),
+        "training/prior.py": (prior, PriorRunConfig, PRESETS / "prior"),
+        "training/decoder.py": (decoder, DecoderRunConfig, PRESETS / "decoder"),
+        "eval/sample.py": (sample, sample.SampleConfig, None),
+        "eval/fid.py": (fid, fid.FidConfig, None),
     }
-    return scripts[path]
+    module, config_class, presets = scripts[command.script]
+    return module, parse(config_class, presets=presets, argv=command.arguments)
 
 
 def _finish(config: DemoConfig, run: Path, timings: Timings) -> None:

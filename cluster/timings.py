@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.base.files import Json, write_json
+from cluster.base.progress import duration
+
+DOUBT_SECONDS = 20.0  # of usual pace, which weigh as much as as many seconds measured here
 
 
 @dataclass
@@ -21,8 +24,9 @@ class Timings:
     """Rows {stage, command, seconds, images, images_per_second, peak_memory_bytes, done} in a
     JSON file."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, usual: dict[str, float] | None = None) -> None:
+        """usual: the stages to come, in their order, and the seconds that each takes elsewhere."""
+        self._path, self._usual = path, usual or {}
         self.rows: list[Json] = json.loads(path.read_text()) if path.is_file() else []
 
     @contextmanager
@@ -55,6 +59,24 @@ class Timings:
             self.rows = [other for other in self.rows if other["stage"] != stage] + [row]
             write_json(self._path, self.rows, indent=1)
         self._expose(stage)
+
+    def outlook(self, stage: str) -> str:
+        """Return which stage begins, the time gone in all stages, and about the time left.
+
+        The more seconds are gone, the more the pace of this machine counts for those to come; ""
+        for a stage that is done, or none of the usual ones.
+        """
+        done = {row["stage"]: row["seconds"] for row in self.rows if row.get("done")}
+        if stage in done or stage not in self._usual:
+            return ""
+        taken = sum(done[name] for name in self._usual if name in done)
+        usual = sum(seconds for name, seconds in self._usual.items() if name in done)
+        pace = (DOUBT_SECONDS + taken) / (DOUBT_SECONDS + usual)
+        left = pace * sum(s for name, s in self._usual.items() if name not in done)
+        number = [*self._usual].index(stage) + 1
+        gone = duration(sum(row["seconds"] for row in self.rows))
+        about = duration(left)
+        return f"stage {number} of {len(self._usual)}: {stage}, {gone} gone, about {about} left"
 
     def _expose(self, stage: str) -> None:
         """Set the metric of finished stages; "embed train" and "embed test" are one of them."""

@@ -31,7 +31,8 @@ class EmbedConfig:
     """kept columns of the images' tables whose texts are further captions: embedded as well, for
     --data.captions of training"""
     num_actors: int = 1
-    """parallel encoders; where there are GPUs each takes one, and there are at most as many"""
+    """parallel encoders; where there are GPUs each takes one, and there are at most as many; 0:
+    this process encodes, without Ray"""
     max_actors: int | None = None
     """parallel encoders at most, where a cluster grows; None: num_actors"""
     num_readers: int | None = None
@@ -115,7 +116,7 @@ def main(config: EmbedConfig) -> int:
 def _check(config: EmbedConfig) -> None:
     require_lasting("--out", config.out)
     require_at_least(
-        config, num_actors=1, max_actors=1, num_readers=1, num_threads=1, batch_size=1
+        config, num_actors=0, max_actors=1, num_readers=1, num_threads=1, batch_size=1
     )
     if config.max_actors is not None and config.max_actors < config.num_actors:
         raise ValueError(

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ SIX_STEPS = TrainConfig.of(  # with clipping, weight decay, two micro-batches a 
     max_failures=1,
 )  # fmt: skip
 TOLERANCE = 5e-5  # of its weights, which move by about 1e-2; a step of Adam is 3e-3
+
+
+def named(build: Callable) -> str:
+    """Return the name of what builds a task, as workers import it that have tests/ on their path:
+    there may be another package `tests`."""
+    module = build.__module__.removeprefix("tests.")
+    return f"{module}:{build.__qualname__}"
 
 
 def images_of(data: Path) -> tuple[str, ...]:

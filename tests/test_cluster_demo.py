@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def test_an_incomplete_download_ends_the_demo_with_1_and_a_rerun_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     run = tmp_path / "run"
+    monkeypatch.setattr("cluster.base.ray_session.ensure_ray", lambda: None)
+    monkeypatch.setattr(demo, "_workers", lambda *_: nullcontext())
     with monkeypatch.context() as patch:
         patch.setattr("ingest.fetching.shard_task.make_shard", fail_to_write)
         assert demo.main(DemoConfig(run=str(run), num_train=NUM_TRAIN, num_test=NUM_TEST)) == 1

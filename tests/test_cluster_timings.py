@@ -73,6 +73,25 @@ def test_rows_stand_in_the_order_in_which_stages_end(clock: list[float], tmp_pat
     assert again[0]["images_per_second"] is None
 
 
+def test_the_time_left_follows_the_pace_of_this_machine(clock: list[float], tmp_path: Path):
+    """A machine half as fast as usual is believed more with every stage; the done ones are not
+    announced again."""
+    usual = {"pairs": 30.0, "clip": 100.0, "prior": 370.0}
+    kept = Timings(tmp_path / "timings.json", usual)
+    assert kept.outlook("pairs") == "stage 1 of 3: pairs, 0 s gone, about 8 min left"
+    left = []
+    for stage, following in (("pairs", "clip"), ("clip", "prior")):
+        clock += [0, 2 * usual[stage]]
+        with kept.attempt(stage) as attempt:
+            attempt.done = True
+        left.append(kept.outlook(following))
+    assert left == [
+        "stage 2 of 3: clip, 60 s gone, about 12 min left",
+        "stage 3 of 3: prior, 4 min gone, about 11 min left",
+    ]
+    assert kept.outlook("clip") == kept.outlook("another") == ""
+
+
 def test_the_metric_is_the_sum_over_the_parts_of_a_stage(
     clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

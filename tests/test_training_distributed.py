@@ -6,9 +6,7 @@ belong to a rank.
 
 import dataclasses
 import errno
-import functools
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from _runs import (
     assert_same,
     clip_run,
     killed_half_way,
+    named,
     prior_run,
     tensors_of,
 )
@@ -42,13 +41,13 @@ pytestmark = pytest.mark.slow
 def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Iterator[Path]:
     """Two shards of drawn images and their embeddings; one private Ray for the whole module."""
     import ray
-    import ray.cloudpickle
 
     from cluster.base.ray_session import ensure_ray
 
     root = write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=20)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
-    ensure_ray()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers import what builds a task
+        ensure_ray()
     yield root
     ray.shutdown()
 
@@ -59,7 +58,7 @@ def prior(data: Path, run: Path, **changes) -> PriorRunConfig:
 
 
 def trained(config: PriorRunConfig | ClipRunConfig, build: Callable) -> Path:
-    assert launch(config, config.run, build, "prior") == 0
+    assert launch(config, config.run, named(build), "prior") == 0
     return Path(config.run)
 
 
@@ -147,51 +146,55 @@ def test_clip_contrasts_the_samples_of_all_workers(data: Path, tmp_path: Path):
     assert_close(found, expected, but="attn.in_proj_bias")
 
 
-def build_with_an_error(config: PriorRunConfig, error: Exception, every_rank: bool) -> Task:
-    """A rank cannot read what it should, in every attempt; another waits in the middle of a step.
+ERRORS = {  # by the name of the run
+    "full": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "full"),
+    "gone": ConnectionError("the storage does not answer"),
+    "damaged": ValueError("shard 000001 is damaged"),
+}
 
-    every_rank: whichever rank reads; otherwise rank 1 alone.
-    """
+
+def build_with_an_error(config: PriorRunConfig) -> Task:
+    """The last rank cannot read what it should, in every attempt; another waits in the middle of a
+    step."""
     from training.tasks.prior import build_prior
 
     job = build_prior(config)
 
     def objective(model, batch):
-        if every_rank or os.environ["RANK"] == "1":
-            raise error
+        if int(os.environ["RANK"]) == config.train.workers.num_workers - 1:
+            raise ERRORS[Path(config.run).name]
         return job.objective(model, batch)
 
     return dataclasses.replace(job, objective=objective)
 
 
-def fail(config: PriorRunConfig, error: Exception, every_rank: bool = False) -> None:
-    build = functools.partial(build_with_an_error, error=error, every_rank=every_rank)
-    launch(config, config.run, build, "prior")
+def fail(config: PriorRunConfig) -> None:
+    launch(config, config.run, named(build_with_an_error), "prior")
 
 
 def test_a_full_disk_of_one_rank_ends_the_run_at_once_and_is_reported(data: Path, tmp_path: Path):
     """Other errors of a storage are tried again; this one would be the same in every attempt."""
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+    run = tmp_path / "full"
     with pytest.raises(OSError, match="No space left on device: .*"):
-        fail(prior(data, tmp_path, **two(0)), full)
-    events = [line["event"] for line in read_timeline(tmp_path)]
+        fail(prior(data, run, **two(0)))
+    events = [line["event"] for line in read_timeline(run)]
     assert events.count("placed") == 1, "no second attempt"
 
 
 def test_workers_that_fail_too_often_are_one_line(data: Path, tmp_path: Path):
-    gone = ConnectionError("the storage does not answer")
+    run = tmp_path / "gone"
     with pytest.raises(OSError) as caught:
-        fail(prior(data, tmp_path, num_workers=1), gone, every_rank=True)
+        fail(prior(data, run, num_workers=1))
     said = str(caught.value)
-    assert said.startswith(f"{tmp_path}: lost workers more often than train.max_failures 1; last: ")
+    assert said.startswith(f"{run}: lost workers more often than train.max_failures 1; last: ")
     assert said.endswith("ConnectionError: the storage does not answer")
-    incidents = read_lines(tmp_path / "incidents.jsonl")
+    incidents = read_lines(run / "incidents.jsonl")
     assert [line["kind"] for line in incidents] == ["lost", "lost"]
 
 
 def test_what_one_rank_alone_meets_ends_the_run_and_is_reported(data: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="^shard 000001 is damaged$"):
-        fail(prior(data, tmp_path, **two(0)), ValueError("shard 000001 is damaged"))
+        fail(prior(data, tmp_path / "damaged", **two(0)))
 
 
 # -- one checkpoint --------------------------------------------------------------------------------

@@ -7,6 +7,8 @@
 from cluster.base.cli import parse, run_script
 from training.config import PRESETS, ClipRunConfig
 
+BUILD = "training.tasks.clip:build_clip_task"
+
 
 def main(config: ClipRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
@@ -18,11 +20,10 @@ def main(config: ClipRunConfig) -> int:
     from cluster.base.metrics import serve
     from training.data.inputs import prepare_data
     from training.runs.worker import launch
-    from training.tasks.clip import build_clip_task
 
     serve(config.metrics_port)
     config = prepare_data(config)
-    return launch(config, config.run, build_clip_task, "clip")
+    return launch(config, config.run, BUILD, "clip")
 
 
 if __name__ == "__main__":

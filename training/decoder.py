@@ -7,6 +7,8 @@
 from cluster.base.cli import parse, run_script
 from training.config import PRESETS, DecoderRunConfig
 
+BUILD = "training.tasks.decoder:build_decoder"
+
 
 def main(config: DecoderRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
@@ -18,12 +20,11 @@ def main(config: DecoderRunConfig) -> int:
     from cluster.base.metrics import serve
     from training.data.inputs import prepare_data
     from training.runs.worker import launch
-    from training.tasks.decoder import build_decoder
 
     serve(config.metrics_port)
     config = prepare_data(config)
     name = "decoder" if config.stage == "base" else config.stage
-    return launch(config, config.run, build_decoder, name)
+    return launch(config, config.run, BUILD, name)
 
 
 if __name__ == "__main__":

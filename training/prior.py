@@ -8,6 +8,8 @@
 from cluster.base.cli import parse, run_script
 from training.config import PRESETS, PriorRunConfig
 
+BUILD = "training.tasks.prior:build_prior"
+
 
 def main(config: PriorRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
@@ -19,11 +21,10 @@ def main(config: PriorRunConfig) -> int:
     from cluster.base.metrics import serve
     from training.data.inputs import prepare_data
     from training.runs.worker import launch
-    from training.tasks.prior import build_prior
 
     serve(config.metrics_port)
     config = prepare_data(config)
-    return launch(config, config.run, build_prior, "prior")
+    return launch(config, config.run, BUILD, "prior")
 
 
 if __name__ == "__main__":

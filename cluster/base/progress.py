@@ -54,3 +54,11 @@ def show_place(stage: str, root: str, backlog: int) -> None:
 
     gauge("minidalle2_backlog_shards").set(backlog, stage=stage)
     storage_space(root, holds=MADE_BY[stage])
+
+def duration(seconds: float) -> str:
+    """Return a duration such as "2 d 3 h", "1 h 40 min", "50 s"."""
+    rounded = round(seconds)
+    for unit, size, smaller, less in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):
+        if rounded >= size:
+            return f"{rounded // size} {unit} {rounded % size // less} {smaller}"
+    return f"{rounded // 60} min" if rounded >= 120 else f"{rounded} s"

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,9 +24,10 @@ from models.convert.runs import load_clip
 class EncoderPool:
     """The encoders of `clip`, and the readers that prepare chunks of `batch_size` samples for them.
 
-    num_actors: encoders at the start; max_actors: as a cluster grows, None = num_actors.
-    num_readers: None = as many as keep the encoders busy. num_threads: of an encoder
-    on the CPU, None = an equal part of its machine's cores. captions: columns of further captions.
+    num_actors: encoders at the start, 0 for one in this process; max_actors: as a cluster grows,
+    None = num_actors. num_readers: None = as many as keep the encoders busy. num_threads: of an
+    encoder on the CPU, None = an equal part of its machine's cores. captions: columns of further
+    captions.
     """
 
     clip: str
@@ -70,16 +72,21 @@ class ChunkReader:
             yield vars(chunk)
 
 
+def prepared(encoder: FrozenClip, pool: EncoderPool) -> FrozenClip:
+    """Return an encoder as the pool's are, where this process computes; sets its threads."""
+    torch.set_num_threads(threads_for(pool.num_threads, pool.num_actors))
+    if torch.cuda.is_available():
+        encoder.cuda()
+    if pool.compile:
+        encoder.clip.visual = cast(Any, torch.compile(encoder.clip.visual))
+    return encoder
+
+
 class ClipEncoder:
     """A Ray Data actor: keeps one CLIP loaded and turns pixels into embeddings."""
 
     def __init__(self, pool: EncoderPool) -> None:
-        torch.set_num_threads(threads_for(pool.num_threads, pool.num_actors))
-        self._encoder = load_clip(pool.clip)
-        if torch.cuda.is_available():
-            self._encoder.cuda()
-        if pool.compile:
-            self._encoder.clip.visual = cast(Any, torch.compile(self._encoder.clip.visual))
+        self._encoder = prepared(load_clip(pool.clip), pool)
 
     def __call__(self, row: Json) -> Json:
         """Encode the chunk `row`."""
@@ -89,10 +96,17 @@ class ClipEncoder:
 def encoded_chunks(
     pool: EncoderPool, images: Snapshot, pending: Sequence[ShardEntry], encoder: FrozenClip
 ) -> Iterator[Chunk]:
-    """Yield the encoded chunks of the pending shards as they come, from Ray's readers and actors.
-
-    encoder: the pool's, for its preprocessing.
+    """Yield the encoded chunks of the pending shards as they come, from Ray's readers and actors;
+    without actors from `encoder`, which is the pool's.
     """
+    if not pool.num_actors:
+        prepared(encoder, pool)
+        for entry in pending:
+            for chunk in read_chunks(
+                images.root, entry, encoder.preprocessing, pool.batch_size, pool.captions
+            ):
+                yield encode_chunk(encoder, chunk)
+        return
     import ray
     import ray.data
 
@@ -122,7 +136,8 @@ def encoded_chunks(
             initial_size=num_actors,
         ),
     )
-    return (Chunk(**row) for row in encoded.iter_rows())
+    for row in encoded.iter_rows():
+        yield Chunk(**row)
 
 
 def pending_shards(out: str, images: Snapshot) -> list[ShardEntry]:
@@ -158,15 +173,18 @@ def embed_shards(
     pending: Sequence[ShardEntry],
     encoder: FrozenClip,
 ) -> EmbedResult:
-    """Encode the pending shards on Ray, and commit each when its last chunk has come."""
+    """Encode the pending shards, and commit each when its last chunk has come."""
     result, assembler = EmbedResult(), Assembler()
     if not pending:
         return result
-    ensure_ray()
+    watch = nullcontext()
+    if pool.num_actors:
+        ensure_ray()
+        watch = ending_with_own_node()
     entries = {entry.name: entry for entry in pending}
     total, waiting = sum(entry.num_samples for entry in pending), len(pending)
     show_place("embed", out, waiting)
-    with ending_with_own_node(), progress("embed", total, unit="images") as advance:
+    with watch, progress("embed", total, unit="images") as advance:
         for chunk in encoded_chunks(pool, images, pending, encoder):
             result.seconds["read"] += chunk.read_seconds
             result.seconds["encode"] += chunk.encode_seconds

@@ -11,6 +11,7 @@ from pathlib import Path
 from cluster.base.files import Json
 from cluster.base.jsonl import NewLines
 from cluster.base.metrics import SCORES, counter, gauge, histogram, storage_space
+from cluster.base.progress import duration
 from cluster.base.run_dir import INCIDENTS_NAME, METRICS_NAME, TIMELINE_NAME, VALIDATION_NAME
 from training.runs.trackers import TensorBoard
 
@@ -156,18 +157,9 @@ def describe(line: Json) -> str:
     """Return a line of metrics.jsonl as text; one whose steps were all skipped has no loss."""
     loss = f"loss {line['loss']:.4f}" if "loss" in line else "no finite loss"
     mfu = f", MFU {line['mfu']:.1%}" if "mfu" in line else ""
-    left = f", {_duration(line['eta_seconds'])} left" if line.get("eta_seconds") else ""
+    left = f", {duration(line['eta_seconds'])} left" if line.get("eta_seconds") else ""
     return (
         f"step {line['step']}/{line['num_steps']}, {loss}, "
         f"{line['samples_per_second']:.0f} samples/s{mfu}, waiting for data "
         f"{line['data_wait_ratio']:.1%}{left}"
     )
-
-
-def _duration(seconds: float) -> str:
-    """Return a duration such as "2 d 3 h", "1 h 40 min", "50 s"."""
-    rounded = round(seconds)
-    for unit, size, smaller, less in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):
-        if rounded >= size:
-            return f"{rounded // size} {unit} {rounded % size // less} {smaller}"
-    return f"{rounded // 60} min" if rounded >= 120 else f"{rounded} s"

@@ -1,26 +1,33 @@
-"""Workers that Ray Train places, loses and replaces: how many, and how soon a loss is noticed.
+"""Workers that Ray Train places, loses and replaces: how many, for which runs, and how soon a loss
+is noticed.
 
 Every time limit of a recovery is here. What a worker does is in training/runs/worker.py; this
-module imports no torch, since Ray's controller, which starts first, imports it.
+module, and what it gives to Ray, imports no model: Ray's controller, which starts first, would
+import it too, and wait.
 """
 
+import gc
+import itertools
+import json
 import os
-import signal
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.base.files import Json
+from cluster.base.files import Json, write_json
 from cluster.base.run_dir import RAY_FOLDER
-from training.config import TrainConfig
+from training.config import RunConfig, TrainConfig
 from training.runs.events import record_event, report_incident
 from training.runs.signals import stopping_on_sigterm
 from training.runs.validator import validation_config
 from training.runs.watchdog import last_step
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 RAY_TIMES = {
     # For room to place the workers. After a node's death the first decision may rest on what was
@@ -39,60 +46,164 @@ RAY_TIMES = {
 # does not end the wait for a dead rank: a dead process closes its connections, Ray ends the workers
 # beside a node that it has lost, and the watchdog ends what hangs.
 COLLECTIVE_SECONDS = 7200
+LOOK_SECONDS = 0.1  # between two looks for a file in the folder of orders
 RESIZE_SECONDS = 20.0  # between two looks for room for missing workers, as often as Ray looks
 MESSAGE_LENGTH = 160  # of the error of a lost rank
 
 
-def fit(
-    worker: Callable[[Json], None],
-    arguments: Json,
-    settings: TrainConfig,
-    run: Path,
-) -> None:
-    """Run `worker(arguments)` in as many processes as there is room for, until it returns.
+class Workers:
+    """Processes that Ray Train places, and restarts, and that train one run after the other.
 
-    Raises OSError where they were lost more often than `max_failures`.
+    They start in the background, while this process does something else. Orders are files, so that
+    workers which are started again find them: <folder>/orders_<time>/0000.json names a run, or in
+    the last one none, and 0000.done says that its training has ended, however it did.
     """
-    for name, value in RAY_TIMES.items():
-        os.environ.setdefault(name, value)
-    from cluster.base.ray_session import ensure_ray, group_resources
 
-    ensure_ray()
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    def __init__(
+        self, folder: Path, settings: Sequence[TrainConfig], builds: Sequence[str],
+        only: Path | None = None,
+    ) -> None:  # fmt: skip
+        """settings, builds: of the runs to come, which are placed alike; only: the single one,
+        which alone may have a validator.
 
-    group = group_resources("gpu_group")
-    device = worker_device(settings)
-    most, max_failures = settings.workers.num_workers, settings.faults.max_failures
-    least = settings.workers.min_workers or most
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config=arguments,
-        torch_config=TorchConfig(
-            backend="nccl" if device == "GPU" else "gloo", timeout_s=COLLECTIVE_SECONDS
-        ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=most if least == most else (least, most),
-            use_gpu=device == "GPU",
-            resources_per_worker={device: 1, **group},
-            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"attempt_{int(time.time())}",  # Ray's own state, which a rerun does not read
-            storage_path=str(run / RAY_FOLDER),
-            failure_config=ray.train.FailureConfig(max_failures=max_failures),
-            callbacks=[loss_callback(run)],
-        ),
-        validation_config=validation_config(settings.validator, run, group),
-    )
-    try:
-        with interruptible(), stopping_on_sigterm(run):  # Ray has set its own handlers by now
+        Raises ValueError where the cluster has no room for them.
+        """
+        for name, value in RAY_TIMES.items():
+            os.environ.setdefault(name, value)
+        from cluster.base.ray_session import ensure_ray, group_resources
+
+        ensure_ray()
+        import ray.train
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        self.workers, now = settings[0].workers, time.time_ns()
+        self._max_failures = sum(each.faults.max_failures for each in settings)
+        self._orders, self._count = folder / f"orders_{now}", 0
+        self._orders.mkdir(parents=True)
+        self._error: Exception | None = None
+        group = group_resources("gpu_group")
+        device = worker_device(settings[0])
+        most = self.workers.num_workers
+        least = self.workers.min_workers or most
+        validator = only and validation_config(settings[0].validator, only, group)
+        trainer = TorchTrainer(
+            train_ordered,
+            train_loop_config={
+                "orders": str(self._orders), "builds": list(builds), "workers": self.workers
+            },
+            torch_config=TorchConfig(
+                backend="nccl" if device == "GPU" else "gloo", timeout_s=COLLECTIVE_SECONDS
+            ),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=most if least == most else (least, most),
+                use_gpu=device == "GPU",
+                resources_per_worker={device: 1, **group},
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"attempt_{now}",  # Ray's own state, which a rerun does not read
+                storage_path=str(folder),
+                failure_config=ray.train.FailureConfig(max_failures=self._max_failures),
+                callbacks=[loss_callback(self._orders)],
+            ),
+            validation_config=validator,
+        )  # fmt: skip
+        self._thread = threading.Thread(target=self._fit, args=(trainer,), daemon=True)
+        self._thread.start()
+
+    def _fit(self, trainer: "TorchTrainer") -> None:
+        """Keep the workers alive; outside the main thread, where Ray Train would take Ctrl-C."""
+        try:
             trainer.fit()
-    except ray.train.TrainingFailedError as error:
+        except Exception as error:  # raised by `train`, in the main thread
+            self._error = error
+
+    def _order(self, number: int) -> Path:
+        return self._orders / f"{number:04d}.json"
+
+    def train(self, config: RunConfig, run: Path, build: str, *, last: bool) -> None:
+        """Train a run, whose folder holds its configuration, until that ends; last: none follows.
+
+        Raises OSError where the workers were lost more often than `max_failures`.
+        """
+        assert config.train.workers.num_workers == self.workers.num_workers
+        order, kind = self._order(self._count), type(config)
+        self._count += 1
+        if last:
+            self.end()
+        kind_name = f"{kind.__module__}:{kind.__qualname__}"
+        write_json(order, {"run": str(run), "build": build, "config": kind_name})
+        with stopping_on_sigterm(run):  # Ray has set its own handlers by now
+            while self._thread.is_alive() and (last or not order.with_suffix(".done").is_file()):
+                self._thread.join(LOOK_SECONDS)
+        if self._error is None:
+            return
+        import ray.train
+
+        if not isinstance(self._error, ray.train.TrainingFailedError):
+            raise self._error
         cause = ""
-        if isinstance(error, ray.train.WorkerGroupError):
-            cause = f"lost workers more often than train.max_failures {max_failures}; last: "
-        raise OSError(f"{run}: {cause}{root_cause(error)}") from error
+        if isinstance(self._error, ray.train.WorkerGroupError):
+            cause = f"lost workers more often than train.max_failures {self._max_failures}; last: "
+        raise OSError(f"{run}: {cause}{root_cause(self._error)}") from self._error
+
+    def end(self) -> None:
+        """Let the workers end once they have trained what is ordered; does not wait for them."""
+        write_json(self._order(self._count), {})
+
+
+_shared: Workers | None = None
+
+
+@contextmanager
+def shared_workers(
+    folder: Path, settings: Sequence[TrainConfig], builds: Sequence[str]
+) -> Iterator[None]:
+    """Start workers for all runs that are launched within the block: one start for all.
+
+    Where they are not placed alike, or have validators, each run has workers of its own.
+    """
+    global _shared
+    places = {
+        (each.workers.num_workers, each.workers.min_workers, each.workers.device)
+        for each in settings
+    }
+    alike = len(places) == 1 and not any(each.validator.command for each in settings)
+    if not alike or not settings[0].workers.num_workers:
+        yield
+        return
+    _shared = Workers(folder, settings, builds)
+    try:
+        yield
+    finally:
+        _shared.end()
+        _shared = None
+
+
+def train_in_workers(config: RunConfig, run: Path, build: str) -> None:
+    """Train a run, whose folder holds its configuration, in the shared workers or in its own."""
+    if _shared is not None:
+        _shared.train(config, run, build, last=False)
+        return
+    workers = Workers(run / RAY_FOLDER, [config.train], [build], only=run)
+    workers.train(config, run, build, last=True)
+
+
+def train_ordered(arguments: Json) -> None:
+    """Train the runs that are ordered, in a worker; Ray Train has set up torch.distributed."""
+    from training.runs.worker import prepare_worker, train_as_worker
+
+    prepare_worker(arguments["workers"], arguments["builds"])  # before an order is there
+    for number in itertools.count():
+        path = Path(arguments["orders"]) / f"{number:04d}.json"
+        while not path.is_file():
+            time.sleep(LOOK_SECONDS)
+        order, done = json.loads(path.read_text()), path.with_suffix(".done")
+        if not order:
+            return
+        if not done.is_file() and train_as_worker(**order) == 0:
+            done.touch()
+        gc.collect()  # engines and what they own refer to each other
 
 
 def worker_device(settings: TrainConfig) -> str:
@@ -117,25 +228,9 @@ def worker_device(settings: TrainConfig) -> str:
     return device
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Let Ctrl-C be a KeyboardInterrupt, within the block and afterwards.
-
-    Ray Train handles the signal itself and keeps doing so: once the workers have ended, the process
-    exits with code 0, as if the training were complete.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
-
-
-def loss_callback(run: Path) -> Any:
-    """Return the callback by which Ray's controller records lost workers in the run's folder."""
+def loss_callback(orders: Path) -> Any:
+    """Return the callback by which Ray's controller records lost workers in the folder of the run
+    that they were training, by the orders."""
     from ray.train import UserCallback
 
     class LossCallback(UserCallback):
@@ -148,6 +243,10 @@ def loss_callback(run: Path) -> Any:
                 key=lambda item: (getattr(item[1], "health_check_failure", None) is None, item[0]),
             )
             message = "; ".join(f"rank {rank}: {root_cause(error)}" for rank, error in causes)
+            run = ordered_run(orders)
+            if run is None:
+                print(f"lost between two runs: {message}", flush=True)
+                return
             try:
                 record_event(run, "lost", message=message)
                 report_incident(run, "lost", last_step(run), message)
@@ -155,6 +254,15 @@ def loss_callback(run: Path) -> Any:
                 print(f"{run}: lost, and not recorded ({error}): {message}", flush=True)
 
     return LossCallback()
+
+
+def ordered_run(orders: Path) -> Path | None:
+    """Return the run that workers train; None where none is ordered, or all have ended."""
+    for path in sorted(orders.glob("*.json")):
+        if not path.with_suffix(".done").is_file():
+            order = json.loads(path.read_text())
+            return Path(order["run"]) if order else None
+    return None
 
 
 def root_cause(error: BaseException) -> str:

@@ -5,21 +5,22 @@
 
 import dataclasses
 import errno
+import importlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.base.cli import DONE, INCOMPLETE, with_options
-from cluster.base.files import Json, write_json, write_text
+from cluster.base.cli import DONE, INCOMPLETE, merged, read_yaml, with_options
+from cluster.base.files import write_json, write_text
 from cluster.base.machine import threads_for
-from cluster.base.run_dir import CODE_NAME, error_path, error_paths
+from cluster.base.run_dir import CODE_NAME, CONFIG_NAME, error_path, error_paths
 from models.weights import FINAL_NAME
-from training.config import RunConfig, TrainConfig
+from training.config import RunConfig, TrainConfig, WorkersConfig
 from training.engine.precision import compute_whole_fp32, device_of_run, native_bf16, settled
 from training.runs.cards import code_version, ensure_cards
 from training.runs.events import record_event
@@ -38,13 +39,23 @@ if TYPE_CHECKING:
 
     from training.loop import Task
 
-Build = Callable[[Any], "Task"]  # of the configuration of its script
+# What makes a task of a script's configuration: a function, or "module:function", which only those
+# who train import
+Build = Callable[[Any], "Task"] | str
 
 # A wrong request, or a training that diverges: the same in every attempt. The driver raises the
 # error of a subclass, such as UnicodeDecodeError, as a ValueError with its message.
 FINAL_ERRORS = (ValueError, FloatingPointError, OSError)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of OSErrors, these alone
 HANG_UP_SECONDS = 5
+
+
+def imported(name: Any) -> Any:
+    """Return what "module:name" names; anything else is returned as it is."""
+    if not isinstance(name, str):
+        return name
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def launch(config: RunConfig, run_folder: str, build: Build, model_name: str) -> int:
@@ -102,7 +113,7 @@ def resolve_precision(config: RunConfig, run: Path) -> RunConfig:
 
         ensure_ray()
         cluster_gpus = has_gpus()
-    device = _device_type(config.train)
+    device = _device_type(workers)
     recorded = None if config.fresh else recorded_options(run).get("train.precision")
     precision = recorded or ("bf16" if cluster_gpus else settled("auto", device))
     note = ""
@@ -112,11 +123,11 @@ def resolve_precision(config: RunConfig, run: Path) -> RunConfig:
     return with_options(config, **{"train.precision": precision})
 
 
-def _device_type(settings: TrainConfig) -> str:
+def _device_type(workers: WorkersConfig) -> str:
     """Return the type of device that this process would train on; uses no memory of a GPU."""
     import torch
 
-    return "cuda" if settings.workers.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if workers.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def train_here(config: RunConfig, run: Path, build: Build) -> None:
@@ -163,7 +174,7 @@ def train_rank(
     with lock, Watchdog(run, rank, world_size, settings.faults.hang_seconds) as watchdog:
         # Model and data; every rank draws the same initial weights
         torch.manual_seed(settings.seed)
-        task = build(config)
+        task = imported(build)(config)
         if settings.validator.command:
             from training.runs.validator import report_checkpoint
 
@@ -255,46 +266,57 @@ def compile_model(model: "nn.Module", device: "torch.device") -> None:
 
 def _train_under_ray(config: RunConfig, run: Path, build: Build) -> None:
     """Train in workers; raise the error that a rank has left, rather than what Ray makes of it."""
-    from training.runs.ray_train import fit
+    from training.runs.ray_train import train_in_workers
 
     for path in error_paths(run):
         path.unlink()
+    name = build if isinstance(build, str) else f"{build.__module__}:{build.__qualname__}"
     try:
-        arguments = {"config": config, "run": str(run), "build": build}
-        fit(_ray_worker, arguments, config.train, run)
+        train_in_workers(config, run, name)
     finally:
         for path in error_paths(run)[:1]:
             name, message = path.read_text().split(" ", 1)
             raise next((e for e in FINAL_ERRORS if e.__name__ == name), ValueError)(message)
 
 
-def _ray_worker(arguments: Json) -> None:
-    """Train as one rank; Ray Train has set up torch.distributed.
+def prepare_worker(workers: WorkersConfig, builds: Sequence[str]) -> None:
+    """Import what the runs of this process will need."""
+    os.environ.setdefault("DS_ACCELERATOR", _device_type(workers))
+    if workers.engine == "deepspeed":
+        importlib.import_module("deepspeed")
+    for build in builds:
+        imported(build)
 
-    An error that every attempt would meet again is left for the driver, and the worker returns: Ray
-    would restart one that raises.
+
+def train_as_worker(run: str, build: str, config: str) -> int:
+    """Train as one rank; returns its number. config: the class of the configuration in the folder.
+
+    An error that every attempt would meet again is left for the driver: Ray would restart a worker
+    that raises.
     """
     import torch.distributed as dist
 
-    run, config, build = Path(arguments["run"]), arguments["config"], arguments["build"]
-    os.environ.setdefault("DS_ACCELERATOR", _device_type(config.train))
     from training.engine.engines import ZeroEngine
     from training.engine.fsdp import FsdpEngine
 
-    engine = FsdpEngine if config.train.workers.engine == "fsdp2" else ZeroEngine
-    if error_paths(run):  # Ray tries again what no attempt can do
-        return
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    folder, rank, world_size = Path(run), dist.get_rank(), dist.get_world_size()
+    if error_paths(folder):  # Ray tries again what no attempt can do
+        return rank
+    path = folder / CONFIG_NAME
+    settings = merged(imported(config)(), read_yaml(path), str(path))
+    settings = dataclasses.replace(settings, run=run)
+    engine = FsdpEngine if settings.train.workers.engine == "fsdp2" else ZeroEngine
     try:
-        train_rank(config, run, build, engine, rank=rank, world_size=world_size)
+        train_rank(settings, folder, build, engine, rank=rank, world_size=world_size)
     except FINAL_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in DISK_FULL:
             raise  # the storage may answer the next attempt
-        write_text(error_path(run, rank), f"{type(error).__name__} {error}")
+        write_text(error_path(folder, rank), f"{type(error).__name__} {error}")
         # All ranks meet a wrong request. Where they do not, the others may wait for this one in a
         # collective: only closed connections end that.
         deadline = time.monotonic() + HANG_UP_SECONDS
-        while len(error_paths(run)) < world_size:
+        while len(error_paths(folder)) < world_size:
             if time.monotonic() > deadline:
                 os._exit(1)
             time.sleep(0.1)
+    return rank
