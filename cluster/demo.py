@@ -127,7 +127,7 @@ def _workers(commands: list[Command], run: Path) -> AbstractContextManager[None]
     settings, builds = [], []
     for command in commands:
         module, config = _request(command)
-        if isinstance(config, RunConfig) and not (Path(config.run) / FINAL_NAME).is_file():
+        if isinstance(config, RunConfig) and not (run / command.name / FINAL_NAME).is_file():
             settings.append(config.train)
             builds.append(module.BUILD)
     return shared_workers(run / RAY_FOLDER, settings, builds) if settings else nullcontext()

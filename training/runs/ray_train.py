@@ -51,7 +51,7 @@ RESIZE_SECONDS = 20.0  # between two looks for room for missing workers, as ofte
 MESSAGE_LENGTH = 160  # of the error of a lost rank
 
 
-class Workers:
+class Placement:
     """Processes that Ray Train places, and restarts, and that train one run after the other.
 
     They start in the background, while this process does something else. Orders are files, so that
@@ -152,7 +152,7 @@ class Workers:
         write_json(self._order(self._count), {})
 
 
-_shared: Workers | None = None
+_shared: Placement | None = None
 
 
 @contextmanager
@@ -172,7 +172,7 @@ def shared_workers(
     if not alike or not settings[0].workers.num_workers:
         yield
         return
-    _shared = Workers(folder, settings, builds)
+    _shared = Placement(folder, settings, builds)
     try:
         yield
     finally:
@@ -185,8 +185,8 @@ def train_in_workers(config: RunConfig, run: Path, build: str) -> None:
     if _shared is not None:
         _shared.train(config, run, build, last=False)
         return
-    workers = Workers(run / RAY_FOLDER, [config.train], [build], only=run)
-    workers.train(config, run, build, last=True)
+    placement = Placement(run / RAY_FOLDER, [config.train], [build], only=run)
+    placement.train(config, run, build, last=True)
 
 
 def train_ordered(arguments: Json) -> None:
