@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from cluster.base.cli import DONE, parse, require_local, run_script
@@ -350,7 +351,7 @@ def _short(argument: str) -> str:
     return argument.removeprefix(f"{Path.cwd()}/")
 
 
-def _request(command: Command) -> tuple[Any, Any]:
+def _request(command: Command) -> tuple[ModuleType, Any]:
     """Return a command's script and the configuration that it is given."""
     from eval import fid, sample
     from ingest import adopt, download, embed
@@ -358,7 +359,7 @@ def _request(command: Command) -> tuple[Any, Any]:
     from training import clip, decoder, prior
     from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 
-    scripts: dict[str, tuple[Any, type, Path | None]] = {
+    scripts: dict[str, tuple[ModuleType, type, Path | None]] = {
         "ingest/adopt.py": (adopt, AdoptConfig, None),
         "ingest/download.py": (download, download.DownloadConfig, None),
         "ingest/embed.py": (embed, embed.EmbedConfig, None),

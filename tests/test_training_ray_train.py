@@ -54,11 +54,11 @@ print(sorted({name.partition(".")[0] for name in sys.modules} & {*sys.argv[2:]})
 
 def test_what_rays_controller_is_given_imports_no_model(tmp_path: Path):
     """It would import it before it starts the workers, which import it again."""
-    from ray import cloudpickle
+    from ray.cloudpickle import dumps  # pyright: ignore[reportPrivateImportUsage]
 
     builds = [script.BUILD for script in (clip, decoder, prior)]
     arguments = {"orders": str(tmp_path), "builds": builds, "workers": WorkersConfig()}
-    given = cloudpickle.dumps((train_ordered, arguments, loss_callback(tmp_path)))
+    given = dumps((train_ordered, arguments, loss_callback(tmp_path)))
     heavy = ("torch", "deepspeed", "open_clip")
     found = done([sys.executable, "-c", UNPICKLE, given.hex(), *heavy])
     assert found.returncode == 0, found.stderr

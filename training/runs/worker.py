@@ -50,10 +50,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of OSErrors, these alon
 HANG_UP_SECONDS = 5
 
 
-def imported(name: Any) -> Any:
-    """Return what "module:name" names; anything else is returned as it is."""
-    if not isinstance(name, str):
-        return name
+def imported(name: str) -> Callable:
+    """Return the function or class that "module:name" names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -174,7 +172,7 @@ def train_rank(
     with lock, Watchdog(run, rank, world_size, settings.faults.hang_seconds) as watchdog:
         # Model and data; every rank draws the same initial weights
         torch.manual_seed(settings.seed)
-        task = imported(build)(config)
+        task: Task = (imported(build) if isinstance(build, str) else build)(config)
         if settings.validator.command:
             from training.runs.validator import report_checkpoint
 
