@@ -196,11 +196,11 @@ def test_an_encoder_has_a_gpu_of_its_own_wherever_there_are_any(
     assert not output or f"{gpus} of --num-actors 4 encoders, one for each GPU" in output
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("num_actors", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_job_embeds_what_is_pending_names_what_is_broken_and_is_cheap_to_repeat(
-    tmp_path, capsys
+    num_actors: int, tmp_path, capsys
 ):
-    """On Ray; the same bits as one process makes."""
+    """In this process and on Ray: the same bits."""
     images, out = tmp_path / "images", tmp_path / "embeds"
     demo_data.draw_images(images, num_shards=4, samples_per_shard=10)
     with tarfile.open(images / "000003.tar") as tar:
@@ -211,7 +211,8 @@ def test_the_job_embeds_what_is_pending_names_what_is_broken_and_is_cheap_to_rep
     kept = (images / "000001.tar").read_bytes()
     (images / "000001.tar").write_bytes(kept[:-512])
     config = EmbedConfig(
-        images=str(images), clip="tiny:random", out=str(out), batch_size=4, num_threads=1
+        images=str(images), clip="tiny:random", out=str(out), batch_size=4, num_threads=1,
+        num_actors=num_actors,
     )
     assert embed.main(config) == 1
     output = capsys.readouterr().out
