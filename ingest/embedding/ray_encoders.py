@@ -1,6 +1,7 @@
 """The embedding of many shards by Ray Data: readers on CPUs, encoders on GPUs, commits here."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -113,11 +114,14 @@ def encoded_chunks(
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it describes each plan
     num_actors, gpus = pool.actors(int(ray.cluster_resources().get("GPU", 0)))
+    # One CPU each, and less where actors would leave none for a reader: both would wait for ever
+    share = ray.cluster_resources().get("CPU", 1.0) / ((pool.max_actors or num_actors) + 1)
+    cpus = min(1.0, math.floor(share * 1e4) / 1e4) or 1.0
     rows = [vars(entry) for entry in pending]
     shards = ray.data.from_items(rows, override_num_blocks=len(rows))
     chunks = shards.flat_map(
         ChunkReader(images.root, encoder.preprocessing, pool),
-        num_cpus=1,
+        num_cpus=cpus,
         # A few chunks. It also differs from the encoders' resources; with equal ones Ray Data would
         # run readers inside the encoders' processes.
         memory=4 * 3 * encoder.image_size**2 * pool.batch_size,
@@ -128,7 +132,7 @@ def encoded_chunks(
         cast(Any, ClipEncoder),  # an actor's class, where Ray's annotation has functions only
         fn_constructor_args=(pool,),
         num_gpus=gpus,
-        num_cpus=1,
+        num_cpus=cpus,
         resources=group_resources("gpu_group"),
         compute=ray.data.ActorPoolStrategy(
             min_size=num_actors,
