@@ -10,6 +10,7 @@ import ray
 
 from cluster.base.cli import JOB_VARIABLE, require_lasting, require_local
 from cluster.base.ray_session import GROUPS, ensure_ray, group_resources, has_gpus
+from ingest.embedding.ray_encoders import cpu_share
 from training.config import TrainConfig
 from training.runs.ray_train import worker_device
 
@@ -24,6 +25,16 @@ def test_work_asks_for_its_group_only_where_the_head_has_groups(monkeypatch):
         assert group_resources(group) == {}
         cluster(monkeypatch, **{GROUPS: 1.0})  # all nodes are scaled away
         assert group_resources(group) == {group: 0.001}
+
+
+def test_encoders_leave_a_share_of_the_cpus_to_a_reader(monkeypatch):
+    for cpus, num_actors in ((1.0, 1), (4.0, 4), (8.0, 1), (2.0, 1), (3.0, 6)):
+        cluster(monkeypatch, CPU=cpus)
+        share = cpu_share(num_actors)
+        assert share * (num_actors + 1) <= cpus and share <= 1
+        assert share == 1 or share * (num_actors + 1) > cpus - 0.001, "no more is lost"
+    cluster(monkeypatch, **{GROUPS: 1.0})  # all nodes are scaled away
+    assert cpu_share(8) == 1
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,15 @@ class ClipEncoder:
         return vars(encode_chunk(self._encoder, Chunk(**row)))
 
 
+def cpu_share(num_actors: int) -> float:
+    """Return the CPUs of a reader and of an encoder: 1, and less where the encoders would leave
+    none for a reader, for which they would wait for ever; not on a cluster that grows."""
+    import ray
+
+    share = ray.cluster_resources().get("CPU", 1.0) / (num_actors + 1)
+    return 1.0 if group_resources("cpu_group") else min(1.0, math.floor(share * 1e4) / 1e4)
+
+
 def encoded_chunks(
     pool: EncoderPool, images: Snapshot, pending: Sequence[ShardEntry], encoder: FrozenClip
 ) -> Iterator[Chunk]:
@@ -114,9 +123,7 @@ def encoded_chunks(
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it describes each plan
     num_actors, gpus = pool.actors(int(ray.cluster_resources().get("GPU", 0)))
-    # One CPU each, and less where actors would leave none for a reader: both would wait for ever
-    share = ray.cluster_resources().get("CPU", 1.0) / ((pool.max_actors or num_actors) + 1)
-    cpus = min(1.0, math.floor(share * 1e4) / 1e4) or 1.0
+    cpus = cpu_share(num_actors)
     rows = [vars(entry) for entry in pending]
     shards = ray.data.from_items(rows, override_num_blocks=len(rows))
     chunks = shards.flat_map(
