@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.configs import ClipConfig
+from models.convert import efficientnet
 from models.networks.compiling import compiled
 from models.networks.packing import Packing
 from models.networks.transformer import attend_packed, trimmed_length
@@ -48,8 +49,52 @@ def is_clip(model: nn.Module) -> "TypeGuard[CLIP]":
     return loaded is not None and isinstance(model, loaded.CLIP)
 
 
-def build_clip(config: ClipConfig) -> "CLIP":
-    """Build an untrained open_clip model; ValueError for an unknown architecture."""
+class ImageTower(nn.Module):
+    """A published network that stays as it is, under a projection that learns: locked-image tuning
+    (Zhai et al. 2022).
+
+    Its weights are no part of this module: they are installed on every machine, never change, and
+    would make each checkpoint 14 MB larger. A run's config.json has their digest. They are loaded
+    when the first pixels come; training sees the features alone, each computed once.
+    """
+
+    image_size = efficientnet.SIDE
+    image_mean = (efficientnet.MEAN / 255,) * 3
+    image_std = (efficientnet.SCALE / 255,) * 3
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.output_dim = embed_dim
+        self.proj = nn.Linear(efficientnet.DIM, embed_dim)
+        self._frozen: list[efficientnet.EfficientNetLite0] = []  # in a list: no submodule
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Return what the projection takes, float32 [B, 1280], of uint8 or float [B, 3, 224, 224]
+        in [0, 255]."""
+        if not self._frozen:
+            self._frozen.append(efficientnet.EfficientNetLite0())
+        return self._frozen[0].to(pixels.device)(pixels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the projection [B, E] of features [B, 1280], or of standardised pixels
+        [B, 3, 224, 224]."""
+        if x.ndim == 4:
+            x = self.features(x * efficientnet.SCALE + efficientnet.MEAN)
+        return self.proj(F.layer_norm(x, x.shape[-1:]))
+
+
+def build_clip(config: ClipConfig, image_tower: str = "") -> "CLIP":
+    """Build an untrained open_clip model; ValueError for an unknown architecture.
+
+    image_tower: "efficientnet_lite0" takes an `ImageTower` in the place of the vision tower.
+    """
+    clip = _build_towers(config)
+    if image_tower:
+        clip.visual = ImageTower(clip.text_projection.shape[1])
+    return clip
+
+
+def _build_towers(config: ClipConfig) -> "CLIP":
     import open_clip
 
     if config.architecture:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.clip import is_clip, model_sizes
+from models.clip import ImageTower, is_clip, model_sizes
 from models.decoder import Condition, Decoder
 from models.priors.autoregressive import AutoregressivePrior
 from models.priors.base import PriorText
@@ -129,6 +129,8 @@ def forward_of(
         if is_clip(model):
             size, context_length = model_sizes(model)
             image = torch.zeros(batch, 3, size, size)
+            if isinstance(model.visual, ImageTower):  # whose features are computed once
+                image = torch.zeros(batch, model.visual.proj.in_features)
             tokens = torch.zeros(batch, context_length, dtype=torch.long)
             return lambda: (model.encode_image(image), model.encode_text(tokens))
 

@@ -388,6 +388,9 @@ class ClipRunConfig(RunConfig):
     init: str = ""
     """start from the weights of another CLIP of these sizes, named as in ingest/embed.py; with
     --model.architecture for one of open_clip's"""
+    image_tower: Literal["", "efficientnet_lite0"] = ""
+    """a published network, frozen, in the place of a vision tower of our own: only a projection of
+    its features and the text tower learn"""
     block_size: int = 1
     """neighbouring samples kept in one batch: the drawn set's hard negatives come in blocks of 4"""
     sam_rho: float = 0.0

@@ -56,7 +56,7 @@ class EfficientNetLite0(nn.Module):
         """Return the logits of ImageNet's 1,000 classes, float [B, 1000]."""
         return self.network.classifier(pooled)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the pooled features; shapes are given at the class."""
         parts = [pixels] if pixels.is_cuda else pixels.split(CPU_BATCH)

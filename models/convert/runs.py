@@ -17,6 +17,7 @@ from models.configs import (
     UNetConfig,
     UpsamplerConfig,
 )
+from models.convert import efficientnet
 from models.decoder import Decoder
 from models.priors.autoregressive import AutoregressivePrior
 from models.priors.base import Prior
@@ -142,9 +143,16 @@ def load_clip(spec: str) -> FrozenClip:
         config = load_config(step)
         if config["kind"] != "clip":
             raise ValueError(f"{folder}: found a run of kind {config['kind']}, expected clip")
-        clip = build_clip(ClipConfig(**config["model"]))
+        tower, identity = config.get("image_tower", ""), config.get("image_tower_identity", "")
+        if tower and identity != efficientnet.IDENTITY:
+            raise ValueError(
+                f"{folder}: image_tower: found {identity}, expected the installed weights, "
+                f"{efficientnet.IDENTITY}; install the version that it was trained on"
+            )
+        clip = build_clip(ClipConfig(**config["model"]), tower)
         load_weights(clip, step / EMA_NAME)
-        return FrozenClip(clip, f"clip-{clip.visual.output_dim}", unit_norm=unit_norm)
+        name = f"clip-{clip.visual.output_dim}{'-' if tower else ''}{identity}"
+        return FrozenClip(clip, name, unit_norm=unit_norm)
     if ":" not in spec:
         raise ValueError(
             f"clip {spec}: found no such folder, expected a finished run of training/clip.py or "

@@ -148,8 +148,9 @@ class ImageDataset(ColumnDataset):
     """`image`: the short side resized to `size` px, the centre cropped; with `tokenize`, `tokens`.
 
     num_threads: images decoded in parallel; 0 = in the calling thread. captions: weights of columns
-    of captions, see `CaptionDraw`; None: the main caption. Decoded images are kept in memory up to
-    a gigabyte: decoding then costs one epoch only.
+    of captions, see `CaptionDraw`; None: the main caption. encode: maps pixels [1, 3, S, S] to what
+    `image` is then, [1, D]. Decoded images, or what they are encoded to, are kept in memory up to a
+    gigabyte: decoding and encoding then cost one epoch only.
     """
 
     def __init__(
@@ -159,8 +160,9 @@ class ImageDataset(ColumnDataset):
         num_threads: int = 0,
         tokenize: Tokenize | None = None,
         captions: Mapping[str, float] | None = None,
+        encode: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._size, self._tokenize = size, tokenize
+        self._size, self._tokenize, self._encode = size, tokenize, encode
         self._draw = CaptionDraw(captions) if captions else None
         self._images = SampleCache(self._decode, num_threads=num_threads)
         self._tokens = SampleCache(self._tokens_of, limit_bytes=TOKENS_BYTES)
@@ -183,7 +185,10 @@ class ImageDataset(ColumnDataset):
 
     def _decode(self, index: int) -> np.ndarray:
         shard, row = self.shards.sample(index)
-        return square_pixels(shard.image_bytes(row), self._size)
+        pixels = square_pixels(shard.image_bytes(row), self._size)
+        if self._encode is None:
+            return pixels
+        return self._encode(torch.from_numpy(pixels[None]))[0].numpy()
 
     def _tokens_of(self, index: int) -> np.ndarray:
         assert self._tokenize is not None

@@ -15,12 +15,14 @@ from models.clip import (
     MAX_LOGIT_SCALE,
     PIXEL_MEAN,
     PIXEL_STD,
+    ImageTower,
     build_clip,
     model_options,
     model_sizes,
     normalise_pixels,
     tokenizer,
 )
+from models.convert.efficientnet import IDENTITY
 from models.convert.runs import load_clip
 from models.diffusion import keyed_random
 from models.diffusion.losses import bounded, contrastive
@@ -38,7 +40,7 @@ Gathered = Callable[[Tensor], tuple[Tensor, slice]]
 
 def clip_model(config: ClipRunConfig) -> CLIP:
     """Build the CLIP."""
-    return build_clip(config.model)
+    return build_clip(config.model, config.image_tower)
 
 
 def build_clip_task(config: ClipRunConfig) -> Task:
@@ -51,11 +53,14 @@ def build_clip_task(config: ClipRunConfig) -> Task:
     model = clip_model(config)
     if config.init:
         copy_weights(model, config.init)
+    export = {"kind": "clip", "model": dataclasses.asdict(config.model)}
+    if config.image_tower:
+        export |= {"image_tower": config.image_tower, "image_tower_identity": IDENTITY}
     return Task(
         model=model,
         objective=clip_objective,
         build_dataset=partial(clip_dataset, config, *model_sizes(model)),
-        export={"kind": "clip", "model": dataclasses.asdict(config.model)},
+        export=export,
         block_size=config.block_size,
         grad_context=partial(sharpness_aware, config) if config.sam_rho else no_context,
     )
@@ -68,7 +73,9 @@ def clip_objective(model: Any, batch: Batch, gather: Gathered = gathered) -> dic
     gather: adds the other workers' rows, and says which are this one's.
     """
     with attention_kernels(batch.keys):
-        image, rows = gather(model.encode_image(normalise_pixels(batch["image"]), normalize=True))
+        image = batch["image"]  # pixels, or a frozen tower's features
+        image = normalise_pixels(image) if image.ndim == 4 else image
+        image, rows = gather(model.encode_image(image, normalize=True))
         text, _ = gather(model.encode_text(batch["tokens"].long(), normalize=True))
     scale = bounded(model.logit_scale, math.log(MAX_LOGIT_SCALE)).exp()
     keep = gather(batch.weight)[0] > 0
@@ -81,12 +88,15 @@ def clip_objective(model: Any, batch: Batch, gather: Gathered = gathered) -> dic
 
 
 def clip_dataset(config: ClipRunConfig, image_size: int, context_length: int) -> ColumnDataset:
-    """Read images and their captions' tokens."""
+    """Read images, or what a frozen tower makes of them, and their captions' tokens."""
+    encode = ImageTower(1).features if config.image_tower else None
     tokenize = tokenizer(context_length, config.model.vocab_size)
     threads = config.num_decode_threads
     captions = config.data.caption_weights()
     data_sets = [
-        ImageDataset(part_of(snapshot, config.part), image_size, threads, tokenize, captions)
+        ImageDataset(
+            part_of(snapshot, config.part), image_size, threads, tokenize, captions, encode
+        )
         for snapshot in pin_snapshots(config.run, "images", config.images)
     ]
     return mixed(data_sets, config.data.weights)
@@ -120,7 +130,11 @@ def copy_weights(model: CLIP, spec: str) -> None:
 
     pixels = (other.pixel_mean, other.pixel_std)
     theirs = facts(state, model_options(other.clip), pixels)
-    ours = facts(model.state_dict(), model_options(model), (PIXEL_MEAN, PIXEL_STD))
+    tower = model.visual
+    statistics = (PIXEL_MEAN, PIXEL_STD)
+    if isinstance(tower, ImageTower):
+        statistics = (tower.image_mean, tower.image_std)
+    ours = facts(model.state_dict(), model_options(model), statistics)
     for name in dict.fromkeys([*theirs, *ours]):
         old, new = theirs.get(name, "none"), ours.get(name, "none")
         if old != new:
