@@ -11,15 +11,16 @@ import dataclasses
 import json
 import shutil
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cluster.base.cli import DONE, parse, require_local, run_script
+from cluster.base.cli import DONE, INCOMPLETE, parse, require_local, run_script
 from cluster.base.files import Json, write_json
 from cluster.base.run_dir import DEMO_NAME, EVAL_NAME, PROVENANCE_NAME, RAY_FOLDER, TIMINGS_NAME
 from cluster.timings import Timings
@@ -62,7 +63,8 @@ class DemoConfig:
 class Command:
     """One stage of the pipeline, and the number of images that it handles.
 
-    output, inputs: for a script that cannot tell by itself that it is done, the file that it
+    needs: the commands whose products it reads, beside those before it in a lane. output, inputs:
+    for a script that cannot tell by itself that it is done, the file that it
     writes last, and the files whose change makes that one out of date.
     """
 
@@ -70,6 +72,7 @@ class Command:
     script: str
     arguments: tuple[str, ...]
     num_images: int
+    needs: tuple[str, ...] = ()
     output: Path | None = None
     inputs: tuple[Path, ...] = ()
 
@@ -103,19 +106,38 @@ def main(config: DemoConfig) -> int:
         sets = pairs.result()
         attempt.done = True
     commands = _commands(config, run, {name: len(rows) for name, rows in sets.items()})
-    trained = [each for each in commands if not each.script.startswith("eval/")]
+    lanes = _lanes([each for each in commands if not each.script.startswith("eval/")])
 
     # Shards of them, drawn ones by way of a URL list, while the workers start; then CLIP,
-    # embeddings, prior, decoder, upsampler
-    with _workers(trained, run):
+    # embeddings and prior, and beside them upsampler and decoder
+    with ExitStack() as stack:
+        for lane in lanes:
+            stack.enter_context(_workers(lane, run))
         code = make_images(run, sets, timings, port)
-        code = code or _run_commands(trained, timings, port)
+        code = code or _run_lanes(lanes, run, timings, port)
 
     # Samples, scores, and the report
-    code = code or _run_commands(commands[len(trained) :], timings, port)
+    for command in () if code else (each for each in commands if each.script.startswith("eval/")):
+        code = code or _run_command(command, timings, port)
     if not code:
         _finish(config, run, timings)
     return code
+
+
+def _lanes(commands: list[Command]) -> list[list[Command]]:
+    """Split the commands that train into lanes that run side by side.
+
+    Small networks make little use of a second thread: on two cores two of them take three quarters
+    of the time that they take one after the other. One core, or a GPU, has one lane.
+    """
+    from cluster.base.machine import available_cpus
+    from cluster.base.ray_session import has_gpus
+
+    if available_cpus() < 2 or has_gpus():
+        return [commands]
+    images = [each for each in commands if each.script == "training/decoder.py"]
+    images.sort(key=lambda each: bool(each.needs))  # first what need not wait
+    return [images, [each for each in commands if each not in images]]
 
 
 def _workers(commands: list[Command], run: Path) -> AbstractContextManager[None]:
@@ -125,13 +147,56 @@ def _workers(commands: list[Command], run: Path) -> AbstractContextManager[None]
     from training.config import RunConfig
     from training.runs.ray_train import shared_workers
 
-    settings, builds = [], []
+    runs, builds = {}, []
     for command in commands:
         module, config = _request(command)
         if isinstance(config, RunConfig) and not (run / command.name / FINAL_NAME).is_file():
-            settings.append(config.train)
+            runs[run / command.name] = config.train
             builds.append(module.BUILD)
-    return shared_workers(run / RAY_FOLDER, settings, builds) if settings else nullcontext()
+    return shared_workers(run / RAY_FOLDER, runs, builds) if runs else nullcontext()
+
+
+def _run_lanes(lanes: list[list[Command]], run: Path, timings: Timings, port: int | None) -> int:
+    """Run lanes side by side, the first in this thread, which handles signals; a command waits for
+    those that it needs. Returns an exit code.
+
+    Where a lane ends early, the training of the others stops at a checkpoint.
+    """
+    from training.runs.signals import request_stop
+
+    ended = {command.name: threading.Event() for lane in lanes for command in lane}
+    running: dict[str, None] = {}
+    failed = threading.Event()
+
+    def run_lane(lane: list[Command]) -> int:
+        code = INCOMPLETE
+        try:
+            for command in lane:
+                for name in command.needs:
+                    ended[name].wait()
+                if failed.is_set():
+                    return INCOMPLETE
+                running[command.name] = None
+                code = _run_command(command, timings, port)
+                del running[command.name]
+                if code:
+                    return code
+                ended[command.name].set()
+            return DONE
+        finally:
+            if code:
+                failed.set()
+                for name in list(running):
+                    if (run / name).is_dir():
+                        request_stop(run / name)
+                for command in lane:
+                    ended[command.name].set()  # nobody waits for what does not come
+
+    with ThreadPoolExecutor(max(1, len(lanes) - 1)) as pool:
+        others = [pool.submit(run_lane, lane) for lane in lanes[1:]]
+        codes = [run_lane(lanes[0])]
+        codes += [other.result() for other in others]
+    return next(filter(None, codes), DONE)
 
 
 def _open(config: DemoConfig) -> Path:
@@ -270,9 +335,11 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
     data = (*train_images, "--embeds", embeds["train"])
     chain = ("--prior", prior, "--decoder", base, "--upsampler", up)
 
-    def train(name: str, script: str, *arguments: str) -> Command:
+    def train(
+        name: str, script: str, *arguments: str, needs: tuple[str, ...] = ()
+    ) -> Command:
         return Command(
-            name=name, script=f"training/{script}.py", num_images=0,
+            name=name, script=f"training/{script}.py", num_images=0, needs=needs,
             arguments=(*arguments, "--run", str(run / name)),
         )  # fmt: skip
 
@@ -289,7 +356,7 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
         *([] if drawn else [train("judge", "clip", *preset, *train_images, *other_half)]),
         *(embed(name) for name in counts),
         train("prior", "prior", *preset, "--embeds", embeds["train"]),
-        train("base", "decoder", *preset, *data, "--stage", "base"),
+        train("base", "decoder", *preset, *data, "--stage", "base", needs=("embed train",)),
         train("up", "decoder", "--preset", f"{config.size}_up", *data),
         Command(
             name="sample", script="eval/sample.py", num_images=counts["test"],
@@ -306,15 +373,6 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
             inputs=(run / "samples" / SAMPLES_NAME, *finals),
         ),
     ]  # fmt: skip
-
-
-def _run_commands(commands: list[Command], timings: Timings, port: int | None) -> int:
-    """Run commands one after the other; returns the exit code of the first that is not done."""
-    for command in commands:
-        code = _run_command(command, timings, port)
-        if code:
-            return code
-    return DONE
 
 
 def _run_command(command: Command, timings: Timings, port: int | None) -> int:
@@ -396,7 +454,7 @@ def _finish(config: DemoConfig, run: Path, timings: Timings) -> None:
         rate = f"{row['images_per_second']:.1f}" if row["images_per_second"] else ""
         memory = f"{row['peak_memory_bytes'] / 2**30:.2f} GiB"
         table.add_row(row["stage"], f"{row['seconds']:.1f}", rate, memory)
-    table.add_row("all", f"{sum(row['seconds'] for row in timings.rows):.1f}", "", "")
+    table.add_row("all", f"{timings.elapsed():.1f}", "", "")
     Console().print(table)
     print(f"scores: {_short(str(run / 'eval.json'))}\nreport: {_short(str(report))}")
 

@@ -1,6 +1,7 @@
 """The time and memory of each stage of a run, kept over reruns."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +22,12 @@ class StageAttempt:
 
 
 class Timings:
-    """Rows {stage, command, seconds, images, images_per_second, peak_memory_bytes, done} in a
-    JSON file."""
+    """Rows {stage, command, seconds, images, images_per_second, peak_memory_bytes, ended, done} in
+    a JSON file; ended: Unix time in s."""
 
     def __init__(self, path: Path, usual: dict[str, float] | None = None) -> None:
         """usual: the stages to come, in their order, and the seconds that each takes elsewhere."""
-        self._path, self._usual = path, usual or {}
+        self._path, self._usual, self._lock = path, usual or {}, threading.Lock()
         self.rows: list[Json] = json.loads(path.read_text()) if path.is_file() else []
 
     @contextmanager
@@ -54,11 +55,25 @@ class Timings:
                 "stage": stage, "command": command, "seconds": round(seconds, 2),
                 "images": num_images,
                 "images_per_second": round(num_images / seconds, 2) if num_images else None,
-                "peak_memory_bytes": peak_bytes, "done": attempt.done,
+                "peak_memory_bytes": peak_bytes, "ended": time.time(), "done": attempt.done,
             }  # fmt: skip
-            self.rows = [other for other in self.rows if other["stage"] != stage] + [row]
-            write_json(self._path, self.rows, indent=1)
+            with self._lock:
+                self.rows = [other for other in self.rows if other["stage"] != stage] + [row]
+                write_json(self._path, self.rows, indent=1)
         self._expose(stage)
+
+    def elapsed(self) -> float:
+        """Return the seconds in which some stage ran; stages may run side by side.
+
+        Rows of earlier versions, which ran none so, do not say when they ended.
+        """
+        total, until = sum(row["seconds"] for row in self.rows if "ended" not in row), 0.0
+        dated = [row for row in self.rows if "ended" in row]
+        spans = [(row["ended"] - row["seconds"], row["ended"]) for row in dated]
+        for begin, end in sorted(spans):
+            total += max(0.0, end - max(begin, until))
+            until = max(until, end)
+        return total
 
     def outlook(self, stage: str) -> str:
         """Return which stage begins, the time gone in all stages, and about the time left.
@@ -66,15 +81,15 @@ class Timings:
         The more seconds are gone, the more the pace of this machine counts for those to come; ""
         for a stage that is done, or none of the usual ones.
         """
-        done = {row["stage"]: row["seconds"] for row in self.rows if row.get("done")}
+        done = {row["stage"] for row in self.rows if row.get("done")}
         if stage in done or stage not in self._usual:
             return ""
-        taken = sum(done[name] for name in self._usual if name in done)
+        taken = self.elapsed()
         usual = sum(seconds for name, seconds in self._usual.items() if name in done)
         pace = (DOUBT_SECONDS + taken) / (DOUBT_SECONDS + usual)
         left = pace * sum(s for name, s in self._usual.items() if name not in done)
         number = [*self._usual].index(stage) + 1
-        gone = duration(sum(row["seconds"] for row in self.rows))
+        gone = duration(taken)
         about = duration(left)
         return f"stage {number} of {len(self._usual)}: {stage}, {gone} gone, about {about} left"
 

@@ -20,6 +20,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return now[0]
 
     monkeypatch.setattr(timings.time, "perf_counter", look)
+    monkeypatch.setattr(timings.time, "time", lambda: now[0])
     return steps
 
 
@@ -110,3 +111,15 @@ def test_the_metric_is_the_sum_over_the_parts_of_a_stage(
         with kept.attempt(stage) as attempt:
             attempt.done = done
     assert said == {"embed": 3}
+
+
+def test_what_ran_side_by_side_took_its_time_once(tmp_path: Path):
+    """Of two stages the time in which either ran, with a pause between them and the third."""
+    path = tmp_path / "timings.json"
+    rows = [("clip", 100.0, 150.0), ("up", 30.0, 90.0), ("base", 20.0, 200.0), ("old", 7.0, None)]
+    named = [
+        {"stage": stage, "seconds": seconds, **({"ended": ended} if ended else {})}
+        for stage, seconds, ended in rows
+    ]
+    path.write_text(json.dumps(named))
+    assert Timings(path).elapsed() == 100 + 20 + 7

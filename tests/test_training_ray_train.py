@@ -150,7 +150,8 @@ def test_runs_of_one_start_end_as_those_of_their_own_and_a_death_concerns_one(
     try:
         alone, interrupt = two(tmp_path / "alone"), signal.getsignal(signal.SIGINT)
         builds, folder = [prior.BUILD, decoder.BUILD], tmp_path / "shared"
-        with shared_workers(folder, [train] * 3, builds):
+        runs = dict.fromkeys([folder / name for name in ("prior", "base", "third")], train)
+        with shared_workers(folder, runs, builds):
             shared, third = two(folder), folder / "third"
             shared.append(trained(prior_run(data, third, train), third, named(build_with_a_death)))
             assert signal.getsignal(signal.SIGINT) is interrupt, "Ctrl-C is Python's"

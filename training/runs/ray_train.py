@@ -13,7 +13,7 @@ import os
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,18 +152,19 @@ class Placement:
         write_json(self._order(self._count), {})
 
 
-_shared: Placement | None = None
+_shared: dict[Path, Placement] = {}  # by the folder of a run
 
 
 @contextmanager
 def shared_workers(
-    folder: Path, settings: Sequence[TrainConfig], builds: Sequence[str]
+    folder: Path, runs: Mapping[Path, TrainConfig], builds: Sequence[str]
 ) -> Iterator[None]:
-    """Start workers for all runs that are launched within the block: one start for all.
+    """Start workers for the runs, by their folders, that are launched within the block one after
+    the other: one start for all. builds: what makes their tasks.
 
     Where they are not placed alike, or have validators, each run has workers of its own.
     """
-    global _shared
+    settings = list(runs.values())
     places = {
         (each.workers.num_workers, each.workers.min_workers, each.workers.device)
         for each in settings
@@ -172,18 +173,20 @@ def shared_workers(
     if not alike or not settings[0].workers.num_workers:
         yield
         return
-    _shared = Placement(folder, settings, builds)
+    placement = Placement(folder, settings, builds)
+    _shared.update(dict.fromkeys(runs, placement))
     try:
         yield
     finally:
-        _shared.end()
-        _shared = None
+        placement.end()
+        for run in runs:
+            del _shared[run]
 
 
 def train_in_workers(config: RunConfig, run: Path, build: str) -> None:
     """Train a run, whose folder holds its configuration, in the shared workers or in its own."""
-    if _shared is not None:
-        _shared.train(config, run, build, last=False)
+    if run in _shared:
+        _shared[run].train(config, run, build, last=False)
         return
     placement = Placement(run / RAY_FOLDER, [config.train], [build], only=run)
     placement.train(config, run, build, last=True)

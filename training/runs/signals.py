@@ -33,6 +33,11 @@ class StopRequest:
         return self._found
 
 
+def request_stop(run: Path) -> None:
+    """Ask a run that trains to stop, at its next step and with a checkpoint."""
+    (run / STOP_NAME).touch()
+
+
 def forget_stop(run: Path) -> None:
     """Delete the request: it was of an earlier attempt, or has been met."""
     (run / STOP_NAME).unlink(missing_ok=True)
@@ -49,13 +54,13 @@ def stopping_on_sigterm(run: Path) -> Iterator[None]:
         return
     before = signal.getsignal(signal.SIGTERM)
 
-    def request_stop(number: int, frame: object) -> None:
+    def on_sigterm(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, before)
-        (run / STOP_NAME).touch()
+        request_stop(run)
         with suppress(OSError, RuntimeError):  # the reader of our output may have ended first
             print(f"{run}: SIGTERM: a checkpoint at the next step, then the end", flush=True)
 
-    signal.signal(signal.SIGTERM, request_stop)
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
