@@ -360,7 +360,10 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
         train("up", "decoder", "--preset", f"{config.size}_up", *data),
         Command(
             name="sample", script="eval/sample.py", num_images=counts["test"],
-            arguments=(*chain, "--captions", images["test"], "--out", samples),
+            arguments=(
+                *chain, "--captions", images["test"], "--out", samples,
+                "--decoder-steps", "8", "--upsampler-steps", "4",
+            ),
         ),
         Command(
             name="evaluate", script="eval/fid.py", num_images=counts["test"],
