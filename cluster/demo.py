@@ -47,7 +47,7 @@ class DemoConfig:
     """use only so many of --pairs; 0 = all"""
     num_train: int = 8000
     """drawn training pairs"""
-    num_test: int = 200
+    num_test: int = 120
     """drawn test pairs of each kind: one shape, two in a seen and in a held-out combination"""
     size: str = "demo"
     """presets of the four trainers: demo, or debug for a quick look at the plumbing"""

@@ -48,6 +48,7 @@ def test_an_incomplete_download_ends_the_demo_with_1_and_a_rerun_continues(
 ):
     run = tmp_path / "run"
     monkeypatch.setattr("cluster.base.ray_session.ensure_ray", lambda: None)
+    monkeypatch.setattr("cluster.base.ray_session.has_gpus", lambda: False)
     monkeypatch.setattr(demo, "_workers", lambda *_: nullcontext())
     with monkeypatch.context() as patch:
         patch.setattr("ingest.fetching.shard_task.make_shard", fail_to_write)

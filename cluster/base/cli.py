@@ -53,6 +53,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    # A thread that spins while it waits for the others keeps a core from whoever else has work: a
+    # step of the demo's CLIP then takes up to ten times as long (benchmarks/results.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = main()
     except (ValueError, FileNotFoundError) as error:
