@@ -3,12 +3,13 @@
     python cluster/demo.py                                     # the drawn set
     python cluster/demo.py --pairs pairs.parquet --limit 3000  # your pictures: image and caption
 
-The drawn set takes some 13 minutes on two cores. Each stage is a script; its command is printed
+The drawn set takes some 19 minutes on two older cores. Each stage is a script; its command is printed
 before it runs. A finished stage is not run again: rerun the same command to continue.
 """
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import threading
@@ -28,9 +29,9 @@ from cluster.timings import Timings
 SCORES_NAME = "scores.json"
 # Of each kind of stage, on two cores: --size debug, and demo
 USUAL_SECONDS = {
-    "pairs": (6, 15), "download": (4, 10), "adopt": (4, 10), "clip": (12, 200), "judge": (4, 200),
-    "embed": (4, 10), "prior": (5, 150), "base": (6, 250), "up": (5, 120), "sample": (4, 60),
-    "evaluate": (6, 100),
+    "pairs": (6, 10), "download": (4, 13), "adopt": (4, 10), "clip": (12, 110), "judge": (4, 110),
+    "embed": (4, 10), "prior": (5, 120), "base": (6, 550), "up": (5, 60), "sample": (4, 35),
+    "evaluate": (6, 108),
 }  # fmt: skip
 
 
@@ -82,6 +83,8 @@ def main(config: DemoConfig) -> int:
     from cluster.base.metrics import serve
     from cluster.base.ray_session import ensure_ray
 
+    # For this process and Ray's: trainings side by side have no core to spare for threads that spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run = _open(config)
     port = serve(config.metrics_port)
     if port is not None:
@@ -128,7 +131,8 @@ def _lanes(commands: list[Command]) -> list[list[Command]]:
     """Split the commands that train into lanes that run side by side.
 
     Small networks make little use of a second thread: on two cores two of them take three quarters
-    of the time that they take one after the other. One core, or a GPU, has one lane.
+    of the time that they take one after the other (benchmarks/results.md). One core, or a GPU, has
+    one lane.
     """
     from cluster.base.machine import available_cpus
     from cluster.base.ray_session import has_gpus

@@ -53,9 +53,10 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    # A thread that spins while it waits for the others keeps a core from whoever else has work: a
-    # step of the demo's CLIP then takes up to ten times as long (benchmarks/results.md)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin while they wait for each other keep a core from whoever else has work: ten
+    # times as long for a step, where libgomp's 300,000 turns gain nothing (benchmarks/results.md)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         code = main()
     except (ValueError, FileNotFoundError) as error:
