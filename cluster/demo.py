@@ -3,8 +3,8 @@
     python cluster/demo.py                                     # the drawn set
     python cluster/demo.py --pairs pairs.parquet --limit 3000  # your pictures: image and caption
 
-The drawn set takes some 19 minutes on two older cores. Each stage is a script; its command is printed
-before it runs. A finished stage is not run again: rerun the same command to continue.
+The drawn set takes some 19 minutes on two older cores. Each stage is a script; its command is
+printed before it runs. A finished stage is not run again: rerun the same command to continue.
 """
 
 import dataclasses
@@ -172,29 +172,35 @@ def _run_lanes(lanes: list[list[Command]], run: Path, timings: Timings, port: in
     running: dict[str, None] = {}
     failed = threading.Event()
 
+    def run_in_turn(lane: list[Command]) -> int:
+        for command in lane:
+            for name in command.needs:
+                ended[name].wait()
+            if failed.is_set():
+                return INCOMPLETE
+            running[command.name] = None
+            if code := _run_command(command, timings, port):
+                return code
+            del running[command.name]
+            ended[command.name].set()
+        return DONE
+
+    def give_up(lane: list[Command]) -> None:
+        failed.set()
+        for folder in (run / name for name in list(running)):
+            if folder.is_dir():
+                request_stop(folder)
+        for command in lane:
+            ended[command.name].set()  # nobody waits for what does not come
+
     def run_lane(lane: list[Command]) -> int:
         code = INCOMPLETE
         try:
-            for command in lane:
-                for name in command.needs:
-                    ended[name].wait()
-                if failed.is_set():
-                    return INCOMPLETE
-                running[command.name] = None
-                code = _run_command(command, timings, port)
-                del running[command.name]
-                if code:
-                    return code
-                ended[command.name].set()
-            return DONE
+            code = run_in_turn(lane)
         finally:
             if code:
-                failed.set()
-                for name in list(running):
-                    if (run / name).is_dir():
-                        request_stop(run / name)
-                for command in lane:
-                    ended[command.name].set()  # nobody waits for what does not come
+                give_up(lane)
+        return code
 
     with ThreadPoolExecutor(max(1, len(lanes) - 1)) as pool:
         others = [pool.submit(run_lane, lane) for lane in lanes[1:]]

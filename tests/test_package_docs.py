@@ -57,6 +57,7 @@ def run_dry(script: str, argv: list[str]) -> None:
 
 def config_of(words: list[str]) -> Any:
     """Parse a command as its script does, without running it."""
+    import judge
     import pictures
 
     from cluster.base.cli import parse
@@ -73,6 +74,7 @@ def config_of(words: list[str]) -> Any:
     if script == "eval/sample.py" and argv and argv[0] in COMMANDS:
         return parse(COMMANDS[argv[0]], argv=argv[1:])
     classes: dict[str, tuple[type, Path | None]] = {
+        "benchmarks/judge.py": (judge.Config, None),
         "benchmarks/pictures.py": (pictures.Config, None),
         "ingest/adopt.py": (adopt.AdoptConfig, None),
         "ingest/download.py": (download.DownloadConfig, None),

@@ -51,7 +51,7 @@ RESIZE_SECONDS = 20.0  # between two looks for room for missing workers, as ofte
 MESSAGE_LENGTH = 160  # of the error of a lost rank
 
 
-class Placement:
+class RayWorkers:
     """Processes that Ray Train places, and restarts, and that train one run after the other.
 
     They start in the background, while this process does something else. Orders are files, so that
@@ -152,7 +152,7 @@ class Placement:
         write_json(self._order(self._count), {})
 
 
-_shared: dict[Path, Placement] = {}  # by the folder of a run
+_shared: dict[Path, RayWorkers] = {}  # by the folder of a run
 
 
 @contextmanager
@@ -173,7 +173,7 @@ def shared_workers(
     if not alike or not settings[0].workers.num_workers:
         yield
         return
-    placement = Placement(folder, settings, builds)
+    placement = RayWorkers(folder, settings, builds)
     _shared.update(dict.fromkeys(runs, placement))
     try:
         yield
@@ -188,7 +188,7 @@ def train_in_workers(config: RunConfig, run: Path, build: str) -> None:
     if run in _shared:
         _shared[run].train(config, run, build, last=False)
         return
-    placement = Placement(run / RAY_FOLDER, [config.train], [build], only=run)
+    placement = RayWorkers(run / RAY_FOLDER, [config.train], [build], only=run)
     placement.train(config, run, build, last=True)
 
 
