@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from cluster.base.cli import DONE, INCOMPLETE, parse, require_local, run_script
 from cluster.base.files import Json, write_json
+from cluster.base.options import DataclassInstance
 from cluster.base.run_dir import DEMO_NAME, EVAL_NAME, PROVENANCE_NAME, RAY_FOLDER, TIMINGS_NAME
 from cluster.timings import Timings
 
@@ -422,7 +422,7 @@ def _short(argument: str) -> str:
     return argument.removeprefix(f"{Path.cwd()}/")
 
 
-def _request(command: Command) -> tuple[ModuleType, Any]:
+def _request(command: Command) -> tuple[ModuleType, DataclassInstance]:
     """Return a command's script and the configuration that it is given."""
     from eval import fid, sample
     from ingest import adopt, download, embed
