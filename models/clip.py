@@ -90,7 +90,9 @@ def build_clip(config: ClipConfig, image_tower: str = "") -> "CLIP":
     """
     clip = _build_towers(config)
     if image_tower:
-        clip.visual = ImageTower(clip.text_projection.shape[1])
+        projection = clip.text_projection
+        assert isinstance(projection, nn.Parameter)
+        clip.add_module("visual", ImageTower(int(projection.shape[1])))
     return clip
 
 

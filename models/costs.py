@@ -9,6 +9,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -129,8 +130,9 @@ def forward_of(
         if is_clip(model):
             size, context_length = model_sizes(model)
             image = torch.zeros(batch, 3, size, size)
-            if isinstance(model.visual, ImageTower):  # whose features are computed once
-                image = torch.zeros(batch, model.visual.proj.in_features)
+            tower = cast(nn.Module, model.visual)
+            if isinstance(tower, ImageTower):  # whose features are computed once
+                image = torch.zeros(batch, tower.proj.in_features)
             tokens = torch.zeros(batch, context_length, dtype=torch.long)
             return lambda: (model.encode_image(image), model.encode_text(tokens))
 

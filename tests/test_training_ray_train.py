@@ -54,11 +54,13 @@ print(sorted({name.partition(".")[0] for name in sys.modules} & {*sys.argv[2:]})
 
 def test_what_rays_controller_is_given_imports_no_model(tmp_path: Path):
     """It would import it before it starts the workers, which import it again."""
-    from ray.cloudpickle import dumps  # pyright: ignore[reportPrivateImportUsage]
+    from ray import cloudpickle
 
     builds = [script.BUILD for script in (clip, decoder, prior)]
     arguments = {"orders": str(tmp_path), "builds": builds, "workers": WorkersConfig()}
-    given = dumps((train_ordered, arguments, loss_callback(tmp_path)))
+    given = cloudpickle.dumps(  # pyright: ignore[reportPrivateImportUsage]
+        (train_ordered, arguments, loss_callback(tmp_path))
+    )
     heavy = ("torch", "deepspeed", "open_clip")
     found = done([sys.executable, "-c", UNPICKLE, given.hex(), *heavy])
     assert found.returncode == 0, found.stderr
@@ -163,5 +165,5 @@ def test_runs_of_one_start_end_as_those_of_their_own_and_a_death_concerns_one(
         assert attempts(run) == ["launched", "placed", "restored"]
     again = ["placed", "restored"]
     assert attempts(third) == ["launched", *again, "lost", *again] and (third / "died").exists()
-    (incident,) = read_lines(third / "incidents.jsonl")
-    assert incident["kind"] == "lost"
+    kinds = [incident["kind"] for incident in read_lines(third / "incidents.jsonl")]
+    assert kinds.count("lost") == 1, kinds  # a loaded machine may have others
