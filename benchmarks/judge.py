@@ -11,6 +11,7 @@ import io
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from _common import BenchmarkConfig, run_benchmark
@@ -38,6 +39,8 @@ def main(config: Config) -> int:
     from eval.features.extractors import efficientnet_spec, extract
     from ingest.shapes import make_pairs
 
+    if config.pairs and not Path(config.pairs).is_file():
+        raise ValueError(f"--pairs: found no file {config.pairs}, expected one of Parquet")
     torch.set_num_threads(1)
     extractor = efficientnet_spec().build("cpu")
     count = config.num_images

@@ -12,21 +12,24 @@ import json
 import os
 import shutil
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
-from cluster.base.cli import DONE, INCOMPLETE, parse, require_local, run_script
+from cluster.base.cli import DONE, parse, require_local, run_script
 from cluster.base.files import Json, write_json
 from cluster.base.options import DataclassInstance
 from cluster.base.run_dir import DEMO_NAME, EVAL_NAME, PROVENANCE_NAME, RAY_FOLDER, TIMINGS_NAME
+from cluster.lanes import Command, run_lanes
 from cluster.timings import Timings
 
 SCORES_NAME = "scores.json"
+LANES_BYTES = 7 << 30  # of the machine's memory, for two trainings at once: 5.3 GiB were used
 # Of each kind of stage, on two cores: --size debug, and demo
 USUAL_SECONDS = {
     "pairs": (6, 10), "download": (4, 13), "adopt": (4, 10), "clip": (12, 110), "judge": (4, 110),
@@ -50,7 +53,7 @@ class DemoConfig:
     """drawn training pairs"""
     num_test: int = 120
     """drawn test pairs of each kind: one shape, two in a seen and in a held-out combination"""
-    size: str = "demo"
+    size: Literal["demo", "debug"] = "demo"
     """presets of the four trainers: demo, or debug for a quick look at the plumbing"""
     seed: int = 0
     """of the drawn set and of the test split"""
@@ -58,24 +61,6 @@ class DemoConfig:
     """serve Prometheus metrics of every stage on this loopback port; 0 = any free one"""
     fresh: bool = False
     """delete the demo's folder, if it is ours, and start over"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """One stage of the pipeline, and the number of images that it handles.
-
-    needs: the commands whose products it reads, beside those before it in a lane. output, inputs:
-    for a script that cannot tell by itself that it is done, the file that it
-    writes last, and the files whose change makes that one out of date.
-    """
-
-    name: str
-    script: str
-    arguments: tuple[str, ...]
-    num_images: int
-    needs: tuple[str, ...] = ()
-    output: Path | None = None
-    inputs: tuple[Path, ...] = ()
 
 
 def main(config: DemoConfig) -> int:
@@ -117,7 +102,8 @@ def main(config: DemoConfig) -> int:
         for lane in lanes:
             stack.enter_context(_workers(lane, run))
         code = make_images(run, sets, timings, port)
-        code = code or _run_lanes(lanes, run, timings, port)
+        run_command = partial(_run_command, timings=timings, port=port)
+        code = code or run_lanes(lanes, run, run_command)
 
     # Samples, scores, and the report
     for command in () if code else (each for each in commands if each.script.startswith("eval/")):
@@ -131,13 +117,13 @@ def _lanes(commands: list[Command]) -> list[list[Command]]:
     """Split the commands that train into lanes that run side by side.
 
     Small networks make little use of a second thread: on two cores two of them take three quarters
-    of the time that they take one after the other (benchmarks/results.md). One core, or a GPU, has
-    one lane.
+    of the time that they take one after the other (benchmarks/results.md). One core, little memory,
+    or a GPU has one lane.
     """
-    from cluster.base.machine import available_cpus
+    from cluster.base.machine import available_cpus, total_memory
     from cluster.base.ray_session import has_gpus
 
-    if available_cpus() < 2 or has_gpus():
+    if available_cpus() < 2 or total_memory() < LANES_BYTES or has_gpus():
         return [commands]
     images = [each for each in commands if each.script == "training/decoder.py"]
     images.sort(key=lambda each: bool(each.needs))  # first what need not wait
@@ -158,55 +144,6 @@ def _workers(commands: list[Command], run: Path) -> AbstractContextManager[None]
             runs[run / command.name] = config.train
             builds.append(module.BUILD)
     return shared_workers(run / RAY_FOLDER, runs, builds) if runs else nullcontext()
-
-
-def _run_lanes(lanes: list[list[Command]], run: Path, timings: Timings, port: int | None) -> int:
-    """Run lanes side by side, the first in this thread, which handles signals; a command waits for
-    those that it needs. Returns an exit code.
-
-    Where a lane ends early, the training of the others stops at a checkpoint.
-    """
-    from training.runs.signals import request_stop
-
-    ended = {command.name: threading.Event() for lane in lanes for command in lane}
-    running: dict[str, None] = {}
-    failed = threading.Event()
-
-    def run_in_turn(lane: list[Command]) -> int:
-        for command in lane:
-            for name in command.needs:
-                ended[name].wait()
-            if failed.is_set():
-                return INCOMPLETE
-            running[command.name] = None
-            if code := _run_command(command, timings, port):
-                return code
-            del running[command.name]
-            ended[command.name].set()
-        return DONE
-
-    def give_up(lane: list[Command]) -> None:
-        failed.set()
-        for folder in (run / name for name in list(running)):
-            if folder.is_dir():
-                request_stop(folder)
-        for command in lane:
-            ended[command.name].set()  # nobody waits for what does not come
-
-    def run_lane(lane: list[Command]) -> int:
-        code = INCOMPLETE
-        try:
-            code = run_in_turn(lane)
-        finally:
-            if code:
-                give_up(lane)
-        return code
-
-    with ThreadPoolExecutor(max(1, len(lanes) - 1)) as pool:
-        others = [pool.submit(run_lane, lane) for lane in lanes[1:]]
-        codes = [run_lane(lanes[0])]
-        codes += [other.result() for other in others]
-    return next(filter(None, codes), DONE)
 
 
 def _open(config: DemoConfig) -> Path:

@@ -210,11 +210,11 @@ class Evaluation:
         if own is None and self.model.prior:
             own = load_config(exported(Path(self.model.prior))).get("encoder_id")
         if space != "clip":
-            return NETWORK_RELATIONS[own is not None and efficientnet.IDENTITY in own
-                                     and space == "efficientnet_lite0"]  # fmt: skip
-        return SCORER_RELATIONS[
-            None if own is None or not self.encoder else own == self.encoder.encoder_id
-        ]
+            part_of_it = space == "efficientnet_lite0" and efficientnet.IDENTITY in (own or "")
+            return NETWORK_RELATIONS[part_of_it]
+        if own is None or self.encoder is None:
+            return SCORER_RELATIONS[None]
+        return SCORER_RELATIONS[own == self.encoder.encoder_id]
 
     def save_statistics(self, folder: Path) -> None:
         """Write the statistics of the real images, an npz a space."""

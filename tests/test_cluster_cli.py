@@ -271,6 +271,14 @@ def test_threads_are_an_equal_share_of_the_cores_that_the_cgroup_admits(
         quota.write_text(text)
         assert machine.available_cpus(quota) == cores
     assert machine.available_cpus(tmp_path / "absent") == 16
+
+
+def test_memory_is_what_the_cgroup_admits(tmp_path: Path):
+    whole, limit = machine.total_memory(tmp_path / "absent"), tmp_path / "memory.max"
+    assert whole > 1 << 28
+    for text, expected in (("max", whole), (whole // 2, whole // 2), (2 * whole, whole)):
+        limit.write_text(f"{text}\n")
+        assert machine.total_memory(limit) == expected
     assert machine.threads_for(3, 8) == 3 and machine.threads_for(None, 100) == 1
 
 

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from _prometheus import wait_for
 
 from cluster import demo
-from cluster.base.run_dir import STOP_NAME
 from cluster.demo import Command, DemoConfig
 from cluster.demo_data import base_name, drawn_pairs, given_pairs, read_pairs
 from cluster.timings import Timings
@@ -198,58 +195,13 @@ def test_pictures_beyond_the_limit_are_not_looked_at(tmp_path: Path):
     given_pairs(tmp_path / "b", written(tmp_path / "b.parquet", given), 36)
 
 
-def lane(*names: str, **needs: str) -> list[demo.Command]:
-    return [
-        demo.Command(name=name, script="", arguments=(), num_images=0,
-                     needs=(needs[name],) if name in needs else ())
-        for name in names
-    ]  # fmt: skip
-
-
-def test_a_command_waits_for_those_of_another_lane_that_it_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Both lanes run at once, and "base" after "embed train" whatever the order of the lanes."""
-    ran: list[str] = []
-    together = threading.Barrier(2, timeout=60)
-
-    def run_command(command: demo.Command, *_: object) -> int:
-        if command.name in ("up", "clip"):
-            together.wait()
-        ran.append(command.name)
-        return 0
-
-    monkeypatch.setattr(demo, "_run_command", run_command)
-    lanes = [lane("up", "base", base="embed train"), lane("clip", "embed train", "prior")]
-    assert demo._run_lanes(lanes, tmp_path, Timings(tmp_path / "t.json"), None) == 0
-    assert sorted(ran) == ["base", "clip", "embed train", "prior", "up"]
-    assert ran.index("base") > ran.index("embed train")
-
-
-@pytest.mark.parametrize("fault", [None, ValueError("no such file")])
-def test_a_lane_that_ends_early_stops_the_training_of_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception | None
-):
-    """CLIP is left incomplete, or raises, while "up" trains: that is asked to stop, and nothing
-    waits for embeddings that do not come."""
-    (tmp_path / "up").mkdir()
-    training = threading.Event()
-
-    def run_command(command: demo.Command, *_: object) -> int:
-        if command.name == "up":
-            training.set()
-            wait_for((tmp_path / "up" / STOP_NAME).exists, "the request to stop", 60)
-            return 1
-        assert command.name == "clip" and training.wait(60)
-        if fault is not None:
-            raise fault
-        return 1
-
-    monkeypatch.setattr(demo, "_run_command", run_command)
-    lanes = [lane("up", "base", base="embed train"), lane("clip", "embed train", "prior")]
-    arguments = lanes, tmp_path, Timings(tmp_path / "t.json"), None
-    if fault is None:
-        assert demo._run_lanes(*arguments) == 1
-        return
-    with pytest.raises(ValueError, match="no such file"):
-        demo._run_lanes(*arguments)
+def test_two_lanes_want_two_cores_and_memory_for_two_trainings(monkeypatch: pytest.MonkeyPatch):
+    commands = demo._commands(DemoConfig(), Path("runs/demo"), {"train": 1, "test": 1})
+    commands = [each for each in commands if not each.script.startswith("eval/")]
+    monkeypatch.setattr("cluster.base.ray_session.has_gpus", lambda: False)
+    for cores, gib, expected in ((2, 24, 2), (1, 24, 1), (2, 3, 1)):
+        monkeypatch.setattr("cluster.base.machine.available_cpus", lambda n=cores: n)
+        monkeypatch.setattr("cluster.base.machine.total_memory", lambda n=gib: n << 30)
+        lanes = demo._lanes(commands)
+        assert len(lanes) == expected
+        assert sorted(c.name for each in lanes for c in each) == sorted(c.name for c in commands)

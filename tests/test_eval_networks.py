@@ -212,7 +212,7 @@ def test_the_installed_judge_sees_photographs():
     pixels = pixels_of([image.resize((224, 224), BICUBIC) for image in photographs()])
     network, classes = EfficientNetLite0(), ImageNetInfo()
     with torch.inference_mode():
-        best = network.logits(network(pixels)).topk(5).indices.tolist()
+        best = network.network.classifier(network(pixels)).topk(5).indices.tolist()
     names = [{classes.index_to_description(i) for i in five} for five in best]
     assert "palace" in names[0] and "daisy" in names[1] and "military uniform" in names[2]
 

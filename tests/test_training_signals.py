@@ -19,6 +19,11 @@ from training.data.dataloader import Batch
 from training.runs import signals
 from training.runs.signals import StopRequest, forget_stop, stopping_on_sigterm
 
+TERMINATED = [
+    "SIGTERM: a checkpoint at the next step",
+    "stopped on request, at a checkpoint; rerun the same command",
+]
+
 
 @pytest.fixture
 def always_looks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +78,16 @@ def test_the_first_sigterm_is_a_wish_and_the_second_is_not(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", ["0", "1"])
-def test_sigterm_ends_a_training_script_with_a_checkpoint(
-    num_workers: str, tmp_path: Path, write_data: Callable
+@pytest.mark.parametrize(
+    ("num_workers", "number", "messages"),
+    [
+        ("0", signal.SIGTERM, TERMINATED),
+        ("1", signal.SIGTERM, TERMINATED),
+        ("1", signal.SIGINT, ["a checkpoint at the next step; Ctrl-C again ends at once"]),
+    ],
+)
+def test_a_signal_ends_a_training_script_with_a_checkpoint(
+    num_workers: str, number: int, messages: list[str], tmp_path: Path, write_data: Callable
 ):
     """The whole way, in one process and under Ray, which has a handler of its own: the script says
     so in a line, exits with 1, and leaves a checkpoint of its last step."""
@@ -90,11 +102,12 @@ def test_sigterm_ends_a_training_script_with_a_checkpoint(
         while len(read_lines(metrics)) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "SIGTERM: a checkpoint at the next step" in output
-    assert "stopped on request, at a checkpoint; rerun the same command" in output
+    assert process.returncode == 1, output
+    for message in messages:
+        assert message in output
     found = newest_valid(tmp_path / "run")
     assert found is not None and found[1].step == read_lines(metrics)[-1]["step"]
-    assert not (tmp_path / "run" / "stop").exists()
+    # A run that is interrupted has no moment to forget the request: the next attempt does
+    assert (tmp_path / "run" / "stop").exists() == (number == signal.SIGINT)

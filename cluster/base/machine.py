@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds a period, or "max"
+CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")  # bytes, or "max"
 
 
 def available_cpus(quota_file: Path = CGROUP_QUOTA) -> int:
@@ -16,6 +17,18 @@ def available_cpus(quota_file: Path = CGROUP_QUOTA) -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # no cgroup of version 2, or no limit
         return cores
+
+
+def total_memory(limit_file: Path = CGROUP_MEMORY) -> int:
+    """Return the bytes of memory that this process and its kin may use: of the machine, and of its
+    cgroup's limit."""
+    import psutil
+
+    machine = psutil.virtual_memory().total
+    try:
+        return min(machine, int(limit_file.read_text()))
+    except (OSError, ValueError):  # no cgroup of version 2, or no limit
+        return machine
 
 
 def threads_for(chosen: int | None, num_processes: int | None = None) -> int:

@@ -43,24 +43,15 @@ class EfficientNetLite0(nn.Module):
             _fold_batch_norms(module)
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
-    def feature_map(self, pixels: Tensor) -> Tensor:
-        """Return the last layer's features float [B, 1280, 7, 7]; at other sizes [H/32, W/32]."""
-        x = (pixels.float() - MEAN) / SCALE
-        return self.network.forward_features(x.contiguous(memory_format=torch.channels_last))
-
-    def pooled(self, feature_map: Tensor) -> Tensor:
-        """Return the mean over places, float [B, 1280]."""
-        return self.network.forward_head(feature_map, pre_logits=True)
-
-    def logits(self, pooled: Tensor) -> Tensor:
-        """Return the logits of ImageNet's 1,000 classes, float [B, 1000]."""
-        return self.network.classifier(pooled)
-
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the pooled features; shapes are given at the class."""
         parts = [pixels] if pixels.is_cuda else pixels.split(CPU_BATCH)
-        return torch.cat([self.pooled(self.feature_map(part)) for part in parts]).float()
+        return torch.cat([self._pooled(part) for part in parts]).float()
+
+    def _pooled(self, pixels: Tensor) -> Tensor:
+        x = ((pixels.float() - MEAN) / SCALE).contiguous(memory_format=torch.channels_last)
+        return self.network.forward_head(self.network.forward_features(x), pre_logits=True)
 
 
 def _fold_batch_norms(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from cluster.base.files import Json, write_json
 from cluster.base.run_dir import RAY_FOLDER
 from training.config import RunConfig, TrainConfig
 from training.runs.events import record_event, report_incident
-from training.runs.signals import stopping_on_sigterm
+from training.runs.signals import request_stop, stopping_on_sigterm
 from training.runs.validator import validation_config
 from training.runs.watchdog import last_step
 
@@ -108,8 +108,8 @@ class RayWorkers:
             ),
             validation_config=validator,
         )  # fmt: skip
-        self._thread = threading.Thread(target=self._fit, args=(trainer,), daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()  # Thread.join, once interrupted, takes the thread for ended
+        threading.Thread(target=self._fit, args=(trainer,), daemon=True).start()
 
     def _fit(self, trainer: "TorchTrainer") -> None:
         """Keep the workers alive; outside the main thread, where Ray Train would take Ctrl-C."""
@@ -117,6 +117,8 @@ class RayWorkers:
             trainer.fit()
         except Exception as error:  # raised by `train`, in the main thread
             self._error = error
+        finally:
+            self._ended.set()
 
     def _order(self, number: int) -> Path:
         return self._orders / f"{number:04d}.json"
@@ -124,7 +126,8 @@ class RayWorkers:
     def train(self, config: RunConfig, run: Path, build: str, *, last: bool) -> None:
         """Train a run, whose folder holds its configuration, until that ends; last: none follows.
 
-        Raises OSError where the workers were lost more often than `max_failures`.
+        Ctrl-C requests a checkpoint at the next step. Raises OSError where the workers were lost
+        more often than `max_failures`.
         """
         assert config.train.workers.num_workers == self.workers.num_workers
         order, kind = self._order(self._count), type(config)
@@ -133,9 +136,14 @@ class RayWorkers:
             self.end()
         kind_name = f"{kind.__module__}:{kind.__qualname__}"
         write_json(order, {"run": str(run), "build": build, "config": kind_name})
-        with stopping_on_sigterm(run):  # Ray has set its own handlers by now
-            while self._thread.is_alive() and (last or not order.with_suffix(".done").is_file()):
-                self._thread.join(LOOK_SECONDS)
+        try:
+            with stopping_on_sigterm(run):  # Ray has set its own handlers by now
+                while not self._ended.wait(LOOK_SECONDS) and (last or not is_done(order)):
+                    pass
+        except KeyboardInterrupt:
+            request_stop(run)
+            print(f"{run}: a checkpoint at the next step; Ctrl-C again ends at once", flush=True)
+            raise
         if self._error is None:
             return
         import ray.train
@@ -150,6 +158,12 @@ class RayWorkers:
     def end(self) -> None:
         """Let the workers end once they have trained what is ordered; does not wait for them."""
         write_json(self._order(self._count), {})
+
+    def close(self) -> None:
+        """Let the workers end, and wait for that: a process whose Ray ends while another thread
+        uses it dies of a segmentation fault."""
+        self.end()
+        self._ended.wait()
 
 
 _shared: dict[Path, RayWorkers] = {}  # by the folder of a run
@@ -173,14 +187,13 @@ def shared_workers(
     if not alike or not settings[0].workers.num_workers:
         yield
         return
-    placement = RayWorkers(folder, settings, builds)
-    _shared.update(dict.fromkeys(runs, placement))
-    try:
-        yield
-    finally:
-        placement.end()
-        for run in runs:
-            del _shared[run]
+    with closing(RayWorkers(folder, settings, builds)) as placement:
+        _shared.update(dict.fromkeys(runs, placement))
+        try:
+            yield
+        finally:
+            for run in runs:
+                del _shared[run]
 
 
 def train_in_workers(config: RunConfig, run: Path, build: str) -> None:
@@ -188,8 +201,13 @@ def train_in_workers(config: RunConfig, run: Path, build: str) -> None:
     if run in _shared:
         _shared[run].train(config, run, build, last=False)
         return
-    placement = RayWorkers(run / RAY_FOLDER, [config.train], [build], only=run)
-    placement.train(config, run, build, last=True)
+    with closing(RayWorkers(run / RAY_FOLDER, [config.train], [build], only=run)) as placement:
+        placement.train(config, run, build, last=True)
+
+
+def is_done(order: Path) -> bool:
+    """Return whether the training that a file orders has ended, however it did."""
+    return order.with_suffix(".done").is_file()
 
 
 def train_ordered(arguments: Json) -> None:
@@ -201,11 +219,11 @@ def train_ordered(arguments: Json) -> None:
         path = Path(arguments["orders"]) / f"{number:04d}.json"
         while not path.is_file():
             time.sleep(LOOK_SECONDS)
-        order, done = json.loads(path.read_text()), path.with_suffix(".done")
+        order = json.loads(path.read_text())
         if not order:
             return
-        if not done.is_file() and train_as_worker(**order) == 0:
-            done.touch()
+        if not is_done(path) and train_as_worker(**order) == 0:
+            path.with_suffix(".done").touch()
         gc.collect()  # engines and what they own refer to each other
 
 
@@ -262,7 +280,7 @@ def loss_callback(orders: Path) -> Any:
 def ordered_run(orders: Path) -> Path | None:
     """Return the run that workers train; None where none is ordered, or all have ended."""
     for path in sorted(orders.glob("*.json")):
-        if not path.with_suffix(".done").is_file():
+        if not is_done(path):
             order = json.loads(path.read_text())
             return Path(order["run"]) if order else None
     return None
