@@ -20,7 +20,6 @@ from ingest.lists.filters import (
     normalise_caption,
     normalised,
 )
-from ingest.lists.opt_outs import OptOuts
 
 LAION_5B = ("URL", "TEXT", "WIDTH", "HEIGHT", "similarity", "LANGUAGE", "punsafe", "pwatermark")
 LAION_400M = ("URL", "TEXT", "similarity", "LICENSE", "NSFW")
@@ -166,33 +165,6 @@ def test_null_captions_become_empty_and_rows_keep_their_order():
     assert normalised(rows).to_pylist() == [
         {"url": "a", "caption": "", "n": 1}, {"url": "b", "caption": "x", "n": 2},
     ]  # fmt: skip
-
-
-# -- opt-outs --------------------------------------------------------------------------------------
-
-LINES = ["# a comment", "", "Example.com ", "*.b\u00fccher.example", "https://c.org/one.jpg"]
-
-
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("https://example.com/a.jpg", True),
-        ("http://EXAMPLE.com.:8080/a.jpg", True),
-        ("http://img.cdn.example.com/a", True),
-        ("http://user@example.com/a", True),
-        ("http://notexample.com/a", False),
-        ("http://example.com.evil.org/a", False),
-        ("http://evil.org/example.com", False),
-        ("http://xn--bcher-kva.example/a", True),
-        ("http://b\u00fccher.example/a", True),
-        ("https://c.org/one.jpg", True),
-        ("https://c.org/two.jpg", False),
-        ("http://[::1", False),
-        ("", False),
-    ],
-)
-def test_a_domain_covers_what_is_below_it_and_a_url_itself(url: str, expected: bool):
-    assert OptOuts.of(LINES).forbid(url) is expected
 
 
 # -- repeated rows ---------------------------------------------------------------------------------

@@ -161,6 +161,17 @@ def test_no_later_download_stores_what_was_forgotten(download, site, tmp_path, c
     assert "forgotten: 0 samples, 0 rows" in capsys.readouterr().out
 
 
+def test_a_request_covers_a_host_and_says_what_no_row_has(download, tmp_path, capsys):
+    """A spreadsheet of Windows, in the place of a list of URLs."""
+    ask = tmp_path / "forget.csv"
+    ask.write_bytes("url;reason\r\nhttp://127.0.0.1/;by mail\r\nb.org;x\r\n".encode("utf-16"))
+    assert main(replace(download, urls="", forget=str(ask))) == 0
+    out = capsys.readouterr().out
+    assert "forgotten: 11 samples, 12 rows" in out
+    assert "no row here: 1 of the requested hosts" in out
+    assert load_snapshot(download.out).num_samples == 0
+
+
 def test_a_request_that_comes_while_fetching_is_honoured(download, site, tmp_path):
     ask = request(tmp_path, site.url("/10.png"), site.url("/0.png"))
     there = replace(download, out=str(tmp_path / "second"))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import UseAppendAction
 
 from cluster.base.files import Json
-from ingest.lists.opt_outs import OptOuts
+from ingest.lists.exclusions import Exclusions, decode_list
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,7 +71,7 @@ class FilterConfig:
     require_hash: bool = False
     """leave out rows without a sha256 or md5 to verify the fetched bytes by"""
     opt_out: str = ""
-    """text file of domains and URLs to leave out, one a line; a domain covers those below it"""
+    """list of hosts and URLs to leave out: a text or CSV file, a hosts file, or a filter list"""
     min_pixels: int = 0
     """least area of the image as fetched, px"""
     max_aspect_ratio: float | None = None
@@ -135,6 +135,8 @@ class RowFilter:
         if config.opt_out and "://" not in config.opt_out:  # a worker has another working directory
             config = replace(config, opt_out=os.path.abspath(config.opt_out))
         digest = hashlib.sha256(_read_file(config.opt_out)).hexdigest() if config.opt_out else ""
+        if digest:
+            print(f"opt-out list: {_read_opt_outs(config.opt_out, digest)}", flush=True)
         return cls(config=config, columns=columns, hashes=hashes, opt_out_digest=digest)
 
     @property
@@ -157,7 +159,7 @@ class RowFilter:
         # The row's URL and digests
         if config.opt_out:
             opt_outs = _read_opt_outs(config.opt_out, self.opt_out_digest)
-            if opt_outs.forbid(row["url"] or ""):
+            if opt_outs.cover(row["url"] or ""):
                 return "opt_out_list"
         if "urls" in config.unique and row[REPEATED]:
             return "duplicate_url"
@@ -201,12 +203,16 @@ def _tokenizer():
 
 
 @lru_cache(maxsize=1)
-def _read_opt_outs(path: str, digest: str) -> OptOuts:
-    """Read the list once a process; OSError if it is not the one that the download began with."""
+def _read_opt_outs(path: str, digest: str) -> Exclusions:
+    """Read the list once a process; OSError if it is not the one that the download began with,
+    ValueError for a line that says nothing."""
     data = _read_file(path)
     if hashlib.sha256(data).hexdigest() != digest:
         raise OSError(f"{path}: the opt-out list changed during the download; rerun")
-    return OptOuts.of(data.decode("utf-8", "replace").splitlines())
+    try:
+        return Exclusions.of(decode_list(data))
+    except ValueError as error:
+        raise ValueError(f"--filters.opt-out {path}: {error}") from None
 
 
 def _read_file(path: str) -> bytes:

@@ -1,14 +1,12 @@
-"""Opt-outs: answer headers, robots directives, lists of domains and URLs.
+"""Opt-outs that an answer states: X-Robots-Tag and tdm-reservation.
 
 Pure functions and values; `ingest.fetching.robots` requests a host's robots.txt.
 """
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from urllib.parse import urlsplit
 
 OUR_AGENT = "minidalle2"  # as the user agent begins
 VALUED_DIRECTIVES = frozenset(
@@ -60,39 +58,3 @@ def _has_passed(text: str, now: datetime) -> bool:
                 continue
             return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) <= now
     return True
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptOuts:
-    """Domains and URLs to leave out."""
-
-    domains: frozenset[str]
-    urls: frozenset[str]
-
-    @classmethod
-    def of(cls, lines: Iterable[str]) -> "OptOuts":
-        """Parse lines such as example.com, *.example.com or https://example.com/a.jpg; blank lines
-        and lines that start with # are skipped."""
-        entries = {line.strip() for line in lines}
-        entries = {entry for entry in entries if entry and not entry.startswith("#")}
-        urls = {entry for entry in entries if "/" in entry}
-        domains = (_ascii_host(entry.removeprefix("*.")) for entry in entries - urls)
-        return cls(domains=frozenset(domains), urls=frozenset(urls))
-
-    def forbid(self, url: str) -> bool:
-        """Return whether `url`, its host or a domain above its host is to be left out."""
-        try:
-            host = _ascii_host(urlsplit(url.strip()).hostname or "")
-        except ValueError:  # no URL: the fetcher says so
-            return False
-        labels = host.split(".")
-        above = (".".join(labels[i:]) for i in range(len(labels)))
-        return url.strip() in self.urls or any(domain in self.domains for domain in above)
-
-
-def _ascii_host(host: str) -> str:
-    host = host.lower().rstrip(".")
-    try:
-        return host.encode("idna").decode("ascii")
-    except UnicodeError:  # too long or empty labels; no host of the web
-        return host

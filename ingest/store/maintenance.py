@@ -107,13 +107,15 @@ def orphan_files(root: Root) -> list[str]:
 class Removed:
     """What a request removed: samples, rows of tables, and the number of rewritten shards.
 
-    unreached: folders of embeddings that were made from these images and are absent now; sources:
-    tars of the user's own that still hold removed samples.
+    num_unmatched: hosts, URLs and images of the request that no row has; unreached: folders of
+    embeddings that were made from these images and are absent now; sources: tars of the user's own
+    that still hold removed samples.
     """
 
     num_samples: int
     num_rows: int
     num_shards: int
+    num_unmatched: int = 0
     unreached: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
 
@@ -135,11 +137,14 @@ def forget(root: Root, request: Forgotten) -> Removed:
         if request:
             record_request(root, request)
         forgotten, names = read_forgotten(root), committed_names(root)
+        unmatched = request.urls | request.images
         with progress("forget", len(names), unit="shards") as advance:
             for name in names:
                 table = _columns(root, name, "url", "sha256")
-                pairs = enumerate(zip(table["url"], table["sha256"], strict=True))
-                reasons = {row: FORGOTTEN for row, pair in pairs if forgotten.covers(*pair)}
+                rows = map(forgotten.matches, table["url"], table["sha256"])
+                found = {row: matches for row, matches in enumerate(rows) if matches}
+                unmatched = unmatched.difference(*found.values())
+                reasons = dict.fromkeys(found, FORGOTTEN)
                 if reasons:
                     old = published(root, name)
                     num_samples += old.num_samples - remove_rows(root, old, reasons).num_samples
@@ -163,6 +168,7 @@ def forget(root: Root, request: Forgotten) -> Removed:
         num_samples=num_samples,
         num_rows=num_rows,
         num_shards=num_shards,
+        num_unmatched=len(unmatched),
         unreached=tuple(unreached),
         sources=tuple(sources),
     )

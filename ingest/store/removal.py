@@ -10,7 +10,6 @@ a reason. Requests keep digests of URLs only, so the requested list itself need 
 import hashlib
 import json
 import os
-import re
 import shutil
 import tarfile
 import tempfile
@@ -29,6 +28,7 @@ import numpy as np
 from cluster.base.files import canonical_json, digest_of
 from cluster.base.outcomes import RETRIED
 from ingest.captions import FURTHER_ARRAYS, FurtherCaptions, further_columns
+from ingest.lists.exclusions import Exclusions, decode_list, keys_of
 from ingest.shards import (
     CAPTIONS_END,
     EMBED_ARRAYS,
@@ -42,7 +42,6 @@ from ingest.store.snapshots import FORGOTTEN_FOLDER
 from ingest.store.storage import Root, is_remote, local_path, storage_of
 
 FORGOTTEN = "forgotten"  # the reason of a row whose URL or image was requested to be forgotten
-SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 # -- requests ------------------------------------------------------------------------------------
@@ -50,29 +49,20 @@ SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 @dataclass(frozen=True, kw_only=True)
 class Forgotten:
-    """urls: `url_digest` of each URL; images: sha256 of each image's bytes as fetched, hex."""
+    """urls: digests of hosts and URLs, see `url_digests`; images: sha256 of each image's bytes as
+    fetched; all in hex."""
 
     urls: frozenset[str] = frozenset()
     images: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, lines: Iterable[str]) -> "Forgotten":
-        """Parse a request: a URL or the sha256 of an image a line; blank lines and # are skipped.
+        """Parse a request: hosts and URLs as `Exclusions.of` takes them, and sha256 of images.
 
-        Raises ValueError for a line that is neither.
+        Raises ValueError for a line that is none of them.
         """
-        urls, images = set(), set()
-        for number, line in enumerate(lines, 1):
-            entry = line.strip()
-            if not entry or entry.startswith("#"):
-                continue
-            if SHA256.fullmatch(entry):
-                images.add(entry.lower())
-            elif "://" in entry:
-                urls.add(url_digest(entry))
-            else:
-                raise ValueError(f"line {number}: found {entry[:80]!r}, expected a URL or a sha256")
-        return cls(urls=frozenset(urls), images=frozenset(images))
+        request = Exclusions.of(lines, images=True)
+        return cls(urls=frozenset(map(_digest, request.keys)), images=request.images)
 
     def __bool__(self) -> bool:
         return bool(self.urls or self.images)
@@ -80,24 +70,32 @@ class Forgotten:
     def __or__(self, other: "Forgotten") -> "Forgotten":
         return Forgotten(urls=self.urls | other.urls, images=self.images | other.images)
 
+    def matches(self, url: str | None, sha256: str | None = None) -> frozenset[str]:
+        """Return which of its digests cover a row with this URL, or an image of this digest."""
+        urls = self.urls.intersection(url_digests(url)) if self.urls and url is not None else ()
+        return self.images.intersection([(sha256 or "").lower()]).union(urls)
+
     def covers(self, url: str | None, sha256: str | None = None) -> bool:
         """Return whether a row with this URL, or an image of this digest, is to be forgotten."""
-        of_url = bool(self.urls) and url is not None and url_digest(url) in self.urls
-        return of_url or (sha256 is not None and sha256.lower() in self.images)
+        return bool(self.matches(url, sha256))
 
 
-def url_digest(url: str) -> str:
-    """Return the sha256 of a URL, hex; case of scheme and host, and a fragment, do not matter."""
-    text = url.strip()
+def url_digests(url: str) -> Iterator[str]:
+    """Yield the digests by which a request may cover a URL: sha256, hex."""
+    yield from map(_digest, keys_of(url))
+
+    # Requests of earlier versions: case of scheme and host, and a fragment, do not matter
     try:
-        parts = urlsplit(text)
-    except ValueError:  # no URL: compared as it is
-        normal = text
-    else:
-        user, at, host = parts.netloc.rpartition("@")
-        netloc = user + at + host.lower()
-        normal = urlunsplit((parts.scheme.lower(), netloc, parts.path, parts.query, ""))
-    return hashlib.sha256(normal.encode("utf-8", "surrogatepass")).hexdigest()
+        parts = urlsplit(url.strip())
+    except ValueError:
+        return
+    user, at, host = parts.netloc.rpartition("@")
+    netloc = user + at + host.lower()
+    yield _digest(urlunsplit((parts.scheme.lower(), netloc, parts.path, parts.query, "")))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def read_request(path: str) -> Forgotten:
@@ -106,12 +104,11 @@ def read_request(path: str) -> Forgotten:
 
     try:
         with fsspec.open(path, "rb") as file:
-            text = cast(IO[bytes], file).read().decode("utf-8", "surrogateescape")
-        request = Forgotten.of(text.splitlines())
+            request = Forgotten.of(decode_list(cast(IO[bytes], file).read()))
     except (FileNotFoundError, ImportError, ValueError) as error:
         raise ValueError(f"--forget {path}: {error}") from None
     if not request:
-        raise ValueError(f"--forget {path}: found nothing, expected a URL or a sha256 a line")
+        raise ValueError(f"--forget {path}: found nothing, expected hosts, URLs or sha256 digests")
     return request
 
 

@@ -100,6 +100,8 @@ def report_removed(removed: Removed) -> None:
         f"{removed.num_shards} rewritten shards; no later run stores them",
         flush=True,
     )
+    if removed.num_unmatched:
+        print(f"no row here: {removed.num_unmatched} of the requested hosts, URLs and images")
     for embeds in removed.unreached:
         print(f"warning: embeddings in {embeds} are not there now: delete that copy", flush=True)
     if removed.sources:
