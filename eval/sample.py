@@ -36,8 +36,8 @@ class SampleConfig(SamplingSettings, DrawingOptions):
     prompts: Annotated[tuple[str, ...], UseAppendAction] = ()
     """caption to draw; repeatable"""
     captions: str = ""
-    """instead of --prompts: a text file, a caption a line; GenEval's JSON lines; or a folder of
-    committed image shards"""
+    """instead of --prompts: a text file, a caption a line; CSV, TSV or JSON with prompts, such as
+    DrawBench's, PartiPrompts', GenEval's and COCO's; or a folder of committed image shards"""
     limit: int = 0
     """draw only the first captions; 0 = all"""
     out: str = "samples"

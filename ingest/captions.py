@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FURTHER_ARRAYS = ("offsets", "text_embed", "tokens")
 OFFSETS = ".offsets.npy"
+FURTHER_CAPTIONS = "captions_more"  # column: the captions of a sample after its first one
 
 
 @dataclass(frozen=True)

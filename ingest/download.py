@@ -39,14 +39,17 @@ class DownloadConfig:
     """Defaults suit web photographs for training at up to 256 px."""
 
     urls: str = ""
-    """List of URLs and captions: Parquet, CSV, TSV, JSON lines, or a text file of URLs; a file, a
-    folder or a glob pattern, local or any fsspec URL."""
+    """List of URLs and captions: Parquet, CSV, TSV, JSON, or a text file of URLs; a file, a folder
+    or a glob pattern, local or any fsspec URL."""
     out: str = "data/images"
     """Folder for the shards."""
     url_column: str | None = None
-    """Column of the URLs; None finds url, URL, image_url or img_url."""
+    """Column of the URLs; None finds url, image_url or img_url, in any case."""
     caption_column: str | None = None
-    """Column of the captions; None finds caption, text, TEXT, CAPTION or alt_text."""
+    """Column of the captions; None finds caption, text or alt_text, in any case; the
+    further ones of a list of captions are stored as captions_more."""
+    columns: tuple[str, ...] = ()
+    """Columns of a CSV or TSV list without a header line, in order, such as caption url."""
     keep_columns: Annotated[tuple[str, ...], UseAppendAction] = ()
     """Further column to store with every row; repeatable."""
     image_size: int = 256
@@ -152,7 +155,6 @@ def prepare(config: DownloadConfig) -> "tuple[UrlList, ShardJob]":
     from ingest.fetching.fetch import FetchPolicy, parse_allow_address
     from ingest.fetching.net import resolve_proxy
     from ingest.fetching.shard_task import JPEG_QUALITY, ShardJob
-    from ingest.lists.filters import RowFilter
     from ingest.lists.url_list import open_url_list
     from ingest.shards import read_manifest, recover, remove_data_folder, write_manifest
     from ingest.store.storage import absolute_root
@@ -162,9 +164,9 @@ def prepare(config: DownloadConfig) -> "tuple[UrlList, ShardJob]":
         url_column=config.url_column,
         caption_column=config.caption_column,
         keep_columns=config.keep_columns,
+        columns=config.columns,
+        filters=config.filters,
     )
-    row_filter = RowFilter.open(config.filters, url_list.schema)
-    columns = tuple(dict.fromkeys([*url_list.kept, *row_filter.needed_columns]))
     allowed = tuple(parse_allow_address(text) for text in config.allow_address)
 
     # The manifest: what the shards depend on
@@ -180,7 +182,7 @@ def prepare(config: DownloadConfig) -> "tuple[UrlList, ShardJob]":
         "url_column": url_list.url_column,
         "caption_column": url_list.caption_column,
         "keep_columns": config.keep_columns,
-        "filters": {**asdict(config.filters), "opt_out": row_filter.opt_out_digest},
+        "filters": {**asdict(config.filters), "opt_out": url_list.row_filter.opt_out_digest},
         "samples_per_shard": config.samples_per_shard,
         "image_size": config.image_size,
         "resize_mode": config.resize_mode,
@@ -223,10 +225,10 @@ def prepare(config: DownloadConfig) -> "tuple[UrlList, ShardJob]":
             contact=config.contact,
             proxy=resolve_proxy(config.proxy),
         ),
-        row_filter=row_filter,
-        kept=config.keep_columns,
+        row_filter=url_list.row_filter,
+        kept=url_list.kept,
     )
-    return replace(url_list, kept=columns), job
+    return url_list, job
 
 
 def _make_missing(

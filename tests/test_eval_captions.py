@@ -32,14 +32,42 @@ def test_genevals_lines_give_their_prompts(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("p.txt", "a cat\u2028on\na dog\x85 out\r\na \x0bv\x0c tab\n",
+         ["a cat\u2028on", "a dog\x85 out", "a \x0bv\x0c tab"]),
+        ("drawbench.csv", 'Prompts,Category\n"A cat, a dog.",Counting\nA car.,Colors\n',
+         ["A cat, a dog.", "A car."]),
+        ("parti.tsv", "Prompt\tCategory\tNote\nbond\tAbstract\tx\n\"I\" am\tText\t-\n",
+         ["bond", '"I" am']),
+        ("own.csv", "id;CAPTION \n1;a, b\n", ["a, b"]),
+        ("array.json", '[{"prompt": "a cat"}, "a dog",\n {"Prompt": "a cow"}]',
+         ["a cat", "a dog", "a cow"]),
+        ("one.json", '{"prompt": "a cat"}', ["a cat"]),
+        ("captions_val.json", '{"images": [], "annotations": [{"id": 2, "caption": "a cat "}]}',
+         ["a cat"]),
+    ],
+)  # fmt: skip
+def test_prompts_are_read_as_the_field_publishes_them(
+    name: str, content: str, expected: list[str], tmp_path: Path
+):
+    (tmp_path / name).write_bytes(content.encode())
+    assert read_captions(str(tmp_path / name)) == expected
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.csv", b"Category,Note\na,b\n", "found columns Category, Note, expected one of prompt"),
+        ("a.csv", b"prompt,x\na,b\nc\n", "row 2: found other cells than the header's 2"),
+        ("a.csv", b"prompt,x\n,b\n", "row 1: prompt: found ''"),
+        ("a.json", b'{"annotations": [{"id": 1}]}', "item 1: prompt: found None"),
         ("a.txt", b"", "found no captions"),
         ("a.txt", b"\xff\xfe\x00", "no UTF-8 text"),
         ("a.txt", b"a" * 20_000, "line 1: found 20000 characters"),
         ("a.txt", b"fine\na\0b", "line 2: .*null bytes"),
         ("a.jsonl", b'{"prompt": "fine"}\n{"text": "a"}', "line 2: prompt: found None"),
-        ("a.jsonl", b"[1]", "line 1: prompt: found None"),
+        ("a.jsonl", b"[1]", "item 1: prompt: found None"),
         ("a.jsonl", b"{", "line 1: found .*, expected JSON with a prompt"),
     ],
 )

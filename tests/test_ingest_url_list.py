@@ -128,11 +128,16 @@ def test_a_list_is_never_held_whole(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("l.csv", b"url,text\na,b\nc\n", "Expected 2 columns, got 1"),
-        ("l.csv", b"", "not valid csv: "),
-        ("l.jsonl", b'{"url": "a", "text": "b"}\n{"url"\n', "line 2: "),
-        ("l.jsonl", b'["a"]\n', "line 1: expected a JSON object"),
-        ("l.jsonl", b'{"url": "a", "text": "b"}\n{"url": [1], "text": "b"}\n', "l.jsonl: "),
+        ("l.csv", b"", "found no rows, expected a list"),
+        ("l.csv", b"url,text\nc\n", "found 1 rows that are all malformed"),
+        ("l.csv", b"url,text,cat\xe9gorie\na,b,c\n", "first line is not UTF-8 .* at byte 12"),
+        ("l.csv", gzip.compress(b"url,text\na,b\n"), "found gzip, expected text"),
+        ("l.txt", "http://a".encode("utf-16"), "found UTF-16, expected text"),
+        ("l.csv", b"http://a/1,x,y\n", "no header line and 3 columns, expected .*--columns"),
+        ("l.csv.gz", gzip.compress(b"url,text\na,b\n" * 999)[:-20], "not valid csv: "),
+        ("l.jsonl", b"url,text\na,b\n", "found 'url,text', expected JSON objects"),
+        ("l.json", b'[{"url": "a", "text": "b"}, {"url"', "found .* in the array, expected"),
+        ("l.json", b'[{"url": "a", "text": "b"}] []', "found .* in the array, expected"),
         ("l.parquet", b"PAR0", "not valid parquet"),
         ("l.dat", b"x", "expected files of one kind out of .parquet, .csv"),
     ],
@@ -211,5 +216,5 @@ def test_columns_that_cannot_be_stored_are_refused(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "l.parquet")
     with pytest.raises(ValueError, match="shards use this name"):
         open_url_list(tmp_path / "l.parquet", keep_columns=["status"])
-    with pytest.raises(ValueError, match="expected text, a list of texts, number or bool"):
+    with pytest.raises(ValueError, match="boxes is list<.*expected text, a list of texts, number"):
         open_url_list(tmp_path / "l.parquet", keep_columns=["boxes"])

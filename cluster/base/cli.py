@@ -110,7 +110,7 @@ def parse(
         name = (error.argument_name or "").partition("/")[0]
         raise ValueError(f"{name}: found nothing after it, expected a value") from None
     files = [
-        Path(value) if flag == "--config" else _preset_path(value, presets)
+        Path(value).expanduser() if flag == "--config" else _preset_path(value, presets)
         for flag, value in asked.files or ()
     ]
     config = config_class()
@@ -148,6 +148,13 @@ def _by_flag(arguments: list[str], flags: dict[str, OptionField]) -> list[Given]
             known = [*flags, *sorted({"--config", "--preset", DRY_RUN} - {*flags})]
             raise ValueError(f"unknown flag {flag}{nearest(flag, known)}")
         given.append((flag, [value] if equals else []))
+    # Text that UTF-8 can hold; ~ where no shell has replaced it, as after "="
+    for i, (flag, values) in enumerate(given):
+        for value in values:
+            if value != value.encode("utf-8", "replace").decode():
+                raise ValueError(f"{flag}: found {value!a}, bytes that are not UTF-8")
+        home = [os.path.expanduser(v) if v.startswith("~/") else v for v in values]
+        given[i] = flag, home
     # A choice of yes, no and None reads as a switch, too
     for i, (flag, values) in enumerate(given):
         switch = _positive(flag, flags)

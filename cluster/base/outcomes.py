@@ -8,9 +8,9 @@ OUTCOMES = ("stored", "filtered", "failed")
 FAILED = (
     "invalid_url", "unresolved", "address_refused", "port_refused", "tls_failed", "too_large",
     "too_many_redirects", "not_found", "forbidden", "client_error", "not_an_image", "undecodable",
-    "no_image", "no_image_bytes", "bad_caption", "duplicate_member", "hash_mismatch", "unreachable",
-    "timeout", "truncated", "rate_limited", "server_error", "robots_unavailable", "resolver_failed",
-    "no_network", "shard_deadline",
+    "no_image", "no_image_bytes", "bad_caption", "duplicate_member", "malformed_row",
+    "hash_mismatch", "unreachable", "timeout", "truncated", "rate_limited", "server_error",
+    "robots_unavailable", "resolver_failed", "no_network", "shard_deadline",
 )  # fmt: skip
 # Failures that may pass: the try is repeated, and so is the row by --retry-failed.
 TRANSIENT = frozenset(FAILED[FAILED.index("unreachable") :])

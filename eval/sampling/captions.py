@@ -1,13 +1,22 @@
-"""Captions to draw: a text file, JSON lines with a prompt each, or the captions of image shards.
+"""Captions to draw, from files as the field publishes them, or the captions of image shards.
 
 a caption a line                                  T2I-CompBench's *_val.txt, and your own
 {"prompt": "a photo of two clocks", ...} a line   GenEval's evaluation_metadata.jsonl
+a column Prompts, Prompt or caption               DrawBench's .csv, PartiPrompts' .tsv
+[{"prompt": "..."}, "...", ...]                   a JSON array of such objects, or of texts
+{"annotations": [{"caption": "..."}, ...]}        COCO's captions_*.json
 """
 
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from ingest.lists.columns import find_name
+from ingest.lists.formats import find_layout, read_rows
+
 MAX_CHARACTERS = 10_000  # of a caption; encoders read some 300
+KEYS = ("prompt", "prompts", "caption")  # in any case
 
 
 def read_captions(source: str, limit: int = 0) -> list[str]:
@@ -34,16 +43,22 @@ def read_captions(source: str, limit: int = 0) -> list[str]:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # which reads every end of a line as "\n"
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: found bytes that are no UTF-8 text ({error.reason})") from None
-    is_json = path.suffix.lower() in (".jsonl", ".json")
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        found = _in_table(path, text)
+    elif suffix in (".jsonl", ".json"):
+        found = _in_json(path, text)
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        found = ((f"{path}: line {n}", line) for n, line in lines if line.strip())
     captions = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        caption = _prompt_of(where, line) if is_json else line.strip()
+    for where, value in found:
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{where}: prompt: found {value!r}, expected text")
+        caption = value.strip()
         if len(caption) > MAX_CHARACTERS or "\0" in caption:
             raise ValueError(
                 f"{where}: found {len(caption)} characters, expected a caption of at most "
@@ -53,12 +68,39 @@ def _read_file(path: Path) -> list[str]:
     return captions
 
 
-def _prompt_of(where: str, line: str) -> str:
+def _in_table(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    """Yield the cells of the column of captions, each with where it is."""
+    stream = io.BytesIO(text.encode())
+    layout = find_layout(stream, path.suffix.lower(), KEYS)
+    column = find_name(KEYS, layout.names)
+    if column is None:
+        found = ", ".join(layout.names)
+        raise ValueError(f"{path}: found columns {found}, expected one of {', '.join(KEYS)}")
+    stream.seek(0)
+    for number, row in enumerate(read_rows(stream, layout), 1):
+        if row is None:
+            raise ValueError(
+                f"{path}: row {number}: found other cells than the header's {len(layout.names)}"
+            )
+        yield f"{path}: row {number}", layout.column([row], column)[0]
+
+
+def _in_json(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    """Yield the captions of an array, of COCO's annotations or of lines, each with where it is."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: found {error.msg}, expected JSON with a prompt") from None
-    prompt = record.get("prompt") if isinstance(record, dict) else None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: prompt: found {prompt!r}, expected text")
-    return prompt.strip()
+        content = json.loads(text)
+        items = content.get("annotations", [content]) if isinstance(content, dict) else content
+        what = "item"
+    except (json.JSONDecodeError, RecursionError):
+        items, what = text.split("\n"), "line"
+    for number, item in enumerate(items if isinstance(items, list) else [items], 1):
+        where = f"{path}: {what} {number}"
+        if what == "line" and not item.strip():
+            continue
+        try:
+            record = json.loads(item) if what == "line" else item
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where}: found {error}, expected JSON with a prompt") from None
+        key = find_name(KEYS, [*record]) if isinstance(record, dict) else None
+        is_text = what == "item" and isinstance(record, str)
+        yield where, record if is_text else None if key is None else record[key]

@@ -28,6 +28,7 @@ from eval.sampling.image_source import SAMPLES_NAME, SETTINGS_NAME, IncompleteEr
 from eval.sampling.options import SeededSampling
 from ingest.shards import shard_name
 from ingest.store.commits import Attempt, committed
+from models.clip import num_cut
 from models.convert.runs import load_clip
 from models.unclip import UnClip
 from models.weights import exported, load_config
@@ -181,14 +182,22 @@ def draw(
 def settings_of(model: Model, captions: list[str], options: Json, device: str) -> Json:
     """Return what the images depend on: options, captions, and the weights of the model.
 
-    Raises ValueError for an unknown option.
+    Warns of captions that are longer than the encoder's context. Raises ValueError for an unknown
+    option.
     """
     settings = asdict(merged(SeededSampling(), options, "--sampling"))
     sampling_of(settings)  # refuses bad options before a folder changes
     settings["precision"] = settled(settings["precision"], device_named(device).type)
     clip = model.clip or load_config(exported(Path(model.prior)))["clip"]
     weights = chain_weights(*model.runs)
-    settings |= {"encoder_id": load_clip(clip).encoder_id, **asdict(model), **weights}
+    encoder = load_clip(clip)
+    if cut := num_cut(captions, encoder.context_length):
+        print(
+            f"warning: {cut} of {len(captions)} captions have more than the "
+            f"{encoder.context_length} tokens that the encoder reads; their ends are ignored",
+            flush=True,
+        )
+    settings |= {"encoder_id": encoder.encoder_id, **asdict(model), **weights}
     return json.loads(json.dumps({**settings, "captions": captions}))
 
 

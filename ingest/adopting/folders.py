@@ -12,13 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from os.path import basename
 from typing import TYPE_CHECKING, cast
 
 from cluster.base.files import Json, digest_of
 from ingest.adopting.config import AdoptConfig
 from ingest.adopting.sources import (
-    FURTHER_CAPTIONS,
     Part,
     RangeSource,
     SourceSample,
@@ -26,15 +26,12 @@ from ingest.adopting.sources import (
     kept_columns,
     open_place,
 )
-from ingest.adopting.tables import (
-    TEXT_COLUMNS,
-    caption_tuples,
-    plain_schema,
-    plain_values,
-)
+from ingest.adopting.tables import TEXT_COLUMNS
 from ingest.adopting.tars import MAX_MEMBER_BYTES
+from ingest.captions import FURTHER_CAPTIONS
 from ingest.fetching.decode import FOUND_EXTENSIONS, DecodeError
-from ingest.lists.url_list import FORMATS, URL_COLUMNS
+from ingest.lists.columns import Column, common_type, find_name, plain_type
+from ingest.lists.url_list import OUR_COLUMNS, URL_COLUMNS, open_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -315,34 +312,47 @@ def _read_table(config: AdoptConfig, path: str) -> "tuple[pa.Schema, Rows]":
     """Return the plain columns of a table, and its rows."""
     import pyarrow as pa
 
-    read = FORMATS[os.path.splitext(path)[1].lower()]
-    with open_place(path) as stream:
-        schema = next(read(stream, None, 0)).schema
     wanted = TEXT_COLUMNS if config.caption_key is None else (config.caption_key,)
-    file = next((name for name in FILE_COLUMNS if name in schema.names), "")
-    caption = next((name for name in wanted if name in schema.names), "")
-    if not file or not caption:
+    table = open_rows(path, partial(open_place, path), {*FILE_COLUMNS, *wanted})
+    places = {"file": FILE_COLUMNS, "captions": wanted, "url": URL_COLUMNS}
+    found = {what: find_name(names, table.names) for what, names in places.items()}
+    if found["file"] is None or found["captions"] is None:
         raise ValueError(
-            f"found columns {', '.join(schema.names)}, expected one of {', '.join(FILE_COLUMNS)}, "
+            f"found columns {', '.join(table.names)}, expected one of {', '.join(FILE_COLUMNS)}, "
             f"and one of {', '.join(wanted)}; name the captions' with --caption-key"
         )
-    plain = plain_schema(schema)
-    fields = {name: name for name in plain.names}
-    url = next((name for name in URL_COLUMNS if name in schema.names), None)
-    fields |= {"url": url} if url else {}
-    names = dict.fromkeys([file, caption, *fields.values()])
-    columns = pa.schema([schema.field(name) for name in names])
+
+    # The columns that every table has, then those that may be kept
+    texts, text = pa.list_(pa.string()), pa.string()
+    columns = [
+        Column(name=f"_{what}", source=source, need="captions", type=texts)
+        if what == "captions"
+        else Column(name=f"_{what}", source=source, need="text", type=text)
+        for what, source in found.items()
+        if source is not None
+    ]
+    kept = [
+        Column(name=field.name, source=field.name, need="kept", type=text)
+        for field in table.all_columns
+        if field.name not in OUR_COLUMNS and plain_type(field.type) is not None
+    ]
+    facts = table.survey([*columns, *kept])
+    if facts.num_malformed:
+        raise ValueError(
+            f"found a malformed row, the {facts.first_malformed + 1}th, expected the header's cells"
+        )
+    kept = [replace(column, type=common_type([facts.types[column.name]])) for column in kept]
 
     def rows() -> Rows:
-        with open_place(path) as stream:
-            for batch in (b for t in read(stream, columns, TABLE_ROWS) for b in t.to_batches()):
-                values = {what: plain_values(batch.column(n)) for what, n in fields.items()}
-                files = plain_values(batch.column(file))
-                captions = caption_tuples(batch.column(caption))
-                for row, (name, texts) in enumerate(zip(files, captions, strict=True)):
-                    yield str(name), texts, {what: v[row] for what, v in values.items()}
+        for each in table.tables([*columns, *kept], TABLE_ROWS):
+            for row in each.to_pylist():
+                fields = {column.name: row[column.name] for column in kept}
+                fields |= {"url": row["_url"]} if "_url" in row else {}
+                captions = tuple(row["_captions"] or ())
+                mended = any("\ufffd" in caption for caption in captions)
+                yield str(row["_file"]), None if mended else captions, fields
 
-    return plain, rows()
+    return pa.schema([(column.name, column.type) for column in kept]), rows()
 
 
 def _read_coco(path: str) -> "tuple[pa.Schema, Rows]":

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 from cluster.base.files import Json
 from cluster.base.outcomes import status_of
 from ingest.adopting.config import AdoptConfig
+from ingest.captions import FURTHER_CAPTIONS
 from ingest.lists.filters import RowFilter
 from ingest.shards import SIZE_COLUMNS, SOURCE_KEY, STORED
 from ingest.store.removal import FORGOTTEN, Forgotten
@@ -22,7 +23,6 @@ from ingest.store.storage import absolute_root, is_remote, split_place, storage_
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FURTHER_CAPTIONS = "captions_more"  # column: the captions of a sample after its first one
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 LIST_ENDINGS = (".txt", ".json")  # of a list of tars: their paths, or a wids index
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from cluster.base.files import Json, digest_of
 from ingest.adopting.config import AdoptConfig
 from ingest.adopting.sources import (
-    FURTHER_CAPTIONS,
     Part,
     RangeSource,
     SourceSample,
@@ -23,8 +22,9 @@ from ingest.adopting.sources import (
     kept_columns,
     open_place,
 )
-from ingest.captions import holds_captions, is_list
-from ingest.lists.url_list import CAPTION_COLUMNS, OUR_COLUMNS, PLAIN_TYPES, URL_COLUMNS
+from ingest.captions import FURTHER_CAPTIONS, holds_captions, is_list
+from ingest.lists.columns import PLAIN_TYPES, plain_values, undecoded
+from ingest.lists.url_list import CAPTION_COLUMNS, OUR_COLUMNS, URL_COLUMNS
 from ingest.store.storage import is_remote, local_path
 
 if TYPE_CHECKING:
@@ -337,37 +337,11 @@ def plain_schema(schema: "pa.Schema") -> "pa.Schema":
     return pa.schema(fields)
 
 
-def plain_values(column: "pa.Array") -> list:
-    """Return the values of a column that may be kept; text that is not UTF-8 is repaired."""
-    import pyarrow as pa
-
-    column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    if not (holds_captions(column.type) or str(column.type).endswith("binary")):
-        return column.to_pylist()
-    values = _undecoded(column)
-    if is_list(column.type):
-        return [None if texts is None else [_repaired(text) for text in texts] for texts in values]
-    return [_repaired(text) for text in values]
-
-
-def _repaired(text: bytes | None) -> str | None:
-    return None if text is None else text.decode("utf-8", "replace")
-
-
 def caption_tuples(column: "pa.Array") -> Iterator[tuple[str, ...] | None]:
     """Yield the captions of each row, without nulls; None where one is not UTF-8."""
-    for value in _undecoded(column):
+    for value in undecoded(column):
         texts = value if is_list(column.type) else [value]
         try:
             yield tuple(text.decode() for text in texts or () if text is not None)
         except UnicodeDecodeError:
             yield None
-
-
-def _undecoded(column: "pa.Array") -> list:
-    """Return the bytes of texts, or of lists of them: Parquet does not check its strings."""
-    import pyarrow as pa
-
-    column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    kind = pa.list_(pa.large_binary()) if is_list(column.type) else pa.large_binary()
-    return column.cast(kind).to_pylist()

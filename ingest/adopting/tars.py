@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from cluster.base.files import Json, digest_of
 from ingest.adopting.config import AdoptConfig
 from ingest.adopting.sources import (
-    FURTHER_CAPTIONS,
     LIST_ENDINGS,
     TAR_ENDINGS,
     Part,
@@ -35,7 +34,7 @@ from ingest.adopting.tar_reader import (
     decompressed,
     plain_tar,
 )
-from ingest.captions import holds_captions, is_list
+from ingest.captions import FURTHER_CAPTIONS, holds_captions, is_list
 from ingest.shards import row_schema
 from ingest.store.storage import absolute_root, is_remote, split_place, storage_of
 

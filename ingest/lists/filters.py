@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import UseAppendAction
 
 from cluster.base.files import Json
+from ingest.captions import FURTHER_CAPTIONS
+from ingest.lists.columns import Column, find_name, require_fit
 from ingest.lists.exclusions import Exclusions, decode_list
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ TAGS = {"nsfw": (("NSFW", "nsfw"), "nsfw"), "language": (("LANGUAGE", "language"
 LIMITS = {**SCORES, **TAGS}
 HASHES = ("sha256", "md5")  # a column of either name, in any case, is verified; the first decides
 MAX_CAPTION_CHARS = 4096
-REPEATED = "_repeated"  # column of a shard's table: bool, an earlier row of the list has this URL
+# Columns of a shard's table, bool: an earlier row of the list has this URL; the row has no such
+# cells as its list
+REPEATED, MALFORMED = "_repeated", "_malformed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,7 @@ class RowFilter:
     @classmethod
     def open(cls, config: FilterConfig, schema: "pa.Schema") -> "RowFilter":
         """Check `config` against the list's columns; ValueError names what does not fit."""
-        from pyarrow import types
+        import pyarrow as pa
 
         for name in ("min_caption_chars", "min_caption_tokens", "min_pixels"):
             if getattr(config, name) < 0:
@@ -110,47 +114,53 @@ class RowFilter:
         for limit, (names, _) in LIMITS.items():
             if getattr(config, limit) in (None, ()):
                 continue
-            column = next((name for name in names if name in schema.names), None)
+            column = find_name(names, schema.names)
             if column is None:
                 raise ValueError(
                     f"--filters.{limit.replace('_', '-')}: no column ({', '.join(names)}); "
                     f"found {', '.join(schema.names)}"
                 )
-            kind = schema.field(column).type
-            numbers = types.is_floating(kind) or types.is_integer(kind) or types.is_null(kind)
-            if limit in SCORES and not numbers:
-                raise ValueError(f"--filters: column {column} is {kind}, expected numbers")
             columns[limit] = column
 
         # Columns of digests
-        hashes = {kind: name for kind in HASHES for name in schema.names if name.lower() == kind}
+        found = {kind: find_name((kind,), schema.names) for kind in HASHES}
+        hashes = {kind: name for kind, name in found.items() if name is not None}
         if config.require_hash and not hashes:
             raise ValueError(
                 "--filters.require-hash: no column (sha256, md5); found " + ", ".join(schema.names)
             )
-        for column in hashes.values():
-            if not (types.is_string(kind := schema.field(column).type) or types.is_null(kind)):
-                raise ValueError(f"--urls: column {column} is {kind}, expected digests in hex")
-
         if config.opt_out and "://" not in config.opt_out:  # a worker has another working directory
             config = replace(config, opt_out=os.path.abspath(config.opt_out))
         digest = hashlib.sha256(_read_file(config.opt_out)).hexdigest() if config.opt_out else ""
         if digest:
             print(f"opt-out list: {_read_opt_outs(config.opt_out, digest)}", flush=True)
-        return cls(config=config, columns=columns, hashes=hashes, opt_out_digest=digest)
+        row_filter = cls(config=config, columns=columns, hashes=hashes, opt_out_digest=digest)
+        for name in row_filter.scores:
+            column = Column(name=name, source=name, need="number", type=pa.float64())
+            require_fit(schema.field(name).type, column)
+        return row_filter
 
     @property
-    def needed_columns(self) -> tuple[str, ...]:
-        """The list's columns that the rows given to this filter must have."""
-        return (*self.columns.values(), *self.hashes.values())
+    def scores(self) -> tuple[str, ...]:
+        """The list's columns of numbers that the rows given to this filter must have."""
+        return tuple(column for limit, column in self.columns.items() if limit in SCORES)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The list's columns of tags and digests that the rows given to this filter must have."""
+        tags = (column for limit, column in self.columns.items() if limit in TAGS)
+        return (*tags, *self.hashes.values())
 
     def problems(self, rows: "pa.Table") -> dict[int, str]:
         """Return the reason of each row that is left out before it is fetched, by its number.
 
-        rows: url, caption (normalised), the needed columns and, if repeated rows are left out,
-        `REPEATED`.
+        rows: url, caption (normalised), `scores`, `texts`, `MALFORMED` where there are such rows,
+        and, if repeated rows are left out, `REPEATED`.
         """
-        problems = {n: self._problem(row) for n, row in enumerate(rows.to_pylist())}
+        problems = {
+            n: "malformed_row" if row.get(MALFORMED) else self._problem(row)
+            for n, row in enumerate(rows.to_pylist())
+        }
         return {number: problem for number, problem in problems.items() if problem is not None}
 
     def _problem(self, row: Json) -> str | None:
@@ -226,12 +236,18 @@ def _read_file(path: str) -> bytes:
 
 
 def normalised(rows: "pa.Table") -> "pa.Table":
-    """Return `rows` with every caption normalised; null becomes empty."""
+    """Return `rows` with every caption normalised, further ones too; null becomes empty."""
     import pyarrow as pa
 
     captions = [normalise_caption(caption) for caption in rows["caption"].to_pylist()]
     column = rows.column_names.index("caption")
-    return rows.set_column(column, "caption", pa.array(captions, pa.string()))
+    rows = rows.set_column(column, "caption", pa.array(captions, pa.string()))
+    if FURTHER_CAPTIONS in rows.column_names:
+        column = rows.column_names.index(FURTHER_CAPTIONS)
+        lists = [[normalise_caption(text) for text in v or ()] for v in rows[column].to_pylist()]
+        more = [[text for text in texts if text] for texts in lists]
+        rows = rows.set_column(column, FURTHER_CAPTIONS, pa.array(more, pa.list_(pa.string())))
+    return rows
 
 
 def normalise_caption(caption: str | None) -> str:

@@ -1,21 +1,36 @@
 """Read a URL list of the LAION family, a shard's rows at a time, from any storage fsspec supports.
 
-Parquet, CSV, TSV, JSON lines, or text files of URLs; all but Parquet also compressed. Files are
-read in blocks. Bytes that are not UTF-8, and half of a surrogate pair, become U+FFFD.
+Parquet, CSV, TSV, JSON lines, a JSON array, or text files of URLs; all but Parquet also compressed.
+Files are read in blocks. Bytes that are not UTF-8, and half of a surrogate pair, become U+FFFD.
 """
 
+import gzip
 import hashlib
-import json
+import lzma
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import IO, TYPE_CHECKING
 
-from cluster.base.files import Json, digest_of
-from ingest.captions import holds_captions
+from cluster.base.files import digest_of
+from ingest.captions import FURTHER_CAPTIONS, is_list
+from ingest.lists.columns import (
+    Column,
+    Survey,
+    all_texts,
+    common_type,
+    find_name,
+    from_parquet,
+    plain_type,
+    require_fit,
+    to_array,
+)
+from ingest.lists.filters import MALFORMED, FilterConfig, RowFilter
+from ingest.lists.formats import Layout, Row, find_layout, read_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,136 +39,194 @@ if TYPE_CHECKING:
 URL_COLUMNS = ("url", "URL", "image_url", "img_url")
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "CAPTION", "alt_text")
 OUR_COLUMNS = ("key", "url", "caption", "status", "error", "error_message", "sha256")
-OUR_COLUMNS += ("width", "height", "original_width", "original_height")
-PLAIN_TYPES = {"string", "large_string", "bool", "float", "double"}
-PLAIN_TYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+OUR_COLUMNS += ("width", "height", "original_width", "original_height", FURTHER_CAPTIONS)
 COUNT_ROWS = 100_000  # of a batch where only URLs are read
-TYPED_LINES = 1000  # from which the names and types of their columns are taken
-CSV_BLOCK_BYTES = 16 << 20
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
-
-
-# -- formats ---------------------------------------------------------------------------------------
-# Each yields tables of the given columns, of about `size` rows, in order; columns None: one empty
-# table with the names and types of all columns.
-
-
-def _read_parquet(
-    stream: IO[bytes], columns: "pa.Schema | None", size: int
-) -> "Iterator[pa.Table]":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    # With pre_buffer, pages of a row group stay in memory until its last one is read. And
-    # pyarrow.dataset holds a complete row group decoded: of a list of one group, all of it.
-    reader = pq.ParquetFile(stream, pre_buffer=False)
-    if columns is None:
-        yield reader.schema_arrow.empty_table()
-        return
-    for batch in reader.iter_batches(size, columns=columns.names):
-        yield pa.table([batch.column(name) for name in columns.names], columns.names)
-
-
-def _read_csv(
-    stream: IO[bytes], columns: "pa.Schema | None", size: int, *, delimiter: str
-) -> "Iterator[pa.Table]":
-    import pyarrow as pa
-    from pyarrow import csv
-
-    types = {f.name: pa.binary() if _is_text(f.type) else f.type for f in columns or ()}
-    reader = csv.open_csv(
-        stream,
-        read_options=csv.ReadOptions(block_size=CSV_BLOCK_BYTES),
-        parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=csv.ConvertOptions(
-            include_columns=list(types) or None, column_types=types, check_utf8=False
-        ),
-    )
-    if columns is None:
-        yield reader.schema.empty_table()
-        return
-    yield from (pa.Table.from_batches([batch]) for batch in reader)
-
-
-def _read_lines(
-    stream: IO[bytes], columns: "pa.Schema | None", size: int, *, line_column: str = ""
-) -> "Iterator[pa.Table]":
-    """Read lines, each an object of JSON or the value of `line_column`; blank ones are skipped."""
-    import pyarrow as pa
-
-    def parsed() -> Iterator[Json]:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                text = line.strip().decode("utf-8", "replace")
-                value = {line_column: text} if line_column else json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-            if not isinstance(value, dict):
-                raise ValueError(f"line {number}: expected a JSON object")
-            yield value
-
-    def values(rows: list[Json], name: str) -> list[object]:
-        cells = (row.get(name) for row in rows)
-        return [_HALF_PAIR.sub("\ufffd", v) if isinstance(v, str) else v for v in cells]
-
-    objects = parsed()
-    if columns is None and line_column:
-        yield pa.schema([(line_column, pa.string())]).empty_table()
-        return
-    if columns is None:
-        rows = list(islice(objects, TYPED_LINES))
-        names = dict.fromkeys(name for row in rows for name in row)
-        yield pa.schema([(n, pa.array(values(rows, n)).type) for n in names]).empty_table()
-        return
-    while rows := list(islice(objects, size)):
-        yield pa.table([pa.array(values(rows, f.name), f.type) for f in columns], columns.names)
-
-
-FORMATS: dict[str, Callable[..., "Iterator[pa.Table]"]] = {
-    ".parquet": _read_parquet,
-    ".csv": partial(_read_csv, delimiter=","),
-    ".tsv": partial(_read_csv, delimiter="\t"),
-    ".jsonl": _read_lines,
-    ".ndjson": _read_lines,
-    ".txt": partial(_read_lines, line_column="url"),
-}
+SURVEY_ROWS = 10_000
+FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
 COMPRESSIONS = (".gz", ".bz2", ".xz")
 
 
-def _format_of(path: str) -> str | None:
-    """Return the key of `FORMATS` that a file's name ends with, compressed or not."""
+def format_of(path: str) -> str | None:
+    """Return which of `FORMATS` a file's name ends with, compressed or not."""
     stem, end = os.path.splitext(path.lower())
     packed = end in COMPRESSIONS
     suffix = os.path.splitext(stem)[1] if packed else end
     return suffix if suffix in FORMATS and not (packed and suffix == ".parquet") else None
 
 
-def _read_tables(file: "OpenFile", columns: "pa.Schema | None", size: int) -> "Iterator[pa.Table]":
-    suffix = _format_of(file.path) or ""
-    try:
-        with file as stream:
-            yield from FORMATS[suffix](stream, columns, size)
-    except (ValueError, TypeError) as error:  # pyarrow's errors are of these two
-        raise ValueError(f"--urls {file.path}: not valid {suffix[1:]}: {error}") from None
+# -- files -----------------------------------------------------------------------------------------
 
 
-def _is_text(kind: "pa.DataType") -> bool:
-    return str(kind) in ("string", "large_string")
+@dataclass(frozen=True, kw_only=True)
+class RowFile:
+    """A file of rows. open: anew each time; names: of its columns, none in an empty file.
+
+    schema: the columns of Parquet; layout: that of any other file.
+    """
+
+    path: str
+    open: Callable[[], AbstractContextManager[IO[bytes]]]
+    names: tuple[str, ...]
+    schema: "pa.Schema | None" = None
+    layout: Layout | None = None
+
+    @property
+    def all_columns(self) -> "pa.Schema":
+        """The columns with their types, the first of equal names; pa.null() in a text file."""
+        import pyarrow as pa
+
+        fields = dict.fromkeys(self.names, pa.null())
+        if self.schema is not None:
+            fields = dict(zip(reversed(self.names), reversed(self.schema.types), strict=True))
+        return pa.schema([(name, fields[name]) for name in dict.fromkeys(self.names)])
+
+    def tables(self, columns: Sequence[Column], size: int) -> "Iterator[pa.Table]":
+        """Yield the columns in tables of about `size` rows, in order; those of a text file have
+        `MALFORMED` too."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with errors_of(self.path), self.open() as stream:
+            if self.layout is not None:
+                for rows in _batches(stream, self.layout, size):
+                    yield _table(rows, self.layout, columns)
+                return
+            # With pre_buffer, pages of a row group stay in memory until its last one is read. And
+            # pyarrow.dataset holds a complete row group decoded: of a list of one group, all of it.
+            reader = pq.ParquetFile(stream, pre_buffer=False)
+            for batch in reader.iter_batches(size, columns=[c.source for c in columns]):
+                places = [batch.schema.get_all_field_indices(c.source)[0] for c in columns]
+                arrays = [
+                    from_parquet(pa.chunked_array([batch.column(place)]), column)
+                    for place, column in zip(places, columns, strict=True)
+                ]
+                yield pa.table(arrays, [c.name for c in columns])
+
+    def survey(self, columns: Sequence[Column]) -> "FileFacts":
+        """Read the file once, of Parquet its metadata, for its rows and the types of columns.
+
+        Raises ValueError for a column that is not what it is needed for.
+        """
+        import pyarrow.parquet as pq
+
+        with errors_of(self.path), self.open() as stream:
+            if self.layout is not None:
+                return _survey(_batches(stream, self.layout, SURVEY_ROWS), self.layout, columns)
+            schema = self.all_columns
+            kinds = {column.name: schema.field(column.source).type for column in columns}
+            for column in columns:
+                require_fit(kinds[column.name], column)
+            return FileFacts(
+                types={name: plain_type(kind) or kind for name, kind in kinds.items()},
+                num_rows=pq.read_metadata(stream).num_rows,
+            )
 
 
-def _text(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
-    """Return a column as valid strings, null where it is null; numbers become text."""
+@dataclass(kw_only=True)
+class FileFacts:
+    """What a survey finds. types: by column; first_malformed: the place of the row."""
+
+    types: "dict[str, pa.DataType]"
+    num_rows: int = 0
+    num_malformed: int = 0
+    first_malformed: int = 0
+
+
+def open_rows(
+    path: str,
+    open_stream: Callable[[], AbstractContextManager[IO[bytes]]],
+    known: Collection[str],
+    named: Sequence[str] = (),
+) -> RowFile:
+    """Look at a file's columns; known, named: see `find_layout`.
+
+    Raises ValueError for a file that is not what its name says.
+    """
+    import pyarrow.parquet as pq
+
+    with errors_of(path), open_stream() as stream:
+        if not stream.read(1):
+            return RowFile(path=path, open=open_stream, names=())
+        stream.seek(0)
+        suffix = format_of(path) or ""
+        if suffix == ".parquet":
+            schema = pq.ParquetFile(stream).schema_arrow
+            return RowFile(path=path, open=open_stream, names=(*schema.names,), schema=schema)
+        layout = find_layout(stream, suffix, known, named)
+        return RowFile(path=path, open=open_stream, names=layout.names, layout=layout)
+
+
+@contextmanager
+def errors_of(path: str) -> Iterator[None]:
+    """Raise what a reader says of a file's content as a ValueError that names the file."""
     import pyarrow as pa
 
-    if _is_text(column.type):
-        column = column.cast(pa.large_binary())  # Parquet does not check what it calls a string
+    suffix = (format_of(path) or ".")[1:]
     try:
-        return column.cast(pa.string())
-    except pa.ArrowInvalid:
-        values = (v if v is None else v.decode("utf-8", "replace") for v in column.to_pylist())
-        return pa.chunked_array([pa.array(values, pa.string())])
+        yield
+    except (
+        ValueError, TypeError, KeyError, EOFError, NotImplementedError, pa.ArrowException,
+        gzip.BadGzipFile, zlib.error, lzma.LZMAError,
+    ) as error:  # fmt: skip
+        ours = "" if type(error) is ValueError else f"not valid {suffix}: "
+        raise ValueError(f"{path}: {ours}{' '.join(str(error).split())}") from None
+    except OSError as error:  # Arrow's and bzip2's of bad content have no number
+        if error.errno is not None or type(error) is not OSError:
+            raise
+        text = " ".join(str(error).split())
+        raise ValueError(f"{path}: not valid {suffix}: {text}") from None
+
+
+def _batches(stream: IO[bytes], layout: Layout, size: int) -> Iterator[list[Row]]:
+    rows = read_rows(stream, layout)
+    return iter(lambda: list(islice(rows, size)), [])
+
+
+def _table(rows: list[Row], layout: Layout, columns: Sequence[Column]) -> "pa.Table":
+    import pyarrow as pa
+
+    malformed, arrays = [row is None for row in rows], []
+    for column in columns:
+        array, bad = to_array(layout.column(rows, column.source), column)
+        arrays.append(array)
+        for place in bad:
+            malformed[place] = True
+    return pa.table([*arrays, pa.array(malformed)], [*(c.name for c in columns), MALFORMED])
+
+
+def _survey(
+    batches: Iterable[list[Row]], layout: Layout, columns: Sequence[Column]
+) -> FileFacts:
+    """Look at all rows of a text file."""
+    facts = FileFacts(types={})
+    surveys = {c.name: Survey(is_csv=layout.kind == "csv") for c in columns}
+    numbers: dict[str, bool] = {}  # by column: whether there is any; where there is something
+    for rows in batches:
+        malformed = {place for place, row in enumerate(rows) if row is None}
+        for column in columns:
+            values = layout.column(rows, column.source)
+            if column.need in ("captions", "kept"):
+                surveys[column.name].add(values)
+            if column.need == "kept":  # whose type is one that holds all
+                continue
+            if column.need != "number" and all_texts(values):
+                continue
+            array, bad = to_array(values, column)
+            malformed.update(bad)
+            if column.need == "number" and (bad or array.null_count < len(array)):
+                known = numbers.get(column.name, False)
+                numbers[column.name] = known or array.null_count < len(array)
+        if malformed and not facts.num_malformed:
+            facts.first_malformed = facts.num_rows + min(malformed)
+        facts.num_malformed += len(malformed)
+        facts.num_rows += len(rows)
+    for column in columns:
+        if not numbers.get(column.name, True):
+            raise ValueError(f"column {column.source} holds no number, expected numbers")
+    facts.types = {
+        c.name: surveys[c.name].type if c.need in ("captions", "kept") else c.type for c in columns
+    }
+    return facts
 
 
 # -- lists -----------------------------------------------------------------------------------------
@@ -161,51 +234,55 @@ def _text(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
 
 @dataclass(frozen=True, kw_only=True)
 class UrlList:
-    """A list of image URLs with captions. digest: of the files' bytes; kept: extra columns.
+    """A list of image URLs with captions.
 
-    caption_column: "" where there are none; every caption is empty then.
+    url_column, caption_column: as the first file spells them; no captions: "". kept: the columns
+    that are stored beside them, `FURTHER_CAPTIONS` last where rows have several. digest: of the
+    files' bytes. files: each with the columns that are read of it.
     """
 
-    files: tuple["OpenFile", ...]
+    files: tuple[tuple[RowFile, tuple[Column, ...]], ...]
     url_column: str
     caption_column: str
     kept: tuple[str, ...]
+    row_filter: RowFilter
     num_rows: int
+    num_malformed: int
     digest: str
-    schema: "pa.Schema"
 
     def shards(self, samples_per_shard: int) -> "Iterator[pa.Table]":
         """Yield tables of `samples_per_shard` rows (the last: what is left) in the list's order.
 
-        Columns: url and caption (strings), then the kept ones. Some two shards are in memory, and
-        what the format reads at once.
+        Columns: url and caption (strings), the kept ones and those that the filter needs; and
+        `MALFORMED`, where there are such rows. Some two shards are in memory, and what the format
+        reads at once.
         """
         return rechunk(self._tables(samples_per_shard), samples_per_shard)
 
     def urls(self) -> "Iterator[pa.ChunkedArray]":
         """Yield the URLs in order, a batch at a time; no other column is read."""
-        import pyarrow as pa
-
-        columns = pa.schema([self.schema.field(self.url_column)])
-        for file in self.files:
-            for table in _read_tables(file, columns, COUNT_ROWS):
-                yield _text(table.column(self.url_column))
+        for file, columns in self.files:
+            for table in file.tables(columns[:1], COUNT_ROWS):
+                yield table.column("url")
 
     def _tables(self, size: int) -> "Iterator[pa.Table]":
         import pyarrow as pa
 
-        texts = [name for name in (self.url_column, self.caption_column) if name]
-        kept = [self.schema.field(name) for name in self.kept]
-        columns = pa.schema([*map(self.schema.field, texts), *kept])
-        for file in self.files:
-            for table in _read_tables(file, columns, size):
-                values = [_text(table.column(name)) for name in texts]
+        for file, columns in self.files:
+            for table in file.tables(columns, size):
                 if not self.caption_column:
-                    values.append(pa.chunked_array([pa.array([""] * table.num_rows, pa.string())]))
-                for field in kept:
-                    column, is_text = table.column(field.name), _is_text(field.type)
-                    values.append(_text(column) if is_text else column.cast(field.type))
-                yield pa.table(values, ["url", "caption", *self.kept])
+                    texts = pa.array([""] * table.num_rows, pa.string())
+                    table = table.add_column(1, "caption", texts)
+                if is_list(table.schema.field("caption").type):
+                    lists = [[t for t in v or () if t] for v in table["caption"].to_pylist()]
+                    first = pa.array([texts[0] if texts else None for texts in lists], pa.string())
+                    more = pa.array([texts[1:] for texts in lists], pa.list_(pa.string()))
+                    table = table.set_column(1, "caption", first)
+                    table = table.append_column(FURTHER_CAPTIONS, more)
+                names = table.column_names
+                if MALFORMED in names and not self.num_malformed:
+                    names.remove(MALFORMED)
+                yield table.select(names)
 
 
 def rechunk(tables: "Iterable[pa.Table]", size: int) -> "Iterator[pa.Table]":
@@ -231,63 +308,136 @@ def open_url_list(
     url_column: str | None = None,
     caption_column: str | None = None,
     keep_columns: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    filters: FilterConfig | None = None,
 ) -> UrlList:
     """Open a list: a file, a folder of files or a glob pattern of them, in name order.
 
     path: local or any fsspec URL. Columns that are None are found by the names that the LAION
-    family uses.
-    Raises ValueError for a missing list or column, naming the columns found, and for a kept column
-    that cannot be stored.
+    family uses. columns: names for CSV without a header line. filters: what their columns must be
+    read for. Text files are read once, for their number of rows and the types of columns.
+    Raises ValueError for a missing list or column, naming the columns found, and for a column that
+    is not what it is needed for.
     """
-    import pyarrow.parquet as pq
+    import pyarrow as pa
 
-    # Columns: the first file's, which the others must have too
-    files = _find_files(os.fspath(path))
-    schemas = [next(_read_tables(file, None, 0)).schema for file in files]
-    schema, suffix = schemas[0], _format_of(files[0].path)
+    # Files: the first that is not empty says which columns the others must have too
     wanted = URL_COLUMNS if url_column is None else (url_column,)
-    url = _find_column(path, "--url-column", wanted, schema.names)
-    caption = ""
-    if suffix != ".txt" or caption_column is not None:
-        wanted = CAPTION_COLUMNS if caption_column is None else (caption_column,)
-        caption = _find_column(path, "--caption-column", wanted, schema.names)
-    for name in keep_columns:
-        _find_column(path, "--keep-columns", (name,), schema.names)
-        if name in OUR_COLUMNS:
-            raise ValueError(f"--keep-columns {name}: the shards use this name; rename the column")
-        kind = schema.field(name).type
-        if str(kind) not in PLAIN_TYPES and not holds_captions(kind):
-            raise ValueError(
-                f"--keep-columns {name}: is {kind}, expected text, a list of texts, number or bool"
-            )
-    for file, other in zip(files, schemas, strict=True):
-        for name in {url, *([caption] if caption else []), *keep_columns} - set(other.names):
-            raise ValueError(f"{file.path}: no column {name!r}, which {files[0].path} has")
-
-    # Rows and digest: Parquet states its number of rows, other files are read once
-    num_rows, digests = 0, []
+    storage_files = _find_files(os.fspath(path))
+    known = {*URL_COLUMNS, *wanted}
+    files = [open_rows(file.path, partial(_open, file), known, columns) for file in storage_files]
     for file in files:
-        if suffix == ".parquet":
-            with file as stream:
-                num_rows += pq.read_metadata(stream).num_rows
-        else:
-            columns = schema.empty_table().select([url]).schema
-            num_rows += sum(table.num_rows for table in _read_tables(file, columns, COUNT_ROWS))
-        with file.fs.open(file.path, "rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        if not file.names:
+            print(f"warning: {file.path} is empty", flush=True)
+    files = [file for file in files if file.names]
+    if not files:
+        raise ValueError(f"--urls {path}: found no rows, expected a list of URLs and captions")
+    first = files[0]
+
+    # Columns, by what they are needed for
+    url = _find_column(first, "--url-column", wanted)
+    caption = ""
+    if format_of(first.path) != ".txt" or caption_column is not None:
+        wanted = CAPTION_COLUMNS if caption_column is None else (caption_column,)
+        caption = _find_column(first, "--caption-column", wanted)
+    row_filter = RowFilter.open(filters or FilterConfig(), first.all_columns)
+    read = _columns(first, url, caption, row_filter, keep_columns)
+    read_of = {file.path: [_in_file(column, file, first) for column in read] for file in files}
+
+    # Rows, and the types that hold the values of all files
+    facts = {}
+    for file in files:
+        facts[file.path] = found = file.survey(read_of[file.path])
+        if found.num_malformed:
+            print(
+                f"warning: {file.path}: {found.num_malformed:,} of {found.num_rows:,} rows are "
+                f"malformed, the first is row {found.first_malformed + 1:,}",
+                flush=True,
+            )
+    num_rows = sum(found.num_rows for found in facts.values())
+    num_malformed = sum(found.num_malformed for found in facts.values())
+    if 0 < num_rows == num_malformed:
+        raise ValueError(
+            f"--urls {path}: found {num_rows} rows that are all malformed, expected cells as in "
+            "the header, URLs and captions of text, and scores of numbers"
+        )
+    types = {c.name: c.type for c in read}
+    for column in read:
+        if column.need in ("captions", "kept"):
+            types[column.name] = common_type(found.types[column.name] for found in facts.values())
+    further = [FURTHER_CAPTIONS] if caption and is_list(types["caption"]) else []
+    types["caption"] = types["caption"] if further else pa.string()
+    digests = [_digest(file) for file in storage_files]
     return UrlList(
-        files=files,
+        files=tuple(
+            (file, tuple(replace(c, type=types[c.name]) for c in read_of[file.path]))
+            for file in files
+        ),
         url_column=url,
         caption_column=caption,
-        kept=tuple(keep_columns),
+        kept=(*dict.fromkeys(keep_columns), *further),
+        row_filter=row_filter,
         num_rows=num_rows,
+        num_malformed=num_malformed,
         digest=digests[0] if len(digests) == 1 else digest_of(digests),
-        schema=schema,
     )
 
 
+def _columns(
+    first: RowFile, url: str, caption: str, row_filter: RowFilter, keep_columns: Sequence[str]
+) -> list[Column]:
+    """Return the columns that are read, url and caption first. One that a filter needs and that is
+    kept is read as the filter needs it."""
+    import pyarrow as pa
+
+    texts = {"url": url, **{name: name for name in row_filter.texts}}
+    columns = {n: Column(name=n, source=s, need="text", type=pa.string()) for n, s in texts.items()}
+    kind = pa.list_(pa.string())
+    if caption:
+        column = Column(name="caption", source=caption, need="captions", type=kind)
+        columns = {"url": columns.pop("url"), "caption": column, **columns}
+    for name in row_filter.scores:
+        columns[name] = Column(name=name, source=name, need="number", type=pa.float64())
+    for name in keep_columns:
+        source = _find_column(first, "--keep-columns", (name,))
+        if name in OUR_COLUMNS:
+            raise ValueError(f"--keep-columns {name}: the shards use this name; rename the column")
+        kept = Column(name=name, source=source, need="kept", type=pa.string())
+        columns.setdefault(name, kept)
+    for column in columns.values():
+        if first.names.count(column.source) > 1:
+            print(
+                f"warning: {first.path}: several columns are named {column.source}; the first is "
+                "used",
+                flush=True,
+            )
+    return list(columns.values())
+
+
+def _in_file(column: Column, file: RowFile, first: RowFile) -> Column:
+    """Return a column of the first file as another file spells it."""
+    source = find_name((column.source,), file.names)
+    if source is None:
+        raise ValueError(f"{file.path}: no column {column.source!r}, which {first.path} has")
+    return replace(column, source=source)
+
+
+def _open(file: "OpenFile") -> "OpenFile":
+    return file
+
+
+def _digest(file: "OpenFile") -> str:
+    """Return the sha256 of a file's bytes, as they are stored."""
+    with file.fs.open(file.path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _find_files(path: str) -> tuple["OpenFile", ...]:
-    """Return the files of a list, all of one format, not opened yet."""
+    """Return the files of a list, all of one format, not opened yet.
+
+    Of a folder those of its sub-folders NAME=VALUE too, as Spark partitions them. Files and folders
+    that are hidden or marks, such as ._a.parquet and _SUCCESS, are left out.
+    """
     from fsspec.core import OpenFile, url_to_fs
     from fsspec.utils import infer_compression
 
@@ -297,15 +447,23 @@ def _find_files(path: str) -> tuple["OpenFile", ...]:
         raise ValueError(f"--urls {path}: {error}") from None
     if any(sign in root for sign in "*?[") and not storage.exists(root):
         names = [str(name) for name in storage.glob(root)]
+        names = [name for name in names if os.path.basename(name)[:1] not in (".", "_")]
     elif storage.isdir(root):
-        names = [str(name) for name in storage.ls(root, detail=False) if _format_of(str(name))]
+        below = {name: name[len(root) :].strip("/").split("/") for name in storage.find(root)}
+        names = [
+            name
+            for name, (*folders, last) in below.items()
+            if format_of(name) and last[0] not in "._" and all(map(_is_partition, folders))
+        ]
+        if len({format_of(name) for name in names}) > 1:  # such as a data set's own description
+            names = [name for name in names if format_of(name) != ".json"]
     else:
         names = [root] if storage.isfile(root) else []
     if not names:
         raise ValueError(
             f"--urls {path}: not found; expected a list, or a folder or pattern of them"
         )
-    formats = {_format_of(name) for name in names}
+    formats = {format_of(name) for name in names}
     if None in formats or len(formats) > 1:
         some = ", ".join(sorted(os.path.basename(name) for name in names)[:5])
         expected = ", ".join([*FORMATS, *(f"TEXT{ending}" for ending in COMPRESSIONS)])
@@ -318,15 +476,16 @@ def _find_files(path: str) -> tuple["OpenFile", ...]:
     )
 
 
-def _find_column(
-    path: str | os.PathLike[str], flag: str, wanted: Sequence[str], names: Sequence[str]
-) -> str:
-    """Return the first wanted column that a list has; ValueError if it has none."""
-    for name in wanted:
-        if name in names:
-            return name
+def _is_partition(folder: str) -> bool:
+    return "=" in folder and folder[0] not in "._"
+
+
+def _find_column(file: RowFile, flag: str, wanted: Sequence[str]) -> str:
+    """Return the first wanted column that a file has; ValueError if it has none."""
+    if (found := find_name(wanted, file.names)) is not None:
+        return found
     what = flag.removeprefix("--").removesuffix("-column").removesuffix("-columns")
     raise ValueError(
-        f"{os.fspath(path)}: no {what} column ({', '.join(wanted)}); found {', '.join(names)}; "
+        f"{file.path}: no {what} column ({', '.join(wanted)}); found {', '.join(file.names)}; "
         f"name one with {flag}"
     )
