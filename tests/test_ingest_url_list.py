@@ -7,14 +7,20 @@ import itertools
 import json
 import lzma
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from _lists import download_of
 
+from ingest.download import main
+from ingest.lists.filters import MALFORMED, FilterConfig
+from ingest.lists.formats import MAX_LINE_BYTES
 from ingest.lists.url_list import FORMATS, UrlList, open_url_list
+from ingest.shards import ImageShard
 
 REAL_LIST = Path(__file__).parents[2] / "shared" / "data" / "laion" / "real_urls_10000.parquet"
 ROWS = [
@@ -218,3 +224,168 @@ def test_columns_that_cannot_be_stored_are_refused(tmp_path):
         open_url_list(tmp_path / "l.parquet", keep_columns=["status"])
     with pytest.raises(ValueError, match="boxes is list<.*expected text, a list of texts, number"):
         open_url_list(tmp_path / "l.parquet", keep_columns=["boxes"])
+
+
+# -- lists as the world has them -------------------------------------------------------------------
+
+
+def read(path: Path, content: str | bytes, **options) -> list[tuple]:
+    """Write a list and return its rows: what they hold, in the order of the columns."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [tuple(row.values()) for row in rows_of(open_url_list(path, **options))]
+
+
+A, B, C = "http://a/1", "http://b/2", "http://c/3"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("l.csv", f"url;caption\n{A};a, b\n{B};c\n", [(A, "a, b"), (B, "c")]),
+        ("l.csv", f"url|caption\n{A}|a, b\n", [(A, "a, b")]),
+        ("l.csv", f"Url , ALT_TEXT\n{A}, a cat\n", [(A, " a cat")]),
+        ("l.csv", f"url,caption,caption\n{A},first,second\n", [(A, "first")]),
+        ("l.csv", f"\ufeffurl,caption\r\n\r\n{A},a\r\n  \r\n", [(A, "a")]),
+        ("l.csv", f"url,caption\r{A},a\r{B},b\r", [(A, "a"), (B, "b")]),
+        ("l.csv", f"url,caption\n{A},007\n{B},1e5\n", [(A, "007"), (B, "1e5")]),
+        ("l.tsv", f"a cat\t{A}\na dog\t{B}\n", [(A, "a cat"), (B, "a dog")]),
+        ("l.csv", f"{A};a cat\n{B};a dog\n", [(A, "a cat"), (B, "a dog")]),
+        ("l.tsv", f'caption\turl\n" the end\t{A}\nthird\t{B}\n"so he" said\t{C}\n',
+         [(A, '" the end'), (B, "third"), (C, '"so he" said')]),
+        ("l.tsv", f'caption\turl\n"\t{A}\nthird\t{B}\n"\t{C}\n',
+         [(A, '"'), (B, "third"), (C, '"')]),
+        ("l.tsv", f'caption\turl\n"two\n""lines"""\t{A}\n', [(A, 'two\n"lines"')]),
+        ("l.txt", f"\ufeff\n{A}\n\n{B}\n", [(A, ""), (B, "")]),
+        ("l.jsonl", f'\ufeff{{"URL ": "{A}", "text": 7, "n": {2**70}}}\n', [(A, "7")]),
+        ("l.json", f'[{{"url": "{A}", "text": "a"}},\n {{"url": "{B}"}}]', [(A, "a"), (B, None)]),
+        ("l.jsonl", f'{{"url": "{A}", "text": ["a", null, "b"]}}\n{{"url": "{B}", "text": "d"}}',
+         [(A, "a", ["b"]), (B, "d", [])]),
+    ],
+)  # fmt: skip
+def test_text_lists_are_read_as_they_are_written(
+    name: str, content: str, expected: list[tuple], tmp_path: Path
+):
+    assert read(tmp_path / name, content) == expected
+
+
+def test_columns_without_a_header_have_the_names_that_are_given(tmp_path: Path):
+    content = f"1\ta cat\t{A}\n2\ta dog\t{B}\n"
+    options = {"columns": ("id", "caption", "url"), "keep_columns": ("id",)}
+    assert read(tmp_path / "l.tsv", content, **options) == [(A, "a cat", 1), (B, "a dog", 2)]
+    with pytest.raises(ValueError, match="--columns: found 2 names, expected 3"):
+        read(tmp_path / "l.tsv", content, columns=("caption", "url"))
+    with pytest.raises(ValueError, match="--columns: found the header caption, url, expected no"):
+        read(tmp_path / "l.tsv", f"caption\turl\na\t{A}\n", columns=("caption", "url"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("l.csv", f"url,caption\n{A},a cat, a dog\n{B},b\n{C}\n"),
+        ("l.csv", f'url,caption\n{A},"never closed\n{B},b\n{C},"x" y, z\n'),
+        ("l.jsonl", f'{{"url": "{A}\n{{"url": "{B}", "caption": "b"}}\n[{C}]\n'),
+        ("l.jsonl", f'{{"url": ["{A}"]}}\n{{"url": "{B}", "caption": "b"}}\n{{"caption": {{}}}}\n'),
+        ("l.jsonl", '{"a":' * 100_000 + f'\n{{"url": "{B}", "caption": "b"}}\n{"1" * 9999}\n'),
+    ],
+)
+def test_malformed_rows_are_marked_and_end_nothing(name: str, content: str, tmp_path: Path):
+    (tmp_path / name).write_text(content)
+    listed = open_url_list(tmp_path / name)
+    rows = rows_of(listed)
+    assert (rows[1]["url"], rows[1]["caption"]) == (B, "b") and listed.num_rows == 3
+    never_closed = "never closed" in content  # whose cells are those of a row all the same
+    assert [row[MALFORMED] for row in rows] == [not never_closed, False, True]
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([0] * 1500 + [0.97], [0.0] * 1500 + [0.97]),
+        ([None] * 1500 + [1], [None] * 1500 + [1]),
+        ([2**64, 1], ["18446744073709551616", "1"]),
+        (["x2", 1, None, True, [1]], ["x2", "1", None, "true", "[1]"]),
+        ([2**60, 1], [2**60, 1]),
+        ([2**60, 0.5], [str(2**60), "0.5"]),
+        ([["a"], "b", None], [["a"], ["b"], None]),
+    ],
+)
+def test_a_kept_column_has_the_type_that_holds_all_its_values(
+    lines: list, expected: list, tmp_path: Path
+):
+    content = "".join(json.dumps({"url": A, "text": "a", "n": value}) + "\n" for value in lines)
+    rows = read(tmp_path / "l.jsonl", content, keep_columns=("n",))
+    assert [row[2] for row in rows] == expected
+
+
+def test_cells_that_no_number_would_be_written_as_remain_text(tmp_path: Path):
+    cells = {"n": ["007", "12"], "v": ["1.10", "2"], "i": ["", "7"], "f": ["0.5", "1"]}
+    lines = [",".join(["url", "text", *cells]), *(
+        ",".join([A, "a", *(values[row] for values in cells.values())]) for row in range(2)
+    )]  # fmt: skip
+    rows = read(tmp_path / "l.csv", "\n".join(lines), keep_columns=tuple(cells))
+    assert rows == [(A, "a", "007", "1.10", None, 0.5), (A, "a", "12", "2", 7, 1.0)]
+
+
+def test_parts_of_other_types_are_one_list(tmp_path: Path):
+    for number, (kept, score) in enumerate([
+        (pa.nulls(2), pa.array([0, 1])), (pa.array(["cc", None]), pa.array([0.97, 0.02])),
+        (pa.array(["by", "cc"]).dictionary_encode(), pa.array([1, None], pa.float32())),
+    ]):  # fmt: skip
+        table = pa.table({"Url": [A, B], "Caption": ["a", "b"], "LICENCE": kept, "punsafe": score})
+        pq.write_table(table, tmp_path / f"{number}.parquet")
+    filters = FilterConfig(max_punsafe=0.5)
+    rows = rows_of(open_url_list(tmp_path, keep_columns=("licence",), filters=filters))
+    assert [row["licence"] for row in rows] == [None, None, "cc", None, "by", "cc"]
+    assert [row["punsafe"] for row in rows] == [0, 1, 0.97, 0.02, 1, None]
+
+
+def test_digests_are_any_texts_and_scores_any_numbers(tmp_path: Path):
+    text = pa.array(["ab", None], pa.string())
+    kinds = (pa.large_string(), pa.string_view(), pa.binary())
+    for digests in (*map(text.cast, kinds), text.dictionary_encode()):
+        scores = pa.array([Decimal("0.5"), None])
+        table = pa.table({"url": [A, B], "text": ["a", "b"], "SHA256": digests, "punsafe": scores})
+        pq.write_table(table, tmp_path / "l.parquet")
+        listed = open_url_list(tmp_path / "l.parquet", filters=FilterConfig(max_punsafe=0.1))
+        assert [(row["SHA256"], row["punsafe"]) for row in rows_of(listed)] == [
+            ("ab", 0.5), (None, None),
+        ]  # fmt: skip
+    with pytest.raises(ValueError, match="column punsafe holds no number, expected numbers"):
+        content = f"url,text,punsafe\n{A},a,high\n{B},b,\n"
+        read(tmp_path / "l.csv", content, filters=FilterConfig(max_punsafe=0.1))
+
+
+def test_of_a_folder_hidden_files_marks_and_empty_parts_are_no_parts(tmp_path: Path, capsys):
+    for name in ("._a.csv", "_SUCCESS", "_tmp.csv", "._SUCCESS.crc", "description.json", "1.csv"):
+        (tmp_path / name).write_bytes(b"" if name == "1.csv" else b"\0\x05\x16\x07")
+    for folder in ("year=2020", "year=2021/month=1", ".hidden=1", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.csv").write_text(f"url,text\nhttp://{folder},a\n")
+    (tmp_path / "0.csv").write_text(f"url,text\n{A},a\n")
+    urls = [row["url"] for row in rows_of(open_url_list(tmp_path))]
+    assert urls == [A, "http://year=2020", "http://year=2021/month=1"]
+    assert "1.csv is empty" in capsys.readouterr().out
+    assert len(rows_of(open_url_list(tmp_path / "*.csv"))) == 1
+
+
+def test_a_line_without_end_is_one_malformed_row_that_is_not_held(tmp_path: Path):
+    path = tmp_path / "l.jsonl"
+    good = json.dumps({"url": A, "text": "a"})
+    path.write_text(f"{good}\n" + '{"url": "' + "x" * (MAX_LINE_BYTES + 3_000_000) + f'"}}\n{good}')
+    listed = open_url_list(path)
+    assert [row["url"] for row in rows_of(listed)] == [A, None, A] and listed.num_malformed == 1
+
+
+def test_a_download_counts_malformed_rows_and_stores_further_captions(site, tmp_path: Path, capsys):
+    lines = [
+        {"url": site.put(f"/{number}.png", site.picture()), "caption": [f" {number}", "", "more "]}
+        for number in range(2)
+    ]
+    content = "".join(json.dumps(line) + "\n" for line in lines) + '{"url": \n'
+    (tmp_path / "l.jsonl").write_text(content)
+    assert main(download_of(site, str(tmp_path / "l.jsonl"), tmp_path / "images")) == 0
+    out = capsys.readouterr().out
+    assert "1 of 3 rows are malformed, the first is row 3" in out
+    assert "3 rows = 2 stored + 0 filtered + 1 failed (malformed_row 1)" in out
+    shard = ImageShard(str(tmp_path / "images"), "000000")
+    assert [shard.caption(0), shard.further_captions("captions_more")[0]] == ["0", ["more"]]

@@ -192,10 +192,21 @@ def pin_snapshots(run: str, kind: str, roots: Sequence[str]) -> list[Snapshot]:
     pins = [(root, snapshot_path(Path(run), each)) for root, each in zip(roots, kinds, strict=True)]
     for root, path in pins:
         if _rank() == 0 and not path.is_file():
-            write_text(path, load_snapshot(root).digest + "\n")
+            write_text(path, _with_samples(root).digest + "\n")
     if dist.is_initialized():
         dist.barrier()  # one rank chooses: a snapshot may be published between two ranks' reads
     return [load_snapshot(root, path.read_text().strip()) for root, path in pins]
+
+
+def _with_samples(root: str) -> Snapshot:
+    """Return the latest snapshot; ValueError if it has no samples."""
+    snapshot = load_snapshot(root)
+    if not snapshot.num_samples:
+        raise ValueError(
+            f"{root}: found a data set without samples, expected some; the last line of what made "
+            "it says what became of its rows"
+        )
+    return snapshot
 
 
 def _rank() -> int:
@@ -231,6 +242,8 @@ def pin_statistics(run: str, embeds: Sequence[str], weights: Sequence[float]) ->
     """Return the moments of the image embeddings that a run reads: those of the day it began, kept
     in its folder."""
     if _rank() == 0 and not (Path(run) / STATISTICS).is_file():
+        for root in embeds:
+            _with_samples(root)  # there are no statistics of none
         parts = [EmbedStatistics.read(root) for root in embeds]
         EmbedStatistics.merge(parts, weights if len(parts) > 1 else ()).write(run)
     if dist.is_initialized():
