@@ -60,6 +60,22 @@ def test_flags_override_defaults():
     assert read("--num_steps", "3").num_steps == 3 and read() == Outer()
 
 
+def test_a_value_is_utf8_and_a_tilde_the_home_folder(monkeypatch: pytest.MonkeyPatch):
+    """Also after "=", where no shell replaces it."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Names:
+        out: str = ""
+        """folder"""
+
+    monkeypatch.setenv("HOME", "/home/me")
+    for argv in (["--out=~/x"], ["--out", "~/x"]):
+        assert parse(Names, argv=argv).out == "/home/me/x"
+    assert parse(Names, argv=["--out=a~/x"]).out == "a~/x"
+    with pytest.raises(ValueError, match=r"--out: found 'bad \\udcff', bytes that are not UTF-8"):
+        parse(Names, argv=["--out", "bad \udcff"])
+
+
 @pytest.mark.parametrize(
     ("flag", "nearest"),
     [

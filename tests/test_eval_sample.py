@@ -17,8 +17,10 @@ from eval import fid, sample
 from eval.features.extractors import Extractor, ExtractorSpec
 from eval.fid import FidConfig
 from eval.sample import SampleConfig
+from eval.sampling.chain import Model
 from eval.sampling.generate import default_sampling, sampling_of
 from eval.sampling.image_source import open_images
+from eval.sampling.sample_job import settings_of
 from models.convert.runs import load_clip
 from models.diffusion.samplers import analytic_ddpm, learned_ddpm
 from models.unclip import UnClip
@@ -266,6 +268,16 @@ def test_wrong_numbers_and_options_of_no_use_are_refused(
 ):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config, **wrong)
+
+
+def test_captions_beyond_the_context_are_told(config: SampleConfig, capsys):
+    length = load_clip("tiny:random").context_length
+    captions = ["a " * (length - 2), "a " * (length - 1), "a cat", "very " * 300]
+    model = Model(prior=config.prior, decoder=config.decoder)
+    settings_of(model, captions, {}, "cpu")
+    assert f"2 of 4 captions have more than the {length} tokens" in capsys.readouterr().out
+    settings_of(model, captions[:1], {}, "cpu")
+    assert "captions have" not in capsys.readouterr().out
 
 
 def test_only_a_folder_of_samples_is_deleted(config: SampleConfig, tmp_path: Path):

@@ -15,7 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ingest.shapes import Pair, make_pairs
-from ingest.shards import EmbedShard, ImageShard, Snapshot, load_snapshot
+from ingest.shards import (
+    EmbedShard,
+    ImageShard,
+    Snapshot,
+    load_snapshot,
+    publish_snapshot,
+    write_manifest,
+)
 from models.clip import preprocess, tokenizer
 from models.diffusion import keyed_random
 from models.diffusion.keyed_random import sample_keys
@@ -217,6 +224,17 @@ def test_a_run_pins_its_snapshot(data: Path, tmp_path: Path):
         demo_data.draw_images(root, num_shards=3, samples_per_shard=PER_SHARD)
     assert load_snapshot(root).digest != pinned[0].digest
     assert inputs.pin_snapshots(str(run), "images", [str(root)]) == pinned
+
+
+@pytest.mark.parametrize("pin", [
+    lambda run, root: inputs.pin_snapshots(run, "images", [root]),
+    lambda run, root: inputs.pin_statistics(run, [root], ()),
+])  # fmt: skip
+def test_a_data_set_without_samples_is_told_as_such(pin: Callable, tmp_path: Path):
+    write_manifest(tmp_path, "images", {})
+    publish_snapshot(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: found a data set without samples"):
+        pin(str(tmp_path / "run"), str(tmp_path))
 
 
 def test_parts_share_out_the_shards(data: Path):
