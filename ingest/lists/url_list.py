@@ -165,8 +165,7 @@ def errors_of(path: str) -> Iterator[None]:
     try:
         yield
     except (
-        ValueError, TypeError, KeyError, EOFError, NotImplementedError, pa.ArrowException,
-        gzip.BadGzipFile, zlib.error, lzma.LZMAError,
+        ValueError, EOFError, pa.ArrowException, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
     ) as error:  # fmt: skip
         ours = "" if type(error) is ValueError else f"not valid {suffix}: "
         raise ValueError(f"{path}: {ours}{' '.join(str(error).split())}") from None
@@ -200,7 +199,7 @@ def _survey(
     """Look at all rows of a text file."""
     facts = FileFacts(types={})
     surveys = {c.name: Survey(is_csv=layout.kind == "csv") for c in columns}
-    numbers: dict[str, bool] = {}  # by column: whether there is any; where there is something
+    numbers: dict[str, bool] = {}  # by column with any value: whether one is a number
     for rows in batches:
         malformed = {place for place, row in enumerate(rows) if row is None}
         for column in columns:
