@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 FURTHER_ARRAYS = ("offsets", "text_embed", "tokens")
 OFFSETS = ".offsets.npy"
-FURTHER_CAPTIONS = "captions_more"  # column: the captions of a sample after its first one
 
 
 @dataclass(frozen=True)
@@ -55,22 +54,6 @@ def further_columns(shard: str, files: Iterable[str]) -> list[str]:
     """Return the columns of captions among the files of an embedding shard."""
     names = (name.removeprefix(f"{shard}.") for name in files if name.endswith(OFFSETS))
     return [name.removesuffix(OFFSETS) for name in names]
-
-
-def is_list(kind: "pa.DataType") -> bool:
-    """Return whether a column of this type holds lists."""
-    import pyarrow as pa
-
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-
-def holds_captions(kind: "pa.DataType") -> bool:
-    """Return whether a column of this type holds texts or lists of texts."""
-    import pyarrow as pa
-
-    kind = kind.value_type if is_list(kind) else kind
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return str(kind) in ("string", "large_string", "string_view")
 
 
 def as_captions(value: object) -> list[str]:

@@ -48,7 +48,7 @@ class DownloadConfig:
     caption_column: str | None = None
     """Column of the captions; None finds caption, text or alt_text, in any case; the
     further ones of a list of captions are stored as captions_more."""
-    columns: tuple[str, ...] = ()
+    columns: Annotated[tuple[str, ...], Option(hidden=True)] = ()
     """Columns of a CSV or TSV list without a header line, in order, such as caption url."""
     keep_columns: Annotated[tuple[str, ...], UseAppendAction] = ()
     """Further column to store with every row; repeatable."""

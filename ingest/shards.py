@@ -36,9 +36,9 @@ from ingest.captions import (
     FurtherCaptions,
     as_captions,
     further_columns,
-    holds_captions,
 )
 from ingest.fetching.decode import EXTENSIONS, image_extension
+from ingest.lists.columns import holds_captions
 from ingest.store.commits import (
     Attempt,
     Commit,

@@ -28,9 +28,8 @@ from ingest.adopting.sources import (
 )
 from ingest.adopting.tables import TEXT_COLUMNS
 from ingest.adopting.tars import MAX_MEMBER_BYTES
-from ingest.captions import FURTHER_CAPTIONS
 from ingest.fetching.decode import FOUND_EXTENSIONS, DecodeError
-from ingest.lists.columns import Column, common_type, find_name, plain_type
+from ingest.lists.columns import FURTHER_CAPTIONS, Column, common_type, find_name, plain_type
 from ingest.lists.url_list import OUR_COLUMNS, URL_COLUMNS, open_rows
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 from cluster.base.files import Json
 from cluster.base.outcomes import status_of
 from ingest.adopting.config import AdoptConfig
-from ingest.captions import FURTHER_CAPTIONS
+from ingest.lists.columns import FURTHER_CAPTIONS
 from ingest.lists.filters import RowFilter
 from ingest.shards import SIZE_COLUMNS, SOURCE_KEY, STORED
 from ingest.store.removal import FORGOTTEN, Forgotten

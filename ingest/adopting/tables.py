@@ -22,8 +22,14 @@ from ingest.adopting.sources import (
     kept_columns,
     open_place,
 )
-from ingest.captions import FURTHER_CAPTIONS, holds_captions, is_list
-from ingest.lists.columns import PLAIN_TYPES, plain_values, undecoded
+from ingest.lists.columns import (
+    FURTHER_CAPTIONS,
+    PLAIN_TYPES,
+    holds_captions,
+    is_list,
+    plain_values,
+    undecoded,
+)
 from ingest.lists.url_list import CAPTION_COLUMNS, OUR_COLUMNS, URL_COLUMNS
 from ingest.store.storage import is_remote, local_path
 

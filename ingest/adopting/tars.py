@@ -34,7 +34,7 @@ from ingest.adopting.tar_reader import (
     decompressed,
     plain_tar,
 )
-from ingest.captions import FURTHER_CAPTIONS, holds_captions, is_list
+from ingest.lists.columns import FURTHER_CAPTIONS, holds_captions, is_list
 from ingest.shards import row_schema
 from ingest.store.storage import absolute_root, is_remote, split_place, storage_of
 

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from ingest.captions import holds_captions, is_list
-
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FURTHER_CAPTIONS = "captions_more"  # column: the captions of a sample after its first one
 Need = Literal["text", "number", "captions", "kept"]
 INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 NUMBERS = {*INTEGERS, "float", "double"}
@@ -48,6 +47,22 @@ def find_name(wanted: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 # -- types -----------------------------------------------------------------------------------------
+
+
+def is_list(kind: "pa.DataType") -> bool:
+    """Return whether a column of this type holds lists."""
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def holds_captions(kind: "pa.DataType") -> bool:
+    """Return whether a column of this type holds texts or lists of texts."""
+    import pyarrow as pa
+
+    kind = kind.value_type if is_list(kind) else kind
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return str(kind) in ("string", "large_string", "string_view")
 
 
 def plain_type(kind: "pa.DataType") -> "pa.DataType | None":

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import UseAppendAction
 
 from cluster.base.files import Json
-from ingest.captions import FURTHER_CAPTIONS
-from ingest.lists.columns import Column, find_name, require_fit
+from ingest.lists.columns import FURTHER_CAPTIONS, Column, find_name, require_fit
 from ingest.lists.exclusions import Exclusions, decode_list
 
 if TYPE_CHECKING:

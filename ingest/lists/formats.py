@@ -32,7 +32,7 @@ Row = list[str] | Json | None  # cells by their place, or values by their name; 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class TextLayout:
     """How a text file holds its rows. names: of the columns; none in an empty file.
 
     kind: csv, json (lines), array, text.
@@ -53,7 +53,7 @@ class Layout:
 
 def find_layout(
     stream: IO[bytes], suffix: str, known: Collection[str], named: Sequence[str] = ()
-) -> Layout:
+) -> TextLayout:
     """Look at the beginning of a file.
 
     suffix: of its name; known: names, in any case, of which a header line has one; named: the
@@ -68,7 +68,7 @@ def find_layout(
         raise ValueError("found null bytes in the first line, expected text in UTF-8")
     stream.seek(0)
     if suffix == ".txt":
-        return Layout(kind="text", names=("url",))
+        return TextLayout(kind="text", names=("url",))
     if suffix in (".csv", ".tsv"):
         try:
             first.decode()
@@ -79,14 +79,14 @@ def find_layout(
             ) from None
         return _csv_layout(stream, suffix, known, named)
     kind = "array" if first.startswith(b"[") else "json"
-    some = list(islice(read_rows(stream, Layout(kind=kind, names=())), TYPED_ROWS))
+    some = list(islice(read_rows(stream, TextLayout(kind=kind, names=())), TYPED_ROWS))
     names = dict.fromkeys(name for row in some if isinstance(row, dict) for name in row)
     if some and not names:
         raise ValueError(f"found {first[:40].decode('utf-8', 'replace')!r}, expected JSON objects")
-    return Layout(kind=kind, names=tuple(names))
+    return TextLayout(kind=kind, names=tuple(names))
 
 
-def read_rows(stream: IO[bytes], layout: Layout) -> Iterator[Row]:
+def read_rows(stream: IO[bytes], layout: TextLayout) -> Iterator[Row]:
     """Yield the rows of a file in order, without its header."""
     if layout.kind == "array":
         yield from _array_rows(stream)
@@ -186,7 +186,7 @@ def _next_row(
 
 def _csv_layout(
     stream: IO[bytes], suffix: str, known: Collection[str], named: Sequence[str]
-) -> Layout:
+) -> TextLayout:
     """Find the delimiter with which most rows have the header's cells, and whether there is one."""
     known = {name.strip().casefold() for name in known}
     head = list(islice(_lines(stream), SNIFFED_ROWS))
@@ -194,7 +194,7 @@ def _csv_layout(
     for delimiter in dict.fromkeys(("\t" if suffix == ".tsv" else ",", *DELIMITERS)):
         rows = list(_csv_rows(iter(head), delimiter))
         if not rows or rows[0] is None:
-            return Layout(kind="csv", names=())
+            return TextLayout(kind="csv", names=())
         cells = [cell.strip() for cell in rows[0]]
         header = any(cell.casefold() in known for cell in cells)
         is_one = header or any(map(URL.fullmatch, cells)) or len(cells) == len(named) > 1
@@ -210,13 +210,13 @@ def _csv_layout(
         raise ValueError(f"--columns: found {len(named)} names, expected {len(cells)}, one a cell")
     if named or header or not places:
         names = tuple(named or cells)
-        return Layout(kind="csv", names=names, delimiter=delimiter, header=not named)
+        return TextLayout(kind="csv", names=names, delimiter=delimiter, header=not named)
     if len(cells) > 2 or len(places) > 1:
         raise ValueError(
             f"found no header line and {len(cells)} columns, expected their names: --columns"
         )
     names = [("url" if place == places[0] else "caption") for place in range(len(cells))]
-    return Layout(kind="csv", names=tuple(names), delimiter=delimiter)
+    return TextLayout(kind="csv", names=tuple(names), delimiter=delimiter)
 
 
 # -- JSON ------------------------------------------------------------------------------------------

@@ -17,20 +17,21 @@ from itertools import islice
 from typing import IO, TYPE_CHECKING
 
 from cluster.base.files import digest_of
-from ingest.captions import FURTHER_CAPTIONS, is_list
 from ingest.lists.columns import (
+    FURTHER_CAPTIONS,
     Column,
     Survey,
     all_texts,
     common_type,
     find_name,
     from_parquet,
+    is_list,
     plain_type,
     require_fit,
     to_array,
 )
 from ingest.lists.filters import MALFORMED, FilterConfig, RowFilter
-from ingest.lists.formats import Layout, Row, find_layout, read_rows
+from ingest.lists.formats import Row, TextLayout, find_layout, read_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,7 +69,7 @@ class RowFile:
     open: Callable[[], AbstractContextManager[IO[bytes]]]
     names: tuple[str, ...]
     schema: "pa.Schema | None" = None
-    layout: Layout | None = None
+    layout: TextLayout | None = None
 
     @property
     def all_columns(self) -> "pa.Schema":
@@ -176,12 +177,12 @@ def errors_of(path: str) -> Iterator[None]:
         raise ValueError(f"{path}: not valid {suffix}: {text}") from None
 
 
-def _batches(stream: IO[bytes], layout: Layout, size: int) -> Iterator[list[Row]]:
+def _batches(stream: IO[bytes], layout: TextLayout, size: int) -> Iterator[list[Row]]:
     rows = read_rows(stream, layout)
     return iter(lambda: list(islice(rows, size)), [])
 
 
-def _table(rows: list[Row], layout: Layout, columns: Sequence[Column]) -> "pa.Table":
+def _table(rows: list[Row], layout: TextLayout, columns: Sequence[Column]) -> "pa.Table":
     import pyarrow as pa
 
     malformed, arrays = [row is None for row in rows], []
@@ -194,7 +195,7 @@ def _table(rows: list[Row], layout: Layout, columns: Sequence[Column]) -> "pa.Ta
 
 
 def _survey(
-    batches: Iterable[list[Row]], layout: Layout, columns: Sequence[Column]
+    batches: Iterable[list[Row]], layout: TextLayout, columns: Sequence[Column]
 ) -> FileFacts:
     """Look at all rows of a text file."""
     facts = FileFacts(types={})
