@@ -117,10 +117,10 @@ def _errors(decoder, config: Config, root: Path) -> dict[str, float]:
     from eval.sampling.image_source import open_images
     from eval.scores.scorecard import read_embeds
     from ingest.fetching.decode import square_pixels
-    from models.clip import token_mask
     from models.convert.runs import load_clip
     from models.decoder import Condition
     from models.diffusion import keyed_random
+    from models.tokenizers import token_mask
     from training.tasks.pictures import pixels
 
     torch.set_num_threads(config.num_threads)

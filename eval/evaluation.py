@@ -17,7 +17,7 @@ from eval.features.extractors import (
     inception_spec,
 )
 from eval.features.store import FeatureExtraction
-from eval.features.weights import DINOV2, INCEPTION, find_weights, require_local_clip
+from eval.features.weights import DINOV2, INCEPTION, find_weights
 from eval.features.workers import Workers
 from eval.html_report.formats import CAPTIONS_KEY, Scores
 from eval.protocol import Prepared, prepare
@@ -82,7 +82,6 @@ class Evaluation:
         self.encoder: FrozenClip | None = None
         if clip:
             clip = absolute_spec(clip.removesuffix(RAW))  # scores compare directions alone
-            require_local_clip(clip)
             self.encoder = load_clip(clip).to(device_named(request.device))
             self.specs["clip"] = clip_spec(self.encoder, clip)
 

@@ -23,8 +23,8 @@ class EmbedConfig:
     images: str = "data/images"
     """folder of committed image shards, local or a URL such as s3://bucket/images"""
     clip: str = "runs/clip"
-    """encoder: a run of training/clip.py, or ARCHITECTURE:TAG, ARCHITECTURE:random,
-    ARCHITECTURE:FILE.safetensors"""
+    """encoder: a run of training/clip.py, ARCHITECTURE:TAG, ARCHITECTURE:FILE, hf-hub:REPOSITORY or
+    another of docs/encoders.md"""
     out: str = "data/embeds"
     """folder of the embeddings, local or a URL"""
     captions: tuple[str, ...] = ()

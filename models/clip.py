@@ -7,7 +7,7 @@ which takes seconds to import, is imported by those who build a model.
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from models.architectures import find_architecture
 from models.configs import ClipConfig
 from models.convert import efficientnet
 from models.networks.compiling import compiled
 from models.networks.packing import Packing
 from models.networks.transformer import attend_packed, trimmed_length
+from models.tokenizers import VOCAB_SIZE, Tokenizer, TokenizerConfig, token_mask
 from models.weights import digest
 
 if TYPE_CHECKING:
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, as in open_clip's models
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-VOCAB_SIZE = 49408  # of CLIP's BPE; the last two are start and end of text
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
+LOGITS = ("logit_scale", "logit_bias")  # of a CLIP: they do not affect embeddings
 _OPTIONS = ("num_heads", "eps", "pool_type", "text_pool_type", "text_eos_id")  # open_clip's names
 # open_clip's first and last layers, in any of its towers, by how a part of their name begins
 _OUTER_LAYERS = ("token_embedding", "position", "text_projection", "query", "conv1", "proj")
@@ -100,15 +102,15 @@ def _build_towers(config: ClipConfig) -> "CLIP":
     import open_clip
 
     if config.architecture:
-        if config.architecture not in open_clip.list_models():
+        architecture = find_architecture(config.architecture)
+        clip = architecture.create()
+        if not isinstance(clip, open_clip.CLIP) or architecture.tokenizer.source:
+            kind = f"{type(clip).__name__} of tokenizer {architecture.tokenizer.source or 'CLIP'}"
             raise ValueError(
-                f"clip architecture: found {config.architecture!r}, expected a name of "
-                f"open_clip.list_models()"
+                f"clip architecture: found {config.architecture}, a {kind}, expected a CLIP of "
+                "CLIP's own tokenizer: others embed, with weights that are there, and are not "
+                "trained here"
             )
-        clip = open_clip.create_model(config.architecture, pretrained=None, load_weights=False)
-        if not isinstance(clip, open_clip.CLIP):
-            described = f"{config.architecture}, a {type(clip).__name__}"
-            raise ValueError(f"clip architecture: found {described}, expected a CLIP")
         clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
         return clip
     vision = open_clip.CLIPVisionCfg(
@@ -148,17 +150,22 @@ def normalise_pixels(
     return (image.float() / 255 - mean) / std
 
 
-def preprocess(image: Image.Image, size: int) -> np.ndarray:
-    """Resize the short side to `size` (bicubic, antialiased) and crop the centre: uint8 [3,
-    size, size].
+def preprocess(
+    image: Image.Image, size: int, interpolation: str = "bicubic", resize_mode: str = "shortest"
+) -> np.ndarray:
+    """Resize the short side to `size` (antialiased) and crop the centre: uint8 [3, size, size].
 
-    Rounded as torchvision rounds, whose transforms open_clip's weights were trained with.
+    interpolation: bicubic or bilinear; resize_mode: squash resizes both sides instead. Rounded as
+    torchvision rounds, whose transforms open_clip's weights were trained with.
     """
     image = image.convert("RGB")
     short = min(image.size)
-    if short != size:
+    method = Image.Resampling[interpolation.upper()]
+    if resize_mode == "squash":
+        image = image.resize((size, size), method) if image.size != (size, size) else image
+    elif short != size:
         width, height = (size if side == short else int(size * side / short) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), method)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1).copy()
 
@@ -166,7 +173,7 @@ def preprocess(image: Image.Image, size: int) -> np.ndarray:
 def model_sizes(clip: "CLIP") -> tuple[int, int]:
     """Return the side of the input in px and the length of a caption in tokens."""
     size = clip.visual.image_size
-    return int(size[0] if isinstance(size, tuple) else size), int(clip.context_length)
+    return int(size if isinstance(size, int) else size[0]), int(clip.context_length)
 
 
 def model_options(clip: "CLIP") -> dict[str, object]:
@@ -185,30 +192,6 @@ def model_options(clip: "CLIP") -> dict[str, object]:
     return options
 
 
-def tokenizer(
-    context_length: int, vocab_size: int = VOCAB_SIZE
-) -> Callable[[list[str]], np.ndarray]:
-    """Return a function from captions to int32 [B, context_length]: BPE tokens, zero-padded, cut
-    at the end.
-
-    A smaller `vocab_size` folds token ids onto each other; 0 stays padding, and the last two stay
-    start and end.
-    """
-    from open_clip import SimpleTokenizer
-
-    tokenize = SimpleTokenizer(context_length=context_length)
-
-    def fold(tokens: np.ndarray) -> np.ndarray:
-        folded = 1 + (tokens - 1) % (vocab_size - 3)
-        special = tokens - VOCAB_SIZE + vocab_size
-        return np.where(tokens == 0, 0, np.where(tokens >= VOCAB_SIZE - 2, special, folded))
-
-    def encode(captions: list[str]) -> np.ndarray:
-        tokens = tokenize(captions).numpy().astype(np.int32)
-        return tokens if vocab_size == VOCAB_SIZE else fold(tokens)
-
-    return encode
-
 
 def num_cut(captions: list[str], context_length: int) -> int:
     """Return how many captions have more tokens, start and end included, than are read."""
@@ -221,64 +204,115 @@ def num_cut(captions: list[str], context_length: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How a pair becomes an encoder's input. image_size: px; context_length, vocab_size: tokens."""
+    """How a pair becomes an encoder's input. image_size: px; interpolation, resize_mode: see
+    `preprocess`."""
 
     image_size: int
-    context_length: int
-    vocab_size: int
+    tokenizer: TokenizerConfig
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Return `image` as the encoder's input, uint8 [3, S, S]."""
+        return preprocess(image, self.image_size, self.interpolation, self.resize_mode)
+
+    @property
+    def name(self) -> str:
+        """What of this an encoder's id says."""
+        crop = "centre" if self.resize_mode == "shortest" else self.resize_mode
+        return f"{self.interpolation}-{crop}-{self.image_size}"
 
 
 class FrozenClip(nn.Module):
-    """A CLIP that only encodes.
+    """One of open_clip's models that only encodes: a CLIP, a CustomTextCLIP (SigLIP, EVA, ...) or a
+    CoCa.
 
     encoder_id: architecture, weights digest and preprocessing; encoded tensors carry it, and mixing
     two is an error. Pixels are standardised as the weights' own configuration says: some of
     open_clip's were trained with other statistics than OpenAI's. unit_norm: False leaves embeddings
-    as long as the towers make them, which published unCLIP pipelines were trained on.
+    as long as the towers make them, which published unCLIP pipelines were trained on. text: its
+    tokenizer, None = CLIP's, of the model's own sizes.
     """
 
-    def __init__(self, clip: "CLIP", name: str, *, unit_norm: bool = True) -> None:
+    def __init__(
+        self, clip: nn.Module, name: str, *, unit_norm: bool = True,
+        text: Tokenizer | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.unit_norm = unit_norm
-        self.image_size, self.context_length = model_sizes(clip)
         # open_clip annotates its modules as Tensor | Module
         self.clip: Any = clip.eval().requires_grad_(False)
-        self.text_width = int(self.clip.ln_final.weight.shape[0])
-        projection = self.clip.text_projection
-        self.embed_dim = int(
-            projection.shape[1] if isinstance(projection, Tensor) else projection.out_features
+        image_size, context_length = model_sizes(self.clip)
+        tower, is_clip = self._text, self._text is self.clip
+        if text is None:
+            vocab_size = min(VOCAB_SIZE, int(tower.vocab_size))
+            sizes = TokenizerConfig(context_length=context_length, vocab_size=vocab_size)
+            text = Tokenizer(sizes)
+        self.tokenize, self.context_length = text, text.config.context_length
+
+        # Three kinds of text towers: of Hugging Face, with a class token as CoCa's, and plain ones
+        self._is_hugging_face = isinstance(getattr(tower, "pooler", None), nn.Module)
+        self._has_class_token = getattr(tower, "cls_emb", None) is not None
+        if self._has_class_token:
+            tower.output_tokens = True  # beside the embedding
+        self._pool_type = tower.text_pool_type if is_clip else getattr(tower, "pool_type", "")
+        self._eos_id = tower.text_eos_id if is_clip else getattr(tower, "eos_id", None)
+        if self._is_hugging_face:
+            self.text_width = int(tower.config.hidden_size)
+        else:
+            self.text_width = int(tower.ln_final.weight.shape[0])
+        if is_clip and isinstance(tower.text_projection, Tensor):
+            self.embed_dim = int(tower.text_projection.shape[1])
+        else:
+            self.embed_dim = int(
+                tower.text_projection.out_features if is_clip else tower.output_dim
+            )
+
+        # Its identity, without what does not affect embeddings
+        state = clip.state_dict()
+        others = (*LOGITS, "text_decoder.")  # the last one writes a CoCa's captions
+        weights = digest({k: v for k, v in state.items() if not k.startswith(others)})[:16]
+        visual = self.clip.visual
+        options = getattr(visual, "preprocess_cfg", None) or {}
+        self.preprocessing = Preprocessing(
+            image_size=image_size,
+            tokenizer=text.config,
+            interpolation=options.get("interpolation") or "bicubic",
+            resize_mode=options.get("resize_mode") or "shortest",
         )
-        state = dict(clip.state_dict())
-        del state["logit_scale"]  # does not affect embeddings, and has two shapes
-        weights = digest(state)[:16]
-        self.pixel_mean = tuple(getattr(self.clip.visual, "image_mean", None) or PIXEL_MEAN)
-        self.pixel_std = tuple(getattr(self.clip.visual, "image_std", None) or PIXEL_STD)
-        self.encoder_id = f"{name}@{weights}/bicubic-centre-{self.image_size}"
+        if self.preprocessing.resize_mode not in ("shortest", "squash"):
+            raise ValueError(
+                f"clip {name}: found resize_mode {self.preprocessing.resize_mode}, expected "
+                "shortest or squash"
+            )
+        self.pixel_mean = tuple(getattr(visual, "image_mean", None) or PIXEL_MEAN)
+        self.pixel_std = tuple(getattr(visual, "image_std", None) or PIXEL_STD)
+        self.encoder_id = f"{name}@{weights}/{self.preprocessing.name}"
         if (self.pixel_mean, self.pixel_std) != (PIXEL_MEAN, PIXEL_STD):
             statistics = (*self.pixel_mean, *self.pixel_std)
             self.encoder_id += "".join(f"-{value:g}" for value in statistics)
         if not unit_norm:
             self.encoder_id += RAW
-        self.tokenize = tokenizer(self.context_length, int(self.clip.vocab_size))
         self._bf16_blocks: list[nn.Module] = []  # not registered: a copy, see `encode_packed`
 
     @property
-    def preprocessing(self) -> Preprocessing:
-        """The preprocessing of its inputs."""
-        return Preprocessing(
-            image_size=self.image_size,
-            context_length=self.context_length,
-            vocab_size=int(self.clip.vocab_size),
-        )
+    def image_size(self) -> int:
+        """Side of the input in px."""
+        return self.preprocessing.image_size
+
+    @property
+    def _text(self) -> Any:
+        """What has the parts of the text tower: a CLIP itself."""
+        return getattr(self.clip, "text", self.clip)
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """Return `image` as this encoder's input, uint8 [3, S, S]."""
-        return preprocess(image, self.image_size)
+        return self.preprocessing.pixels(image)
 
     @property
     def device(self) -> torch.device:
         """The device that inputs are moved to and results are on."""
-        return self.clip.positional_embedding.device
+        return self.clip.logit_scale.device
 
     def on(self, device: torch.device) -> "FrozenClip":
         """Move to a device, once: `to` would look at every weight in every step."""
@@ -289,8 +323,10 @@ class FrozenClip(nn.Module):
 
     def drop_vision(self) -> None:
         """Free the vision tower, most of the weights, where only captions are encoded, as in
-        training."""
+        training; and the part of a CoCa that writes captions."""
         self.clip.visual = None
+        if hasattr(self.clip, "text_decoder"):
+            self.clip.text_decoder = None
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
@@ -301,7 +337,7 @@ class FrozenClip(nn.Module):
         if self.clip.visual is None:
             raise ValueError("encoder: found no vision tower any more, expected one; load it again")
         pixels = normalise_pixels(image.to(self.device), self.pixel_mean, self.pixel_std)
-        return self._of_length(self.clip.encode_image(pixels).float())
+        return self._of_length(self.clip.encode_image(pixels, normalize=False).float())
 
     def _of_length(self, embed: Tensor) -> Tensor:
         return F.normalize(embed, dim=-1) if self.unit_norm else embed
@@ -319,7 +355,9 @@ class FrozenClip(nn.Module):
     @property
     def is_causal(self) -> bool:
         """Whether the text tower reads no padding: a causal one that pools at a caption's end."""
-        return self.clip.attn_mask is not None and self.clip.text_pool_type in ("argmax", "eos")
+        is_plain = not self._is_hugging_face and not self._has_class_token
+        pools_at_end = self._pool_type in ("argmax", "eos")
+        return is_plain and self._text.attn_mask is not None and pools_at_end
 
     @property
     def packs_text(self) -> bool:
@@ -329,8 +367,9 @@ class FrozenClip(nn.Module):
         """
         from open_clip.transformer import ResidualAttentionBlock
 
-        blocks = self.clip.transformer.resblocks
-        return self.is_causal and all(type(block) is ResidualAttentionBlock for block in blocks)
+        return self.is_causal and all(
+            type(block) is ResidualAttentionBlock for block in self._text.transformer.resblocks
+        )
 
     @torch.no_grad()
     def encode_packed(self, tokens: Tensor, packing: Packing) -> Tensor:
@@ -340,11 +379,12 @@ class FrozenClip(nn.Module):
         Under bf16 autocast on a GPU the linear layers are a bf16 copy, where autocast would convert
         frozen weights again at every call. For towers that `packs_text` names.
         """
-        clip = self.clip
-        x = clip.token_embedding(tokens) + F.embedding(packing.position, clip.positional_embedding)
+        text = self._text
+        x = text.token_embedding(self.tokenize.ids(tokens))
+        x = x + F.embedding(packing.position, text.positional_embedding)
         for block in self._text_blocks(x) if len(x) else ():
             x = self._packed_block(block, x, packing)  # [S, W]
-        return clip.ln_final(x).float()
+        return text.ln_final(x).float()
 
     @compiled(dynamic=None)
     def _packed_block(self, block: Any, x: Tensor, packing: Packing) -> Tensor:
@@ -359,9 +399,9 @@ class FrozenClip(nn.Module):
     def _text_blocks(self, like: Tensor) -> Iterable[Any]:
         """Return the tower's blocks in the precision of a call."""
         if not like.is_cuda or not torch.is_autocast_enabled():
-            return self.clip.transformer.resblocks
+            return self._text.transformer.resblocks
         if not self._bf16_blocks:
-            blocks = copy.deepcopy(self.clip.transformer.resblocks)
+            blocks = copy.deepcopy(self._text.transformer.resblocks)
             kinds = nn.Linear | nn.MultiheadAttention
             layers = [module for module in blocks.modules() if isinstance(module, kinds)]
             for parameter in (p for layer in layers for p in layer.parameters(recurse=False)):
@@ -373,39 +413,39 @@ class FrozenClip(nn.Module):
     def pool_packed(self, states: Tensor, tokens: Tensor, packing: Packing) -> Tensor:
         """Return text_embed float32 [B, E], of unit norm if `unit_norm`, of packed text_states
         float32 [S, W] and their tokens int64 [S]; no caption may be empty."""
-        padded = packing.pad(tokens, self.context_length)  # [B, L]
-        is_end = padded if self.clip.text_pool_type == "argmax" else padded == self.clip.text_eos_id
+        ids = self.tokenize.ids(packing.pad(tokens, self.context_length))  # [B, L]
+        is_end = ids if self._pool_type == "argmax" else ids == self._eos_id
         end = packing.offsets[:-1] + is_end.int().argmax(1)  # [B]
         return self._projected(states.index_select(0, end))
 
     def _projected(self, pooled: Tensor) -> Tensor:
-        projection = self.clip.text_projection
-        embed = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
-        return self._of_length(embed.float())
+        projection = self._text.text_projection
+        if projection is not None:
+            linear = isinstance(projection, nn.Linear)
+            pooled = projection(pooled) if linear else pooled @ projection
+        return self._of_length(pooled.float())
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Encode int [B, L] to text_embed float32 [B, E], of unit norm if `unit_norm`, and
-        text_states float32 [B, L, W].
+        text_states float32 [B, L, W], the last layer's after the tower's final norm.
 
         L may be less than the context: see `trimmed`.
         """
         from open_clip.transformer import text_global_pool
 
-        clip, tokens = self.clip, tokens.to(self.device).long()
-        length = tokens.shape[1]
-        x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
-        mask = None if clip.attn_mask is None else clip.attn_mask[:length, :length]
-        states = clip.ln_final(clip.transformer(x, attn_mask=mask))
-        pooled = text_global_pool(
-            states, tokens, clip.text_pool_type, eos_token_id=clip.text_eos_id
-        )
+        text, ids = self._text, self.tokenize.ids(tokens.to(self.device).long())
+        if self._is_hugging_face:
+            keep = (ids != text.config.pad_token_id).long()
+            output = text.transformer(input_ids=ids, attention_mask=keep)
+            embed = text.proj(text.pooler(output, keep))
+            return self._of_length(embed.float()), output.last_hidden_state.float()
+        if self._has_class_token:
+            embed, states = text(ids)  # without the class token, before the norm
+            return self._of_length(embed.float()), text.ln_final(states).float()
+        length = ids.shape[1]
+        x = text.token_embedding(ids) + text.positional_embedding[:length]
+        mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
+        states = text.ln_final(text.transformer(x, attn_mask=mask))
+        pooled = text_global_pool(states, ids, self._pool_type, eos_token_id=self._eos_id)
         return self._projected(pooled), states.float()
-
-
-def token_mask(tokens: Tensor) -> Tensor:
-    """Return bool [B, L], True where `tokens` are real: up to the last that is not 0.
-
-    0 pads; before the end of a caption it is CLIP's "!" within a run of punctuation.
-    """
-    return (tokens != 0).int().flip(1).cummax(1).values.flip(1).bool()

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.clip import FrozenClip, token_mask, tokenizer
+from models.clip import FrozenClip
 from models.decoder import Condition, Decoder, ImageSampling
 from models.priors.base import Prior, PriorSampling, PriorText
+from models.tokenizers import token_mask, tokenizer
 from models.upsampler import Upsampler
 
 

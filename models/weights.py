@@ -12,16 +12,17 @@ import pickle
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 CONFIG_NAME = "config.json"
 MODEL_NAME, EMA_NAME = "model.safetensors", "ema.safetensors"  # as trained; averaged
 FINAL_NAME = "final.json"  # written last by a run that reached its last step
+LFS_POINTER = b"version https://git-lfs"
 JsonObject = dict[str, Any]  # config.json
 
 
@@ -66,13 +67,16 @@ def num_elements(path: Path) -> dict[str, int]:
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Load `path` into `model` and return it in evaluation mode.
+    """Load the safetensors `path` into `model` and return it in evaluation mode.
 
     Raises ValueError naming the first tensor that is missing, left over or of another shape.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: found no weights file; expected safetensors written by training")
-    state, expected = load_file(str(path)), model.state_dict()
+    return load_state(model, read_safetensors(path), path)
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
+    """Load the tensors of `path` as `load_weights` does."""
+    expected = model.state_dict()
     for name in sorted(state.keys() | expected.keys()):
         shapes = [list(s[name].shape) if name in s else "nothing" for s in (state, expected)]
         if shapes[0] != shapes[1]:
@@ -82,6 +86,46 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
             )
     model.load_state_dict(state)
     return model.eval()
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file; ValueError for none, a pointer to one, or a damaged one."""
+    _require_weights(path)
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: found no complete safetensors ({error}), expected weights; get it again"
+        ) from None
+
+
+def read_checkpoint(path: Path) -> JsonObject:
+    """Return the tensors of a safetensors file, or of a pickled one, by name.
+
+    Of a checkpoint of open_clip's training its `state_dict`, without the prefix `module.` of
+    torch's DistributedDataParallel. The unpickler builds nothing but tensors and plain values.
+    """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    _require_weights(path)
+    with path.open("rb") as file:
+        state = _unpickled(file, path)
+    state = state.get("state_dict", state)
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: found more than tensors, expected weights or a state_dict")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _require_weights(path: Path) -> None:
+    """Raise ValueError for no file, or for the pointer that Git LFS leaves in the place of one."""
+    if not path.is_file():
+        raise ValueError(f"{path}: found no weights file, expected one")
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{path}: found a pointer of Git LFS, expected the weights themselves; fetch them "
+                "with: git lfs pull"
+            )
 
 
 def load_tensors(path: str, sha256: str) -> JsonObject:
@@ -95,12 +139,16 @@ def load_tensors(path: str, sha256: str) -> JsonObject:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(f"{path}: found sha256 {found}, expected {sha256}; get it again")
+    return _unpickled(io.BytesIO(content), path)
+
+
+def _unpickled(file: IO[bytes], path: Path | str) -> JsonObject:
     try:
         state = torch.load(  # tensors stay in memory, whatever device they were saved from
-            io.BytesIO(content), lambda storage, _: storage, weights_only=True
+            file, lambda storage, _: storage, weights_only=True
         )
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path}: found no plain tensors ({reason}), expected a file of weights"
         ) from None

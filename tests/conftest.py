@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from models.clip import VOCAB_SIZE, FrozenClip
+from models.clip import FrozenClip
 from models.configs import (
     AutoregressivePriorConfig,
     DecoderConfig,
@@ -31,6 +31,7 @@ from models.decoder import Decoder
 from models.priors.autoregressive import AutoregressivePrior
 from models.priors.diffusion import DiffusionPrior
 from models.priors.regression import RegressionPrior
+from models.tokenizers import VOCAB_SIZE
 from models.upsampler import Upsampler
 from models.weights import FINAL_NAME, save_config, save_weights
 from training.data import demo_data

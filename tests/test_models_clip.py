@@ -18,16 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.clip import (
     PIXEL_MEAN,
     PIXEL_STD,
-    VOCAB_SIZE,
     FrozenClip,
     build_clip,
     preprocess,
-    token_mask,
-    tokenizer,
 )
 from models.configs import ClipConfig
 from models.convert.runs import clip_config_named, load_clip
 from models.diffusion.losses import contrastive
+from models.tokenizers import VOCAB_SIZE, token_mask, tokenizer
 from training.data.dataloader import Batch, as_batch
 from training.tasks.clip import clip_objective
 
@@ -148,7 +146,7 @@ def test_weights_of_a_file_come_back(tiny: FrozenClip, tmp_path: Path):
         ("runs/none", "found no such folder, expected a finished run"),
         ("NoSuchNet:random", "found 'NoSuchNet', expected a name of open_clip.list_models"),
         ("ViT-B-32:no_such_tag", "found tag 'no_such_tag', expected one of .*laion2b"),
-        ("NoSuchNet:tag", "found tag 'tag', expected one of none known"),
+        ("NoSuchNet:tag", "found 'NoSuchNet', expected a name of open_clip"),
         ("tiny:/no/such/file.safetensors", "found no weights file"),
     ],
 )

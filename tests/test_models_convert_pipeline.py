@@ -12,12 +12,13 @@ from test_models_convert_priors import random_prior
 from test_models_convert_unets import SIZE, their_decoder, their_upsampler
 from torch import Tensor
 
-from models.clip import FrozenClip, token_mask
+from models.clip import FrozenClip
 from models.convert.runs import load_clip
 from models.decoder import ImageSampling
 from models.diffusion.samplers import SAMPLERS
 from models.diffusion.schedule import NoiseSchedule
 from models.priors.base import PriorSampling
+from models.tokenizers import token_mask
 from models.unclip import Sampling, UnClip
 from training import convert
 

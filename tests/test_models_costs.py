@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cluster.base.cli import parse
-from models.clip import VOCAB_SIZE, build_clip
+from models.clip import build_clip
 from models.configs import (
     AutoregressivePriorConfig,
     ClipConfig,
@@ -29,6 +29,7 @@ from models.costs import (
 )
 from models.decoder import Condition, Decoder
 from models.priors.base import PriorText
+from models.tokenizers import VOCAB_SIZE
 from models.upsampler import Upsampler
 from training.config import PRESETS, ClipRunConfig, DecoderRunConfig, PriorRunConfig
 from training.tasks.clip import clip_model

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.clip import token_mask
 from models.configs import (
     AutoregressivePriorConfig,
     DecoderConfig,
@@ -31,6 +30,7 @@ from models.priors.autoregressive import AutoregressivePrior
 from models.priors.base import PackedText, PriorSampling, PriorText
 from models.priors.diffusion import DiffusionPrior
 from models.priors.regression import RegressionPrior
+from models.tokenizers import token_mask
 from models.upsampler import Upsampler
 from training.runs.worker import compile_model
 

@@ -15,7 +15,7 @@ from _networks import UNET
 from _priors import EMBED, TEXT, images, prior_of
 from torch import Tensor, nn
 
-from models.clip import VOCAB_SIZE, FrozenClip, token_mask, tokenizer
+from models.clip import FrozenClip
 from models.configs import DecoderConfig
 from models.convert.runs import load_clip
 from models.decoder import Decoder
@@ -24,6 +24,7 @@ from models.networks.compiling import compile_parts
 from models.networks.packing import Packing, token_lengths
 from models.networks.transformer import TextEncoder
 from models.priors.base import PackedText, PriorText
+from models.tokenizers import VOCAB_SIZE, token_mask, tokenizer
 from training.config import DecoderRunConfig
 from training.data.dataloader import as_batch
 from training.tasks.decoder import base_objective, pack_captions_of_decoder

@@ -155,7 +155,7 @@ def test_every_flag_that_a_text_names_is_one_of_the_script_it_names(page: Path):
 
 
 def test_tokens_are_those_that_the_page_on_text_shows():
-    from models.clip import VOCAB_SIZE, tokenizer
+    from models.tokenizers import VOCAB_SIZE, tokenizer
 
     text = (ROOT / "docs" / "text.md").read_text(encoding="utf-8")
     short, long = tokenizer(77), tokenizer(256)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from _runs import done, script
 
-from models.clip import token_mask, tokenizer
+from models.tokenizers import token_mask, tokenizer
 
 ROOT = Path(__file__).parent.parent
 LIST = ROOT.parent / "shared" / "data" / "laion" / "real_urls_10000.parquet"

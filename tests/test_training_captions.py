@@ -32,10 +32,10 @@ from ingest.shards import (
 )
 from ingest.store.maintenance import forget, verify
 from ingest.store.removal import Forgotten
-from models.clip import tokenizer
 from models.configs import DecoderConfig
 from models.convert.runs import load_clip
 from models.diffusion.keyed_random import sample_keys, uniform
+from models.tokenizers import tokenizer
 from training.config import DataConfig, RunConfig, TrainConfig
 from training.data.captions import CaptionDraw
 from training.data.dataloader import Batch, make_loader

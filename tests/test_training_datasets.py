@@ -23,9 +23,10 @@ from ingest.shards import (
     publish_snapshot,
     write_manifest,
 )
-from models.clip import preprocess, tokenizer
+from models.clip import preprocess
 from models.diffusion import keyed_random
 from models.diffusion.keyed_random import sample_keys
+from models.tokenizers import tokenizer
 from training.config import DecoderRunConfig, TrainConfig
 from training.data import demo_data, inputs
 from training.data.dataloader import Batch, KeyedDataset, ThreadedLoader

@@ -61,6 +61,11 @@ class ScheduleConfig:
     """share of the steps in which the learning rate rises linearly"""
     decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
     """learning rate after the warm-up; inverse_sqrt: as the root of warm-up over step"""
+    extend: Annotated[Literal["constant", "rewarm"], HIDDEN] = "constant"
+    """learning rate of the steps by which a larger num_steps extends a run: its last one, or warmed
+    up and decayed again"""
+    extended: Annotated[tuple[str, ...], HIDDEN] = ()
+    """ends that were extended, each with how, such as 20:constant; a run records it by itself"""
 
     def __post_init__(self) -> None:
         _require(self, "train", 1, INFINITY, "num_steps")

@@ -102,11 +102,11 @@ def load_conditioned(config: ConvertConfig) -> "tuple[Decoder | DiffusionPrior, 
     """
     import torch
 
-    from models.clip import token_mask
     from models.convert.priors import prior_from_diffusers
     from models.convert.runs import absolute_spec, load_clip
     from models.convert.unets import decoder_from_diffusers
     from models.priors.base import PriorText
+    from models.tokenizers import token_mask
 
     encoder, folder = load_clip(config.clip), Path(config.diffusers)
     if encoder.unit_norm:

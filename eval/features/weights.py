@@ -83,34 +83,3 @@ def find_weights(
             f"from {official.address} (sha256 {official.sha256}); nothing is downloaded here"
         )
     return WeightsFile(path=str(path.absolute()), sha256=official.sha256, official=True)
-
-
-def require_local_clip(clip: str) -> None:
-    """Raise ValueError for an ARCHITECTURE:TAG whose weights open_clip would download.
-
-    Runs, files and untrained encoders pass, and so do invalid names, which `load_clip` refuses.
-    """
-    architecture, _, tag = clip.partition(":")
-    if Path(clip).is_dir() or not tag or tag == "random" or tag.endswith(".safetensors"):
-        return
-    from huggingface_hub import try_to_load_from_cache
-    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-    from open_clip.pretrained import get_pretrained_cfg
-
-    config: dict[str, str] = get_pretrained_cfg(architecture, tag)
-    hub, address = config.get("hf_hub", ""), config.get("url", "")
-    if hub:
-        repository, _, file = hub.rpartition("/")
-        names = (file,) if file else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
-        present = any(isinstance(try_to_load_from_cache(repository, n), str) for n in names)
-    else:
-        file = address.rpartition("/")[2]
-        present = bool(file) and (Path.home() / ".cache" / "clip" / file).is_file()
-    if present or not config:
-        return
-    where = " or ".join([f"https://huggingface.co/{hub}"] * bool(hub) + [address] * bool(address))
-    raise ValueError(
-        f"clip {clip}: found no weights of it on this machine, expected them in open_clip's cache; "
-        f"get them from {where}, and name a file as {architecture}:FILE.safetensors; nothing is "
-        "downloaded here"
-    )

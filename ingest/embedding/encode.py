@@ -8,7 +8,7 @@ A chunk never crosses shards, so a shard's embeddings do not depend on the proce
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -30,7 +30,8 @@ from ingest.shards import (
 )
 from ingest.store.maintenance import follow_images, record_derived
 from ingest.store.storage import Root, absolute_root
-from models.clip import FrozenClip, Preprocessing, preprocess, tokenizer
+from models.clip import FrozenClip, Preprocessing
+from models.tokenizers import Tokenizer, TokenizerConfig
 
 NORM_TOLERANCE = 1e-3
 
@@ -127,11 +128,11 @@ def _read_chunk(
     bad = np.zeros(len(rows), bool)
     for place, row in enumerate(rows):
         try:
-            pixels[place] = preprocess(stored_picture(shard.image_bytes(row)), side)
+            pixels[place] = preprocessing.pixels(stored_picture(shard.image_bytes(row)))
         except BAD_BYTES:
             bad[place] = True
     captions = [shard.caption(row) for row in rows]
-    none = np.zeros((0, preprocessing.context_length), np.int32)
+    none = np.zeros((0, preprocessing.tokenizer.context_length), np.int32)
     lists = (shard.further_captions(column)[row] for row in rows for column in columns)
     further = [text for texts in lists for text in texts]
     return Chunk(
@@ -139,16 +140,16 @@ def _read_chunk(
         start=rows.start,
         total=len(shard),
         pixels=pixels,
-        tokens=_tokenizer(preprocessing)(captions) if captions else none,
-        further_tokens=_tokenizer(preprocessing)(further) if further else none,
+        tokens=_tokenizer(preprocessing.tokenizer)(captions) if captions else none,
+        further_tokens=_tokenizer(preprocessing.tokenizer)(further) if further else none,
         bad=bad,
         read_seconds=time.perf_counter() - started,
     )
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(preprocessing: Preprocessing) -> Callable[[list[str]], np.ndarray]:
-    return tokenizer(preprocessing.context_length, preprocessing.vocab_size)
+def _tokenizer(config: TokenizerConfig) -> Tokenizer:
+    return Tokenizer(config)
 
 
 # -- encode --------------------------------------------------------------------------------------

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from models.weights import CONFIG_NAME, JsonObject, save_weights
+from models.weights import CONFIG_NAME, JsonObject, read_safetensors, save_weights
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -28,7 +27,7 @@ class DiffusersModel:
         path = folder / WEIGHTS_NAME
         if not path.is_file():
             raise ValueError(f"{path}: found no such file, expected the weights of {class_name}")
-        self.tensors = load_file(str(path))
+        self.tensors = read_safetensors(path)
 
     def option(self, name: str) -> Any:
         """Return an option that config.json must have; ValueError if it is missing."""

@@ -1,13 +1,15 @@
 """Models from the folders of finished runs, and encoders by their names."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from models.clip import RAW, VOCAB_SIZE, FrozenClip, build_clip
+from models.architectures import FOLDER, HUB, find_architecture
+from models.clip import LOGITS, RAW, FrozenClip, build_clip
 from models.configs import (
     AutoregressivePriorConfig,
     ClipConfig,
@@ -23,9 +25,20 @@ from models.priors.autoregressive import AutoregressivePrior
 from models.priors.base import Prior
 from models.priors.diffusion import DiffusionPrior
 from models.priors.regression import RegressionPrior
+from models.tokenizers import VOCAB_SIZE, Tokenizer
 from models.unclip import UnClip
 from models.upsampler import Upsampler
-from models.weights import EMA_NAME, JsonObject, exported, load_config, load_weights
+from models.weights import (
+    EMA_NAME,
+    JsonObject,
+    exported,
+    load_config,
+    load_state,
+    load_weights,
+    read_checkpoint,
+)
+
+HARMLESS = ("attn_mask", "position_ids")  # buffers that are computed
 
 # -- models ----------------------------------------------------------------------------------------
 
@@ -116,25 +129,26 @@ def load_chain(
 
 
 def absolute_spec(spec: str) -> str:
-    """Return the name of an encoder with the path of its run folder, or of its file of weights
-    (ARCH:FILE), made absolute, for processes that have another working directory."""
+    """Return the name of an encoder with the path of its run folder, of its folder of open_clip's
+    layout (local-dir:), or of its file of weights (ARCH:FILE), made absolute, for processes that
+    have another working directory."""
     name = spec.removesuffix(RAW)
     raw = spec[len(name) :]
     if name and Path(name).is_dir():
         return str(Path(name).absolute()) + raw
     arch, colon, weights = name.partition(":")
-    if colon and Path(weights).is_file():
+    if colon and (Path(weights).is_file() or name.startswith(FOLDER)):
         return f"{arch}:{Path(weights).absolute()}{raw}"
     return spec
 
 
 def load_clip(spec: str) -> FrozenClip:
-    """Load the encoder that `spec` names.
+    """Load the encoder that `spec` names: see docs/encoders.md.
 
-    A run folder of training/clip.py; ARCHITECTURE:TAG, open_clip's own pretrained weights, which
-    it fetches if they are not in its cache; ARCHITECTURE:random, seeded, for tests; or
-    ARCHITECTURE:FILE.safetensors. Any of these followed by "+raw" keeps the length of embeddings.
-    Raises ValueError when it names none of these.
+    A run folder of training/clip.py; ARCHITECTURE:TAG, one of open_clip's pretrained weights;
+    hf-hub:REPOSITORY or local-dir:FOLDER, as open_clip reads them; ARCHITECTURE:random, seeded, for
+    tests; or ARCHITECTURE:FILE. Any of these followed by "+raw" keeps the length of embeddings.
+    Raises ValueError when it names none of these, or something that is not on this machine.
     """
     unit_norm, spec = not spec.endswith(RAW), spec.removesuffix(RAW)
     folder = Path(spec)
@@ -153,32 +167,65 @@ def load_clip(spec: str) -> FrozenClip:
         load_weights(clip, step / EMA_NAME)
         name = f"clip-{clip.visual.output_dim}{'-' if tower else ''}{identity}"
         return FrozenClip(clip, name, unit_norm=unit_norm)
-    if ":" not in spec:
-        raise ValueError(
-            f"clip {spec}: found no such folder, expected a finished run of training/clip.py or "
-            "ARCHITECTURE:TAG; train one with: python training/clip.py"
-        )
-    architecture, weights = spec.split(":", 1)
-    if weights == "random" or weights.endswith(".safetensors"):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            clip = build_clip(clip_config_named(architecture))
-        if weights != "random":
-            # open_clip saves a scalar; see build_clip for why ours is not one
-            clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(()))
-            load_weights(clip, Path(weights))
-        return FrozenClip(clip, architecture, unit_norm=unit_norm)
-    import open_clip
 
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if weights not in tags:
+    name, colon, weights = spec.partition(":")
+    if spec.startswith((HUB, FOLDER)):
+        name, weights = spec, ""
+    elif not colon or not weights:
         raise ValueError(
-            f"clip {spec}: found tag {weights!r}, expected one of {', '.join(tags) or 'none known'}"
+            f"clip {spec}: found no such folder, expected a "
+            "finished run of training/clip.py, ARCHITECTURE:TAG, ARCHITECTURE:FILE or "
+            "hf-hub:REPOSITORY; train one with: python training/clip.py"
         )
-    clip = open_clip.create_model(architecture, pretrained=weights)
-    if not isinstance(clip, open_clip.CLIP):
-        raise ValueError(f"clip {spec}: found a {type(clip).__name__}, expected a CLIP")
-    return FrozenClip(clip, architecture, unit_norm=unit_norm)
+    text, file = None, Path(weights) if is_file_of_weights(weights) else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "tiny":
+            clip = build_clip(clip_config_named(name))
+        else:
+            architecture = find_architecture(name)
+            if weights and weights != "random" and file is None:
+                architecture = architecture.pretrained(weights)
+            name, text = architecture.name, Tokenizer(architecture.tokenizer)
+            file = file or architecture.weights
+            clip = architecture.create()
+    if file is not None:
+        load_clip_weights(clip, file)
+    return FrozenClip(clip, name, unit_norm=unit_norm, text=text)
+
+
+def is_file_of_weights(name: str) -> bool:
+    """Return whether what follows ARCHITECTURE: is a file's name, rather than a tag's."""
+    return name.endswith((".safetensors", ".pt", ".pth", ".bin")) or Path(name).is_file()
+
+
+def load_clip_weights(clip: nn.Module, path: Path) -> None:
+    """Load a file of weights into an untrained model of open_clip's.
+
+    What does not affect embeddings may be missing, or left over, with a message: buffers of older
+    versions, and what scales logits. Raises ValueError as `load_weights` does.
+    """
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    state: dict[str, Tensor] = convert_state_dict(clip, read_checkpoint(path))  # pyright: ignore
+    expected: dict[str, Tensor] = clip.state_dict()
+    if "positional_embedding" not in expected:  # the text tower is a module of its own
+        state = convert_to_custom_text_state_dict(state)
+    ignored = [
+        name for name in state
+        if name not in expected and name.rpartition(".")[2] in (*HARMLESS, *LOGITS)
+    ]  # fmt: skip
+    missing = [name for name in LOGITS if name in expected and name not in state]
+    for names, what in ((ignored, "ignores"), (missing, "lacks")):
+        if names:
+            text = f"{path}: {what} {', '.join(names)}, which no embedding depends on"
+            print(text, file=sys.stderr, flush=True)
+    state = {name: value for name, value in state.items() if name not in ignored}
+    for name in (name for name in LOGITS if name in expected):
+        # open_clip saves a scalar; see build_clip for why ours is not one
+        state[name] = state.get(name, expected[name]).reshape(expected[name].shape)
+    load_state(clip, state, path)
 
 
 def clip_config_named(architecture: str) -> ClipConfig:

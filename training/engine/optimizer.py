@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from models.clip import is_clip, is_clip_outer
-from training.config import TrainConfig
+from training.config import ScheduleConfig, TrainConfig
 from training.engine.precision import settled
 
 # coefficients of the quintic that maps singular values into about [0.7, 1.2]
@@ -191,15 +191,33 @@ def set_learning_rate(groups: list[dict], ratio: float) -> None:
 
 
 def learning_rate_ratio(config: TrainConfig, step: int) -> float:
-    """Return the learning rate at `step` as a share of its peak: linear warm-up, then cosine to
-    0, constant, or falling as 1 / sqrt(step)."""
+    """Return the learning rate at `step` as a share of its peak.
+
+    The steps before the first end that was extended have the schedule of that end; those after one
+    the last rate before it, or a schedule of their own.
+    """
     schedule = config.schedule
-    warmup = max(1, round(schedule.warmup * schedule.num_steps))
+    pairs = (each.split(":") for each in schedule.extended)
+    ends = [(int(end), how) for end, how in pairs] + [(schedule.num_steps, "")]
+    start, how = 0, "rewarm"
+    for end, next_how in ends:
+        if step < end or end == schedule.num_steps:
+            break
+        start, how = end, next_how
+    if how == "constant":
+        return learning_rate_ratio(config, start - 1)
+    return _ratio(schedule, step - start, end - start)
+
+
+def _ratio(schedule: ScheduleConfig, step: int, num_steps: int) -> float:
+    """Return the share at `step` of `num_steps`: linear warm-up, then cosine to 0, constant, or
+    falling as 1 / sqrt(step)."""
+    warmup = max(1, round(schedule.warmup * num_steps))
     if step < warmup:
         return (step + 1) / warmup
     if schedule.decay == "constant":
         return 1.0
     if schedule.decay == "inverse_sqrt":
         return math.sqrt(warmup / step)
-    progress = (step - warmup) / max(1, schedule.num_steps - warmup)
+    progress = (step - warmup) / max(1, num_steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -9,11 +9,20 @@ from pathlib import Path
 
 import yaml
 
-from cluster.base.cli import flattened, options_of, read_yaml, require_local, to_yaml
+from cluster.base.cli import (
+    flattened,
+    options_of,
+    read_yaml,
+    require_local,
+    to_yaml,
+    with_options,
+)
 from cluster.base.files import try_lock, write_text
 from cluster.base.run_dir import CONFIG_NAME, LAUNCH_LOCK, LOCKS, TRAIN_LOCK
+from models.weights import FINAL_NAME
 from training.config import RunConfig
 
+EXTENSION = ("train.num_steps", "train.extend", "train.extended")  # what a longer run changes
 LAUNCH_SECONDS = 2.0  # cluster/runs.py holds the lock for a moment when it looks for its owner
 TRAIN_SECONDS = 180.0  # a lost node's lock on a shared folder lasts as long as its lease there
 
@@ -36,7 +45,9 @@ def open_run(run_folder: str) -> Path:
 def prepare_run(config: RunConfig, run_folder: str) -> Path:
     """Create or reopen the folder of a run and write its configuration.
 
-    Raises ValueError where the run has other options, of those that may not change.
+    A run of more steps than before is finished no longer, before its configuration says so: it has
+    no end meanwhile, and the same command continues. Raises ValueError where the run has other
+    options, of those that may not change.
     """
     run = open_run(run_folder)
     if config.fresh and _is_run(run):
@@ -50,21 +61,50 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
         pair = (config, type(config)())
         now, defaults = (flattened(yaml.safe_load(to_yaml(each))) for each in pair)
         before = {**defaults, **recorded_options(run)}  # the run may be older than an option
-        options = options_of(type(config))
+        options, extends = options_of(type(config)), is_extension(config, run)
         for key in sorted(before.keys() | now.keys()):
             may_change = key in options and options[key].option.may_change
+            may_change |= extends and key in EXTENSION
             fixed = not may_change and not key.endswith(".checkpointing")  # computes the same
             if fixed and before.get(key) != now.get(key):
+                hint = ""
+                if (run / FINAL_NAME).is_file():
+                    hint = "the run has finished, and another value changes nothing; "
                 raise ValueError(
                     f"{run}: {key}: found {before.get(key)!r} in the run, expected "
-                    f"{now.get(key)!r}; rerun with the run's own configuration (--config "
+                    f"{now.get(key)!r}; {hint}rerun with the run's own configuration (--config "
                     "config.yaml) or start over with --fresh"
                 )
+        if extends:
+            (run / FINAL_NAME).unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     # Without --fresh: the file is itself a --config, to continue with
     stored = dataclasses.replace(config, fresh=False, dry_run=False)
     write_text(run / CONFIG_NAME, to_yaml(stored))
     return run
+
+
+def is_extension(config: RunConfig, run: Path) -> bool:
+    """Return whether a run has fewer steps so far than its configuration now asks for."""
+    recorded = None if config.fresh else recorded_options(run).get("train.num_steps")
+    return isinstance(recorded, int) and recorded < config.train.schedule.num_steps
+
+
+def with_extensions(config: RunConfig, run: Path) -> RunConfig:
+    """Return the configuration with the ends of the run that were extended, and are now: the
+    learning rate before an end stays what it was."""
+    recorded = {} if config.fresh else recorded_options(run)
+    ends = recorded.get("train.extended") or []
+    assert isinstance(ends, list)
+    if is_extension(config, run):
+        schedule, end = config.train.schedule, recorded["train.num_steps"]
+        ends = [*ends, f"{end}:{schedule.extend}"]
+        rate = "warmed up again" if schedule.extend == "rewarm" else "as at its last step"
+        print(
+            f"{run}: extended from {end} to {schedule.num_steps} steps, the learning rate {rate} "
+            "(--train.extend)", flush=True,
+        )  # fmt: skip
+    return with_options(config, **{"train.extended": tuple(ends)})
 
 
 def recorded_options(run: Path) -> dict[str, object]:

@@ -30,6 +30,7 @@ from training.runs.run_folder import (
     prepare_run,
     recorded_options,
     train_lock,
+    with_extensions,
 )
 from training.runs.signals import forget_stop, stopping_on_sigterm
 
@@ -67,11 +68,11 @@ def launch(config: RunConfig, run_folder: str, build: Build, model_name: str) ->
     run = open_run(run_folder)
     run.mkdir(parents=True, exist_ok=True)
     with launch_lock(run):  # before anything in it is touched
-        config = resolve_precision(config, run)
+        config = with_extensions(resolve_precision(config, run), run)
         prepare_run(config, str(run))
         config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
         if (run / FINAL_NAME).is_file():
-            print(f"{run}: finished already; --fresh starts over")
+            print(f"{run}: finished already; --fresh starts over, more --train.num-steps train on")
         else:
             # Whatever is wrong with the request is found before workers start
             workers, logging = config.train.workers, config.train.logging

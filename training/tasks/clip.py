@@ -20,13 +20,13 @@ from models.clip import (
     model_options,
     model_sizes,
     normalise_pixels,
-    tokenizer,
 )
 from models.convert.efficientnet import IDENTITY
 from models.convert.runs import load_clip
 from models.diffusion import keyed_random
 from models.diffusion.losses import bounded, contrastive
 from models.networks.transformer import attention_kernels
+from models.tokenizers import tokenizer
 from training.config import ClipRunConfig
 from training.data.dataloader import Batch
 from training.data.datasets import ColumnDataset, ImageDataset

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ingest.shards import Snapshot, load_snapshot
-from models.clip import FrozenClip, token_mask, tokenizer
+from models.clip import FrozenClip
 from models.decoder import Condition, Decoder, ImageSampling, dropped_captions
 from models.degradation import shrink
 from models.diffusion import keyed_random
 from models.diffusion.samplers import dpmpp_2m
 from models.networks.packing import CaptionPacking, PackedTokens, token_lengths
 from models.networks.transformer import trim, trimmed_length
+from models.tokenizers import token_mask, tokenizer
 from models.upsampler import Upsampler
 from models.weights import EMA_NAME, load_weights
 from training.config import DecoderRunConfig

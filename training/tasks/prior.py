@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ingest.embedding.statistics import EmbedStatistics
 from ingest.shards import load_snapshot
-from models.clip import FrozenClip, token_mask, tokenizer
+from models.clip import FrozenClip
 from models.diffusion.samplers import ddim
 from models.networks.packing import CaptionPacking, PackedTokens, token_lengths
 from models.networks.transformer import trimmed_length
@@ -20,6 +20,7 @@ from models.priors.base import PackedText, PriorSampling, PriorText
 from models.priors.diffusion import DiffusionPrior
 from models.priors.regression import RegressionPrior
 from models.scores import prior_scorecard
+from models.tokenizers import token_mask, tokenizer
 from models.weights import EMA_NAME, load_weights
 from training.config import PriorRunConfig
 from training.data.dataloader import Batch, first_batches
