@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,3 +144,19 @@ def test_a_read_only_home_gets_a_token_that_lives_as_long_as_its_ray(monkeypatch
     ensure_ray()
     assert re.fullmatch("[0-9a-f]{64}", os.environ["RAY_AUTH_TOKEN"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_no_cluster_listens_is_one_line_and_ray_never_tries(
+    scheme: str, monkeypatch, tmp_path
+):
+    starts = private_ray(monkeypatch, tmp_path)
+    monkeypatch.setattr("cluster.base.ray_session.CONNECT_SECONDS", 0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        ensure_ray()
+        assert [start["address"] for start in starts] == [address]
+    with pytest.raises(OSError, match=f"^RAY_ADDRESS: found no cluster at {address} ") as caught:
+        ensure_ray()
+    assert len(starts) == 1 and "\n" not in str(caught.value)

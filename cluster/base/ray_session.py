@@ -4,14 +4,17 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 LOOK_SECONDS = 5.0
+CONNECT_SECONDS = 15.0  # for the head of a cluster, which may be starting
 NUM_STARTS = 3  # of a private Ray, whose processes have 30 s each time
 MIN_FILES_BYTES = 64 << 20
 GROUPS = "minidalle2_groups"  # the resource of a head whose cluster has groups of nodes
@@ -35,8 +38,32 @@ def ensure_ray() -> None:
     if address == "local":
         _start_private()
     else:
-        ray.init(address=address, logging_level=logging.WARNING)
+        _require_head(address)
+        ray.init(address=address, logging_level=_log_level())
     export_to_ray()
+
+
+def _log_level() -> int:
+    """Return the level of Ray's own lines: its warnings, such as on tokens, ask for no action."""
+    return logging.WARNING if os.environ.get("MINIDALLE2_TRACEBACK") else logging.ERROR
+
+
+def _require_head(address: str) -> None:
+    """Raise OSError where nothing listens at the address of a cluster: Ray would try for a quarter
+    of an hour. Another name than HOST:PORT is Ray's to find."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise OSError(
+                    f"RAY_ADDRESS: found no cluster at {address} ({error}), expected its head; "
+                    "start it, or unset RAY_ADDRESS for a private Ray"
+                ) from None
+        time.sleep(1)
 
 
 def _start_private() -> None:
@@ -67,7 +94,7 @@ def _start_private() -> None:
                 include_dashboard=False,
                 object_store_memory=512 << 20,
                 log_to_driver=bool(os.environ.get("MINIDALLE2_TRACEBACK")),
-                logging_level=logging.WARNING,
+                logging_level=_log_level(),
             )
             return
         except Exception as error:  # Ray's own are bare ones
