@@ -197,13 +197,12 @@ def learning_rate_ratio(config: TrainConfig, step: int) -> float:
     the last rate before it, or a schedule of their own.
     """
     schedule = config.schedule
-    pairs = (each.split(":") for each in schedule.extended)
-    ends = [(int(end), how) for end, how in pairs] + [(schedule.num_steps, "")]
-    start, how = 0, "rewarm"
-    for end, next_how in ends:
-        if step < end or end == schedule.num_steps:
+    start, end, how = 0, schedule.num_steps, "rewarm"
+    for former_end, next_how in (each.split(":") for each in schedule.extended):
+        if step < int(former_end):
+            end = int(former_end)
             break
-        start, how = end, next_how
+        start, how = int(former_end), next_how
     if how == "constant":
         return learning_rate_ratio(config, start - 1)
     return _ratio(schedule, step - start, end - start)

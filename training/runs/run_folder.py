@@ -67,9 +67,8 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
             may_change |= extends and key in EXTENSION
             fixed = not may_change and not key.endswith(".checkpointing")  # computes the same
             if fixed and before.get(key) != now.get(key):
-                hint = ""
-                if (run / FINAL_NAME).is_file():
-                    hint = "the run has finished, and another value changes nothing; "
+                finished = "the run has finished, and another value changes nothing; "
+                hint = finished if (run / FINAL_NAME).is_file() else ""
                 raise ValueError(
                     f"{run}: {key}: found {before.get(key)!r} in the run, expected "
                     f"{now.get(key)!r}; {hint}rerun with the run's own configuration (--config "
