@@ -68,10 +68,12 @@ def prepare(config: AdoptConfig, source: "Source") -> "MakeShard":
     from ingest.adopting.in_place import InPlaceJob
     from ingest.adopting.tars import LISTING, TarSource
     from ingest.fetching.decode import ImageLimits, Resizer
+    from ingest.fetching.formats import report_missing_formats
     from ingest.lists.filters import RowFilter
     from ingest.shards import recover, remove_data_folder, write_manifest
     from ingest.store.storage import absolute_root, storage_of
 
+    report_missing_formats()
     schema = pa.schema([("url", pa.string()), ("caption", pa.string()), *source.kept])
     row_filter = RowFilter.open(config.filters, schema)
     copies = config.copy or source.copied

@@ -153,12 +153,14 @@ def prepare(config: DownloadConfig) -> "tuple[UrlList, ShardJob]":
     from ingest.fetching.decode import ImageLimits, Resizer
     from ingest.fetching.engine import EngineConfig
     from ingest.fetching.fetch import FetchPolicy, parse_allow_address
+    from ingest.fetching.formats import report_missing_formats
     from ingest.fetching.net import resolve_proxy
     from ingest.fetching.shard_task import JPEG_QUALITY, ShardJob
     from ingest.lists.url_list import open_url_list
     from ingest.shards import read_manifest, recover, remove_data_folder, write_manifest
     from ingest.store.storage import absolute_root
 
+    report_missing_formats()
     url_list = open_url_list(
         config.urls,
         url_column=config.url_column,

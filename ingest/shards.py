@@ -37,7 +37,7 @@ from ingest.captions import (
     as_captions,
     further_columns,
 )
-from ingest.fetching.decode import EXTENSIONS, image_extension
+from ingest.fetching.formats import EXTENSIONS, image_extension
 from ingest.lists.columns import holds_captions
 from ingest.store.commits import (
     Attempt,

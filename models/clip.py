@@ -33,6 +33,7 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, as in open
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
 LOGITS = ("logit_scale", "logit_bias")  # of a CLIP: they do not affect embeddings
+MAX_ASPECT_RATIO = 8  # of an image that is resized before its middle is cut out
 _OPTIONS = ("num_heads", "eps", "pool_type", "text_pool_type", "text_eos_id")  # open_clip's names
 # open_clip's first and last layers, in any of its towers, by how a part of their name begins
 _OUTER_LAYERS = ("token_embedding", "position", "text_projection", "query", "conv1", "proj")
@@ -156,11 +157,15 @@ def preprocess(
     """Resize the short side to `size` (antialiased) and crop the centre: uint8 [3, size, size].
 
     interpolation: bicubic or bilinear; resize_mode: squash resizes both sides instead. Rounded as
-    torchvision rounds, whose transforms open_clip's weights were trained with.
+    torchvision rounds, whose transforms open_clip's weights were trained with. Of an image longer
+    than `MAX_ASPECT_RATIO`, only the middle is resized: all of it may take gigabytes.
     """
     image = image.convert("RGB")
-    short = min(image.size)
+    short, most = min(image.size), MAX_ASPECT_RATIO * min(image.size)
     method = Image.Resampling[interpolation.upper()]
+    if max(image.size) > most and resize_mode != "squash":
+        left, top = (max(0, side - most) // 2 for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
     if resize_mode == "squash":
         image = image.resize((size, size), method) if image.size != (size, size) else image
     elif short != size:

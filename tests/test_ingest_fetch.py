@@ -1,18 +1,28 @@
 """Laws of the fetcher: public addresses only, one lookup, one deadline, one byte limit."""
 
 import errno
+import gzip
 import socket
 import ssl
 import threading
 import time
+import zlib
+from contextlib import suppress
 from email.utils import formatdate
+from urllib.parse import quote
 
 import pytest
 from _lists import fetcher_of
+from conftest import Site
 
 from cluster.base.outcomes import FAILED, FILTERED, TRANSIENT, status_of
-from ingest.fetching.decode import may_be_image
-from ingest.fetching.fetch import Fetcher, FetchPolicy, connection_classes, parse_allow_address
+from ingest.fetching.fetch import (
+    Fetched,
+    Fetcher,
+    FetchPolicy,
+    connection_classes,
+    parse_allow_address,
+)
 from ingest.fetching.net import Resolver, connect, is_public
 
 
@@ -144,13 +154,143 @@ def test_a_server_that_says_when_is_heard(site):
     assert 90 < (found.fetch(at_a_time).retry_after or 0) <= 100
 
 
-def test_bodies_are_checked_by_type_and_by_content(site):
-    html = site.put("/html", b"<html>", kind="text/html; charset=utf-8")
-    liar = site.put("/liar", b"<html>not a picture</html>")
-    shy = site.put("/shy", site.picture(), kind="application/octet-stream")
-    found = [fetcher_of(site).fetch(url) for url in (html, liar, shy)]
-    assert [one.reason for one in found] == ["not_an_image", "not_an_image", None]
-    assert found[2].body == site.picture()
+# -- what servers send for a picture ---------------------------------------------------------------
+
+SAY_OTHERWISE = [
+    "Content-Type: text/plain", "Content-Type: text/html; charset=utf-8", "Content-Type: jpg",
+    "Content-Type: application/force-download", "Content-Type: unknown/unknown", "Content-Type:",
+    "content-TYPE: IMAGE/PNG ; q=1", "Content-Type: image/svg+xml", "X-None: of the type",
+    "Content-Type: text/html\r\nContent-Type: image/png", "Content-Type: multipart/form-data",
+    "Content-Encoding: gzip", "Content-Encoding: br", "Content-Disposition: attachment",
+    "Content-Type: \xe9\xff", "X-Long: " + "a" * 60_000,
+]  # fmt: skip
+
+
+def answered(site: Site, head: str, body: bytes, status: str = "200 OK") -> Fetched:
+    """Fetch what a server answers with these very headers, and closes the connection."""
+
+    def send(handler) -> None:
+        start = f"HTTP/1.1 {status}\r\n{head}\r\n\r\n"
+        handler.wfile.write(start.encode("latin-1") + body)
+        handler.close_connection = True
+
+    site.answers["/odd"] = send
+    return fetcher_of(site).fetch(site.url("/odd"))
+
+
+@pytest.mark.parametrize("length", [True, False], ids=["length", "until the end"])
+@pytest.mark.parametrize("header", SAY_OTHERWISE, ids=lambda header: header[:40])
+def test_a_picture_is_one_whatever_its_headers_say(site, header: str, length: bool):
+    body = site.picture()
+    head = f"{header}\r\nContent-Length: {len(body)}" if length else header
+    assert answered(site, head, body) == Fetched(body=body)
+
+
+@pytest.mark.parametrize("kind", ["image/png", "text/html"])
+@pytest.mark.parametrize("body", [b"<html>gone</html>", b"<svg/>", b"", b"%PDF-1.7 and much more"])
+def test_what_does_not_begin_like_a_picture_is_none_whatever_its_headers_say(site, kind, body):
+    assert answered(site, f"Content-Type: {kind}", body).reason == "not_an_image"
+
+
+def test_the_rest_of_what_is_no_picture_is_not_transferred(site):
+    sent: list[int] = []
+
+    def send(handler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 30000000\r\n\r\n<html>")
+        handler.close_connection = True
+        with suppress(OSError):
+            for _ in range(300):
+                sent.append(handler.wfile.write(b" " * 100_000))
+
+    site.answers["/page"] = send
+    assert fetcher_of(site).fetch(site.url("/page")).reason == "not_an_image"
+    assert len(sent) < 300
+
+
+@pytest.mark.parametrize(
+    ("status", "head", "reason"),
+    [
+        ("203 Non-Authoritative", "X: y", None),
+        ("206 Partial Content", "Content-Range: bytes 0-{last}/{size}", None),
+        ("206 Partial Content", "Content-Range: bytes 0-{last}/*", "client_error"),
+        ("206 Partial Content", "Content-Range: bytes 0-{size}/99999", "client_error"),
+        ("206 Partial Content", "Content-Range: bytes 1-{last}/{size}", "client_error"),
+        ("206 Partial Content", "X: y", "client_error"),
+        ("202 Accepted", "Content-Range: bytes 0-{last}/{size}", "client_error"),
+        ("200", "X: y", None),
+    ],
+)
+def test_a_status_of_success_counts_if_the_whole_file_comes_with_it(site, status, head, reason):
+    body = site.picture()
+    head = head.format(last=len(body) - 1, size=len(body))
+    assert answered(site, head, body, status).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("pack", "reason"),
+    [
+        (gzip.compress, None),
+        (zlib.compress, None),
+        (lambda body: gzip.compress(gzip.compress(body)), None),
+        (lambda body: gzip.compress(body)[:-20], "truncated"),
+        (lambda body: gzip.compress(body)[:12], "truncated"),
+        (lambda body: b"\x1f\x8b\x08\0" + body, "not_an_image"),
+        (lambda body: gzip.compress(b"<html>" + body), "not_an_image"),
+        (lambda body: gzip.compress(b""), "not_an_image"),
+        (lambda body: gzip.compress(gzip.compress(gzip.compress(body))), "not_an_image"),
+        (lambda body: gzip.compress(body + bytes(1 << 20)), "too_large"),
+        (lambda body: gzip.compress(gzip.compress(body + bytes(1 << 25))), "too_large"),
+        (lambda body: b"\x1f\x8b\x08\x08" + bytes(6) + b"name" * (1 << 18), "too_large"),
+    ],
+)
+def test_gzip_is_undone_under_the_limit_of_bytes(site, pack, reason):
+    body = site.picture()
+    url = site.put("/a", pack(body), headers={"Content-Encoding": "gzip"})
+    found = fetcher_of(site, max_bytes=1 << 20).fetch(url)
+    assert found == (Fetched(reason=reason) if reason else Fetched(body=body))
+
+
+@pytest.mark.parametrize(
+    ("framing", "reason"),
+    [
+        ("Transfer-Encoding: chunked\r\n\r\n{hex}\r\n{body}\r\n0\r\nX-Sum: 1\r\n\r\n", None),
+        ("Transfer-Encoding: chunked\r\n\r\n{hex};a=b\r\n{body}\r\n0\r\n\r\n", None),
+        ("Transfer-Encoding: chunked\r\n\r\n{hex}\r\n{body}\r\n", "truncated"),
+        ("Transfer-Encoding: chunked\r\n\r\nzz\r\n{body}", "truncated"),
+        ("Content-Length: abc\r\n\r\n{body}", None),
+        ("Content-Length: 0\r\n\r\n{body}", "not_an_image"),
+        ("Content-Length: 12\r\n\r\n{body}", "not_an_image"),
+        ("Content-Length: 99999\r\n\r\n{body}", "truncated"),
+        ("Content-Length: {size}\r\nContent-Length: {size}\r\n\r\n{body}", None),
+        ("X: y\r\n\r\n{body}", None),
+    ],
+)
+def test_a_body_is_what_its_framing_says(site, framing: str, reason: str | None):
+    body = site.picture()
+    text = framing.format(hex=f"{len(body):x}", size=len(body), body=body.decode("latin-1"))
+    head, _, rest = text.partition("\r\n\r\n")
+    assert answered(site, head, rest.encode("latin-1")).reason == reason
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_redirect_may_name_its_target_in_raw_bytes(site, encoding: str):
+    picture = site.picture()
+    site.put(f"/{quote('blåbær Å', encoding=encoding)}.png", picture)
+
+    def send(handler) -> None:
+        location = "Location: /blåbær Å.png\r\n".encode(encoding)
+        handler.wfile.write(b"HTTP/1.1 302 Found\r\n" + 2 * location + b"Content-Length: 0\r\n\r\n")
+
+    site.answers["/to"] = send
+    assert fetcher_of(site).fetch(site.url("/to")).body == picture
+
+
+def test_rules_of_robots_hold_where_they_come_compressed(site):
+    rules = gzip.compress(b"User-agent: *\nDisallow: /a\n")
+    site.put("/robots.txt", rules, kind="text/plain", headers={"Content-Encoding": "gzip"})
+    found = fetcher_of(site)
+    assert found.fetch(site.put("/a", site.picture())).reason == "robots_disallowed"
+    assert found.fetch(site.put("/b", site.picture())).body
 
 
 def test_a_shortened_body_is_truncated(site):
@@ -302,11 +442,6 @@ def test_every_reason_has_one_status():
     assert {status_of(reason) for reason in FAILED} == {"failed"}
     assert {status_of(reason) for reason in FILTERED} == {"filtered"}
     assert not set(FAILED) & set(FILTERED) and set(FAILED) > TRANSIENT
-
-
-def test_content_types_are_read_as_servers_write_them():
-    assert may_be_image("IMAGE/JPEG; q=1") and may_be_image(None)
-    assert not may_be_image("text/html") and not may_be_image("image/svg+xml")
 
 
 @pytest.mark.parametrize("text", ["localhost", "localhost:", ":80", "http://localhost:80", "a:b"])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from _lists import download_of, fetched_rows, fetcher_of
+from conftest import Site
 from PIL import Image, PngImagePlugin
 
 from ingest.download import main
@@ -44,11 +45,34 @@ def png_header(width: int, height: int, color_type: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + crc + end
 
 
-def png_with_text_bomb() -> bytes:
-    """Return a small picture with a comment of 50 MB, compressed."""
+def png_with_text_bomb(name: str) -> bytes:
+    """Return a small picture with a text of 50 MB, compressed."""
     info = PngImagePlugin.PngInfo()
-    info.add_text("bomb", "\0" * (50 * MIB), zip=True)
+    info.add_text(name, "\0" * (50 * MIB), zip=True)
     return encoded((64, 64), "RGB", "PNG", pnginfo=info)
+
+
+def avif_that_says_less() -> bytes:
+    """Return an AVIF of 16 MP whose boxes state 64 px."""
+    data = bytearray(encoded((4000, 4000), "RGB", "AVIF", speed=10))
+    place = data.index(b"ispe") + 8
+    data[place : place + 8] = struct.pack(">II", 64, 64)
+    return bytes(data)
+
+
+def tiff_with_a_large_tile() -> bytes:
+    """Return a TIFF of 64 px in one tile of 8192 px, which decompresses to 192 MiB."""
+    pixels = zlib.compress(bytes(3 * 8192 * 8192))
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 2, 277: 3, 322: 8192, 323: 8192, 324: 8}
+    tags[325] = len(pixels)
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    end = struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + end
+
+
+def icon_of(picture: bytes) -> bytes:
+    """Return an icon that states 32 px, of any picture."""
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 32, 32, 0, 0, 1, 32, len(picture), 22) + picture
 
 
 # What servers answer with, and what becomes of it.
@@ -72,7 +96,28 @@ BODIES = {
     "a 12 MP CMYK JPEG": (lambda: encoded((3500, 3500), "CMYK", "JPEG"), GOOD),
     "a 12 MP 16-bit PNG": (lambda: encoded((3500, 3500), "I;16", "PNG"), GOOD),
     "a 12 MP GIF": (lambda: encoded((3500, 3500), "P", "GIF", transparency=0), GOOD),
-    "a comment of 50 MB": (png_with_text_bomb, "not_an_image"),
+    "a 16 MP AVIF": (lambda: encoded((4000, 4000), "RGB", "AVIF", speed=10), GOOD),
+    "a 10 MP AVIF with alpha": (lambda: encoded((3100, 3100), "RGBA", "AVIF", speed=10), GOOD),
+    "an AVIF that says less": (avif_that_says_less, "not_an_image"),
+    "a 12 MP JPEG 2000": (lambda: encoded((3500, 3500), "RGB", "JPEG2000"), GOOD),
+    "a 25 MP TIFF": (lambda: encoded((4990, 4990), "RGB", "TIFF", compression="tiff_lzw"), GOOD),
+    "a 12 MP RGBA TIFF": (
+        lambda: encoded((3500, 3500), "RGBA", "TIFF", compression="tiff_lzw"), GOOD,
+    ),
+    "a TIFF with a large tile": (tiff_with_a_large_tile, "too_many_pixels"),
+    "an icon of a 30000 x 30000 PNG": (
+        lambda: icon_of(png_header(30_000, 30_000, 2)), "too_many_pixels",
+    ),
+    "an icon of a large bitmap": (
+        lambda: icon_of(encoded((5000, 5000), "RGB", "DIB")[:4096]), "not_an_image",
+    ),
+    "a comment of 50 MB": (lambda: png_with_text_bomb("Comment"), GOOD),
+    "an orientation of 50 MB": (
+        lambda: png_with_text_bomb("Raw profile type exif"), "not_an_image",
+    ),
+    "a 49 MP JPEG without end": (
+        lambda: encoded((7000, 7000), "RGB", "JPEG", quality=10)[:-2], GOOD,
+    ),
     "a truncated JPEG": (
         lambda: encoded((640, 480), "RGB", "JPEG", color=(200, 10, 10))[:2000], "undecodable",
     ),
@@ -102,6 +147,7 @@ def _endless(handler) -> None:
     handler.end_headers()
     handler.close_connection = True
     try:
+        handler.wfile.write(Site.picture())
         for _ in range(2000):  # 500 MB
             handler.wfile.write(b"\0" * (MIB // 4))
     except OSError:
@@ -148,6 +194,10 @@ def cases(site, canary, bodies) -> Iterator[dict[str, tuple[str, str]]]:
     add("10 GB declared", "too_large", headers={"Content-Length": str(10 * 1024 * MIB)})
     bomb = gzip.compress(b"\0" * (64 * MIB))
     add("a gzip bomb", "not_an_image", bomb, headers={"Content-Encoding": "gzip"})
+    bomb = gzip.compress(gzip.compress(site.picture() + bytes(64 * MIB)))
+    add("a gzip bomb that begins as a picture", "too_large", bomb)
+    add("HTML as text", "not_an_image", b"<html>not here</html>", kind="text/html")
+    add("SVG as a picture", "not_an_image", b'<?xml version="1.0"?><svg/>')
     add("SVG", "not_an_image", b"<svg/>", kind="image/svg+xml")
     add("429 with Retry-After", "rate_limited", status=429, headers={"Retry-After": "1"})
     add("503", "server_error", status=503)

@@ -23,9 +23,9 @@ from ingest.fetching.decode import (
     ResizedImage,
     Resizer,
     header_problem,
-    image_extension,
     verify_image,
 )
+from ingest.fetching.formats import image_extension
 from ingest.lists.filters import RowFilter
 from ingest.shards import (
     SIZE_COLUMNS,

@@ -28,7 +28,8 @@ from ingest.adopting.sources import (
 )
 from ingest.adopting.tables import TEXT_COLUMNS
 from ingest.adopting.tars import MAX_MEMBER_BYTES
-from ingest.fetching.decode import FOUND_EXTENSIONS, DecodeError
+from ingest.fetching.decode import DecodeError
+from ingest.fetching.formats import FOUND_EXTENSIONS
 from ingest.lists.columns import FURTHER_CAPTIONS, Column, common_type, find_name, plain_type
 from ingest.lists.url_list import OUR_COLUMNS, URL_COLUMNS, open_rows
 

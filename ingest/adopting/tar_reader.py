@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from ingest.adopting.sources import open_place
-from ingest.fetching.decode import FOUND_EXTENSIONS
+from ingest.fetching.formats import FOUND_EXTENSIONS
 from ingest.store.storage import is_remote, local_path
 
 IMAGE_EXTENSIONS = (*FOUND_EXTENSIONS, "img")

@@ -8,50 +8,33 @@ size, which the format allows at a fraction of the cost.
 import io
 import struct
 import sys
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from ingest.fetching.formats import open_complete, open_image
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-EXTENSIONS = ("jpg", "png", "webp")  # of images in our shards
-FOUND_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")  # of the files of others
 MAX_PIXELS = 50_000_000  # of an image that is decoded: see `header_problem`
 PLAIN_MODES = ("1", "L", "P", "RGB")
 ResizeMode = Literal["keep_ratio", "center_crop", "keep_ratio_largest", "border", "no"]
-# What Pillow raises for bytes that are no image, or a damaged one
-BAD_BYTES = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error)
+BAD_BYTES = (  # what Pillow raises for bytes that are no image, or a damaged one
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error,
+)  # fmt: skip
 # Cheap reductions (a JPEG decoded at a fraction of its size, means of blocks of pixels) stop at so
 # many times the size asked for; the rest is a bicubic filter's. Against a full decode and that
 # filter alone the result differs by no more than what storing it as a JPEG changes.
 MIN_OVERSAMPLING = 4 / 3
 MIN_IMAGE_SIDE = 16  # px, by default: what is smaller is mostly a tracking pixel
 ORIENTATION = 0x0112  # EXIF's tag
+BITS, PHOTOMETRIC, TILE_WIDTH, TILE_HEIGHT = 258, 262, 322, 323  # TIFF's
 TURNS = {  # its values -> how Pillow's Transpose calls what turns such an image upright
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
     6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
 }  # fmt: skip
 SIDEWAYS = (5, 6, 7, 8)  # those that mean a quarter turn
-
-
-def may_be_image(content_type: str | None) -> bool:
-    """Return whether a Content-Type can be that of an image; so can an absent one."""
-    kind = (content_type or "").partition(";")[0].strip().lower()
-    return kind in ("", "application/octet-stream", "binary/octet-stream") or (
-        kind.startswith("image/") and kind != "image/svg+xml"
-    )
-
-
-def image_extension(data: bytes) -> str | None:
-    """Return what a shard's member with these bytes is named by; None: stored as JPEG only."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
 class DecodeError(Exception):
@@ -89,16 +72,14 @@ def _opened(data: bytes, limits: ImageLimits) -> "Image.Image":
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        image = open_image(data)
     except Image.DecompressionBombError:
         raise DecodeError("too_many_pixels") from None
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for bytes of no such format
+    except BAD_BYTES:
         raise DecodeError("not_an_image") from None
     short, long = sorted(image.size)
     ratio = limits.max_aspect_ratio
-    if short * long * _memory_factor(image) > limits.max_pixels:
+    if _decoded_pixels(image) * _memory_factor(image) > limits.max_pixels:
         raise DecodeError("too_many_pixels")
     if short * long < limits.min_pixels:
         raise DecodeError("too_few_pixels")
@@ -112,14 +93,24 @@ def _opened(data: bytes, limits: ImageLimits) -> "Image.Image":
 def _memory_factor(image: "Image.Image") -> int:
     """Return how many times the memory of an RGB image the decoding takes.
 
-    Blending over white and 16 bits hold several copies, WebP's decoder two canvases of its own; a
-    progressive JPEG keeps all its coefficients, 2 bytes each, however small it is decoded.
+    Blending over white and 16 bits hold several copies, WebP's decoder two canvases of its own,
+    AVIF's its planes and two copies, JPEG 2000's 4 bytes a channel twice. A progressive JPEG keeps
+    all its coefficients, 2 bytes each, however small it is decoded; a TIFF has strips or tiles.
     """
-    if image.format == "WEBP":
-        return 5
+    own = {"WEBP": 5, "AVIF": 3, "JPEG2000": 4}.get(image.format or "")
     if "transparency" in image.info or image.mode not in PLAIN_MODES:
-        return 4
-    return 2 if "progressive" in image.info else 1
+        return 5 if own else 4
+    if own:
+        return own
+    return 2 if "progressive" in image.info or image.format == "TIFF" else 1
+
+
+def _decoded_pixels(image: "Image.Image") -> int:
+    """Return the area of an image, or that of a tile, which a TIFF may have larger."""
+    width, height = image.size
+    if (tags := getattr(image, "tag_v2", None)) is None:
+        return width * height
+    return max(width * height, tags.get(TILE_WIDTH, 0) * tags.get(TILE_HEIGHT, 0))
 
 
 def verify_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
@@ -128,15 +119,16 @@ def verify_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
     A JPEG is decoded at an eighth of its size and without its colours, for which all of its
     coefficients are read. Raises DecodeError for what is left out.
     """
-    with _opened(data, limits) as image:
-        try:
+    _opened(data, limits).close()
+    try:
+        with open_complete(data) as image:
             size = upright_size(image)
             image.draft("L", (1, 1))
             image.load()
-        except MemoryError:
-            raise
-        except Exception:  # Pillow's parsers are many: see `Resizer`
-            raise DecodeError("undecodable") from None
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's parsers are many: see `Resizer`
+        raise DecodeError("undecodable") from None
     return size
 
 
@@ -167,10 +159,8 @@ class Resizer:
 
     def __call__(self, data: bytes) -> ResizedImage:
         """Return what is stored of an image file's bytes; DecodeError if nothing can be."""
-        from PIL import Image
-
         try:
-            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            with open_complete(data) as image:
                 width, height = upright_size(image)
                 if min(width, height) < self.min_image_side:
                     raise DecodeError("too_small")
@@ -228,7 +218,7 @@ def decode_to(image: "Image.Image", target: tuple[int, int]) -> "Image.Image":
     """
     from PIL import Image
 
-    original, orientation = image.size, image.getexif().get(ORIENTATION, 1)
+    original, orientation = image.size, _orientation(image)
     # Half of an odd side ends in the middle of a pixel: the box says where, to a fraction.
     # Without it the picture is stretched by up to a pixel, which costs 7 dB.
     width, height = (int(side * MIN_OVERSAMPLING) for side in target)
@@ -236,10 +226,10 @@ def decode_to(image: "Image.Image", target: tuple[int, int]) -> "Image.Image":
     box = decoded[1] if decoded is not None else (0, 0, *original)
     image.load()
     # RGB: 16 bits are reduced to 8, transparency is blended over white
-    if image.mode.startswith("I"):  # 16-bit grey, as PNG stores it
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.mode.startswith("I;16"):
+        image = _grey_of_16_bits(image)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     if image.mode != "RGB":
@@ -253,9 +243,22 @@ def decode_to(image: "Image.Image", target: tuple[int, int]) -> "Image.Image":
     return image
 
 
+def _grey_of_16_bits(image: "Image.Image") -> "Image.Image":
+    """Return 16 bits of grey as 8; of a TIFF, 12 may be used, and 0 may be white."""
+    tags = getattr(image, "tag_v2", {})
+    scale = 255 / (4095 if tags.get(BITS) == (12,) else 65535)
+    first, scale = (255.0, -scale) if tags.get(PHOTOMETRIC) == 0 else (0.0, scale)
+    return image.convert("I").point(lambda value: value * scale + first).convert("L")
+
+
+def _orientation(image: "Image.Image") -> int:
+    """Return the orientation of an opened image; 1 for a TIFF, which Pillow turns itself."""
+    return 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)
+
+
 def upright_size(image: "Image.Image") -> tuple[int, int]:
     """Return width and height in px of an opened image as `decode_to` turns it."""
-    sideways = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+    sideways = _orientation(image) in SIDEWAYS
     width, height = image.size
     return (height, width) if sideways else (width, height)
 
@@ -266,9 +269,7 @@ def stored_picture(data: bytes) -> "Image.Image":
     A download stores only such pictures; those of adopted files are as somebody made them.
     Raises one of `BAD_BYTES` for bytes that do not decode.
     """
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+    with open_complete(data) as image:
         return decode_to(image, image.size)
 
 
@@ -279,10 +280,13 @@ def square_pixels(data: bytes, size: int) -> "np.ndarray":
     For training on pixels. What an encoder sees is decoded in full: `models.clip.preprocess`.
     """
     import numpy as np
-    from PIL import Image
 
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        short = min(image.size)
+    from models.clip import MAX_ASPECT_RATIO, preprocess
+
+    with open_complete(data) as image:
+        short, long = sorted(image.size)
+        if long > MAX_ASPECT_RATIO * short:
+            return preprocess(decode_to(image, image.size), size)
         width, height = (max(size, round(side * size / short)) for side in image.size)
         image = decode_to(image, (width, height))
     left, top = (image.width - size) // 2, (image.height - size) // 2

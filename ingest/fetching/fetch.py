@@ -7,16 +7,18 @@ rules of its own host. A proxy is used on demand only, and gets the address, not
 
 import errno
 import http.client
+import re
 import socket
 import ssl
 import threading
 import time
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -25,7 +27,8 @@ from urllib3.util import Url, parse_url
 
 from cluster.base.files import Json
 from ingest.fetching import net
-from ingest.fetching.decode import ImageLimits, header_problem, may_be_image
+from ingest.fetching.decode import ImageLimits, header_problem
+from ingest.fetching.formats import HEAD_BYTES, begins_like_image
 from ingest.fetching.rate_limit import HostLimits
 from ingest.fetching.robots import MAX_BYTES as MAX_ROBOTS_BYTES
 from ingest.fetching.robots import Origin, RobotsCache, RobotsUnavailableError
@@ -37,6 +40,9 @@ STATUS_REASONS |= {408: "timeout", 429: "rate_limited", 451: "forbidden"}
 PORTS = {"http": 80, "https": 443}
 MAX_POOLS = 256  # hosts whose connections one process keeps alive
 CHUNK_BYTES = 1 << 16
+WHOLE_RANGE = re.compile(r"bytes 0-(\d+)/(\d+)")
+COMPRESSED = (b"\x1f\x8b", b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")  # gzip, deflate
+MAX_ENCODINGS = 2  # of one body, each in the other
 NO_NETWORK = frozenset({errno.ENETUNREACH, errno.ENETDOWN})
 
 
@@ -51,7 +57,7 @@ class FetchPolicy:
     read_seconds: float = 5.0
     """Without a byte."""
     max_bytes: int = 32 << 20
-    """On the wire."""
+    """On the wire, and of what a compressed body holds."""
     limits: ImageLimits = field(default_factory=ImageLimits)
     max_redirects: int = 5
     robots: bool = True
@@ -178,9 +184,9 @@ class Fetcher:
                 self._require_robots(target)
                 with self._responding(target) as response:
                     if response.status not in REDIRECTS:
-                        self._require_image(response)
-                        return self._read(response, self.policy.max_bytes)
-                    url = _redirected(url, response.headers.get("Location", ""))
+                        self._require_served(response)
+                        return self._read_image(response)
+                    url = _redirected(url, response)
             finally:
                 if borrowed:
                     self.limits.release(host)
@@ -284,28 +290,32 @@ class Fetcher:
             response = self._request(_parse(url), "text/plain, */*;q=0.1")
             try:
                 if response.status == 200:
-                    return 200, self._read(response, MAX_ROBOTS_BYTES, cut=True)
+                    body = self._read(response, MAX_ROBOTS_BYTES)
+                    return 200, _decompressed(body, MAX_ROBOTS_BYTES)[0]
                 if response.status not in REDIRECTS:
                     return response.status, b""
-                url = _redirected(url, response.headers.get("Location", ""))
+                url = _redirected(url, response)
             finally:
                 self._finish(response)
         return 404, b""  # section 2.3.1.2: so many redirects may count as none there
 
     # -- answers -----------------------------------------------------------------------------------
 
-    def _require_image(self, response: urllib3.BaseHTTPResponse) -> None:
-        """Raise FetchError for an answer whose headers already exclude it."""
-        headers: Mapping[str, str] = response.headers
-        if response.status != 200:
+    def _require_served(self, response: urllib3.BaseHTTPResponse) -> None:
+        """Raise FetchError for an answer that its status, its size or its owner's wish excludes.
+
+        What its body is, its first bytes say: servers send pictures under any Content-Type.
+        """
+        headers = response.headers
+        parts = WHOLE_RANGE.fullmatch(headers.get("Content-Range", "").strip())
+        is_whole = parts is not None and int(parts[1]) + 1 == int(parts[2])
+        if response.status not in (200, 203) and not (response.status == 206 and is_whole):
             kind = "server_error" if response.status >= 500 else "client_error"
             wait = _seconds_of(headers.get("Retry-After", ""))
             raise FetchError(STATUS_REASONS.get(response.status, kind), wait)
-        robots_tags = response.headers.getlist("X-Robots-Tag")
+        robots_tags = headers.getlist("X-Robots-Tag")
         if opted_out(robots_tags) or reserved(headers.get("TDM-Reservation")):
             raise FetchError("opted_out")
-        if not may_be_image(headers.get("Content-Type")):
-            raise FetchError("not_an_image")
         length = headers.get("Content-Length", "")
         if length.isascii() and length.isdigit() and int(length) > self.policy.max_bytes:
             raise FetchError("too_large")
@@ -317,24 +327,65 @@ class Fetcher:
         """
         if 0 <= (response.length_remaining or 0) <= CHUNK_BYTES:
             with suppress(FetchError):  # what there was to know is known
-                self._read(response, CHUNK_BYTES, cut=True)
+                self._read(response, CHUNK_BYTES)
         response.close()
 
-    def _read(self, response: urllib3.BaseHTTPResponse, max_bytes: int, cut: bool = False) -> bytes:
-        """Read the body under a byte limit; beyond it is an error, or `cut` off."""
+    def _read_image(self, response: urllib3.BaseHTTPResponse) -> bytes:
+        """Read a picture under the byte limit, gzip undone; FetchError as soon as it is none."""
+        max_bytes, body, is_image = self.policy.max_bytes, bytearray(), False
+        for chunk in self._chunks(response):
+            body += chunk
+            if len(body) > max_bytes:
+                raise FetchError("too_large")
+            head = b"" if is_image else _decompressed(body, CHUNK_BYTES)[0]
+            if len(head) >= HEAD_BYTES or len(body) > CHUNK_BYTES:
+                is_image = is_image or begins_like_image(head)
+                if not is_image:
+                    raise FetchError("not_an_image")
+        image, is_complete = _decompressed(body, max_bytes + 1)
+        if len(image) > max_bytes:
+            raise FetchError("too_large")
+        if not is_complete:
+            raise FetchError("truncated")
+        return image
+
+    def _read(self, response: urllib3.BaseHTTPResponse, max_bytes: int) -> bytes:
+        """Read the start of a body."""
         body = bytearray()
+        for chunk in self._chunks(response):
+            body += chunk
+            if len(body) > max_bytes:
+                break
+        return bytes(body[:max_bytes])
+
+    def _chunks(self, response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+        """Yield a body, one receive at a time, between which limits and deadlines hold."""
         try:
-            while chunk := response.read1(CHUNK_BYTES):  # one receive at a time: deadline, limit
-                body += chunk
-                if len(body) > max_bytes and cut:
-                    return bytes(body[:max_bytes])
-                if len(body) > max_bytes:
-                    raise FetchError("too_large")
+            while chunk := response.read1(CHUNK_BYTES):
+                yield chunk
         except FetchError:
             raise
         except (HTTPError, OSError, http.client.HTTPException, ValueError) as problem:
             raise FetchError(_connection_reason(problem)) from None
-        return bytes(body)
+
+
+def _decompressed(body: bytes | bytearray, max_bytes: int) -> tuple[bytes, bool]:
+    """Return what a compressed body holds, up to max_bytes, and whether its end is there.
+
+    Bodies are compressed that begin so, whatever their headers say; others are returned as they
+    are, and nothing of damaged ones.
+    """
+    data, is_complete = bytes(body), True
+    for _ in range(MAX_ENCODINGS):
+        if not data.startswith(COMPRESSED):
+            break
+        inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        try:
+            data = inflate.decompress(data, max_bytes)
+        except zlib.error:
+            return b"", True
+        is_complete = is_complete and inflate.eof
+    return data, is_complete
 
 
 def _parse(url: str) -> Url:
@@ -347,7 +398,13 @@ def _parse(url: str) -> Url:
     return parsed
 
 
-def _redirected(url: str, location: str) -> str:
+def _redirected(url: str, response: urllib3.BaseHTTPResponse) -> str:
+    """Return where a redirect leads, by its first Location, in which servers write any bytes."""
+    raw = "".join(response.headers.getlist("Location")[:1]).encode("latin-1")
+    try:
+        location = raw.decode()
+    except UnicodeDecodeError:
+        location = quote(raw, safe=bytes(range(128)))
     try:
         return urljoin(url, location)
     except ValueError:  # such as http://[bad/

@@ -4,7 +4,6 @@ Columns come as they are stored: `image` uint8 [n, 3, S, S], `image_embed` and `
 [n, E], `tokens` and `caption_tokens` int32 [n, L].
 """
 
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ingest.fetching.decode import square_pixels
+from ingest.fetching.formats import open_image
 from ingest.shards import EmbedShard, ImageShard, ShardEntry, Snapshot
 from ingest.store.snapshots import latest_digest
 from training.data.captions import CaptionDraw
@@ -373,12 +373,10 @@ def _gather(sources: np.ndarray, rows_of: Callable[[int, np.ndarray], Rows]) -> 
 
 def short_sides(snapshot: Snapshot) -> np.ndarray:
     """Return the shorter side in px of each image of the first shard that holds any, int [n]."""
-    from PIL import Image
-
     for entry in snapshot.shards:
         if entry.num_samples:
             shard = ImageShard(snapshot.root, entry.name, digest=entry.digest)
-            opened = (Image.open(io.BytesIO(shard.image_bytes(row))) for row in range(len(shard)))
+            opened = (open_image(shard.image_bytes(row)) for row in range(len(shard)))
             return np.array([min(image.size) for image in opened])
     return np.array([], int)
 
