@@ -61,12 +61,12 @@ def write_csv(case: Case) -> tuple[bytes, Rows]:
     """A table of cells, properly quoted, or without any quoting, where quotes mean nothing."""
     draw, pick = case.draw, case.draw.choice
     delimiter = "\t" if case.kind == "tsv" else pick(",,;|\t")
-    quoting = pick([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, None])
+    quoting = pick(["minimal", "all", None])
     fields = [*draw.sample([*case.names, "unused"], 5)]
     header = [case.names.get(field, pick(["x", "similarity", "caption2"])) for field in fields]
     lines = io.StringIO()
     writer = csv.writer(lines, delimiter=delimiter, lineterminator=pick(["\n", "\r\n"]),
-                        quoting=quoting or csv.QUOTE_MINIMAL)  # fmt: skip
+                        quoting=csv.QUOTE_ALL if quoting == "all" else csv.QUOTE_MINIMAL)  # fmt: skip
     end = "\n"
 
     def write(cells: list[str]) -> None:
@@ -143,8 +143,10 @@ def plain_json(case: Case, texts: list[str]) -> Rows:
             value = json.loads(text)
         except ValueError:
             value = None
-        known = isinstance(value, dict)
-        rows.append(plain({k: value.get(n) for k, n in case.names.items()}) if known else None)
+        row = None
+        if isinstance(value, dict):
+            row = plain({what: value.get(name) for what, name in case.names.items()})
+        rows.append(row)
     return rows
 
 
