@@ -65,8 +65,9 @@ def write_csv(case: Case) -> tuple[bytes, Rows]:
     fields = [*draw.sample([*case.names, "unused"], 5)]
     header = [case.names.get(field, pick(["x", "similarity", "caption2"])) for field in fields]
     lines = io.StringIO()
-    writer = csv.writer(lines, delimiter=delimiter, lineterminator=pick(["\n", "\r\n"]),
-                        quoting=csv.QUOTE_ALL if quoting == "all" else csv.QUOTE_MINIMAL)  # fmt: skip
+    style = csv.QUOTE_ALL if quoting == "all" else csv.QUOTE_MINIMAL
+    ends = pick(["\n", "\r\n"])
+    writer = csv.writer(lines, delimiter=delimiter, lineterminator=ends, quoting=style)
     end = "\n"
 
     def write(cells: list[str]) -> None:
