@@ -21,6 +21,7 @@ from models.architectures import find_architecture
 from models.configs import ClipConfig
 from models.convert import efficientnet
 from models.networks.compiling import compiled
+from models.networks.conv_tower import ConvTower
 from models.networks.packing import Packing
 from models.networks.transformer import attend_packed, trimmed_length
 from models.tokenizers import VOCAB_SIZE, Tokenizer, TokenizerConfig, token_mask
@@ -92,10 +93,13 @@ def build_clip(config: ClipConfig, image_tower: str = "") -> "CLIP":
     image_tower: "efficientnet_lite0" takes an `ImageTower` in the place of the vision tower.
     """
     clip = _build_towers(config)
+    projection = clip.text_projection
     if image_tower:
-        projection = clip.text_projection
         assert isinstance(projection, nn.Parameter)
         clip.add_module("visual", ImageTower(int(projection.shape[1])))
+    elif config.vision == "convolutions" and not config.architecture:
+        size, width, depth = config.image_size, config.vision_width, config.vision_depth
+        clip.add_module("visual", ConvTower(size, width, depth, config.embed_dim))
     return clip
 
 

@@ -61,12 +61,14 @@ class ClipConfig:
     """dimension of the joint embedding"""
     image_size: int = 32
     """side of the encoder's input in px"""
+    vision: Literal["transformer", "convolutions"] = "transformer"
+    """vision tower: over patches, or convolutions, which learn from few and small pictures sooner"""
     patch_size: int = 4
-    """side of a vision patch in px"""
+    """side of a vision transformer's patch in px"""
     vision_width: int = 128
-    """channels of the vision tower"""
+    """channels of the vision tower; of convolutions, in the last stage"""
     vision_depth: int = 4
-    """blocks of the vision tower"""
+    """blocks of the vision tower; of convolutions, residual ones in each stage after the first"""
     text_width: int = 128
     """channels of the text tower"""
     text_depth: int = 3

@@ -1,0 +1,53 @@
+"""A small convolutional image tower for a CLIP, in the place of a vision transformer.
+
+A transformer over patches has to learn from the data which pixels are neighbours; a convolution does
+not. On a few thousand small pictures it therefore learns shapes in a fraction of the steps
+(benchmarks/results.md). The last layer reads the whole map of 4 x 4 places, which keeps positions.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAST_SIDE = 4  # places a side of the last map
+_GROUPS = 8
+
+
+class ConvTower(nn.Module):
+    """Standardised pixels float [B, 3, S, S] to embeddings [B, E].
+
+    Each stage halves the side, until that is 4, and doubles the channels, of which the last has
+    `width`; every stage but the first has `depth` residual convolutions. Raises ValueError for a
+    side that is no power of two times 4, and a width that does not divide.
+    """
+
+    def __init__(self, image_size: int, width: int, depth: int, embed_dim: int) -> None:
+        super().__init__()
+        num_stages = (image_size // LAST_SIDE).bit_length() - 1
+        channels = [width >> i for i in reversed(range(num_stages))]
+        if not channels or image_size != LAST_SIDE << num_stages or width % (_GROUPS << num_stages):
+            raise ValueError(
+                f"clip.vision: found image_size {image_size} with vision_width {width}, expected "
+                f"8, 16, 32, ... px and a multiple of {_GROUPS << max(num_stages, 1)}"
+            )
+        self.image_size, self.output_dim = image_size, embed_dim
+        self.conv1 = nn.Conv2d(3, channels[0], 4, 2, 1)
+        self.down = nn.ModuleList(
+            _conv(old, new, 2) for old, new in zip(channels, channels[1:], strict=False)
+        )
+        self.residual = nn.ModuleList(
+            nn.ModuleList(_conv(new, new, 1) for _ in range(depth)) for new in channels[1:]
+        )
+        self.proj = nn.Linear(width * LAST_SIDE**2, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the embeddings, not normalised; shapes are given at the class."""
+        x = F.gelu(self.conv1(x))  # [B, C, S/2, S/2]
+        for down, blocks in zip(self.down, self.residual, strict=True):
+            x = down(x)
+            for block in blocks:
+                x = x + block(x)
+        return self.proj(x.flatten(1))
+
+
+def _conv(old: int, new: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(old, new, 3, stride, 1), nn.GroupNorm(_GROUPS, new), nn.GELU())
