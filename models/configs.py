@@ -62,7 +62,7 @@ class ClipConfig:
     image_size: int = 32
     """side of the encoder's input in px"""
     vision: Literal["transformer", "convolutions"] = "transformer"
-    """vision tower: over patches, or convolutions, which learn from few and small pictures sooner"""
+    """vision tower; convolutions need fewer small pictures and steps"""
     patch_size: int = 4
     """side of a vision transformer's patch in px"""
     vision_width: int = 128

@@ -1,9 +1,11 @@
 """A small convolutional image tower for a CLIP, in the place of a vision transformer.
 
-A transformer over patches has to learn from the data which pixels are neighbours; a convolution does
-not. On a few thousand small pictures it therefore learns shapes in a fraction of the steps
+A transformer over patches has to learn from the data which pixels are neighbours; a convolution
+does not. On a few thousand small pictures it therefore learns shapes in a fraction of the steps
 (benchmarks/results.md). The last layer reads the whole map of 4 x 4 places, which keeps positions.
 """
+
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,15 +26,16 @@ class ConvTower(nn.Module):
         super().__init__()
         num_stages = (image_size // LAST_SIDE).bit_length() - 1
         channels = [width >> i for i in reversed(range(num_stages))]
-        if not channels or image_size != LAST_SIDE << num_stages or width % (_GROUPS << num_stages):
+        divisor = _GROUPS << max(num_stages - 2, 0)  # every stage but the first has group norms
+        if not channels or image_size != LAST_SIDE << num_stages or width % divisor:
             raise ValueError(
                 f"clip.vision: found image_size {image_size} with vision_width {width}, expected "
-                f"8, 16, 32, ... px and a multiple of {_GROUPS << max(num_stages, 1)}"
+                f"8, 16, 32, ... px and a multiple of {divisor}"
             )
         self.image_size, self.output_dim = image_size, embed_dim
         self.conv1 = nn.Conv2d(3, channels[0], 4, 2, 1)
         self.down = nn.ModuleList(
-            _conv(old, new, 2) for old, new in zip(channels, channels[1:], strict=False)
+            _conv(old, new, 2) for old, new in pairwise(channels)
         )
         self.residual = nn.ModuleList(
             nn.ModuleList(_conv(new, new, 1) for _ in range(depth)) for new in channels[1:]
