@@ -38,7 +38,8 @@ class ConvTower(nn.Module):
             _conv(old, new, 2) for old, new in pairwise(channels)
         )
         self.residual = nn.ModuleList(
-            nn.ModuleList(_conv(new, new, 1) for _ in range(depth)) for new in channels[1:]
+            nn.Sequential(*(_Residual(_conv(new, new, 1)) for _ in range(depth)))
+            for new in channels[1:]
         )
         self.proj = nn.Linear(width * LAST_SIDE**2, embed_dim)
 
@@ -46,10 +47,17 @@ class ConvTower(nn.Module):
         """Return the embeddings, not normalised; shapes are given at the class."""
         x = F.gelu(self.conv1(x))  # [B, C, S/2, S/2]
         for down, blocks in zip(self.down, self.residual, strict=True):
-            x = down(x)
-            for block in blocks:
-                x = x + block(x)
+            x = blocks(down(x))
         return self.proj(x.flatten(1))
+
+
+class _Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
 
 
 def _conv(old: int, new: int, stride: int) -> nn.Sequential:
