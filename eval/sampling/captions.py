@@ -101,6 +101,8 @@ def _in_json(path: Path, text: str) -> Iterator[tuple[str, object]]:
             record = json.loads(item) if what == "line" else item
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{where}: found {error}, expected JSON with a prompt") from None
-        key = find_name(KEYS, [*record]) if isinstance(record, dict) else None
-        is_text = what == "item" and isinstance(record, str)
-        yield where, record if is_text else None if key is None else record[key]
+        if isinstance(record, dict):
+            key = find_name(KEYS, [*record])
+            yield where, None if key is None else record[key]
+        else:
+            yield where, record if what == "item" and isinstance(record, str) else None
