@@ -451,7 +451,7 @@ def test_the_script_prints_tables_and_json_and_exits_by_the_budget(plan, capsys,
     assert main(DEMO) == 0
     shown = capsys.readouterr().out
     for words in ("Models", "Memory of base", "Time and cost", "Failures and checkpoints",
-                  "Storage and networks", "efficiency, unet_channels_last: ", "1,578,625",
+                  "Storage and networks", "efficiency, unet_channels_last: ", "1,959,537",
                   "--preset demo --train.num-workers 1"):  # fmt: skip
         assert words in shown
     assert main(dataclasses.replace(DEMO, json=True)) == 0

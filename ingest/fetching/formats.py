@@ -238,12 +238,9 @@ def _frame_areas(item: bytes) -> Iterator[int]:
         place += 2 if head & 4 else 1
         size = len(item) - place
         if head & 2:  # the size follows, 7 bits a byte
-            size = 0
-            for shift in range(0, 56, 7):
-                byte, place = item[place], place + 1
-                size |= (byte & 127) << shift
-                if byte < 128:
-                    break
+            num_bytes = next((n for n in range(8) if item[place + n] < 128), 7) + 1
+            size = sum((item[place + n] & 127) << 7 * n for n in range(num_bytes))
+            place += num_bytes
         if head >> 3 == 1:
             yield _frame_area(item[place : place + min(size, 128)])
         place += size
