@@ -235,10 +235,12 @@ def _make_shards(
 ) -> int:
     """Make the shards of a set of pairs by the script of ingest/ that `verb` names; return the exit
     code."""
+    from cluster.demo_data import SIDE
+
     command = Command(
         name=f"{verb} {name}", script=f"ingest/{verb}.py", num_images=len(rows),
         arguments=(
-            *arguments, "--out", str(run / "data" / name / "images"), "--image-size", "64",
+            *arguments, "--out", str(run / "data" / name / "images"), "--image-size", str(SIDE),
             "--samples-per-shard", str(_samples_per_shard(rows)), "--num-processes", "0",
         ),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from cluster.base.files import Json, atomic_write
 if TYPE_CHECKING:
     import pyarrow as pa
 
+SIDE = 64  # px of the pictures that the demo stores, and of those that it generates
 TEST_ONE_IN = 10
 SKIN_TONE = re.compile(
     r"[:,]?\s*\b(?:medium-light|medium-dark|light|medium|dark) skin tone\b", re.IGNORECASE
@@ -133,19 +134,28 @@ def _read_given(source: Path) -> list[Json]:
 
 
 def _require_pictures(source: Path, rows: list[Json]) -> None:
-    """Decode every picture as the download will, so that a bad one is named by its row."""
+    """Decode every picture as the download will, so that a bad one is named by its row.
+
+    Raises ValueError for it, and if none has `SIDE` px: nothing is enlarged.
+    """
     from ingest.fetching.decode import DecodeError, Resizer
 
-    resize = Resizer(image_size=64, resize_mode="keep_ratio")
+    resize, largest = Resizer(image_size=SIDE, resize_mode="keep_ratio"), 0
     for row in rows:
         try:
-            resize(row["image"])
+            resized = resize(row["image"])
         except DecodeError:
             raise ValueError(
                 f"{source}: found {len(row['image'])} bytes in row {row['key']} (counted from 0) "
                 "that do not decode, expected an encoded picture (JPEG, PNG, WebP, ...); leave out "
                 "the row"
             ) from None
+        largest = max(largest, min(resized.width, resized.height))
+    if rows and largest < SIDE:
+        raise ValueError(
+            f"{source}: found pictures of {largest} px at most, expected {SIDE} px or more; "
+            "enlarge them first"
+        )
 
 
 def is_held_out(name: str, salt: str = "") -> bool:

@@ -201,16 +201,6 @@ def model_options(clip: "CLIP") -> dict[str, object]:
     return options
 
 
-
-def num_cut(captions: list[str], context_length: int) -> int:
-    """Return how many captions have more tokens, start and end included, than are read."""
-    from open_clip import SimpleTokenizer
-
-    encode = SimpleTokenizer().encode
-    long = (text for text in captions if len(text.encode()) + 2 > context_length)
-    return sum(len(encode(text)) + 2 > context_length for text in long)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """How a pair becomes an encoder's input. image_size: px; interpolation, resize_mode: see

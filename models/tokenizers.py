@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -100,6 +100,14 @@ class Tokenizer:
             keep[:, 1:] |= keep[:, :-1].copy()
             keep[:, 0] = True
         return np.where(keep, ids + 1, 0).astype(np.int32)
+
+    def num_cut(self, captions: list[str]) -> int:
+        """Return how many captions have more tokens, start and end included, than are read."""
+        room = self.config.context_length
+        # one more would do, but for tokenizers that drop the end of text of a caption that fills it
+        longer = Tokenizer(replace(self.config, context_length=room + 2))
+        tokens = torch.from_numpy(longer(captions))
+        return int((token_mask(tokens).sum(1) > room).sum())
 
     def ids(self, tokens: Tensor) -> Tensor:
         """Return tokens int [...] as the ids of the text tower."""

@@ -1,5 +1,6 @@
 """Laws of the demo: what it serves, when it is incomplete, and what it does not do again."""
 
+import io
 import os
 import socket
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from cluster import demo
 from cluster.demo import Command, DemoConfig
@@ -193,6 +195,20 @@ def test_pictures_beyond_the_limit_are_not_looked_at(tmp_path: Path):
     given["image"] = holed(given["image"], row, b"no picture")
     assert len(used) == 36
     given_pairs(tmp_path / "b", written(tmp_path / "b.parquet", given), 36)
+
+
+def test_pictures_that_are_all_too_small_are_refused_before_anything_is_trained(tmp_path: Path):
+    def icons(*sides: int) -> Path:
+        given = columns()
+        for row, side in enumerate(sides):
+            file = io.BytesIO()
+            Image.new("RGB", (2 * side, side)).save(file, "PNG")
+            given["image"][row] = file.getvalue()
+        return written(tmp_path / "own.parquet", given)
+
+    with pytest.raises(ValueError, match="found pictures of 48 px at most, expected 64"):
+        given_pairs(tmp_path / "a", icons(*[32] * 39, 48), 0)
+    assert len(given_pairs(tmp_path / "b", icons(32), 0)) == 2
 
 
 def test_two_lanes_want_two_cores_and_memory_for_two_trainings(monkeypatch: pytest.MonkeyPatch):

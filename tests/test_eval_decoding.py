@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from eval.features.decoding import fitted, read_picture
+from eval.features.decoding import fitted, picture_size, read_picture
 from eval.sampling.image_source import IncompleteError, open_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -60,6 +60,26 @@ def test_transparency_is_named_and_an_opaque_alpha_is_not(tmp_path: Path):
     assert "mode P with transparency" in refused(tmp_path / "palette.png")
 
 
+def test_a_png_with_a_long_text_and_a_jpeg_without_its_end_are_read(tmp_path: Path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    PICTURE.save(tmp_path / "a.png", pnginfo=texts)
+    np.testing.assert_array_equal(np.asarray(read_picture(tmp_path / "a.png", "a")), PIXELS)
+    PICTURE.save(tmp_path / "whole.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-2])
+    found, whole = (np.asarray(read_picture(tmp_path / f"{n}.jpg", n)) for n in ("a", "whole"))
+    np.testing.assert_array_equal(found, whole)
+
+
+def test_a_photo_that_a_phone_has_turned_is_upright(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    PICTURE.save(tmp_path / "a.png", exif=exif)
+    assert picture_size(tmp_path / "a.png", "a") == (12, 16)
+    found = np.asarray(read_picture(tmp_path / "a.png", "a"))
+    np.testing.assert_array_equal(found, np.rot90(PIXELS, -1))
+
+
 def test_a_bomb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     PICTURE.save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
@@ -75,6 +95,30 @@ def test_fitting_crops_the_centre():
 
 # -- sets of them ----------------------------------------------------------------------------------
 
+
+def test_a_plain_folder_is_read_with_its_folders_and_what_is_left_out_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "cats" / "old").mkdir(parents=True)
+    (tmp_path / "cats" / "again").symlink_to(tmp_path)  # a circle
+    for name in ("b.png", "cats/a.JPG", "cats/old/c.webp"):
+        PICTURE.save(tmp_path / name)
+    assert [Path(path).name for path in open_images(str(tmp_path)).paths] == [
+        "b.png", "a.JPG", "c.webp",
+    ]  # fmt: skip
+    assert "3 images in 3 folders; left out 0" in capsys.readouterr().out
+    for name in ("._b.png", ".DS_Store", "Thumbs.db", "cats/._a.JPG"):
+        (tmp_path / name).write_bytes(b"no picture")
+    assert len(open_images(str(tmp_path))) == 3
+    assert "3 images in 3 folders; left out 4 files" in capsys.readouterr().out
+
+
+def test_the_grid_beside_edits_is_no_image_of_theirs(tmp_path: Path):
+    for name in ("000_000.png", "grid.png"):
+        PICTURE.save(tmp_path / name)
+    assert len(open_images(str(tmp_path))) == 2
+    (tmp_path / "edits.jsonl").write_text("{}\n")
+    assert [path.name for path in open_images(str(tmp_path)).paths] == ["000_000.png"]
 
 
 def test_a_listed_sample_that_is_missing_is_incomplete(tmp_path: Path):

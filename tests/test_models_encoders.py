@@ -120,6 +120,8 @@ def test_the_mask_keeps_words_start_and_end_whatever_a_tokenizer_pads_with(
     assert token_mask(tokens).sum(1).tolist() == [words, words - 3]
     long = torch.from_numpy(encoder.tokenize(["red " * 100]))
     assert token_mask(long)[:, :-1].all()  # bert-base-uncased of CLIPA drops the end
+    room = encoder.context_length - (words - 3)
+    assert encoder.tokenize.num_cut(["red " * room, "red " * (room + 1)]) == 1
 
 
 @pytest.mark.parametrize("name", ["small-worldwide", "small-eva"])

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval import sample
+from eval.sampling import edits
 from eval.sampling.generate import sampling_of
 from models.configs import Spacing
 from models.convert.runs import load_clip
@@ -265,6 +266,29 @@ def test_inpainting_keeps_what_is_masked_out(files, tmp_path):
             assert np.array_equal(each[:, :15], image[:, :15])
             assert abs(each[:, 17:] - image[:, 17:]).mean() > 5
         assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_transparency_is_white_in_an_image_and_drawn_in_a_mask(tmp_path):
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    clear.paste((255, 0, 0, 255), (4, 0, 8, 8))
+    clear.save(tmp_path / "a.png")
+    image = np.asarray(edits.open_images([str(tmp_path / "a.png")])[0])
+    assert (image[:, :4] == 255).all() and (image[:, 4:] == (255, 0, 0)).all()
+    mask = np.asarray(edits.open_mask(str(tmp_path / "a.png")))
+    assert (mask[:, :4] == 255).all() and (mask[:, 4:] == 0).all()
+    opaque = Image.new("RGBA", (8, 8), "black")
+    opaque.paste((255, 255, 255, 255), (0, 0, 8, 4))
+    opaque.save(tmp_path / "m.png")
+    mask = np.asarray(edits.open_mask(str(tmp_path / "m.png")))
+    assert (mask[:4] == 255).all() and (mask[4:] == 0).all()
+
+
+def test_a_mask_with_nothing_to_draw_is_refused(files, tmp_path):
+    Image.new("L", (64, 64), 0).save(tmp_path / "m.png")
+    given = ["inpaint", "--images", files["images"][0], "--mask", str(tmp_path / "m.png")]
+    with pytest.raises(ValueError, match="m.png: found nothing white"):
+        sample.command([*given, "--decoder", str(files["runs"]["decoder"]), *QUICK,
+                        "--out", str(tmp_path / "a")])  # fmt: skip
 
 
 @pytest.mark.parametrize(

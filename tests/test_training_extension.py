@@ -103,8 +103,8 @@ def test_the_other_way_of_extending_is_refused_once_it_has_begun(
 ):
     run = Path(shutil.copytree(finished.run, tmp_path / "run"))
     trained(with_steps(finished, run, 6))
-    with pytest.raises(ValueError, match="train.extend: found 'constant' in the run, expected 'r"):
-        trained(with_steps(finished, run, 6, extend="rewarm"))
+    with pytest.raises(ValueError, match="train.extend: found 'rewarm' in the run, expected 'c"):
+        trained(with_steps(finished, run, 6, extend="constant"))
 
 
 @pytest.mark.parametrize("decay", ["cosine", "constant", "inverse_sqrt"])

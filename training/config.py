@@ -61,9 +61,9 @@ class ScheduleConfig:
     """share of the steps in which the learning rate rises linearly"""
     decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
     """learning rate after the warm-up; inverse_sqrt: as the root of warm-up over step"""
-    extend: Annotated[Literal["constant", "rewarm"], HIDDEN] = "constant"
-    """learning rate of the steps by which a larger num_steps extends a run: its last one, or warmed
-    up and decayed again"""
+    extend: Annotated[Literal["constant", "rewarm"], HIDDEN] = "rewarm"
+    """learning rate of the steps by which a larger num_steps extends a run: warmed up and decayed
+    again, or its last one"""
     extended: Annotated[tuple[str, ...], HIDDEN] = ()
     """ends that were extended, each with how, such as 20:constant; a run records it by itself"""
 

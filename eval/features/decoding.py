@@ -1,6 +1,5 @@
 """Pictures as extractors take them: 8-bit RGB, or a one-line error."""
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ingest.fetching.decode import decode_to, upright_size
+from ingest.fetching.decode import BAD_BYTES, stored_picture, upright_size
+from ingest.fetching.formats import open_complete, open_image
 
 PLAIN_MODES = ("RGB", "L", "CMYK", "YCbCr", "1", "P")
 MODES = {
@@ -20,17 +20,14 @@ MODES = {
 
 
 @contextmanager
-def _opened(file: Path | bytes, where: str) -> Iterator[Image.Image]:
+def _errors_of(where: str) -> Iterator[None]:
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            yield image
-    except FileNotFoundError:
-        raise
+        yield
     except UnidentifiedImageError:
         raise ValueError(
             f"{where}: found a file that is no picture, expected one; leave it out"
         ) from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*BAD_BYTES, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{where}: found a picture that does not decode ({error}), expected a complete one; "
             "make it again or leave it out"
@@ -39,7 +36,8 @@ def _opened(file: Path | bytes, where: str) -> Iterator[Image.Image]:
 
 def picture_size(file: Path | bytes, where: str) -> tuple[int, int]:
     """Return width and height in px, reading no pixels; errors as of `read_picture`."""
-    with _opened(file, where) as image:
+    data = file if isinstance(file, bytes) else file.read_bytes()
+    with _errors_of(where), open_image(data) as image:
         if image.format == "PNG" and "exif" not in image.info:  # to look further takes its pixels
             return image.size
         return upright_size(image)
@@ -53,25 +51,27 @@ def read_picture(file: Path | bytes, where: str) -> Image.Image:
     ValueError for a file that does not decode, and, of a path, for pixels of more than 8 bits and
     for transparency: the background is the user's choice, and would be part of the score.
     """
-    with _opened(file, where) as image:
-        if isinstance(file, bytes):
-            return decode_to(image, image.size)
+    if isinstance(file, bytes):
+        with _errors_of(where):
+            return stored_picture(file)
+    data = file.read_bytes()
+    with _errors_of(where), open_image(data) as image:
+        mode = image.mode
+    if mode not in (*PLAIN_MODES, "RGBA", "LA", "PA"):
+        pixels = MODES.get(mode, f"mode {mode}")
+        raise ValueError(f"{where}: found {pixels}, expected 8-bit RGB or grey; convert it first")
+    with _errors_of(where), open_complete(data) as image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode not in (*PLAIN_MODES, "RGBA", "LA", "PA"):
-            pixels = MODES.get(image.mode, f"mode {image.mode}")
-            raise ValueError(
-                f"{where}: found {pixels}, expected 8-bit RGB or grey; convert it first"
-            )
         if not image.has_transparency_data:
             return image.convert("RGB")
-        lowest = cast(int, image.convert("RGBA").getchannel("A").getextrema()[0])
-        if lowest < 255:
-            raise ValueError(
-                f"{where}: found mode {image.mode} with transparency, expected 8-bit RGB or grey; "
-                "lay it over a background first"
-            )
-        return image.convert("RGBA").convert("RGB")
+        rgba = image.convert("RGBA")
+    if cast(int, rgba.getchannel("A").getextrema()[0]) < 255:
+        raise ValueError(
+            f"{where}: found mode {mode} with transparency, expected 8-bit RGB or grey; "
+            "lay it over a background first"
+        )
+    return rgba.convert("RGB")
 
 
 def fitted(image: Image.Image, size: int) -> Image.Image:

@@ -14,8 +14,8 @@ from PIL import Image
 from cluster.base.files import Json
 from cluster.base.jsonl import read_lines
 from eval.html_report.formats import flatten, read_json
-from eval.sampling.edits import COMMANDS, EDITS_NAME
-from eval.sampling.image_source import SAMPLES_NAME
+from eval.sampling.edits import COMMANDS
+from eval.sampling.image_source import EDITS_NAME, SAMPLES_NAME
 
 MAX_SIDE = 384  # px of an inline picture; a page of 1024 px ones would not open on a phone
 MAX_SHEET_SIDE = 1600  # px of a sheet, which is many images in one

@@ -21,6 +21,7 @@ from tyro.conf import UseAppendAction
 from cluster.base.cli import require_at_least
 from cluster.base.files import write_text
 from cluster.base.machine import threads_for
+from eval.sampling.image_source import EDITS_NAME, GRID_NAME
 from eval.sampling.options import DrawingOptions, ImageOptions, PriorOptions
 from training.engine.precision import Precision, settled
 
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
     from models.latents import Latents
     from models.unclip import Sampling, UnClip
-
-EDITS_NAME = "edits.jsonl"
-
 
 @dataclass(frozen=True, kw_only=True)
 class EditRows:
@@ -158,19 +156,40 @@ class ImagesEdit(Edit):
 
 
 def open_images(paths: Sequence[str]) -> "list[Image]":
-    """Open images upright, as the download stores them."""
-    from PIL import Image, ImageOps
+    """Open images as the download stores them: upright, over white. ValueError names a bad one."""
+    from ingest.fetching.decode import stored_picture
 
-    images = []
-    for path in paths:
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: found no such file, expected an image")
-        try:
-            with Image.open(path) as image:
-                images.append(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: found no image: {error}") from None
-    return images
+    return [_opened(path, stored_picture) for path in paths]
+
+
+def open_mask(path: str) -> "Image":
+    """Open a mask as grey, white where to draw; a transparent part is where to draw."""
+    from PIL import ImageOps
+
+    from ingest.fetching.decode import stored_picture
+    from ingest.fetching.formats import open_complete
+
+    def mask_of(data: bytes) -> "Image":
+        with open_complete(data) as image:
+            image.load()
+            alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+        opaque = alpha.getextrema()[0] == 255
+        return stored_picture(data).convert("L") if opaque else ImageOps.invert(alpha)
+
+    return _opened(path, mask_of)
+
+
+def _opened(path: str, decode: "Callable[[bytes], Image]") -> "Image":
+    from PIL.Image import DecompressionBombError
+
+    from ingest.fetching.decode import BAD_BYTES
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: found no such file, expected an image")
+    try:
+        return decode(Path(path).read_bytes())
+    except (*BAD_BYTES, DecompressionBombError) as error:
+        raise ValueError(f"{path}: found no image: {error}") from None
 
 
 # -- the sub-commands ------------------------------------------------------------------------------
@@ -269,7 +288,8 @@ class Inpaint(ImagesEdit, PriorEdit):
     """Draw part of images again, given their own embedding or, with a prior, a caption's."""
 
     mask: str = ""
-    """image file: white where to draw, black where to keep; one for all images"""
+    """image file: white where to draw, black where to keep, or transparent where to draw; one for
+    all images"""
     caption: str = ""
     """of the complete image as it is to become; needs a prior"""
     cfg_scale: float = 1.5
@@ -292,7 +312,9 @@ class Inpaint(ImagesEdit, PriorEdit):
         keys = self.keys(len(images) * self.count)
         pixels = pixels_of(images, size)
         known = pixels.repeat_interleave(self.count, dim=0)
-        mask = (pixels_of(open_images([self.mask]), size).mean(1, keepdim=True) < 0).float()
+        mask = (pixels_of([open_mask(self.mask)], size).mean(1, keepdim=True) < 0).float()
+        if not (mask == 0).any():
+            raise ValueError(f"{self.mask}: found nothing white, expected white where to draw")
 
         def make(batch: slice) -> "Tensor":
             captions = [self.caption] * (batch.stop - batch.start)
@@ -425,7 +447,7 @@ def run_edit(command: str, edit: Edit) -> int:
             "command": command, "settings": dataclasses.asdict(edit),
         }) + "\n")  # fmt: skip
     table = [list(pixels[start : start + width]) for start in range(0, len(pixels), width)]
-    save_png(out / "grid.png", grid(table, drawn.rows, drawn.columns))
+    save_png(out / GRID_NAME, grid(table, drawn.rows, drawn.columns))
     write_text(out / EDITS_NAME, "".join(lines))
     print(f"{command}: {len(pixels)} images -> {edit.out}")
     return 0

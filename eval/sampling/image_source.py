@@ -1,11 +1,13 @@
 """Sets of images in a fixed order: generated samples, committed shards, or a plain folder.
 
-A folder of samples holds 000000.png ... and samples.jsonl, written last, a line an image.
+A folder of samples holds 000000.png ... and samples.jsonl, written last, a line an image. A plain
+folder is read with its sub-folders.
 """
 
 import bisect
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +22,8 @@ from ingest.store.snapshots import Snapshot, adopt_command
 
 SAMPLES_NAME = "samples.jsonl"
 SETTINGS_NAME = "settings.json"
+EDITS_NAME = "edits.jsonl"  # of a folder of edits
+GRID_NAME = "grid.png"  # beside either
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -145,13 +149,39 @@ def open_images(folder: str) -> ImageSet:
         return ImageSet(source=folder, captions=captions, paths=paths, settings=settings)
     if (root / SETTINGS_NAME).is_file():
         raise ValueError(f"{root}: found unfinished samples; rerun eval/sample.py to finish them")
-    paths = tuple(sorted(p for p in root.glob("*") if p.suffix.lower() in SUFFIXES))
+    paths = _pictures_below(root)
     if not paths:
         raise ValueError(
             f"{root}: found no images, expected shards, samples or image files; make shards of "
             f"tars or tables by: {adopt_command(root)}"
         )
     return ImageSet(source=folder, captions=[], paths=paths)
+
+
+def _pictures_below(root: Path) -> tuple[Path, ...]:
+    """Return the pictures of a folder and of those in it, by path, and print what is no plain
+    folder of pictures: hidden files such as macOS writes, grids of our own, other files."""
+    paths, others, seen = [], 0, set()
+    for place, folders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        is_ours = EDITS_NAME in names or SAMPLES_NAME in names
+        for name in names:
+            is_grid = is_ours and name == GRID_NAME
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and not is_grid:
+                paths.append(Path(place, name))
+            else:
+                others += 1
+    folders = {path.parent for path in paths}
+    if paths and (others or folders - {root}):
+        print(
+            f"{root}: {len(paths)} images in {len(folders)} folders; left out {others} files that "
+            "are hidden, grids or no pictures",
+            flush=True,
+        )
+    return tuple(sorted(paths))
 
 
 def _reopened(root: str, digest: str, side: int) -> ImageSet:

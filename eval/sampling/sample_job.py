@@ -24,11 +24,10 @@ from eval.features.devices import device_named
 from eval.features.workers import ImageBlocks, MakeBlock, Workers
 from eval.sampling.chain import Model, chain_weights
 from eval.sampling.generate import render_all, sampling_of
-from eval.sampling.image_source import SAMPLES_NAME, SETTINGS_NAME, IncompleteError
+from eval.sampling.image_source import GRID_NAME, SAMPLES_NAME, SETTINGS_NAME, IncompleteError
 from eval.sampling.options import SeededSampling
 from ingest.shards import shard_name
 from ingest.store.commits import Attempt, committed
-from models.clip import num_cut
 from models.convert.runs import load_clip
 from models.unclip import UnClip
 from models.weights import exported, load_config
@@ -114,7 +113,7 @@ def finish_samples(out: Path, captions: Sequence[str], seed: int) -> None:
     chosen = list(range(0, len(captions), step))[:GRID_IMAGES]
     images = [np.asarray(Image.open(out / image_name(i)).convert("RGB")) for i in chosen]
     rows = [images[i : i + GRID_COLUMNS] for i in range(0, len(images), GRID_COLUMNS)]
-    save_png(out / "grid.png", grid(rows, [], []))
+    save_png(out / GRID_NAME, grid(rows, [], []))
     write_json(out / "grid.json", [captions[i] for i in chosen])
     lines = (
         json.dumps({"file": image_name(i), "caption": caption, "seed": seed})
@@ -191,7 +190,7 @@ def settings_of(model: Model, captions: list[str], options: Json, device: str) -
     clip = model.clip or load_config(exported(Path(model.prior)))["clip"]
     weights = chain_weights(*model.runs)
     encoder = load_clip(clip)
-    if cut := num_cut(captions, encoder.context_length):
+    if cut := encoder.tokenize.num_cut(captions):
         print(
             f"warning: {cut} of {len(captions)} captions have more than the "
             f"{encoder.context_length} tokens that the encoder reads; their ends are ignored",
