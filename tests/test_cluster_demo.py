@@ -221,3 +221,21 @@ def test_two_lanes_want_two_cores_and_memory_for_two_trainings(monkeypatch: pyte
         lanes = demo._lanes(commands)
         assert len(lanes) == expected
         assert sorted(c.name for each in lanes for c in each) == sorted(c.name for c in commands)
+
+
+@pytest.mark.parametrize(("cores", "in_bf16", "threads"), [
+    (2, True, "1"), (2, False, None), (16, True, "8"), (16, False, "8"), (1, True, None),
+])  # fmt: skip
+def test_lanes_share_the_cores_but_for_two_in_fp32(
+    cores: int, in_bf16: bool, threads: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    commands = demo._commands(DemoConfig(), Path("runs/demo"), {"train": 1, "test": 1})
+    commands = [each for each in commands if not each.script.startswith("eval/")]
+    monkeypatch.setattr("cluster.base.ray_session.has_gpus", lambda: False)
+    monkeypatch.setattr("cluster.base.machine.available_cpus", lambda: cores)
+    monkeypatch.setattr("cluster.base.machine.total_memory", lambda: 24 << 30)
+    monkeypatch.setattr("training.engine.precision.native_bf16", lambda kind: in_bf16)
+    for command in (command for lane in demo._lanes(commands) for command in lane):
+        _, config = demo._request(command)  # which the script's own parser reads
+        workers = config.train.workers if hasattr(config, "train") else config
+        assert workers.num_threads == (threads and int(threads)), command
