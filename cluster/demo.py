@@ -96,8 +96,8 @@ def main(config: DemoConfig) -> int:
     commands = _commands(config, run, {name: len(rows) for name, rows in sets.items()})
     lanes = _lanes([each for each in commands if not each.script.startswith("eval/")])
 
-    # Shards of them, drawn ones by way of a URL list, while the workers start; then CLIP,
-    # embeddings and prior, and beside them upsampler and decoder
+    # Shards of them, drawn ones by way of a URL list, while the workers start; then CLIP and
+    # embeddings, which the decoder needs, and beside it all other models
     with ExitStack() as stack:
         for lane in lanes:
             stack.enter_context(_workers(lane, run))
@@ -114,7 +114,8 @@ def main(config: DemoConfig) -> int:
 
 
 def _lanes(commands: list[Command]) -> list[list[Command]]:
-    """Split the commands that train into lanes that run side by side.
+    """Split the commands that train into lanes that run side by side: what others need, and what
+    needs them.
 
     Small networks make little use of a second thread: on two cores two of them take three quarters
     of the time that they take one after the other (benchmarks/results.md). One core, little memory,
@@ -126,9 +127,7 @@ def _lanes(commands: list[Command]) -> list[list[Command]]:
     if available_cpus() < 2 or total_memory() < LANES_BYTES or has_gpus():
         return [commands]
     commands = [_with_threads(each, available_cpus() // 2) for each in commands]
-    images = [each for each in commands if each.script == "training/decoder.py"]
-    images.sort(key=lambda each: bool(each.needs))  # first what need not wait
-    return [images, [each for each in commands if each not in images]]
+    return [[c for c in commands if c.needs], [c for c in commands if not c.needs]]
 
 
 def _with_threads(command: Command, share: int) -> Command:
@@ -317,11 +316,11 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
     finals = [Path(path) / FINAL_NAME for path in dict.fromkeys((clip, scorer, prior, base, up))]
     return [
         train("clip", "clip", *preset, *train_images, *half),
-        *([] if drawn else [train("judge", "clip", *preset, *train_images, *other_half)]),
         *(embed(name) for name in counts),
-        train("prior", "prior", *preset, "--embeds", embeds["train"]),
         train("base", "decoder", *preset, *data, "--stage", "base", needs=("embed train",)),
+        train("prior", "prior", *preset, "--embeds", embeds["train"]),
         train("up", "decoder", "--preset", f"{config.size}_up", *data),
+        *([] if drawn else [train("judge", "clip", *preset, *train_images, *other_half)]),
         Command(
             name="sample", script="eval/sample.py", num_images=counts["test"],
             arguments=(
