@@ -138,7 +138,8 @@ def test_a_list_is_never_held_whole(tmp_path: Path):
         ("l.csv", b"url,text\nc\n", "found 1 rows that are all malformed"),
         ("l.csv", b"url,text,cat\xe9gorie\na,b,c\n", "first line is not UTF-8 .* at byte 12"),
         ("l.csv", gzip.compress(b"url,text\na,b\n", mtime=0), "found gzip, expected text"),
-        ("l.txt", "http://a".encode("utf-16"), "found UTF-16, expected text"),
+        ("l.txt", "http://a".encode("utf-16"), "found UTF-16, expected UTF-8; convert the file"),
+        ("l.txt", b"http://a\ta cat\n", "found a tab in the first line"),
         ("l.csv", b"http://a/1,x,y\n", "no header line and 3 columns, expected .*--columns"),
         ("l.csv.gz", gzip.compress(b"url,text\na,b\n" * 999, mtime=0)[:-20], "not valid csv: "),
         ("l.jsonl", b"url,text\na,b\n", "found 'url,text', expected JSON objects"),
@@ -389,3 +390,13 @@ def test_a_download_counts_malformed_rows_and_stores_further_captions(site, tmp_
     assert "3 rows = 2 stored + 0 filtered + 1 failed (malformed_row 1)" in out
     shard = ImageShard(str(tmp_path / "images"), "000000")
     assert [shard.caption(0), shard.further_captions("captions_more")[0]] == ["0", ["more"]]
+
+
+def test_captions_in_another_encoding_are_counted_and_said(tmp_path: Path, capsys):
+    rows = ["url,caption", "http://a/1,caf\xe9", "http://a/2,tea", "http://a/3,\xfcber"]
+    (tmp_path / "l.csv").write_bytes("\n".join(rows).encode("cp1252"))
+    assert open_url_list(str(tmp_path / "l.csv")).num_rows == 3
+    assert "l.csv: 2 of 3 captions hold U+FFFD" in capsys.readouterr().out
+    (tmp_path / "l.csv").write_text("\n".join(rows), encoding="utf-8")
+    open_url_list(str(tmp_path / "l.csv"))
+    assert "U+FFFD" not in capsys.readouterr().out

@@ -8,7 +8,7 @@ that are not UTF-8 become U+FFFD, a byte-order mark is dropped, and blank lines 
 import csv
 import json
 import re
-from codecs import BOM_UTF8, getincrementaldecoder
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,9 @@ DELIMITERS = ",;\t|"
 TOO_LONG = "\0"  # stands for a line beyond MAX_LINE_BYTES; it is no row of any format
 URL = re.compile(r"\s*https?://\S+\s*", re.IGNORECASE)
 BINARY = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
-BINARY |= {b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+BINARY |= {b"PAR1": "Parquet"}
+
+CONVERT = "convert the file, such as with iconv -f"
 
 Row = list[str] | Json | None  # cells by their place, or values by their name; None: malformed
 
@@ -64,10 +66,14 @@ def find_layout(
     for magic, content in BINARY.items():
         if head.startswith(magic):
             raise ValueError(f"found {content}, expected text in UTF-8; see the file's ending")
+    if head.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        raise ValueError(f"found UTF-16, expected UTF-8; {CONVERT} utf-16 -t utf-8")
     if b"\0" in first:
         raise ValueError("found null bytes in the first line, expected text in UTF-8")
     stream.seek(0)
     if suffix == ".txt":
+        if b"\t" in first:
+            raise ValueError("found a tab in the first line, expected a URL a line; name it .tsv")
         return TextLayout(kind="text", names=("url",))
     if suffix in (".csv", ".tsv"):
         try:
@@ -75,7 +81,7 @@ def find_layout(
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"the first line is not UTF-8 ({error.reason} at byte {error.start}), expected "
-                "UTF-8; convert the file, such as with iconv -f latin1 -t utf-8"
+                f"UTF-8; {CONVERT} latin1 -t utf-8"
             ) from None
         return _csv_layout(stream, suffix, known, named)
     kind = "array" if first.startswith(b"[") else "json"

@@ -31,7 +31,7 @@ from ingest.lists.columns import (
     to_array,
 )
 from ingest.lists.filters import MALFORMED, FilterConfig, RowFilter
-from ingest.lists.formats import Row, TextLayout, find_layout, read_rows
+from ingest.lists.formats import CONVERT, Row, TextLayout, find_layout, read_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -125,12 +125,14 @@ class RowFile:
 
 @dataclass(kw_only=True)
 class FileFacts:
-    """What a survey finds. types: by column; first_malformed: the place of the row."""
+    """What a survey finds. types: by column; first_malformed: the place of the row; num_replaced:
+    captions with U+FFFD."""
 
     types: "dict[str, pa.DataType]"
     num_rows: int = 0
     num_malformed: int = 0
     first_malformed: int = 0
+    num_replaced: int = 0
 
 
 def open_rows(
@@ -207,6 +209,8 @@ def _survey(
             values = layout.column(rows, column.source)
             if column.need in ("captions", "kept"):
                 surveys[column.name].add(values)
+            if column.need == "captions":
+                facts.num_replaced += sum(isinstance(v, str) and "\ufffd" in v for v in values)
             if column.need == "kept":  # whose type is one that holds all
                 continue
             if column.need != "number" and all_texts(values):
@@ -352,6 +356,12 @@ def open_url_list(
             print(
                 f"warning: {file.path}: {found.num_malformed:,} of {found.num_rows:,} rows are "
                 f"malformed, the first is row {found.first_malformed + 1:,}",
+                flush=True,
+            )
+        if found.num_replaced:
+            print(
+                f"warning: {file.path}: {found.num_replaced:,} of {found.num_rows:,} captions hold "
+                f"U+FFFD, which bytes become that are not UTF-8; {CONVERT} cp1252 -t utf-8",
                 flush=True,
             )
     num_rows = sum(found.num_rows for found in facts.values())
