@@ -2,7 +2,10 @@
 
 import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,3 +163,15 @@ def test_an_address_where_no_cluster_listens_is_one_line_and_ray_never_tries(
     with pytest.raises(OSError, match=f"^RAY_ADDRESS: found no cluster at {address} ") as caught:
         ensure_ray()
     assert len(starts) == 1 and "\n" not in str(caught.value)
+
+
+def test_lines_of_rays_own_code_stay_off_stderr_and_the_last_words_of_a_crash_do_not():
+    ray = "[2026-11-30 11:43:05,776 {} 24377 24377] core_worker.cc:2465: Actor"
+    told = [ray.format("E"), "error: plain", ray.format("C"), ray.format("W"), "[3/5] done", "last"]
+    code = (
+        "import os; from cluster.base import ray_session; ray_session._filter_stderr(); "
+        f"os.write(2, {chr(10).join(told).encode()!r}); os.abort()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == -signal.SIGABRT
+    assert found.stderr.splitlines() == [told[1], told[2], told[4], told[5]]

@@ -5,11 +5,13 @@ import os
 import secrets
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +21,19 @@ NUM_STARTS = 3  # of a private Ray, whose processes have 30 s each time
 MIN_FILES_BYTES = 64 << 20
 GROUPS = "minidalle2_groups"  # the resource of a head whose cluster has groups of nodes
 Group = Literal["cpu_group", "gpu_group"]
+# Passes its input on, but for lines of Ray's C++ code below "fatal"; the beginning of a line too,
+# where it cannot be one
+FILTER = r"""
+import os, re
+rays, rest = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [DIWE] \d+ \d+\] \S+\.cc:\d+:"), b""
+while block := os.read(0, 65536):
+    *lines, rest = (rest + block).split(b"\n")
+    kept = b"".join(line + b"\n" for line in lines if not rays.match(line))
+    if not rest.startswith(b"["):
+        kept, rest = kept + rest, b""
+    os.write(1, kept)
+os.write(1, rest)
+"""
 
 
 def ensure_ray() -> None:
@@ -34,6 +49,9 @@ def ensure_ray() -> None:
 
     if ray.is_initialized():
         return
+    is_captured = sys.stderr is None or sys.stderr is not sys.__stderr__
+    if not is_captured and not os.environ.get("MINIDALLE2_TRACEBACK"):
+        _filter_stderr()
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         _start_private()
@@ -41,6 +59,24 @@ def ensure_ray() -> None:
         _require_head(address)
         ray.init(address=address, logging_level=_log_level())
     export_to_ray()
+
+
+@cache
+def _filter_stderr() -> "subprocess.Popen[bytes]":
+    """Keep the lines of Ray's C++ code off this process's stderr, which has no option for that.
+
+    They ask for no action, and are in the driver's log in Ray's folder as well. Another process
+    filters: a thread would take the last words of a crash with it.
+    """
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", FILTER], stdin=read, stdout=sys.stderr.fileno(),
+        start_new_session=True,
+    )  # fmt: skip
+    os.dup2(write, sys.stderr.fileno())
+    os.close(read)
+    os.close(write)
+    return process
 
 
 def _log_level() -> int:
