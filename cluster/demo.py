@@ -3,7 +3,7 @@
     python cluster/demo.py                                     # the drawn set
     python cluster/demo.py --pairs pairs.parquet --limit 3000  # your pictures: image and caption
 
-The drawn set takes some 19 minutes on two older cores. Each stage is a script; its command is
+The drawn set takes some nine minutes on two cores with bf16. Each stage is a script; its command is
 printed before it runs. A finished stage is not run again: rerun the same command to continue.
 """
 

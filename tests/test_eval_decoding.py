@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from eval.distances.measure import open_source
 from eval.features.decoding import fitted, picture_size, read_picture
 from eval.sampling.image_source import IncompleteError, open_images
 
@@ -111,6 +112,12 @@ def test_a_plain_folder_is_read_with_its_folders_and_what_is_left_out_is_counted
         (tmp_path / name).write_bytes(b"no picture")
     assert len(open_images(str(tmp_path))) == 3
     assert "3 images in 3 folders; left out 4 files" in capsys.readouterr().out
+
+
+def test_one_image_alone_is_no_set_and_says_on_which_side_it_is(tmp_path: Path):
+    PICTURE.save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=f"{tmp_path}: found one image, expected two or more"):
+        open_source(str(tmp_path), 0)
 
 
 def test_the_grid_beside_edits_is_no_image_of_theirs(tmp_path: Path):

@@ -256,7 +256,7 @@ def test_a_protocol_says_what_is_drawn_and_how_many_there_must_be(
         ({"num_resamples": 1}, "--num-resamples: found 1, expected 0, 2 or more"),
         ({"num_workers": -1}, "--num-workers: found -1"),
         ({"protocol": "coco"}, "--protocol: found 'coco', expected a JSON file or one of"),
-        ({"real": "absent"}, "absent: found no images"),
+        ({"real": "absent"}, "absent: found no such folder"),
         ({"real": "absent.npz"}, "absent.npz: found no statistics"),
     ],
 )  # fmt: skip

@@ -71,7 +71,10 @@ def open_source(source: str, size: int) -> ImageSource:
             spaces = ", ".join(known.space for known in loaded)
             raise ValueError(f"{source}: space: found {spaces}, expected each once")
         return ImageSource(source=source, statistics=statistics)
-    return ImageSource(source=source, images=open_images(source).fitted(size))
+    images = open_images(source).fitted(size)
+    if len(images) < 2:
+        raise ValueError(f"{source}: found one image, expected two or more to compare their spread")
+    return ImageSource(source=source, images=images)
 
 
 def space_scores(

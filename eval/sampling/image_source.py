@@ -133,6 +133,8 @@ def open_images(folder: str) -> ImageSet:
     if "://" in folder:
         raise ValueError(f"{folder}: found a URL, expected a local or a shared folder of images")
     root = Path(folder).absolute()  # other processes open it too
+    if not root.is_dir():
+        raise ValueError(f"{root}: found no such folder, expected one of images")
     if (root / "_manifest.json").is_file():
         return _open_shards(root, load_snapshot(root))
     if (root / SAMPLES_NAME).is_file():

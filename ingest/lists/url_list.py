@@ -125,8 +125,7 @@ class RowFile:
 
 @dataclass(kw_only=True)
 class FileFacts:
-    """What a survey finds. types: by column; first_malformed: the place of the row; num_replaced:
-    captions with U+FFFD."""
+    """What a survey finds. types: by column; first_malformed: a row; num_replaced: with U+FFFD."""
 
     types: "dict[str, pa.DataType]"
     num_rows: int = 0
