@@ -17,6 +17,7 @@ from PIL import Image
 
 from cluster.base.files import Json, digest_file, digest_of
 from eval.features.decoding import fitted, picture_size, read_picture
+from ingest.fetching.formats import FOUND_EXTENSIONS
 from ingest.shards import ImageShard, load_snapshot
 from ingest.store.snapshots import Snapshot, adopt_command
 
@@ -24,7 +25,7 @@ SAMPLES_NAME = "samples.jsonl"
 SETTINGS_NAME = "settings.json"
 EDITS_NAME = "edits.jsonl"  # of a folder of edits
 GRID_NAME = "grid.png"  # beside either
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = tuple(f".{extension}" for extension in FOUND_EXTENSIONS)
 
 
 class IncompleteError(OSError):
