@@ -107,6 +107,14 @@ def test_the_other_way_of_extending_is_refused_once_it_has_begun(
         trained(with_steps(finished, run, 6, extend="constant"))
 
 
+def test_a_run_that_was_never_extended_goes_on_whatever_way_it_would_be(
+    finished: PriorRunConfig, tmp_path: Path, capsys
+):
+    run = Path(shutil.copytree(finished.run, tmp_path / "run"))
+    trained(with_steps(finished, run, 4, extend="constant"))
+    assert "finished already" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("decay", ["cosine", "constant", "inverse_sqrt"])
 def test_the_learning_rate_is_the_former_one_up_to_the_former_end(decay: str):
     def ratios(num_steps: int, *extended: str) -> list[float]:

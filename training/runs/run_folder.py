@@ -65,6 +65,7 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
         for key in sorted(before.keys() | now.keys()):
             may_change = key in options and options[key].option.may_change
             may_change |= extends and key in EXTENSION
+            may_change |= key == "train.extend" and not before.get("train.extended")
             fixed = not may_change and not key.endswith(".checkpointing")  # computes the same
             if fixed and before.get(key) != now.get(key):
                 finished = "the run has finished, and another value changes nothing; "
