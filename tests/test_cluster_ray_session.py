@@ -141,6 +141,14 @@ def test_a_full_disk_for_ray_s_files_is_named_before_it_starts(monkeypatch, tmp_
     assert starts == []
 
 
+def test_a_machine_without_shared_memory_is_told_what_to_mount(monkeypatch, tmp_path):
+    starts = private_ray(monkeypatch, tmp_path)
+    monkeypatch.setattr("cluster.base.ray_session.SHARED_MEMORY", str(tmp_path / "shm"))
+    with pytest.raises(OSError, match="shm: found no such folder, .* mount -t tmpfs tmpfs"):
+        ensure_ray()
+    assert starts == []
+
+
 def test_a_read_only_home_gets_a_token_that_lives_as_long_as_its_ray(monkeypatch, tmp_path):
     private_ray(monkeypatch, tmp_path)
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)

@@ -19,6 +19,7 @@ LOOK_SECONDS = 5.0
 CONNECT_SECONDS = 15.0  # for the head of a cluster, which may be starting
 NUM_STARTS = 3  # of a private Ray, whose processes have 30 s each time
 MIN_FILES_BYTES = 64 << 20
+SHARED_MEMORY = "/dev/shm"  # where Ray looks for room for its objects first
 GROUPS = "minidalle2_groups"  # the resource of a head whose cluster has groups of nodes
 Group = Literal["cpu_group", "gpu_group"]
 # Passes its input on, but for lines of Ray's C++ code below "fatal"; the beginning of a line too,
@@ -110,6 +111,11 @@ def _start_private() -> None:
     """
     import ray
 
+    if not os.path.isdir(SHARED_MEMORY):
+        raise OSError(
+            f"{SHARED_MEMORY}: found no such folder, expected one for Ray's objects; mount it: "
+            f"mount -t tmpfs tmpfs {SHARED_MEMORY}, or start the container with --shm-size"
+        )
     # Where Ray keeps sockets and logs, and its objects too where /dev/shm has no room for them
     files = os.environ.get("RAY_TMPDIR") or "/tmp"
     free = shutil.disk_usage(files).free if os.path.isdir(files) else 0
