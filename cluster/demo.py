@@ -30,11 +30,12 @@ from cluster.timings import Timings
 
 SCORES_NAME = "scores.json"
 LANES_BYTES = 7 << 30  # of the machine's memory, for two trainings at once: 5.3 GiB were used
-# Of each kind of stage, on two cores: --size debug, and demo
+# By which each kind of stage makes the whole longer, on two cores with bf16: --size debug, and demo;
+# what trains beside the decoder ends before it
 USUAL_SECONDS = {
-    "pairs": (6, 10), "download": (4, 13), "adopt": (4, 10), "clip": (12, 110), "judge": (4, 110),
-    "embed": (4, 10), "prior": (5, 120), "base": (6, 550), "up": (5, 60), "sample": (4, 35),
-    "evaluate": (6, 108),
+    "pairs": (6, 10), "download": (4, 13), "adopt": (4, 5), "clip": (12, 80), "judge": (4, 90),
+    "embed": (4, 7), "prior": (5, 120), "base": (6, 120), "up": (5, 50), "sample": (4, 15),
+    "evaluate": (6, 60),
 }  # fmt: skip
 
 

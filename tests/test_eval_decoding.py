@@ -102,13 +102,13 @@ def test_a_plain_folder_is_read_with_its_folders_and_what_is_left_out_is_counted
 ):
     (tmp_path / "cats" / "old").mkdir(parents=True)
     (tmp_path / "cats" / "again").symlink_to(tmp_path)  # a circle
-    for name in ("b.png", "cats/a.JPG", "cats/old/c.webp"):
+    for name in ("b.gif", "cats/a.JPG", "cats/old/c.webp"):
         PICTURE.save(tmp_path / name)
     assert [Path(path).name for path in open_images(str(tmp_path)).paths] == [
-        "b.png", "a.JPG", "c.webp",
+        "b.gif", "a.JPG", "c.webp",
     ]  # fmt: skip
     assert "3 images in 3 folders; left out 0" in capsys.readouterr().out
-    for name in ("._b.png", ".DS_Store", "Thumbs.db", "cats/._a.JPG"):
+    for name in ("._b.gif", ".DS_Store", "Thumbs.db", "cats/._a.JPG"):
         (tmp_path / name).write_bytes(b"no picture")
     assert len(open_images(str(tmp_path))) == 3
     assert "3 images in 3 folders; left out 4 files" in capsys.readouterr().out
