@@ -30,12 +30,12 @@ from cluster.timings import Timings
 
 SCORES_NAME = "scores.json"
 LANES_BYTES = 7 << 30  # of the machine's memory, for two trainings at once: 5.3 GiB were used
-# By which each kind of stage makes the whole longer, on two cores with bf16: --size debug, and demo;
-# what trains beside the decoder ends before it
+# By which each kind of stage makes the whole longer, on two cores with bf16: --size debug, demo,
+# and demo of given pairs. What trains beside the decoder ends before it
 USUAL_SECONDS = {
-    "pairs": (6, 10), "download": (4, 13), "adopt": (4, 5), "clip": (12, 80), "judge": (4, 90),
-    "embed": (4, 7), "prior": (5, 120), "base": (6, 120), "up": (5, 50), "sample": (4, 15),
-    "evaluate": (6, 60),
+    "pairs": (6, 10, 15), "download": (4, 13, 0), "adopt": (4, 0, 5), "clip": (12, 80, 60),
+    "judge": (4, 0, 90), "embed": (4, 7, 5), "prior": (5, 120, 130), "base": (6, 120, 700),
+    "up": (5, 50, 80), "sample": (4, 15, 40), "evaluate": (6, 60, 120),
 }  # fmt: skip
 
 
@@ -78,10 +78,11 @@ def main(config: DemoConfig) -> int:
     served = not config.pairs or (run / "source" / "port").is_file()  # by an earlier version
     verb, make_images = ("download", _download) if served else ("adopt", _adopt)
     named = [each.name for each in _commands(config, run, {"train": 0, "test": 0})]
+    column = (config.size == "demo") * (1 + bool(config.pairs))
     timings = Timings(
         run / TIMINGS_NAME,
         {
-            name: USUAL_SECONDS[name.split()[0]][config.size == "demo"]
+            name: USUAL_SECONDS[name.split()[0]][column]
             for name in ("pairs", f"{verb} train", f"{verb} test", *named)
         },
     )
@@ -285,9 +286,12 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
     from models.weights import FINAL_NAME
 
     drawn, preset = not config.pairs, ("--preset", config.size)
+    base_preset, up = config.size, ("--preset", f"{config.size}_up")
+    if config.pairs and config.size == "demo":
+        base_preset, up = "demo_pictures", (*up, "--up.low-res-noise", "0.1")
     images = {name: str(run / "data" / name / "images") for name in counts}
     embeds = {name: str(run / "data" / name / "embeds") for name in counts}
-    clip, second_clip, prior, base, up = (
+    clip, second_clip, prior, base, upsampler = (
         str(run / name) for name in ("clip", "judge", "prior", "base", "up")
     )
     scorer, half, other_half = clip, (), ()
@@ -297,7 +301,7 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
         other_half = ("--block-size", "1", "--part", "2/2", "--train.seed", "1")
     train_images, samples = ("--images", images["train"]), str(run / "samples")
     data = (*train_images, "--embeds", embeds["train"])
-    chain = ("--prior", prior, "--decoder", base, "--upsampler", up)
+    chain = ("--prior", prior, "--decoder", base, "--upsampler", upsampler)
 
     def train(
         name: str, script: str, *arguments: str, needs: tuple[str, ...] = ()
@@ -314,19 +318,23 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
                 "--num-actors", "0"),
         )  # fmt: skip
 
-    finals = [Path(path) / FINAL_NAME for path in dict.fromkeys((clip, scorer, prior, base, up))]
+    models = dict.fromkeys((clip, scorer, prior, base, upsampler))
+    finals = [Path(path) / FINAL_NAME for path in models]
     return [
         train("clip", "clip", *preset, *train_images, *half),
         *(embed(name) for name in counts),
-        train("base", "decoder", *preset, *data, "--stage", "base", needs=("embed train",)),
+        train(
+            "base", "decoder", "--preset", base_preset, *data, "--stage", "base",
+            needs=("embed train",),
+        ),
         train("prior", "prior", *preset, "--embeds", embeds["train"]),
-        train("up", "decoder", "--preset", f"{config.size}_up", *data),
+        train("up", "decoder", *up, *data),
         *([] if drawn else [train("judge", "clip", *preset, *train_images, *other_half)]),
         Command(
             name="sample", script="eval/sample.py", num_images=counts["test"],
             arguments=(
                 *chain, "--captions", images["test"], "--out", samples,
-                "--decoder-steps", "8", "--upsampler-steps", "4",
+                "--decoder-steps", "8", "--upsampler-steps", "2",
             ),
         ),
         Command(

@@ -10,7 +10,7 @@ Prediction = Literal["x0", "eps", "v"]
 Weighting = Literal["simple", "min_snr", "p2", "edm", "early"]
 Spacing = Literal["trailing", "strided", "karras"]
 SpacingChoice = Spacing | Literal["auto"]  # auto: see `default_spacing`
-Degradation = Literal["blur", "bsr"]
+Degradation = Literal["none", "blur", "bsr"]
 Interpolation = Literal["bilinear", "bicubic"]
 
 
@@ -193,6 +193,9 @@ class UNetConfig:
     patch_size: int = 1
     """side in px of the patches folded into channels before the first layer; 4 turns 32 px into
     8 x 8 cells"""
+    refine_channels: int = 0
+    """channels of two last convolutions over the unfolded pixels and the input, which smooth the
+    borders of patches; 0 = none"""
     magnitude_preserving: bool = False
     """blocks that preserve unit magnitude of activations by normalised weights, without group norms
     and biases (Karras et al. 2024, EDM2); their attention is normalised without qk_norm"""
@@ -276,9 +279,11 @@ class UpsamplerConfig:
     """leave no signal at the last timestep; needs prediction v or x0"""
     degradation: Annotated[Degradation, NOT_ON_WEIGHTS] = "blur"
     """corruption of the low resolution in training: the first upsampler's blur, or the second's bsr
-    (models/degradation.py)"""
+    (models/degradation.py); none: averages of pixels, as a base draws"""
     interpolation: Interpolation = "bilinear"
     """how the low resolution is raised to the network's"""
+    residual: bool = False
+    """the network predicts what the raised low resolution lacks; needs prediction x0"""
     low_res_noise: Annotated[float, NOT_ON_WEIGHTS] = 0.0
     """largest standard deviation of noise added to the low resolution in training"""
     tell_noise: bool = False

@@ -36,6 +36,10 @@ class Upsampler(nn.Module):
             )
         if config.tell_noise and not config.low_res_noise:
             raise ValueError("tell_noise: found true with low_res_noise 0, expected some noise")
+        if config.residual and config.prediction != "x0":
+            raise ValueError(
+                f"residual: found true with prediction {config.prediction}, expected x0"
+            )
         self.config = config
         self.factor, self.crop_size = factor, crop_size
         self.schedule = NoiseSchedule.build(
@@ -74,7 +78,8 @@ class Upsampler(nn.Module):
             level = torch.zeros(len(t), device=t.device) if noise_level is None else noise_level
             cond = self.noise_in(level * NOISE_LEVELS)  # [B, cond]
         x = torch.cat([x_t, interpolated], dim=1)  # [B, 6, fH, fW]
-        return self.unet(x, t, cond=cond)  # [B, 3, fH, fW]
+        output = self.unet(x, t, cond=cond)  # [B, 3, fH, fW]
+        return output + interpolated if self.config.residual else output
 
     def _predict_tiled(self, x: Tensor, t: Tensor, interpolated: Tensor, tile: int) -> Tensor:
         """Predict for x [B, 3, fH, fW], tile by tile where it is larger than `tile` px.
@@ -104,7 +109,8 @@ class Upsampler(nn.Module):
             if config.degradation == "bsr":
                 low_res = bsr(image, keys, self.factor)
             else:
-                low_res = gaussian_blur(shrink(image, self.factor))
+                low_res = shrink(image, self.factor)
+                low_res = gaussian_blur(low_res) if config.degradation == "blur" else low_res
         level = config.low_res_noise * keyed_random.uniform(keys, "low_res_level")  # [B]
         noise = keyed_random.normal(keys, "low_res_noise", low_res.shape[1:])
         return low_res + level[:, None, None, None] * noise, level

@@ -77,7 +77,7 @@ def test_noise_on_the_low_resolution_has_a_level_of_its_own_per_sample():
     assert level.max() > 0.45 and level.min() < 0.05
 
 
-@pytest.mark.parametrize("degradation", ["blur", "bsr"])
+@pytest.mark.parametrize("degradation", ["none", "blur", "bsr"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_an_upsampler_of_one_size_runs_at_others(degradation: str, interpolation: str):
     model = upsampler(degradation=degradation, interpolation=interpolation, unet=PLAIN)
@@ -87,6 +87,14 @@ def test_an_upsampler_of_one_size_runs_at_others(degradation: str, interpolation
         low_res = images(2, 32)[:, :, :height, :width]
         found = model.sample(torch.arange(2), low_res, how)
         assert found.shape == (2, 3, 2 * height, 2 * width) and torch.isfinite(found).all()
+
+
+def test_without_corruption_the_low_resolution_is_the_mean_of_its_pixels():
+    image = images(2)
+    low_res, level = upsampler(degradation="none").degrade(image, torch.arange(2))
+    expected = image.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))
+    torch.testing.assert_close(low_res, expected)
+    assert not level.any()
 
 
 def test_training_and_sampling_raise_the_low_resolution_alike():

@@ -34,6 +34,8 @@ def test_the_output_starts_at_zero():
     assert not decoder(asleep=True)(images(2), t, condition(2), *shown).any()
     up = Upsampler(UpsamplerConfig(unet=PLAIN), factor=2, crop_size=8)
     assert not up(images(2), t, images(2, 4)).any()
+    refined = dataclasses.replace(UNET, patch_size=2, refine_channels=4, attn_resolutions=())
+    assert not UNet(refined, image_size=8, in_channels=3, out_channels=3)(images(2), t).any()
 
 
 def test_channels_filled_up_with_zeros_change_no_bit(monkeypatch: pytest.MonkeyPatch):
@@ -50,12 +52,16 @@ def test_channels_filled_up_with_zeros_change_no_bit(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("refine_channels", [0, 4])
 @pytest.mark.parametrize("patch_size", [1, 2])
 @pytest.mark.parametrize("channel_mult", [(1,), (1, 2), (1, 1, 2)])
-def test_an_image_goes_in_and_an_image_comes_out(patch_size: int, channel_mult: tuple[int, ...]):
+def test_an_image_goes_in_and_an_image_comes_out(
+    patch_size: int, channel_mult: tuple[int, ...], refine_channels: int
+):
     config = UNetConfig(
         channels=8, channel_mult=channel_mult, num_res_blocks=2,
         attn_resolutions=(16 // patch_size,), head_channels=8, patch_size=patch_size,
+        refine_channels=refine_channels,
     )  # fmt: skip
     unet = awake(UNet(config, image_size=16, in_channels=3, out_channels=5))
     out = unet(images(2, 16), torch.tensor([1, 500]))
@@ -253,6 +259,20 @@ def test_the_same_key_gives_the_same_image_in_any_batch(sampler: str, sample: Ca
 def test_an_upsampler_takes_no_attention():
     with pytest.raises(ValueError, match="attn_resolutions: found .*upsamplers take none"):
         Upsampler(UpsamplerConfig(unet=UNET), factor=2, crop_size=8)
+
+
+def test_a_residual_upsampler_begins_as_the_enlargement():
+    """An untrained network draws its low resolution, enlarged; prediction x0 alone has such."""
+    config = UpsamplerConfig(unet=PLAIN, prediction="x0", residual=True, interpolation="bicubic")
+    model = Upsampler(config, factor=2, crop_size=8)
+    low_res = images(2, 4).clamp(-0.5, 0.5)
+    options = ImageSampling(sampler=SAMPLERS["ddim"], sample_steps=2)
+    enlarged = F.interpolate(low_res, scale_factor=2, mode="bicubic", antialias=True)
+    drawn = model.sample(torch.arange(2), low_res, options)
+    torch.testing.assert_close(drawn, enlarged, atol=1e-5, rtol=0)
+    config = dataclasses.replace(config, prediction="v")
+    with pytest.raises(ValueError, match="residual: found true with prediction v, expected x0"):
+        Upsampler(config, factor=2, crop_size=8)
 
 
 class Pointwise(nn.Module):

@@ -159,6 +159,7 @@ def upsampler_to_diffusers(upsampler: Upsampler, folder: Path | str, image_size:
         "prediction": (config.prediction, "eps"),
         "interpolation": (config.interpolation, "bicubic"),
         "tell_noise": (config.tell_noise, False),
+        "residual": (config.residual, False),
         "schedule": ((config.schedule, config.zero_terminal), ("cosine", False)),
     }
     require_convertible(folder, UPSAMPLER, options)
@@ -209,6 +210,7 @@ def _unet_options(unet: UNet, image_size: int, folder: Path) -> JsonObject:
     options = {
         "magnitude_preserving": (config.magnitude_preserving, False),
         "patch_size": (config.patch_size, 1),
+        "refine_channels": (config.refine_channels, 0),
         "qk_norm": (config.qk_norm, False),
         "attention at the lowest resolution": (attends[-1], any(attends)),
     }

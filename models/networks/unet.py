@@ -46,6 +46,11 @@ def _validate(config: UNetConfig, image_size: int) -> None:
             "qk_norm: found true with magnitude_preserving, expected false: its attention "
             "normalises queries, keys and values without it"
         )
+    if config.magnitude_preserving and config.refine_channels:
+        raise ValueError(
+            f"refine_channels: found {config.refine_channels} with magnitude_preserving, expected "
+            "0: those layers have no norm"
+        )
     grid = image_size // config.patch_size
     sides = [grid // 2**i for i in range(len(config.channel_mult))]
     unknown = [side for side in config.attn_resolutions if side not in sides]
@@ -73,7 +78,7 @@ class UNet(nn.Module):
     not have, and for options that would have no effect.
     """
 
-    outer_layers = ("time_in", "conv_in", "conv_out")
+    outer_layers = ("time_in", "conv_in", "conv_out", "refine")
 
     def __init__(
         self,
@@ -124,7 +129,13 @@ class UNet(nn.Module):
                     side *= 2
 
         self.norm_out = layers.norm_out(width)
-        self.conv_out = layers.conv_out(width, out_channels * area)
+        fine = config.refine_channels
+        if fine:
+            self.conv_out = layers.conv_in(width, fine * area)
+            convs = layers.conv_in(fine + in_channels, fine), layers.conv_out(fine, out_channels)
+            self.refine = nn.Sequential(convs[0], nn.SiLU(), convs[1])
+        else:
+            self.conv_out, self.refine = layers.conv_out(width, out_channels * area), None
 
     @property
     def layers(self) -> UNetLayers:
@@ -208,7 +219,7 @@ class UNet(nn.Module):
         for level in self.up:
             skip = skips.pop() if level.takes_skip else None
             h = self._run(level, h, cond, tokens, token_mask, skip)
-        return self._leave(h)  # [B, out, H, W]
+        return self._leave(h, x)  # [B, out, H, W]
 
     @compiled(dynamic=False)
     def _enter(
@@ -230,7 +241,11 @@ class UNet(nn.Module):
         return h, time
 
     @compiled(dynamic=False)
-    def _leave(self, h: Tensor) -> Tensor:
-        """Return the output, float32 [B, out, H, W], of the last feature map."""
-        h = self.conv_out(self.norm_out(h)).contiguous()  # [B, out p^2, H/p, W/p]
-        return F.pixel_shuffle(h, self.config.patch_size).float()  # [B, out, H, W]
+    def _leave(self, h: Tensor, x: Tensor) -> Tensor:
+        """Return the output, float32 [B, out, H, W], of the last feature map and the input
+        x [B, in, H, W]."""
+        h = self.conv_out(self.norm_out(h)).contiguous()  # [B, out p^2, H/p, W/p], or fine p^2
+        h = F.pixel_shuffle(h, self.config.patch_size)  # [B, out, H, W], or fine
+        if self.refine is not None:
+            h = self.refine(torch.cat([h, x.to(h.dtype)], dim=1))  # [B, out, H, W]
+        return h.float()
