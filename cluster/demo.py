@@ -34,7 +34,7 @@ LANES_BYTES = 7 << 30  # of the machine's memory, for two trainings at once: 5.3
 # and demo of given pairs. What trains beside the decoder ends before it
 USUAL_SECONDS = {
     "pairs": (6, 10, 15), "download": (4, 13, 0), "adopt": (4, 0, 5), "clip": (12, 80, 60),
-    "judge": (4, 0, 90), "embed": (4, 7, 5), "prior": (5, 120, 130), "base": (6, 120, 700),
+    "judge": (4, 0, 90), "embed": (4, 7, 5), "prior": (5, 120, 130), "base": (6, 120, 260),
     "up": (5, 50, 80), "sample": (4, 15, 40), "evaluate": (6, 60, 120),
 }  # fmt: skip
 
