@@ -286,12 +286,10 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
     from models.weights import FINAL_NAME
 
     drawn, preset = not config.pairs, ("--preset", config.size)
-    base_preset, up = config.size, ("--preset", f"{config.size}_up")
-    if config.pairs and config.size == "demo":
-        base_preset, up = "demo_pictures", (*up, "--up.low-res-noise", "0.1")
+    base_preset = "demo_pictures" if config.pairs and config.size == "demo" else config.size
     images = {name: str(run / "data" / name / "images") for name in counts}
     embeds = {name: str(run / "data" / name / "embeds") for name in counts}
-    clip, second_clip, prior, base, upsampler = (
+    clip, second_clip, prior, base, up = (
         str(run / name) for name in ("clip", "judge", "prior", "base", "up")
     )
     scorer, half, other_half = clip, (), ()
@@ -301,7 +299,7 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
         other_half = ("--block-size", "1", "--part", "2/2", "--train.seed", "1")
     train_images, samples = ("--images", images["train"]), str(run / "samples")
     data = (*train_images, "--embeds", embeds["train"])
-    chain = ("--prior", prior, "--decoder", base, "--upsampler", upsampler)
+    chain = ("--prior", prior, "--decoder", base, "--upsampler", up)
 
     def train(
         name: str, script: str, *arguments: str, needs: tuple[str, ...] = ()
@@ -318,8 +316,7 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
                 "--num-actors", "0"),
         )  # fmt: skip
 
-    models = dict.fromkeys((clip, scorer, prior, base, upsampler))
-    finals = [Path(path) / FINAL_NAME for path in models]
+    finals = [Path(path) / FINAL_NAME for path in dict.fromkeys((clip, scorer, prior, base, up))]
     return [
         train("clip", "clip", *preset, *train_images, *half),
         *(embed(name) for name in counts),
@@ -328,7 +325,7 @@ def _commands(config: DemoConfig, run: Path, counts: dict[str, int]) -> list[Com
             needs=("embed train",),
         ),
         train("prior", "prior", *preset, "--embeds", embeds["train"]),
-        train("up", "decoder", *up, *data),
+        train("up", "decoder", "--preset", f"{config.size}_up", *data),
         *([] if drawn else [train("judge", "clip", *preset, *train_images, *other_half)]),
         Command(
             name="sample", script="eval/sample.py", num_images=counts["test"],
