@@ -26,7 +26,7 @@ setup: $(STAMP)
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "error: found no Python 3.11 or 3.12 with venv," \
 		"expected one on PATH; install python3.11 and python3.11-venv, or name one: make PYTHON=..." >&2; exit 2; }
-	@echo "setting up $(VENV): about one minute and 6.5 GB, once"
+	@echo "setting up $(VENV): a minute and a half and 6.5 GB, once"
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --no-deps --disable-pip-version-check "$$(grep '^uv==' requirements.lock)"
 	@# uv does not read pip's configuration: its index is handed on. The cache lies beside the packages,

@@ -69,6 +69,13 @@ def test_an_image_goes_in_and_an_image_comes_out(
     assert (out[0] != out[1]).any()
 
 
+@pytest.mark.parametrize(("channels", "preserving"), [(-1, False), (4, True)])
+def test_refining_that_cannot_be_is_refused(channels: int, preserving: bool):
+    config = UNetConfig(refine_channels=channels, magnitude_preserving=preserving)
+    with pytest.raises(ValueError, match=f"refine_channels: found {channels}, expected 0 or more"):
+        UNet(config, image_size=64, in_channels=3, out_channels=3)
+
+
 @pytest.mark.parametrize("size", [6, 9])
 def test_a_size_that_does_not_halve_is_refused(size: int):
     with pytest.raises(ValueError, match=f"image size: found {size}, expected a multiple"):

@@ -46,10 +46,10 @@ def _validate(config: UNetConfig, image_size: int) -> None:
             "qk_norm: found true with magnitude_preserving, expected false: its attention "
             "normalises queries, keys and values without it"
         )
-    if config.magnitude_preserving and config.refine_channels:
+    if config.refine_channels < 0 or (config.magnitude_preserving and config.refine_channels):
         raise ValueError(
-            f"refine_channels: found {config.refine_channels} with magnitude_preserving, expected "
-            "0: those layers have no norm"
+            f"refine_channels: found {config.refine_channels}, expected 0 or more, and 0 with "
+            "magnitude_preserving, which its convolutions are not"
         )
     grid = image_size // config.patch_size
     sides = [grid // 2**i for i in range(len(config.channel_mult))]
