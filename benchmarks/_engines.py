@@ -155,6 +155,7 @@ def engine_step(
 def _checkpointed(engine: Any, averages: Any) -> dict[str, float]:
     """Return how long a checkpoint holds up the steps, and how long it takes to write; the first
     one, which touches the memory of its copy for the first time, apart."""
+    from training.bucket.mirror import Mirror
     from training.checkpoints.checkpointer import Checkpointer
     from training.checkpoints.records import Progress
     from training.config import TrainConfig
@@ -162,7 +163,7 @@ def _checkpointed(engine: Any, averages: Any) -> dict[str, float]:
     blocked = []
     with tempfile.TemporaryDirectory() as folder:
         config, export = TrainConfig(), {"kind": "benchmark"}
-        checkpoints = Checkpointer(Path(folder), engine, averages, export, config)
+        checkpoints = Checkpointer(Mirror(Path(folder)), engine, averages, export, config)
         for step in (1, 2):
             started = time.perf_counter()
             checkpoints.save(Progress(step=step))

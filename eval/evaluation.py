@@ -207,7 +207,7 @@ class Evaluation:
         settings = self.fake.images.settings if self.fake.images is not None else {}
         own = settings.get("encoder_id")
         if own is None and self.model.prior:
-            own = load_config(exported(Path(self.model.prior))).get("encoder_id")
+            own = load_config(exported(self.model.prior)).get("encoder_id")
         if space != "clip":
             part_of_it = space == "efficientnet_lite0" and efficientnet.IDENTITY in (own or "")
             return NETWORK_RELATIONS[part_of_it]

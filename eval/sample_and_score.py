@@ -85,7 +85,7 @@ def sample_and_score(
     if not clip:
         from models.weights import exported, load_config
 
-        clip = str(load_config(exported(Path(config.prior)))["clip"])
+        clip = str(load_config(exported(config.prior))["clip"])
     run_command([
         "eval/fid.py", "--real", config.real, "--fake", str(samples), "--out", str(out),
         "--clip", clip, *shlex.split(config.score_options),

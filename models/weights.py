@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-CONFIG_NAME = "config.json"
-MODEL_NAME, EMA_NAME = "model.safetensors", "ema.safetensors"  # as trained; averaged
-FINAL_NAME = "final.json"  # written last by a run that reached its last step
+from models.names import CONFIG_NAME, EMA_NAME, FINAL_NAME, MODEL_NAME
+
+__all__ = ["CONFIG_NAME", "EMA_NAME", "FINAL_NAME", "MODEL_NAME"]  # beside what is defined here
+
 LFS_POINTER = b"version https://git-lfs"
 JsonObject = dict[str, Any]  # config.json
 
@@ -175,9 +176,12 @@ def load_config(folder: Path) -> JsonObject:
     return json.loads(path.read_text())
 
 
-def exported(run: Path) -> Path:
+def exported(run: str | os.PathLike[str]) -> Path:
     """Return the step folder with a finished run's exported weights; ValueError if it is
-    unfinished."""
+    unfinished. A run that a URL names is copied: see models/convert/remote_runs.py."""
+    from models.convert.remote_runs import fetched_run, is_remote_run
+
+    run = fetched_run(os.fspath(run)) if is_remote_run(run) else Path(run)
     marker = run / FINAL_NAME
     if not run.is_dir():
         raise ValueError(

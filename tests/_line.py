@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from training.bucket.mirror import Mirror
 from training.checkpoints.records import Progress
 from training.config import RunConfig, TrainConfig
 from training.data.dataloader import Batch
@@ -47,12 +48,15 @@ def network() -> nn.Module:
 
 
 def run(
-    path: Path, config: TrainConfig = CONFIG, objective: Objective = squared_error, **fields: Any
-) -> tuple[nn.Module, Progress]:
-    """Train the line, or continue; fields: more of the task's."""
-    path.mkdir(exist_ok=True)
+    path: Path | Mirror, config: TrainConfig = CONFIG, objective: Objective = squared_error,
+    **fields: Any,
+) -> tuple[nn.Module, Progress]:  # fmt: skip
+    """Train the line in a folder, or continue; fields: more of the task's."""
+    mirror = path if isinstance(path, Mirror) else Mirror(path)
+    mirror.folder.mkdir(exist_ok=True)
     task = Task(
         model=network(), objective=objective, build_dataset=Line, export={"kind": "line"}, **fields
     )
     engine = PlainEngine(task.model, task.objective, config, torch.device("cpu"))
-    return task.model, train(task, RunConfig(train=config), engine, path, Reporter(path, config, 0))
+    reporter = Reporter(mirror.folder, config, 0)
+    return task.model, train(task, RunConfig(train=config), engine, mirror, reporter)

@@ -21,6 +21,7 @@ from models.configs import (
     UNetConfig,
     UpsamplerConfig,
 )
+from training.bucket.mirror import Mirror
 from training.config import RunConfig, TrainConfig
 from training.engine.engines import PlainEngine
 from training.loop import Task, train
@@ -115,7 +116,7 @@ def train_watched(
     engine = PlainEngine(task.model, task.objective, settings, device)
     reporter = _Watched(run, settings, 0, watch=watch)
     with reporter.watched:
-        train(task, replace(config, train=settings), engine, run, reporter)
+        train(task, replace(config, train=settings), engine, Mirror(run), reporter)
     return task.model
 
 

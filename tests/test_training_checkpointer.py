@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from cluster.base.cli import with_options
 from cluster.base.run_dir import STATE_NAME, fragment_path, step_folder
+from training.bucket.mirror import Mirror
 from training.checkpoints import checkpointer
 from training.checkpoints.checkpointer import Checkpointer, Writer
 from training.checkpoints.records import Progress, valid_records
@@ -32,7 +33,7 @@ def plain(run: Path, asynchronous: bool = False) -> tuple[Any, Ema, Checkpointer
     engine = PlainEngine(network(), squared_error, CONFIG, torch.device("cpu"))
     averages = Ema(engine.fragments(), 0.9, (0.1,))
     config = with_options(CONFIG, async_checkpoints=asynchronous, keep_checkpoints=9)
-    return engine, averages, Checkpointer(run, engine, averages, {"kind": "line"}, config)
+    return engine, averages, Checkpointer(Mirror(run), engine, averages, {"kind": "line"}, config)
 
 
 def test_what_is_written_beside_the_steps_is_what_is_written_between_them(tmp_path: Path):
@@ -129,7 +130,7 @@ def test_the_first_rank_waits_for_the_fragments_of_all(tmp_path: Path):
         own = engine.fragments()[rank : rank + 1]
         engine.rank, engine.world_size, engine.fragments = rank, 2, lambda own=own: own
         averages = Ema(own, 0.9, ())
-        checkpoints = Checkpointer(tmp_path, engine, averages, {"kind": "line"}, CONFIG)
+        checkpoints = Checkpointer(Mirror(tmp_path), engine, averages, {"kind": "line"}, CONFIG)
         both.append(checkpoints)
     with pytest.MonkeyPatch.context() as patch:  # no process group to meet in
         patch.setattr(checkpointer, "from_first_rank", lambda engine, value: value)
@@ -176,7 +177,7 @@ def test_waiting_for_a_slow_disk_is_no_step(tmp_path: Path, monkeypatch: pytest.
 
     def slowly(folder: Path) -> None:
         time.sleep(0.2)
-        await_ranks(folder)
+        await_ranks(folder, Mirror(folder.parent))
 
     monkeypatch.setattr(Writer, "wait", waiting)
     monkeypatch.setattr(checkpointer, "await_ranks", slowly)
@@ -195,7 +196,7 @@ def test_steps_go_on_while_a_checkpoint_that_is_to_be_validated_is_written(
 
     def held_up(folder: Path) -> None:
         assert gate.wait(30)
-        await_ranks(folder)
+        await_ranks(folder, Mirror(folder.parent))
 
     monkeypatch.setattr(checkpointer, "await_ranks", held_up)
 

@@ -40,6 +40,7 @@ from models.configs import (
     UpsamplerConfig,
 )
 from models.weights import FINAL_NAME
+from training.bucket.mirror import Mirror
 from training.checkpoints.records import Progress
 from training.config import RunConfig, TrainConfig
 from training.runs.run_folder import prepare_run
@@ -96,7 +97,7 @@ def train(data: Path, run: Path, kind: str = "diffusion", **changes: Any) -> Pat
     if kind == "autoregressive":
         given["validation"] = embeds_of(data)
     config: RunConfig = configure(data, run, **given)
-    train_here(config, prepare_run(config, str(run)), build)
+    train_here(config, Mirror(prepare_run(config, str(run))), build)
     return run
 
 

@@ -11,6 +11,7 @@ from _records import write_by_three_ranks
 
 from cluster.base.run_dir import EMA_SNAPSHOTS_FOLDER, step_folder
 from models.power_ema import gamma_of
+from training.bucket.mirror import Mirror
 from training.checkpoints import checkpointer
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.records import FORMAT, FragmentReader, Progress, Record, valid_records
@@ -88,7 +89,7 @@ def write_by_two(run: Path) -> None:
         ):
             only = "power" if parent != run else ""
             named = {name: tensor for name, tensor in tensors if name.startswith(only)}
-            checkpointer.write_fragments(step_folder(parent, 3), named, record)
+            checkpointer.write_fragments(step_folder(parent, 3), named, record, Mirror(parent))
 
 
 def every_shadow(averages: Ema) -> list[torch.Tensor]:
@@ -101,7 +102,7 @@ def test_any_number_of_ranks_continues_the_averages_of_two(world_size: int, tmp_
     for rank in range(world_size):
         engine = fake_engine(rank, world_size, torch.zeros(7))
         found = Ema(engine.fragments(), 0.9, SIGMAS)
-        Checkpointer(tmp_path, engine, found, {}, TrainConfig()).restore(3)
+        Checkpointer(Mirror(tmp_path), engine, found, {}, TrainConfig()).restore(3)
         expected = trained(fake_engine(rank, world_size, torch.zeros(7)))
         for a, b in zip(every_shadow(found), every_shadow(expected), strict=True):
             assert torch.equal(a, b)
@@ -129,7 +130,7 @@ def test_a_checkpoint_of_other_averages_is_refused(sigmas: tuple[float, ...], tm
     engine = fake_engine(0, 1, torch.zeros(7))
     averages = Ema(engine.fragments(), 0.9, sigmas)
     with pytest.raises(ValueError, match="train.power_ema: found the averages ema, power_0.05, "):
-        Checkpointer(tmp_path, engine, averages, {}, TrainConfig()).restore(3)
+        Checkpointer(Mirror(tmp_path), engine, averages, {}, TrainConfig()).restore(3)
 
 
 # -- pruning and configuration ---------------------------------------------------------------------
@@ -139,10 +140,10 @@ def test_pruning_keeps_multiples_and_never_a_snapshot(tmp_path: Path):
     for step in (2, 3, 4, 5, 6, 7, 8):
         write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
         step_folder(tmp_path / EMA_SNAPSHOTS_FOLDER, step).mkdir(parents=True)
-    checkpointer.prune(tmp_path, 1, step_folder(tmp_path, 7), keep_every=4)  # 8 is broken
+    checkpointer.prune(Mirror(tmp_path), 1, step_folder(tmp_path, 7), keep_every=4)  # 8 is broken
     assert [int(p.name[5:]) for p in sorted(tmp_path.glob("step_*"))] == [4, 7]
     assert len(list((tmp_path / EMA_SNAPSHOTS_FOLDER).iterdir())) == 7
-    checkpointer.prune(tmp_path, 1, step_folder(tmp_path, 7))
+    checkpointer.prune(Mirror(tmp_path), 1, step_folder(tmp_path, 7))
     assert [int(p.name[5:]) for p in sorted(tmp_path.glob("step_*"))] == [7]
 
 

@@ -23,6 +23,7 @@ from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import step_folder
 from models.configs import DiffusionPriorConfig
+from training.bucket.mirror import Mirror
 from training.config import PriorRunConfig, TrainConfig
 from training.engine import engines as zero
 from training.engine.fsdp import FsdpEngine
@@ -185,7 +186,7 @@ def save_gathered(root: Path, name: str) -> None:
         nn.init.constant_(parameter, 7.0)
     engine = zero.ZeroEngine(job.model, job.objective, config.train, torch.device("cpu"))
     averages = Ema(engine.fragments(), 0.9, ())
-    Checkpointer(root / name, engine, averages, {}, config.train).restore(WHOLE)
+    Checkpointer(Mirror(root / name), engine, averages, {}, config.train).restore(WHOLE)
     context: Any = deepspeed.zero.GatheredParameters(list(job.model.parameters()))
     with context:
         gathered = {n: p.detach().clone() for n, p in job.model.named_parameters()}
@@ -201,7 +202,7 @@ def act(root: Path, calls: list) -> None:
         if kind == "train":
             config = config_of(root, name, changes)
             ranks = {"rank": rank, "world_size": dist.get_world_size()}
-            train_rank(config, Path(config.run), build, engine_class(config.train), **ranks)
+            train_rank(config, Mirror(Path(config.run)), build, engine_class(config.train), **ranks)
         elif kind == "gather":
             save_gathered(root, name)
         else:
@@ -238,7 +239,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path
     """All the runs: whole ones of one and two ranks, then those that continue their first half."""
     root = write_data(tmp_path_factory.mktemp("zero"), num_shards=2, samples_per_shard=20)
     plain = config_of(root, "plain", {})
-    train_rank(plain, prepare_run(plain, plain.run), build, zero.PlainEngine, rank=0, world_size=1)
+    mirror = Mirror(prepare_run(plain, plain.run))
+    train_rank(plain, mirror, build, zero.PlainEngine, rank=0, world_size=1)
     two = [["train", name, {"num_workers": 2, **changes}, whole]
            for name, (changes, whole) in TWO.items()]  # fmt: skip
     gathers = [["gather", "stage_3", {}, 0], ["gather", "stage_3_small_whole", {}, 400]]
@@ -273,7 +275,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path
     # in one process, which another engine began
     plain = config_of(root, half_of(root, "fsdp2", "plain_of_fsdp2"), {})
     folder = prepare_run(plain, plain.run)
-    train_rank(plain, folder, build, zero.PlainEngine, rank=0, world_size=1)
+    train_rank(plain, Mirror(folder), build, zero.PlainEngine, rank=0, world_size=1)
     return root
 
 

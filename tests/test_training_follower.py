@@ -2,12 +2,8 @@
 through."""
 
 import json
-import math
 import re
-import resource
-import shutil
 import urllib.request
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -17,14 +13,13 @@ from _priors import prior_of
 
 from cluster.base import metrics
 from cluster.base.cli import with_options
-from cluster.base.jsonl import NewLines, add_line, read_lines
-from cluster.base.run_dir import METRICS_NAME, VALIDATION_NAME
+from cluster.base.jsonl import NewLines, read_lines
+from cluster.base.run_dir import METRICS_NAME
 from training.checkpoints.records import Progress
 from training.data.dataloader import Batch, as_batch
 from training.runs.events import record_event, report_incident
 from training.runs.follower import Follower, describe
 from training.runs.reporting import Reporter
-from training.runs.trackers import TensorBoard
 from training.tasks.prior import pack_captions
 
 
@@ -120,81 +115,6 @@ def test_a_line_cut_short_is_not_read(tmp_path: Path):
     write(tmp_path, line(10), rest='{"step": 2')
     assert [found["step"] for found in read_lines(tmp_path / METRICS_NAME)] == [10]
     assert read_lines(tmp_path / "none") == []
-
-
-def scalars(run: Path) -> dict[str, dict[int, float]]:
-    """The scalars of a run's event files as TensorBoard shows them: TFRecords (length, crc, event,
-    crc) of protocol buffers; a session that starts at a step drops what is there from it on."""
-    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-
-    found: dict[str, dict[int, float]] = defaultdict(dict)
-    for path in sorted((run / "tensorboard").iterdir()):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            size = int.from_bytes(data[at : at + 8], "little")
-            event = Event.FromString(data[at + 12 : at + 12 + size])
-            first_dropped = event.step if event.HasField("session_log") else math.inf
-            for tag, values in found.items():
-                found[tag] = {step: v for step, v in values.items() if step < first_dropped}
-            for value in event.summary.value:
-                assert event.step not in found.get(value.tag, {})
-                found[value.tag][event.step] = value.simple_value
-            at += size + 16
-    return found
-
-
-def test_tensorboard_has_each_line_once_and_drops_what_a_run_went_back_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    validation = tmp_path / VALIDATION_NAME
-    write(tmp_path, line(10), line(20))  # followed by nobody, or by a driver that was killed
-    add_line(validation, {"step": 10, "cos": 0.5})
-    for rest in ([line(30, eta_seconds=None)], [line(30), line(40)]):
-        with Follower(tmp_path, "prior", tensorboard=True):
-            write(tmp_path, line(10), line(20), *rest)
-            add_line(validation, {"step": rest[-1]["step"], "cos": 0.75})
-        found = scalars(tmp_path)
-        steps = (10, 20, *(each["step"] for each in rest))
-        for name in ("loss", "samples_per_second", "nonfinite_steps"):
-            expected = {step: line(step)[name] for step in steps}
-            assert found[f"train/{name}"] == pytest.approx(expected)
-        assert "train/step" not in found and "train/eta_seconds" not in found
-    assert found["validation/cos"] == {10: 0.5, 30: 0.75, 40: 0.75}
-    shutil.rmtree(tmp_path / "tensorboard")
-    board = TensorBoard(tmp_path)
-    board.write()
-    assert 40 in scalars(tmp_path)["validation/cos"]
-    write(tmp_path, line(10))  # back to a checkpoint
-    board.write()
-    write(tmp_path, line(10), line(20, loss=5.0))
-    board.write()
-    found = scalars(tmp_path)
-    assert found["train/loss"] == pytest.approx({10: 1 / 10, 20: 5.0})
-    assert found["validation/cos"] == {10: 0.5}
-
-
-def test_a_full_disk_under_the_events_holds_up_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    """A limit of the size of files stands for the disk."""
-    lines = [line(step) for step in range(10, 1000, 10)]
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    follower = Follower(tmp_path, "prior", tensorboard=True)
-    write(tmp_path, *lines)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
-    try:
-        with follower:
-            pass
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    output = capsys.readouterr().out
-    assert output.count("the events for TensorBoard are incomplete") == 1
-    assert "step 990/100" in output
-
-
-def test_no_events_are_written_unasked(tmp_path: Path):
-    follow(tmp_path, line(10))
-    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_the_driver_tells_where_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture):

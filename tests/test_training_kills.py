@@ -13,6 +13,7 @@ import pytest
 from _runs import ROOT, done
 
 from cluster.base.jsonl import read_lines
+from cluster.base.run_dir import VALIDATION_NAME
 
 NUM_STEPS = 31
 # A process that has imported everything forks a child for each attempt: the child is what dies.
@@ -119,7 +120,10 @@ def test_killed_at_every_moment_of_a_checkpoint_it_ends_the_same(beside: str, tm
     assert again[0][1] == 0 and again[-1][1] == NUM_STEPS - 1
     lines = [line["step"] for line in read_lines(tmp_path / "killed" / "metrics.jsonl")]
     assert lines == list(range(1, NUM_STEPS + 1)), "each step is reported once"
-    scores = [read_lines(tmp_path / name / "validation.jsonl") for name in ("killed", "whole")]
-    assert scores[0] == scores[1] and [line["step"] for line in scores[0]] == [
+    scores = [
+        [(line["step"], line["weight"]) for line in read_lines(tmp_path / name / VALIDATION_NAME)]
+        for name in ("killed", "whole")
+    ]
+    assert scores[0] == scores[1] and [step for step, _ in scores[0]] == [
         *range(2, NUM_STEPS, 2), NUM_STEPS,
     ]  # fmt: skip

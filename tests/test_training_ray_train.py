@@ -58,8 +58,9 @@ def test_what_rays_controller_is_given_imports_no_model(tmp_path: Path):
 
     builds = [script.BUILD for script in (clip, decoder, prior)]
     arguments = {"orders": str(tmp_path), "builds": builds, "workers": WorkersConfig()}
+    arguments["only"] = {"run": str(tmp_path)}
     given = cloudpickle.dumps(  # pyright: ignore[reportPrivateImportUsage]
-        (train_ordered, arguments, loss_callback(tmp_path))
+        (train_ordered, arguments, loss_callback(tmp_path, None))
     )
     heavy = ("torch", "deepspeed", "open_clip")
     found = done([sys.executable, "-c", UNPICKLE, given.hex(), *heavy])
@@ -87,7 +88,7 @@ def test_a_loss_is_reported_and_a_heartbeat_cut_short_does_not_end_the_run(
     heartbeat = tmp_path / HEARTBEATS_FOLDER / "rank_0000.json"
     heartbeat.parent.mkdir()
     heartbeat.write_text('{"step": 7')
-    losses, context = loss_callback(orders), None
+    losses, context = loss_callback(orders, None), None
     losses.after_exception(context, {0: RuntimeError("its node is gone")})
     assert read_timeline(tmp_path)[-1]["message"] == "rank 0: RuntimeError: its node is gone"
     assert "lost, and not recorded" in capsys.readouterr().out

@@ -20,6 +20,7 @@ from models.configs import DiffusionPriorConfig
 from models.convert.runs import load_model
 from models.weights import load_config, save_config, save_weights
 from training import reconstruct_ema as ema
+from training.bucket.mirror import Mirror
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.post_hoc_ema import reconstruct
 from training.checkpoints.records import Progress
@@ -41,7 +42,7 @@ TRAIN = TrainConfig.of(
 def train(data: Path, run: Path, settings: TrainConfig = TRAIN) -> Path:
     model = DiffusionPriorConfig(width=16, depth=1, num_heads=2, dropout=0.1)
     config = prior_run(data, run, settings, diffusion=model)
-    train_here(config, prepare_run(config, str(run)), prior_job.build_prior)
+    train_here(config, Mirror(prepare_run(config, str(run))), prior_job.build_prior)
     return run
 
 
@@ -196,7 +197,8 @@ def wander(run: Path, kept: float, num_steps: int = 400, skipped: int = 0) -> to
         optimizer=SimpleNamespace(num_steps=1),
     )  # fmt: skip
     stored = Ema([fragment], 0.9, (0.05, 0.1))
-    checkpoints = Checkpointer(run, engine, stored, {}, TrainConfig.of(async_checkpoints=False))
+    config = TrainConfig.of(async_checkpoints=False)
+    checkpoints = Checkpointer(Mirror(run), engine, stored, {}, config)
     third = Ema([fragment], 0.9, (kept,))
     draw = torch.Generator().manual_seed(0)
     for step in range(num_steps):

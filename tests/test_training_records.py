@@ -12,6 +12,7 @@ import torch
 from _records import write_by_three_ranks
 
 from cluster.base.run_dir import step_folder
+from training.bucket.mirror import Mirror
 from training.checkpoints import checkpointer
 from training.checkpoints.records import FragmentReader, Progress, valid_records
 
@@ -74,7 +75,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_not_one_of_those_kept(tmp_path: P
         write_by_three_ranks(step_folder(tmp_path, step), torch.arange(10.0))
     (step_folder(tmp_path, 10) / "fragments" / "rank_0000.json").unlink()
     with pytest.warns(UserWarning, match="found the records of 2 ranks, incomplete"):
-        checkpointer.prune(tmp_path, 2, step_folder(tmp_path, 12))
+        checkpointer.prune(Mirror(tmp_path), 2, step_folder(tmp_path, 12))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000008", "step_00000012"]
 
 
@@ -88,11 +89,11 @@ def test_a_checkpoint_that_cannot_be_deleted_is_reported_and_is_none_any_more(
         raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
 
     monkeypatch.setattr(checkpointer.shutil, "rmtree", busy)
-    checkpointer.prune(tmp_path, 1, step_folder(tmp_path, 3))
+    checkpointer.prune(Mirror(tmp_path), 1, step_folder(tmp_path, 3))
     assert capsys.readouterr().out.count("not deleted, the next checkpoint tries again") == 2
     with pytest.warns(UserWarning, match="found the records of 0 ranks"):
         assert valid_records(step_folder(tmp_path, 2)) is None
     monkeypatch.undo()
     with pytest.warns(UserWarning):
-        checkpointer.prune(tmp_path, 1, step_folder(tmp_path, 3))
+        checkpointer.prune(Mirror(tmp_path), 1, step_folder(tmp_path, 3))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]

@@ -89,7 +89,7 @@ def test_a_validator_is_placed_where_the_workers_are(
     monkeypatch.setattr("cluster.base.ray_session.ensure_ray", lambda: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {GROUPS: 1.0} if groups else {"CPU": 4.0})
     settings = TrainConfig.of(validator="x", validator_gpus=0.5, num_workers=2)
-    RayWorkers(tmp_path, [settings], [], only=tmp_path)
+    RayWorkers(tmp_path, [settings], [], only={"run": str(tmp_path)})
     where = {"gpu_group": 0.001} if groups else {}
     options = asked["validation_config"].ray_remote_kwargs
     assert options == {"num_cpus": 0, "num_gpus": 0.5, "resources": where}

@@ -17,6 +17,7 @@ from models.configs import (
 from training.engine.choices import EngineName, require_engine
 from training.engine.precision import Precision
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]  # see training/runs/trackers.py
 PRESETS = Path(__file__).parent / "presets"
 HIDDEN = Option(hidden=True)
 MAY_CHANGE = Option(may_change=True)
@@ -218,8 +219,9 @@ class LoggingConfig:
 
     report_every: int = 10
     """steps between lines of metrics.jsonl"""
-    tensorboard: Annotated[bool, HIDDEN] = False
-    """write those lines as TensorBoard events, too, to <run>/tensorboard"""
+    track: tuple[TrackerName, ...] = ()
+    """tell trackers of the run: losses, scores, pictures, where checkpoints lie; TensorBoard in
+    <run>/tensorboard, wandb as its own variables say, mlflow on the server MLFLOW_TRACKING_URI"""
     log_samples: Annotated[bool, HIDDEN] = False
     """log which samples each step trained on, by their keys, to <run>/samples"""
     peak_tflops: Annotated[float, HIDDEN] = 0.0
@@ -371,6 +373,9 @@ class RunConfig:
     """who reads and decodes: threads of each worker, or Ray Data on any CPU of the cluster"""
     metrics_port: Annotated[int | None, MAY_CHANGE] = None
     """serve Prometheus metrics on this loopback port; 0 = any free one"""
+    scratch: Annotated[str, HIDDEN_MAY_CHANGE] = ""
+    """of a run whose --run is a URL: the folder for its copy on each node, deleted when the run has
+    finished; empty = below the system's temporary folder"""
     fresh: Annotated[bool, MAY_CHANGE] = False
     """delete the run and start over instead of continuing it"""
     dry_run: Annotated[bool, MAY_CHANGE] = False

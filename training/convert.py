@@ -3,11 +3,15 @@
     python training/convert.py --diffusers karlo/ --part decoder --clip ViT-L-14-quickgelu:clip.safetensors+raw --run runs/karlo_base
     python training/decoder.py --init runs/karlo_base ...           # fine-tune it
     python training/convert.py --export --run runs/tuned --part decoder --diffusers karlo_tuned/
+    python training/convert.py --run runs/tuned --push hf://someone/tuned --clip hf://someone/clip
 
     <diffusers>/prior/  decoder/  text_proj/  super_res_first/  super_res_last/
 
 Published pipelines were trained on embeddings as CLIP's towers return them, without normalisation:
 +raw selects these. Before fine-tuning, embed the images again with the same encoder and +raw.
+
+--push writes a finished run to the Hub or another storage: its averaged weights, config.json and
+cards. --init, --clip, --prior and the like read it there. With --export it writes the pipeline.
 
 Karlo's upsampler uses a second network, super_res_last, for its last step. `--part upsampler` reads
 super_res_first only; with --export it writes the same weights to both folders.
@@ -47,23 +51,31 @@ class ConvertConfig:
     """folder of the run: a new one to write; with --export, a finished one to read"""
     clip: str = ""
     """encoder that the network was trained on, named as in ingest/embed.py; append +raw if its
-    embeddings were not normalised; not for upsamplers"""
+    embeddings were not normalised; not for upsamplers; with --push, where others find it"""
     factor: int = 4
     """factor by which an upsampler enlarges"""
     export: bool = False
     """convert from the run to the pipeline"""
+    push: str = ""
+    """URL to write to, hf://user/name or such as s3://bucket/name: the finished run, or with
+    --export the pipeline; on the Hub it is private until you open it"""
 
 
 def main(config: ConvertConfig) -> int:
     """Convert one network."""
-    for name in ("diffusers", "run"):
+    for name in ("run",) if config.push and not config.export else ("diffusers", "run"):
         if not getattr(config, name):
             raise ValueError(f"--{name}: found none, expected a folder")
+    if config.push and not config.export:
+        push_run(config)
+        return 0
     written = "diffusers" if config.export else "run"
     require_local(f"--{written}", getattr(config, written))
     if config.export:
         export_run(config)
         print(f"{config.diffusers}: {config.part} of {config.run}")
+        if config.push:
+            push_pipeline(config)
     else:
         import_pipeline(config)
         print(f"{config.run}: a finished run; sample from it, or fine-tune it with --init")
@@ -170,6 +182,60 @@ def export_run(config: ConvertConfig) -> None:
     elif isinstance(model, Upsampler):
         for name in FOLDERS["upsampler"]:
             upsampler_to_diffusers(model, folder / name, stored["image_size"])
+
+
+def push_run(config: ConvertConfig) -> None:
+    """Write a finished run to a URL, where it can be used as it can here.
+
+    Raises ValueError where its encoder is a folder of this machine that --clip does not replace.
+    """
+    from models.convert.remote_runs import push_files
+    from models.weights import CONFIG_NAME as MODEL_CONFIG_NAME
+    from models.weights import EMA_NAME, FINAL_NAME, exported, load_config
+
+    step = exported(config.run)
+    stored = load_config(step)
+    if "clip" in stored:
+        stored["clip"] = config.clip or stored["clip"]
+        if stored["clip"].startswith("/"):
+            raise ValueError(
+                f"--clip: found the encoder {stored['clip']}, a folder of this machine, expected "
+                "where others find it: push that run first, and name its URL"
+            )
+    push_files(
+        {
+            "README.md": _readme(config.run),
+            f"{step.name}/{MODEL_CONFIG_NAME}": json.dumps(stored, indent=1).encode(),
+            f"{step.name}/{EMA_NAME}": step / EMA_NAME,
+            FINAL_NAME: json.dumps({"step": step.name}).encode(),
+        },
+        config.push, message=f"{stored['kind']}, {step.name}",
+    )  # fmt: skip
+    print(f"{config.push}: {config.run}, {step.name}")
+
+
+def push_pipeline(config: ConvertConfig) -> None:
+    """Write all files of the pipeline to a URL, with the card of this run."""
+    from models.convert.remote_runs import push_files
+
+    folder = Path(config.diffusers)
+    files: dict[str, bytes | Path] = {
+        str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()
+    }
+    files["README.md"] = _readme(config.run)
+    push_files(files, config.push, message=f"{config.part} of a pipeline")
+    print(f"{config.push}: {config.diffusers}")
+
+
+def _readme(run: str) -> bytes:
+    """Return a run's cards as one page, with the header that the Hub reads."""
+    from models.weights import exported
+    from training.runs.cards import DATA_CARD, MODEL_CARD, ensure_cards
+
+    ensure_cards(Path(run))
+    cards = [(exported(run) / name).read_text() for name in (MODEL_CARD, DATA_CARD)]
+    header = "---\npipeline_tag: text-to-image\ntags: [unclip, minidalle2]\n---\n"
+    return "\n".join((header, *cards)).encode()
 
 
 if __name__ == "__main__":

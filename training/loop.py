@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.base.files import Json
+from training.bucket.mirror import Mirror
 from training.checkpoints.records import Progress
 from training.checkpoints.schedule import Checkpoints
 from training.config import RunConfig
@@ -62,12 +63,13 @@ class Task:
 
 
 def train(
-    task: Task, options: RunConfig, engine: Engine, run: Path, reporter: Reporter
+    task: Task, options: RunConfig, engine: Engine, mirror: Mirror, reporter: Reporter
 ) -> Progress:
     """Train to `train.num_steps`, or until stopped, from the run's newest valid checkpoint."""
     config = options.train
     ema = Ema(engine.fragments(), config.averages.ema_decay, config.averages.power_ema)
-    checkpoints = Checkpoints(task, run, engine, ema, config, reporter)
+    run = mirror.folder
+    checkpoints = Checkpoints(task, mirror, engine, ema, config, reporter)
     account = Account(engine, ema, reporter, run, checkpoints.resume())
     loader = make_loader(
         task.build_dataset, options, collate=task.collate, block_size=task.block_size,

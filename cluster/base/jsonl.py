@@ -30,11 +30,12 @@ class NewLines:
     """The lines that a file has got since it was last read, at the cost of those alone.
 
     The first call returns all. Where the file was replaced by a shorter one, as by a run that goes
-    back to a checkpoint, the lines beyond the number known before are new.
+    back to a checkpoint, the lines beyond the number known before are new, or with `again` all.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._count, self._end, self._inode = path, 0, 0, -1
+    def __init__(self, path: Path, *, again: bool = False) -> None:
+        self._path, self._again = path, again
+        self._count, self._end, self._inode = 0, 0, -1
 
     def read(self) -> list[Json]:
         """Return the new lines; none where there is no file."""
@@ -55,6 +56,6 @@ class NewLines:
                 lines.append(json.loads(text))
             except json.JSONDecodeError:
                 continue
-        start = max(0, known - self._count)
+        start = 0 if self._again else max(0, known - self._count)
         self._end, self._count = self._end + size, self._count + len(lines)
         return lines[start:]

@@ -1,7 +1,7 @@
 """The names of all files in a run's folder, each stated once.
 
 The files that a checkpoint holds for inference (config.json, model.safetensors, ema.safetensors)
-and the mark of a finished run (final.json) are named in models/weights.py, which reads them.
+and the mark of a finished run (final.json) are named in models/names.py.
 """
 
 import re
@@ -10,10 +10,12 @@ from pathlib import Path
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"  # one line a report
 VALIDATION_NAME = "validation.jsonl"  # one line a validated checkpoint
+LINE_KEYS = ("step", "attempt", "time")  # of a line of both, beside its numbers
 WATCH_NAME = "watch.jsonl"  # one line a checkpoint that eval/watch.py scored
 TIMELINE_NAME = "timeline.jsonl"  # when the run was launched, lost workers, continued
 INCIDENTS_NAME = "incidents.jsonl"  # what went wrong without ending the run
 CODE_NAME = "code.json"  # commit and versions of the code that trained it
+TRACKERS_NAME = "trackers.json"  # the run's identity in trackers
 STATISTICS_NAME = "_statistics.npz"  # of the embeddings that a prior is trained on
 VALIDATOR_LOG_NAME = "validator.log"  # what the validation command printed
 STOP_NAME = "stop"  # its presence asks the run to stop
@@ -27,6 +29,7 @@ HEARTBEATS_FOLDER = "heartbeats"
 SAMPLES_FOLDER = "samples"  # the keys of the samples of each step, on request
 PROFILE_FOLDER = "profile"
 TENSORBOARD_FOLDER = "tensorboard"
+WANDB_FOLDER = "wandb"  # as its client names it
 VALIDATION_FOLDER = "validation"
 EMA_SNAPSHOTS_FOLDER = "ema_snapshots"
 

@@ -64,7 +64,7 @@ def load_chain(
     decoder, was trained on; `decoder` empty the prior alone, `prior` empty none."""
     compute_whole_fp32()
     where = device_named(device)
-    spec = clip or load_config(exported(Path(prior or decoder)))["clip"]
+    spec = clip or load_config(exported(prior or decoder))["clip"]
     return UnClip.load(load_clip(spec), prior, decoder, tuple(upsamplers), guide).to(where)
 
 
@@ -84,5 +84,5 @@ def chain_weights(prior: str, decoder: str, upsamplers: Sequence[str], guide: st
 
 def run_weights(run: str) -> dict[str, str]:
     """Identify the weights of one finished run: {step, sha256}, as `chain_weights` does."""
-    step = exported(Path(run))
+    step = exported(run)
     return {"step": step.name, "sha256": digest_file(step / EMA_NAME)}

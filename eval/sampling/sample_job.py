@@ -187,7 +187,7 @@ def settings_of(model: Model, captions: list[str], options: Json, device: str) -
     settings = asdict(merged(SeededSampling(), options, "--sampling"))
     sampling_of(settings)  # refuses bad options before a folder changes
     settings["precision"] = settled(settings["precision"], device_named(device).type)
-    clip = model.clip or load_config(exported(Path(model.prior)))["clip"]
+    clip = model.clip or load_config(exported(model.prior))["clip"]
     weights = chain_weights(*model.runs)
     encoder = load_clip(clip)
     if cut := encoder.tokenize.num_cut(captions):

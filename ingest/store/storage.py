@@ -156,6 +156,11 @@ class Storage:
         except FileNotFoundError:
             return []
 
+    def find(self, folder: str = "") -> list[str]:
+        """Return the names of all files below a folder, sorted; empty if it is absent."""
+        found = (self.root / folder).rglob("*")
+        return sorted(path.relative_to(self.root).as_posix() for path in found if path.is_file())
+
     def replace(self, name: str, data: bytes) -> None:
         """Write a file atomically: a reader sees the old bytes or the new ones."""
         path = self.root / name
@@ -175,6 +180,29 @@ class Storage:
             temporary.unlink()
         fsync_path(path.parent)
         return True
+
+    def put(self, path: Path, name: str) -> None:
+        """Write a local file of any size atomically; a reader sees the old bytes or the new."""
+        target = self.root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(temporary_name(target.name))
+        shutil.copyfile(path, temporary)
+        fsync_path(temporary)
+        os.replace(temporary, target)
+        fsync_path(target.parent)
+
+    def get(self, name: str, path: Path) -> None:
+        """Copy a file to a local path, atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(temporary_name(path.name))
+        try:
+            self._download(name, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _download(self, name: str, path: Path) -> None:
+        shutil.copyfile(self.root / name, path)
 
     def move(self, name: str, target: str) -> None:
         """Move a file; an existing target is replaced."""
@@ -288,6 +316,10 @@ class _ObjectStorage(Storage):
         itself = self._path(folder).rstrip("/")
         return sorted(path.rpartition("/")[2] for path in paths if path != itself)
 
+    def find(self, folder: str = "") -> list[str]:
+        start = len(self._path("").rstrip("/")) + 1
+        return sorted(path[start:] for path in self._call("find", folder))
+
     def replace(self, name: str, data: bytes) -> None:
         self._write(name, data, "overwrite")
 
@@ -310,6 +342,14 @@ class _ObjectStorage(Storage):
             time.sleep(pause)
         raise OSError(errno.EBUSY, f"{self._path(name)}: other processes keep creating it")
 
+    def put(self, path: Path, name: str) -> None:
+        with self._connection(name):
+            self._files.put_file(str(path), self._path(name))
+
+    def _download(self, name: str, path: Path) -> None:
+        with self._connection(name):
+            self._files.get_file(self._path(name), str(path))
+
     def move(self, name: str, target: str) -> None:
         self._call("cp_file", name, self._path(target))
         self.delete(name)
@@ -323,9 +363,7 @@ class _ObjectStorage(Storage):
 
     def upload(self, workplace: Path, folder: str) -> None:
         for path in sorted(workplace.iterdir()):
-            name = f"{folder}/{path.name}"
-            with self._connection(name):
-                self._files.put_file(str(path), self._path(name))
+            self.put(path, f"{folder}/{path.name}")
 
     def settle(self) -> None:
         pass  # a put is lasting when it returns

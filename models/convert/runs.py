@@ -20,6 +20,7 @@ from models.configs import (
     UpsamplerConfig,
 )
 from models.convert import efficientnet
+from models.convert.remote_runs import is_remote_run
 from models.decoder import Decoder
 from models.priors.autoregressive import AutoregressivePrior
 from models.priors.base import Prior
@@ -74,7 +75,7 @@ def load_model(run: Path | str, kind: str) -> tuple[nn.Module, JsonObject]:
     kind: "decoder", "upsampler", "diffusion_prior" or another kind of prior, or "prior" for any.
     Raises ValueError for an unfinished run or one of another kind.
     """
-    step = exported(Path(run))
+    step = exported(run)
     config = load_config(step)
     if not config["kind"].endswith(kind):
         raise ValueError(f"{run}: found a run of kind {config['kind']}, expected {kind}")
@@ -145,22 +146,22 @@ def absolute_spec(spec: str) -> str:
 def load_clip(spec: str) -> FrozenClip:
     """Load the encoder that `spec` names: see docs/encoders.md.
 
-    A run folder of training/clip.py; ARCHITECTURE:TAG, one of open_clip's pretrained weights;
-    hf-hub:REPOSITORY or local-dir:FOLDER, as open_clip reads them; ARCHITECTURE:random, seeded, for
-    tests; or ARCHITECTURE:FILE. Any of these followed by "+raw" keeps the length of embeddings.
+    A run of training/clip.py, by its folder or URL; ARCHITECTURE:TAG, one of open_clip's pretrained
+    weights; hf-hub:REPOSITORY or local-dir:FOLDER, as open_clip reads them; ARCHITECTURE:random,
+    seeded, for tests; or ARCHITECTURE:FILE. Any of these followed by "+raw" keeps the length of
+    embeddings.
     Raises ValueError when it names none of these, or something that is not on this machine.
     """
     unit_norm, spec = not spec.endswith(RAW), spec.removesuffix(RAW)
-    folder = Path(spec)
-    if folder.is_dir():
-        step = exported(folder)
+    if is_remote_run(spec) or Path(spec).is_dir():
+        step = exported(spec)
         config = load_config(step)
         if config["kind"] != "clip":
-            raise ValueError(f"{folder}: found a run of kind {config['kind']}, expected clip")
+            raise ValueError(f"{spec}: found a run of kind {config['kind']}, expected clip")
         tower, identity = config.get("image_tower", ""), config.get("image_tower_identity", "")
         if tower and identity != efficientnet.IDENTITY:
             raise ValueError(
-                f"{folder}: image_tower: found {identity}, expected the installed weights, "
+                f"{spec}: image_tower: found {identity}, expected the installed weights, "
                 f"{efficientnet.IDENTITY}; install the version that it was trained on"
             )
         clip = build_clip(ClipConfig(**config["model"]), tower)

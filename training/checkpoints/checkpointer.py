@@ -40,7 +40,15 @@ from cluster.base.run_dir import (
     step_folders,
     step_of,
 )
-from models.weights import EMA_NAME, FINAL_NAME, MODEL_NAME, save_config, save_weights
+from models.weights import (
+    CONFIG_NAME,
+    EMA_NAME,
+    FINAL_NAME,
+    MODEL_NAME,
+    save_config,
+    save_weights,
+)
+from training.bucket.mirror import Mirror
 from training.checkpoints.records import (
     FORMAT,
     MASTER,
@@ -122,11 +130,11 @@ class Checkpointer:
     """
 
     def __init__(
-        self, run: Path, engine: Engine, ema: Ema, export: Json,
+        self, mirror: Mirror, engine: Engine, ema: Ema, export: Json,
         config: TrainConfig,
     ) -> None:  # fmt: skip
         """export: what config.json says of the model."""
-        self._run, self._engine, self._ema = run, engine, ema
+        self._mirror, self._run, self._engine, self._ema = mirror, mirror.folder, engine, ema
         self._export_config, self._config = export, config
         self._writer = Writer(asynchronous=config.checkpoint.async_checkpoints)
         self._copies: dict[str, Tensor] = {}
@@ -202,14 +210,15 @@ class Checkpointer:
             for name, tensor in engine.model.state_dict().items()
             if name not in engine.shapes
         }
-        kept = self._config.checkpoint
+        kept, mirror = self._config.checkpoint, self._mirror
 
         def write_and_export() -> None:
             write()
-            await_ranks(folder)
+            await_ranks(folder, mirror)
             export(folder, engine.shapes, untrained, self._export_config)
-            write_json(folder / STATE_NAME, asdict(progress))
-            prune(self._run, kept.keep_checkpoints, folder, kept.keep_every)
+            exported = [folder / name for name in (MODEL_NAME, EMA_NAME, CONFIG_NAME)]
+            mirror.push(*exported, write_json(folder / STATE_NAME, asdict(progress)))
+            prune(mirror, kept.keep_checkpoints, folder, kept.keep_every)
 
         self._writer.start(write_and_export)
 
@@ -229,7 +238,8 @@ class Checkpointer:
         """Wait for the last write; mark a run that has done all its steps as finished."""
         self.wait()
         if self._engine.rank == 0 and progress.step == self._config.schedule.num_steps:
-            write_json(self._run / FINAL_NAME, {"step": step_folder(self._run, progress.step).name})
+            step = step_folder(self._run, progress.step).name
+            self._mirror.push(write_json(self._run / FINAL_NAME, {"step": step}))
 
     def _copy(
         self, folder: Path, tensors: Iterable[tuple[str, Tensor]], progress: Progress
@@ -245,6 +255,7 @@ class Checkpointer:
         engine = self._engine
         complete = engine.rank == 0 and folder.is_dir() and valid_records(folder) is not None
         if engine.rank == 0 and folder.is_dir() and not complete:
+            self._mirror.remove(folder)
             shutil.rmtree(folder)
         if from_first_rank(engine, int(complete)):
             return lambda: None
@@ -259,7 +270,7 @@ class Checkpointer:
             format=FORMAT, rank=engine.rank, world_size=engine.world_size, sha256="",
             optimizer_step=engine.optimizer.num_steps, progress=asdict(progress), version=VERSION,
         )  # fmt: skip
-        return partial(write_fragments, folder, copied, record)
+        return partial(write_fragments, folder, copied, record, self._mirror)
 
 
 def checkpoint_tensors(engine: Engine, ema: Ema) -> Iterator[tuple[str, Tensor]]:
@@ -273,18 +284,24 @@ def checkpoint_tensors(engine: Engine, ema: Ema) -> Iterator[tuple[str, Tensor]]
             yield f"{BUFFER}/{name}/0", buffer.reshape(-1)
 
 
-def write_fragments(folder: Path, tensors: dict[str, Tensor], record: Record) -> None:
+def write_fragments(
+    folder: Path, tensors: dict[str, Tensor], record: Record, mirror: Mirror
+) -> None:
     """Write what a rank owns, then the record that makes it count, with the digest."""
     path = fragment_path(folder, record.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_tensors(path) as temporary:
         save_file(tensors, str(temporary))
         record = replace(record, sha256=digest_file(temporary))
-    write_json(record_path(folder, record.rank), asdict(record))
+    mirror.push(path, write_json(record_path(folder, record.rank), asdict(record)))
+    if record.rank:
+        older = [each for each in step_folders(folder.parent) if each.name < folder.name]
+        for each in older:
+            mirror.drop(fragment_path(each, record.rank), record_path(each, record.rank))
 
 
-def await_ranks(folder: Path) -> None:
-    """Wait for the records of all ranks that write a checkpoint.
+def await_ranks(folder: Path, mirror: Mirror) -> None:
+    """Wait for the records of all ranks that write a checkpoint, and for what they vouch for.
 
     The first rank's record says how many: an earlier, larger or smaller group may have written it.
     A rank that fails ends the group, and this wait.
@@ -292,11 +309,13 @@ def await_ranks(folder: Path) -> None:
     world_size = json.loads(record_path(folder, 0).read_text())["world_size"]
     deadline, missing = time.monotonic() + AWAIT_SECONDS, list(range(world_size))
     while missing:
-        missing = [rank for rank in missing if not record_path(folder, rank).is_file()]
+        missing = [rank for rank in missing if not mirror.has(record_path(folder, rank))]
         if missing and time.monotonic() > deadline:
             ranks = ", ".join(map(str, missing))
             raise OSError(f"{folder}: found no record of rank {ranks} in {AWAIT_SECONDS} s")
         time.sleep(0.02 if missing else 0.0)
+    for rank in range(world_size):
+        mirror.fetch(fragment_path(folder, rank), record_path(folder, rank))
 
 
 def restore_fragment(
@@ -342,7 +361,7 @@ def _open(folder: Path) -> tuple[FragmentReader, list[Record]]:
     return FragmentReader(folder, len(records)), records
 
 
-def prune(run: Path, num_kept: int, newest: Path, keep_every: int = 0) -> None:
+def prune(mirror: Mirror, num_kept: int, newest: Path, keep_every: int = 0) -> None:
     """Delete all checkpoints but `newest`, the `num_kept` - 1 before it, and those at multiples of
     `keep_every` steps (0: none).
 
@@ -350,8 +369,8 @@ def prune(run: Path, num_kept: int, newest: Path, keep_every: int = 0) -> None:
     a kill cut short. Snapshots of averages are in another folder, and stay. What cannot be deleted
     now, such as a file that is open on NFS, is left to the next time.
     """
-    folders = step_folders(run)
-    complete = [f for f in folders if f.name <= newest.name and read_records(f) is not None]
+    folders = mirror.checkpoints()
+    complete = [f for f in folders if f.name <= newest.name and mirror.is_complete(f)]
     kept = [*complete[-num_kept:], newest]
     if keep_every:
         kept += [f for f in complete if step_of(f) % keep_every == 0]
@@ -359,8 +378,10 @@ def prune(run: Path, num_kept: int, newest: Path, keep_every: int = 0) -> None:
         if folder in kept:
             continue
         try:
+            mirror.remove(folder)
             for record in (folder / FRAGMENTS_FOLDER).glob("rank_*.json"):
                 record.unlink()  # first: half of a checkpoint is none
-            shutil.rmtree(folder)
+            if folder.is_dir():
+                shutil.rmtree(folder)
         except OSError as error:
             print(f"{folder}: not deleted, the next checkpoint tries again: {error}", flush=True)

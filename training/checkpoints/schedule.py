@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.base.run_dir import step_folder, step_folders, step_of
+from training.bucket.mirror import Mirror
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.records import Progress, from_first_rank
 from training.config import TrainConfig
@@ -27,12 +27,12 @@ class Checkpoints:
     """
 
     def __init__(
-        self, task: Task, run: Path, engine: Engine, ema: Ema, config: TrainConfig,
+        self, task: Task, mirror: Mirror, engine: Engine, ema: Ema, config: TrainConfig,
         reporter: Reporter,
     ) -> None:  # fmt: skip
-        self._task, self._run, self._engine = task, run, engine
+        self._task, self._run, self._engine = task, mirror.folder, engine
         self._config, self._reporter = config, reporter
-        self._checkpointer = Checkpointer(run, engine, ema, task.export, config)
+        self._checkpointer = Checkpointer(mirror, engine, ema, task.export, config)
         self._unvalidated: Progress | None = None
 
     @property

@@ -168,7 +168,7 @@ def start_from(model: Model, init: str, run: str, export: Json) -> Model:
     """
     if not init or any(Path(run).glob("step_*")):
         return model
-    step = exported(Path(init))
+    step = exported(init)
     stored = load_config(step)
     keys = ("kind", "encoder_id", "factor")
     pairs = [(name, stored.get(name), export.get(name)) for name in keys]

@@ -22,6 +22,7 @@ from cluster.base.jsonl import read_lines
 from cluster.base.run_dir import (
     CODE_NAME,
     CONFIG_NAME,
+    LINE_KEYS,
     METRICS_NAME,
     SAMPLES_FOLDER,
     STATE_NAME,
@@ -130,6 +131,7 @@ def _describe_model(run: Path, step: Path) -> Json:
     """Return what the model card's template shows of a run."""
     config, kind = load_config(step), load_config(step).get("kind", "")
     reports, validations = read_lines(run / METRICS_NAME), read_lines(run / VALIDATION_NAME)
+    scored = validations[-1] if validations else {}
     weights = [step / name for name in (MODEL_NAME, EMA_NAME) if (step / name).is_file()]
     version, yaml = _read_object(record_path(step, 0)).get("version", ""), run / CONFIG_NAME
     return {
@@ -143,7 +145,7 @@ def _describe_model(run: Path, step: Path) -> Json:
         "weights": {path.name: digest_file(path) for path in weights},
         "code": {"version": version, "commit": "", **_read_object(run / CODE_NAME)},
         "last": reports[-1] if reports else {},
-        "validation": validations[-1] if validations else {},
+        "validation": {n: v for n, v in scored.items() if n == "step" or n not in LINE_KEYS},
         "yaml": yaml.read_text(encoding="utf-8") if yaml.is_file() else "",
     }
 

@@ -1,7 +1,7 @@
 """The driver's view of a run: it follows what the first rank writes, prints and publishes it.
 
 The driver runs wherever its command was given and reads the files of the run's folder: one source
-for its progress bar, its Prometheus metrics and TensorBoard, which outlives every worker.
+for its progress bar and its Prometheus metrics, which outlives every worker.
 """
 
 import threading
@@ -12,8 +12,13 @@ from cluster.base.files import Json
 from cluster.base.jsonl import NewLines
 from cluster.base.metrics import SCORES, counter, gauge, histogram, storage_space
 from cluster.base.progress import duration
-from cluster.base.run_dir import INCIDENTS_NAME, METRICS_NAME, TIMELINE_NAME, VALIDATION_NAME
-from training.runs.trackers import TensorBoard
+from cluster.base.run_dir import (
+    INCIDENTS_NAME,
+    LINE_KEYS,
+    METRICS_NAME,
+    TIMELINE_NAME,
+    VALIDATION_NAME,
+)
 
 POLL_SECONDS = 1.0
 PRINT_SECONDS = 15.0  # between two reports that are printed, where there is no terminal
@@ -26,8 +31,8 @@ GAUGES = (
 class Follower:
     """Shows the progress of a run: a bar on a terminal, lines elsewhere, Prometheus always."""
 
-    def __init__(self, run: Path, model: str, *, tensorboard: bool = False) -> None:
-        """model: a label of the metrics; tensorboard: write its events, too."""
+    def __init__(self, run: Path, model: str) -> None:
+        """model: a label of the metrics."""
         self._run, self._model = run, model
         self._metrics = NewLines(run / METRICS_NAME)
         self._others = {  # each with what makes a message of a line, "" for none
@@ -38,8 +43,6 @@ class Follower:
         # What an earlier driver has printed is not new
         reports, *_ = [lines.read() for lines in (self._metrics, *self._others)]
         self._nonfinite = reports[-1]["nonfinite_steps"] if reports else 0
-        self._write_events = tensorboard
-        self._tensorboard: TensorBoard | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
 
@@ -54,8 +57,6 @@ class Follower:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self._tensorboard is not None and self._write_events:  # else the disk is full
-            self._tensorboard.close()
         self._set("train_running", 0)
 
     def _set(self, name: str, value: float) -> None:
@@ -83,7 +84,6 @@ class Follower:
                     storage_space(self._run, holds="runs")
                 except OSError as error:  # the storage may answer the next time
                     messages.append(f"could not be followed for a moment: {error}")
-                messages += self._events()
                 for message in messages:
                     console.print(f"{self._model}: {message}", soft_wrap=True, markup=False)
                 if pending is None:
@@ -97,17 +97,6 @@ class Follower:
                 elif stopped or time.monotonic() - printed > PRINT_SECONDS:
                     print(f"{self._model}: {describe(pending)}", flush=True)
                     printed, pending = time.monotonic(), None
-
-    def _events(self) -> list[str]:
-        """Write TensorBoard's events, where they are wanted; return what to print."""
-        try:
-            if self._write_events:
-                self._tensorboard = self._tensorboard or TensorBoard(self._run)
-                self._tensorboard.write()
-        except (OSError, ImportError) as error:
-            self._write_events = False
-            return [f"the events for TensorBoard are incomplete: {error}"]
-        return []
 
     def _publish(self, line: Json) -> None:
         """Publish a line of metrics.jsonl."""
@@ -128,7 +117,7 @@ class Follower:
 
     def _validated(self, line: Json) -> str:
         """Publish a line of validation.jsonl; return what to print."""
-        scores = {name: value for name, value in line.items() if name != "step"}
+        scores = {name: value for name, value in line.items() if name not in LINE_KEYS}
         for name, value in scores.items():
             if f"{self._model}.{name}" in SCORES:
                 gauge("minidalle2_eval_score").set(value, metric=f"{self._model}.{name}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.base.files import Json, write_json
 from cluster.base.run_dir import RAY_FOLDER
+from training.bucket.mirror import CONTROLLER, NODE, Mirror, mirror_of
 from training.config import RunConfig, TrainConfig
 from training.runs.events import record_event, report_incident
 from training.runs.signals import request_stop, stopping_on_sigterm
@@ -61,10 +62,10 @@ class RayWorkers:
 
     def __init__(
         self, folder: Path, settings: Sequence[TrainConfig], builds: Sequence[str],
-        only: Path | None = None,
+        only: Json | None = None,
     ) -> None:  # fmt: skip
-        """settings, builds: of the runs to come, which are placed alike; only: the single one,
-        which alone may have a validator.
+        """settings, builds: of the runs to come, which are placed alike; only: the arguments of
+        `train_as_worker` for the single one, which alone may have a validator.
 
         Raises ValueError where the cluster has no room for them.
         """
@@ -78,18 +79,21 @@ class RayWorkers:
 
         self.workers, now = settings[0].workers, time.time_ns()
         self._max_failures = sum(each.faults.max_failures for each in settings)
-        self._orders, self._count = folder / f"orders_{now}", 0
+        self._only, self._orders, self._count = only, folder / f"orders_{now}", 0
         self._orders.mkdir(parents=True)
         self._error: Exception | None = None
         group = group_resources("gpu_group")
         device = worker_device(settings[0])
         most = self.workers.num_workers
         least = self.workers.min_workers or most
-        validator = only and validation_config(settings[0].validator, only, group)
+        validator = None
+        if only:
+            validator = validation_config(settings[0].validator, Path(only["run"]), group)
         trainer = TorchTrainer(
             train_ordered,
             train_loop_config={
-                "orders": str(self._orders), "builds": list(builds), "workers": self.workers
+                "orders": str(self._orders), "builds": list(builds), "workers": self.workers,
+                "only": only,
             },
             torch_config=TorchConfig(
                 backend="nccl" if device == "GPU" else "gloo", timeout_s=COLLECTIVE_SECONDS
@@ -104,7 +108,7 @@ class RayWorkers:
                 name=f"attempt_{now}",  # Ray's own state, which a rerun does not read
                 storage_path=str(folder),
                 failure_config=ray.train.FailureConfig(max_failures=self._max_failures),
-                callbacks=[loss_callback(self._orders)],
+                callbacks=[loss_callback(self._orders, only)],
             ),
             validation_config=validator,
         )  # fmt: skip
@@ -123,26 +127,25 @@ class RayWorkers:
     def _order(self, number: int) -> Path:
         return self._orders / f"{number:04d}.json"
 
-    def train(self, config: RunConfig, run: Path, build: str, *, last: bool) -> None:
-        """Train a run, whose folder holds its configuration, until that ends; last: none follows.
+    def train(self, run: Path, order: Json) -> None:
+        """Train a run, whose folder holds its configuration, until that ends.
 
+        order: the arguments of `train_as_worker`.
         Ctrl-C requests a checkpoint at the next step. Raises OSError where the workers were lost
         more often than `max_failures`.
         """
-        assert config.train.workers.num_workers == self.workers.num_workers
-        order, kind = self._order(self._count), type(config)
-        self._count += 1
-        if last:
-            self.end()
-        kind_name = f"{kind.__module__}:{kind.__qualname__}"
-        write_json(order, {"run": str(run), "build": build, "config": kind_name})
+        path = self._order(self._count)
+        if not self._only:
+            self._count += 1
+            write_json(path, order)
         try:
             with stopping_on_sigterm(run):  # Ray has set its own handlers by now
-                while not self._ended.wait(LOOK_SECONDS) and (last or not is_done(order)):
+                while not self._ended.wait(LOOK_SECONDS) and (self._only or not is_done(path)):
                     pass
         except KeyboardInterrupt:
             request_stop(run)
-            print(f"{run}: a checkpoint at the next step; Ctrl-C again ends at once", flush=True)
+            place = order["run"]
+            print(f"{place}: a checkpoint at the next step; Ctrl-C again ends at once", flush=True)
             raise
         if self._error is None:
             return
@@ -153,7 +156,7 @@ class RayWorkers:
         cause = ""
         if isinstance(self._error, ray.train.WorkerGroupError):
             cause = f"lost workers more often than train.max_failures {self._max_failures}; last: "
-        raise OSError(f"{run}: {cause}{root_cause(self._error)}") from self._error
+        raise OSError(f"{order['run']}: {cause}{root_cause(self._error)}") from self._error
 
     def end(self) -> None:
         """Let the workers end once they have trained what is ordered; does not wait for them."""
@@ -196,13 +199,18 @@ def shared_workers(
                 del _shared[run]
 
 
-def train_in_workers(config: RunConfig, run: Path, build: str) -> None:
+def train_in_workers(config: RunConfig, mirror: Mirror, build: str) -> None:
     """Train a run, whose folder holds its configuration, in the shared workers or in its own."""
+    run, kind = mirror.folder, type(config)
+    order = {
+        "run": mirror.place, "build": build, "config": f"{kind.__module__}:{kind.__qualname__}",
+        "scratch": config.scratch, "token": mirror.token,
+    }  # fmt: skip
     if run in _shared:
-        _shared[run].train(config, run, build, last=False)
+        _shared[run].train(run, order)
         return
-    with closing(RayWorkers(run / RAY_FOLDER, [config.train], [build], only=run)) as placement:
-        placement.train(config, run, build, last=True)
+    with closing(RayWorkers(run / RAY_FOLDER, [config.train], [build], only=order)) as placement:
+        placement.train(run, order)
 
 
 def is_done(order: Path) -> bool:
@@ -215,6 +223,9 @@ def train_ordered(arguments: Json) -> None:
     from training.runs.worker import prepare_worker, train_as_worker
 
     prepare_worker(arguments["workers"], arguments["builds"])  # before an order is there
+    if arguments["only"]:
+        train_as_worker(**arguments["only"])
+        return
     for number in itertools.count():
         path = Path(arguments["orders"]) / f"{number:04d}.json"
         while not path.is_file():
@@ -249,9 +260,9 @@ def worker_device(settings: TrainConfig) -> str:
     return device
 
 
-def loss_callback(orders: Path) -> Any:
+def loss_callback(orders: Path, only: Json | None) -> Any:
     """Return the callback by which Ray's controller records lost workers in the folder of the run
-    that they were training, by the orders."""
+    that they were training: the only one, or by the orders."""
     from ray.train import UserCallback
 
     class LossCallback(UserCallback):
@@ -264,26 +275,36 @@ def loss_callback(orders: Path) -> Any:
                 key=lambda item: (getattr(item[1], "health_check_failure", None) is None, item[0]),
             )
             message = "; ".join(f"rank {rank}: {root_cause(error)}" for rank, error in causes)
-            run = ordered_run(orders)
-            if run is None:
+            order = only or current_order(orders)
+            if not order:
                 print(f"lost between two runs: {message}", flush=True)
                 return
+            run = order["run"]
             try:
-                record_event(run, "lost", message=message)
-                report_incident(run, "lost", last_step(run), message)
+                record_loss(order, message)
             except (OSError, ValueError) as error:  # the restart matters more than its record
                 print(f"{run}: lost, and not recorded ({error}): {message}", flush=True)
 
     return LossCallback()
 
 
-def ordered_run(orders: Path) -> Path | None:
-    """Return the run that workers train; None where none is ordered, or all have ended."""
+def current_order(orders: Path) -> Json:
+    """Return what workers are training; {} where nothing is ordered, or all has ended."""
     for path in sorted(orders.glob("*.json")):
         if not is_done(path):
-            order = json.loads(path.read_text())
-            return Path(order["run"]) if order else None
-    return None
+            return json.loads(path.read_text())
+    return {}
+
+
+def record_loss(order: Json, message: str) -> None:
+    """Record lost workers in the timeline and the incidents of a run."""
+    run, scratch, token = order["run"], order.get("scratch", ""), order.get("token", 0)
+    mirror = mirror_of(run, scratch, f"{CONTROLLER}_{time.time_ns()}", token)
+    mirror.folder.mkdir(parents=True, exist_ok=True)
+    record_event(mirror.folder, "lost", message=message)
+    step = last_step(mirror_of(run, scratch, NODE).folder)  # of this machine's workers
+    report_incident(mirror.folder, "lost", step, message)
+    mirror.push()
 
 
 def root_cause(error: BaseException) -> str:

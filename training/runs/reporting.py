@@ -48,7 +48,7 @@ class Reporter:
         self._spikes = SpikeDetector(config.faults.spike_deviations)
         self._samples: SampleLog | None = None
         self._checkpointer: Checkpointer | None = None
-        self._first_step_due = False
+        self._first_step_due, self._attempt = False, 0
         self._started = time.perf_counter()
         self._begin_report(Progress())
 
@@ -65,6 +65,7 @@ class Reporter:
         attempt: a number that all ranks share.
         """
         self._begin_report(progress)
+        self._attempt = attempt
         if self._config.logging.log_samples:
             self._samples = SampleLog(
                 self._run, self._rank, num_workers=num_workers, attempt=attempt
@@ -106,7 +107,11 @@ class Reporter:
 
     def validated(self, progress: Progress, scores: dict[str, float]) -> None:
         """Write the scores of a checkpoint."""
-        add_line(self._run / VALIDATION_NAME, {"step": progress.step, **scores})
+        add_line(self._run / VALIDATION_NAME, {**self._place(progress), **scores})
+
+    def _place(self, progress: Progress) -> dict[str, float]:
+        """Return what each line begins with: run_dir.LINE_KEYS."""
+        return {"step": progress.step, "attempt": self._attempt, "time": time.time()}
 
     def enters(self, step: int, phase: str) -> None:
         """Pass the watchdog what this rank does from now on; phase: one of watchdog.PHASES."""
@@ -163,7 +168,7 @@ class Reporter:
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         write_seconds = self._checkpointer.write_seconds if self._checkpointer else 0.0
         line = {
-            "step": progress.step,
+            **self._place(progress),
             "samples_seen": progress.samples_seen,
             "reported_samples": samples,
             **{name: value / self._count for name, value in self._sums.items()},

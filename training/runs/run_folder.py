@@ -23,6 +23,7 @@ from models.weights import FINAL_NAME
 from training.config import RunConfig
 
 EXTENSION = ("train.num_steps", "train.extend", "train.extended")  # what a longer run changes
+RETIRED = ("train.tensorboard",)  # options of before, whose value changes nothing: train.track
 LAUNCH_SECONDS = 2.0  # cluster/runs.py holds the lock for a moment when it looks for its owner
 TRAIN_SECONDS = 180.0  # a lost node's lock on a shared folder lasts as long as its lease there
 
@@ -63,7 +64,7 @@ def prepare_run(config: RunConfig, run_folder: str) -> Path:
         before = {**defaults, **recorded_options(run)}  # the run may be older than an option
         options, extends = options_of(type(config)), is_extension(config, run)
         for key in sorted(before.keys() | now.keys()):
-            may_change = key in options and options[key].option.may_change
+            may_change = (key in options and options[key].option.may_change) or key in RETIRED
             may_change |= extends and key in EXTENSION
             may_change |= key == "train.extend" and not before.get("train.extended")
             fixed = not may_change and not key.endswith(".checkpointing")  # computes the same

@@ -15,14 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.base.cli import DONE, INCOMPLETE, merged, read_yaml, with_options
+from cluster.base.cli import DONE, INCOMPLETE, merged, option_values, read_yaml, with_options
 from cluster.base.files import write_json, write_text
 from cluster.base.machine import threads_for
 from cluster.base.run_dir import CODE_NAME, CONFIG_NAME, error_path, error_paths
-from models.weights import FINAL_NAME
+from ingest.store.storage import is_remote
+from models.weights import FINAL_NAME, exported
+from training.bucket.mirror import DRIVER, NODE, Mirror, mirror_of
 from training.config import RunConfig, TrainConfig, WorkersConfig
 from training.engine.precision import compute_whole_fp32, device_of_run, native_bf16, settled
-from training.runs.cards import code_version, ensure_cards
+from training.runs.cards import DATA_CARD, MODEL_CARD, code_version, ensure_cards
 from training.runs.events import record_event
 from training.runs.run_folder import (
     launch_lock,
@@ -32,7 +34,7 @@ from training.runs.run_folder import (
     train_lock,
     with_extensions,
 )
-from training.runs.signals import forget_stop, stopping_on_sigterm
+from training.runs.signals import stopping_on_sigterm
 
 if TYPE_CHECKING:
     import torch
@@ -64,38 +66,74 @@ def launch(config: RunConfig, run_folder: str, build: Build, model_name: str) ->
     """
     from training.runs.follower import Follower
     from training.runs.profiling import window
+    from training.runs.trackers import Tracking, require_trackers
 
-    run = open_run(run_folder)
+    require_trackers(config.train.logging.track)
+    workers, logging = config.train.workers, config.train.logging
+    mirror = open_mirror(config, run_folder)
+    run = mirror.folder
     run.mkdir(parents=True, exist_ok=True)
-    with launch_lock(run):  # before anything in it is touched
+    with launch_lock(run), mirror.leased():  # before anything in it is touched
+        mirror.begin(fresh=config.fresh)
         config = with_extensions(resolve_precision(config, run), run)
+        was_finished = (run / FINAL_NAME).is_file()
         prepare_run(config, str(run))
         config = dataclasses.replace(config, run=str(run))  # workers have folders of their own
+        tracking = Tracking(mirror, logging.track, option_values(config))
         if (run / FINAL_NAME).is_file():
-            print(f"{run}: finished already; --fresh starts over, more --train.num-steps train on")
+            print(
+                f"{mirror.place}: finished already; --fresh starts over, more --train.num-steps "
+                "train on"
+            )
+            with tracking:  # a tracker may lack the last reports
+                pass
         else:
             # Whatever is wrong with the request is found before workers start
-            workers, logging = config.train.workers, config.train.logging
             window(logging.profile)
+            if was_finished:
+                mirror.remove(run / FINAL_NAME)
             if not (run / CODE_NAME).is_file():
                 write_json(run / CODE_NAME, code_version())  # with which the run begins
-            forget_stop(run)
+            mirror.forget_stop()
             record_event(run, "launched")
+            mirror.push()
             if workers.num_workers == 0 and workers.zero_stage:
                 stage = workers.zero_stage
                 print(f"zero_stage: {stage} has no effect in one process, which keeps all")
-            with Follower(run, model_name, tensorboard=logging.tensorboard):
-                if workers.num_workers == 0:
-                    train_here(config, run, build)
+            under_ray = workers.num_workers > 0
+            alike = mirror.kept_alike(collects=True) if under_ray else nullcontext()
+            with Follower(run, model_name), tracking, alike:
+                if under_ray:
+                    _train_under_ray(config, mirror, build)
                 else:
-                    _train_under_ray(config, run, build)
+                    train_here(config, mirror, build)
 
         if not (run / FINAL_NAME).is_file():
-            forget_stop(run)
-            print(f"{run}: stopped on request, at a checkpoint; rerun the same command to continue")
+            mirror.forget_stop()
+            print(
+                f"{mirror.place}: stopped on request, at a checkpoint; rerun the same command to "
+                "continue"
+            )
             return INCOMPLETE
         ensure_cards(run)
+        mirror.push(*(exported(run) / name for name in (MODEL_CARD, DATA_CARD)))
         return DONE
+
+
+def open_mirror(config: RunConfig, run_folder: str) -> Mirror:
+    """Return the mirror of a run, by its folder or URL, as the driver sees it.
+
+    Raises ValueError for a file or a folder of something else, or what a bucket cannot have.
+    """
+    if not is_remote(run_folder):
+        return Mirror(open_run(run_folder))
+    if config.train.validator.command:
+        raise ValueError(
+            f"train.validator: found a command for the run {run_folder}, expected none for a run "
+            "in a bucket; run eval/watch.py on a copy of it"
+        )
+    role = DRIVER if config.train.workers.num_workers else NODE
+    return mirror_of(run_folder, config.scratch, role)
 
 
 def resolve_precision(config: RunConfig, run: Path) -> RunConfig:
@@ -129,17 +167,19 @@ def _device_type(workers: WorkersConfig) -> str:
     return "cuda" if workers.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def train_here(config: RunConfig, run: Path, build: Build) -> None:
+def train_here(config: RunConfig, mirror: Mirror, build: Build) -> None:
     """Train in this very process with the plain engine."""
     from training.engine.engines import PlainEngine
 
-    with stopping_on_sigterm(run):
-        train_rank(config, run, build, PlainEngine, rank=0, world_size=1)
+    mirror.pull()
+    with stopping_on_sigterm(mirror.folder), mirror.kept_alike():
+        train_rank(config, mirror, build, PlainEngine, rank=0, world_size=1)
 
 
 def train_rank(
-    config: RunConfig, run: Path, build: Build, engine_class: Any, *, rank: int, world_size: int
-) -> None:
+    config: RunConfig, mirror: Mirror, build: Build, engine_class: Any, *, rank: int,
+    world_size: int,
+) -> None:  # fmt: skip
     """Train as one rank, with an engine of that class."""
     import torch
 
@@ -152,9 +192,9 @@ def train_rank(
     from training.runs.watchdog import Watchdog
 
     # Device
+    run, settings = mirror.folder, config.train
     if not rank:
         record_event(run, "placed")
-    settings = config.train
     device = device_of_run(settings.workers.device)
     if settings.workers.device not in ("auto", device.type):
         raise ValueError(
@@ -204,7 +244,7 @@ def train_rank(
         reporter = Reporter(
             run, settings, rank, watchdog=watchdog, flops=flops, peak=world_size * tflops * 1e12
         )
-        train(task, config, engine, run, reporter)
+        train(task, config, engine, mirror, reporter)
 
 
 def compiles(settings: TrainConfig, device: "torch.device", *, say: bool) -> bool:
@@ -263,16 +303,18 @@ def compile_model(model: "nn.Module", device: "torch.device") -> None:
 # -- under Ray Train -------------------------------------------------------------------------------
 
 
-def _train_under_ray(config: RunConfig, run: Path, build: Build) -> None:
+def _train_under_ray(config: RunConfig, mirror: Mirror, build: Build) -> None:
     """Train in workers; raise the error that a rank has left, rather than what Ray makes of it."""
     from training.runs.ray_train import train_in_workers
 
+    run = mirror.folder
     for path in error_paths(run):
         path.unlink()
     name = build if isinstance(build, str) else f"{build.__module__}:{build.__qualname__}"
     try:
-        train_in_workers(config, run, name)
+        train_in_workers(config, mirror, name)
     finally:
+        mirror.pull_end()
         for path in error_paths(run)[:1]:
             name, message = path.read_text().split(" ", 1)
             raise next((e for e in FINAL_ERRORS if e.__name__ == name), ValueError)(message)
@@ -287,8 +329,13 @@ def prepare_worker(workers: WorkersConfig, builds: Sequence[str]) -> None:
         imported(build)
 
 
-def train_as_worker(run: str, build: str, config: str) -> int:
-    """Train as one rank; returns its number. config: the class of the configuration in the folder.
+def train_as_worker(
+    run: str, build: str, config: str, scratch: str = "", token: int = 0
+) -> int:
+    """Train as one rank; returns its number.
+
+    config: the class of the configuration in the run; scratch, token: of a run in a bucket, where
+    a node has its copy, and the launch's lease.
 
     An error that every attempt would meet again is left for the driver: Ray would restart a worker
     that raises.
@@ -298,23 +345,29 @@ def train_as_worker(run: str, build: str, config: str) -> int:
     from training.engine.engines import ZeroEngine
     from training.engine.fsdp import FsdpEngine
 
-    folder, rank, world_size = Path(run), dist.get_rank(), dist.get_world_size()
-    if error_paths(folder):  # Ray tries again what no attempt can do
+    mirror = mirror_of(run, scratch, NODE, token)
+    folder, rank, world_size = mirror.folder, dist.get_rank(), dist.get_world_size()
+    first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    if first_of_node:
+        mirror.pull()
+    dist.barrier()  # the others of a node have the same copy
+    if mirror.has_errors():  # Ray tries again what no attempt can do
         return rank
     path = folder / CONFIG_NAME
     settings = merged(imported(config)(), read_yaml(path), str(path))
-    settings = dataclasses.replace(settings, run=run)
+    settings = dataclasses.replace(settings, run=str(folder))
     engine = FsdpEngine if settings.train.workers.engine == "fsdp2" else ZeroEngine
     try:
-        train_rank(settings, folder, build, engine, rank=rank, world_size=world_size)
+        with mirror.kept_alike() if first_of_node else nullcontext():
+            train_rank(settings, mirror, build, engine, rank=rank, world_size=world_size)
     except FINAL_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in DISK_FULL:
             raise  # the storage may answer the next attempt
-        write_text(error_path(folder, rank), f"{type(error).__name__} {error}")
+        mirror.push(write_text(error_path(folder, rank), f"{type(error).__name__} {error}"))
         # All ranks meet a wrong request. Where they do not, the others may wait for this one in a
         # collective: only closed connections end that.
         deadline = time.monotonic() + HANG_UP_SECONDS
-        while len(error_paths(folder)) < world_size:
+        while not all(mirror.has(error_path(folder, each)) for each in range(world_size)):
             if time.monotonic() > deadline:
                 os._exit(1)
             time.sleep(0.1)

@@ -1,0 +1,458 @@
+"""A run in a bucket ends as one in a folder does, whoever is killed and whenever; nothing in it
+looks whole that is not."""
+
+import hashlib
+import itertools
+import json
+import random
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from _line import CONFIG, run, squared_error
+from _runs import HERE, ROOT, done, prior_run
+from _s3 import AWS, Door, s3_server
+
+from cluster.base.cli import with_options
+from cluster.base.jsonl import add_line, read_lines
+from cluster.base.run_dir import METRICS_NAME, TIMELINE_NAME
+from ingest.store.storage import storage_of
+from training.bucket import lease as leases
+from training.bucket import mirror as mirrors
+from training.bucket.lease import Lease, LeaseLostError
+from training.bucket.log_parts import LogParts
+from training.bucket.mirror import NODE, mirror_of
+from training.config import TrainConfig
+from training.runs.worker import launch
+
+BUILD = "training.tasks.prior:build_prior"
+STEPS = with_options(
+    CONFIG, num_steps=9, checkpoint_every=2, keep_checkpoints=2, async_checkpoints=False
+)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirrors, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.5)
+    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.05)
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        door = Door(server)
+        yield door
+        door.shut()
+
+
+@pytest.fixture
+def bucket(door: Door, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """An empty bucket of a real server; the environment leads to it."""
+    import s3fs
+
+    for name, value in {**AWS, "AWS_ENDPOINT_URL": door.url}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    name = f"bucket-{abs(hash(request.node.name)):x}"
+    s3fs.S3FileSystem().mkdir(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    name = f"memory://{request.node.originalname}/runs/line"
+    yield name
+    files = fsspec.filesystem("memory")
+    if files.exists(name):
+        files.rm(name, recursive=True)
+
+
+def train_line(url: str, scratch: Path, config: TrainConfig = STEPS, **fields: Any) -> Path:
+    """Train the line in a bucket, as `launch` does with any model; return the copy."""
+    mirror = mirror_of(url, str(scratch), NODE)
+    with mirror.leased():
+        mirror.begin(fresh=False)
+        (mirror.folder / "config.yaml").write_text("train: {}\n")
+        mirror.push()
+        mirror.pull()
+        with mirror.kept_alike():
+            run(mirror, config, **fields)
+    return mirror.folder
+
+
+def objects(url: str) -> set[str]:
+    """The names of everything in the bucket but leases."""
+    return {name for name in storage_of(url).find() if not name.startswith("lease/")}
+
+
+def lines_in(url: str, tmp_path: Path, name: str) -> list[dict]:
+    """The lines of a file as somebody on another machine sees them."""
+    parts = LogParts(storage_of(url), tmp_path, name, "reader")
+    parts.pull()
+    return read_lines(tmp_path / name)
+
+
+def weights_in(url: str) -> dict[str, bytes]:
+    storage = storage_of(url)
+    return {name: storage.read(name) for name in storage.find() if name.endswith(".safetensors")}
+
+
+# -- a run -----------------------------------------------------------------------------------------
+
+
+def test_a_run_in_a_bucket_is_that_of_a_folder(url: str, tmp_path: Path):
+    run(tmp_path / "folder", STEPS)
+    copy = train_line(url, tmp_path / "scratch")
+    expected = {
+        str(path.relative_to(tmp_path / "folder")): path.read_bytes()
+        for path in (tmp_path / "folder").rglob("*.safetensors")
+    }
+    assert weights_in(url) == expected and expected
+    steps = {name.partition("/")[0] for name in objects(url) if name.startswith("step_")}
+    assert steps == {"step_00000008", "step_00000009"} and "final.json" in objects(url)
+    assert [line["step"] for line in lines_in(url, tmp_path, METRICS_NAME)] == list(range(1, 10))
+    assert copy.parent.parent == tmp_path / "scratch"
+
+
+def test_a_run_continues_on_a_machine_that_has_no_copy(url: str, tmp_path: Path):
+    run(tmp_path / "folder", STEPS)
+    calls = itertools.count()
+
+    def fails(model: Any, batch: Any) -> dict:
+        if next(calls) == 5:
+            raise RuntimeError("a bad night")
+        return squared_error(model, batch)
+
+    with pytest.raises(RuntimeError):
+        train_line(url, tmp_path / "first", objective=fails)
+    copy = train_line(url, tmp_path / "second")
+    for name in ("model", "ema"):
+        path = f"step_00000009/{name}.safetensors"
+        assert (copy / path).read_bytes() == (tmp_path / "folder" / path).read_bytes()
+    lines = lines_in(url, tmp_path, METRICS_NAME)
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert [line["attempt"] for line in lines] == [0] * 4 + [1] * 5, "it went back to step 4"
+    events = [line["event"] for line in lines_in(url, tmp_path, TIMELINE_NAME)]
+    assert events.count("restored") == 2
+
+
+def test_a_copy_of_another_time_does_not_count(url: str, tmp_path: Path):
+    """The bucket decides: a checkpoint that it does not have, whole as it may be, is deleted."""
+    calls = itertools.count()
+
+    def fails(model: Any, batch: Any) -> dict:
+        if next(calls) == 7:
+            raise RuntimeError("a bad night")
+        return squared_error(model, batch)
+
+    with pytest.raises(RuntimeError):
+        train_line(url, tmp_path / "scratch", objective=fails)
+    storage = storage_of(url)
+    storage.delete("step_00000006")
+    mirror = mirror_of(url, str(tmp_path / "scratch"), NODE)
+    assert (mirror.folder / "step_00000006").is_dir()
+    (mirror.folder / "snapshot_images.txt").write_text("of another run\n")
+    mirror.pull()
+    assert not (mirror.folder / "step_00000006").exists()
+    assert not (mirror.folder / "snapshot_images.txt").exists()
+
+    # ... and one whose fragments were damaged in the bucket is passed over
+    name = "step_00000004/fragments/rank_0000.safetensors"
+    assert name in storage.find()
+    storage.replace(name, storage.read(name)[:-4] + b"\x00\x01\x02\x03")
+    (mirror.folder / name).unlink()
+    with pytest.warns(UserWarning, match="digest differs"):
+        mirror.pull()
+
+
+def test_launch_takes_a_url(
+    url: str, tmp_path: Path, write_data: Callable[..., Path], capsys: pytest.CaptureFixture
+):
+    data = write_data(tmp_path / "data", num_shards=2, samples_per_shard=10)
+    settings = TrainConfig.of(**HERE, num_steps=4, checkpoint_every=2, global_batch_size=4)
+    config = prior_run(data, Path("x"), train=settings, scratch=str(tmp_path / "scratch"))
+    assert launch(config, url, BUILD, "prior") == 0
+    assert launch(config, url, BUILD, "prior") == 0
+    assert f"{url}: finished already" in capsys.readouterr().out
+    names = objects(url)
+    assert {"config.yaml", "code.json", "final.json", "step_00000004/MODEL_CARD.md"} <= names
+    assert not [name for name in names if name.startswith(("errors/", "stop", "parts/samples"))]
+
+    # Another configuration, another folder; a longer run; over again
+    here = {"scratch": config.scratch}
+    other = prior_run(data, Path("x"), train=with_options(settings, seed=1), **here)
+    with pytest.raises(ValueError, match="train.seed: found 0 in the run, expected 1"):
+        launch(other, url, BUILD, "prior")
+    storage_of(f"{url}_other").replace("notes.txt", b"mine")
+    with pytest.raises(ValueError, match=r"found notes.txt without config.yaml, expected a run"):
+        launch(config, f"{url}_other", BUILD, "prior")
+    longer = prior_run(data, Path("x"), train=with_options(settings, num_steps=6), **here)
+    assert launch(longer, url, BUILD, "prior") == 0
+    assert {"step_00000006/ema.safetensors", "final.json"} <= objects(url)
+    fresh = prior_run(data, Path("x"), train=with_options(settings, seed=1), fresh=True, **here)
+    assert launch(fresh, url, BUILD, "prior") == 0
+    assert "step_00000006/ema.safetensors" not in objects(url)
+    assert [line["step"] for line in lines_in(url, tmp_path, METRICS_NAME)] == [1, 2, 3, 4]
+
+    # It is sampled and continued from by its URL
+    from models.convert.runs import load_model
+
+    _, stored = load_model(url, "prior")
+    assert stored["kind"] == "diffusion_prior"
+
+
+def test_a_stop_in_the_bucket_stops_at_a_checkpoint(url: str, tmp_path: Path):
+    long = with_options(STEPS, num_steps=2000, checkpoint_every=1000)
+    storage = storage_of(url)
+
+    def ask(model: Any, batch: Any) -> dict:
+        if not asked.is_set():
+            asked.set()
+            storage.replace("stop", b"")
+        time.sleep(0.005)
+        return squared_error(model, batch)
+
+    asked = threading.Event()
+    train_line(url, tmp_path / "scratch", long, objective=ask)
+    assert "final.json" not in objects(url)
+    assert [name for name in objects(url) if name.endswith("state.json")]
+
+
+# -- a bad night -----------------------------------------------------------------------------------
+
+
+def test_a_storage_that_goes_away_and_comes_back_costs_time_alone(
+    bucket: str, door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It goes away 20 times in the middle of what is pushed."""
+    monkeypatch.setattr(mirrors, "LONGEST_PAUSE", 0.2)
+    steps = with_options(STEPS, num_steps=41, async_checkpoints=True)
+    run(tmp_path / "folder", steps)
+    draw, stop, cuts = random.Random(0), threading.Event(), []
+
+    def cut() -> None:
+        while not stop.is_set() and len(cuts) < 20:
+            before, wanted = door.passed, draw.randint(1, 6)
+            while door.passed < before + wanted and not stop.is_set():
+                time.sleep(0.002)
+            door.shut()
+            cuts.append(door.passed)
+            time.sleep(draw.random() * 0.3)
+            door.open()
+
+    def slow(model: Any, batch: Any) -> dict:
+        time.sleep(0.1)
+        return squared_error(model, batch)
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            copy = train_line(f"{bucket}/line", tmp_path / "scratch", steps, objective=slow)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(cuts) == 20
+    for name in ("model", "ema"):
+        path = f"step_00000041/{name}.safetensors"
+        assert (copy / path).read_bytes() == (tmp_path / "folder" / path).read_bytes()
+        assert storage_of(f"{bucket}/line").read(path) == (copy / path).read_bytes()
+    lines = lines_in(f"{bucket}/line", tmp_path, METRICS_NAME)
+    assert [line["step"] for line in lines] == list(range(1, 42))
+
+
+# A process that has imported everything forks a child for each attempt: the child is what dies, in
+# one of its calls to the storage.
+ATTEMPTS = """
+import itertools, json, os, signal, sys
+from pathlib import Path
+import torch
+from _line import run
+from ingest.store import storage
+from test_training_bucket import NIGHT, train_line
+from training.bucket import lease, mirror
+
+lease.LEASE_SECONDS, lease.LOOK_SECONDS, mirror.LOOK_SECONDS = 0.3, 0.05, 0.05
+url, scratch, moments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+CALLS = ("put", "replace", "create", "delete", "get")
+
+
+def dying(name, calls, moment):
+    real = getattr(storage._ObjectStorage, name)
+
+    def call(*arguments, **more):
+        if next(calls) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = real(*arguments, **more)
+        if next(calls) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    return call
+
+
+torch.set_num_threads(1)
+run(Path(str(scratch) + ".warm"), NIGHT)  # what torch imports at its first step, once for all
+for number, moment in enumerate([*moments, -1]):
+    child = os.fork()
+    if child == 0:
+        calls = itertools.count()
+        for name in CALLS:
+            setattr(storage._ObjectStorage, name, dying(name, calls, moment))
+        train_line(url, scratch.with_name(f"machine_{number % 2}"), NIGHT)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(json.dumps([moment, status]), flush=True)
+"""
+NIGHT = with_options(STEPS, num_steps=60, async_checkpoints=True, power_ema=(0.1,))
+
+
+@pytest.mark.slow
+def test_killed_at_any_call_to_the_storage_it_ends_the_same(bucket: str, tmp_path: Path):
+    """Two machines take turns, each with the copy that it had."""
+    run(tmp_path / "folder", NIGHT)
+    url, draw = f"{bucket}/line", random.Random(1)
+    moments = [*range(8, 48, 3), *(draw.randrange(20, 160) for _ in range(16))]
+    path = {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    arguments = [url, str(tmp_path / "scratch"), json.dumps(moments)]
+    ended = done([sys.executable, "-c", ATTEMPTS, *arguments], 500, **path)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    statuses = [json.loads(line)[1] for line in ended.stdout.splitlines() if line.startswith("[")]
+    assert statuses.count(9) >= 20 and statuses[-1] == 0, ended.stdout[-2000:]
+    storage = storage_of(url)
+    for name in ("model", "ema"):
+        weights = f"step_00000060/{name}.safetensors"
+        assert storage.read(weights) == (tmp_path / "folder" / weights).read_bytes()
+    lines = lines_in(url, tmp_path, METRICS_NAME)
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    records = [n for n in storage.find() if "/fragments/" in n and n.endswith(".json")]
+    for name in records:  # nothing looks whole that is not
+        fragments = storage.read(name.replace(".json", ".safetensors"))
+        assert hashlib.sha256(fragments).hexdigest() == json.loads(storage.read(name))["sha256"]
+    assert len(records) == 2
+
+
+# -- leases ----------------------------------------------------------------------------------------
+
+
+def test_one_launch_holds_a_run(url: str):
+    storage = storage_of(url)
+    first = Lease.acquire(storage, url)
+    first.require()
+    alive = threading.Event()
+
+    def live() -> None:
+        while not alive.wait(0.05):
+            first.show_life()
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    with pytest.raises(ValueError, match="another process trains here: process"):
+        Lease.acquire(storage, url)
+    alive.set()
+    thread.join()
+    second = Lease.acquire(storage, url)  # which waits for a silent one
+    assert second.token == first.token + 1
+    with pytest.raises(LeaseLostError, match="found the lease 2, expected 1"):
+        first.require()
+    second.release()
+    began = time.monotonic()
+    assert Lease.acquire(storage, url).token == 3 and time.monotonic() - began < 0.4
+
+
+def test_of_many_launches_at_once_one_begins(bucket: str):
+    url = f"{bucket}/line"
+    storage, won, refused = storage_of(url), [], []
+    barrier = threading.Barrier(8)
+
+    def begin() -> None:
+        barrier.wait()
+        try:
+            won.append(Lease.acquire(storage_of(url), url))
+        except ValueError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1 and len(refused) == 7
+    assert leases.newest_token(storage) == won[0].token
+
+
+def test_a_launch_that_was_taken_for_dead_writes_no_checkpoint(url: str, tmp_path: Path):
+    taken = threading.Event()
+
+    def loses(model: Any, batch: Any) -> dict:
+        if not taken.is_set():
+            taken.set()
+            storage_of(url).create("lease/000002", b"process 7 of elsewhere")
+        return squared_error(model, batch)
+
+    with pytest.raises(LeaseLostError, match="another launch has taken this run over"):
+        train_line(url, tmp_path / "scratch", objective=loses)
+    assert not [name for name in objects(url) if name.startswith("step_")]
+
+
+# -- files of lines --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_files_of_lines_in_parts_are_those_that_were_written(
+    url: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+):
+    """A writer whose run goes back now and then, another process that appends, and readers."""
+    monkeypatch.setattr("training.bucket.log_parts.MOST_PARTS", 5)
+    draw, storage = random.Random(seed), storage_of(url)
+    folders = {name: tmp_path / name for name in ("rank", "driver", "late")}
+    for folder in folders.values():
+        folder.mkdir()
+    logs = {n: LogParts(storage, folders[n], METRICS_NAME, n) for n in ("rank", "driver")}
+    path, count = folders["rank"] / METRICS_NAME, itertools.count()
+    for _ in range(120):
+        action = draw.choice(["add", "add", "add", "push", "push", "back", "collect", "driver"])
+        if action == "add":
+            add_line(path, {"step": next(count)})
+        elif action == "back" and path.is_file():
+            kept = read_lines(path)[: draw.randint(0, 30)]
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(path)
+        elif action == "collect":
+            logs["driver"].push()
+            logs["driver"].collect()
+        elif action == "push":
+            logs["rank"].push()
+    logs["rank"].push()
+    logs["driver"].collect()
+    expected = read_lines(path)
+    late = LogParts(storage, folders["late"], METRICS_NAME, "late")
+    late.pull()
+    assert read_lines(folders["late"] / METRICS_NAME) == expected
+    assert read_lines(folders["driver"] / METRICS_NAME) == expected
+    assert len(storage.names(f"parts/{METRICS_NAME}")) <= 7
+
+
+def test_two_processes_write_to_one_file(url: str, tmp_path: Path):
+    storage, names = storage_of(url), ("driver", "node")
+    for name in names:
+        (tmp_path / name).mkdir()
+    logs = {n: LogParts(storage, tmp_path / n, TIMELINE_NAME, n) for n in names}
+    for number in range(20):
+        name = names[number % 2]
+        add_line(tmp_path / name / TIMELINE_NAME, {"event": name, "number": number})
+        logs[name].push()
+        logs["driver"].collect()
+    found = read_lines(tmp_path / "driver" / TIMELINE_NAME)
+    assert [line["number"] for line in found] == list(range(20))
+    assert lines_in(url, tmp_path, TIMELINE_NAME) == found
+    assert len(read_lines(tmp_path / "node" / TIMELINE_NAME)) == 10

@@ -1,0 +1,102 @@
+"""Who may write to a run in a bucket: one launch at a time, by a lease with a fencing token.
+
+    lease/000003          created by the launch that got token 3; says where it runs
+    lease/000003.alive    written again and again while it runs; .ended when it has ended
+
+The launch with the highest token holds the run. Tokens are created by conditional writes, so that
+of two launches one gets the next. What writes a checkpoint's record looks first whether its token
+is still the highest: a launch that was taken for dead writes nothing that counts.
+"""
+
+import json
+import os
+import re
+import socket
+import time
+
+from ingest.store.storage import Storage
+
+LEASE_FOLDER = "lease"
+LEASE_SECONDS = 60.0  # without a sign of life, after which a launch is taken for dead
+LOOK_SECONDS = 1.0
+KEPT_TOKENS = 4  # files of earlier launches that are left for who wants to know
+
+
+class LeaseLostError(OSError):
+    """Another launch has taken the run over; an OSError, which no rank reports as its own end."""
+
+
+class Lease:
+    """The lease of one launch; its workers know it by its token."""
+
+    def __init__(self, storage: Storage, url: str, token: int) -> None:
+        self._storage, self._url, self.token = storage, url, token
+
+    @classmethod
+    def acquire(cls, storage: Storage, url: str) -> "Lease":
+        """Get the lease, which may take as long as an earlier launch is not known to have ended.
+
+        That is LEASE_SECONDS by the clock of this process after it was last seen to change. Raises
+        ValueError where the earlier launch goes on.
+        """
+        token = newest_token(storage)
+        if token and not _has_ended(storage, token):
+            holder = storage.read(_name(token)).decode()
+            print(f"{url}: held by {holder}; waits until it ends or is silent", flush=True)
+            seen, deadline = _sign_of_life(storage, token), time.monotonic() + LEASE_SECONDS
+            while time.monotonic() < deadline and not _has_ended(storage, token):
+                time.sleep(LOOK_SECONDS)
+                if _sign_of_life(storage, token) != seen:
+                    raise ValueError(f"{url}: another process trains here: {holder}; end it first")
+        owner = f"process {os.getpid()} of {socket.gethostname()}"
+        if newest_token(storage) != token or not storage.create(_name(token + 1), owner.encode()):
+            raise ValueError(f"{url}: another process has begun to train here; wait for it")
+        lease = cls(storage, url, token + 1)
+        lease.show_life()
+        for old in _tokens(storage)[:-KEPT_TOKENS]:
+            for suffix in ("", ".alive", ".ended"):
+                storage.delete(f"{_name(old)}{suffix}")
+        return lease
+
+    def show_life(self) -> None:
+        """Tell other launches that this one goes on."""
+        line = json.dumps({"time": time.time()})
+        self._storage.replace(f"{_name(self.token)}.alive", line.encode())
+
+    def require(self) -> None:
+        """Raise LeaseLostError where another launch has taken the run over."""
+        newest = newest_token(self._storage)
+        if newest != self.token:
+            raise LeaseLostError(
+                f"{self._url}: found the lease {newest}, expected {self.token}: another launch has "
+                "taken this run over"
+            )
+
+    def release(self) -> None:
+        """Let the next launch begin at once."""
+        self._storage.replace(f"{_name(self.token)}.ended", b"")
+
+
+def newest_token(storage: Storage) -> int:
+    """Return the token of the launch that holds a run, 0 where there was none."""
+    return max(_tokens(storage), default=0)
+
+
+def _tokens(storage: Storage) -> list[int]:
+    names = storage.names(LEASE_FOLDER)
+    return sorted(int(name) for name in names if re.fullmatch(r"\d{6,}", name))
+
+
+def _name(token: int) -> str:
+    return f"{LEASE_FOLDER}/{token:06d}"
+
+
+def _has_ended(storage: Storage, token: int) -> bool:
+    return storage.size(f"{_name(token)}.ended") is not None
+
+
+def _sign_of_life(storage: Storage, token: int) -> bytes:
+    try:
+        return storage.read(f"{_name(token)}.alive")
+    except FileNotFoundError:  # it ended between two writes
+        return b""
