@@ -18,10 +18,14 @@ from cluster.base.run_dir import (
     CONFIG_NAME,
     DEMO_NAME,
     ERROR_PREFIX,
+    ERRORS_FOLDER,
     EVAL_NAME,
     INCIDENTS_NAME,
+    LEASE_FOLDER,
+    LEASE_SECONDS,
     LOCKS,
     METRICS_NAME,
+    PARTS_FOLDER,
     SNAPSHOT_PREFIX,
     STATE_NAME,
     STEP_PREFIX,
@@ -124,6 +128,9 @@ class RunsFolder:
     def _read(self, name: str) -> RunInfo:
         children, config = self._children(name), self._config(name)
         errors = [child for child in children if child.startswith(ERROR_PREFIX)]
+        for launch in self._children(f"{name}/{ERRORS_FOLDER}")[-1:]:
+            folder = f"{ERRORS_FOLDER}/{launch}"
+            errors = [f"{folder}/{child}" for child in self._children(f"{name}/{folder}")]
         states = (f"{child}/{STATE_NAME}" for child in children if child.startswith(STEP_PREFIX))
         complete = [state for state in states if self._is_file(f"{name}/{state}")]
         if FINAL_NAME in children:
@@ -166,6 +173,9 @@ class RunsFolder:
             return False
         if self._is_file(f"{name}/{FINAL_NAME}"):
             return False
+        if leases := self._children(f"{name}/{LEASE_FOLDER}"):  # the newest's files are the last
+            alive = self._age(f"{name}/{LEASE_FOLDER}/{leases[-1]}")
+            return leases[-1].endswith(".alive") and alive is not None and alive < LEASE_SECONDS
         ages = [self._age(f"{name}/{file}") for file in (CONFIG_NAME, METRICS_NAME)]
         return any(age is not None and age < RECENT_SECONDS for age in ages)
 
@@ -231,9 +241,15 @@ class RunsFolder:
         return data.decode(errors="replace").strip()
 
     def _last_line(self, name: str) -> Json:
-        """Return the last complete line of a file of JSON objects; {} if there is none."""
-        lines = reversed(self._text(name, start=-TAIL_BYTES).splitlines())
-        return next(filter(None, map(_parse_object, lines)), {})
+        """Return the last complete line of a file of JSON objects, or of the newest part of one in
+        a bucket; {} if there is none."""
+        run, _, file = name.rpartition("/")
+        folder = f"{run}/{PARTS_FOLDER}/{file}"
+        for place in (*(f"{folder}/{part}" for part in self._children(folder)[-1:]), name):
+            lines = reversed(self._text(place, start=-TAIL_BYTES).splitlines())
+            if line := next(filter(None, map(_parse_object, lines)), {}):
+                return line
+        return {}
 
     def _age(self, name: str) -> float | None:
         if not self._is_file(name):

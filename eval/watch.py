@@ -23,7 +23,14 @@ from pathlib import Path
 from cluster.base.cli import parse, run_script
 from cluster.base.files import Json, digest_file, try_lock, write_json
 from cluster.base.jsonl import add_line, read_lines
-from cluster.base.run_dir import CONFIG_NAME, STATE_NAME, WATCH_NAME, step_folders, step_of
+from cluster.base.run_dir import (
+    CONFIG_NAME,
+    EVAL_NAME,
+    STATE_NAME,
+    WATCH_NAME,
+    step_folders,
+    step_of,
+)
 from eval.sample_and_score import (
     SampleAndScoreConfig,
     finish,
@@ -31,6 +38,8 @@ from eval.sample_and_score import (
     sample_and_score,
     settings_of,
 )
+from ingest.store.storage import absolute_root
+from training.bucket.mirror import WATCHER, mirror_of
 
 LINKED = ("config.json", "ema.safetensors", STATE_NAME)
 
@@ -52,10 +61,12 @@ def main(config: RunWatchConfig) -> int:
     from cluster.base.metrics import serve
     from models.weights import FINAL_NAME
 
-    run = Path(config.run)
+    mirror = mirror_of(config.run, "", WATCHER)
+    mirror.begin(fresh=False)
+    run = mirror.folder
     if not (run / CONFIG_NAME).is_file():
         raise ValueError(
-            f"{run}: found no run, expected one with config.yaml; start training first"
+            f"{mirror.place}: found no run, expected one with config.yaml; start training first"
         )
     if config.poll_seconds <= 0:
         raise ValueError(f"--poll-seconds: found {config.poll_seconds}, expected more than 0")
@@ -67,13 +78,17 @@ def main(config: RunWatchConfig) -> int:
                 f"{run}: another process watches it, expected none; wait for it or end it"
             )
         while True:
-            finished = (run / FINAL_NAME).is_file()  # before the look: no checkpoint comes after it
+            finished = mirror.has(run / FINAL_NAME)  # before the look: no checkpoint comes after it
+            mirror.look(LINKED)
             for folder in _unscored(run):
                 _score(config, run, folder)
+                pages = (run / WATCH_NAME, folder / EVAL_NAME, folder / "samples" / "grid.png")
+                mirror.publish(*(path for path in pages if path.is_file()))
             if config.once or finished:
                 break
             time.sleep(config.poll_seconds)
-    print(f"watch: {len(read_lines(run / WATCH_NAME))} checkpoints of {run} in {run / WATCH_NAME}")
+    place, count = mirror.place, len(read_lines(run / WATCH_NAME))
+    print(f"watch: {count} checkpoints of {place} in {place}/{WATCH_NAME}")
     return 0
 
 
@@ -183,10 +198,8 @@ def with_checkpoint(config: RunWatchConfig, linked: Path, weights: Path) -> RunW
             f"--run: found a run of kind {kind!r}, expected a prior, a decoder or an upsampler; "
             "eval/clip.py scores a CLIP"
         )
-    watched = Path(config.run).absolute()
-    cascade = [
-        str(linked) if Path(run).absolute() == watched else run for run in config.upsampler
-    ]
+    watched = absolute_root(config.run)
+    cascade = [str(linked) if absolute_root(run) == watched else run for run in config.upsampler]
     if str(linked) not in cascade:
         raise ValueError(
             f"--upsampler: found {', '.join(config.upsampler) or 'none'}, expected {config.run} in "

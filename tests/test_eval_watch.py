@@ -102,6 +102,24 @@ def test_each_whole_checkpoint_is_scored_once(tmp_path: Path, scored: list):
     assert left == ["grid.png", "samples"]
 
 
+def test_a_run_in_a_bucket_is_watched_from_any_machine(
+    tmp_path: Path, scored: list, monkeypatch: pytest.MonkeyPatch
+):
+    import fsspec
+
+    files, url = fsspec.filesystem("memory"), "memory://watched/run"
+    files.put(str(run_of(tmp_path, 2, 4)), "/watched/run", recursive=True)
+    for machine in ("first", "second"):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / machine))
+        assert watch.main(RunWatchConfig(run=url, once=True)) == 0
+    assert scored == ["weights 2", "weights 4"]
+    lines = files.cat_file("/watched/run/watch.jsonl").decode().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+    assert files.isfile("/watched/run/watch/step_00000004/samples/grid.png")
+    with pytest.raises(ValueError, match="memory://watched/none: found no run"):
+        watch.main(RunWatchConfig(run="memory://watched/none", once=True))
+
+
 def test_a_checkpoint_that_is_pruned_while_another_is_scored_is_scored_still(
     tmp_path: Path, scored: list, monkeypatch: pytest.MonkeyPatch
 ):

@@ -22,6 +22,7 @@ from _s3 import AWS, Door, s3_server
 from cluster.base.cli import with_options
 from cluster.base.jsonl import add_line, read_lines
 from cluster.base.run_dir import METRICS_NAME, TIMELINE_NAME
+from cluster.run_store import RunsFolder
 from ingest.store.storage import storage_of
 from training.bucket import lease as leases
 from training.bucket import mirror as mirrors
@@ -185,6 +186,12 @@ def test_launch_takes_a_url(
     assert {"config.yaml", "code.json", "final.json", "step_00000004/MODEL_CARD.md"} <= names
     assert not [name for name in names if name.startswith(("errors/", "stop", "parts/samples"))]
 
+    assert not list((tmp_path / "scratch").rglob("*.*")), "the copy is gone"
+    runs = RunsFolder(url.rpartition("/")[0])
+    info = runs.read("line")
+    assert (info.state, info.kind) == ("finished", "prior diffusion")
+    assert info.records["last"]["step"] == 4
+
     # Another configuration, another folder; a longer run; over again
     here = {"scratch": config.scratch}
     other = prior_run(data, Path("x"), train=with_options(settings, seed=1), **here)
@@ -210,11 +217,12 @@ def test_launch_takes_a_url(
 
 def test_a_stop_in_the_bucket_stops_at_a_checkpoint(url: str, tmp_path: Path):
     long = with_options(STEPS, num_steps=2000, checkpoint_every=1000)
-    storage = storage_of(url)
+    storage, states = storage_of(url), []
 
     def ask(model: Any, batch: Any) -> dict:
         if not asked.is_set():
             asked.set()
+            states.append(RunsFolder(url.rpartition("/")[0]).read("line").state)
             storage.replace("stop", b"")
         time.sleep(0.005)
         return squared_error(model, batch)
@@ -223,6 +231,8 @@ def test_a_stop_in_the_bucket_stops_at_a_checkpoint(url: str, tmp_path: Path):
     train_line(url, tmp_path / "scratch", long, objective=ask)
     assert "final.json" not in objects(url)
     assert [name for name in objects(url) if name.endswith("state.json")]
+    states.append(RunsFolder(url.rpartition("/")[0]).read("line").state)
+    assert states == ["running", "stopped"]
 
 
 # -- a bad night -----------------------------------------------------------------------------------

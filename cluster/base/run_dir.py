@@ -33,6 +33,12 @@ WANDB_FOLDER = "wandb"  # as its client names it
 VALIDATION_FOLDER = "validation"
 EMA_SNAPSHOTS_FOLDER = "ema_snapshots"
 
+# Of a run in a bucket
+LEASE_FOLDER = "lease"  # lease/000003.alive: which launch holds it
+LEASE_SECONDS = 60.0  # without a sign of life, after which a launch is taken for dead
+PARTS_FOLDER = "parts"  # of files of lines
+ERRORS_FOLDER = "errors"  # errors/000003/error_00003.txt: of that launch
+
 # In the folder of a step
 STATE_NAME = "state.json"  # written last
 FRAGMENTS_FOLDER = "fragments"

@@ -108,7 +108,8 @@ def _push_to_hub(files: dict[str, bytes | Path], url: str, message: str) -> None
     except HfHubHTTPError as error:
         line = str(error).splitlines()[0]
         if error.response.status_code in (401, 403):
-            raise ValueError(f"--push: the Hub refuses the token for {repository}: {line}") from None
+            message = f"--push: the Hub refuses the token for {repository}: {line}"
+            raise ValueError(message) from None
         raise OSError(f"{url}: {line}") from error
 
 

@@ -14,10 +14,9 @@ import re
 import socket
 import time
 
+from cluster.base.run_dir import LEASE_FOLDER, LEASE_SECONDS
 from ingest.store.storage import Storage
 
-LEASE_FOLDER = "lease"
-LEASE_SECONDS = 60.0  # without a sign of life, after which a launch is taken for dead
 LOOK_SECONDS = 1.0
 KEPT_TOKENS = 4  # files of earlier launches that are left for who wants to know
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import IO
 
 from cluster.base.files import write_text
-from cluster.base.run_dir import METRICS_NAME, VALIDATION_NAME
+from cluster.base.run_dir import METRICS_NAME, PARTS_FOLDER, VALIDATION_NAME
 from ingest.store.storage import Storage
 
-PARTS_FOLDER = "parts"
 MOST_PARTS = 100  # of a file that one process writes, until they are joined
 OWN_FILES = (METRICS_NAME, VALIDATION_NAME)  # only the first rank writes them
 

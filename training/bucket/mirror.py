@@ -28,11 +28,14 @@ from cluster.base.run_dir import (
     CONFIG_NAME,
     EMA_SNAPSHOTS_FOLDER,
     ERROR_PREFIX,
+    ERRORS_FOLDER,
     FRAGMENTS_FOLDER,
     HEARTBEATS_FOLDER,
     INCIDENTS_NAME,
+    LEASE_FOLDER,
     LOCKS,
     METRICS_NAME,
+    PARTS_FOLDER,
     RAY_FOLDER,
     STATE_NAME,
     STEP_PREFIX,
@@ -48,8 +51,8 @@ from cluster.base.run_dir import (
 )
 from ingest.store.storage import is_remote, storage_of
 from models.names import FINAL_NAME
-from training.bucket.lease import LEASE_FOLDER, Lease, LeaseLostError
-from training.bucket.log_parts import PARTS_FOLDER, LogParts
+from training.bucket.lease import Lease, LeaseLostError
+from training.bucket.log_parts import LogParts
 from training.runs.signals import forget_stop
 
 LOOK_SECONDS = 3.0  # between two rounds of the thread
@@ -57,14 +60,14 @@ LIFE_SECONDS = 10.0  # between two signs of life of a launch
 RETRY_SECONDS = 600.0  # that a push is tried again for, while the storage does not answer
 LONGEST_PAUSE = 15.0
 LOGS = (METRICS_NAME, VALIDATION_NAME, TIMELINE_NAME, INCIDENTS_NAME)
-DRIVER, NODE, CONTROLLER = "driver", "node", "controller"  # whose copy of the run
-ERRORS_FOLDER = "errors"  # by the token of the launch
+DRIVER, NODE, CONTROLLER, WATCHER = "driver", "node", "controller", "watcher"  # whose copy it is
 # What is no small file: pushed by those who write it
 APART = (
     STEP_PREFIX, EMA_SNAPSHOTS_FOLDER, FINAL_NAME, STOP_NAME, ERROR_PREFIX, LEASE_FOLDER,
     PARTS_FOLDER, ERRORS_FOLDER,
 )  # fmt: skip
-LOCAL = (RAY_FOLDER, HEARTBEATS_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER)  # of this machine alone
+OF_TRACKERS = (TENSORBOARD_FOLDER, WANDB_FOLDER)  # pushed once, at the end
+LOCAL = (RAY_FOLDER, HEARTBEATS_FOLDER, *OF_TRACKERS)  # of this machine alone
 T = TypeVar("T")
 
 
@@ -116,8 +119,17 @@ class Mirror:
         """Return whether a rank of this launch has left an error that every attempt would meet."""
         return bool(error_paths(self.folder))
 
+    def clean(self) -> None:
+        """Delete the copy of a run that has finished; what trackers have written is pushed."""
+
     def drop(self, *paths: Path) -> None:
         """Delete files of the copy that the bucket has, and that this machine no longer needs."""
+
+    def look(self, names: Sequence[str]) -> None:
+        """Fetch these files of every complete checkpoint."""
+
+    def publish(self, *paths: Path) -> None:
+        """Copy files to the bucket that no launch writes, without its lease."""
 
     def checkpoints(self) -> list[Path]:
         """Return the folders of all checkpoints by step, valid or not."""
@@ -284,9 +296,25 @@ class _BucketMirror(Mirror):
     def has_errors(self) -> bool:
         return bool(self._patiently(lambda: self._storage.names(self._errors)))
 
+    def clean(self) -> None:
+        written = [path for name in OF_TRACKERS for path in (self.folder / name).rglob("*")]
+        if written:
+            self.push(*(path for path in written if path.is_file() and not path.is_symlink()))
+        shutil.rmtree(self.folder)
+
     def drop(self, *paths: Path) -> None:
         for path in paths:
             path.unlink(missing_ok=True)
+
+    def look(self, names: Sequence[str]) -> None:
+        for checkpoint in self.checkpoints():
+            if self.is_complete(checkpoint):
+                with suppress(FileNotFoundError):  # pruned meanwhile
+                    self.fetch(*(checkpoint / name for name in names))
+
+    def publish(self, *paths: Path) -> None:
+        for path in paths:
+            self._patiently(lambda path=path: self._storage.put(path, self._name(path)))
 
     def checkpoints(self) -> list[Path]:
         names = self._patiently(self._storage.names)

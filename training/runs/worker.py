@@ -115,8 +115,10 @@ def launch(config: RunConfig, run_folder: str, build: Build, model_name: str) ->
                 "continue"
             )
             return INCOMPLETE
+        mirror.pull_end()
         ensure_cards(run)
         mirror.push(*(exported(run) / name for name in (MODEL_CARD, DATA_CARD)))
+        mirror.clean()
         return DONE
 
 
@@ -340,6 +342,7 @@ def train_as_worker(
     An error that every attempt would meet again is left for the driver: Ray would restart a worker
     that raises.
     """
+    import ray.train
     import torch.distributed as dist
 
     from training.engine.engines import ZeroEngine
@@ -347,7 +350,7 @@ def train_as_worker(
 
     mirror = mirror_of(run, scratch, NODE, token)
     folder, rank, world_size = mirror.folder, dist.get_rank(), dist.get_world_size()
-    first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    first_of_node = ray.train.get_context().get_local_rank() == 0
     if first_of_node:
         mirror.pull()
     dist.barrier()  # the others of a node have the same copy
@@ -360,6 +363,9 @@ def train_as_worker(
     try:
         with mirror.kept_alike() if first_of_node else nullcontext():
             train_rank(settings, mirror, build, engine, rank=rank, world_size=world_size)
+        dist.barrier()  # nobody on this node reads the copy any more
+        if first_of_node and mirror.has(folder / FINAL_NAME):
+            mirror.clean()
     except FINAL_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in DISK_FULL:
             raise  # the storage may answer the next attempt
