@@ -52,7 +52,7 @@ class Hub:
             entry["lfs"] = {"oid": sha, "size": len(content), "pointerSize": 134}
         return entry
 
-    def _app(self) -> Flask:  # noqa: C901 - its routes
+    def _app(self) -> Flask:
         app = Flask("hub")
 
         @app.post("/api/repos/create")
@@ -113,6 +113,10 @@ class Hub:
             url = f"{self.url}/{user}/{name}/commit/{oid}"
             return jsonify(success=True, commitOid=oid, commitUrl=url)
 
+        self._add_reading(app)
+        return app
+
+    def _add_reading(self, app: Flask) -> None:
         @app.get("/api/models/<user>/<name>")
         @app.get("/api/models/<user>/<name>/revision/<revision>")
         def info(user: str, name: str, revision: str = "main"):
@@ -158,5 +162,3 @@ class Hub:
             return answer.make_conditional(
                 request, accept_ranges=True, complete_length=len(content)
             )
-
-        return app

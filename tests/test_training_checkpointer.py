@@ -175,9 +175,9 @@ def test_waiting_for_a_slow_disk_is_no_step(tmp_path: Path, monkeypatch: pytest.
 
     await_ranks = checkpointer.await_ranks
 
-    def slowly(folder: Path) -> None:
+    def slowly(folder: Path, mirror: Mirror) -> None:
         time.sleep(0.2)
-        await_ranks(folder, Mirror(folder.parent))
+        await_ranks(folder, mirror)
 
     monkeypatch.setattr(Writer, "wait", waiting)
     monkeypatch.setattr(checkpointer, "await_ranks", slowly)
@@ -194,9 +194,9 @@ def test_steps_go_on_while_a_checkpoint_that_is_to_be_validated_is_written(
     gate, order = threading.Event(), list[str]()
     await_ranks = checkpointer.await_ranks
 
-    def held_up(folder: Path) -> None:
+    def held_up(folder: Path, mirror: Mirror) -> None:
         assert gate.wait(30)
-        await_ranks(folder, Mirror(folder.parent))
+        await_ranks(folder, mirror)
 
     monkeypatch.setattr(checkpointer, "await_ranks", held_up)
 

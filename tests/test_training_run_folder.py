@@ -190,14 +190,13 @@ def test_a_folder_of_somebody_else_gets_nothing(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_a_run_in_a_bucket_is_refused_and_no_folder_is_made_of_its_name(
+def test_where_no_url_can_be_no_folder_is_made_of_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """It would be <here>/s3:/bucket/run, and in a Ray job go away with it."""
     monkeypatch.chdir(tmp_path)
     url = "s3://bucket/run"
     for start in (
-        lambda: launch(CONFIG, url, never_built, "prior"),
         lambda: prepare_run(CONFIG, url),
         lambda: convert.main(ConvertConfig(diffusers="karlo", run=url)),
         lambda: ema.main(EmaConfig(run=url)),

@@ -74,8 +74,9 @@ def recorded(run: Path) -> Scores:
     for group, name in (("train", METRICS_NAME), ("validation", VALIDATION_NAME)):
         for each in read_lines(run / name):
             for key, value in each.items():
-                if key not in NOT_SCORES and isinstance(value, int | float):
-                    found[f"{group}/{key}"][each["step"]] = value
+                found[f"{group}/{key}"][each["step"]] = value
+    for name in [name for name in found if name.partition("/")[2] in NOT_SCORES]:
+        del found[name]
     return found
 
 
@@ -300,7 +301,7 @@ class Server:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     if find_spec("mlflow.server") is None:
-        pytest.skip("needs mlflow, of the extra `test`")
+        pytest.skip("needs MLflow, of the extra `test`")
     folder = tmp_path / "mlflow"
     folder.mkdir()
     server = Server(folder)

@@ -219,8 +219,8 @@ class LoggingConfig:
 
     report_every: int = 10
     """steps between lines of metrics.jsonl"""
-    track: tuple[TrackerName, ...] = ()
-    """tell trackers of the run: losses, scores, pictures, where checkpoints lie; TensorBoard in
+    track: Annotated[tuple[TrackerName, ...], HIDDEN] = ()
+    """pass on to trackers: losses, scores, pictures, where checkpoints lie; TensorBoard in
     <run>/tensorboard, wandb as its own variables say, mlflow on the server MLFLOW_TRACKING_URI"""
     log_samples: Annotated[bool, HIDDEN] = False
     """log which samples each step trained on, by their keys, to <run>/samples"""

@@ -1,9 +1,9 @@
 """What a run reads: which snapshots, of which encoder, and how several are mixed."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from training.config import (
 from training.data.datasets import ColumnDataset, MixedDataset, short_sides
 
 Model = TypeVar("Model", bound=nn.Module)
+Chosen = TypeVar("Chosen")
 Config = TypeVar("Config", ClipRunConfig, PriorRunConfig, DecoderRunConfig)
 
 
@@ -189,13 +190,29 @@ def pin_snapshots(run: str, kind: str, roots: Sequence[str]) -> list[Snapshot]:
     """Return the snapshots a run reads: the latest when the run begins, and the same ones when it
     continues."""
     kinds = [kind, *(f"{kind}_{number}" for number in range(2, len(roots) + 1))]
-    pins = [(root, snapshot_path(Path(run), each)) for root, each in zip(roots, kinds, strict=True)]
-    for root, path in pins:
-        if _rank() == 0 and not path.is_file():
-            write_text(path, _with_samples(root).digest + "\n")
-    if dist.is_initialized():
-        dist.barrier()  # one rank chooses: a snapshot may be published between two ranks' reads
-    return [load_snapshot(root, path.read_text().strip()) for root, path in pins]
+
+    def pin() -> list[str]:
+        """Return the digests that are pinned."""
+        digests = []
+        for root, each in zip(roots, kinds, strict=True):
+            path = snapshot_path(Path(run), each)
+            if not path.is_file():
+                write_text(path, _with_samples(root).digest + "\n")
+            digests.append(path.read_text().strip())
+        return digests
+
+    digests = _chosen_once(pin)
+    return [load_snapshot(root, digest) for root, digest in zip(roots, digests, strict=True)]
+
+
+def _chosen_once(choose: Callable[[], Chosen]) -> Chosen:
+    """Return what the first rank chooses: a snapshot may be published between two ranks' reads, and
+    the ranks of a run in a bucket see different folders."""
+    if not dist.is_initialized():
+        return choose()
+    box = [choose() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return cast(Chosen, box[0])
 
 
 def _with_samples(root: str) -> Snapshot:
@@ -241,14 +258,17 @@ def mixed(parts: Sequence[ColumnDataset], weights: Sequence[float]) -> ColumnDat
 def pin_statistics(run: str, embeds: Sequence[str], weights: Sequence[float]) -> EmbedStatistics:
     """Return the moments of the image embeddings that a run reads: those of the day it began, kept
     in its folder."""
-    if _rank() == 0 and not (Path(run) / STATISTICS).is_file():
-        for root in embeds:
-            _with_samples(root)  # there are no statistics of none
-        parts = [EmbedStatistics.read(root) for root in embeds]
-        EmbedStatistics.merge(parts, weights if len(parts) > 1 else ()).write(run)
-    if dist.is_initialized():
-        dist.barrier()
-    return EmbedStatistics.read(run)
+
+    def pin() -> EmbedStatistics:
+        """Return the moments that are pinned."""
+        if not (Path(run) / STATISTICS).is_file():
+            for root in embeds:
+                _with_samples(root)  # there are no statistics of none
+            parts = [EmbedStatistics.read(root) for root in embeds]
+            EmbedStatistics.merge(parts, weights if len(parts) > 1 else ()).write(run)
+        return EmbedStatistics.read(run)
+
+    return _chosen_once(pin)
 
 
 def local_alone(local: Tensor) -> tuple[Tensor, slice]:

@@ -1,4 +1,4 @@
-"""What TensorBoard, Weights & Biases and MLflow are told of a run, by --train.track.
+"""What TensorBoard, Weights & Biases and MLflow get of a run, by --train.track.
 
 The run's own files remain its record; a tracker gets what they hold. A thread of its own reads them
 for each: one that does not answer costs training nothing, and gets what it lacks when it answers
@@ -270,7 +270,7 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
 
 
 def wandb_is_offline() -> bool:
-    """Return whether its client was told to write files and to reach no server."""
+    """Return whether its client is set to write files and to reach no server."""
     import wandb
 
     return wandb.setup().settings.mode in ("offline", "dryrun")
