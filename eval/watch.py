@@ -41,7 +41,8 @@ from eval.sample_and_score import (
 from ingest.store.storage import absolute_root
 from training.bucket.mirror import WATCHER, mirror_of
 
-LINKED = ("config.json", "ema.safetensors", STATE_NAME)
+WEIGHTS = ("config.json", "ema.safetensors")
+LINKED = (*WEIGHTS, STATE_NAME)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ def main(config: RunWatchConfig) -> int:
                 _score(config, run, folder)
                 pages = (run / WATCH_NAME, folder / EVAL_NAME, folder / "samples" / "grid.png")
                 mirror.publish(*(path for path in pages if path.is_file()))
+                mirror.drop(*(run / folder.name / name for name in WEIGHTS))
             if config.once or finished:
                 break
             time.sleep(config.poll_seconds)

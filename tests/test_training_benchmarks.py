@@ -29,6 +29,14 @@ def test_captions_of_the_benchmarks_are_as_long_as_a_list_s():
 
 
 @pytest.mark.slow
+def test_a_checkpoint_in_a_bucket_is_timed_beside_one_on_the_disk():
+    ended = done(script("benchmarks/bucket.py", "--quick"), 300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert len(found["disk_seconds"]) == len(found["bucket_seconds"]) == 1 and found["ratio"] > 0
+
+
+@pytest.mark.slow
 def test_what_a_gpu_is_measured_by_runs_on_a_cpu_and_keeps_what_it_has(tmp_path: Path):
     command = script(
         "benchmarks/gpu.py", "--all", "--quick", "--num-threads", "1",

@@ -21,7 +21,7 @@ from _s3 import AWS, Door, s3_server
 
 from cluster.base.cli import with_options
 from cluster.base.jsonl import add_line, read_lines
-from cluster.base.run_dir import METRICS_NAME, TIMELINE_NAME
+from cluster.base.run_dir import METRICS_NAME, TIMELINE_NAME, fragment_path, record_path
 from cluster.run_store import RunsFolder
 from ingest.store.storage import storage_of
 from training.bucket import lease as leases
@@ -29,6 +29,7 @@ from training.bucket import mirror as mirrors
 from training.bucket.lease import Lease, LeaseLostError
 from training.bucket.log_parts import LogParts
 from training.bucket.mirror import NODE, mirror_of
+from training.checkpoints.checkpointer import await_ranks
 from training.config import TrainConfig
 from training.runs.worker import launch
 
@@ -413,6 +414,106 @@ def test_a_launch_that_was_taken_for_dead_writes_no_checkpoint(url: str, tmp_pat
     assert not [name for name in objects(url) if name.startswith("step_")]
 
 
+def test_what_was_cut_off_while_it_wrote_overwrites_nothing_of_its_successor(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The write is tried again, but the run has been taken over meanwhile."""
+    mirror, storage, name = mirror_of(url, str(tmp_path), NODE), storage_of(url), "step_1/part"
+    path = mirror.folder / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"of the dead")
+
+    def fails(*_: object) -> None:
+        monkeypatch.undo()
+        storage.create("lease/000002", b"process 7 of elsewhere")
+        storage.replace(name, b"of the living")
+        raise ConnectionError("no route")
+
+    with mirror.leased():
+        monkeypatch.setattr(type(storage), "put", fails)
+        with pytest.warns(UserWarning, match="no route"), pytest.raises(LeaseLostError):
+            mirror.push(path)
+    assert storage.read(name) == b"of the living"
+
+
+def test_an_earlier_group_of_workers_of_the_same_launch_writes_no_more(url: str, tmp_path: Path):
+    with mirror_of(url, str(tmp_path), NODE).leased():
+        groups = [mirror_of(url, str(tmp_path), NODE, token=1) for _ in range(2)]
+        for group in groups:
+            group.join_group(group.name_group())
+        path = groups[0].folder / "step_1"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x")
+        groups[1].push(path)
+        with pytest.raises(LeaseLostError, match="another group of workers"):
+            groups[0].push(path)
+
+
+# -- copies ----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_waits_until_other_ranks_parts_are_in_the_bucket(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On one machine the others' files are there before they are uploaded."""
+    monkeypatch.setattr("training.checkpoints.checkpointer.AWAIT_SECONDS", 0.3)
+    mirror, storage = mirror_of(url, str(tmp_path), NODE), storage_of(url)
+    folder = mirror.folder / "step_00000002"
+    for rank in range(2):
+        record_path(folder, rank).parent.mkdir(parents=True, exist_ok=True)
+        record_path(folder, rank).write_text('{"world_size": 2}')
+        fragment_path(folder, rank).write_bytes(b"x")
+    names = [f"step_00000002/fragments/rank_{rank:04d}.json" for rank in range(2)]
+    storage.replace(names[0], b"{}")
+    with pytest.raises(OSError, match="found no record of rank 1 in"):
+        await_ranks(folder, mirror)
+    storage.replace(names[1], b"{}")
+    await_ranks(folder, mirror)
+
+
+def test_only_the_process_that_keeps_a_copy_pushes_the_rest_of_it(url: str, tmp_path: Path):
+    first, second = (mirror_of(url, str(tmp_path), NODE, token=1) for _ in range(2))
+    storage_of(url).create("lease/000001", b"")
+    storage_of(url).replace("config.yaml", b"train: {}")
+    first.pull()
+    add_line(first.folder / METRICS_NAME, {"step": 1})
+    path = first.folder / "step_00000001" / "part"
+    path.parent.mkdir()
+    path.write_bytes(b"x")
+    second.push(path)
+    assert lines_in(url, tmp_path, METRICS_NAME) == []
+    first.push()
+    assert lines_in(url, tmp_path, METRICS_NAME) == [{"step": 1}]
+
+
+def test_a_copy_is_made_of_whatever_a_kill_has_left(url: str, tmp_path: Path):
+    """A log of samples, a fragment without its record, averages that were not uploaded."""
+    storage, mirror = storage_of(url), mirror_of(url, str(tmp_path), NODE)
+    storage.replace("config.yaml", b"train: {}")
+    storage.replace("parts/samples/rank_0000.jsonl/1_x", b'{"step": 1}\n')
+    storage.replace("step_00000004/fragments/rank_0003.safetensors", b"half")
+    storage.replace("ema_snapshots/step_00000002/fragments/rank_0000.json", b"{}")
+    averages = [mirror.folder / "ema_snapshots" / f"step_0000000{n}" / "x" for n in (3, 4)]
+    fragment = mirror.folder / "step_00000004" / "fragments" / "rank_0003.safetensors"
+    for path in (*averages, fragment):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x")
+    storage.replace("ema_snapshots/step_00000004/x", b"x")
+    (mirror.folder / "config.yaml").write_text("train: {}")
+    with pytest.warns(UserWarning, match="found the records of 0 ranks"):
+        mirror.pull()
+    assert read_lines(mirror.folder / "samples" / "rank_0000.jsonl") == [{"step": 1}]
+    assert [path.is_file() for path in averages] == [False, True]
+
+
+def test_a_launch_that_was_killed_at_its_first_file_can_be_repeated(url: str, tmp_path: Path):
+    storage = storage_of(url)
+    for name in ("code.json", "watch.jsonl", "parts/timeline.jsonl/1_x"):
+        storage.replace(name, b"{}")
+    train_line(url, tmp_path / "scratch", with_options(STEPS, num_steps=2))
+    assert "final.json" in objects(url)
+
+
 # -- files of lines --------------------------------------------------------------------------------
 
 
@@ -450,6 +551,30 @@ def test_files_of_lines_in_parts_are_those_that_were_written(
     assert read_lines(folders["late"] / METRICS_NAME) == expected
     assert read_lines(folders["driver"] / METRICS_NAME) == expected
     assert len(storage.names(f"parts/{METRICS_NAME}")) <= 7
+
+
+def test_a_file_that_could_not_be_replaced_is_replaced_later(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    storage, path = storage_of(url), tmp_path / METRICS_NAME
+    log = LogParts(storage, tmp_path, METRICS_NAME, "rank")
+    for step in range(10):
+        add_line(path, {"step": step})
+    log.push()
+    part = tmp_path / "part"
+    part.write_text('{"step": 0}\n')
+    part.replace(path)
+    for step in range(20, 40):
+        add_line(path, {"step": step})
+    with monkeypatch.context() as patch:
+        patch.setattr(type(storage), "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            log.push()
+    log.push()
+    (tmp_path / "late").mkdir()
+    assert [each["step"] for each in lines_in(url, tmp_path / "late", METRICS_NAME)] == [
+        0, *range(20, 40),
+    ]  # fmt: skip
 
 
 def test_two_processes_write_to_one_file(url: str, tmp_path: Path):

@@ -54,7 +54,7 @@ def run_script(hub: Hub, tmp_path: Path, *command: str, token: str = TOKEN) -> s
     environment = {
         **os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token,
         "HF_HOME": str(tmp_path / "hf"), "MINIDALLE2_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True,

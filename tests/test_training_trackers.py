@@ -401,6 +401,18 @@ def server_has(run: Path, step: int) -> bool:
     return json.loads(sent).get("train", [0, 0])[1] >= step
 
 
+def test_a_password_in_the_address_is_not_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:sesame@127.0.0.1:9")
+    monkeypatch.setattr("training.runs.trackers.END_SECONDS", 5.0)
+    with Tracking(Mirror(tmp_path), ["mlflow"], OPTIONS):
+        report(tmp_path, 10)
+    output = capsys.readouterr().out
+    assert "mlflow: does not answer" in output and "sesame" not in output
+
+
 # -- before a run ----------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ PROFILE_FOLDER = "profile"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FOLDER = "wandb"  # as its client names it
 VALIDATION_FOLDER = "validation"
+WATCH_FOLDER = "watch"  # what eval/watch.py makes of each checkpoint
 EMA_SNAPSHOTS_FOLDER = "ema_snapshots"
 
 # Of a run in a bucket

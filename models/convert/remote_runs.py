@@ -12,9 +12,12 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from models.weights import CONFIG_NAME, EMA_NAME, FINAL_NAME
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 HUB = "hf://"
 TOKEN_HINT = "private ones need `hf auth login` or HF_TOKEN"
@@ -113,7 +116,7 @@ def _push_to_hub(files: dict[str, bytes | Path], url: str, message: str) -> None
         raise OSError(f"{url}: {line}") from error
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def _filesystem(url: str) -> "tuple[AbstractFileSystem, str]":
     """Return the storage of a URL and the path there.
 
     Raises ValueError for a URL of an unknown kind.

@@ -2,6 +2,7 @@
 
     lease/000003          created by the launch that got token 3; says where it runs
     lease/000003.alive    written again and again while it runs; .ended when it has ended
+    lease/000003.group    which group of its workers trains; an earlier one was given up
 
 The launch with the highest token holds the run. Tokens are created by conditional writes, so that
 of two launches one gets the next. What writes a checkpoint's record looks first whether its token
@@ -13,6 +14,7 @@ import os
 import re
 import socket
 import time
+import uuid
 
 from cluster.base.run_dir import LEASE_FOLDER, LEASE_SECONDS
 from ingest.store.storage import Storage
@@ -30,6 +32,7 @@ class Lease:
 
     def __init__(self, storage: Storage, url: str, token: int) -> None:
         self._storage, self._url, self.token = storage, url, token
+        self.group = ""  # of the worker that this is
 
     @classmethod
     def acquire(cls, storage: Storage, url: str) -> "Lease":
@@ -53,7 +56,7 @@ class Lease:
         lease = cls(storage, url, token + 1)
         lease.show_life()
         for old in _tokens(storage)[:-KEPT_TOKENS]:
-            for suffix in ("", ".alive", ".ended"):
+            for suffix in ("", ".alive", ".group", ".ended"):
                 storage.delete(f"{_name(old)}{suffix}")
         return lease
 
@@ -62,14 +65,23 @@ class Lease:
         line = json.dumps({"time": time.time()})
         self._storage.replace(f"{_name(self.token)}.alive", line.encode())
 
+    def name_group(self) -> str:
+        """Give a new group of workers a name, by which an earlier one knows that it was given up;
+        return it."""
+        group = uuid.uuid4().hex
+        self._storage.replace(f"{_name(self.token)}.group", group.encode())
+        return group
+
     def require(self) -> None:
-        """Raise LeaseLostError where another launch has taken the run over."""
+        """Raise LeaseLostError where another launch, or group of workers, has taken over."""
         newest = newest_token(self._storage)
         if newest != self.token:
             raise LeaseLostError(
                 f"{self._url}: found the lease {newest}, expected {self.token}: another launch has "
                 "taken this run over"
             )
+        if self.group and self._storage.read(f"{_name(self.token)}.group").decode() != self.group:
+            raise LeaseLostError(f"{self._url}: another group of workers has taken this run over")
 
     def release(self) -> None:
         """Let the next launch begin at once."""

@@ -42,6 +42,7 @@ class LogParts:
         text = joined_lines(self._storage, self._name, parts)
         self._known, self._num_own = set(parts), 0
         if text or self._path.is_file():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._path, text)
             self._remember()
 
@@ -56,13 +57,15 @@ class LogParts:
         self._swap(self._path.open("rb"))
         self._shared = self._path.stat().st_size
 
-    def _swap(self, file: IO[bytes]) -> bool:
-        """Keep another open file; return whether the one before was replaced by it."""
+    def _is_replaced_by(self, file: IO[bytes]) -> bool:
+        return self._file is not None and not os.path.sameopenfile(
+            self._file.fileno(), file.fileno()
+        )
+
+    def _swap(self, file: IO[bytes]) -> None:
         before, self._file = self._file, file
-        if before is None:
-            return False
-        with before:
-            return not os.path.sameopenfile(before.fileno(), file.fileno())
+        if before is not None:
+            before.close()
 
     def push(self) -> None:
         """Write what the local file has got to the bucket."""
@@ -70,9 +73,11 @@ class LogParts:
             file = self._path.open("rb")
         except FileNotFoundError:
             return
-        if self._swap(file):
-            self._replace(file.read())
+        if self._is_replaced_by(file):
+            self._replace(file.read())  # which may fail, and is then tried again
+            self._swap(file)
             return
+        self._swap(file)
         file.seek(self._shared)
         data = file.read()
         self._add(data[: data.rfind(b"\n") + 1])

@@ -25,6 +25,7 @@ from typing import TypeVar
 
 from cluster.base.files import digest_file
 from cluster.base.run_dir import (
+    CODE_NAME,
     CONFIG_NAME,
     EMA_SNAPSHOTS_FOLDER,
     ERROR_PREFIX,
@@ -37,6 +38,7 @@ from cluster.base.run_dir import (
     METRICS_NAME,
     PARTS_FOLDER,
     RAY_FOLDER,
+    SNAPSHOT_PREFIX,
     STATE_NAME,
     STEP_PREFIX,
     STOP_NAME,
@@ -45,6 +47,8 @@ from cluster.base.run_dir import (
     VALIDATION_FOLDER,
     VALIDATION_NAME,
     WANDB_FOLDER,
+    WATCH_FOLDER,
+    WATCH_NAME,
     error_paths,
     record_path,
     step_folders,
@@ -59,6 +63,7 @@ LOOK_SECONDS = 3.0  # between two rounds of the thread
 LIFE_SECONDS = 10.0  # between two signs of life of a launch
 RETRY_SECONDS = 600.0  # that a push is tried again for, while the storage does not answer
 LONGEST_PAUSE = 15.0
+HURRY_SECONDS = 10.0
 LOGS = (METRICS_NAME, VALIDATION_NAME, TIMELINE_NAME, INCIDENTS_NAME)
 DRIVER, NODE, CONTROLLER, WATCHER = "driver", "node", "controller", "watcher"  # whose copy it is
 # What is no small file: pushed by those who write it
@@ -66,6 +71,8 @@ APART = (
     STEP_PREFIX, EMA_SNAPSHOTS_FOLDER, FINAL_NAME, STOP_NAME, ERROR_PREFIX, LEASE_FOLDER,
     PARTS_FOLDER, ERRORS_FOLDER,
 )  # fmt: skip
+# Without a configuration: of a run that was deleted, or killed before it had one
+LEFT = (CODE_NAME, STOP_NAME, PARTS_FOLDER, ERRORS_FOLDER, WATCH_NAME, WATCH_FOLDER)
 OF_TRACKERS = (TENSORBOARD_FOLDER, WANDB_FOLDER)  # pushed once, at the end
 LOCAL = (RAY_FOLDER, HEARTBEATS_FOLDER, *OF_TRACKERS)  # of this machine alone
 T = TypeVar("T")
@@ -85,6 +92,13 @@ class Mirror:
     def token(self) -> int:
         """The token of the launch, 0 where it needs no lease."""
         return 0
+
+    def name_group(self) -> str:
+        """Give a new group of workers a name; the first rank calls this, before any pulls."""
+        return ""
+
+    def join_group(self, name: str) -> None:
+        """Write from now on as one of this group's, as long as there is no later one."""
 
     def begin(self, *, fresh: bool) -> None:
         """Make the copy what the bucket holds, before a launch reads its configuration; fresh:
@@ -110,6 +124,10 @@ class Mirror:
 
     def has(self, path: Path) -> bool:
         """Return whether a file is there, on any node."""
+        return path.is_file()
+
+    def is_pushed(self, path: Path) -> bool:
+        """Return whether a file is where other nodes see it."""
         return path.is_file()
 
     def fetch(self, *paths: Path) -> None:
@@ -145,6 +163,9 @@ class Mirror:
         """Delete a request to stop that was met, or of an earlier launch."""
         forget_stop(self.folder)
 
+    def hurry(self) -> None:
+        """Push the last words of a process that is about to end itself."""
+
     @contextmanager
     def kept_alike(self, *, collects: bool = False) -> Iterator[None]:
         """Push what changes while the block runs; collects: and fetch what others write."""
@@ -169,6 +190,15 @@ class _BucketMirror(Mirror):
         self._logs: dict[str, LogParts] = {}
         self._pushed: dict[str, tuple[int, int]] = {}  # of other files: size and time of change
         self._lock = threading.Lock()  # the thread and a checkpoint's writer push
+        # Whether this process keeps the copy: it knows what the bucket has of it. A controller's
+        # copy is new, and nobody else's.
+        self._keeps = folder.name.startswith(CONTROLLER)
+
+    def name_group(self) -> str:
+        return self._patiently(self._lease.name_group)
+
+    def join_group(self, name: str) -> None:
+        self._lease.group = name
 
     @property
     def _errors(self) -> str:
@@ -185,12 +215,13 @@ class _BucketMirror(Mirror):
 
     def begin(self, *, fresh: bool) -> None:
         names = [name for name in self._storage.names() if name != LEASE_FOLDER]
-        if names and CONFIG_NAME not in names:
+        others = [name for name in names if name not in LEFT]
+        if others and CONFIG_NAME not in names:
             raise ValueError(
-                f"{self._url}: found {names[0]} without {CONFIG_NAME}, expected a run or nothing; "
+                f"{self._url}: found {others[0]} without {CONFIG_NAME}, expected a run or nothing; "
                 "name another --run"
             )
-        if fresh:
+        if fresh or CONFIG_NAME not in names:
             for name in sorted(names, key=lambda name: name == CONFIG_NAME):  # makes it a run
                 self._storage.delete(name)
         self._pull_small(self._storage.find())
@@ -205,6 +236,7 @@ class _BucketMirror(Mirror):
 
     def _pull_small(self, names: Sequence[str]) -> None:
         """Make the copy what the bucket holds, but for checkpoints; names: of all its files."""
+        self._keeps = True
         self.folder.mkdir(parents=True, exist_ok=True)
         if CONFIG_NAME not in names:  # nothing of an earlier run is left
             for path in [path for path in self.folder.iterdir() if path.name not in LOCKS]:
@@ -220,14 +252,16 @@ class _BucketMirror(Mirror):
             self._pushed[name] = _state(self.folder / name)
         for path in self._small_files():
             name = path.relative_to(self.folder).as_posix()
-            if name not in names and name not in logs:
+            if name not in names and name not in logs and not name.startswith(f"{WATCH_FOLDER}/"):
                 path.unlink()
-        for path in [path for path in self.folder.glob(f"{STEP_PREFIX}*/**/*") if path.is_file()]:
-            if self._name(path) not in names:
-                path.unlink()  # of an attempt that did not get so far
-        for folder in step_folders(self.folder):
-            if not any(path.is_file() for path in folder.rglob("*")):
-                shutil.rmtree(folder)
+        for parent in (self.folder, self.folder / EMA_SNAPSHOTS_FOLDER):
+            for folder in step_folders(parent):
+                left = [path for path in folder.rglob("*") if path.is_file()]
+                for path in [path for path in left if self._name(path) not in names]:
+                    path.unlink()  # of an attempt that did not get so far
+                    left.remove(path)
+                if not left:
+                    shutil.rmtree(folder)
         for name in {FINAL_NAME, STOP_NAME} - set(names):
             (self.folder / name).unlink(missing_ok=True)
         for path in self.folder.glob(f"{ERROR_PREFIX}*"):
@@ -266,14 +300,16 @@ class _BucketMirror(Mirror):
     def _is_here(self, name: str) -> bool:
         """Return whether the copy of a rank's fragments has the digest that the rank recorded."""
         path = self.folder / name
-        if not path.is_file() or f"/{FRAGMENTS_FOLDER}/" not in name:
+        if not path.is_file() or not path.with_suffix(".json").is_file():
             return False
         record = json.loads(path.with_suffix(".json").read_text())
         return digest_file(path) == record.get("sha256")
 
     def has(self, path: Path) -> bool:
-        name = self._name(path)
-        return path.is_file() or self._patiently(lambda: self._storage.size(name)) is not None
+        return path.is_file() or self.is_pushed(path)
+
+    def is_pushed(self, path: Path) -> bool:
+        return self._patiently(lambda: self._storage.size(self._name(path))) is not None
 
     def fetch(self, *paths: Path) -> None:
         for path in paths:
@@ -290,8 +326,10 @@ class _BucketMirror(Mirror):
         self.fetch(self.folder / FINAL_NAME)
         step = exported(self.folder)
         names = self._patiently(lambda: self._storage.find(step.name))
-        inference = [name for name in names if f"/{FRAGMENTS_FOLDER}/" not in name]
-        self.fetch(*(self.folder / name for name in inference), record_path(step, 0))
+        wanted = [name for name in names if f"/{FRAGMENTS_FOLDER}/" not in name]
+        top = self._patiently(self._storage.names)
+        wanted += [name for name in top if name.startswith(SNAPSHOT_PREFIX)]
+        self.fetch(*(self.folder / name for name in wanted), record_path(step, 0))
 
     def has_errors(self) -> bool:
         return bool(self._patiently(lambda: self._storage.names(self._errors)))
@@ -308,7 +346,8 @@ class _BucketMirror(Mirror):
 
     def look(self, names: Sequence[str]) -> None:
         for checkpoint in self.checkpoints():
-            if self.is_complete(checkpoint):
+            known = (checkpoint / STATE_NAME).is_file()  # fetched last, and kept
+            if not known and self.is_complete(checkpoint):
                 with suppress(FileNotFoundError):  # pruned meanwhile
                     self.fetch(*(checkpoint / name for name in names))
 
@@ -329,21 +368,31 @@ class _BucketMirror(Mirror):
     def push(self, *paths: Path) -> None:
         self._patiently(self._push_rest)
         for path in paths:
-            self._patiently(self._lease.require)
-            self._patiently(lambda path=path: self._storage.put(path, self._name(path)))
+            self._patiently(lambda path=path: self._put(path))
+
+    def _put(self, path: Path) -> None:
+        """Write a file while this launch holds the run, before and after."""
+        self._lease.require()
+        self._storage.put(path, self._name(path))
+        self._lease.require()
 
     def remove(self, path: Path) -> None:
         name = self._name(path)
-        self._patiently(self._lease.require)
-        for record in filter(_is_record, self._patiently(lambda: self._storage.find(name))):
-            self._patiently(lambda r=record: self._storage.delete(r))  # first: half of one is none
-        self._patiently(lambda: self._storage.delete(name))
+        records = filter(_is_record, self._patiently(lambda: self._storage.find(name)))
+        for each in (*records, name):  # records first: half of a checkpoint is none
+            self._patiently(lambda each=each: self._delete(each))
+
+    def _delete(self, name: str) -> None:
+        self._lease.require()
+        self._storage.delete(name)
 
     def _push_rest(self) -> None:
         """Push what is new beside checkpoints."""
+        if not self._keeps:
+            return
         self._lease.require()
         with self._lock:
-            for path in self._small_files():
+            for path in sorted(self._small_files(), key=lambda path: path.name != CONFIG_NAME):
                 name = path.relative_to(self.folder).as_posix()
                 if name.endswith(".jsonl"):
                     self._log(name).push()
@@ -353,6 +402,14 @@ class _BucketMirror(Mirror):
                     if self._pushed.get(name) != state:
                         self._storage.put(path, name)
                         self._pushed[name] = state
+
+    def hurry(self) -> None:
+        if not self._keeps:  # the process that does has a moment
+            time.sleep(2 * LOOK_SECONDS)
+            return
+        last = threading.Thread(target=self._push_rest, daemon=True)
+        last.start()
+        last.join(HURRY_SECONDS)
 
     def _log(self, name: str) -> LogParts:
         if name not in self._logs:

@@ -309,7 +309,7 @@ def await_ranks(folder: Path, mirror: Mirror) -> None:
     world_size = json.loads(record_path(folder, 0).read_text())["world_size"]
     deadline, missing = time.monotonic() + AWAIT_SECONDS, list(range(world_size))
     while missing:
-        missing = [rank for rank in missing if not mirror.has(record_path(folder, rank))]
+        missing = [rank for rank in missing if not mirror.is_pushed(record_path(folder, rank))]
         if missing and time.monotonic() > deadline:
             ranks = ", ".join(map(str, missing))
             raise OSError(f"{folder}: found no record of rank {ranks} in {AWAIT_SECONDS} s")

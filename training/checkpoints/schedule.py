@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cluster.base.run_dir import step_folder, step_folders, step_of
 from training.bucket.mirror import Mirror
 from training.checkpoints.checkpointer import Checkpointer
-from training.checkpoints.records import Progress, from_first_rank
+from training.checkpoints.records import Progress, from_first_rank, on_all_ranks
 from training.config import TrainConfig
 from training.engine.ema import Ema
 from training.engine.engines import Engine
@@ -111,10 +111,11 @@ class Checkpoints:
 
     def _validate(self, progress: Progress) -> None:
         """Score a checkpoint that has no scores yet; the first rank does, and the others wait for
-        it in the next collective."""
-        if self._task.validate is None or self._engine.rank:
+        it, in a phase that may last."""
+        if self._task.validate is None:
             return
-        if not self._reporter.is_validated(progress):
-            self._reporter.enters(progress.step, "validation")
+        self._reporter.enters(progress.step, "validation")
+        if self._engine.rank == 0 and not self._reporter.is_validated(progress):
             scores = self._task.validate(step_folder(self._run, progress.step))
             self._reporter.validated(progress, scores)
+        on_all_ranks(self._engine, True)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.base.files import Json, write_text
-from cluster.base.run_dir import snapshot_path
+from cluster.base.run_dir import snapshot_path, step_folders
 from ingest.embedding.statistics import NAME as STATISTICS
 from ingest.embedding.statistics import EmbedStatistics
 from ingest.shards import Snapshot, caption_columns, load_snapshot, read_manifest
@@ -162,12 +162,14 @@ def encoder_of(embeds: Sequence[str], clip: str) -> FrozenClip:
 
 def start_from(model: Model, init: str, run: str, export: Json) -> Model:
     """Load the averaged weights of a finished run, or none for an empty `init` or a `run` that has
-    a checkpoint of its own.
+    a valid checkpoint of its own.
 
     export: what config.json of the new run says of its model. Raises ValueError naming the first
     tensor that differs, or the kind of model, its encoder, or an option that its weights are for.
     """
-    if not init or any(Path(run).glob("step_*")):
+    from training.checkpoints.records import valid_records
+
+    if not init or _chosen_once(lambda: any(map(valid_records, step_folders(Path(run))))):
         return model
     step = exported(init)
     stored = load_config(step)

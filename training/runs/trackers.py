@@ -7,6 +7,7 @@ again, or by the same command, run again. A run that continues continues in its 
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -286,6 +287,11 @@ class Tracking:
             write_json(run / TRACKERS_NAME, {"id": uuid.uuid4().hex[:16]})
         self._senders = [_Sender(mirror, name, config) for name in dict.fromkeys(names)]
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether a tracker has not taken the last reports."""
+        return any(sender.is_alive() for sender in self._senders)
+
     def __enter__(self) -> "Tracking":
         for sender in self._senders:
             sender.start()
@@ -332,7 +338,7 @@ class _Sender(threading.Thread):
                 if last:  # the event no longer waits
                     time.sleep(wait)
                 if not failed:
-                    message = " ".join(str(error).split())[:300]
+                    message = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()))[:300]
                     print(f"{self.name}: does not answer, is tried again: {message}", flush=True)
                 failed = True
             else:

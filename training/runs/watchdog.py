@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -64,8 +65,12 @@ class Watchdog:
     is set hangs nobody. A peer is silent when its heartbeat has not changed for `seconds`.
     """
 
-    def __init__(self, run: Path, rank: int, world_size: int, seconds: float) -> None:
-        self._run, self._seconds = run, seconds
+    def __init__(
+        self, run: Path, rank: int, world_size: int, seconds: float,
+        last_words: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """last_words: called before the process is ended."""
+        self._run, self._seconds, self._last_words = run, seconds, last_words
         folder = run / HEARTBEATS_FOLDER
         self._paths = [folder / f"rank_{each:04d}.json" for each in range(world_size)]
         now = time.time()
@@ -141,5 +146,6 @@ class Watchdog:
             mark = self._paths[0].with_name(f"hang_{own.step:08d}_{attempt}")
             mark.touch(exist_ok=False)  # FileExistsError: a peer has reported it
             report_incident(self._run, "hang", own.step, message)
+            self._last_words()
         finally:
             os._exit(1)

@@ -118,7 +118,8 @@ def launch(config: RunConfig, run_folder: str, build: Build, model_name: str) ->
         mirror.pull_end()
         ensure_cards(run)
         mirror.push(*(exported(run) / name for name in (MODEL_CARD, DATA_CARD)))
-        mirror.clean()
+        if not tracking.is_pending:  # else its client still writes there
+            mirror.clean()
         return DONE
 
 
@@ -212,7 +213,8 @@ def train_rank(
             print(f"threads: {threads} a worker, of this machine's cores", flush=True)
 
     lock = nullcontext() if rank else train_lock(run)
-    with lock, Watchdog(run, rank, world_size, settings.faults.hang_seconds) as watchdog:
+    limit = settings.faults.hang_seconds
+    with lock, Watchdog(run, rank, world_size, limit, mirror.hurry) as watchdog:
         # Model and data; every rank draws the same initial weights
         torch.manual_seed(settings.seed)
         task: Task = (imported(build) if isinstance(build, str) else build)(config)
@@ -351,6 +353,9 @@ def train_as_worker(
     mirror = mirror_of(run, scratch, NODE, token)
     folder, rank, world_size = mirror.folder, dist.get_rank(), dist.get_world_size()
     first_of_node = ray.train.get_context().get_local_rank() == 0
+    group = [mirror.name_group() if rank == 0 else ""]
+    dist.broadcast_object_list(group, src=0)
+    mirror.join_group(group[0])
     if first_of_node:
         mirror.pull()
     dist.barrier()  # the others of a node have the same copy
