@@ -39,7 +39,7 @@ from eval.sample_and_score import (
     settings_of,
 )
 from ingest.store.storage import absolute_root
-from training.bucket.mirror import WATCHER, mirror_of
+from training.bucket.bucket_mirror import WATCHER, mirror_of
 
 WEIGHTS = ("config.json", "ema.safetensors")
 LINKED = (*WEIGHTS, STATE_NAME)

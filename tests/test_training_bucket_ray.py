@@ -38,12 +38,15 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def drive(data: Path, url: str, scratch: Path, log: Path) -> subprocess.Popen:
-    """Start a driver with two workers, slow enough to be killed in the middle."""
+def drive(
+    data: Path, url: str, scratch: Path, log: Path, num_workers: int = 2
+) -> subprocess.Popen:
+    """Start a driver and its workers, slow enough to be killed in the middle."""
     command = script(
         "tests/_slow_prior.py", "--embeds", data / "embeds", "--run", url, "--scratch", scratch,
-        "--train.num-workers", 2, "--train.num-steps", STEPS, "--train.checkpoint-every", EVERY,
-        "--train.global-batch-size", 8, "--train.precision", "fp32", "--train.device", "cpu",
+        "--train.num-workers", num_workers, "--train.num-steps", STEPS,
+        "--train.checkpoint-every", EVERY, "--train.global-batch-size", 8,
+        "--train.precision", "fp32", "--train.device", "cpu",
         "--train.report-every", 1, "--train.num-threads", 1, "--diffusion.width", 16,
         "--diffusion.depth", 1, "--diffusion.num-heads", 2,
     )  # fmt: skip
@@ -100,7 +103,7 @@ def test_a_run_in_a_bucket_outlives_a_worker_and_its_driver(
     assert driver.wait(240) == 1, log.read_text()[-3000:]
     assert f"{url}: stopped on request, at a checkpoint" in log.read_text()
     assert storage.size("stop") is None and storage.size("final.json") is None
-    driver = drive(data, url, tmp_path / "another", log)
+    driver = drive(data, url, tmp_path / "another", log, num_workers=1)
     assert driver.wait(240) == 0, log.read_text()[-3000:]
 
     # The same lines, and the weights of a run in one process but for rounding

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.base.files import Json, write_json
 from cluster.base.run_dir import RAY_FOLDER
-from training.bucket.mirror import CONTROLLER, NODE, Mirror, mirror_of
+from training.bucket.bucket_mirror import CONTROLLER, NODE, mirror_of
+from training.bucket.mirror import Mirror
 from training.config import RunConfig, TrainConfig
 from training.runs.events import record_event, report_incident
 from training.runs.signals import request_stop, stopping_on_sigterm

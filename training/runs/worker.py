@@ -21,7 +21,8 @@ from cluster.base.machine import threads_for
 from cluster.base.run_dir import CODE_NAME, CONFIG_NAME, error_path, error_paths
 from ingest.store.storage import is_remote
 from models.weights import FINAL_NAME, exported
-from training.bucket.mirror import DRIVER, NODE, Mirror, mirror_of
+from training.bucket.bucket_mirror import DRIVER, NODE, mirror_of
+from training.bucket.mirror import Mirror
 from training.config import RunConfig, TrainConfig, WorkersConfig
 from training.engine.precision import compute_whole_fp32, device_of_run, native_bf16, settled
 from training.runs.cards import DATA_CARD, MODEL_CARD, code_version, ensure_cards
