@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from _records import write_by_three_ranks
 from safetensors.torch import load_file
 
 from models.clip import FrozenClip
@@ -160,7 +161,11 @@ def test_training_starts_from_a_run(
     with pytest.raises(ValueError, match=": num_heads: found .*, expected 1; qk_norm: found False"):
         start_from(prior, runs["prior"].run, new, export)
     assert start_from(fresh, "", new, export) is fresh
-    (tmp_path / "step_00000003").mkdir()  # a run that goes on no longer needs what it began from
+    (tmp_path / "step_00000003").mkdir()  # of a kill before there was a checkpoint
+    with pytest.warns(UserWarning, match="incomplete"), pytest.raises(ValueError, match="deleted"):
+        start_from(fresh, str(tmp_path / "deleted"), new, export)
+    write_by_three_ranks(tmp_path / "step_00000004", torch.zeros(10))
+    # A run that goes on no longer needs what it began from
     assert start_from(fresh, str(tmp_path / "deleted"), new, export) is fresh
 
 
