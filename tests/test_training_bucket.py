@@ -345,6 +345,18 @@ def test_a_copy_is_made_of_whatever_a_kill_has_left(url: str, tmp_path: Path):
     assert [path.is_file() for path in averages] == [False, True]
 
 
+def test_parts_of_a_larger_group_that_was_killed_do_not_stay(url: str, tmp_path: Path):
+    storage, name = storage_of(url), "step_00000006/fragments/rank_0007"
+    storage.replace("config.yaml", b"train: {}")
+    for left in (f"{name}.safetensors", f"ema_snapshots/{name}.json"):
+        storage.replace(left, b"{}")
+    steps = with_options(STEPS, power_ema=(0.1,), snapshot_every=6, num_steps=7)
+    with pytest.warns(UserWarning, match="found the records of 0 ranks"):
+        train_line(url, tmp_path / "scratch", steps)
+    assert "final.json" in objects(url)
+    assert not [left for left in objects(url) if "rank_0007" in left]
+
+
 def test_a_launch_that_was_killed_at_its_first_file_can_be_repeated(url: str, tmp_path: Path):
     storage = storage_of(url)
     for name in ("code.json", "watch.jsonl", "parts/timeline.jsonl/1_x"):

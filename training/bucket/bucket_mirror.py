@@ -42,6 +42,7 @@ from cluster.base.run_dir import (
     WATCH_NAME,
     record_path,
     step_folders,
+    step_of,
 )
 from ingest.store.storage import is_remote, storage_of
 from models.names import FINAL_NAME
@@ -112,7 +113,7 @@ class _BucketMirror(Mirror):
                 f"{self._url}: found {others[0]} without {CONFIG_NAME}, expected a run or nothing; "
                 "name another --run"
             )
-        if fresh or CONFIG_NAME not in names:
+        if self.token and (fresh or CONFIG_NAME not in names):
             for name in sorted(names, key=lambda name: name == CONFIG_NAME):  # makes it a run
                 self._storage.delete(name)
         self._pull_small(self._storage.find())
@@ -245,6 +246,13 @@ class _BucketMirror(Mirror):
     def publish(self, *paths: Path) -> None:
         for path in paths:
             self._patiently(lambda path=path: self._storage.put(path, self._name(path)))
+
+    def forget_after(self, step: int) -> None:
+        snapshots = self.folder / EMA_SNAPSHOTS_FOLDER
+        names = self._patiently(lambda: self._storage.names(EMA_SNAPSHOTS_FOLDER))
+        for folder in (*self.checkpoints(), *(snapshots / name for name in names)):
+            if step_of(folder) > step:
+                self.remove(folder)
 
     def checkpoints(self) -> list[Path]:
         names = self._patiently(self._storage.names)

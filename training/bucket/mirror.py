@@ -88,6 +88,10 @@ class Mirror:
     def publish(self, *paths: Path) -> None:
         """Copy files to the bucket that no launch writes, without its lease."""
 
+    def forget_after(self, step: int) -> None:
+        """Delete from the bucket what earlier attempts left of later checkpoints than one: parts
+        of a group of another size would not agree with those to come."""
+
     def checkpoints(self) -> list[Path]:
         """Return the folders of all checkpoints by step, valid or not."""
         return step_folders(self.folder)

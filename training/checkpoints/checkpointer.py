@@ -154,6 +154,8 @@ class Checkpointer:
                 with suppress(OSError):  # such as a file that is open on NFS: it is in no one's way
                     path.unlink()
         step = newest_valid_step(self._run, self._engine)
+        if self._engine.rank == 0:
+            self._mirror.forget_after(step)
         if step < 0:
             return Progress()
         progress = self.restore(step)

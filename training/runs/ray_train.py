@@ -306,6 +306,7 @@ def record_loss(order: Json, message: str) -> None:
     step = last_step(mirror_of(run, scratch, NODE).folder)  # of this machine's workers
     report_incident(mirror.folder, "lost", step, message)
     mirror.push()
+    mirror.clean()
 
 
 def root_cause(error: BaseException) -> str:
