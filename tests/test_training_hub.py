@@ -12,6 +12,7 @@ import pytest
 import torch
 from _hub import TOKEN, Hub
 from _networks import CLIP
+from _s3 import AWS
 
 from models.clip import build_clip
 from models.convert.remote_runs import fetched_run
@@ -146,6 +147,23 @@ def test_a_run_in_a_bucket_is_copied_once_and_again_when_it_has_changed(
     with pytest.raises(ValueError, match=r"found no finished run"):
         fetched_run(url)
     assert not list((tmp_path / "cache" / ".runs").glob(".part_*"))
+
+
+def test_a_storage_that_does_not_answer_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import s3fs
+
+    for name, value in {**AWS, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(ConnectionError, match=r"^s3://bucket/clip: Could not connect"):
+        exported("s3://bucket/clip")
+    run = write_clip(tmp_path / "clip")
+    with pytest.raises(ConnectionError, match=r"^s3://bucket/clip: Could not connect"):
+        convert.main(ConvertConfig(run=str(run), push="s3://bucket/clip"))
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.parametrize("url", ["hf://name", "hf://a/b/c", "hf://a b/c"])

@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,11 @@ def fetched_run(url: str) -> Path:
 
     Raises ValueError where there is none, and OSError where the storage does not answer.
     """
+    with _connection(url):
+        return _fetched_run(url)
+
+
+def _fetched_run(url: str) -> Path:
     files, root = _filesystem(url)
     try:
         step = json.loads(files.cat_file(f"{root}/{FINAL_NAME}"))["step"]
@@ -78,6 +85,11 @@ def push_files(files: dict[str, bytes | Path], url: str, *, message: str) -> Non
     if url.startswith(HUB):
         _push_to_hub(files, url, message)
         return
+    with _connection(url):
+        _push_to_folder(files, url)
+
+
+def _push_to_folder(files: dict[str, bytes | Path], url: str) -> None:
     target, root = _filesystem(url)
     if target.exists(f"{root}/{FINAL_NAME}"):
         raise ValueError(f"--push: found a run at {url}, expected none; name another URL")
@@ -114,6 +126,17 @@ def _push_to_hub(files: dict[str, bytes | Path], url: str, message: str) -> None
             message = f"--push: the Hub refuses the token for {repository}: {line}"
             raise ValueError(message) from None
         raise OSError(f"{url}: {line}") from error
+
+
+@contextmanager
+def _connection(url: str) -> Iterator[None]:
+    """Turn the errors of a store's library, other than OSError, into a ConnectionError."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # each library has its own base class
+        raise ConnectionError(f"{url}: {error}") from error
 
 
 def _filesystem(url: str) -> "tuple[AbstractFileSystem, str]":
