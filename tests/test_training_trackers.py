@@ -280,7 +280,7 @@ class Server:
                  str(self.port), "--workers", "1",
                  "--backend-store-uri", f"sqlite:///{self._folder}/store.db",
                  "--artifacts-destination", str(self._folder / "artifacts")],
-                stdout=log, stderr=log, start_new_session=True,
+                stdout=log, stderr=log, start_new_session=True, cwd=self._folder,
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
         while True:
@@ -401,16 +401,20 @@ def server_has(run: Path, step: int) -> bool:
     return any(json.loads(sent).get("train", [0, 0])[1] >= step for sent in tags)
 
 
-def test_a_password_in_the_address_is_not_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_password_in_the_address_is_not_printed(tmp_path: Path):
     pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:sesame@127.0.0.1:9")
-    monkeypatch.setattr("training.runs.trackers.END_SECONDS", 5.0)
-    with Tracking(Mirror(tmp_path), ["mlflow"], OPTIONS):
-        report(tmp_path, 10)
-    output = capsys.readouterr().out
+    code = (
+        "from pathlib import Path\nfrom training.bucket.mirror import Mirror\n"
+        "from training.runs import trackers\ntrackers.END_SECONDS = 5.0\n"
+        "with trackers.Tracking(Mirror(Path.cwd()), ['mlflow'], {}):\n    pass\n"
+    )
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": "http://user:sesame@127.0.0.1:9"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    output = ended.stdout + ended.stderr
     assert "mlflow: does not answer" in output and "sesame" not in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trackers.json"]
 
 
 # -- before a run ----------------------------------------------------------------------------------
