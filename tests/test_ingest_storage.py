@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 from _lists import ROOT, digests, download_command, download_of, finished, is_whole, write_list
+from _s3 import AWS, s3_server
 
 from ingest.download import DownloadConfig, main
 from ingest.embedding.statistics import EmbedStatistics
@@ -20,27 +21,12 @@ from ingest.store.snapshots import load_snapshot
 from ingest.store.storage import absolute_root, storage_of
 from training.data import demo_data
 
-AWS = {
-    "AWS_ACCESS_KEY_ID": "key",
-    "AWS_SECRET_ACCESS_KEY": "secret",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """Run an S3 server in a process of its own; return its address."""
-    log = tmp_path_factory.mktemp("moto") / "log"
-    with log.open("w") as file:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    while "Running on http://" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.05)
-    yield log.read_text().partition("Running on ")[2].split()[0]
-    process.terminate()
-    process.wait(20)
+    with s3_server(tmp_path_factory.mktemp("moto")) as address:
+        yield address
 
 
 @pytest.fixture

@@ -64,6 +64,18 @@ def train_line(url: str, scratch: Path, config: TrainConfig = STEPS, **fields: A
     return mirror.folder
 
 
+def failing_at(count: int) -> Callable[..., dict]:
+    """The objective of the line, whose call of that number fails."""
+    calls = itertools.count()
+
+    def fails(model: Any, batch: Any) -> dict:
+        if next(calls) == count:
+            raise RuntimeError("a bad night")
+        return squared_error(model, batch)
+
+    return fails
+
+
 def objects(url: str) -> set[str]:
     """The names of everything in the bucket but leases."""
     return {name for name in storage_of(url).find() if not name.startswith("lease/")}
@@ -100,15 +112,8 @@ def test_a_run_in_a_bucket_is_that_of_a_folder(url: str, tmp_path: Path):
 
 def test_a_run_continues_on_a_machine_that_has_no_copy(url: str, tmp_path: Path):
     run(tmp_path / "folder", STEPS)
-    calls = itertools.count()
-
-    def fails(model: Any, batch: Any) -> dict:
-        if next(calls) == 5:
-            raise RuntimeError("a bad night")
-        return squared_error(model, batch)
-
     with pytest.raises(RuntimeError):
-        train_line(url, tmp_path / "first", objective=fails)
+        train_line(url, tmp_path / "first", objective=failing_at(5))
     copy = train_line(url, tmp_path / "second")
     for name in ("model", "ema"):
         path = f"step_00000009/{name}.safetensors"
@@ -122,15 +127,8 @@ def test_a_run_continues_on_a_machine_that_has_no_copy(url: str, tmp_path: Path)
 
 def test_a_copy_of_another_time_does_not_count(url: str, tmp_path: Path):
     """The bucket decides: a checkpoint that it does not have, whole as it may be, is deleted."""
-    calls = itertools.count()
-
-    def fails(model: Any, batch: Any) -> dict:
-        if next(calls) == 7:
-            raise RuntimeError("a bad night")
-        return squared_error(model, batch)
-
     with pytest.raises(RuntimeError):
-        train_line(url, tmp_path / "scratch", objective=fails)
+        train_line(url, tmp_path / "scratch", objective=failing_at(7))
     storage = storage_of(url)
     storage.delete("step_00000006")
     mirror = mirror_of(url, str(tmp_path / "scratch"), NODE)

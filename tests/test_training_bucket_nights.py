@@ -101,9 +101,10 @@ def test_a_storage_that_goes_away_and_comes_back_costs_time_alone(
 # A process that has imported everything forks a child for each attempt: the child is what dies, in
 # one of its calls to the storage.
 ATTEMPTS = """
-import itertools, json, os, signal, sys
+import itertools, json, os, sys
 from pathlib import Path
 import torch
+from _deaths import dying
 from _line import run
 from ingest.store import storage
 from test_training_bucket import train_line
@@ -112,21 +113,7 @@ from training.bucket import bucket_mirror, lease
 
 lease.LEASE_SECONDS, lease.LOOK_SECONDS, bucket_mirror.LOOK_SECONDS = 0.3, 0.05, 0.05
 url, scratch, moments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-CALLS = ("put", "replace", "create", "delete", "get")
-
-
-def dying(name, calls, moment):
-    real = getattr(storage._ObjectStorage, name)
-
-    def call(*arguments, **more):
-        if next(calls) == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        found = real(*arguments, **more)
-        if next(calls) == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-
-    return call
+Bucket, CALLS = storage._ObjectStorage, ("put", "replace", "create", "delete", "get")
 
 
 torch.set_num_threads(1)
@@ -136,7 +123,7 @@ for number, moment in enumerate([*moments, -1]):
     if child == 0:
         calls = itertools.count()
         for name in CALLS:
-            setattr(storage._ObjectStorage, name, dying(name, calls, moment))
+            setattr(Bucket, name, dying(Bucket, name, calls, moment))
         train_line(url, scratch.with_name(f"machine_{number % 2}"), NIGHT)
         os._exit(0)
     _, status = os.waitpid(child, 0)

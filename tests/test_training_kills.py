@@ -18,9 +18,10 @@ from cluster.base.run_dir import VALIDATION_NAME
 NUM_STEPS = 31
 # A process that has imported everything forks a child for each attempt: the child is what dies.
 ATTEMPTS = """
-import dataclasses, itertools, json, os, shutil, signal, sys
+import dataclasses, itertools, json, os, shutil, sys
 from pathlib import Path
 import torch
+from _deaths import dying
 from _line import CONFIG, run, squared_error
 from cluster.base.cli import with_options
 from safetensors.torch import load_file
@@ -44,20 +45,6 @@ def reported(model, batch):
 
 def scored(folder):
     return {"weight": load_file(str(folder / "ema.safetensors"))["weight"].item()}
-
-
-def dying(module, name, calls, moment):
-    real = getattr(module, name)
-
-    def call(*arguments, **more):
-        if next(calls) == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        found = real(*arguments, **more)
-        if next(calls) == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-
-    return call
 
 
 torch.set_num_threads(1)

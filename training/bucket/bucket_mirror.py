@@ -334,32 +334,16 @@ class _BucketMirror(Mirror):
 
     @contextmanager
     def kept_alike(self, *, collects: bool = False) -> Iterator[None]:
-        stop = threading.Event()
+        def exchange() -> None:
+            self._push_rest()
+            self._exchange_stop(collects)
+            if collects:
+                self._collect()
 
-        def keep() -> None:
-            failed = False
-            while not stop.wait(LOOK_SECONDS):
-                try:
-                    self._push_rest()
-                    self._exchange_stop(collects)
-                    if collects:
-                        self._collect()
-                    failed = False
-                except LeaseLostError as error:  # the next checkpoint raises it as well
-                    print(error, flush=True)
-                    return
-                except OSError as error:
-                    if not failed:
-                        print(f"{self._url}: does not answer, is tried again: {error}", flush=True)
-                    failed = True
-
-        thread = threading.Thread(target=keep, name="mirror", daemon=True)
-        thread.start()
         try:
-            yield
+            with _repeated(exchange, LOOK_SECONDS):
+                yield
         finally:
-            stop.set()
-            thread.join()
             self._patiently(self._push_rest)
             if collects:
                 self._patiently(self._collect)
@@ -393,20 +377,10 @@ class _BucketMirror(Mirror):
     @contextmanager
     def leased(self) -> Iterator[None]:
         self._lease = Lease.acquire(self._storage, self._url)
-        stop = threading.Event()
-
-        def live() -> None:
-            while not stop.wait(LIFE_SECONDS):
-                with suppress(OSError):  # the storage may answer the next time
-                    self._lease.show_life()
-
-        thread = threading.Thread(target=live, name="lease", daemon=True)
-        thread.start()
         try:
-            yield
+            with _repeated(self._lease.show_life, LIFE_SECONDS):
+                yield
         finally:
-            stop.set()
-            thread.join()
             self._lease.release()
 
     @property
@@ -427,6 +401,35 @@ def mirror_of(run: str, scratch: str, role: str, token: int = 0) -> Mirror:
     base = Path(scratch or Path(tempfile.gettempdir()) / f"minidalle2-{os.getuid()}").absolute()
     digest = hashlib.sha256(run.rstrip("/").encode()).hexdigest()[:16]
     return _BucketMirror(run, base / digest / role, token)
+
+
+@contextmanager
+def _repeated(act: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Do something again and again, in a thread, while the block runs; what fails is tried again,
+    unless the run was taken over."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        failed = False
+        while not stop.wait(seconds):
+            try:
+                act()
+                failed = False
+            except LeaseLostError as error:  # the next checkpoint raises it as well
+                print(error, flush=True)
+                return
+            except OSError as error:
+                if not failed:
+                    print(f"the bucket does not answer, is tried again: {error}", flush=True)
+                failed = True
+
+    thread = threading.Thread(target=repeat, name="mirror", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _is_record(name: str) -> bool:
