@@ -315,7 +315,7 @@ def test_hostile_names_are_shown_and_do_nothing(fake: FakePrometheus, page: Watc
             view.tab.click(f'[data-name="{name}"]')
             view.tab.wait_for_selector(".card:not(.none) path", state="attached")
         assert HOSTILE in view.tab.inner_text("#alerts") and HOSTILE in view.tab.inner_text("#runs")
-        assert HOSTILE in view.tab.inner_text(".legend")
+        view.tab.locator(".legend", has_text=HOSTILE).first.wait_for()
         assert view.tab.locator("img, iframe, object, link[rel=stylesheet]").count() == 0
         assert view.tab.locator("script").count() == 1
         assert view.tab.evaluate("document.documentElement.scrollWidth") <= 390
