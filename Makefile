@@ -1,10 +1,10 @@
-# make setup | demo | test | test-fast | lint | bench-setup | bench | soak: each sets up what it needs. ARGS="..." is handed on,
+# make setup | demo | test | test-fast | test-image | lint | bench-setup | bench | soak: each sets up what it needs. ARGS="..." is handed on,
 # as in  make demo ARGS="--fresh"  or  make test ARGS="-k shards".
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := demo
-.PHONY: setup demo test test-fast test-system lint bench-setup bench soak
+.PHONY: setup demo test test-fast test-system test-image lint bench-setup bench soak
 
 # The first interpreter that pyproject.toml admits and that can make a virtual environment.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12; do \
@@ -65,6 +65,14 @@ SYSTEM_PACKAGES := chromium prometheus prometheus-alertmanager
 test-system:
 	dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM_PACKAGES); }
+
+# The image, built and run: eight minutes. For root, on Debian and its kin.
+IMAGE_PACKAGES := catatonit mmdebstrap podman runc
+test-image: export OMP_NUM_THREADS := 1
+test-image: $(STAMP)
+	dpkg -s $(IMAGE_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(IMAGE_PACKAGES); }
+	$(VENV)/bin/python -m pytest -s tests/test_cluster_image.py --durations=12 $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -1,11 +1,14 @@
-"""An S3 server in a process of its own, and a door before it that can be shut."""
+"""An S3 server in a process of its own, which may be killed, and a door before it that can be
+shut."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,18 +23,25 @@ AWS = {
 @contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
     """Run the server; yield its address."""
-    log = folder / "moto.log"
-    with log.open("w") as file:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    process, url = _start(folder)
     try:
-        while "Running on http://" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
-        yield log.read_text().partition("Running on ")[2].split()[0]
+        yield url
     finally:
         process.terminate()
         process.wait(20)
+
+
+def _start(folder: Path, **more: str) -> tuple["subprocess.Popen[bytes]", str]:
+    log = folder / "moto.log"
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **more}
+        )
+    while "Running on http://" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    return process, log.read_text().partition("Running on ")[2].split()[0]
 
 
 class Door:
@@ -39,13 +49,16 @@ class Door:
     to its clients the server was killed, while what it has stored outlives that."""
 
     def __init__(self, url: str) -> None:
-        host, _, port = url.removeprefix("http://").rstrip("/").partition(":")
-        self._server = (host, int(port))
+        self.lead_to(url)
         self._open: list[socket.socket] = []
         self._listener: socket.socket | None = None
         self.port, self.passed = 0, 0
         self.open()
         self.url = f"http://127.0.0.1:{self.port}"
+
+    def lead_to(self, url: str) -> None:
+        host, _, port = url.removeprefix("http://").rstrip("/").partition(":")
+        self._server = (host, int(port))
 
     def open(self) -> None:
         listener = socket.socket()
@@ -86,3 +99,37 @@ class Door:
         for each in (source, target):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
+
+
+class MortalServer:
+    """A server behind a door. Killed, it comes back with what it had answered: it begins with the
+    requests of which it has kept a record."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.record = folder, folder / "requests.jsonl"
+        self.record.touch()
+        self._process, url = self._start()
+        self.door = Door(url)
+
+    def kill_and_restart(self) -> None:
+        """Kill it with -9 amid whatever it does, and bring it back."""
+        self._process.kill()
+        self._process.wait()
+        self.door.shut()
+        whole = self.record.read_bytes().rpartition(b"\n")[0]
+        self.record.write_bytes(whole + b"\n" if whole else b"")
+        self._process, url = self._start()
+        request = urllib.request.Request(f"{url}/moto-api/recorder/replay-recording", method="POST")
+        urllib.request.urlopen(request, timeout=300).close()
+        self.door.lead_to(url)
+        self.door.open()
+
+    def _start(self) -> tuple["subprocess.Popen[bytes]", str]:
+        record = {"MOTO_RECORDER_FILEPATH": str(self.record), "MOTO_ENABLE_RECORDING": "1"}
+        return _start(self._folder, **record)
+
+    def end(self) -> None:
+        """End it for good."""
+        self.door.shut()
+        self._process.kill()
+        self._process.wait()

@@ -1,5 +1,6 @@
 """training/prior.py, each step of which takes a while; run by test_training_bucket_ray.py."""
 
+import os
 import time
 
 from cluster.base.cli import parse, run_script
@@ -7,7 +8,7 @@ from training.config import PriorRunConfig
 from training.runs.worker import launch
 from training.tasks.prior import build_prior
 
-SECONDS = 0.5
+SECONDS = float(os.environ.get("SECONDS_A_STEP", "0.5"))
 
 
 def build_slow(config: PriorRunConfig) -> object:

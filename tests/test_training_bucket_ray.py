@@ -1,5 +1,7 @@
 """A run in a bucket under Ray Train: a worker and a driver are killed, a stop is asked for."""
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from _runs import ROOT, environment, prior_run, script
-from _s3 import AWS, s3_server
+from _s3 import AWS, MortalServer, s3_server
 from test_training_bucket import lines_in
 
 from cluster.base.run_dir import INCIDENTS_NAME, METRICS_NAME, TIMELINE_NAME
@@ -39,14 +41,15 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def drive(
-    data: Path, url: str, scratch: Path, log: Path, num_workers: int = 2
-) -> subprocess.Popen:
+    data: Path, url: object, scratch: Path, log: Path, num_workers: int = 2, steps: int = STEPS,
+    every: int = EVERY, seconds: float = 0.5,
+) -> subprocess.Popen:  # fmt: skip
     """Start a driver and its workers, slow enough to be killed in the middle."""
     command = script(
         "tests/_slow_prior.py", "--embeds", data / "embeds", "--run", url, "--scratch", scratch,
-        "--train.num-workers", num_workers, "--train.num-steps", STEPS,
-        "--train.checkpoint-every", EVERY, "--train.global-batch-size", 8,
-        "--train.precision", "fp32", "--train.device", "cpu",
+        "--train.num-workers", num_workers, "--train.num-steps", steps,
+        "--train.checkpoint-every", every, "--train.max-failures", 99,
+        "--train.global-batch-size", 8, "--train.precision", "fp32", "--train.device", "cpu",
         "--train.report-every", 1, "--train.num-threads", 1, "--diffusion.width", 16,
         "--diffusion.depth", 1, "--diffusion.num-heads", 2,
     )  # fmt: skip
@@ -54,7 +57,7 @@ def drive(
     with log.open("a") as file:
         return subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env=environment(PYTHONPATH=path),
+            env=environment(PYTHONPATH=path, SECONDS_A_STEP=str(seconds)),
         )  # fmt: skip
 
 
@@ -63,6 +66,16 @@ def wait_until(true: Callable[[], object], log: Path, seconds: float = 240) -> N
     while not true():
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.2)
+
+
+def kill_all(driver: subprocess.Popen) -> None:
+    """Kill a driver with all that it has started."""
+    started = psutil.Process(driver.pid).children(recursive=True)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    for process in started:
+        if process.is_running():
+            process.kill()
 
 
 def workers_of(driver: subprocess.Popen) -> list[psutil.Process]:
@@ -91,12 +104,7 @@ def test_a_run_in_a_bucket_outlives_a_worker_and_its_driver(
     wait_until(lambda: has_step(30), log)
 
     # The driver is killed with all that it has started; another machine takes the run over
-    ray = psutil.Process(driver.pid).children(recursive=True)
-    os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
-    for process in ray:
-        if process.is_running():
-            process.kill()
+    kill_all(driver)
     driver = drive(data, url, tmp_path / "another", log)
     wait_until(lambda: has_step(40) or driver.poll() is not None, log)
     storage.replace("stop", b"")
@@ -123,3 +131,73 @@ def test_a_run_in_a_bucket_outlives_a_worker_and_its_driver(
         assert (found[key] - tensor).abs().max() < 5e-5, key
     output = log.read_text()
     assert output.count("continues from step") >= 2 and "Traceback" not in output
+
+
+MANY, OFTEN = 240, 5
+
+
+@pytest.fixture
+def mortal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MortalServer]:
+    import s3fs
+
+    server = MortalServer(tmp_path)
+    for name, value in {**AWS, "AWS_ENDPOINT_URL": server.door.url}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("runs")
+    yield server
+    server.end()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.soak
+def test_twenty_kills_of_workers_driver_and_server_change_nothing(
+    mortal: MortalServer, tmp_path: Path, write_data: Callable[..., Path]
+):
+    """Each while a checkpoint of two workers is uploaded."""
+    data = write_data(tmp_path / "data", num_shards=2, samples_per_shard=10)
+    url, log, storage = "s3://runs/prior", tmp_path / "log", storage_of("s3://runs/prior")
+    kills = ["worker", "server", "driver", "server", "worker"] * 4
+
+    def start(machine: int) -> subprocess.Popen:
+        scratch = tmp_path / f"machine_{machine}"
+        return drive(data, url, scratch, log, steps=MANY, every=OFTEN, seconds=0.3)
+
+    def uploads() -> int:
+        return mortal.record.read_bytes().count(b"/fragments/")
+
+    def await_upload(driver: subprocess.Popen) -> None:
+        before = uploads()
+        wait_until(lambda: uploads() > before or driver.poll() is not None, log)
+        assert driver.poll() is None, log.read_text()[-3000:]
+
+    driver, took = start(0), []
+    for number, who in enumerate(kills):
+        await_upload(driver)
+        begin = time.monotonic()
+        if who == "server":
+            mortal.kill_and_restart()
+        elif who == "worker" and workers_of(driver):
+            workers_of(driver)[number % 2].kill()
+        else:
+            kill_all(driver)
+            driver = start(number % 2)
+        await_upload(driver)
+        took.append((who, round(time.monotonic() - begin, 1)))
+    assert driver.wait(600) == 0, log.read_text()[-3000:]
+    print(f"seconds from a kill to the next upload: {took}")
+
+    undisturbed = drive(
+        data, tmp_path / "here", tmp_path / "machine_2", tmp_path / "log_here", steps=MANY,
+        every=OFTEN, seconds=0,
+    )  # fmt: skip
+    assert undisturbed.wait(240) == 0, (tmp_path / "log_here").read_text()[-3000:]
+    for name in ("model", "ema"):
+        path = f"step_{MANY:08d}/{name}.safetensors"
+        assert storage.read(path) == (tmp_path / "here" / path).read_bytes()
+    lines = lines_in(url, tmp_path, METRICS_NAME)
+    assert [line["step"] for line in lines] == list(range(1, MANY + 1))
+    records = [n for n in storage.find() if "/fragments/" in n and n.endswith(".json")]
+    for name in records:  # nothing looks whole that is not
+        fragments = storage.read(name.replace(".json", ".safetensors"))
+        assert hashlib.sha256(fragments).hexdigest() == json.loads(storage.read(name))["sha256"]
