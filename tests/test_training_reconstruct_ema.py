@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from cluster.base.cli import with_options
 from cluster.base.run_dir import EMA_SNAPSHOTS_FOLDER, fragment_path, step_folder
+from ingest.store.storage import storage_of
 from models.configs import DiffusionPriorConfig
 from models.convert.runs import load_model
 from models.weights import load_config, save_config, save_weights
@@ -127,6 +128,22 @@ def test_the_command_writes_a_finished_run_of_that_width(run: Path, capsys: pyte
     assert state.keys() == raw.keys() and all(t.isfinite().all() for t in state.values())
     assert any(not torch.equal(state[name], raw[name]) for name in raw)
     assert not out.with_name("run_ema008.part").exists()
+
+
+def test_a_run_in_a_bucket_gives_the_same(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MINIDALLE2_CACHE", str(tmp_path / "cache"))
+    url = "memory://test_training_reconstruct_ema/run"
+    for path in filter(Path.is_file, run.rglob("*")):
+        storage_of(url).put(path, path.relative_to(run).as_posix())
+    outs = [tmp_path / "folder", tmp_path / "bucket"]
+    for place, out in zip((str(run), url), outs, strict=True):
+        assert ema.main(EmaConfig(run=place, sigma_rel=0.08, out=str(out))) == 0
+    found, expected = (load_file(str(step_folder(out, 12) / "ema.safetensors")) for out in outs)
+    assert_same(found, expected)
+    with pytest.raises(ValueError, match=r"^--out: found memory://"):
+        ema.main(EmaConfig(run=url, sigma_rel=0.08))
 
 
 @pytest.mark.parametrize(("sigma_rel", "step"), [(0.05, 12), (0.1, 12), (0.1, 6)])

@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from _runs import prior_run
 
 from cluster.base.ray_session import GROUPS
+from ingest.store.storage import storage_of
+from training.bucket.log_parts import LogParts
 from training.config import TrainConfig, ValidatorConfig
 from training.runs.events import read_timeline
 from training.runs.ray_train import RayWorkers
@@ -62,14 +65,32 @@ def test_a_command_that_fails_is_in_the_timeline(
     assert line["event"] == "validator failed" and message in line["message"]
 
 
+def test_its_words_and_its_failure_reach_a_run_in_a_bucket(tmp_path: Path):
+    """Each time they are added to those that are there."""
+    url, checkpoint = "memory://test_training_validator/run", cast(Any, None)
+    storage, log = storage_of(url), ""
+    for code in (0, 3):
+        command = f'python -c "import sys; print({code}); sys.exit({code})"'
+        with nullcontext() if code == 0 else pytest.raises(OSError, match="exit code 3"):
+            validate(checkpoint, **{**arguments(tmp_path / "run", command), "run": url})
+        words = f"python -c 'import sys; print({code}); sys.exit({code})'"
+        log += f"$ {words} --run {url} --once\n{code}\n"
+        assert storage.read("validator.log").decode() == log
+    copy = LogParts(storage, tmp_path, "timeline.jsonl", "reader")
+    copy.pull()
+    (line,) = read_timeline(tmp_path)
+    assert line["event"] == "validator failed" and "exit code 3" in line["message"]
+    storage.delete("")
+
+
 @pytest.mark.parametrize("command", ["python 'eval/watch.py", " "])
 def test_a_command_that_is_none_is_refused_before_workers_start(command: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r"^train\.validator: found "):
-        validation_config(ValidatorConfig(command=command), tmp_path, {})
+        validation_config(ValidatorConfig(command=command), str(tmp_path), {})
 
 
 def test_without_a_command_ray_validates_nothing(tmp_path: Path):
-    assert validation_config(ValidatorConfig(), tmp_path, {}) is None
+    assert validation_config(ValidatorConfig(), str(tmp_path), {}) is None
     with pytest.raises(ValueError, match=r"train\.validator: found a command with num_workers 0"):
         TrainConfig.of(validator="x", num_workers=0)
 

@@ -20,13 +20,13 @@ class EmaConfig:
     """Options: the run and the average to reconstruct."""
 
     run: str = "runs/base"
-    """folder of a finished run with snapshots of its averages"""
+    """folder or URL of a finished run with snapshots of its averages"""
     sigma_rel: float = 0.1
     """relative width: more than 0, at most 0.2887; between or near those of --train.power-ema"""
     step: int = 0
     """step at which the average ends; 0 = the step of the last snapshot"""
     out: str = ""
-    """folder of the run to write; empty = the run's name and the width, as in runs/base_ema008"""
+    """folder of the run to write; empty = the run's folder and the width: runs/base_ema008"""
 
 
 def main(config: EmaConfig) -> int:
@@ -36,7 +36,7 @@ def main(config: EmaConfig) -> int:
     width = f"{config.sigma_rel:.15f}".rstrip("0").replace(".", "")
     out = Path(config.out or f"{config.run.rstrip('/')}_ema{width}")
     require_local("--out", config.out or config.run)
-    fit = reconstruct(Path(config.run), config.sigma_rel, config.step, out)
+    fit = reconstruct(config.run, config.sigma_rel, config.step, out)
     print(
         f"{out}: a finished run, sigma_rel {config.sigma_rel} at step {fit['step']} from "
         f"{fit['profiles']} averages in {fit['snapshots']} snapshots; fit error {fit['error']:.2e} "

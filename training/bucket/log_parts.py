@@ -8,13 +8,17 @@ the file and deleting the parts that went into it.
 """
 
 import os
+import tempfile
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from cluster.base.files import write_text
 from cluster.base.run_dir import METRICS_NAME, PARTS_FOLDER, VALIDATION_NAME
-from ingest.store.storage import Storage
+from ingest.store.storage import Storage, is_remote, storage_of
 
 MOST_PARTS = 100  # of a file that one process writes, until they are joined
 OWN_FILES = (METRICS_NAME, VALIDATION_NAME)  # only the first rank writes them
@@ -145,3 +149,25 @@ def joined_lines(storage: Storage, name: str, parts: list[str]) -> str:
             texts.append(storage.read(name))
     lines = dict.fromkeys(b"".join(texts).decode().splitlines())
     return "".join(f"{line}\n" for line in lines)
+
+
+@contextmanager
+def notes_for(run: str) -> Iterator[Path]:
+    """Yield a folder to whose files a process appends that has no copy of the run: the run's own,
+    or one whose files are added to those in the bucket at the end."""
+    if not is_remote(run):
+        yield Path(run)
+        return
+    storage, writer = storage_of(run), uuid.uuid4().hex[:12]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            yield folder
+        finally:
+            for path in sorted(folder.iterdir()):
+                if path.suffix == ".jsonl":
+                    LogParts(storage, folder, path.name, writer).push()
+                else:
+                    is_there = storage.size(path.name) is not None
+                    before = storage.read(path.name) if is_there else b""
+                    storage.replace(path.name, before + path.read_bytes())

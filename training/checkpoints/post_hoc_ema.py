@@ -5,6 +5,7 @@ snapshot, and its sum is written before the next parameter is read.
 """
 
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cluster.base.files import Json, write_json
 from cluster.base.run_dir import EMA_SNAPSHOTS_FOLDER, step_folder
+from ingest.store.storage import is_remote, storage_of
 from models.power_ema import Profile, coefficients, gamma_of
 from models.weights import (
     EMA_NAME,
@@ -32,18 +34,29 @@ from training.engine.ema import POWER
 Term = tuple[float, FragmentReader, str]  # share in the sum, snapshot, section
 
 
-def reconstruct(run: Path, sigma_rel: float, step: int, out: Path) -> Json:
+def reconstruct(run: str | Path, sigma_rel: float, step: int, out: Path) -> Json:
     """Write the average of width `sigma_rel` at `step` (0: the last snapshot's) as the run `out`.
 
-    Returns what config.json says of it under "post_hoc_ema"; "error" is the fit's, see
+    run: a folder, or the URL of a run in a bucket, whose snapshots are copied meanwhile. Returns
+    what config.json says of it under "post_hoc_ema"; "error" is the fit's, see
     models/power_ema.py. Raises ValueError where the snapshots hold no such average, or `out` holds
     files.
     """
-    gamma = gamma_of(sigma_rel)
+    gamma_of(sigma_rel)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: found a folder with files, expected none; name another --out")
-    source = exported(run)
-    snapshots = _snapshots(run)
+    if not is_remote(run):
+        return _reconstruct(Path(run), run, sigma_rel, step, out)
+    storage = storage_of(run)
+    with tempfile.TemporaryDirectory() as copy:
+        for name in storage.find(EMA_SNAPSHOTS_FOLDER):
+            storage.get(name, Path(copy) / name)
+        return _reconstruct(Path(copy), run, sigma_rel, step, out)
+
+
+def _reconstruct(folder: Path, run: str | Path, sigma_rel: float, step: int, out: Path) -> Json:
+    """Do what `reconstruct` says with the snapshots in a folder."""
+    source, snapshots, gamma = exported(run), _snapshots(folder, run), gamma_of(sigma_rel)
 
     # Updates made by `step`: between snapshots that skipped some, by interpolation
     steps, updates = zip(*((p.step, p.updates) for p, _ in snapshots), strict=True)
@@ -73,10 +86,10 @@ def reconstruct(run: Path, sigma_rel: float, step: int, out: Path) -> Json:
     return fit
 
 
-def _snapshots(run: Path) -> list[tuple[Progress, FragmentReader]]:
-    """Open the snapshots of a run, in order; every byte is checked against its record."""
+def _snapshots(copy: Path, run: str | Path) -> list[tuple[Progress, FragmentReader]]:
+    """Open the snapshots of a run's copy, in order; every byte is checked against its record."""
     snapshots = []
-    for folder in sorted((run / EMA_SNAPSHOTS_FOLDER).glob("step_*")):
+    for folder in sorted((copy / EMA_SNAPSHOTS_FOLDER).glob("step_*")):
         with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
             records = valid_records(folder)

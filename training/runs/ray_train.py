@@ -89,7 +89,7 @@ class RayWorkers:
         least = self.workers.min_workers or most
         validator = None
         if only:
-            validator = validation_config(settings[0].validator, Path(only["run"]), group)
+            validator = validation_config(settings[0].validator, only["run"], group)
         trainer = TorchTrainer(
             train_ordered,
             train_loop_config={

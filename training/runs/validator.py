@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.base.files import Json, write_json
 from cluster.base.run_dir import VALIDATOR_LOG_NAME
+from training.bucket.log_parts import notes_for
 from training.config import ValidatorConfig
 from training.runs.events import record_event
 
@@ -29,7 +30,7 @@ POINTER_NAME = "checkpoint.json"  # {"folder"}: of the checkpoint, which stays w
 
 
 def validation_config(
-    validator: ValidatorConfig, run: Path, group: dict[str, float]
+    validator: ValidatorConfig, run: str, group: dict[str, float]
 ) -> "ValidationConfig | None":
     """Return what Ray Train does with each checkpoint; None without a command.
 
@@ -43,7 +44,7 @@ def validation_config(
     from ray.train import ValidationConfig, ValidationTaskConfig
 
     arguments = {
-        "command": validator.command, "run": str(run), "folder": os.getcwd(),
+        "command": validator.command, "run": run, "folder": os.getcwd(),
         "seconds": validator.seconds,
     }  # fmt: skip
     resources = {"num_cpus": 0, "num_gpus": validator.num_gpus, "resources": group}
@@ -92,26 +93,32 @@ def validate(
     that, from the timeline, and training continues.
     """
     arguments = [*_split(command), "--run", run, "--once"]
-    if arguments[0] in ("python", "python3"):
-        arguments[0] = sys.executable
-    message = ""
-    with (Path(run) / VALIDATOR_LOG_NAME).open("a") as log:
-        log.write(f"$ {command} --run {run} --once\n")
+    with notes_for(run) as notes:
+        message = _run(arguments, folder, seconds, notes / VALIDATOR_LOG_NAME)
+        if message:
+            message = f"{message}; see {VALIDATOR_LOG_NAME}"
+            record_event(notes, "validator failed", message=message)
+            raise OSError(f"{run}: validator: {message}")
+    return {"exit_code": 0}
+
+
+def _run(arguments: list[str], folder: str, seconds: float, path: Path) -> str:
+    """Run a command, whose output goes to the end of a file; return what went wrong, or ""."""
+    program, *rest = arguments
+    if program in ("python", "python3"):
+        program = sys.executable
+    with path.open("a") as log:
+        log.write(f"$ {shlex.join(arguments)}\n")
         log.flush()
         try:
             with subprocess.Popen(
-                arguments, cwd=folder, stdout=log, stderr=log, start_new_session=True
+                [program, *rest], cwd=folder, stdout=log, stderr=log, start_new_session=True
             ) as child:
                 try:
                     code = child.wait(seconds)
-                    message = f"exit code {code}" if code else ""
+                    return f"exit code {code}" if code else ""
                 except subprocess.TimeoutExpired:
                     os.killpg(child.pid, signal.SIGKILL)  # with what it started itself
-                    message = f"no end after {seconds:g} s"
+                    return f"no end after {seconds:g} s"
         except OSError as error:  # no such program or folder on the node of this task
-            message = str(error)
-    if message:
-        message = f"{message}; see {VALIDATOR_LOG_NAME}"
-        record_event(Path(run), "validator failed", message=message)
-        raise OSError(f"{run}: validator: {message}")
-    return {"exit_code": 0}
+            return str(error)

@@ -127,15 +127,10 @@ def launch(config: RunConfig, run_folder: str, build: Build, model_name: str) ->
 def open_mirror(config: RunConfig, run_folder: str) -> Mirror:
     """Return the mirror of a run, by its folder or URL, as the driver sees it.
 
-    Raises ValueError for a file or a folder of something else, or what a bucket cannot have.
+    Raises ValueError for a file or a folder of something else.
     """
     if not is_remote(run_folder):
         return Mirror(open_run(run_folder))
-    if config.train.validator.command:
-        raise ValueError(
-            f"train.validator: found a command for the run {run_folder}, expected none for a run "
-            "in a bucket; run eval/watch.py on a copy of it"
-        )
     role = DRIVER if config.train.workers.num_workers else NODE
     return mirror_of(run_folder, config.scratch, role)
 
