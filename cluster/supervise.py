@@ -42,6 +42,7 @@ STOP_SECONDS = 60.0
 PENDING_SECONDS = 30.0  # of a job, after its head has come back: nobody may be starting it
 LONGEST_PENDING_SECONDS = 1200.0  # Ray itself gives up after 900, where its head lives
 LONGEST_PAUSE_SECONDS = 60.0
+RAYS_LINE = "Running entrypoint for job"  # which Ray writes after those of the command
 # Exit codes of a command that would end alike again; 126 and 127: the shell found no such program
 REFUSED = (WRONG_REQUEST, 126, 127)
 Answer = TypeVar("Answer")
@@ -261,8 +262,9 @@ def _follow(head: Head, job: str, num_absences: int) -> Ending:
 
 def _ending(info: "JobDetails") -> Ending:
     """Return what the end of a job means."""
-    lines = [line for line in (info.message or "").splitlines() if line.strip()]
-    last, code = lines[-1].strip() if lines else "", info.driver_exit_code
+    lines = [line.strip() for line in (info.message or "").splitlines() if line.strip()]
+    own = [line for line in lines if not line.startswith(RAYS_LINE)]
+    last, code = own[-1] if own else "", info.driver_exit_code
     if info.status.name == "SUCCEEDED":
         return Ending("succeeded", DONE)
     if info.status.name == "STOPPED":
