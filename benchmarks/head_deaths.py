@@ -35,7 +35,7 @@ from _heads import (
 from cluster.base.cli import DONE, INCOMPLETE
 
 NAMES = ("download", "embed", "prior", "fid")
-UNITS_A_KILL = {"download": 8, "embed": 8, "prior": 18, "fid": 3}
+UNITS_A_KILL = {"download": 8, "embed": 8, "prior": 18, "fid": 5}
 
 
 @dataclass(frozen=True, kw_only=True)

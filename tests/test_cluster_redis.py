@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -46,7 +47,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     return found
 
 
-def config(redis: RedisServer, **fields: str) -> StartConfig:
+def config(redis: RedisServer, **fields: Any) -> StartConfig:
     given = {"redis": f"localhost:{redis.port}", "redis_ca": str(redis.ca), **fields}
     return StartConfig(**given)
 

@@ -19,6 +19,7 @@ from cluster.base.cli import DONE, INCOMPLETE, WRONG_REQUEST
 from cluster.supervise import SuperviseConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+Ending = tuple[str, int | None, str]  # status, exit code, message
 COMMAND = ["python", "training/prior.py", "--run", "/data/runs/a b"]
 
 
@@ -30,14 +31,14 @@ class FakeHead(http.server.ThreadingHTTPServer):
 
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
-        self.endings: list[tuple[str, int | None, str]] = []
+        self.endings: list[Ending] = []
         self.dead_nodes: set[str] = set()
         self.stopped: list[str] = []
         self.away = 0
         super().__init__(("127.0.0.1", 0), Answers)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
-    def add(self, name: str, entry: str, ending: tuple[str, int | None, str]) -> None:
+    def add(self, name: str, entry: str, ending: Ending) -> None:
         status, code, message = ending
         self.jobs[name] = {
             "type": "SUBMISSION", "submission_id": name, "entrypoint": entry, "status": status,
@@ -50,7 +51,10 @@ class FakeHead(http.server.ThreadingHTTPServer):
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    server: FakeHead
+    @property
+    def head(self) -> FakeHead:
+        assert isinstance(self.server, FakeHead)
+        return self.server
 
     def answer(self, found: object, status: int = 200) -> None:
         body = json.dumps(found).encode()
@@ -61,8 +65,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def is_away(self) -> bool:
-        self.server.away -= 1
-        return self.server.away >= 0
+        self.head.away -= 1
+        return self.head.away >= 0
 
     def do_GET(self) -> None:
         if self.is_away():
@@ -71,11 +75,11 @@ class Answers(http.server.BaseHTTPRequestHandler):
         if self.path == "/api/version":
             self.answer({"version": "4", "ray_version": "2.60.0", "ray_commit": ""})
         elif self.path == "/api/jobs/":
-            self.answer([*self.server.jobs.values()])
-        elif path == "/api/jobs" and name in self.server.jobs:
-            self.answer(self.server.jobs[name])
+            self.answer([*self.head.jobs.values()])
+        elif path == "/api/jobs" and name in self.head.jobs:
+            self.answer(self.head.jobs[name])
         elif "/nodes" in self.path:
-            dead = [n for n in self.server.dead_nodes if n.replace(" ", "%20") in self.path
+            dead = [n for n in self.head.dead_nodes if n.replace(" ", "%20") in self.path
                     or n.replace(" ", "+") in self.path]  # fmt: skip
             state = {"node_id": "x", "node_ip": "", "is_head_node": True, "node_name": "",
                      "state": "DEAD" if dead else "ALIVE", "state_message": "",
@@ -89,13 +93,13 @@ class Answers(http.server.BaseHTTPRequestHandler):
         sent = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
         if self.path.endswith("/stop"):
             name = self.path.split("/")[-2]
-            self.server.stopped.append(name)
-            self.server.jobs[name]["status"] = "STOPPED"
+            self.head.stopped.append(name)
+            self.head.jobs[name]["status"] = "STOPPED"
             return self.answer({"stopped": True})
         name = sent["submission_id"]
-        if name in self.server.jobs:
+        if name in self.head.jobs:
             return self.answer(f"ValueError: Job with submission_id {name} already exists.", 500)
-        self.server.add(name, sent["entrypoint"], self.server.endings.pop(0))
+        self.head.add(name, sent["entrypoint"], self.head.endings.pop(0))
         if not self.is_away():  # else it was heard, and died before it said so
             self.answer({"job_id": name, "submission_id": name})
 
@@ -120,7 +124,7 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHead]:
     signal.signal(signal.SIGTERM, before)
 
 
-def run(head: FakeHead, *endings: tuple[str, int | None, str], **fields: Any) -> int:
+def run(head: FakeHead, *endings: Ending, **fields: Any) -> int:
     head.endings += endings
     config = SuperviseConfig(address=head.url, name=fields.pop("name", "p"), **fields)
     return supervise.main(config, COMMAND)
@@ -176,7 +180,8 @@ def test_a_head_that_is_away_is_waited_for(head: FakeHead, capsys):
     assert server.ask(lambda client: client.list_jobs()) == [] and server.num_absences == 1
     # The answer to a submission gets lost: the job is not submitted twice, and as nobody starts
     # what a dead head was asked for, it is stopped and submitted under another name
-    head.endings, head.away = [("PENDING", None, "")], 1
+    head.endings.append(("PENDING", None, ""))
+    head.away = 1
     supervise._submit(server, SuperviseConfig(), first, "true")
     assert server.num_absences == 2 and [*head.jobs] == [first]
     ending = supervise._follow(server, first, num_absences=1)
@@ -221,7 +226,7 @@ def script(head: FakeHead, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_job(number: int, head: FakeHead):
-    head.endings = [("RUNNING", None, "")]
+    head.endings.append(("RUNNING", None, ""))
     process = script(head, "--name", "p", "--", "sleep", "100")
     assert process.stdout is not None and "submitted" in process.stdout.readline()
     process.send_signal(number)
