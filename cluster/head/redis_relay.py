@@ -136,7 +136,7 @@ async def _serve(redis: Redis, listener: socket.socket) -> None:
     async def admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal num_open, idle_since
         num_open += 1
-        with contextlib.suppress(OSError, asyncio.TimeoutError, asyncio.IncompleteReadError):
+        with contextlib.suppress(OSError):
             if user_of(writer.get_extra_info("peername")[1]) == os.getuid():
                 await _pass_on(redis, context, reader, writer)
         writer.close()
