@@ -134,20 +134,21 @@ class Head:
             self.kill()
         raise AssertionError("no start")
 
-    def processes(self) -> list[psutil.Process]:
-        """Return all that it has started: Ray's processes, drivers, workers, the relay."""
+    def processes(self, mark: str = "") -> list[psutil.Process]:
+        """Return all that it has started: Ray's processes, drivers, workers, the relay; or all with
+        another mark."""
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(MARK) == self.mark:
+                if process.environ().get(MARK) == (mark or self.mark):
                     found.append(process)
             except psutil.Error:
                 continue  # gone, or another user's
         return found
 
-    def kill(self) -> None:
+    def kill(self, mark: str = "") -> None:
         """Kill all of it at once, as the loss of its machine does."""
-        while found := [p for p in self.processes() if p.status() != psutil.STATUS_ZOMBIE]:
+        while found := [p for p in self.processes(mark) if p.status() != psutil.STATUS_ZOMBIE]:
             for process in found:
                 try:
                     process.send_signal(signal.SIGKILL)

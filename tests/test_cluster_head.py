@@ -3,6 +3,8 @@
 import shutil
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,16 +12,19 @@ import psutil
 import pytest
 from _faults import write_embeds
 from _heads import (
+    MARK,
     Head,
     RedisServer,
     Stage,
     download_stage,
+    free_port,
     kill_head,
     prior_stage,
     redis_server,
     slow_site,
     started_head,
 )
+from _prometheus import wait_for
 
 from cluster.head.redis_relay import encoded
 
@@ -89,3 +94,74 @@ def test_a_killed_head_loses_nothing_and_does_nothing_twice(
     assert "gcs_server" in found and redis.password not in found
     token = (head.folder / "home" / ".ray" / "auth_token").read_text().strip()
     assert token not in found
+
+
+DRIVER = """
+import os, sys, time, ray
+ray.init(sys.argv[1], _node_ip_address="127.0.0.2", log_to_driver=False)
+
+@ray.remote(num_cpus=1, resources={"outside": 0.001})
+def work(i):
+    time.sleep(0.2)
+    return i
+
+@ray.remote(num_cpus=0, resources={"outside": 0.001})
+class Counter:
+    def __init__(self):
+        self.count = 0
+
+    def add(self):
+        self.count += 1
+        return self.count
+
+counter, i = Counter.remote(), 0
+while not os.path.exists(sys.argv[2]):
+    i += 1
+    print(ray.get(work.remote(i)), ray.get(counter.add.remote()), flush=True)
+print("new", ray.get(Counter.remote().add.remote()))
+"""
+
+
+def test_a_driver_outside_of_the_head_works_on(head: Head, tmp_path: Path):
+    """On a second node of this machine: while the head is away, and with it when it is back."""
+    stop, log, mark = tmp_path / "stop", tmp_path / "driver.txt", f"{head.mark}-node"
+    env = head.environment(**{MARK: mark, "RAY_gcs_rpc_server_reconnect_timeout_s": "600"})
+    head_file = head.folder / "ray" / "ray_current_cluster"
+    address = head_file.read_text().strip()
+    node = [
+        str(Path(sys.executable).parent / "ray"), "start", f"--address={address}", "--num-cpus=1",
+        "--node-ip-address=127.0.0.2", '--resources={"outside": 1}',
+        f"--metrics-export-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
+        "--object-store-memory=100000000",
+    ]  # fmt: skip
+
+    def lines() -> list[str]:
+        return log.read_text().splitlines()
+
+    def await_lines(more: int) -> None:
+        count = len(lines())
+        wait_for(lambda: len(lines()) >= count + more or driver.poll() is not None, "lines")
+        assert driver.poll() is None, (tmp_path / "errors.txt").read_text()
+
+    try:
+        done = subprocess.run(node, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        with log.open("w") as file, (tmp_path / "errors.txt").open("w") as errors:
+            driver = subprocess.Popen(
+                [sys.executable, "-c", DRIVER, address, str(stop)], env=env, stdout=file,
+                stderr=errors, start_new_session=True,
+            )  # fmt: skip
+        await_lines(5)
+        head.kill()
+        await_lines(10)
+        head_file.unlink()  # else Ray takes the node of this machine for the head
+        done = head.start()
+        assert done.returncode == 0, done.stdout
+        await_lines(5)
+        stop.touch()
+        assert driver.wait(120) == 0, (tmp_path / "errors.txt").read_text()
+    finally:
+        head.kill(mark)
+    *counted, last = lines()
+    assert counted == [f"{i} {i}" for i in range(1, len(counted) + 1)] and last == "new 1"
+    assert len(counted) >= 20
