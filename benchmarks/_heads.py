@@ -1,5 +1,6 @@
 """A head of a cluster with its state in Redis, its death, and stages that it must not harm."""
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -34,9 +35,12 @@ NUM_STARTS = 3  # of a head: its processes have 30 s each time
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return found.getsockname()[1]
+    """Return a port that nobody listens on, nor gets from the system, nor from Ray, while a head
+    that had it is dead."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(("", random.randrange(20_000, 32_000)))
+            return found.getsockname()[1]
 
 
 # -- Redis -----------------------------------------------------------------------------------------
@@ -140,7 +144,8 @@ class Head:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(MARK) == (mark or self.mark):
+                is_alive = process.status() != psutil.STATUS_ZOMBIE
+                if is_alive and process.environ().get(MARK) == (mark or self.mark):
                     found.append(process)
             except psutil.Error:
                 continue  # gone, or another user's
@@ -148,7 +153,7 @@ class Head:
 
     def kill(self, mark: str = "") -> None:
         """Kill all of it at once, as the loss of its machine does."""
-        while found := [p for p in self.processes(mark) if p.status() != psutil.STATUS_ZOMBIE]:
+        while found := self.processes(mark):
             for process in found:
                 try:
                     process.send_signal(signal.SIGKILL)

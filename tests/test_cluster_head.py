@@ -62,7 +62,7 @@ def ask(redis: RedisServer, *commands: bytes) -> list[bytes]:
 
 def shown(head: Head, folder: Path) -> str:
     """Return all that is there to be read: command lines, what Ray and the jobs have written."""
-    lines = [" ".join(process.cmdline()) for process in psutil.process_iter()]
+    lines = [" ".join(found.info["cmdline"] or ()) for found in psutil.process_iter(["cmdline"])]
     files = [p for root in (head.folder, folder) for p in root.rglob("*") if p.is_file()]
     kept = (p for p in files if p.name != "auth_token" and p.parent.name != "redis")
     return "\n".join(lines + [p.read_text(errors="replace") for p in kept])
