@@ -60,8 +60,8 @@ test-fast: $(STAMP)
 test: test-fast
 	$(VENV)/bin/python -m pytest -m "slow and not soak" --durations=12 $(ARGS) $(MAY_BE_EMPTY)
 
-# What some tests drive: a browser, Prometheus with promtool, Alertmanager. For root, on Debian and its kin.
-SYSTEM_PACKAGES := chromium prometheus prometheus-alertmanager
+# What some tests drive: a browser, Prometheus with promtool, Alertmanager, Redis. For root, on Debian and its kin.
+SYSTEM_PACKAGES := chromium prometheus prometheus-alertmanager redis-server
 test-system:
 	dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM_PACKAGES); }

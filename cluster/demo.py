@@ -25,8 +25,8 @@ from cluster.base.cli import DONE, parse, require_local, run_script
 from cluster.base.files import Json, write_json
 from cluster.base.options import DataclassInstance
 from cluster.base.run_dir import DEMO_NAME, EVAL_NAME, PROVENANCE_NAME, RAY_FOLDER, TIMINGS_NAME
+from cluster.base.timings import Timings
 from cluster.lanes import Command, run_lanes
-from cluster.timings import Timings
 
 SCORES_NAME = "scores.json"
 LANES_BYTES = 7 << 30  # of the machine's memory, for two trainings at once: 5.3 GiB were used

@@ -3,6 +3,7 @@
     python cluster/start.py --head-works                   # a cluster of this machine alone
     python cluster/start.py --bind 10.0.0.5                # the head of several machines
     python cluster/start.py --bind 10.0.0.6 --join 10.0.0.5:6379
+    python cluster/start.py --bind 10.0.0.5 --redis 10.0.0.9:6380 --block    # a head that may die
 
 The head makes the token, ~/.ray/auth_token, if there is none; whoever joins, or submits a job,
 needs a copy of it. Ray is started in the project's root, so that
@@ -17,16 +18,25 @@ import os
 import secrets
 import shlex
 import shutil
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from cluster.base.cli import DONE, parse, run_script
+from cluster.base.cli import DONE, Option, parse, run_script
 from cluster.base.ray_session import GROUPS
+from cluster.head.redis_relay import (
+    PASSWORD_VARIABLE,
+    Redis,
+    read_password,
+    require_private,
+    start_relay,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 NVIDIA = Path("/proc/driver/nvidia/gpus")  # there where NVIDIA's driver is, in containers too
+AWAY_SECONDS = 600  # that a node's work goes on without its head; Ray's own 60 are soon over
 SHARES = 1  # of a group's resource that a node offers; work asks for a thousandth
 
 
@@ -50,6 +60,18 @@ class StartConfig:
     """of the dashboard and of job submission, on the head"""
     metrics_export_port: int = 8080
     """of Ray's metrics on this machine; it asks for no token: keep it behind the firewall"""
+    agent_port: Annotated[int, Option(hidden=True)] = 52365
+    """of Ray's agent, which starts jobs"""
+    redis: str = ""
+    """HOST:PORT of a Redis with TLS and a password that keeps the head's state; empty = none, and
+    the cluster ends with its head. The password is in REDIS_PASSWORD or --redis-password-file"""
+    redis_ca: str = ""
+    """PEM file of the authority that signed Redis's certificate; empty = the system's"""
+    redis_password_file: str = "~/.ray/redis_password"
+    """read where REDIS_PASSWORD is not set; only its owner may read it"""
+    redis_namespace: str = ""
+    """of this cluster in Redis; empty = this host's name and --port. A head that comes back on
+    another host needs the one that it had"""
     autoscaling_config: str = ""
     """file by which the head starts and ends nodes; `ray up` hands one over"""
     block: bool = False
@@ -62,11 +84,19 @@ def main(config: StartConfig) -> int:
     """Become `ray start`, in the project's root, with the token on."""
     _require_token(config)
     command = _command(config)
+    redis = _redis(config) if config.redis else None
     print(f"$ RAY_AUTH_MODE=token {shlex.join(command)}", flush=True)
     if config.dry_run:
         return DONE
     print(f"metrics: port {config.metrics_export_port} asks for no token: firewall it", flush=True)
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(AWAY_SECONDS))
+    if redis:
+        environment.pop(PASSWORD_VARIABLE, None)
+        namespace = config.redis_namespace or f"{socket.gethostname()}-{config.port}"
+        print(f"redis: {redis.name}, namespace {namespace}", flush=True)
+        environment["RAY_REDIS_ADDRESS"] = f"127.0.0.1:{start_relay(redis)}"
+        environment["RAY_external_storage_namespace"] = namespace
     os.chdir(ROOT)
     os.execve(_ray(), command, environment)
 
@@ -74,6 +104,7 @@ def main(config: StartConfig) -> int:
 def _command(config: StartConfig) -> list[str]:
     """Return the arguments of `ray start`."""
     command = ["ray", "start", f"--metrics-export-port={config.metrics_export_port}"]
+    command.append(f"--dashboard-agent-listen-port={config.agent_port}")
     if not ipaddress.ip_address(config.bind).is_loopback:  # Ray has its own idea of this one
         command.append(f"--node-ip-address={config.bind}")
     if config.join:
@@ -90,6 +121,20 @@ def _command(config: StartConfig) -> list[str]:
         if config.autoscaling_config:
             command.append(f"--autoscaling-config={config.autoscaling_config}")
     return [*command, "--block"] if config.block else command
+
+
+def _redis(config: StartConfig) -> Redis:
+    """Return the Redis of --redis, which answers to the password; ValueError if it does not."""
+    if config.join:
+        raise ValueError("--redis: found --join beside it, expected it on the head alone")
+    host, _, port = config.redis.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise ValueError(f"--redis: found {config.redis!r}, expected HOST:PORT")
+    password = "" if config.dry_run else read_password(Path(config.redis_password_file))
+    redis = Redis(host=host.strip("[]"), port=int(port), password=password, ca=config.redis_ca)
+    if not config.dry_run:
+        redis.require()
+    return redis
 
 
 def _ray() -> str:
@@ -113,8 +158,7 @@ def _require_token(config: StartConfig) -> None:
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if path.is_file() and path.read_text().strip():
-        if path.stat().st_mode & 0o077 and path.stat().st_uid == os.getuid():
-            raise ValueError(f"{path}: found a token that others can read; run chmod 600 {path}")
+        require_private(path, "a token")
         return
     if config.join:
         raise ValueError(f"{path}: found no token, expected a copy of the head's")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cluster.base.cli import parse, run_script
 from cluster.base.metrics import serve
-from cluster.timings import Timings
+from cluster.base.timings import Timings
 from training.config import PRESETS, PriorRunConfig
 
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from cluster import demo
+from cluster.base.timings import Timings
 from cluster.demo import Command, DemoConfig
 from cluster.demo_data import base_name, drawn_pairs, given_pairs, read_pairs
-from cluster.timings import Timings
 from ingest.shapes import make_pairs
 from ingest.shards import load_snapshot
 from training.config import RunConfig

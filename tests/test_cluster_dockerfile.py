@@ -6,7 +6,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from test_cluster_manifests import DOCKERFILE, run_dry
+from test_cluster_manifests import DOCKERFILE, manifest, run_dry
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +41,10 @@ def test_the_image_is_pinned_whole_and_not_roots(capsys, tmp_path: Path, monkeyp
 
 def test_the_image_takes_the_packages_and_no_secret():
     ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line]
-    assert {"**/auth_token", "**/*.pem", ".git", "data", "runs"} <= set(ignored)
+    secrets = {"**/auth_token", "**/redis_password", "**/redis.key", "**/*.pem"}
+    assert {*secrets, ".git", "data", "runs"} <= set(ignored)
     needed = {"ingest", "models", "training", "eval", "cluster", "pyproject.toml", "README.md"}
     assert not needed & set(ignored)
-    assert "cluster/kuberay/auth_token" in (ROOT / ".gitignore").read_text().splitlines()
+    kept_out = (ROOT / ".gitignore").read_text().splitlines()
+    for secret in manifest("kustomization.yaml")["secretGenerator"]:
+        assert {f"cluster/kuberay/{file}" for file in secret["files"]} <= set(kept_out)

@@ -87,15 +87,15 @@ def test_the_pipeline_runs_without_rights_on_a_read_only_root(
 
 
 def test_the_heads_pod_of_the_manifests_plays(podman: Podman, image: str, tmp_path: Path):
-    """As KubeRay's operator would start it: user, rights, claim and Ray's parameters; without the
-    volume in memory, which podman 4 makes a folder of root's."""
+    """As KubeRay's operator would start it: user, rights, claim, Ray's parameters; without Redis
+    and the volume in memory, which podman 4 makes a folder of root's."""
     group = yaml.safe_load(KUBERAY.joinpath("cluster.yaml").read_text())["spec"]["headGroupSpec"]
     flags = " ".join(f"--{key}={value}" for key, value in group["rayStartParams"].items())
     name = f"minidalle2-test-{secrets.token_hex(4)}"
     pod = group["template"]["spec"]
     [container] = pod["containers"]
-    pod["volumes"] = [volume for volume in pod["volumes"] if volume["name"] != "shm"]
-    container["volumeMounts"] = [m for m in container["volumeMounts"] if m["name"] != "shm"]
+    pod["volumes"] = [volume for volume in pod["volumes"] if volume["name"] == "data"]
+    container["volumeMounts"] = [m for m in container["volumeMounts"] if m["name"] == "data"]
     container |= {"image": image, "imagePullPolicy": "Never"}
     container["command"] = ["bash", "-c", f"ray start --head --block {flags}"]
     container["env"] = [

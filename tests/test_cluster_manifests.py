@@ -1,23 +1,32 @@
 """Manifests of Kubernetes: valid, whole, and their commands can be run."""
 
+import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import json
 import re
 import runpy
 import shlex
+import shutil
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import psutil
 import pytest
 import yaml
+from _heads import free_port, redis_server
 
 from cluster.base.ray_session import GROUPS
+from cluster.head.redis_relay import Redis
 from cluster.manifests import SOURCES, ManifestsConfig, main
 from cluster.start import StartConfig
 
@@ -30,6 +39,7 @@ KUBERNETES = "1.33"
 OWN_KINDS = {"RayCluster", "RayJob", "PodMonitor", "PrometheusRule"}
 DOWNLOADS = "download download_test download_1024"
 ENTRY_POINTS = f"{DOWNLOADS} embed clip prior decoder up256 up1024 sample fid"
+REDIS_IMAGE = "redis:7.2"
 TRAINED_ON_GPUS = {"clip", "prior", "decoder", "up256", "up1024"}
 
 
@@ -106,7 +116,8 @@ def test_every_manifest_is_what_its_definition_admits(path: Path):
     if document["kind"] in OWN_KINDS:
         check(document)
     elif document["kind"] != "Kustomization":  # which kubectl reads, no server
-        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        for each in document["items"] if document["kind"] == "List" else [document]:
+            kubernetes_validate.validate(each, KUBERNETES, strict=True)
 
 
 def test_every_pod_is_what_kubernetes_admits():
@@ -129,6 +140,8 @@ def test_every_pod_is_what_kubernetes_admits():
         (("spec", "workerGroupSpecs", 0, "minReplicas"), "none"),
         (("spec", "authOptions", "mode"), "open"),
         (("spec", "authOptions", "secret"), "x"),
+        (("spec", "gcsFaultToleranceOptions", "redisPassword"), "sesame"),
+        (("spec", "gcsFaultToleranceOptions", "redisCa"), "x"),
     ],
 )
 def test_a_wrong_manifest_is_refused(path: tuple, value: Any):
@@ -167,6 +180,7 @@ def test_every_image_named_is_one_that_the_dockerfile_builds():
     named = [found for path in KUBERAY for found in values(load(path), "image")]
     for path in RAY_UP:
         named += [v for p, v in walk(load(path)) if p[-1] == "image" or p[-1].endswith("_image")]
+    named.remove(REDIS_IMAGE)
     assert set(named) == built_images() and not [n for n in named if n.endswith(":latest")]
     [listed] = manifest("kustomization.yaml")["images"]
     assert {image.rpartition(":")[0] for image in named} == {listed["name"]}
@@ -261,6 +275,66 @@ def test_prometheus_reaches_the_metrics_port_and_no_other():
         assert group["metrics-export-port"] == str(ports["metrics"])
 
 
+def redis_parts() -> dict[str, dict[str, Any]]:
+    return {item["kind"]: item for item in manifest("redis.yaml")["items"]}
+
+
+def test_only_the_head_reaches_redis():
+    parts = redis_parts()
+    cluster = manifest("cluster.yaml")
+    policy, pod = parts["NetworkPolicy"]["spec"], parts["StatefulSet"]["spec"]["template"]
+    labels = pod["metadata"]["labels"]
+    assert policy["podSelector"]["matchLabels"] == labels == parts["Service"]["spec"]["selector"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"] and "egress" not in policy
+    [rule] = policy["ingress"]
+    [sender] = values(rule["from"], "podSelector")
+    assert sender["matchLabels"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+    [nodes] = sender["matchExpressions"]
+    assert nodes["key"] == "ray.io/node-type" and "worker" not in nodes["values"]
+    [container] = pod["spec"]["containers"]
+    [port] = container["ports"]
+    assert rule["ports"] == [{"port": port["containerPort"]}]
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] and not values(pod, "env")
+    options = cluster["spec"]["gcsFaultToleranceOptions"]
+    name = parts["Service"]["metadata"]["name"]
+    assert options["redisAddress"] == f"rediss://{name}:{port['containerPort']}"
+    head, *workers = pods()
+    assert "redis" in [v["name"] for v in head["volumes"]]
+    assert not [v for worker in workers for v in worker["volumes"] if v["name"] == "redis"]
+
+
+@pytest.mark.skipif(
+    shutil.which("redis-server") is None, reason="Debian's package redis-server is absent"
+)
+def test_the_redis_of_the_manifest_asks_for_the_password(tmp_path: Path):
+    """Its command, run here with folders and a port of the test's own."""
+    with redis_server(tmp_path / "other") as other:
+        (tmp_path / "redis.crt").write_bytes(other.ca.read_bytes())
+        (tmp_path / "redis.key").write_bytes((other.ca.parent / "redis.key").read_bytes())
+    (tmp_path / "redis_password").write_text("abc123\n")
+    [container] = redis_parts()["StatefulSet"]["spec"]["template"]["spec"]["containers"]
+    port = free_port()
+    [text] = container["args"]
+    text = text.replace("/etc/redis", str(tmp_path)).replace("6380", str(port))
+    text = text.replace("--dir /data", f"--dir {tmp_path} --bind 127.0.0.1")
+    server = subprocess.Popen([*container["command"], text], stdout=subprocess.DEVNULL)
+    try:
+        ca = str(tmp_path / "redis.crt")
+        found = Redis(host="localhost", port=port, password="abc123", ca=ca)
+        for _ in range(100):
+            with contextlib.suppress(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            time.sleep(0.05)
+        found.require()
+        with pytest.raises(ValueError, match="found -WRONGPASS"):
+            dataclasses.replace(found, password="abc").require()
+        assert "abc123" not in " ".join(psutil.Process(server.pid).cmdline())
+    finally:
+        server.kill()
+        server.wait()
+
+
 def test_the_operators_rules_are_prometheus_own(tmp_path: Path, capsys):
     rules = ROOT / "cluster" / "prometheus"
     if not rules.is_dir():
@@ -308,6 +382,25 @@ def test_every_jobs_command_can_be_run_dry(name: str, capsys, tmp_path: Path, mo
     assert ("entrypointNumGpus" in spec) == on_gpu and list(tmp_path.iterdir()) == []
     if on_gpu:
         assert json.loads(spec["entrypointResources"]) == {"gpu_group": 0.001}
+
+
+def test_a_supervised_job_is_the_job(capsys):
+    """RayJobs have no backoffLimit: the operator would delete the cluster that they share."""
+    assert [name for name, job in JOBS.items() if "backoffLimit" in job["spec"]] == []
+    for path in KUBERAY:
+        if path.parent.name != "supervised":
+            continue
+        pod = load(path)["spec"]["template"]
+        [container] = pod["spec"]["containers"]
+        at = container["args"].index("--")
+        command = shlex.join(container["args"][at + 1 :])
+        assert command == JOBS[path.stem]["spec"]["entrypoint"]
+        flags = shlex.join([*container["command"], *container["args"][:at]])
+        assert "--address http://minidalle2-head-svc:8265" in flags
+        assert "away_seconds: 3600.0" in run_dry(flags, capsys)
+        operator = manifest("network.yaml")["spec"]["ingress"][1]
+        assert {"podSelector": {"matchLabels": pod["metadata"]["labels"]}} in operator["from"]
+        assert pod["spec"]["securityContext"]["runAsNonRoot"]
 
 
 def test_every_folder_that_a_job_reads_is_one_that_another_makes():

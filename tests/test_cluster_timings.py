@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cluster import timings
-from cluster.timings import Timings
+from cluster.base import timings
+from cluster.base.timings import Timings
 
 
 @pytest.fixture

@@ -33,12 +33,13 @@ from cluster.base.options import (
 )
 
 __all__ = [
-    "DONE", "INCOMPLETE", "JOB_VARIABLE", "WRONG_REQUEST", "Option", "flattened", "merged",
-    "options_of", "parse", "read_yaml", "require_at_least", "require_lasting", "require_local",
-    "run_script", "to_yaml", "with_options",
+    "DONE", "INCOMPLETE", "JOB_VARIABLE", "STOPPED_ON_REQUEST", "WRONG_REQUEST", "Option",
+    "flattened", "merged", "options_of", "parse", "read_yaml", "require_at_least",
+    "require_lasting", "require_local", "run_script", "to_yaml", "with_options",
 ]  # fmt: skip
 
 DONE, INCOMPLETE, WRONG_REQUEST = 0, 1, 2
+STOPPED_ON_REQUEST = "stopped on request"  # in the last line of a run that ends incomplete by it
 DRY_RUN, HELP_ALL = "--dry-run", "--help-all"
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a job
 

@@ -124,6 +124,8 @@ def _start_private() -> None:
             f"{files}: found {free >> 20:,} MB free, expected {MIN_FILES_BYTES >> 20} for Ray's "
             "files; free some, or name another short path: RAY_TMPDIR=PATH"
         )
+    # In a job on a head with Redis, whose state a second head of that name would take for its own
+    os.environ.pop("RAY_REDIS_ADDRESS", None)
     home = Path.home()
     if not os.access(home, os.W_OK) and home.exists() and not (home / ".ray/auth_token").is_file():
         # Ray would write one there; the processes of this Ray inherit the variable

@@ -15,7 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.base.cli import DONE, INCOMPLETE, merged, option_values, read_yaml, with_options
+from cluster.base.cli import (
+    DONE,
+    INCOMPLETE,
+    STOPPED_ON_REQUEST,
+    merged,
+    option_values,
+    read_yaml,
+    with_options,
+)
 from cluster.base.files import write_json, write_text
 from cluster.base.machine import threads_for
 from cluster.base.run_dir import CODE_NAME, CONFIG_NAME, error_path, error_paths
@@ -112,7 +120,7 @@ def launch(config: RunConfig, run_folder: str, build: Build, model_name: str) ->
         if not (run / FINAL_NAME).is_file():
             mirror.forget_stop()
             print(
-                f"{mirror.place}: stopped on request, at a checkpoint; rerun the same command to "
+                f"{mirror.place}: {STOPPED_ON_REQUEST}, at a checkpoint; rerun the same command to "
                 "continue"
             )
             return INCOMPLETE

@@ -1,0 +1,1 @@
+"""The head of a cluster that outlives its processes: its state is in Redis."""
