@@ -52,6 +52,7 @@ def drive(
         "--train.global-batch-size", 8, "--train.precision", "fp32", "--train.device", "cpu",
         "--train.report-every", 1, "--train.num-threads", 1, "--diffusion.width", 16,
         "--diffusion.depth", 1, "--diffusion.num-heads", 2,
+        "--train.validator", "python -c 'print(\"looked\")'",
     )  # fmt: skip
     path = f"{ROOT / 'tests'}:{ROOT}"
     with log.open("a") as file:
@@ -131,6 +132,8 @@ def test_a_run_in_a_bucket_outlives_a_worker_and_its_driver(
         assert (found[key] - tensor).abs().max() < 5e-5, key
     output = log.read_text()
     assert output.count("continues from step") >= 2 and "Traceback" not in output
+    looks = storage.read("validator.log").decode().splitlines()
+    assert looks.count("looked") >= 4 and f"--run {url} --once" in looks[0], looks
 
 
 MANY, OFTEN = 240, 5
