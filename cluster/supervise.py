@@ -64,7 +64,7 @@ class SuperviseConfig:
     """JSON of the node that the command needs, such as '{"cpu_group": 0.001}': a node other than
     the head, whose death the command then survives"""
     max_attempts: int = 6
-    """attempts in a row that may end within --progress-seconds"""
+    """attempts in a row that may end within --progress-seconds while the head is there"""
     progress_seconds: float = 300.0
     """after which an attempt counts as progress"""
     away_seconds: float = 3600.0
@@ -177,7 +177,10 @@ def main(config: SuperviseConfig, command: list[str]) -> int:
         if ending.code is not None:
             print(f"{job}: {ending.reason} after {duration(lasted)}", flush=True)
             return ending.code
-        num_quick = 0 if lasted >= config.progress_seconds else num_quick + 1
+        if lasted >= config.progress_seconds:
+            num_quick = 0
+        elif head.num_absences == num_absences:  # what ends with its head says nothing of itself
+            num_quick += 1
         if num_quick >= config.max_attempts:
             print(f"{job}: {ending.reason} after {duration(lasted)}; it was the last of "
                   f"{num_quick} attempts without progress", file=sys.stderr)  # fmt: skip

@@ -35,6 +35,7 @@ class FakeHead(http.server.ThreadingHTTPServer):
         self.dead_nodes: set[str] = set()
         self.stopped: list[str] = []
         self.away = 0
+        self.loses_answers = False
         super().__init__(("127.0.0.1", 0), Answers)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -100,6 +101,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         if name in self.head.jobs:
             return self.answer(f"ValueError: Job with submission_id {name} already exists.", 500)
         self.head.add(name, sent["entrypoint"], self.head.endings.pop(0))
+        self.head.away = max(self.head.away, int(self.head.loses_answers))
         if not self.is_away():  # else it was heard, and died before it said so
             self.answer({"job_id": name, "submission_id": name})
 
@@ -157,6 +159,12 @@ def test_it_gives_up_after_attempts_without_progress(head: FakeHead, capsys):
     assert "the last of 3 attempts without progress" in capsys.readouterr().err
     assert run(head, *[("FAILED", 1, "")] * 3, ("SUCCEEDED", 0, ""), max_attempts=2,
                progress_seconds=0, name="q") == DONE  # fmt: skip
+
+
+def test_deaths_of_the_head_are_no_attempts_without_progress(head: FakeHead):
+    head.loses_answers = True
+    endings = [*[("FAILED", None, "its node died")] * 5, ("SUCCEEDED", 0, "")]
+    assert run(head, *endings, max_attempts=2) == DONE and len(head.jobs) == 6
 
 
 def test_a_stop_that_was_asked_for_is_the_end(head: FakeHead):
