@@ -4,6 +4,7 @@ launches at once."""
 import hashlib
 import json
 import random
+import re
 import sys
 import threading
 import time
@@ -11,11 +12,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from _line import run, squared_error
 from _runs import ROOT, done
-from _s3 import AWS, Door, s3_server
+from _s3 import AWS, Door, MortalServer, body_of
 from test_training_bucket import STEPS, lines_in, train_line
 
 from cluster.base.cli import with_options
@@ -34,11 +36,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as server:
-        door = Door(server)
-        yield door
-        door.shut()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MortalServer]:
+    server = MortalServer(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def door(server: MortalServer) -> Door:
+    return server.door
 
 
 @pytest.fixture
@@ -96,6 +102,27 @@ def test_a_storage_that_goes_away_and_comes_back_costs_time_alone(
         assert storage_of(f"{bucket}/line").read(path) == (copy / path).read_bytes()
     lines = lines_in(f"{bucket}/line", tmp_path, METRICS_NAME)
     assert [line["step"] for line in lines] == list(range(1, 42))
+
+
+def test_nothing_is_asked_for_beyond_the_runs_own_prefix(
+    bucket: str, server: MortalServer, tmp_path: Path
+):
+    """Neighbours whose names begin alike among it; the server is killed on the way, and replays."""
+    name = bucket.removeprefix("s3://")
+    storage_of(f"{bucket}/runs/line_2").replace("config.yaml", b"train: {}")
+    start = len(server.requests())
+    train_line(f"{bucket}/runs/line", tmp_path / "one")
+    server.kill_and_restart()
+    train_line(f"{bucket}/runs/line", tmp_path / "two")
+    asked = [each for each in server.requests()[start:] if name in each["url"]]
+    assert len(asked) > 50
+    for each in asked:
+        url = urlsplit(each["url"])
+        places = [unquote(url.path).removeprefix(f"/{name}").strip("/")]
+        if not places[0]:  # many to be deleted, or a list
+            places = re.findall("<Key>(.*?)</Key>", body_of(each).decode())
+            places += parse_qs(url.query).get("prefix", [])
+        assert places and all(f"{place}/".startswith("runs/line/") for place in places), url
 
 
 # A process that has imported everything forks a child for each attempt: the child is what dies, in
