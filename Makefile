@@ -99,4 +99,5 @@ bench: $(STAMP) $(BENCH_STAMP)
 	$(VENV)/bin/python "$$script" $(ARGS) || failed=1; done; exit $$failed
 
 soak: $(STAMP)
-	$(VENV)/bin/python -m pytest -m soak $(ARGS)
+	$(VENV)/bin/python -m pytest -m soak $(ARGS) $(MAY_BE_EMPTY)
+	$(VENV)/bin/python -m pytest -s tests/test_cluster_image.py $(ARGS) $(MAY_BE_EMPTY)

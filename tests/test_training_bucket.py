@@ -3,6 +3,7 @@ looks whole that is not."""
 
 import itertools
 import json
+import os
 import random
 import threading
 import time
@@ -17,7 +18,13 @@ from _runs import HERE, prior_run
 
 from cluster.base.cli import with_options
 from cluster.base.jsonl import add_line, read_lines
-from cluster.base.run_dir import METRICS_NAME, TIMELINE_NAME, fragment_path, record_path
+from cluster.base.run_dir import (
+    INCIDENTS_NAME,
+    METRICS_NAME,
+    TIMELINE_NAME,
+    fragment_path,
+    record_path,
+)
 from cluster.run_store import RunsFolder
 from ingest.store.storage import storage_of
 from training.bucket import bucket_mirror as mirrors
@@ -212,7 +219,8 @@ def test_a_stop_in_the_bucket_stops_at_a_checkpoint(url: str, tmp_path: Path):
 # -- leases ----------------------------------------------------------------------------------------
 
 
-def test_one_launch_holds_a_run(url: str):
+def test_one_launch_holds_a_run(url: str, tmp_path: Path):
+    """Another is refused, and is among the run's incidents."""
     storage = storage_of(url)
     first = Lease.acquire(storage, url)
     first.require()
@@ -226,8 +234,12 @@ def test_one_launch_holds_a_run(url: str):
     thread.start()
     with pytest.raises(ValueError, match="another process trains here: process"):
         Lease.acquire(storage, url)
+    with pytest.raises(ValueError, match="another process"), mirror_of(url, "", NODE).leased():
+        pytest.fail("held twice")
     alive.set()
     thread.join()
+    (line,) = lines_in(url, tmp_path, INCIDENTS_NAME)
+    assert line["kind"] == "refused" and f"process {os.getpid()}" in line["message"]
     second = Lease.acquire(storage, url)  # which waits for a silent one
     assert second.token == first.token + 1
     with pytest.raises(LeaseLostError, match="found the lease 2, expected 1"):

@@ -12,7 +12,8 @@ from _runs import debug_prior, done
 from cluster import demo
 from cluster.base.cli import JOB_VARIABLE, merged, read_yaml
 from cluster.base.files import try_lock
-from cluster.base.run_dir import LAUNCH_LOCK, TRAIN_LOCK
+from cluster.base.jsonl import read_lines
+from cluster.base.run_dir import INCIDENTS_NAME, LAUNCH_LOCK, TRAIN_LOCK
 from cluster.demo import DemoConfig
 from models.configs import DiffusionPriorConfig
 from training import convert
@@ -147,7 +148,8 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_run_under_way_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Neither another launch nor --fresh touches it; once it has ended, --fresh clears it."""
+    """Neither another launch nor --fresh touches it, and each is counted; once it has ended,
+    --fresh clears it."""
     monkeypatch.setattr("training.runs.run_folder.LAUNCH_SECONDS", 0)
     prepare_run(CONFIG, str(tmp_path))
     (tmp_path / "step_00000001").mkdir()
@@ -158,8 +160,10 @@ def test_a_run_under_way_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
             config = dataclasses.replace(CONFIG, fresh=fresh)
             with pytest.raises(ValueError, match="another process trains here"):
                 launch(config, str(tmp_path), never_built, "prior")
-    after = sorted(path.name for path in tmp_path.iterdir() if path.name != LAUNCH_LOCK)
-    assert after == before
+    after = {path.name for path in tmp_path.iterdir()}
+    assert sorted(after - {LAUNCH_LOCK, INCIDENTS_NAME}) == before
+    kinds = [line["kind"] for line in read_lines(tmp_path / INCIDENTS_NAME)]
+    assert kinds == ["refused", "refused"]
     prepare_run(dataclasses.replace(CONFIG, fresh=True), str(tmp_path))
     assert not (tmp_path / "step_00000001").exists()
 

@@ -22,7 +22,7 @@ from cluster.base.outcomes import FAILED, OUTCOMES
 
 BACKLOGS = ("download", "adopt", "embed")
 FOLDERS = ("images", "embeds", "runs")
-Incident = Literal["spike", "hang", "lost", "broken"]  # see training/runs/events.py
+Incident = Literal["spike", "hang", "lost", "broken", "refused"]  # see training/runs/events.py
 INCIDENTS: tuple[str, ...] = get_args(Incident)
 MODELS = ("clip", "prior", "decoder", "up256", "up1024")  # an upsampler is named by its stage
 SCORED = (*MODELS, "chain")

@@ -47,8 +47,9 @@ from cluster.base.run_dir import (
 from ingest.store.storage import is_remote, storage_of
 from models.names import FINAL_NAME
 from training.bucket.lease import Lease, LeaseLostError
-from training.bucket.log_parts import LogParts
+from training.bucket.log_parts import LogParts, notes_for
 from training.bucket.mirror import Mirror
+from training.runs.events import report_refusal
 
 LOOK_SECONDS = 3.0  # between two rounds of the thread
 LIFE_SECONDS = 10.0  # between two signs of life of a launch
@@ -376,7 +377,12 @@ class _BucketMirror(Mirror):
 
     @contextmanager
     def leased(self) -> Iterator[None]:
-        self._lease = Lease.acquire(self._storage, self._url)
+        try:
+            self._lease = Lease.acquire(self._storage, self._url)
+        except ValueError:
+            with notes_for(self._url) as notes:
+                report_refusal(notes)
+            raise
         try:
             with _repeated(self._lease.show_life, LIFE_SECONDS):
                 yield

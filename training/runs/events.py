@@ -5,7 +5,8 @@
     samples/rank_0003.jsonl   {"attempt", "step", "num_workers", "keys"}: --train.log-samples
 
 Incidents: spike, a loss far above the last ones; hang, a rank that took too long over a step; lost,
-workers that ended; broken, a checkpoint that did not verify when the run continued.
+workers that ended; broken, a checkpoint that did not verify when the run continued; refused,
+another launch wanted the run.
 
 Events: launched, the driver started; lost, a worker's end was noticed; placed, the first rank runs
 our code; restored, it has read its checkpoint (attempt, step, num_workers); stepped, the first step
@@ -15,6 +16,8 @@ No torch here, since Ray's controller imports it.
 """
 
 import math
+import os
+import socket
 import statistics
 import time
 from collections import deque
@@ -43,6 +46,12 @@ def report_incident(run: Path, kind: Incident, step: int, message: str) -> None:
     """Append an incident; the driver prints and counts it."""
     line = {"kind": kind, "step": step, "message": message, "time": time.time()}
     add_line(run / INCIDENTS_NAME, line)
+
+
+def report_refusal(run: Path) -> None:
+    """Append that the launch of this process was refused, for another one holds the run."""
+    who = f"process {os.getpid()} of {socket.gethostname()}"
+    report_incident(run, "refused", 0, f"a launch by {who}, beside the one that trains")
 
 
 class SpikeDetector:

@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import yaml
@@ -21,6 +21,7 @@ from cluster.base.files import try_lock, write_text
 from cluster.base.run_dir import CONFIG_NAME, LAUNCH_LOCK, LOCKS, TRAIN_LOCK
 from models.weights import FINAL_NAME
 from training.config import RunConfig
+from training.runs.events import report_refusal
 
 EXTENSION = ("train.num_steps", "train.extend", "train.extended")  # what a longer run changes
 RETIRED = ("train.tensorboard",)  # options of before, whose value changes nothing: train.track
@@ -127,7 +128,13 @@ def launch_lock(run: Path) -> Iterator[None]:
     Two would mix what they write, and --fresh would delete what the other trains on.
     """
     error = ValueError(f"{run}: another process trains here; wait for it or end it")
-    with _held(run / LAUNCH_LOCK, LAUNCH_SECONDS, error):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_held(run / LAUNCH_LOCK, LAUNCH_SECONDS, error))
+        except ValueError:
+            if _is_run(run):
+                report_refusal(run)
+            raise
         yield
 
 
