@@ -4,22 +4,23 @@
     python cluster/supervise.py --name prior --max-attempts 20 -- python training/prior.py ...
 
 It waits while the head is away. A job whose node died, that was killed or that ended incomplete is
-submitted again, after a pause; one that refuses its request (exit code 2) is not. Ctrl-C and
-SIGTERM stop the job. Killed and started again, it follows the job that runs.
+submitted again, after a pause; one that refuses its request (exit code 2) is not. Ctrl-C stops the
+job. SIGTERM ends this script alone; started again, it follows the job that runs.
 """
 
 import hashlib
 import json
 import os
+import queue
 import re
 import shlex
-import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from cluster.base.cli import (
     DONE,
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 POLL_SECONDS = 2.0
 CONNECT_SECONDS = 30.0  # for a head that has never answered
+ANSWER_SECONDS = 60.0  # for an answer, after which the head counts as away
+SUBMIT_SECONDS = 900.0  # the same with a folder to send
 STOP_SECONDS = 60.0
+HEARD_SECONDS = 10.0  # in which a submission that was broken off may still become a job
 PENDING_SECONDS = 30.0  # of a job, after its head has come back: nobody may be starting it
 LONGEST_PENDING_SECONDS = 1200.0  # Ray itself gives up after 900, where its head lives
 LONGEST_PAUSE_SECONDS = 60.0
@@ -66,7 +70,7 @@ class SuperviseConfig:
     max_attempts: int = 6
     """attempts in a row that may end within --progress-seconds while the head is there"""
     progress_seconds: float = 300.0
-    """after which an attempt counts as progress"""
+    """of running after which an attempt counts as progress"""
     away_seconds: float = 3600.0
     """how long the head may be away"""
 
@@ -89,10 +93,12 @@ class Head:
 
     def __init__(self, address: str, away_seconds: float) -> None:
         self.address, self.away_seconds = address, away_seconds
-        self.num_absences, self.back_since = 0, 0.0
+        self.num_absences, self.back_since, self.running_since = 0, 0.0, 0.0
         self._client: JobSubmissionClient | None = None
 
-    def ask(self, question: "Callable[[JobSubmissionClient], Answer]") -> Answer:
+    def ask(
+        self, question: "Callable[[JobSubmissionClient], Answer]", seconds: float = ANSWER_SECONDS
+    ) -> Answer:
         """Return the head's answer.
 
         Raises LookupError for a job that it does not know, ValueError for a request that it
@@ -102,11 +108,14 @@ class Head:
         from ray.job_submission import JobSubmissionClient
         from ray.util.state.exception import RayStateApiException
 
-        away_since, is_first = 0.0, self._client is None
+        def attempt() -> Answer:
+            self._client = self._client or JobSubmissionClient(self.address)
+            return question(self._client)
+
+        away_since, is_first, is_counted = 0.0, self._client is None, False
         while True:
             try:
-                self._client = self._client or JobSubmissionClient(self.address)
-                answer = question(self._client)
+                answer = _within(seconds, attempt)
                 break
             except AuthenticationError:
                 raise ValueError(
@@ -116,9 +125,11 @@ class Head:
             except (OSError, RuntimeError, RayStateApiException) as error:
                 reason = str(error)
                 _raise_refusal(reason)
+                is_away = isinstance(error, OSError)  # else it answers, if with an error
             now = time.monotonic()
-            if not away_since:
-                away_since = now
+            away_since = away_since or now
+            if is_away and not is_counted:
+                is_counted = True
                 self.num_absences += 1
                 if not is_first:
                     print(f"{self.address}: the head does not answer", flush=True)
@@ -128,7 +139,7 @@ class Head:
                     f"({reason[:200]}), expected one; start it, or name its dashboard by --address"
                 )
             time.sleep(POLL_SECONDS)
-        if away_since:
+        if is_counted:
             self.back_since = time.monotonic()
             print(f"{self.address}: the head answers", flush=True)
         return answer
@@ -141,12 +152,35 @@ class Head:
         return getattr(found, "state", "DEAD") != "ALIVE"
 
 
+def _within(seconds: float, call: "Callable[[], Answer]") -> Answer:
+    """Return what a call returns; TimeoutError where it takes longer: Ray's client waits for ever
+    for a head whose machine lost its power."""
+    ended: queue.SimpleQueue[tuple[Answer | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            ended.put((call(), None))
+        except Exception as error:  # raised again below
+            ended.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer, error = ended.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return cast(Answer, answer)
+
+
 def _raise_refusal(reason: str) -> None:
-    """Raise what an answer of the head with a status of 4xx means; other ones are passing."""
-    status = re.search(r"status code (4\d\d): (.*)", reason)
+    """Raise what an answer of Ray's with a status of 4xx means; other ones are passing, as is what
+    a proxy says in the place of a head that is away."""
+    status = re.match(r"Request failed with status code (4\d\d): (.*)", reason)
     if status and status[1] == "404":
-        raise LookupError(status[2])
-    if status:
+        if "does not exist" in status[2]:
+            raise LookupError(status[2])
+    elif status and status[1] not in ("408", "429"):
         raise ValueError(f"job: found status {status[1]}, expected 200: {status[2][:300]}")
 
 
@@ -154,7 +188,6 @@ def main(config: SuperviseConfig, command: list[str]) -> int:
     """Submit the command until it has succeeded; returns the script's exit code."""
     if not command:
         raise ValueError("found no command, expected one after --")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     address = config.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     head = Head(address, config.away_seconds)
     entry, name = shlex.join(command), config.name or _name_of(command)
@@ -174,10 +207,11 @@ def main(config: SuperviseConfig, command: list[str]) -> int:
             _stop(head, job)
             raise
         lasted = time.monotonic() - began
+        worked = time.monotonic() - head.running_since if head.running_since else 0.0
         if ending.code is not None:
             print(f"{job}: {ending.reason} after {duration(lasted)}", flush=True)
             return ending.code
-        if lasted >= config.progress_seconds:
+        if head.running_since and worked >= config.progress_seconds:
             num_quick = 0
         elif head.num_absences == num_absences:  # what ends with its head says nothing of itself
             num_quick += 1
@@ -235,7 +269,7 @@ def _submit(head: Head, config: SuperviseConfig, job: str, entry: str) -> None:
             if "already exists" not in str(error):
                 raise
 
-    head.ask(submit)
+    head.ask(submit, SUBMIT_SECONDS if config.working_dir else ANSWER_SECONDS)
 
 
 def _follow(head: Head, job: str, num_absences: int) -> Ending:
@@ -244,11 +278,14 @@ def _follow(head: Head, job: str, num_absences: int) -> Ending:
     A head that came back does not by itself notice that a job died with the one before: the job
     "runs" until another is submitted. So its node is looked up.
     """
+    head.running_since = 0.0
     while True:
         try:
             info = head.ask(lambda client: client.get_job_info(job))
         except LookupError:
             return Ending("the head came back without its jobs", is_lost=True)
+        if info.status.name != "PENDING":
+            head.running_since = head.running_since or time.monotonic()
         if info.status.is_terminal():
             return _ending(info)
         if info.status.name == "PENDING":
@@ -284,15 +321,20 @@ def _ending(info: "JobDetails") -> Ending:
 def _stop(head: Head, job: str) -> None:
     """Stop a job and wait for its end; a head that is away cannot stop it."""
     head.away_seconds = STOP_SECONDS
-    deadline = time.monotonic() + STOP_SECONDS
+    began = time.monotonic()
     try:
-        head.ask(lambda client: client.stop_job(job))
+        while True:
+            try:
+                head.ask(lambda client: client.stop_job(job))
+                break
+            except LookupError:
+                if time.monotonic() - began > HEARD_SECONDS:
+                    return
+                time.sleep(POLL_SECONDS)
         while not head.ask(lambda client: client.get_job_info(job)).status.is_terminal():
-            if time.monotonic() > deadline:
+            if time.monotonic() - began > STOP_SECONDS:
                 raise OSError(f"it runs {duration(STOP_SECONDS)} after it was to stop")
             time.sleep(0.5)
-    except LookupError:
-        return  # it was not submitted yet
     except OSError as error:
         print(f"{job}: {error}; `ray job stop {job}` stops it", file=sys.stderr)
         return

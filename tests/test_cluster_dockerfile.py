@@ -41,7 +41,7 @@ def test_the_image_is_pinned_whole_and_not_roots(capsys, tmp_path: Path, monkeyp
 
 def test_the_image_takes_the_packages_and_no_secret():
     ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line]
-    secrets = {"**/auth_token", "**/redis_password", "**/redis.key", "**/*.pem"}
+    secrets = {"**/auth_token", "**/redis_password", "**/*.key", "**/*.pem"}
     assert {*secrets, ".git", "data", "runs"} <= set(ignored)
     needed = {"ingest", "models", "training", "eval", "cluster", "pyproject.toml", "README.md"}
     assert not needed & set(ignored)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 KUBERAY = ROOT / "cluster" / "kuberay"
 MAX_BYTES = 2_500_000_000
 HARDENED = (
-    "--read-only", "--tmpfs", "/tmp", "--shm-size", "1g", "--env", "OMP_NUM_THREADS=1",
+    "--read-only", "--tmpfs", "/tmp:exec", "--shm-size", "1g", "--env", "OMP_NUM_THREADS=1",
     "--cap-drop", "all", "--security-opt", "no-new-privileges",
 )  # fmt: skip
 STEPS, EVERY = 600, 50
@@ -69,6 +69,8 @@ def test_the_image_is_small_holds_no_secret_and_its_last_layers_are_the_project(
     output = podman("run", "--rm", image, "sh", "-c", f"{look}; true").lower()
     assert "ray_auth_mode=token" in output
     assert not any(word in output for word in ("auth_token", "pem", "password", "secret"))
+    login = podman("run", "--rm", image, "bash", "--login", "-c", "ray --version")  # as `ray up`
+    assert login.startswith("ray, version")
 
 
 def test_the_pipeline_runs_without_rights_on_a_read_only_root(

@@ -151,7 +151,8 @@ def test_ray_gets_a_way_to_redis_and_no_password(
 
     # Through the relay this user is let in, whatever he asks
     with socket.create_connection((host, int(port)), timeout=20) as connection:
-        assert user_of(connection.getsockname()[1]) == os.getuid()
+        own = connection.getsockname()[1]
+        assert user_of(own, int(port)) == os.getuid() and user_of(own, int(port) + 1) is None
         connection.sendall(encoded("SET", "a", "ä" * 100_000) + encoded("GET", "a"))
         with connection.makefile("rb") as answers:
             assert answers.readline() == b"+OK\r\n"
@@ -180,4 +181,4 @@ def test_a_dry_run_asks_no_redis(home: Path, run_here):
 def test_nobody_has_a_port_that_nobody_connects_from():
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
-    assert user_of(port) is None
+    assert user_of(port, port) is None

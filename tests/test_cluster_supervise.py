@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -88,7 +89,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
             result = {"result": [state], "total": 1, "num_after_truncation": 1, "num_filtered": 1}
             self.answer({"result": True, "msg": "", "data": {"result": result}})
         else:
-            self.answer({}, 404)
+            self.answer(f"Job {name} does not exist", 404)
 
     def do_POST(self) -> None:
         sent = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
@@ -115,7 +116,6 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHead]:
         monkeypatch.delenv(name, raising=False)
     for name in ("POLL_SECONDS", "PENDING_SECONDS", "LONGEST_PAUSE_SECONDS", "CONNECT_SECONDS"):
         monkeypatch.setattr(supervise, name, 0.01)
-    before = signal.getsignal(signal.SIGTERM)
     server = FakeHead()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -123,7 +123,6 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHead]:
     server.shutdown()
     server.server_close()
     thread.join()
-    signal.signal(signal.SIGTERM, before)
 
 
 def run(head: FakeHead, *endings: Ending, **fields: Any) -> int:
@@ -232,15 +231,38 @@ def script(head: FakeHead, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_job(number: int, head: FakeHead):
+def test_an_interrupt_stops_the_job_and_sigterm_leaves_it(head: FakeHead):
+    head.endings.append(("RUNNING", None, ""))
+    process = script(head, "--name", "q", "--", "sleep", "100")
+    assert process.stdout is not None and "submitted" in process.stdout.readline()
+    process.terminate()
+    assert process.wait(60) == -signal.SIGTERM and head.stopped == []
     head.endings.append(("RUNNING", None, ""))
     process = script(head, "--name", "p", "--", "sleep", "100")
     assert process.stdout is not None and "submitted" in process.stdout.readline()
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == INCOMPLETE and head.stopped == ["p-1"]
     assert output == "p-1: stopped\n" and errors.startswith("interrupted; rerun")
+
+
+def test_a_head_that_accepts_and_says_nothing_is_away(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(supervise, "CONNECT_SECONDS", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = supervise.Head(f"http://127.0.0.1:{silent.getsockname()[1]}", 60.0)
+        with pytest.raises(OSError, match="found no head within .*no answer within 0 s"):
+            server.ask(lambda client: client.list_jobs(), seconds=0.2)
+    assert server.num_absences >= 1
+
+
+def test_what_a_proxy_says_of_a_head_that_is_away_is_no_refusal():
+    passing = ("404: default backend", "429: slow down", "500: a RuntimeError: status code 404")
+    for text in passing:
+        supervise._raise_refusal(f"Request failed with status code {text}.")
+    with pytest.raises(LookupError):
+        supervise._raise_refusal("Request failed with status code 404: Job p-1 does not exist.")
+    with pytest.raises(ValueError, match="found status 400"):
+        supervise._raise_refusal("Request failed with status code 400: no such thing.")
 
 
 def test_what_is_wrong_on_its_own_command_line_is_one_line(head: FakeHead):

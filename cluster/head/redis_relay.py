@@ -19,6 +19,7 @@ ANSWER_SECONDS = 10.0
 IDLE_SECONDS = 120.0  # without a connection: the head is gone, and another start has another relay
 BLOCK_BYTES = 1 << 16
 SOCKETS = Path("/proc/net/tcp")  # of this machine, with the user of each
+ESTABLISHED = "01"  # a state of theirs
 PASSWORD_VARIABLE = "REDIS_PASSWORD"
 
 
@@ -137,7 +138,8 @@ async def _serve(redis: Redis, listener: socket.socket) -> None:
         nonlocal num_open, idle_since
         num_open += 1
         with contextlib.suppress(OSError):
-            if user_of(writer.get_extra_info("peername")[1]) == os.getuid():
+            ends = (writer.get_extra_info(end)[1] for end in ("peername", "sockname"))
+            if user_of(*ends) == os.getuid():
                 await _pass_on(redis, context, reader, writer)
         writer.close()
         num_open -= 1
@@ -178,12 +180,13 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             await writer.drain()
 
 
-def user_of(port: int) -> int | None:
-    """Return the user whose socket is connected from this port of 127.0.0.1; None if there is
-    none."""
-    address = f"{struct.unpack('=I', socket.inet_aton('127.0.0.1'))[0]:08X}:{port:04X}"
+def user_of(port: int, target: int) -> int | None:
+    """Return the user whose socket is connected from this port of 127.0.0.1 to another; None if
+    there is none. A port alone may be that of several users, each connected to another target."""
+    host = f"{struct.unpack('=I', socket.inet_aton('127.0.0.1'))[0]:08X}"
+    wanted = [f"{host}:{port:04X}", f"{host}:{target:04X}", ESTABLISHED]
     for line in _rows():
-        if line[1] == address:
+        if line[1:4] == wanted:
             return int(line[7])
     return None
 
