@@ -71,10 +71,10 @@ def podman_with_base(folder: Path) -> Iterator[Podman]:
     archive.unlink()
     try:
         if podman.attempt("run", "--rm", f"{BASE}:bare", "true").returncode:
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], NUM_FILES)
             conf.write_text(
-                f'[containers]\ndefault_ulimits = ["nofile={min(hard, NUM_FILES)}", '
-                f'"nproc={NUM_PROCESSES}"]\n[engine]\nruntime = "runc"\n'
+                f'[containers]\ndefault_ulimits = ["nofile={files}:{files}", '
+                f'"nproc={NUM_PROCESSES}:{NUM_PROCESSES}"]\n[engine]\nruntime = "runc"\n'
             )
             podman("run", "--rm", f"{BASE}:bare", "true")
         yield podman
