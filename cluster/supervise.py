@@ -321,24 +321,31 @@ def _ending(info: "JobDetails") -> Ending:
 def _stop(head: Head, job: str) -> None:
     """Stop a job and wait for its end; a head that is away cannot stop it."""
     head.away_seconds = STOP_SECONDS
-    began = time.monotonic()
     try:
-        while True:
-            try:
-                head.ask(lambda client: client.stop_job(job))
-                break
-            except LookupError:
-                if time.monotonic() - began > HEARD_SECONDS:
-                    return
-                time.sleep(POLL_SECONDS)
-        while not head.ask(lambda client: client.get_job_info(job)).status.is_terminal():
-            if time.monotonic() - began > STOP_SECONDS:
-                raise OSError(f"it runs {duration(STOP_SECONDS)} after it was to stop")
-            time.sleep(0.5)
+        if not _is_stopped(head, job):
+            return
     except OSError as error:
         print(f"{job}: {error}; `ray job stop {job}` stops it", file=sys.stderr)
         return
     print(f"{job}: stopped", flush=True)
+
+
+def _is_stopped(head: Head, job: str) -> bool:
+    """Ask the head to stop a job and wait for its end; return whether there was one."""
+    began = time.monotonic()
+    while True:
+        try:
+            head.ask(lambda client: client.stop_job(job))
+            break
+        except LookupError:
+            if time.monotonic() - began > HEARD_SECONDS:
+                return False
+            time.sleep(POLL_SECONDS)
+    while not head.ask(lambda client: client.get_job_info(job)).status.is_terminal():
+        if time.monotonic() - began > STOP_SECONDS:
+            raise OSError(f"it runs {duration(STOP_SECONDS)} after it was to stop")
+        time.sleep(0.5)
+    return True
 
 
 def run() -> NoReturn:
