@@ -188,10 +188,16 @@ def _is_inner(bind: str) -> bool:
 def _make_token(path: Path) -> None:
     """Write a new token that its owner alone can read; `ray get-auth-token --generate` makes one
     that everybody on the machine can."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # an empty file
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # an empty file
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: found {error.strerror}, expected room for a token; set RAY_AUTH_TOKEN"
+        ) from None
+    with open(file, "w") as opened:
+        opened.write(secrets.token_hex(32))
     print(f"made a token: {path}", flush=True)
 
 

@@ -93,7 +93,7 @@ class Head:
 
     def __init__(self, address: str, away_seconds: float) -> None:
         self.address, self.away_seconds = address, away_seconds
-        self.num_absences, self.back_since, self.running_since = 0, 0.0, 0.0
+        self.num_absences, self.back_since = 0, 0.0
         self._client: JobSubmissionClient | None = None
 
     def ask(
@@ -202,16 +202,15 @@ def main(config: SuperviseConfig, command: list[str]) -> int:
             else:
                 _submit(head, config, job, entry)
                 print(f"{job}: submitted; `ray job logs --follow {job}` shows it", flush=True)
-            ending = _follow(head, job, num_absences)
+            ending, worked = _follow(head, job, num_absences)
         except KeyboardInterrupt:
             _stop(head, job)
             raise
         lasted = time.monotonic() - began
-        worked = time.monotonic() - head.running_since if head.running_since else 0.0
         if ending.code is not None:
             print(f"{job}: {ending.reason} after {duration(lasted)}", flush=True)
             return ending.code
-        if head.running_since and worked >= config.progress_seconds:
+        if worked >= config.progress_seconds:
             num_quick = 0
         elif head.num_absences == num_absences:  # what ends with its head says nothing of itself
             num_quick += 1
@@ -272,35 +271,47 @@ def _submit(head: Head, config: SuperviseConfig, job: str, entry: str) -> None:
     head.ask(submit, SUBMIT_SECONDS if config.working_dir else ANSWER_SECONDS)
 
 
-def _follow(head: Head, job: str, num_absences: int) -> Ending:
-    """Wait for the end of a job; num_absences: of the head, before it was submitted.
+def _follow(head: Head, job: str, num_absences: int) -> tuple[Ending, float]:
+    """Wait for the end of a job; return it, and the seconds in which the job was seen to run.
 
-    A head that came back does not by itself notice that a job died with the one before: the job
-    "runs" until another is submitted. So its node is looked up.
+    num_absences: of the head, before it was submitted.
     """
-    head.running_since = 0.0
+    running_since = 0.0
     while True:
         try:
             info = head.ask(lambda client: client.get_job_info(job))
         except LookupError:
-            return Ending("the head came back without its jobs", is_lost=True)
-        if info.status.name != "PENDING":
-            head.running_since = head.running_since or time.monotonic()
-        if info.status.is_terminal():
-            return _ending(info)
-        if info.status.name == "PENDING":
-            waited = time.monotonic() - head.back_since
-            is_orphan = head.num_absences > num_absences and waited > PENDING_SECONDS
-            age = time.time() - (info.start_time or 0) / 1000
-            if is_orphan or age > LONGEST_PENDING_SECONDS:
-                head.ask(lambda client: client.stop_job(job))
-                return Ending("the head died before it had started it", is_lost=True)
-        elif info.driver_node_id and head.is_dead(info.driver_node_id):
-            return Ending("its node died", is_lost=True)
+            ending = Ending("the head came back without its jobs", is_lost=True)
+        else:
+            ending = _ending_of(head, job, info, num_absences)
+            if info.status.name != "PENDING":
+                running_since = running_since or time.monotonic()
+        if ending:
+            return ending, time.monotonic() - running_since if running_since else 0.0
         time.sleep(POLL_SECONDS)
 
 
-def _ending(info: "JobDetails") -> Ending:
+def _ending_of(head: Head, job: str, info: "JobDetails", num_absences: int) -> Ending | None:
+    """Return how a job ended; None while it goes on.
+
+    A head that came back does not by itself notice that a job died with the one before: the job
+    "runs" until another is submitted. So its node is looked up.
+    """
+    if info.status.is_terminal():
+        return _final_ending(info)
+    if info.status.name == "PENDING":
+        waited = time.monotonic() - head.back_since
+        is_orphan = head.num_absences > num_absences and waited > PENDING_SECONDS
+        age = time.time() - (info.start_time or 0) / 1000
+        if is_orphan or age > LONGEST_PENDING_SECONDS:
+            head.ask(lambda client: client.stop_job(job))
+            return Ending("the head died before it had started it", is_lost=True)
+    elif info.driver_node_id and head.is_dead(info.driver_node_id):
+        return Ending("its node died", is_lost=True)
+    return None
+
+
+def _final_ending(info: "JobDetails") -> Ending:
     """Return what the end of a job means."""
     lines = [line.strip() for line in (info.message or "").splitlines() if line.strip()]
     own = [line for line in lines if not line.startswith(RAYS_LINE)]

@@ -125,13 +125,16 @@ def asked_by_nobody(port: int) -> int:
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os.setuid(65534)
-    answer = b""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
-    with contextlib.suppress(ConnectionError):
-        connection.sendall(encoded("PING"))
-        answer = connection.recv(100)
-    os._exit(len(answer))
+    code = 101  # more than it may read
+    try:
+        os.setuid(65534)
+        connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+        code = 0
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(encoded("PING"))
+            code = len(connection.recv(100))
+    finally:  # a child does not run the other tests
+        os._exit(code)
 
 
 @needs_redis
@@ -182,3 +185,13 @@ def test_nobody_has_a_port_that_nobody_connects_from():
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     assert user_of(port, port) is None
+
+
+def test_a_head_without_room_for_its_token_says_what_to_set(tmp_path: Path, monkeypatch):
+    """As on a read-only root file system."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="found Not a directory, expected room .* RAY_AUTH_TOKEN"):
+        main(StartConfig())

@@ -191,14 +191,15 @@ def test_a_head_that_is_away_is_waited_for(head: FakeHead, capsys):
     head.away = 1
     supervise._submit(server, SuperviseConfig(), first, "true")
     assert server.num_absences == 2 and [*head.jobs] == [first]
-    ending = supervise._follow(server, first, num_absences=1)
-    assert ending.is_lost and head.stopped == [first]
+    ending, worked = supervise._follow(server, first, num_absences=1)
+    assert worked == 0 and ending.is_lost and head.stopped == [first]
     output = capsys.readouterr().out
     assert "the head does not answer" in output and "the head answers" in output
 
 
 def test_a_head_that_lost_its_jobs_gets_them_again(head: FakeHead):
-    assert supervise._follow(supervise.Head(head.url, 1.0), "p-1", 0).is_lost
+    ending, _ = supervise._follow(supervise.Head(head.url, 1.0), "p-1", 0)
+    assert ending.is_lost
 
 
 def test_started_again_it_follows_what_runs(head: FakeHead, capsys):
