@@ -1,6 +1,7 @@
 """A run in a bucket ends as one in a folder does, whoever is killed and whenever; nothing in it
 looks whole that is not."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ from cluster.base.run_dir import (
     record_path,
 )
 from cluster.run_store import RunsFolder
-from ingest.store.storage import storage_of
+from ingest.store.storage import Storage, storage_of
 from training.bucket import bucket_mirror as mirrors
 from training.bucket import lease as leases
 from training.bucket.bucket_mirror import NODE, mirror_of
@@ -93,6 +94,15 @@ def lines_in(url: str, tmp_path: Path, name: str) -> list[dict]:
     parts = LogParts(storage_of(url), tmp_path, name, "reader")
     parts.pull()
     return read_lines(tmp_path / name)
+
+
+def assert_all_whole(storage: Storage) -> int:
+    """Nothing in a bucket looks whole that is not; return the number of ranks' records."""
+    records = [n for n in storage.find() if "/fragments/" in n and n.endswith(".json")]
+    for name in records:
+        fragments = storage.read(name.replace(".json", ".safetensors"))
+        assert hashlib.sha256(fragments).hexdigest() == json.loads(storage.read(name))["sha256"]
+    return len(records)
 
 
 def weights_in(url: str) -> dict[str, bytes]:

@@ -1,7 +1,6 @@
 """Bad nights of a run in a bucket, on a real S3 server: kills, a server that goes away, many
 launches at once."""
 
-import hashlib
 import json
 import random
 import re
@@ -18,7 +17,7 @@ import pytest
 from _line import run, squared_error
 from _runs import ROOT, done
 from _s3 import AWS, Door, MortalServer, body_of
-from test_training_bucket import STEPS, lines_in, train_line
+from test_training_bucket import STEPS, assert_all_whole, lines_in, train_line
 
 from cluster.base.cli import with_options
 from cluster.base.run_dir import METRICS_NAME
@@ -177,11 +176,7 @@ def test_killed_at_any_call_to_the_storage_it_ends_the_same(bucket: str, tmp_pat
         assert storage.read(weights) == (tmp_path / "folder" / weights).read_bytes()
     lines = lines_in(url, tmp_path, METRICS_NAME)
     assert [line["step"] for line in lines] == list(range(1, 61))
-    records = [n for n in storage.find() if "/fragments/" in n and n.endswith(".json")]
-    for name in records:  # nothing looks whole that is not
-        fragments = storage.read(name.replace(".json", ".safetensors"))
-        assert hashlib.sha256(fragments).hexdigest() == json.loads(storage.read(name))["sha256"]
-    assert len(records) == 2
+    assert assert_all_whole(storage) == 2
 
 
 def test_of_many_launches_at_once_one_begins(bucket: str):

@@ -1,7 +1,5 @@
 """A run in a bucket under Ray Train: a worker and a driver are killed, a stop is asked for."""
 
-import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -12,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 from _runs import ROOT, environment, prior_run, script
-from _s3 import AWS, MortalServer, s3_server
-from test_training_bucket import lines_in
+from _s3 import AWS, MortalServer
+from test_training_bucket import assert_all_whole, lines_in
 
 from cluster.base.run_dir import INCIDENTS_NAME, METRICS_NAME, TIMELINE_NAME
 from ingest.store.storage import storage_of
@@ -28,15 +26,16 @@ SETTINGS = TrainConfig.of(
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MortalServer]:
     import s3fs
 
-    with s3_server(tmp_path) as url:
-        for name, value in {**AWS, "AWS_ENDPOINT_URL": url}.items():
-            monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("runs")
-        yield url
+    server = MortalServer(tmp_path)
+    for name, value in {**AWS, "AWS_ENDPOINT_URL": server.door.url}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("runs")
+    yield server
+    server.end()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
@@ -87,7 +86,7 @@ def workers_of(driver: subprocess.Popen) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_outlives_a_worker_and_its_driver(
-    server: str, tmp_path: Path, write_data: Callable[..., Path]
+    server: MortalServer, tmp_path: Path, write_data: Callable[..., Path]
 ):
     data = write_data(tmp_path / "data", num_shards=2, samples_per_shard=10)
     expected = prior_run(data, tmp_path / "here", train=SETTINGS)
@@ -139,23 +138,9 @@ def test_a_run_in_a_bucket_outlives_a_worker_and_its_driver(
 MANY, OFTEN = 240, 5
 
 
-@pytest.fixture
-def mortal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MortalServer]:
-    import s3fs
-
-    server = MortalServer(tmp_path)
-    for name, value in {**AWS, "AWS_ENDPOINT_URL": server.door.url}.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("runs")
-    yield server
-    server.end()
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
 @pytest.mark.soak
 def test_twenty_kills_of_workers_driver_and_server_change_nothing(
-    mortal: MortalServer, tmp_path: Path, write_data: Callable[..., Path]
+    server: MortalServer, tmp_path: Path, write_data: Callable[..., Path]
 ):
     """Each while a checkpoint of two workers is uploaded."""
     data = write_data(tmp_path / "data", num_shards=2, samples_per_shard=10)
@@ -167,7 +152,7 @@ def test_twenty_kills_of_workers_driver_and_server_change_nothing(
         return drive(data, url, scratch, log, steps=MANY, every=OFTEN, seconds=0.3)
 
     def uploads() -> int:
-        return mortal.record.read_bytes().count(b"/fragments/")
+        return server.record.read_bytes().count(b"/fragments/")
 
     def await_upload(driver: subprocess.Popen) -> None:
         before = uploads()
@@ -179,7 +164,7 @@ def test_twenty_kills_of_workers_driver_and_server_change_nothing(
         await_upload(driver)
         begin = time.monotonic()
         if who == "server":
-            mortal.kill_and_restart()
+            server.kill_and_restart()
         elif who == "worker" and workers_of(driver):
             workers_of(driver)[number % 2].kill()
         else:
@@ -200,7 +185,4 @@ def test_twenty_kills_of_workers_driver_and_server_change_nothing(
         assert storage.read(path) == (tmp_path / "here" / path).read_bytes()
     lines = lines_in(url, tmp_path, METRICS_NAME)
     assert [line["step"] for line in lines] == list(range(1, MANY + 1))
-    records = [n for n in storage.find() if "/fragments/" in n and n.endswith(".json")]
-    for name in records:  # nothing looks whole that is not
-        fragments = storage.read(name.replace(".json", ".safetensors"))
-        assert hashlib.sha256(fragments).hexdigest() == json.loads(storage.read(name))["sha256"]
+    assert_all_whole(storage)
