@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from cluster.base.cli import (
     DONE,
+    HELP_ALL,
     INCOMPLETE,
     STOPPED_ON_REQUEST,
     WRONG_REQUEST,
@@ -362,7 +363,10 @@ def _is_stopped(head: Head, job: str) -> bool:
 def run() -> NoReturn:
     """Read the command line: flags, then the command after --."""
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    run_script(lambda: main(parse(SuperviseConfig, argv=sys.argv[1:at]), sys.argv[at + 1 :]))
+    flags, command = sys.argv[1:at], sys.argv[at + 1 :]
+    if "--" not in sys.argv and not {"-h", "--help", HELP_ALL} & set(flags):
+        flags = []  # a command without its --, of which main says what is missing
+    run_script(lambda: main(parse(SuperviseConfig, argv=flags), command))
 
 
 if __name__ == "__main__":

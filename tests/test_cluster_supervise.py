@@ -269,6 +269,7 @@ def test_what_a_proxy_says_of_a_head_that_is_away_is_no_refusal():
 def test_what_is_wrong_on_its_own_command_line_is_one_line(head: FakeHead):
     for arguments, message in (
         ((), "error: found no command, expected one after --"),
+        (("python", "training/prior.py"), "error: found no command, expected one after --"),
         (("--max-attempts", "0", "--", "true"), "--max-attempts: found 0, expected 1 or more"),
         (("--entrypoint-resources", "{", "--", "true"), "--entrypoint-resources: found Expecting"),
         (("--nmae", "x", "--", "true"), "did you mean --name?"),
