@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from cluster.base.cli import (
     DONE,
+    DRY_RUN,
     HELP_ALL,
     INCOMPLETE,
     STOPPED_ON_REQUEST,
@@ -364,7 +365,7 @@ def run() -> NoReturn:
     """Read the command line: flags, then the command after --."""
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     flags, command = sys.argv[1:at], sys.argv[at + 1 :]
-    if "--" not in sys.argv and not {"-h", "--help", HELP_ALL} & set(flags):
+    if "--" not in sys.argv and not {"-h", "--help", HELP_ALL, DRY_RUN} & set(flags):
         flags = []  # a command without its --, of which main says what is missing
     run_script(lambda: main(parse(SuperviseConfig, argv=flags), command))
 
