@@ -34,8 +34,8 @@ from cluster.base.options import (
 
 __all__ = [
     "DONE", "DRY_RUN", "HELP_ALL", "INCOMPLETE", "JOB_VARIABLE", "STOPPED_ON_REQUEST",
-    "WRONG_REQUEST", "Option", "flattened", "merged", "options_of", "parse", "read_yaml", "require_at_least",
-    "require_lasting", "require_local", "run_script", "to_yaml", "with_options",
+    "WRONG_REQUEST", "Option", "flattened", "merged", "options_of", "parse", "read_yaml",
+    "require_at_least", "require_lasting", "require_local", "run_script", "to_yaml", "with_options",
 ]  # fmt: skip
 
 DONE, INCOMPLETE, WRONG_REQUEST = 0, 1, 2
