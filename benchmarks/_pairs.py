@@ -1,10 +1,14 @@
 """Small sets of pairs as shards, for benchmarks that train: the drawn set, and the user's own."""
 
 import io
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parent.parent
 EMOJI = Path(__file__).resolve().parents[2] / "shared" / "data" / "fluent_emoji_128.parquet"
 SIZE = 64  # px
 PER_SHARD = 500
@@ -28,6 +32,39 @@ def write_sets(
         sets = given_pairs(root / "pairs", pairs, num_train + num_test, salt)
     for name, path in sets.items():
         _write_shards(root / name, [(row["image"], row["caption"]) for row in read_pairs(path)])
+
+
+def embedded_sets(
+    root: Path,
+    pairs: Path | None,
+    num_train: int,
+    num_test: int,
+    clip_steps: int,
+    num_threads: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Write `root`/train and `root`/test as `write_sets` does, train the demo's CLIP on the former
+    as `root`/clip, and embed both as `root`/train_embeds and `root`/test_embeds; not again.
+
+    num_threads: of the training, None for all cores.
+    """
+    from training.data.demo_data import embed_here
+
+    if (root / "test_embeds" / "_snapshots").exists():  # the last of it
+        return
+    for name in ("pairs", "train", "test", "clip", "train_embeds", "test_embeds"):
+        shutil.rmtree(root / name, ignore_errors=True)  # of a run that was ended
+    write_sets(root, pairs, num_train, num_test, seed)
+    threads = [] if num_threads is None else ["--train.num-threads", str(num_threads)]
+    command = [
+        sys.executable, str(ROOT / "training" / "clip.py"), "--preset", "demo",
+        "--images", str(root / "train"), "--run", str(root / "clip"), "--train.num-workers", "0",
+        "--block-size", "1" if pairs else "4", "--train.num-steps", str(clip_steps),
+        "--train.seed", str(seed), *threads,
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=3600)
+    for split in ("train", "test"):
+        embed_here(str(root / split), root / f"{split}_embeds", str(root / "clip"))
 
 
 def _write_shards(root: Path, rows: list[tuple[bytes, str]]) -> None:

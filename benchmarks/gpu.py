@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import BenchmarkConfig, run_benchmark
-from _pairs import EMOJI, write_sets
+from _pairs import EMOJI, embedded_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIAL = 30  # steps, to learn how many fit into the time
@@ -193,33 +193,28 @@ def _run(work: Path, config: Config) -> dict[str, Any]:
 def _trained(work: Path, config: Config) -> list[dict[str, Any]]:
     """Train CLIP and decoder; returns the lines of the decoder's metrics.jsonl."""
     from cluster.base.jsonl import read_lines
-    from training.data.demo_data import embed_here
 
-    if not (work / "test_embeds").exists():  # the last of what is made once
-        write_sets(work, EMOJI if EMOJI.exists() else None, config.num_train, config.num_test)
-        _train("clip", config, "demo", "--images", str(work / "train"), "--run", str(work / "clip"),
-               "--block-size", "1", "--train.num-steps", str(config.clip_steps))  # fmt: skip
-        for split in ("train", "test"):
-            embed_here(str(work / split), work / f"{split}_embeds", str(work / "clip"))
-    base = ("--images", str(work / "train"), "--embeds", str(work / "train_embeds"),
-            "--clip", str(work / "clip"), "--train.report-every", "5")  # fmt: skip
+    data, pairs = work / "data", EMOJI if EMOJI.exists() else None
+    counts = config.num_train, config.num_test
+    embedded_sets(data, pairs, *counts, config.clip_steps, config.num_threads)
+    base = ("--images", str(data / "train"), "--embeds", str(data / "train_embeds"),
+            "--clip", str(data / "clip"), "--train.report-every", "5")  # fmt: skip
     trial = work / "trial"
-    _train("decoder", config, config.decoder, *base, "--run", str(trial),
-           "--train.num-steps", str(TRIAL))  # fmt: skip
+    _train(config, *base, "--run", str(trial), "--train.num-steps", str(TRIAL))
     reports = read_lines(trial / "metrics.jsonl")
     a_step = (reports[-1]["seconds"] - reports[2]["seconds"]) / (TRIAL - reports[2]["step"])
     steps = max(TRIAL, int(60 * config.minutes / a_step))
     run = work / "base"
-    _train("decoder", config, config.decoder, *base, "--run", str(run),
-           "--train.num-steps", str(steps), "--train.checkpoint-every", str(steps))  # fmt: skip
+    steps_of = ("--train.num-steps", str(steps), "--train.checkpoint-every", str(steps))
+    _train(config, *base, "--run", str(run), *steps_of)
     return read_lines(run / "metrics.jsonl")
 
 
-def _train(what: str, config: Config, preset: str, *arguments: str) -> None:
+def _train(config: Config, *arguments: str) -> None:
     threads = () if config.num_threads is None else ("--train.num-threads", str(config.num_threads))
     workers = ("--train.num-workers", "0")
-    command = ["-u", f"training/{what}.py", "--preset", preset, *workers, *threads, *arguments]
-    _call(*command, seconds=60 * config.minutes + 20 * SECONDS)
+    command = ["-u", "training/decoder.py", "--preset", config.decoder, *workers, *threads]
+    _call(*command, *arguments, seconds=60 * config.minutes + 20 * SECONDS)
 
 
 def _figures(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
@@ -261,14 +256,14 @@ def _grid(work: Path, config: Config) -> None:
     from eval.scores.scorecard import read_embeds
     from training.tasks.pictures import grid, save_png
 
-    captions, image, _ = read_embeds(str(work / "test_embeds"))
+    captions, image, _ = read_embeds(str(work / "data" / "test_embeds"))
     chosen = range(0, len(captions), max(1, len(captions) // 12))[:12]
     chain = load_chain("", "", str(work / "base"), (), device="auto")
     sampling = build_sampling(SamplingSettings(precision="fp32"))
     chosen_captions = [captions[i] for i in chosen]
     drawn = render_all(chain, chosen_captions, image[torch.tensor(list(chosen))], sampling)
     size = drawn.shape[1]
-    pictures = list(open_images(str(work / "test")))
+    pictures = list(open_images(str(work / "data" / "test")))
     real = [np.asarray(pictures[i].resize((size, size))) for i in chosen]
     save_png(Path(config.out), grid([real, list(drawn)], ["real", "drawn"], []))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from _common import BenchmarkConfig, run_benchmark
-from _pairs import EMOJI, write_sets
+from _pairs import EMOJI, embedded_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 32  # px
@@ -50,17 +50,11 @@ def main(config: Config) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from training.data.demo_data import embed_here
-
     pairs = EMOJI if EMOJI.exists() else None
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_sets(root, pairs, config.num_train, config.num_test)
-        _train("clip", config, root / "clip", config.clip_steps, "--preset", "demo",
-               "--images", str(root / "train"),
-               )  # fmt: skip
-        for split in ("train", "test"):
-            embed_here(str(root / split), root / f"{split}_embeds", str(root / "clip"))
+        counts = config.num_train, config.num_test
+        embedded_sets(root, pairs, *counts, config.clip_steps, config.num_threads)
         whole = _decoder(config, root, WHOLE, config.num_steps)
         folded = _decoder(config, root, FOLDED, config.num_steps)
         longer = int(config.num_steps * whole["train_seconds"] / folded["train_seconds"])
@@ -77,10 +71,10 @@ def main(config: Config) -> int:
     return 0
 
 
-def _train(script: str, config: Config, run: Path, steps: int, *arguments: str) -> float:
+def _train(config: Config, run: Path, steps: int, *arguments: str) -> float:
     """Train for so many steps in this machine's own process; the seconds of the loop."""
     command = [
-        sys.executable, str(ROOT / "training" / f"{script}.py"), *arguments, "--run", str(run),
+        sys.executable, str(ROOT / "training" / "decoder.py"), *arguments, "--run", str(run),
         "--train.num-steps", str(steps), "--train.num-workers", "0",
         "--train.num-threads", str(config.num_threads), "--train.checkpoint-every", str(steps),
     ]  # fmt: skip
@@ -96,7 +90,7 @@ def _decoder(config: Config, root: Path, name: str, steps: int) -> dict[str, flo
     patch_size, attending = SHAPES[name]
     run = root / f"decoder_{patch_size}_{steps}"
     seconds = _train(
-        "decoder", config, run, steps, "--images", str(root / "train"),
+        config, run, steps, "--images", str(root / "train"),
         "--embeds", str(root / "train_embeds"), "--image-size", str(SIZE),
         "--base.prediction", "v", "--base.unet.channels", str(config.channels),
         "--base.unet.channel-mult", "1", "2", "3", "--base.unet.num-res-blocks", "1",

@@ -170,7 +170,7 @@ def _figures(config: Config, script: str, preset: str, variant: str, batch: int)
     flops = float(np.mean(_flops(model, caption_lengths(batch, sizes["context_length"]))))
     if compiled:
         compile_model(model, device)
-    if script == "decoder":
+    if hasattr(model, "unet"):
         model.unet.channels_last = channels_last
     torch.backends.cudnn.benchmark = True
     if kernel:
@@ -252,11 +252,12 @@ def _flops(model: Any, lengths: Any) -> Any:
 def _predicted(model: Any, encoder: dict[str, Any], batch: int) -> float:
     """Return the bytes that a plan reckons with: state, and activations of the batch."""
     from cluster.planning.counts import count_model
+    from models.configs import network_of
     from models.costs import meta_copy, state_bytes
 
     length = int(caption_lengths(batch, encoder["context_length"]).mean())
     counts = count_model(meta_copy(model).requires_grad_(), length)
-    network = getattr(model, "unet", model)
+    network = getattr(model, network_of(getattr(model, "config", None))[0], model)
     checkpointed = getattr(getattr(network, "config", None), "checkpointing", False)
     activations = counts["activations"]["checkpointed" if checkpointed else "kept"]
     return state_bytes(model) + activations["fixed"] + activations["each"] * batch

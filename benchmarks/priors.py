@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import BenchmarkConfig, run_benchmark
-from _pairs import EMOJI, write_sets
+from _pairs import EMOJI, embedded_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_AVERAGED = 16
@@ -89,23 +89,15 @@ def main(config: Config) -> int:
 def _compare(root: Path, source: Path | None, config: Config) -> dict[str, dict[str, float]]:
     from eval.scores.scorecard import meaning, read_embeds
     from models.scores import prior_scorecard
-    from training.data.demo_data import embed_here
 
-    write_sets(root, source, config.num_train, config.num_test, config.seed)
-    drawn = source is None
-    _train("clip", root, config, "--images", str(root / "train"), "--run", str(root / "clip"),
-           "--train.num-steps", str(config.clip_steps), "--block-size", "4" if drawn else "1",
-           )  # fmt: skip
-    for split in ("train", "test"):
-        embed_here(str(root / split), root / f"{split}_embeds", str(root / "clip"))
+    counts = config.num_train, config.num_test
+    embedded_sets(root, source, *counts, config.clip_steps, config.num_threads, config.seed)
     captions, image, text = read_embeds(str(root / "test_embeds"))
     meanings = [meaning(caption) for caption in captions]
     figures: dict[str, dict[str, float]] = {"z_t": prior_scorecard(text, image, text, meanings)}
     for kind in VARIANTS:
         started = time.perf_counter()
-        _train("prior", root, config, "--prior", kind, "--embeds", str(root / "train_embeds"),
-               "--run", str(root / kind), "--train.num-steps", str(config.num_steps),
-               )  # fmt: skip
+        _train(root, kind, config)
         seconds = time.perf_counter() - started
         for name, changes in VARIANTS[kind].items():
             draws, milliseconds = _draws(root, kind, captions, changes, config.seed)
@@ -118,11 +110,13 @@ def _compare(root: Path, source: Path | None, config: Config) -> dict[str, dict[
     return figures
 
 
-def _train(what: str, root: Path, config: Config, *arguments: str) -> None:
-    script = str(ROOT / "training" / f"{what}.py")
-    threads = ("--train.num-workers", "0", "--train.num-threads", str(config.num_threads))
-    seed = ("--train.seed", str(config.seed))
-    command = [sys.executable, script, "--preset", "demo", *threads, *seed, *arguments]
+def _train(root: Path, kind: str, config: Config) -> None:
+    command = [
+        sys.executable, str(ROOT / "training" / "prior.py"), "--preset", "demo", "--prior", kind,
+        "--embeds", str(root / "train_embeds"), "--run", str(root / kind),
+        "--train.num-workers", "0", "--train.num-threads", str(config.num_threads),
+        "--train.seed", str(config.seed), "--train.num-steps", str(config.num_steps),
+    ]  # fmt: skip
     subprocess.run(command, check=True, timeout=3600, stdout=subprocess.DEVNULL)
 
 

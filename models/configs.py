@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 ScheduleName = Literal["cosine", "linear", "scaled_linear"]
 Prediction = Literal["x0", "eps", "v"]
-Weighting = Literal["simple", "min_snr", "p2", "edm", "early"]
+Weighting = Literal["simple", "v", "min_snr", "p2", "edm", "early"]
 Spacing = Literal["trailing", "strided", "karras"]
 SpacingChoice = Spacing | Literal["auto"]  # auto: see `default_spacing`
 Degradation = Literal["none", "blur", "bsr"]
@@ -31,8 +31,16 @@ NEEDS_ATTENTION = Effect(needs="attn_resolutions")
 NEEDS_OWN_TEXT = Effect(needs="text_tokens")
 
 
+def network_of(config: object) -> tuple[str, Any]:
+    """Return the name of the network in a model and in its configuration, and that network's own
+    configuration: ("", `config`) for a model that is one network, as a prior is."""
+    name = getattr(config, "network", "unet")
+    return (name, getattr(config, name)) if hasattr(config, name) else ("", config)
+
+
 def weight_options(config_class: type, options: Mapping[str, Any], prefix: str = "") -> dict:
-    """Return the options of a model that its weights are for, those of its U-Net as unet.NAME.
+    """Return the options of a model that its weights are for, those of its network as unet.NAME
+    or dit.NAME.
 
     options: as stored; those that an older model lacks have their defaults.
     """
@@ -43,6 +51,8 @@ def weight_options(config_class: type, options: Mapping[str, Any], prefix: str =
         extras = getattr(hints.get(name), "__metadata__", ())
         effect = next((extra for extra in extras if isinstance(extra, Effect)), Effect())
         if is_dataclass(defaults.get(name)):
+            if name != options.get("network", name):
+                continue  # of the network that the model does not have
             stored = value if isinstance(value, dict) else {}
             nested = {**vars(defaults[name]), **stored}
             kept |= weight_options(type(defaults[name]), nested, f"{name}.")
@@ -205,11 +215,39 @@ class UNetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Sizes of a diffusion transformer over patches of pixels."""
+
+    width: int = 384
+    """channels of the transformer"""
+    depth: int = 12
+    """transformer blocks"""
+    num_heads: int = 6
+    """attention heads, of a multiple of 4 channels each"""
+    patch_size: int = 4
+    """side in px of a patch, which is one token"""
+    bottleneck_channels: int = 0
+    """channels between a patch's pixels and the width, fewer than both; 0 = no such layer"""
+    refine_channels: int = 0
+    """channels of two last convolutions over the unfolded pixels and the input, which smooth the
+    borders of patches; 0 = none"""
+    dropout: Annotated[float, NOT_ON_WEIGHTS] = 0.0
+    """dropout probability in every block"""
+    checkpointing: Annotated[bool | None, NOT_ON_WEIGHTS] = False
+    """recompute the blocks' activations in the backward pass: less memory, a third more time; None:
+    where a GPU's memory has no room for them, and on a CPU"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Sizes and objective of the base decoder."""
 
+    network: Literal["unet", "dit"] = "unet"
+    """the paper's U-Net, or a transformer over patches"""
     unet: UNetConfig = field(default_factory=UNetConfig)
-    """the network"""
+    """sizes of the U-Net"""
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    """sizes of the transformer"""
     num_embed_tokens: int = 4
     """tokens z_i is projected into (the paper's 4)"""
     embed_grid: bool = False

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.configs import DecoderConfig, Spacing
+from models.configs import DecoderConfig, Spacing, network_of
 from models.diffusion import keyed_random
 from models.diffusion.losses import draw_timesteps, timestep_weight, variational_bound
 from models.diffusion.samplers import (
@@ -22,11 +22,13 @@ from models.diffusion.samplers import (
 )
 from models.diffusion.schedule import NoiseSchedule
 from models.networks.compiling import compiled
+from models.networks.dit import DiT
 from models.networks.packing import Packing
 from models.networks.transformer import TextEncoder
 from models.networks.unet import UNet
 
 GRID_FEATURES = 32
+NETWORKS: dict[str, type[UNet] | type[DiT]] = {"unet": UNet, "dit": DiT}
 # The options that a guide shares with the decoder it guides
 GUIDE_OPTIONS = (
     "use_text", "text_tokens", "prediction", "schedule", "num_timesteps", "zero_terminal",
@@ -110,7 +112,7 @@ def _validate(config: DecoderConfig) -> None:
 
 
 class Decoder(nn.Module):
-    """A U-Net over images, conditioned on z_i and optionally on the caption.
+    """A U-Net or a transformer over images, conditioned on z_i and optionally on the caption.
 
     z_i goes into the timestep embedding and into extra tokens (Ramesh et al. 2022, section 2.1);
     the caption becomes tokens of its own (Nichol et al. 2021, GLIDE).
@@ -142,45 +144,47 @@ class Decoder(nn.Module):
             prediction=config.prediction,
         )
         context = config.context_width
-        self.unet = UNet(
-            config.unet,
+        name, sizes = network_of(config)
+        network = NETWORKS[name](
+            sizes,
             image_size=image_size,
             in_channels=3,
             out_channels=6 if config.learned_variance else 3,
             context=context,
         )
+        self.add_module(name, network)  # whose weights are unet.* or dit.*
 
         # z_i: a vector, tokens and a grid. Unit-norm rows become unit RMS, as linear layers expect
         self.embed_scale = embed_dim**0.5
         self.null_image_embed = nn.Parameter(torch.randn(embed_dim) * 0.02)
-        self.embed_to_cond = nn.Linear(embed_dim, self.unet.cond_width)
+        self.embed_to_cond = nn.Linear(embed_dim, network.cond_width)
         self.embed_to_tokens = nn.Linear(embed_dim, config.num_embed_tokens * context)
         self.embed_to_grid = None
         if config.embed_grid:
             # what is where is a product of attributes and places, which one linear map cannot
             # express; a few features per cell, widened to the channels, keep the second map small
-            side, features = self.unet.grid, min(config.unet.channels, GRID_FEATURES)
+            side, features = network.grid, min(network.channels, GRID_FEATURES)
             self.embed_to_grid = nn.Sequential(
                 nn.Linear(embed_dim, 2 * embed_dim),
                 nn.SiLU(),
                 nn.Linear(2 * embed_dim, features * side**2),
                 nn.Unflatten(1, (features, side, side)),
-                nn.Conv2d(features, config.unet.channels, 1),
+                nn.Conv2d(features, network.channels, 1),
             )
 
         # The caption: CLIP's states, or a text transformer of the decoder's own
         self.text_in = self.text_encoder = self.caption_to_cond = None
         if config.use_text and config.text_tokens:
-            qk_norm = config.unet.qk_norm or config.unet.magnitude_preserving  # as the U-Net
+            qk_norm = network.qk_norm  # as the network
             self.text_encoder = TextEncoder(
                 context_length=config.text_tokens, vocab_size=vocab_size, width=context,
                 depth=config.text_depth, num_heads=config.text_heads, qk_norm=qk_norm,
             )  # fmt: skip
-            self.caption_to_cond = nn.Linear(context, self.unet.cond_width)
+            self.caption_to_cond = nn.Linear(context, network.cond_width)
         elif config.use_text:
             self.text_in = nn.Linear(text_width, context)
             if config.text_embed_cond:
-                self.caption_to_cond = nn.Linear(embed_dim, self.unet.cond_width)
+                self.caption_to_cond = nn.Linear(embed_dim, network.cond_width)
         self.token_norm = nn.LayerNorm(context)
 
     def encode_condition(self, condition: Condition) -> EncodedCondition:
@@ -246,13 +250,18 @@ class Decoder(nn.Module):
         if isinstance(condition, Condition):
             condition = self.encode_condition(condition)
         cond, grid, tokens, mask = self._encode(condition, image_drop, text_drop)
-        return self.unet(x_t, t, cond=cond, grid=grid, tokens=tokens, token_mask=mask)
+        return self.network(x_t, t, cond=cond, grid=grid, tokens=tokens, token_mask=mask)
+
+    @property
+    def network(self) -> UNet | DiT:
+        """The network over images."""
+        return self.get_submodule(self.config.network)  # pyright: ignore[reportReturnType]
 
     @compiled(dynamic=None)
     def _encode(
         self, condition: EncodedCondition, image_drop: Tensor, text_drop: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Return the U-Net's condition: a vector [B, cond], a grid [B, C, H/p, W/p], tokens
+        """Return the network's condition: a vector [B, cond], a grid [B, C, H/p, W/p], tokens
         [B, K + L, context], and their mask."""
         z = condition.image_embed * self.embed_scale  # [B, E]
         z = torch.where(image_drop[:, None], self.null_image_embed * self.embed_scale, z)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.configs import ClipConfig, DecoderConfig, UNetConfig, UpsamplerConfig
+from models.configs import ClipConfig, DecoderConfig, DiTConfig, UNetConfig, UpsamplerConfig
 from models.decoder import Condition, Decoder
 from models.upsampler import Upsampler
 
@@ -15,6 +15,7 @@ EMBED, TEXT, LENGTH, SIZE = 8, 12, 5, 8
 UNET = UNetConfig(
     channels=8, channel_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), head_channels=8
 )
+DIT = DiTConfig(width=16, depth=2, num_heads=2, patch_size=2)
 PLAIN = dataclasses.replace(UNET, attn_resolutions=())  # as upsamplers take it
 CLIP = ClipConfig(
     embed_dim=16, vision_width=32, vision_depth=1, text_width=32, text_depth=1, patch_size=16,

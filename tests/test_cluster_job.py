@@ -37,13 +37,14 @@ def run(*command: str, env: dict[str, str], seconds: int) -> subprocess.Complete
 
 @dataclass(frozen=True)
 class Head:
-    """A running head: where its jobs go, what a client with the token has, and two more ports: of
-    metrics, and of the agent that starts jobs."""
+    """A running head: where its jobs go, what a client with the token has, and more ports: of
+    metrics, of the agent that starts jobs, and of the dashboard's own metrics."""
 
     address: str
     env: dict[str, str]
     metrics: int
     agent: int
+    requests: int
 
     def submit(self, *script: str, env: dict[str, str] | None = None, folder: str = ".") -> Any:
         """Submit a job and wait for its end, its agent's first seconds included."""
@@ -94,7 +95,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 def start(env: dict[str, str], log: Path) -> tuple[Head, subprocess.Popen]:
-    port, dashboard, metrics, agent = (free_port() for _ in range(4))
+    port, dashboard, metrics, agent, requests = (free_port() for _ in range(5))
+    env = {**env, "DASHBOARD_METRIC_PORT": str(requests)}
     command = [
         str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
         f"--dashboard-port={dashboard}", "--object-store-memory=500000000",
@@ -106,7 +108,7 @@ def start(env: dict[str, str], log: Path) -> tuple[Head, subprocess.Popen]:
         server = subprocess.Popen(
             command, env=env, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
         )
-    return Head(f"http://127.0.0.1:{dashboard}", env, metrics, agent), server
+    return Head(f"http://127.0.0.1:{dashboard}", env, metrics, agent, requests), server
 
 
 def stop(server: subprocess.Popen) -> None:
@@ -248,6 +250,21 @@ def test_the_dashboard_tells_a_stranger_nothing(head: Head):
     assert status(package, "PUT", {}) == 401
     for method in ("DELETE", "POST"):
         assert status(f"{head.address}/api/jobs/raysubmit_0/stop", method, {}) in (401, 405)
+
+
+def test_a_refused_request_is_counted(head: Head):
+    """By Ray, in the metric that docs/cluster.md names."""
+
+    def refused() -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{head.requests}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        name = "ray_dashboard_api_requests_count_requests_total{"
+        counted = [line for line in lines if line.startswith(name) and 'status="4xx"' in line]
+        return sum(float(line.rpartition(" ")[2]) for line in counted)
+
+    before = refused()
+    codes = [status(f"{head.address}/api/jobs/", method) for method in ("GET", "POST", "POST")]
+    assert codes == [401] * 3 and refused() == before + 3
 
 
 def test_no_driver_joins_without_the_token(head: Head, tmp_path: Path):

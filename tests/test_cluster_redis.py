@@ -62,11 +62,22 @@ def start(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]
 @needs_redis
 def test_a_wrong_password_is_one_line_and_starts_nothing(redis: RedisServer, home: Path):
     flags = ("--redis", f"localhost:{redis.port}", "--redis-ca", str(redis.ca))
+    before = refusals(redis)
     for _ in range(3):
         done = start(*flags, REDIS_PASSWORD="0" * 32)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert "found -WRONGPASS, expected the password that opens it" in done.stderr
         assert "ray start" not in done.stdout and "0000" not in done.stdout + done.stderr
+    assert refusals(redis) == before + 3
+
+
+def refusals(redis: RedisServer) -> int:
+    """Return how many passwords the server has refused, as docs/cluster.md says it counts them."""
+    command = ["redis-cli", "--tls", "--cacert", str(redis.ca), "-p", str(redis.port), "INFO"]
+    env = {**os.environ, "REDISCLI_AUTH": redis.password}
+    info = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    return int(dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+               ["acl_access_denied_auth"])  # fmt: skip
 
 
 @needs_redis

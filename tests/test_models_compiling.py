@@ -73,6 +73,10 @@ STEPS: dict[str, tuple[Callable[[], nn.Module], Step]] = {
         decoder_step,
     ),
     "decoder of one resolution": (partial(_networks.decoder, unet=FLAT), decoder_step),
+    "decoder, transformer": (
+        partial(_networks.decoder, network="dit", dit=_networks.DIT, embed_grid=True),
+        decoder_step,
+    ),
     "upsampler, blur": (_networks.upsampler, partial(upsampler_step, 8)),
     "upsampler, bsr": (partial(_networks.upsampler, **BSR), partial(upsampler_step, 16)),
     **{

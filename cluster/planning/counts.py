@@ -249,13 +249,15 @@ def count_model(model: Any, num_tokens: int) -> Counts:
     """
     import torch
 
+    from models.configs import network_of
     from models.costs import forward_macs, forward_of, num_parameters, peak_bytes
 
     parameters = num_parameters(model)
     forward = forward_of(model.eval(), num_tokens)
     with torch.device("meta"):
         macs = forward_macs(forward)
-    network = getattr(model, "unet", model)  # whose configuration says what is checkpointed
+    # the network whose configuration says what is checkpointed
+    network = getattr(model, network_of(getattr(model, "config", None))[0], model)
     own_config: Any = getattr(network, "config", None)
     may_checkpoint = hasattr(own_config, "checkpointing")
     activations = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from cluster.planning.counts import architecture, read_preset
 from cluster.planning.devices import GPUS, Gpu
 from cluster.planning.request import PlanRequest
+from models.configs import network_of
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "measured.jsonl"
 
@@ -113,6 +114,17 @@ def _published() -> dict[tuple[str, str], Efficiency]:
 PUBLISHED = _published()
 
 
+def network_kind(config: object, *, compiled: bool = False) -> str:
+    """Return the kind of network, which decides its efficiency, of a model's configuration.
+
+    compiled: a U-Net is channels-last then, whatever its configuration says.
+    """
+    name, sizes = network_of(config)
+    if name != "unet":
+        return "transformer"
+    return "unet_channels_last" if sizes.channels_last or compiled else "unet"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured(Efficiency):
     """A measured speed: a line of benchmarks/measured.jsonl.
@@ -150,8 +162,7 @@ def read_measured(path: str) -> list[Measured]:
                 raise ValueError("mfu outside of (0, 1]")
             kind = entry.get("network")
             if not kind:
-                _, network = architecture(read_preset("decoder", preset))
-                kind = "unet_channels_last" if network.unet.channels_last else "unet"
+                kind = network_kind(architecture(read_preset("decoder", preset))[1])
             compiled = bool(entry.get("compiled"))
             how = "compiled" if compiled else "eager"
             speeds.append(Measured(

@@ -12,8 +12,9 @@ from cluster.planning.counts import (
     read_preset,
     stage_counts,
 )
-from cluster.planning.efficiency import Workload
+from cluster.planning.efficiency import Workload, network_kind
 from cluster.planning.request import CHAINS, PlanRequest
+from models.configs import network_of
 from training.config import ClipRunConfig, DecoderRunConfig, TrainConfig
 
 BEST_OF = 2  # samples of a diffusion prior, of which one is kept
@@ -73,11 +74,8 @@ class Stage:
 
     @property
     def network(self) -> str:
-        """Kind of network, which decides its efficiency (cluster/planning/efficiency.py)."""
-        unet = getattr(architecture(self.config)[1], "unet", None)
-        if unet is None:
-            return "transformer"
-        return "unet_channels_last" if unet.channels_last or self.is_compiled else "unet"
+        """Kind of network, which decides its efficiency."""
+        return network_kind(architecture(self.config)[1], compiled=self.is_compiled)
 
     @property
     def is_compiled(self) -> bool:
@@ -111,8 +109,8 @@ class Stage:
     @property
     def checkpointing_flag(self) -> str:
         """Flag that chooses activation checkpointing."""
-        group, network = architecture(self.config)
-        return f"{group}.{'unet.' if hasattr(network, 'unet') else ''}checkpointing"
+        group, config = architecture(self.config)
+        return ".".join(filter(None, [group, network_of(config)[0], "checkpointing"]))
 
     @property
     def checkpointing(self) -> tuple[bool, ...]:
@@ -120,7 +118,7 @@ class Stage:
         if "checkpointed" not in self.counts["activations"]:
             return (False,)
         _, network = architecture(self.config)
-        chosen = bool(getattr(network, "unet", network).checkpointing)
+        chosen = bool(network_of(network)[1].checkpointing)
         return chosen, not chosen
 
     def activation_bytes(self, micro_batch: int, checkpointing: bool) -> float:

@@ -15,6 +15,7 @@ from models.configs import (
     ClipConfig,
     DecoderConfig,
     DiffusionPriorConfig,
+    DiTConfig,
     RegressionPriorConfig,
     UNetConfig,
     UpsamplerConfig,
@@ -53,6 +54,8 @@ def build_model(config: JsonObject) -> nn.Module:
         for name in ("channel_mult", "attn_resolutions"):
             unet[name] = tuple(unet[name])
         model["unet"] = UNetConfig(**unet)
+    if "dit" in model:  # not in older runs
+        model["dit"] = DiTConfig(**model["dit"])
     if kind == "upsampler":
         sizes = {"factor": config["factor"], "crop_size": config["crop_size"]}
         return Upsampler(UpsamplerConfig(**model), **sizes)

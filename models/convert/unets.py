@@ -66,7 +66,9 @@ def decoder_from_diffusers(folder: Path | str) -> Decoder:
     )
     dim, size = projection.option("clip_embeddings_dim"), source.option("sample_size")
     decoder = Decoder(config, image_size=size, embed_dim=dim, text_width=dim)
-    state = {f"unet.{name}": value for name, value in _unet_state(decoder.unet, source).items()}
+    unet = decoder.network
+    assert isinstance(unet, UNet)
+    state = {f"unet.{name}": value for name, value in _unet_state(unet, source).items()}
 
     # The projections: ours are of z_i in units of 1 / sqrt(E), and token by token
     state["null_image_embed"] = projection.take(_NULL)
@@ -92,6 +94,7 @@ def decoder_to_diffusers(decoder: Decoder, folder: Path | str) -> None:
     config, folder = decoder.config, Path(folder)
     text_width = 0 if decoder.text_in is None else decoder.text_in.in_features
     options = {
+        "network": (config.network, "unet"),
         "text_width": (text_width, decoder.null_image_embed.shape[0]),
         "text_embed_cond": (config.text_embed_cond, True),
         "norm_embed_tokens": (config.norm_embed_tokens, False),
@@ -100,7 +103,9 @@ def decoder_to_diffusers(decoder: Decoder, folder: Path | str) -> None:
         "schedule": ((config.schedule, config.zero_terminal), ("cosine", False)),
     }
     require_convertible(folder, DECODER, options)
-    target = _unet_options(decoder.unet, decoder.image_size, folder) | {
+    unet = decoder.network
+    assert isinstance(unet, UNet)
+    target = _unet_options(unet, decoder.image_size, folder) | {
         "_class_name": DECODER,
         "in_channels": 3,
         "out_channels": 6 if config.learned_variance else 3,
@@ -108,7 +113,7 @@ def decoder_to_diffusers(decoder: Decoder, folder: Path | str) -> None:
         "class_embed_type": "identity",
         "mid_block_type": MIDDLE,
     }
-    write_folder(folder / "decoder", target, _unet_tensors(decoder.unet))
+    write_folder(folder / "decoder", target, _unet_tensors(unet))
 
     state = decoder.state_dict()
     tensors = {_NULL: state["null_image_embed"]}
@@ -125,7 +130,7 @@ def decoder_to_diffusers(decoder: Decoder, folder: Path | str) -> None:
         "_class_name": TEXT_PROJECTION,
         "clip_extra_context_tokens": config.num_embed_tokens,
         "clip_embeddings_dim": text_width,
-        "time_embed_dim": decoder.unet.cond_width,
+        "time_embed_dim": unet.cond_width,
         "cross_attention_dim": config.context_width,
     }
     write_folder(folder / "text_proj", target, tensors)

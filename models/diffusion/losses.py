@@ -16,6 +16,7 @@ from models.networks.transformer import without_autocast
 
 MIN_SNR_GAMMA = 5.0
 EARLY_FLOOR = 0.25
+V_LIMIT = 400.0  # Li & He 2025 keep the noise's deviation from falling below 0.05 in the loss
 LARGEST_WEIGHT = 1e6
 EDM_SIGMA_DATA = 0.5  # of pixels in [-1, 1]
 
@@ -36,6 +37,7 @@ def timestep_weight(
     """Return the weight float32 [B], at t int64 [B], of the squared error in the network's units.
 
         simple     1 in whatever the network predicts
+        v          min(SNR + 1, 400), a squared error of v (Li & He 2025)
         min_snr    min(SNR, 5)                            (Hang et al. 2023, eq. 5)
         p2         SNR / (1 + SNR)                        (Choi et al. 2022, eq. 8, k = gamma = 1)
         edm        (sigma^2 + s^2) / (sigma s)^2          (Karras et al. 2022; sigma^2 = 1 / SNR)
@@ -47,7 +49,9 @@ def timestep_weight(
     snr = schedule.snr(t)
     if weighting == "simple":
         return torch.ones_like(snr)
-    if weighting == "min_snr":
+    if weighting == "v":
+        weight = (snr + 1).clamp(max=V_LIMIT)
+    elif weighting == "min_snr":
         weight = snr.clamp(max=MIN_SNR_GAMMA)
     elif weighting == "p2":
         weight = snr / (1 + snr)

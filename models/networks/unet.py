@@ -94,7 +94,8 @@ class UNet(nn.Module):
         self.channels_last = config.channels_last  # or set where it is faster, see `compile_model`
         self._require_halving(image_size)
         _validate(config, image_size)
-        self.grid = image_size // config.patch_size
+        self.grid, self.channels = image_size // config.patch_size, config.channels
+        self.qk_norm = config.qk_norm or config.magnitude_preserving
         self.cond_width = 4 * config.channels
         layers, width, area = self.layers, config.channels, config.patch_size**2
         self.time_in = layers.time_in(width, self.cond_width)

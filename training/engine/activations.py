@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from models.configs import network_of
 from models.costs import forward_of, meta_copy, num_parameters, peak_bytes, state_bytes
 from training.config import TrainConfig
 from training.engine.choices import zero_stage
@@ -24,8 +25,8 @@ def settle_checkpointing(
 
     memory_bytes: of each worker's GPU; 0 for a CPU, on which they are computed again.
     """
-    network: Any = getattr(model, "unet", model)
-    options: Any = getattr(network, "config", None)
+    network: Any = getattr(model, network_of(getattr(model, "config", None))[0], model)
+    options = getattr(network, "config", None)
     if getattr(options, "checkpointing", False) is not None:
         return ""
     chosen, why = True, "on a CPU"

@@ -1,0 +1,272 @@
+"""Quality an hour: what ours and its peers draw after the same seconds of training.
+
+    python benchmarks/quality_an_hour.py             # six hours on two cores
+    python benchmarks/quality_an_hour.py --minutes 4 --rounds 1 --sets emoji --work race
+
+Base decoders of 32 px and near-equal size race: ours by training/decoder.py, diffusers' unCLIP
+U-Net in a plain loop, dalle2-pytorch's Decoder by its own trainer. All read the same pictures, the
+embeddings of one CLIP and the states of its text tower, in the same batches of 64, on the same
+threads, with the same EMA and guidance. Each first runs a heat of a quarter of the time in each of
+its settings (`_racers.SETTINGS`); the best one races, the rounds in turn. After each lap (an
+eighth, a quarter, half and all of the time) it draws held-out pictures from their embeddings and
+captions by its own sampler, in as many steps as fit into the same seconds.
+
+The judge is EfficientNet-Lite0 of ImageNet, which none has seen: FD with its 95 % interval (of the
+pictures drawn), KID, and PSNR to the pictures whose embeddings were given. `ratio` = seconds of the
+best peer until its last FD, over the seconds that ours takes to reach that, the least of all sets.
+Results are kept in --work, and continued there.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import BenchmarkConfig, run_benchmark
+from _pairs import EMOJI, embedded_sets
+from _racers import DALLE2, OURS, SETTINGS, SIZE, Heat, race, write_arrays
+
+from cluster.base.files import Json
+
+ROOT = Path(__file__).resolve().parent.parent
+LAPS = (0.125, 0.25, 0.5, 1.0)  # of the time
+HEAT = 0.25
+NUM_SHOWN = 16  # pictures of each side in the grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(BenchmarkConfig):
+    """Sizes of the race."""
+
+    minutes: float = 20.0
+    """training of each side"""
+    rounds: int = 3
+    """races, alternating"""
+    sets: tuple[str, ...] = ("emoji", "shapes")
+    """pictures: Fluent emoji (../shared/data), the drawn set, or a Parquet file of pairs"""
+    sides: tuple[str, ...] = tuple(SETTINGS)
+    """who races; ours and one more at least"""
+    num_train: int = 4500
+    """training pairs, about"""
+    num_test: int = 600
+    """held-out pairs, about"""
+    num_pictures: int = 500
+    """pictures that each side draws"""
+    sampling_seconds: float = 60.0
+    """time in which it draws them"""
+    clip_steps: int = 400
+    """steps of the CLIP whose embeddings are given"""
+    num_resamples: int = 40
+    """bootstrap resamples of the intervals"""
+    batch_size: int = 64
+    """samples a step"""
+    heats: bool = True
+    """run heats to choose each side's setting; else the first of each races"""
+    num_threads: int | None = None
+    """threads on the CPU; None = all cores"""
+    work: str = ""
+    """folder that keeps data and results, to continue; empty = a temporary one"""
+    out: str = "quality_an_hour"
+    """head of the names of the grids that are written, as quality_an_hour_emoji.png"""
+    heat: str = ""
+    """internal: run this heat, here"""
+
+
+def main(config: Config) -> int:
+    """Print a table, and one JSON object as the last line."""
+    if config.heat:
+        values = json.loads(config.heat)
+        race(Heat(**{**values, "laps": tuple(values["laps"])}))
+        return 0
+    if OURS not in config.sides or len(config.sides) < 2:
+        raise ValueError(f"--sides: found {config.sides}, expected {OURS} and a peer")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(config.work or folder).absolute()
+        figures = {name: _race(work / Path(name).stem, name, config) for name in config.sets}
+    _show(figures)
+    ratio = min(each["ratio"] for each in figures.values())
+    print(json.dumps({"ratio": ratio, "minutes": config.minutes, **figures}))
+    return 0
+
+
+def _race(data: Path, name: str, config: Config) -> Json:
+    """Race on one set; returns ratio, and by side its setting, curve and sizes."""
+    import torch
+
+    threads = config.num_threads or torch.get_num_threads()
+    sources = {"emoji": EMOJI, "shapes": None}
+    source = sources.get(name, Path(name))
+    counts = config.num_train, config.num_test
+    embedded_sets(data, source, *counts, config.clip_steps, threads)
+    for split in ("train", "test"):
+        if not (data / f"{split}_mask.npy").exists():  # the last of its arrays
+            write_arrays(data, split)
+
+    def run(side: str, setting: str, label: str, laps: tuple[float, ...], seed: int) -> list[Json]:
+        heat = Heat(
+            racer=side, setting=setting, data=str(data), out=str(data / label / side / setting),
+            laps=laps, sampling_seconds=config.sampling_seconds, batch_size=config.batch_size,
+            num_pictures=config.num_pictures, num_threads=threads, seed=seed,
+        )  # fmt: skip
+        return _result(heat, config.num_resamples)
+
+    seconds = 60 * config.minutes
+    chosen = {}
+    for side in config.sides:
+        settings = list(SETTINGS[side])
+        if config.heats:
+            tried = {each: run(side, each, "heats", (HEAT * seconds,), 0) for each in settings}
+            settings = sorted(settings, key=lambda each: tried[each][-1]["fd"])
+        chosen[side] = settings[0]
+    rounds: dict[str, list[list[Json]]] = {side: [] for side in config.sides}
+    laps = tuple(share * seconds for share in LAPS)
+    for number in range(config.rounds):
+        for side, setting in chosen.items():
+            rounds[side].append(run(side, setting, f"round_{number}", laps, number + 1))
+    _save_grid(data, chosen, Path(f"{config.out}_{Path(name).stem}.png"))
+    return _figures(rounds, chosen)
+
+
+def _result(heat: Heat, num_resamples: int) -> list[Json]:
+    """Return a heat's laps with their scores; run it where that is not there."""
+    path = Path(heat.out) / "scores.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    print(f"{heat.out}: {heat.laps[-1]:.0f} s of training", flush=True)
+    peers = str(ROOT / ".venv-bench" / "bin" / "python")
+    python = peers if heat.racer == DALLE2 else sys.executable
+    if not Path(python).exists():
+        raise ValueError(f"{python}: found no such file; make it with: make bench-setup")
+    command = [python, __file__, "--heat", json.dumps(dataclasses.asdict(heat))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20 * 3600)
+    if done.returncode:
+        raise RuntimeError(f"{heat.racer}, {heat.setting}: {done.stderr[-3000:]}")
+    laps = json.loads((Path(heat.out) / "laps.json").read_text())
+    for lap, scores in enumerate(laps):
+        drawn = np.load(Path(heat.out) / f"drawn_{lap}.npy")
+        scores |= _scores(Path(heat.data), drawn, num_resamples)
+    path.write_text(json.dumps(laps))
+    return laps
+
+
+# -- scores ----------------------------------------------------------------------------------------
+
+
+def _scores(data: Path, drawn: np.ndarray, num_resamples: int) -> dict[str, float]:
+    """Return FD with its interval, KID and PSNR of drawn pictures, uint8 [n, 3, H, W]."""
+    from eval.distances.frechet import Moments, Reference
+    from eval.distances.intervals import bootstrap_error, interval, kernel_distance
+    from eval.features.blocks import Features
+
+    real = np.load(data / "test_image.npy")
+    path = data / "test_features.npy"
+    if not path.exists():
+        np.save(path, _features(real))
+    seen, features = np.load(path), _features(drawn)
+    reference = Reference.of(Moments.of(seen))
+    distance = reference.distance(Moments.of(features))
+    error = bootstrap_error(Features.of(features), reference, num_resamples)
+    squares = np.square(drawn.astype(float) - real[: len(drawn)]).mean((1, 2, 3))
+    low, high = interval(distance, error)
+    return {
+        "fd": distance, "fd_low": low, "fd_high": high,
+        "kid": float(kernel_distance(Features.of(features), Features.of(seen))["kid"]),
+        "psnr_db": float((10 * np.log10(255**2 / squares.clip(min=1e-9))).mean()),
+    }  # fmt: skip
+
+
+def _features(images: np.ndarray) -> np.ndarray:
+    from PIL import Image
+
+    from eval.features.extractors import efficientnet_spec, extract
+
+    extractor = efficientnet_spec().build("cpu")
+    return extract(extractor, [Image.fromarray(image.transpose(1, 2, 0)) for image in images])
+
+
+def seconds_until(curve: list[tuple[float, float]], distance: float) -> float | None:
+    """Return the seconds at which a curve of (seconds, FD) first is at a distance, None if never;
+    between two points its FD is linear in the logarithm of the seconds."""
+    before: tuple[float, float] | None = None
+    for seconds, value in curve:
+        if value <= distance:
+            if before is None or before[1] <= value:
+                return seconds
+            share = (before[1] - distance) / (before[1] - value)
+            return float(np.exp((1 - share) * np.log(before[0]) + share * np.log(seconds)))
+        before = seconds, value
+    return None
+
+
+def speed_up(ours: list[tuple[float, float]], peer: list[tuple[float, float]]) -> float:
+    """Return a peer's seconds over ours to the same FD: the peer's last, or ours where we do not
+    reach that."""
+    reached = seconds_until(ours, peer[-1][1])
+    if reached is not None:
+        return peer[-1][0] / reached
+    theirs = seconds_until(peer, ours[-1][1])
+    assert theirs is not None, "a peer's last FD is below ours"
+    return theirs / ours[-1][0]
+
+
+def _figures(rounds: dict[str, list[list[Json]]], chosen: dict[str, str]) -> Json:
+    """Return the ratio of every round and their median, and the medians of every side's laps."""
+    sides = {}
+    for side, each in rounds.items():
+        laps = [
+            {key: float(np.median([one[lap][key] for one in each])) for key in _numbers(each[0][0])}
+            for lap in range(len(LAPS))
+        ]
+        last = [one[-1]["fd"] for one in each]
+        sides[side] = {"setting": chosen[side], "last_fds": last, "laps": laps}
+    peers = [side for side in rounds if side != OURS]
+    best = min(peers, key=lambda side: sides[side]["laps"][-1]["fd"])
+    curves = {
+        side: [[(lap["seconds"], lap["fd"]) for lap in one] for one in each]
+        for side, each in rounds.items()
+    }
+    ratios = [speed_up(*pair) for pair in zip(curves[OURS], curves[best], strict=True)]
+    return {"ratio": float(np.median(ratios)), "ratios": ratios, "best_peer": best, "sides": sides}
+
+
+def _numbers(lap: Json) -> list[str]:
+    return [key for key, value in lap.items() if isinstance(value, int | float)]
+
+
+def _show(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("seconds", "steps", "fd", "fd_low", "fd_high", "kid", "psnr_db", "sampling_steps")
+    table = Table("set", "side", "parameters", *columns)
+    for name, of_set in figures.items():
+        for side, entry in of_set["sides"].items():
+            for lap in entry["laps"]:
+                shown = [f"{lap[key]:,.4g}" for key in columns]
+                who, count = f"{side}, {entry['setting']}", f"{lap['parameters']:,.0f}"
+                table.add_row(name, who, count, *shown)
+    Console(width=150).print(table)
+
+
+def _save_grid(data: Path, chosen: dict[str, str], path: Path) -> None:
+    """Draw real pictures over what each side drew of their embeddings in the first round."""
+    from training.tasks.pictures import grid, save_png
+
+    rows = {"real": np.load(data / "test_image.npy")}
+    for side, setting in chosen.items():
+        rows[side] = np.load(data / "round_0" / side / setting / f"drawn_{len(LAPS) - 1}.npy")
+    pictures = [list(row[:NUM_SHOWN].transpose(0, 2, 3, 1)) for row in rows.values()]
+    save_png(path, grid(pictures, list(rows), []))
+    print(f"{path}: {SIZE} px, real and drawn")
+
+
+if __name__ == "__main__":
+    run_benchmark(
+        Config, main, minutes=0.1, rounds=1, sets=("shapes",), num_train=300, num_test=60,
+        num_pictures=40, sampling_seconds=1.0, clip_steps=5, heats=False, num_resamples=3,
+    )  # fmt: skip

@@ -1,0 +1,67 @@
+"""How the race of benchmarks/quality_an_hour.py counts seconds."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from _runs import done, script
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def race() -> dict[str, Any]:
+    """Return what the script defines."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return runpy.run_path(str(ROOT / "benchmarks" / "quality_an_hour.py"))
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_a_curve_is_a_line_in_the_logarithm_of_the_seconds(race: Any):
+    curve = [(10.0, 200.0), (40.0, 100.0), (160.0, 50.0)]
+    assert race["seconds_until"](curve, 150) == pytest.approx(20)
+    assert race["seconds_until"](curve, 100) == 40
+    assert race["seconds_until"](curve, 75) == pytest.approx(80)
+    assert race["seconds_until"](curve, 300) == 10, "there from the start"
+    assert race["seconds_until"](curve, 49) is None
+    assert race["seconds_until"]([(10.0, 100.0), (20.0, 130.0), (40.0, 100.0)], 99) is None
+
+
+def test_the_ratio_is_of_the_seconds_to_one_distance(race: Any):
+    curve = [(10.0, 200.0), (40.0, 100.0), (160.0, 50.0)]
+    slow = [(4 * seconds, distance) for seconds, distance in curve]
+    assert race["speed_up"](curve, slow) == pytest.approx(4)
+    assert race["speed_up"](slow, curve) == pytest.approx(1 / 4)
+    assert race["speed_up"](curve, curve) == pytest.approx(1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (ROOT / ".venv-bench").exists(), reason="needs the peers of `make bench-setup`"
+)
+def test_the_race_runs_to_its_end_and_continues(tmp_path: Path):
+    command = ("benchmarks/quality_an_hour.py", "--quick", "--work", str(tmp_path / "work"),
+               "--out", str(tmp_path / "grid"))  # fmt: skip
+    ended = done(script(*command), 900)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    sides = found["shapes"]["sides"]
+    assert set(sides) == {"ours", "diffusers", "dalle2-pytorch"} and found["ratio"] > 0
+    assert (tmp_path / "grid_shapes.png").exists()
+    for side, entry in sides.items():
+        lap = entry["laps"][-1]
+        assert lap["fd_low"] <= lap["fd"] <= lap["fd_high"]
+        folder = tmp_path / "work" / "shapes" / "round_0" / side / entry["setting"]
+        drawn = np.load(folder / "drawn_3.npy")
+        assert drawn.shape == (40, 3, 32, 32) and drawn.std() > 1
+    before = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "work").rglob("*.npy")}
+    again = done(script(*command), 300)
+    assert json.loads(again.stdout.splitlines()[-1]) == found
+    assert before == {path: os.stat(path).st_mtime_ns for path in before}
