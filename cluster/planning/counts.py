@@ -256,9 +256,8 @@ def count_model(model: Any, num_tokens: int) -> Counts:
     forward = forward_of(model.eval(), num_tokens)
     with torch.device("meta"):
         macs = forward_macs(forward)
-    # the network whose configuration says what is checkpointed
-    network = getattr(model, network_of(getattr(model, "config", None))[0], model)
-    own_config: Any = getattr(network, "config", None)
+    name, own_config = network_of(getattr(model, "config", None))
+    network = getattr(model, name, model)
     may_checkpoint = hasattr(own_config, "checkpointing")
     activations = {}
     for name in ("kept", "checkpointed") if may_checkpoint else ("kept",):

@@ -25,8 +25,8 @@ def settle_checkpointing(
 
     memory_bytes: of each worker's GPU; 0 for a CPU, on which they are computed again.
     """
-    network: Any = getattr(model, network_of(getattr(model, "config", None))[0], model)
-    options = getattr(network, "config", None)
+    name, options = network_of(getattr(model, "config", None))
+    network: Any = getattr(model, name, model)
     if getattr(options, "checkpointing", False) is not None:
         return ""
     chosen, why = True, "on a CPU"
