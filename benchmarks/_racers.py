@@ -4,7 +4,9 @@ Each is a process of its own, which reads arrays and writes what it drew after e
 """
 
 import copy
+import dataclasses
 import json
+import math
 import subprocess
 import sys
 import time
@@ -23,7 +25,9 @@ SIZE = 32  # px
 TRIAL = 30  # steps of ours, to learn how many fit into the time
 AVERAGE = 0.99  # EMA of every racer
 GUIDANCE = 1.5
+IMAGE_DROP, TEXT_DROP = 0.1, 0.3  # probabilities, of every racer
 MIN_STEPS, MAX_STEPS = 4, 50  # of sampling
+WARM_UP = 0.05  # of the time
 AT_ONCE = 50  # pictures
 CONTEXT, NUM_TOKENS = 128, 4  # width of the condition's tokens, and z_i's among them
 OURS, DIFFUSERS, DALLE2 = "ours", "diffusers", "dalle2-pytorch"
@@ -31,6 +35,7 @@ OURS, DIFFUSERS, DALLE2 = "ours", "diffusers", "dalle2-pytorch"
 _OURS = (
     "--preset", "demo_pictures", "--train.ema-decay", str(AVERAGE), "--train.num-workers", "0",
     "--train.report-every", "5", "--train.keep-checkpoints", "100",
+    "--base.image-embed-drop", str(IMAGE_DROP), "--base.text-drop", str(TEXT_DROP),
 )  # fmt: skip
 # By racer, the settings of which the best in a heat of a quarter of the time runs the race
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -122,9 +127,10 @@ def fitting_steps(draw: Callable[["Arrays", int], Any], rows: "Arrays", seconds:
 
 @dataclass(frozen=True, kw_only=True)
 class Arrays:
-    """Pairs as tensors: image uint8 [n, 3, H, W], z_i [n, E], z_t [n, E], CLIP's states [n, L, W]
-    and bool [n, L]."""
+    """Pairs as tensors: key int64 [n], image uint8 [n, 3, H, W], z_i [n, E], z_t [n, E], CLIP's
+    states [n, L, W], 0 at padding, and their mask bool [n, L]."""
 
+    key: Any
     image: Any
     image_embed: Any
     text_embed: Any
@@ -136,7 +142,7 @@ class Arrays:
         """Read what `write_arrays` wrote."""
         import torch
 
-        names = ("image", "image_embed", "text_embed", "states", "mask")
+        names = [field.name for field in dataclasses.fields(cls)]
         arrays = {name: np.load(data / f"{split}_{name}.npy") for name in names}
         return cls(**{name: torch.from_numpy(x).to(device) for name, x in arrays.items()})
 
@@ -165,7 +171,8 @@ class Arrays:
 
 
 def write_arrays(data: Path, split: str) -> None:
-    """Write a split's pictures at `SIZE`, embeddings, and states of its captions, as arrays."""
+    """Write a split's pictures at `SIZE`, embeddings, and states of its captions, as arrays, in an
+    order in which the first rows are a sample of all."""
     import torch
 
     from eval.sampling.image_source import open_images
@@ -180,21 +187,32 @@ def write_arrays(data: Path, split: str) -> None:
     image = np.stack([square_pixels(s.image_bytes(i), SIZE) for s in shards for i in range(len(s))])
     tokens = torch.from_numpy(clip.tokenize(captions))
     states = torch.cat([clip.encode_text(part)[1] for part in tokens.split(256)])
+    mask = token_mask(tokens)[:, : states.shape[1]]
     arrays = {
-        "image": image, "image_embed": image_embed, "text_embed": text_embed, "states": states,
-        "mask": token_mask(tokens)[:, : states.shape[1]],
+        "key": torch.arange(len(image)), "image": image, "image_embed": image_embed,
+        "text_embed": text_embed, "states": states * mask[..., None], "mask": mask,
     }  # fmt: skip
+    order = np.random.default_rng(0).permutation(len(image))
     for name, array in arrays.items():
-        np.save(data / f"{split}_{name}.npy", np.asarray(array))
+        np.save(data / f"{split}_{name}.npy", np.asarray(array)[order])
+
+
+def unit_rms(embed: Any) -> Any:
+    """Return unit-norm rows [n, E] at unit RMS, as linear layers expect them, as ours does."""
+    return embed * embed.shape[1] ** 0.5
 
 
 def _laps(heat: Heat, step: Callable[[], None]) -> Iterator[tuple[float, int]]:
     """Train; return the seconds and steps at the end of each lap, without what was done there."""
+    import torch
+
     seconds, steps = 0.0, 0
     for lap in heat.laps:
         while seconds < lap:
             started = time.perf_counter()
             step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             seconds, steps = seconds + time.perf_counter() - started, steps + 1
         yield seconds, steps
 
@@ -245,8 +263,6 @@ def _train_ours(heat: Heat, name: str, steps: int, every: int) -> None:
 
 
 def _draw_ours(decoder: Any, rows: Arrays, steps: int) -> Any:
-    import torch
-
     from models.decoder import Condition, ImageSampling
     from models.diffusion.samplers import dpmpp_2m
 
@@ -255,16 +271,15 @@ def _draw_ours(decoder: Any, rows: Arrays, steps: int) -> Any:
         token_mask=rows.mask,
     )  # fmt: skip
     options = ImageSampling(sampler=dpmpp_2m, sample_steps=steps, cfg_scale=GUIDANCE)
-    keys = torch.arange(len(rows), device=rows.image.device)
-    return decoder.sample(keys, condition, options)
+    return decoder.sample(rows.key, condition, options)
 
 
 # -- diffusers -------------------------------------------------------------------------------------
 
 
 def _diffusers(heat: Heat, device: Any) -> Iterator[Trained]:
-    """Train diffusers' unCLIP U-Net with its projections in a plain loop, as its examples do:
-    AdamW at a constant rate, EMA."""
+    """Train diffusers' unCLIP U-Net with its projections in a plain loop: AdamW, a rate that warms
+    up and falls by a cosine, EMA."""
     import torch
     import torch.nn.functional as F
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -297,16 +312,22 @@ def _diffusers(heat: Heat, device: Any) -> Iterator[Trained]:
     model = nn.ModuleDict({"unet": unet, "project": project}).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
-    rate = SETTINGS[DIFFUSERS][heat.setting]
+    rate, trained = SETTINGS[DIFFUSERS][heat.setting], 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
     batches = train.batches(heat.batch_size)
 
     def step() -> None:
+        nonlocal trained
+        started = time.perf_counter()
+        share = min(1.0, trained / heat.laps[-1])
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, share / WARM_UP) * (1 + math.cos(math.pi * share)) / 2
         rows = next(batches)
         x0, count = rows.image.float() / 127.5 - 1, len(rows)
         t = torch.randint(0, 1000, (count,), device=device)
         noise: Any = torch.randn_like(x0)
-        hidden = torch.rand(2, count, device=device) < torch.tensor([[0.1], [0.5]], device=device)
+        drops = torch.tensor([[IMAGE_DROP], [TEXT_DROP]], device=device)
+        hidden = torch.rand(2, count, device=device) < drops
         with autocast(device.type, "auto"):
             x_t = schedule.add_noise(x0, noise, t)  # pyright: ignore[reportArgumentType]
             predicted = _predict_diffusers(model, x_t, t, rows, hidden[0], hidden[1])
@@ -315,6 +336,7 @@ def _diffusers(heat: Heat, device: Any) -> Iterator[Trained]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update_parameters(model)
+        trained += time.perf_counter() - started
 
     model.train()
     for seconds, steps in _laps(heat, step):
@@ -334,9 +356,9 @@ def _predict_diffusers(
     project = model["project"]
     null = project.learned_classifier_free_guidance_embeddings
     context, cond = project(
-        image_embeddings=torch.where(no_image[:, None], null, rows.image_embed),
-        prompt_embeds=rows.text_embed, text_encoder_hidden_states=rows.states,
-        do_classifier_free_guidance=False,
+        image_embeddings=torch.where(no_image[:, None], null, unit_rms(rows.image_embed)),
+        prompt_embeds=unit_rms(rows.text_embed) * ~no_text[:, None],
+        text_encoder_hidden_states=rows.states, do_classifier_free_guidance=False,
     )  # fmt: skip
     keep = F.pad(rows.mask & ~no_text[:, None], (NUM_TOKENS, 0), value=True)
     arguments = {"encoder_hidden_states": context, "class_labels": cond, "attention_mask": keep}
@@ -344,13 +366,14 @@ def _predict_diffusers(
 
 
 def _draw_diffusers(model: Any, options: Any, rows: Arrays, steps: int) -> Any:
-    """Draw by its DPM-Solver++, guided as its pipelines do."""
+    """Draw by its DPM-Solver++, guided as its pipelines do, with x0 clamped to [-1, 1]."""
     import torch
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     solver = DPMSolverMultistepScheduler(
-        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing"
-    )
+        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing",
+        thresholding=True, dynamic_thresholding_ratio=1.0, sample_max_value=1.0,
+    )  # fmt: skip
     device, count = rows.image.device, len(rows)
     solver.set_timesteps(steps, device=device)
     x = torch.randn(count, 3, SIZE, SIZE, device=device)
@@ -388,7 +411,7 @@ def _dalle2(heat: Heat, device: Any) -> Iterator[Trained]:
     def decoder_of(unet: Any, steps: int | None = None) -> Any:
         return Decoder(
             unet=(unet,), image_sizes=(SIZE,), timesteps=1000, sample_timesteps=steps,
-            image_cond_drop_prob=0.1, text_cond_drop_prob=0.5, learned_variance=False,
+            image_cond_drop_prob=IMAGE_DROP, text_cond_drop_prob=TEXT_DROP, learned_variance=False,
         ).to(device)  # fmt: skip
 
     mixed = "bf16" if settled("auto", device.type) == "bf16" else "no"
@@ -402,16 +425,17 @@ def _dalle2(heat: Heat, device: Any) -> Iterator[Trained]:
     def step() -> None:
         rows = next(batches)
         trainer(
-            rows.image.float() / 255, image_embed=rows.image_embed, text_encodings=rows.states,
-            unet_number=1,
+            rows.image.float() / 255, image_embed=unit_rms(rows.image_embed),
+            text_encodings=rows.states, unet_number=1,
         )  # fmt: skip
         trainer.update(1)
 
     def draw(unet: Any, rows: Arrays, steps: int) -> Any:
         decoder = decoder_of(unet, steps).eval()
         drawn = decoder.sample(
-            image_embed=rows.image_embed, text_encodings=rows.states, cond_scale=GUIDANCE
-        )
+            image_embed=unit_rms(rows.image_embed), text_encodings=rows.states,
+            cond_scale=GUIDANCE,
+        )  # fmt: skip
         return 2 * drawn - 1
 
     trainer.train()

@@ -1,6 +1,6 @@
 """Quality an hour: what ours and its peers draw after the same seconds of training.
 
-    python benchmarks/quality_an_hour.py             # six hours on two cores
+    python benchmarks/quality_an_hour.py             # ten hours on two cores
     python benchmarks/quality_an_hour.py --minutes 4 --rounds 1 --sets emoji --work race
 
 Base decoders of 32 px and near-equal size race: ours by training/decoder.py, diffusers' unCLIP
@@ -13,12 +13,13 @@ captions by its own sampler, in as many steps as fit into the same seconds.
 
 The judge is EfficientNet-Lite0 of ImageNet, which none has seen: FD with its 95 % interval (of the
 pictures drawn), KID, and PSNR to the pictures whose embeddings were given. `ratio` = seconds of the
-best peer until its last FD, over the seconds that ours takes to reach that, the least of all sets.
+best peer until its least FD, over the seconds that ours takes to reach that, the least of all sets.
 Results are kept in --work, and continued there.
 """
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from _racers import DALLE2, OURS, SETTINGS, SIZE, Heat, race, write_arrays
 from cluster.base.files import Json
 
 ROOT = Path(__file__).resolve().parent.parent
+PEERS = str(ROOT / ".venv-bench" / "bin" / "python")
 LAPS = (0.125, 0.25, 0.5, 1.0)  # of the time
 HEAT = 0.25
 NUM_SHOWN = 16  # pictures of each side in the grid
@@ -83,8 +85,11 @@ def main(config: Config) -> int:
         values = json.loads(config.heat)
         race(Heat(**{**values, "laps": tuple(values["laps"])}))
         return 0
-    if OURS not in config.sides or len(config.sides) < 2:
-        raise ValueError(f"--sides: found {config.sides}, expected {OURS} and a peer")
+    if OURS not in config.sides or len(config.sides) < 2 or set(config.sides) - set(SETTINGS):
+        expected = f"{OURS} and some of {', '.join(sorted(set(SETTINGS) - {OURS}))}"
+        raise ValueError(f"--sides: found {' '.join(config.sides)}, expected {expected}")
+    if DALLE2 in config.sides and not Path(PEERS).exists():
+        raise ValueError(f"{PEERS}: found no such file; make it with: make bench-setup")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(config.work or folder).absolute()
         figures = {name: _race(work / Path(name).stem, name, config) for name in config.sets}
@@ -101,6 +106,7 @@ def _race(data: Path, name: str, config: Config) -> Json:
     threads = config.num_threads or torch.get_num_threads()
     sources = {"emoji": EMOJI, "shapes": None}
     source = sources.get(name, Path(name))
+    _require_same(data, config)
     counts = config.num_train, config.num_test
     embedded_sets(data, source, *counts, config.clip_steps, threads)
     for split in ("train", "test"):
@@ -132,16 +138,32 @@ def _race(data: Path, name: str, config: Config) -> Json:
     return _figures(rounds, chosen)
 
 
+def _require_same(data: Path, config: Config) -> None:
+    """Keep the options of what is in a folder; ValueError where it was made with others."""
+    changing = ("rounds", "sets", "sides", "work", "out", "heat", "heats", "quick")
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in changing}
+    options = json.loads(json.dumps({**options, "settings": SETTINGS}))
+    path = data / "options.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name, value in options.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"--work: {data}: found results of {name} {before.get(name)!r}, expected "
+                    f"{value!r}; take another folder"
+                )
+    data.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(options))
+
+
 def _result(heat: Heat, num_resamples: int) -> list[Json]:
     """Return a heat's laps with their scores; run it where that is not there."""
     path = Path(heat.out) / "scores.json"
     if path.exists():
         return json.loads(path.read_text())
     print(f"{heat.out}: {heat.laps[-1]:.0f} s of training", flush=True)
-    peers = str(ROOT / ".venv-bench" / "bin" / "python")
-    python = peers if heat.racer == DALLE2 else sys.executable
-    if not Path(python).exists():
-        raise ValueError(f"{python}: found no such file; make it with: make bench-setup")
+    shutil.rmtree(heat.out, ignore_errors=True)  # of a heat that was ended
+    python = PEERS if heat.racer == DALLE2 else sys.executable
     command = [python, __file__, "--heat", json.dumps(dataclasses.asdict(heat))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20 * 3600)
     if done.returncode:
@@ -204,14 +226,12 @@ def seconds_until(curve: list[tuple[float, float]], distance: float) -> float | 
 
 
 def speed_up(ours: list[tuple[float, float]], peer: list[tuple[float, float]]) -> float:
-    """Return a peer's seconds over ours to the same FD: the peer's last, or ours where we do not
+    """Return a peer's seconds over ours to the same FD: the peer's least, or ours where we do not
     reach that."""
-    reached = seconds_until(ours, peer[-1][1])
-    if reached is not None:
-        return peer[-1][0] / reached
-    theirs = seconds_until(peer, ours[-1][1])
-    assert theirs is not None, "a peer's last FD is below ours"
-    return theirs / ours[-1][0]
+    target = max(min(distance for _, distance in curve) for curve in (ours, peer))
+    reached, theirs = seconds_until(ours, target), seconds_until(peer, target)
+    assert reached is not None and theirs is not None, "both curves reach the larger of their least"
+    return theirs / reached
 
 
 def _figures(rounds: dict[str, list[list[Json]]], chosen: dict[str, str]) -> Json:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _networks import DIT
 from _runs import UNET, base_run, clip_run, prior_run, up_run
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -76,6 +77,7 @@ KINDS: dict[str, Callable[[Path, Path], Made]] = {
     "decoder of its own text": _decoder(text_tokens=16, text_depth=1),
     "decoder that drops captions": _decoder(empty_caption=True),
     "decoder by muon": _decoder(with_options(SETTINGS, optimizer="muon")),
+    "transformer of patches": _decoder(network="dit", dit=DIT, embed_grid=True),
     "magnitude-preserving": _decoder(unet=MAGNITUDE),
     "upsampler of blur": _upsampler("blur"),
     "upsampler of bsr": _upsampler("bsr"),

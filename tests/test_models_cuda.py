@@ -16,6 +16,7 @@ from models.configs import (
     AutoregressivePriorConfig,
     DecoderConfig,
     DiffusionPriorConfig,
+    DiTConfig,
     RegressionPriorConfig,
     UNetConfig,
     UpsamplerConfig,
@@ -66,6 +67,13 @@ def exact():
 def decoder(unet: UNetConfig) -> Decoder:
     torch.manual_seed(0)
     config = DecoderConfig(unet=unet, context_width=64)
+    return stirred(Decoder(config, image_size=SIZE, embed_dim=DIM, text_width=DIM))
+
+
+def transformer() -> Decoder:
+    torch.manual_seed(0)
+    dit = DiTConfig(width=64, depth=3, num_heads=2, patch_size=4, refine_channels=8)
+    config = DecoderConfig(network="dit", dit=dit, context_width=64, prediction="x0", weighting="v")
     return stirred(Decoder(config, image_size=SIZE, embed_dim=DIM, text_width=DIM))
 
 
@@ -163,6 +171,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 PRIORS = ("diffusion", "regression", "autoregressive")
 MODELS = {
     **{f"decoder, {name}": lambda unet=unet: decoder(unet) for name, unet in DECODERS.items()},
+    "decoder, transformer": transformer,
     "upsampler": upsampler,
     **{kind: lambda kind=kind: prior(kind) for kind in PRIORS},
 }

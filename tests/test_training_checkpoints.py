@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from _networks import DIT
 from _records import newest_valid
 from _runs import (
     HALF,
@@ -63,6 +64,10 @@ PAPER = dataclasses.replace(
     BASE, text_tokens=12, text_depth=1, text_heads=2, learned_variance=True, prediction="eps",
     weighting="simple", norm_embed_tokens=False,
 )  # fmt: skip
+TRANSFORMER = DecoderConfig(
+    network="dit", dit=dataclasses.replace(DIT, dropout=0.1, refine_channels=4, patch_size=4),
+    context_width=8, embed_grid=True, prediction="x0", weighting="v",
+)  # fmt: skip
 BSR = dataclasses.replace(UP, degradation="bsr", low_res_noise=0.2, tell_noise=True)
 AUTOREGRESSIVE = AutoregressivePriorConfig(
     **SMALL, num_prefix=3, codebook_size=16, energy=0.9, text_tokens=12, text_width=16,
@@ -79,6 +84,8 @@ KINDS: dict[str, tuple[Callable, Callable, dict[str, Any]]] = {
                                           "base": BASE}),
     "paper": (build_decoder, base_run, {"train": with_options(TRAIN, optimizer="muon"),
                                         "base": PAPER}),
+    "transformer": (build_decoder, base_run, {"train": with_options(TRAIN, optimizer="muon"),
+                                              "base": TRANSFORMER}),
     "upsampler": (build_decoder, up_run, {"up": UP}),
     "bsr": (build_decoder, up_run, {"up": BSR, "flip": True}),
 }  # fmt: skip

@@ -4,15 +4,20 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from _networks import DIT
 from _runs import HERE, base_run, embeds_of, images_of, up_run
 from PIL import Image
 
 from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
+from models.configs import DecoderConfig
 from models.convert.runs import load_model
+from models.convert.unets import decoder_to_diffusers
+from models.decoder import Decoder
 from training.config import DecoderRunConfig, TrainConfig
 from training.data.dataloader import as_batch
 from training.data.inputs import prepare_data
@@ -42,11 +47,20 @@ def base(data: Path, held_out: Path, run: Path) -> DecoderRunConfig:
     return base_run(data, run, TRAIN, **held)
 
 
+def transformer(data: Path, held_out: Path, run: Path) -> DecoderRunConfig:
+    model = DecoderConfig(
+        network="dit", dit=DIT, context_width=8, prediction="x0", weighting="v"
+    )  # fmt: skip
+    return dataclasses.replace(base(data, held_out, run), base=model)
+
+
 def upsampler(data: Path, held_out: Path, run: Path) -> DecoderRunConfig:
     return up_run(data, run, TRAIN, validation=images_of(held_out))
 
 
-@pytest.mark.parametrize(("make", "num_rows", "size"), [(base, 2, 16), (upsampler, 3, 32)])
+@pytest.mark.parametrize(
+    ("make", "num_rows", "size"), [(base, 2, 16), (transformer, 2, 16), (upsampler, 3, 32)]
+)
 def test_each_checkpoint_tells_the_loss_on_held_out_images_and_draws(
     make: Callable, num_rows: int, size: int, data: Path, held_out: Path, tmp_path: Path
 ):
@@ -59,7 +73,7 @@ def test_each_checkpoint_tells_the_loss_on_held_out_images_and_draws(
         with Image.open(run / "validation" / f"step_{line['step']:08d}.png") as picture:
             assert picture.height > num_rows * size and picture.width > 8 * size
     job = jobs.build_decoder(dataclasses.replace(config, validation=(), validation_embeds=()))
-    model, _ = load_model(run, "decoder" if make is base else "upsampler")
+    model, _ = load_model(run, "upsampler" if make is upsampler else "decoder")
     images, embeds = jobs.latest(config.validation), jobs.latest(config.validation_embeds)
     reader = jobs.stage_dataset(config, images, embeds)
     index = torch.arange(12)
@@ -67,6 +81,26 @@ def test_each_checkpoint_tells_the_loss_on_held_out_images_and_draws(
         batch = job.collate(as_batch(reader.read(index.numpy()), index))
         losses = job.objective(model, batch)["loss"]
     assert records[-1]["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+def test_a_transformer_is_fine_tuned_as_itself_alone(
+    data: Path, held_out: Path, tmp_path: Path
+):
+    config = prepare_data(transformer(data, held_out, tmp_path / "run"))
+    assert launch(config, config.run, jobs.build_decoder, "decoder") == 0
+    model, _ = load_model(tmp_path / "run", "decoder")
+    tuned = dataclasses.replace(config, run=str(tmp_path / "tuned"), init=config.run)
+    started = jobs.build_decoder(tuned).model.state_dict()
+    assert all(torch.equal(started[name], value) for name, value in model.state_dict().items())
+    wider = dataclasses.replace(DIT, width=32)
+    for changed, message in (
+        (base(data, held_out, Path(tuned.run)).base, "network: found 'dit', expected 'unet'; pass"),
+        (dataclasses.replace(config.base, dit=wider), "dit.width: found 16, expected 32; pass"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jobs.build_decoder(dataclasses.replace(tuned, base=changed))
+    with pytest.raises(ValueError, match="network: found 'dit', expected 'unet'"):
+        decoder_to_diffusers(cast(Decoder, model), tmp_path / "pipeline")
 
 
 def test_a_kill_during_validation_loses_no_scores(data: Path, held_out: Path, tmp_path: Path):

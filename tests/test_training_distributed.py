@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from _networks import DIT
 from _runs import (
     HALF,
     SIX_STEPS,
     TOLERANCE,
     assert_same,
+    base_run,
     clip_run,
     killed_half_way,
     named,
@@ -27,12 +29,14 @@ from safetensors.torch import load_file
 
 from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
+from models.configs import DecoderConfig
 from models.weights import exported
-from training.config import ClipRunConfig, PriorRunConfig, RunConfig
+from training.config import PriorRunConfig, RunConfig
 from training.loop import Task
 from training.runs.events import read_timeline
 from training.runs.worker import launch
 from training.tasks.clip import build_clip_task
+from training.tasks.decoder import build_decoder
 from training.tasks.prior import build_prior
 
 pytestmark = pytest.mark.slow
@@ -57,7 +61,7 @@ def prior(data: Path, run: Path, **changes) -> PriorRunConfig:
     return prior_run(data, run, with_options(SIX_STEPS, **changes))
 
 
-def trained(config: PriorRunConfig | ClipRunConfig, build: Callable) -> Path:
+def trained(config: RunConfig, build: Callable) -> Path:
     assert launch(config, config.run, named(build), "prior") == 0
     return Path(config.run)
 
@@ -144,6 +148,15 @@ def test_clip_contrasts_the_samples_of_all_workers(data: Path, tmp_path: Path):
     shared = clip_run(data, tmp_path / "two", with_options(train, **two(0)))
     found, expected = trained(shared, build_clip_task), trained(one, build_clip_task)
     assert_close(found, expected, but="attn.in_proj_bias")
+
+
+def test_a_transformer_over_patches_is_partitioned_as_others(data: Path, tmp_path: Path):
+    base = DecoderConfig(network="dit", dit=DIT, context_width=8, prediction="x0", weighting="v")
+    runs = [
+        trained(base_run(data, tmp_path / name, train, base=base), build_decoder)
+        for name, train in (("one", SIX_STEPS), ("two", with_options(SIX_STEPS, **two(3))))
+    ]
+    assert_close(*reversed(runs))
 
 
 ERRORS = {  # by the name of the run

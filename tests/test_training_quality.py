@@ -40,6 +40,8 @@ def test_the_ratio_is_of_the_seconds_to_one_distance(race: Any):
     assert race["speed_up"](curve, slow) == pytest.approx(4)
     assert race["speed_up"](slow, curve) == pytest.approx(1 / 4)
     assert race["speed_up"](curve, curve) == pytest.approx(1)
+    rising = [(10.0, 90.0), (40.0, 60.0), (160.0, 95.0)]
+    assert race["speed_up"](curve, rising) == pytest.approx(40 / race["seconds_until"](curve, 60))
 
 
 @pytest.mark.slow

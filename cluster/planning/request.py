@@ -36,7 +36,7 @@ CHAINS: dict[str, Chain] = {
 class PlanRequest:
     """What a cluster would need to make a model of the paper's kind, and how long it would take."""
 
-    chain: Literal["paper", "karlo", "modern", "mini", "demo", "debug"] = "paper"
+    chain: Literal["paper", "karlo", "modern", "modern_dit", "mini", "demo", "debug"] = "paper"
     """models of every stage: presets of training/presets of that name"""
     prior: Literal["diffusion", "autoregressive"] = "diffusion"
     """kind of prior"""

@@ -110,7 +110,11 @@ class DiTBlock(nn.Module):
 
 
 def _validate(config: DiTConfig) -> None:
-    """Refuse sizes that do not divide."""
+    """Refuse sizes that do not divide, and layers that cannot be."""
+    least = {"patch_size": 1, "depth": 1, "bottleneck_channels": 0, "refine_channels": 0}
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise ValueError(f"{name}: found {getattr(config, name)}, expected {value} or more")
     if config.width % config.num_heads or config.width // config.num_heads % 4:
         raise ValueError(
             f"width: found {config.width} with num_heads {config.num_heads}, expected heads of a "
@@ -219,7 +223,8 @@ class DiT(nn.Module):
         time = time if cond is None else time + cond
         patches = F.pixel_unshuffle(x, self.config.patch_size)  # [B, in p^2, H/p, W/p]
         height, width = patches.shape[2:]
-        h = self.patch_in(patches.flatten(2).transpose(1, 2))  # [B, HW/p^2, width]
+        # in fp32 under autocast: later blocks add little to the sum of all before them
+        h = self.patch_in(patches.flatten(2).transpose(1, 2)).float()  # [B, HW/p^2, width]
         if grid is not None:
             if grid.shape[2:] != (height, width):
                 sides, expected = (
@@ -234,7 +239,7 @@ class DiT(nn.Module):
         if self.context_in is not None and tokens is not None and token_mask is not None:
             count = tokens.shape[1]
             h = torch.cat([self.context_in(tokens).to(h.dtype), h], dim=1)  # [B, M, width]
-            # the condition's tokens are nowhere: they do not turn
+            # the condition's tokens do not turn
             still = torch.stack([rotation.new_ones(count, size), rotation.new_zeros(count, size)])
             rotation = torch.cat([still, rotation], dim=1)
             mask = F.pad(token_mask, (0, height * width), value=True)[:, None, None]

@@ -178,7 +178,9 @@ def start_from(model: Model, init: str, run: str, export: Json) -> Model:
     if stored.get("kind") == export.get("kind"):
         kind: Any = type(model.config)
         theirs, ours = (weight_options(kind, each["model"]) for each in (stored, export))
-        names = sorted(theirs.keys() | ours.keys())
+        # of another network all options differ
+        other = theirs.get("network") != ours.get("network")
+        names = ["network"] if other else sorted(theirs.keys() | ours.keys())
         pairs += [(name, theirs.get(name), ours.get(name)) for name in names]
     differ = [each for each in pairs if each[1] != each[2]]
     if differ:
