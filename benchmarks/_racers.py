@@ -32,6 +32,8 @@ AT_ONCE = 50  # pictures
 CONTEXT, NUM_TOKENS = 128, 4  # width of the condition's tokens, and z_i's among them
 OURS, DIFFUSERS, DALLE2 = "ours", "diffusers", "dalle2-pytorch"
 
+RATES = (1e-3, 3e-4)  # of learning, of the peers
+
 _OURS = (
     "--preset", "demo_pictures", "--train.ema-decay", str(AVERAGE), "--train.num-workers", "0",
     "--train.report-every", "5", "--train.keep-checkpoints", "100",
@@ -47,8 +49,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "--base.dit.refine-channels", "16",
         ),
     },
-    DIFFUSERS: {"lr 1e-3": 1e-3, "lr 3e-4": 3e-4},
-    DALLE2: {"lr 1e-3": 1e-3, "lr 3e-4": 3e-4},
+    DIFFUSERS: {f"{kind}, lr {rate}": (kind, rate) for kind in ("eps", "v") for rate in RATES},
+    DALLE2: {f"{kind}, lr {rate}": (kind, rate) for kind in ("eps", "v") for rate in RATES},
 }  # fmt: skip
 
 
@@ -286,7 +288,7 @@ def _diffusers(heat: Heat, device: Any) -> Iterator[Trained]:
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from torch import nn
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from torch.optim.swa_utils import AveragedModel
 
     from training.engine.precision import autocast
 
@@ -310,9 +312,14 @@ def _diffusers(heat: Heat, device: Any) -> Iterator[Trained]:
     if width != embed:
         project.encoder_hidden_states_proj = nn.Linear(width, CONTEXT)
     model = nn.ModuleDict({"unet": unet, "project": project}).to(device)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+
+    def averaged_with(means: Any, values: Any, count: Any) -> None:
+        decay = min(AVERAGE, (1 + int(count)) / (10 + int(count)))  # the first values fade sooner
+        torch._foreach_lerp_(means, values, 1 - decay)
+
+    average = AveragedModel(model, multi_avg_fn=averaged_with)
     schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
-    rate, trained = SETTINGS[DIFFUSERS][heat.setting], 0.0
+    (kind, rate), trained = SETTINGS[DIFFUSERS][heat.setting], 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
     batches = train.batches(heat.batch_size)
 
@@ -331,7 +338,8 @@ def _diffusers(heat: Heat, device: Any) -> Iterator[Trained]:
         with autocast(device.type, "auto"):
             x_t = schedule.add_noise(x0, noise, t)  # pyright: ignore[reportArgumentType]
             predicted = _predict_diffusers(model, x_t, t, rows, hidden[0], hidden[1])
-        F.mse_loss(predicted.float(), noise).backward()
+        target = noise if kind == "eps" else schedule.get_velocity(x0, noise, t)
+        F.mse_loss(predicted.float(), target).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -343,7 +351,7 @@ def _diffusers(heat: Heat, device: Any) -> Iterator[Trained]:
         averaged = copy.deepcopy(average.module).eval()
         yield Trained(
             seconds=seconds, steps=steps, parameters=sum(p.numel() for p in model.parameters()),
-            draw=partial(_draw_diffusers, averaged, schedule.config),
+            draw=partial(_draw_diffusers, averaged, kind),
         )  # fmt: skip
 
 
@@ -365,14 +373,15 @@ def _predict_diffusers(
     return model["unet"](x_t, t, **arguments).sample
 
 
-def _draw_diffusers(model: Any, options: Any, rows: Arrays, steps: int) -> Any:
+def _draw_diffusers(model: Any, kind: str, rows: Arrays, steps: int) -> Any:
     """Draw by its DPM-Solver++, guided as its pipelines do, with x0 clamped to [-1, 1]."""
     import torch
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     solver = DPMSolverMultistepScheduler(
         num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing",
-        thresholding=True, dynamic_thresholding_ratio=1.0, sample_max_value=1.0,
+        prediction_type="epsilon" if kind == "eps" else "v_prediction", thresholding=True,
+        dynamic_thresholding_ratio=1.0, sample_max_value=1.0,
     )  # fmt: skip
     device, count = rows.image.device, len(rows)
     solver.set_timesteps(steps, device=device)
@@ -382,8 +391,8 @@ def _draw_diffusers(model: Any, options: Any, rows: Arrays, steps: int) -> Any:
         times = t.expand(count)
         cond = _predict_diffusers(model, x, times, rows, shown, shown).float()
         uncond = _predict_diffusers(model, x, times, rows, ~shown, ~shown).float()
-        eps = uncond + GUIDANCE * (cond - uncond)
-        x = solver.step(eps, t, x).prev_sample  # pyright: ignore
+        output = uncond + GUIDANCE * (cond - uncond)
+        x = solver.step(output, t, x).prev_sample  # pyright: ignore
     return x
 
 
@@ -408,15 +417,18 @@ def _dalle2(heat: Heat, device: Any) -> Iterator[Trained]:
         cond_on_image_embeds=True, max_text_len=train.states.shape[1],
     )  # fmt: skip
 
+    kind, rate = SETTINGS[DALLE2][heat.setting]
+
     def decoder_of(unet: Any, steps: int | None = None) -> Any:
         return Decoder(
             unet=(unet,), image_sizes=(SIZE,), timesteps=1000, sample_timesteps=steps,
             image_cond_drop_prob=IMAGE_DROP, text_cond_drop_prob=TEXT_DROP, learned_variance=False,
+            predict_v=kind == "v",
         ).to(device)  # fmt: skip
 
     mixed = "bf16" if settled("auto", device.type) == "bf16" else "no"
     trainer = DecoderTrainer(
-        decoder_of(unet), lr=SETTINGS[DALLE2][heat.setting], ema_beta=AVERAGE,
+        decoder_of(unet), lr=rate, ema_beta=AVERAGE,
         ema_update_after_step=0, ema_update_every=1,
         accelerator=Accelerator(cpu=device.type == "cpu", mixed_precision=mixed),
     )  # fmt: skip
