@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.configs import DecoderConfig, DiTConfig, weight_options
 from models.costs import num_parameters, training_flops
-from models.decoder import Decoder, ImageSampling
+from models.decoder import Condition, Decoder, ImageSampling
 from models.diffusion.losses import require_weights, timestep_weight
 from models.diffusion.samplers import dpmpp_2m
 from models.diffusion.schedule import NoiseSchedule
@@ -233,6 +233,33 @@ def test_a_key_draws_the_same_image_in_any_batch(changes: dict[str, Any]):
     alone = model.sample(keys[2:3], condition(rows=slice(2, 3)), options)
     torch.testing.assert_close(drawn[2:3], alone, atol=1e-5, rtol=1e-5)
     assert drawn.shape == (6, 3, SIZE, SIZE) and (drawn[0] != drawn[1]).any()
+
+
+def test_it_learns_images_of_256_px_without_a_cascade():
+    torch.manual_seed(0)
+    sizes = DiTConfig(width=32, depth=2, num_heads=2, patch_size=32, bottleneck_channels=16)
+    config = DecoderConfig(
+        network="dit", dit=sizes, context_width=16, prediction="x0", weighting="v", use_text=False
+    )
+    model = Decoder(config, image_size=256, embed_dim=EMBED, text_width=12)
+    count = 16
+    image = torch.tensor([-0.5, 0.5]).repeat(count // 2)[:, None, None, None]
+    image = image.expand(count, 3, 256, 256)
+    given = Condition(image_embed=condition(2).image_embed.repeat(count // 2, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def loss(first: int) -> Tensor:
+        return model.losses(torch.arange(first, first + count), image, given)["loss"].mean()
+
+    before = loss(0).detach()
+    for step in range(1, 61):
+        optimizer.zero_grad()
+        loss(step * count).backward()
+        optimizer.step()
+    assert loss(0) < before / 4
+    options = ImageSampling(sampler=dpmpp_2m, sample_steps=4)
+    drawn = model.eval().sample(torch.arange(count), given, options)
+    assert drawn[::2].mean() < -0.2 and drawn[1::2].mean() > 0.2
 
 
 def test_a_decoder_has_one_network_alone_and_its_options():
