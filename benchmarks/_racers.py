@@ -315,7 +315,8 @@ def _diffusers(heat: Heat, device: Any) -> Iterator[Trained]:
 
     def averaged_with(means: Any, values: Any, count: Any) -> None:
         decay = min(AVERAGE, (1 + int(count)) / (10 + int(count)))  # the first values fade sooner
-        torch._foreach_lerp_(means, values, 1 - decay)
+        for mean, value in zip(means, values, strict=True):
+            mean.lerp_(value, 1 - decay)
 
     average = AveragedModel(model, multi_avg_fn=averaged_with)
     schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
@@ -331,12 +332,12 @@ def _diffusers(heat: Heat, device: Any) -> Iterator[Trained]:
             group["lr"] = rate * min(1, share / WARM_UP) * (1 + math.cos(math.pi * share)) / 2
         rows = next(batches)
         x0, count = rows.image.float() / 127.5 - 1, len(rows)
-        t = torch.randint(0, 1000, (count,), device=device)
+        t: Any = torch.randint(0, 1000, (count,), device=device)
         noise: Any = torch.randn_like(x0)
         drops = torch.tensor([[IMAGE_DROP], [TEXT_DROP]], device=device)
         hidden = torch.rand(2, count, device=device) < drops
         with autocast(device.type, "auto"):
-            x_t = schedule.add_noise(x0, noise, t)  # pyright: ignore[reportArgumentType]
+            x_t = schedule.add_noise(x0, noise, t)
             predicted = _predict_diffusers(model, x_t, t, rows, hidden[0], hidden[1])
         target = noise if kind == "eps" else schedule.get_velocity(x0, noise, t)
         F.mse_loss(predicted.float(), target).backward()
