@@ -31,7 +31,7 @@ from cluster.base.cli import with_options
 from cluster.base.jsonl import read_lines
 from models.configs import DecoderConfig
 from models.weights import exported
-from training.config import PriorRunConfig, RunConfig
+from training.config import ClipRunConfig, DecoderRunConfig, PriorRunConfig, RunConfig
 from training.loop import Task
 from training.runs.events import read_timeline
 from training.runs.worker import launch
@@ -61,7 +61,7 @@ def prior(data: Path, run: Path, **changes) -> PriorRunConfig:
     return prior_run(data, run, with_options(SIX_STEPS, **changes))
 
 
-def trained(config: RunConfig, build: Callable) -> Path:
+def trained(config: PriorRunConfig | ClipRunConfig | DecoderRunConfig, build: Callable) -> Path:
     assert launch(config, config.run, named(build), "prior") == 0
     return Path(config.run)
 
@@ -152,11 +152,11 @@ def test_clip_contrasts_the_samples_of_all_workers(data: Path, tmp_path: Path):
 
 def test_a_transformer_over_patches_is_partitioned_as_others(data: Path, tmp_path: Path):
     base = DecoderConfig(network="dit", dit=DIT, context_width=8, prediction="x0", weighting="v")
-    runs = [
+    expected, found = (
         trained(base_run(data, tmp_path / name, train, base=base), build_decoder)
         for name, train in (("one", SIX_STEPS), ("two", with_options(SIX_STEPS, **two(3))))
-    ]
-    assert_close(*reversed(runs))
+    )
+    assert_close(found, expected)
 
 
 ERRORS = {  # by the name of the run
