@@ -175,6 +175,8 @@ def test_it_runs_at_any_sides_that_patches_fill(sides: tuple[int, int]):
     [
         ({"width": 18, "num_heads": 4}, 8, "width: found 18 with num_heads 4"),
         ({"width": 12, "num_heads": 2}, 8, "heads of a multiple of 4 channels"),
+        ({"num_heads": 0}, 8, "num_heads: found 0, expected 1 or more"),
+        ({"refine_channels": -1}, 8, "refine_channels: found -1, expected 0 or more"),
         ({"patch_size": 3}, 8, "image size: found 8, expected a multiple of patch_size = 3"),
     ],
 )

@@ -111,10 +111,12 @@ class DiTBlock(nn.Module):
 
 def _validate(config: DiTConfig) -> None:
     """Refuse sizes that do not divide, and layers that cannot be."""
-    least = {"patch_size": 1, "depth": 1, "bottleneck_channels": 0, "refine_channels": 0}
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise ValueError(f"{name}: found {getattr(config, name)}, expected {value} or more")
+    for name in ("width", "depth", "num_heads", "patch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: found {getattr(config, name)}, expected 1 or more")
+    for name in ("bottleneck_channels", "refine_channels"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}: found {getattr(config, name)}, expected 0 or more")
     if config.width % config.num_heads or config.width // config.num_heads % 4:
         raise ValueError(
             f"width: found {config.width} with num_heads {config.num_heads}, expected heads of a "
