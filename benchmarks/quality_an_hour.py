@@ -171,7 +171,7 @@ def _result(heat: Heat, num_resamples: int) -> list[Json]:
     laps = json.loads((Path(heat.out) / "laps.json").read_text())
     for lap, scores in enumerate(laps):
         drawn = np.load(Path(heat.out) / f"drawn_{lap}.npy")
-        scores |= _scores(Path(heat.data), drawn, num_resamples)
+        scores |= picture_scores(Path(heat.data), drawn, num_resamples)
     path.write_text(json.dumps(laps))
     return laps
 
@@ -179,7 +179,7 @@ def _result(heat: Heat, num_resamples: int) -> list[Json]:
 # -- scores ----------------------------------------------------------------------------------------
 
 
-def _scores(data: Path, drawn: np.ndarray, num_resamples: int) -> dict[str, float]:
+def picture_scores(data: Path, drawn: np.ndarray, num_resamples: int) -> dict[str, float]:
     """Return FD with its interval, KID and PSNR of drawn pictures, uint8 [n, 3, H, W]."""
     from eval.distances.frechet import Moments, Reference
     from eval.distances.intervals import bootstrap_error, interval, kernel_distance

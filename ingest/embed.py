@@ -14,6 +14,7 @@ from cluster.base.cli import (
     require_lasting,
     run_script,
 )
+from models.configs import token_side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,9 @@ class EmbedConfig:
     captions: tuple[str, ...] = ()
     """kept columns of the images' tables whose texts are further captions: embedded as well, for
     --data.captions of training"""
+    image_tokens: int = 1
+    """keep k = 4, 9, 16, ... tokens of the image tower's last map beside each embedding, which the
+    diffusion prior may predict and the decoder may read; 1: the embedding alone, as in the paper"""
     num_actors: int = 1
     """parallel encoders; where there are GPUs each takes one, and there are at most as many; 0:
     this process encodes, without Ray"""
@@ -77,7 +81,7 @@ def main(config: EmbedConfig) -> int:
             f"--clip: found {config.clip} with --min-similarity or --dedup, expected an encoder "
             "whose embeddings are of unit norm"
         )
-    open_embeds(out, clip, encoder, images, config.captions)
+    open_embeds(out, clip, encoder, images, config.captions, config.image_tokens)
 
     # Embed each shard that has no embeddings
     pending = pending_shards(out, images)
@@ -92,6 +96,7 @@ def main(config: EmbedConfig) -> int:
         num_threads=config.num_threads,
         compile=config.compile,
         captions=config.captions,
+        image_tokens=config.image_tokens,
     )
     result = embed_shards(out, pool, images, pending, encoder)
     record_failed(out, result.failed)
@@ -122,6 +127,12 @@ def _check(config: EmbedConfig) -> None:
         raise ValueError(
             f"--max-actors: found {config.max_actors}, expected at least --num-actors, "
             f"{config.num_actors}"
+        )
+    token_side(config.image_tokens)
+    if config.compile and config.image_tokens > 1:
+        raise ValueError(
+            "--compile: found true with --image-tokens, expected false: the tower that gives its "
+            "last map is not compiled"
         )
     for name, least in (("min_similarity", -1.0), ("dedup", 0.0)):
         value = getattr(config, name)

@@ -7,12 +7,14 @@
     <images>/000000.captions  of a tar that lies elsewhere: UTF-8, which the index points into
     <embeds>/000000.image_embed.npy, .text_embed.npy   float16 [n, E], unit norm,
                        unless the encoder's name ends with +raw
+    <embeds>/000000.image_tokens.npy   float16 [n, k, E], unit norm: of ingest/embed.py
+                       --image-tokens k
     <embeds>/000000.tokens.npy   int32 [n, L]     <embeds>/000000.keys.parquet   row, key, caption
     <embeds>/000000.COLUMN.text_embed.npy, .tokens.npy   float16 [m, E], int32 [m, L]: of the
                        captions in a kept COLUMN of the images' table, texts or lists of texts;
                        keys.parquet has them in COLUMN, a list for each row
     <embeds>/000000.COLUMN.offsets.npy   int64 [n + 1]: row i has captions [o[i], o[i + 1]) of them
-    <embeds>/_statistics.npz  mean, std and spectrum of the image embeddings
+    <embeds>/_statistics.npz  mean, std and spectrum of the image embeddings, mean and std of tokens
 
 Row i of every embedding file belongs to row i of the shard's index. Every reader imports this
 file, which exports what they need of commits and snapshots too. Nothing is ever unpickled.
@@ -70,11 +72,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
-    "Attempt", "Commit", "EmbedShard", "ImageShard", "Sample", "ShardEntry", "Snapshot",
-    "caption_columns", "committed", "committed_names", "damage", "load_snapshot", "outcome",
-    "publish_snapshot", "published", "read_commit", "read_commits", "read_manifest", "recover",
-    "remove_data_folder", "shard_name", "withdraw", "withdraw_damaged", "write_embed_shard",
-    "write_image_shard", "write_manifest",
+    "IMAGE_TOKENS", "Attempt", "Commit", "EmbedShard", "ImageShard", "Sample", "ShardEntry",
+    "Snapshot", "caption_columns", "committed", "committed_names", "damage", "load_snapshot",
+    "outcome", "publish_snapshot", "published", "read_commit", "read_commits", "read_manifest",
+    "recover", "remove_data_folder", "shard_name", "withdraw", "withdraw_damaged",
+    "write_embed_shard", "write_image_shard", "write_manifest",
 ]  # fmt: skip
 
 MADV_POPULATE_READ = 22  # Linux's sys/mman.h has it, the mmap module not yet
@@ -83,6 +85,7 @@ SOURCE_KEY = "source_key"  # column of adopted samples: their name in the source
 SIZE_COLUMNS = ("width", "height", "original_width", "original_height")  # px
 CAPTIONS_END = b"\n"  # of a file of captions, which is never empty: it is mapped
 EMBED_ARRAYS = ("image_embed", "text_embed", "tokens")
+IMAGE_TOKENS = "image_tokens"  # the array that a shard of embeddings may have beside those
 _HEADER_LOCK = threading.Lock()  # see `_load_array`
 
 
@@ -327,11 +330,13 @@ def write_embed_shard(
     keys: Sequence[str],
     captions: Sequence[str],
     further: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    image_tokens: np.ndarray | None = None,
 ) -> int:
-    """Write the four files of an embedding shard into `folder`; return the number of rows n.
+    """Write the files of an embedding shard into `folder`; return the number of rows n.
 
     image_embed, text_embed: [n, E], stored as float16; tokens: [n, L], stored as int32; further:
-    lists of captions, by column, whose embeddings `FurtherCaptions` writes.
+    lists of captions, by column, whose embeddings `FurtherCaptions` writes; image_tokens:
+    [n, k, E], stored as float16.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -341,6 +346,8 @@ def write_embed_shard(
         "text_embed": text_embed.astype(np.float16),
         "tokens": tokens.astype(np.int32),
     }
+    if image_tokens is not None:
+        arrays[IMAGE_TOKENS] = image_tokens.astype(np.float16)
     for column, array in arrays.items():
         path = folder / f"{name}.{column}.npy"
         _require_length(path, len(array), len(keys))
@@ -362,21 +369,30 @@ class EmbedShard(_Shard):
     """A committed embedding shard: arrays stay on the disk until they are indexed.
 
     image_embed, text_embed: float16 [n, E]; tokens: int32 [n, L]. captions: the columns of further
-    captions that are opened, where the shard has them.
+    captions that are opened, where the shard has them; image_tokens: open those likewise.
     """
 
     def __init__(
-        self, root: Root, name: str, *, digest: str | None = None, captions: Sequence[str] = ()
+        self,
+        root: Root,
+        name: str,
+        *,
+        digest: str | None = None,
+        captions: Sequence[str] = (),
+        image_tokens: bool = False,
     ) -> None:
         self._columns = captions
+        self._reads_tokens = image_tokens
         super().__init__(root, name, digest=digest)
 
     def _load(self, file: Callable[[str], Path]) -> None:
+        stored = self._reads_tokens and f"{self.name}.{IMAGE_TOKENS}.npy" in self.commit.files
+        main = (*EMBED_ARRAYS, IMAGE_TOKENS) if stored else EMBED_ARRAYS
         columns = set(self._columns) & set(further_columns(self.name, self.commit.files))
         further = [f"{column}.{array}" for column in columns for array in FURTHER_ARRAYS]
-        paths = {name: file(f"{self.name}.{name}.npy") for name in (*EMBED_ARRAYS, *further)}
+        paths = {name: file(f"{self.name}.{name}.npy") for name in (*main, *further)}
         self._arrays = {name: _load_array(path, "r") for name, path in paths.items()}
-        for name in EMBED_ARRAYS:
+        for name in main:
             _require_length(self._where, len(self._arrays[name]), self.commit.num_samples)
         self._table = open(file(f"{self.name}.keys.parquet"), "rb")  # noqa: SIM115 - read when needed
         self._further: dict[str, FurtherCaptions] = {}  # by column
@@ -405,6 +421,13 @@ class EmbedShard(_Shard):
     def text_embed(self) -> np.ndarray:
         """float16 [n, E], of unit norm unless the encoder keeps their length."""
         return self._array("text_embed")
+
+    @cached_property
+    def image_tokens(self) -> np.ndarray:
+        """float16 [n, k, E], of unit norm; k = 0 where there are none."""
+        if IMAGE_TOKENS not in self._arrays:
+            return self.image_embed[:, None][:, :0]
+        return self._array(IMAGE_TOKENS)
 
     @cached_property
     def tokens(self) -> np.ndarray:

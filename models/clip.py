@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.architectures import find_architecture
-from models.configs import ClipConfig
+from models.configs import ClipConfig, token_side
 from models.convert import efficientnet
 from models.networks.compiling import compiled
-from models.networks.conv_tower import ConvTower
+from models.networks.conv_tower import ConvTower, mean_parts
 from models.networks.packing import Packing
 from models.networks.transformer import attend_packed, trimmed_length
 from models.tokenizers import VOCAB_SIZE, Tokenizer, TokenizerConfig, token_mask
@@ -75,9 +75,12 @@ class ImageTower(nn.Module):
     def features(self, pixels: Tensor) -> Tensor:
         """Return what the projection takes, float32 [B, 1280], of uint8 or float [B, 3, 224, 224]
         in [0, 255]."""
+        return self._network(pixels)(pixels)
+
+    def _network(self, like: Tensor) -> efficientnet.EfficientNetLite0:
         if not self._frozen:
             self._frozen.append(efficientnet.EfficientNetLite0())
-        return self._frozen[0].to(pixels.device)(pixels)
+        return self._frozen[0].to(like.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the projection [B, E] of features [B, 1280], or of standardised pixels
@@ -85,6 +88,40 @@ class ImageTower(nn.Module):
         if x.ndim == 4:
             x = self.features(x * efficientnet.SCALE + efficientnet.MEAN)
         return self.proj(F.layer_norm(x, x.shape[-1:]))
+
+    def with_tokens(self, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """Return the embeddings [B, E] of standardised pixels [B, 3, 224, 224], and tokens
+        [B, E, side, side], each the projection of the features of a part of the image."""
+        network = self._network(x)
+        maps = network.maps(x * efficientnet.SCALE + efficientnet.MEAN)  # [B, 1280, 7, 7]
+        parts = mean_parts(maps, side).movedim(1, -1).float()  # [B, side, side, 1280]
+        tokens = self(parts.flatten(0, 2)).unflatten(0, parts.shape[:3])  # [B, side, side, E]
+        return self(network.pooled(maps).float()), tokens.movedim(-1, 1)
+
+
+def _with_tokens(tower: Any, pixels: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Return the embeddings [B, E] of standardised pixels [B, 3, S, S] by an image tower, and its
+    tokens [B, E, side, side]: means over parts of its last map, projected as the embedding is.
+
+    Raises ValueError for a tower that pools by attention, whose map is in another space.
+    """
+    if isinstance(tower, ImageTower | ConvTower):
+        return tower.with_tokens(pixels, side)
+    if hasattr(tower, "forward_intermediates") and getattr(tower, "attn_pool", None) is None:
+        output = tower.forward_intermediates(
+            pixels, indices=1, normalize_intermediates=True, output_fmt="NCHW"
+        )
+        embed, maps = output["image_features"], output["image_intermediates"][-1]  # [B, C, h, w]
+        maps = mean_parts(maps.float(), side)  # [B, C, side, side]
+        projection = getattr(tower, "proj", None)
+        if isinstance(projection, Tensor):
+            maps = torch.einsum("bchw,ce->behw", maps, projection.float())
+        if maps.shape[1] == embed.shape[1]:
+            return embed, maps
+    raise ValueError(
+        f"image_tokens: found {side**2} for a {type(tower).__name__}, expected 1, z_i alone: the "
+        "places of its last map are not projected as its embedding is"
+    )
 
 
 def build_clip(config: ClipConfig, image_tower: str = "") -> "CLIP":
@@ -328,15 +365,21 @@ class FrozenClip(nn.Module):
             self.clip.text_decoder = None
 
     @torch.no_grad()
-    def encode_image(self, image: Tensor) -> Tensor:
+    def encode_image(self, image: Tensor, num_tokens: int = 1) -> Tensor:
         """Encode uint8 [B, 3, S, S] to float32 [B, E], of unit norm if `unit_norm`.
 
-        Raises ValueError after `drop_vision`.
+        num_tokens: k = s^2 > 1 for [B, 1 + k, E]: behind each embedding k tokens of unit norm, of
+        s x s parts of the image, row by row. Raises ValueError after `drop_vision`, and for a tower
+        whose tokens have another width.
         """
         if self.clip.visual is None:
             raise ValueError("encoder: found no vision tower any more, expected one; load it again")
         pixels = normalise_pixels(image.to(self.device), self.pixel_mean, self.pixel_std)
-        return self._of_length(self.clip.encode_image(pixels, normalize=False).float())
+        if num_tokens == 1:
+            return self._of_length(self.clip.encode_image(pixels, normalize=False).float())
+        embed, maps = _with_tokens(self.clip.visual, pixels, token_side(num_tokens))
+        tokens = F.normalize(maps.flatten(2).transpose(1, 2).float(), dim=-1)  # [B, k, E]
+        return torch.cat([self._of_length(embed.float())[:, None], tokens], dim=1)
 
     def _of_length(self, embed: Tensor) -> Tensor:
         return F.normalize(embed, dim=-1) if self.unit_norm else embed

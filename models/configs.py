@@ -1,6 +1,7 @@
 """Every model's sizes and choices, without torch: a script can print its help before anything
 heavy is imported."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Annotated, Any, Literal, get_type_hints
@@ -29,6 +30,17 @@ class Effect:
 NOT_ON_WEIGHTS = Effect(on_weights=False)
 NEEDS_ATTENTION = Effect(needs="attn_resolutions")
 NEEDS_OWN_TEXT = Effect(needs="text_tokens")
+
+
+def token_side(num_tokens: int) -> int:
+    """Return the side of the grid of k tokens of an image, 1 for none but z_i; ValueError for a
+    number that is no square."""
+    side = math.isqrt(max(num_tokens, 0))
+    if not side or side**2 != num_tokens:
+        raise ValueError(
+            f"image_tokens: found {num_tokens}, expected 1 for z_i alone, or a square as 4 or 16"
+        )
+    return side
 
 
 def network_of(config: object) -> tuple[str, Any]:
@@ -131,6 +143,8 @@ class DiffusionPriorConfig(TransformerConfig):
     """sinusoids of the timestep; 0 = the width, 256 at most"""
     scale_text: bool = True
     """scale z_t as z_i"""
+    image_tokens: int = 1
+    """predict the k tokens beside z_i that ingest/embed.py --image-tokens k made; 1 = z_i alone"""
     clip_x0: Annotated[float, NOT_ON_WEIGHTS] = 0.0
     """bound on predicted components in sampling, in scaled units; 0 = none"""
     unit_norm: bool = True
@@ -252,6 +266,11 @@ class DecoderConfig:
     """tokens z_i is projected into (the paper's 4)"""
     embed_grid: bool = False
     """also map z_i to the first layer's cells: gives a small network positions"""
+    image_tokens: int = 1
+    """let attention read the k tokens beside z_i that ingest/embed.py --image-tokens k made; 1 =
+    z_i alone"""
+    image_tokens_drop: Annotated[float, NOT_ON_WEIGHTS] = 0.1
+    """probability of hiding them where z_i stays, so that the decoder draws from z_i alone too"""
     use_text: bool = True
     """let attention read the caption's CLIP text states"""
     context_width: int = 256

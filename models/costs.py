@@ -23,7 +23,7 @@ from models.clip import ImageTower, is_clip, model_sizes
 from models.decoder import Condition, Decoder
 from models.priors.autoregressive import AutoregressivePrior
 from models.priors.base import PriorText
-from models.priors.diffusion import NUM_EXTRA_TOKENS, DiffusionPrior
+from models.priors.diffusion import DiffusionPrior
 from models.priors.regression import RegressionPrior
 from models.upsampler import Upsampler
 
@@ -146,8 +146,11 @@ def forward_of(
             width = 0 if model.text_in is None else model.text_in.in_features
             text, token_mask = _caption(model.config.text_tokens, width, num_tokens, batch)
             embed = torch.zeros(batch, len(model.null_image_embed))
+            image_embed = embed
+            if model.config.image_tokens > 1:
+                image_embed = torch.zeros(batch, 1 + model.config.image_tokens, embed.shape[1])
             condition = Condition(
-                image_embed=embed, text_embed=embed, token_mask=token_mask,
+                image_embed=image_embed, text_embed=embed, token_mask=token_mask,
                 tokens=text, text_states=text,
             )  # fmt: skip
             x_t = torch.zeros(batch, 3, model.image_size, model.image_size)
@@ -164,7 +167,7 @@ def forward_of(
 
         if isinstance(model, DiffusionPrior | RegressionPrior):
             # the positions of a regression prior are the caption's, z_t and the query
-            num_extra = NUM_EXTRA_TOKENS if isinstance(model, DiffusionPrior) else 2
+            num_extra = model.num_extra if isinstance(model, DiffusionPrior) else 2
             num_tokens = min(num_tokens, model.position.shape[1] - num_extra)
             width = 0 if model.text_in.states is None else model.text_in.states.in_features
             text, token_mask = _caption(model.config.text_tokens, width, num_tokens, batch)
@@ -172,7 +175,10 @@ def forward_of(
             prior_text = PriorText(text_embed=embed, text=text, token_mask=token_mask)
             if isinstance(model, RegressionPrior):
                 return lambda: model(prior_text)
-            return lambda: model(embed, t, prior_text, keep)
+            x_t = embed
+            if model.num_drawn > 1:
+                x_t = torch.zeros(batch, model.num_drawn, model.embed_dim)
+            return lambda: model(x_t, t, prior_text, keep)
 
     raise ValueError(f"costs: found a {type(model).__name__}, expected a model of this project")
 

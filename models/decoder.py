@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.configs import DecoderConfig, Spacing, network_of
+from models.configs import DecoderConfig, Spacing, network_of, token_side
 from models.diffusion import keyed_random
 from models.diffusion.losses import draw_timesteps, timestep_weight, variational_bound
 from models.diffusion.samplers import (
@@ -26,6 +26,7 @@ from models.networks.dit import DiT
 from models.networks.packing import Packing
 from models.networks.transformer import TextEncoder
 from models.networks.unet import UNet
+from models.priors.base import vector_of
 
 GRID_FEATURES = 32
 NETWORKS: dict[str, type[UNet] | type[DiT]] = {"unet": UNet, "dit": DiT}
@@ -39,9 +40,10 @@ GUIDE_OPTIONS = (
 class Condition:
     """A decoder's input: z_i, and what it reads of the caption.
 
-    image_embed: z_i, [B, E]; text_states: CLIP's, [B, L, W], or tokens: int [B, L] of a decoder
-    with a text encoder of its own, or packed int [S] with their packing; token_mask: bool [B, L],
-    True = keep; text_embed: z_t, [B, E].
+    image_embed: z_i, [B, E], or with k tokens of the image [B, 1 + k, E], of which those of zeros
+    are hidden; a decoder takes those that it reads; text_states: CLIP's, [B, L, W], or tokens: int
+    [B, L] of a decoder with a text encoder of its own, or packed int [S] with their packing;
+    token_mask: bool [B, L], True = keep; text_embed: z_t, [B, E].
     without_text: z_i alone, as where training dropped the caption; not for a decoder with
     `empty_caption`, see `UnClip.condition`.
     """
@@ -59,8 +61,8 @@ class Condition:
 class EncodedCondition:
     """A condition whose caption the decoder has encoded, once for all steps of a sample.
 
-    image_embed: z_i, [B, E]; text: [B, L, context] with token_mask bool [B, L], None without a
-    caption; pooled: [B, cond], what the caption adds to the timestep embedding.
+    image_embed: z_i, as of `Condition`; text: [B, L, context] with token_mask bool [B, L], None
+    without a caption; pooled: [B, cond], what the caption adds to the timestep embedding.
     """
 
     image_embed: Tensor
@@ -107,6 +109,10 @@ def _validate(config: DecoderConfig) -> None:
             "empty_caption: found true for a decoder that does not read CLIP's captions, expected "
             "false"
         )
+    if token_side(config.image_tokens) > 1 and not 0 <= config.image_tokens_drop < 1:
+        raise ValueError(
+            f"image_tokens_drop: found {config.image_tokens_drop}, expected 0 or more, less than 1"
+        )
     if config.text_tokens and not config.use_text:
         raise ValueError("text_tokens: found some with use_text false, expected 0")
 
@@ -115,10 +121,14 @@ class Decoder(nn.Module):
     """A U-Net or a transformer over images, conditioned on z_i and optionally on the caption.
 
     z_i goes into the timestep embedding and into extra tokens (Ramesh et al. 2022, section 2.1);
-    the caption becomes tokens of its own (Nichol et al. 2021, GLIDE).
+    the caption becomes tokens of its own (Nichol et al. 2021, GLIDE), and so do the image's, with
+    `config.image_tokens`.
     """
 
-    outer_layers = ("embed_to_cond", "embed_to_tokens", "text_in", "caption_to_cond")
+    outer_layers = (
+        "embed_to_cond", "embed_to_tokens", "text_in", "caption_to_cond", "image_tokens_in",
+        "image_tokens_position",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -172,6 +182,13 @@ class Decoder(nn.Module):
                 nn.Conv2d(features, network.channels, 1),
             )
 
+        # The image's tokens, each at its place
+        self.image_tokens_in = None
+        if config.image_tokens > 1:
+            self.image_tokens_in = nn.Linear(embed_dim, context)
+            self.image_tokens_position = nn.Parameter(torch.zeros(config.image_tokens, context))
+            nn.init.normal_(self.image_tokens_position, std=1.0)  # as large as the tokens
+
         # The caption: CLIP's states, or a text transformer of the decoder's own
         self.text_in = self.text_encoder = self.caption_to_cond = None
         if config.use_text and config.text_tokens:
@@ -198,6 +215,11 @@ class Decoder(nn.Module):
                 "place of a dropped one, expected that one; use UnClip.condition(None, ...)"
             )
         image_embed, mask = condition.image_embed, condition.token_mask
+        found, expected = image_embed.shape[1:-1], self.config.image_tokens
+        if found and expected > 1 and found[0] != 1 + expected:
+            raise ValueError(
+                f"decoder: found {found[0] - 1} tokens of each image, expected {expected}"
+            )
         if not self.config.use_text or condition.without_text:
             return EncodedCondition(image_embed=image_embed)
         expected = {"token_mask": mask}
@@ -262,14 +284,23 @@ class Decoder(nn.Module):
         self, condition: EncodedCondition, image_drop: Tensor, text_drop: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Return the network's condition: a vector [B, cond], a grid [B, C, H/p, W/p], tokens
-        [B, K + L, context], and their mask."""
-        z = condition.image_embed * self.embed_scale  # [B, E]
+        [B, K + k + L, context], and their mask."""
+        z = vector_of(condition.image_embed) * self.embed_scale  # [B, E]
         z = torch.where(image_drop[:, None], self.null_image_embed * self.embed_scale, z)
         tokens = self.embed_to_tokens(z)  # [B, K * context], K embed tokens
         tokens = tokens.unflatten(1, (self.config.num_embed_tokens, -1))  # [B, K, context]
         tokens = self.token_norm(tokens) if self.config.norm_embed_tokens else tokens
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=z.device)  # [B, K]
         cond = self.embed_to_cond(z)  # [B, cond]
+        if self.image_tokens_in is not None:
+            parts = condition.image_embed  # [B, E], or [B, 1 + k, E]
+            if parts.ndim == 2:
+                parts = F.pad(parts[:, None], (0, 0, 0, self.config.image_tokens))
+            parts = parts[:, 1:]  # [B, k, E]
+            keep = (parts != 0).any(-1) & ~image_drop[:, None]  # [B, k]
+            parts = self.image_tokens_in(parts * self.embed_scale) + self.image_tokens_position
+            tokens = torch.cat([tokens, self.token_norm(parts).to(tokens.dtype)], dim=1)
+            mask = torch.cat([mask, keep], dim=1)  # [B, K + k]
         if condition.text is not None and condition.token_mask is not None:
             tokens = torch.cat([tokens, condition.text.to(tokens.dtype)], dim=1)  # [B, K + L, ...]
             # a dropped caption is hidden, not replaced: attention then reads z_i's tokens alone
@@ -302,7 +333,11 @@ class Decoder(nn.Module):
             # blur z_i a little, since at sampling it comes from a prior and not from CLIP
             level = config.embed_noise * keyed_random.uniform(keys, "embed_noise_level")[:, None]
             noise = keyed_random.normal(keys, "embed_noise", z.shape[1:]) / self.embed_scale
-            z = F.normalize(z + level * noise, dim=1)  # [B, E]
+            level = level if z.ndim == 2 else level[:, None] * (z != 0).any(-1, keepdim=True)
+            z = F.normalize(z + level * noise, dim=-1)  # [B, E]
+        if z.ndim == 3:  # z_i alone: the tokens are hidden
+            drop = keyed_random.uniform(keys, "image_tokens_drop") < config.image_tokens_drop
+            z = torch.cat([z[:, :1], z[:, 1:].masked_fill(drop[:, None, None], 0.0)], dim=1)
         t = draw_timesteps(self.schedule, keys, config.noise_bias)  # [B]
         eps = keyed_random.normal(keys, "eps", image.shape[1:])  # [B, 3, H, W]
         x_t = self.schedule.q_sample(image, t, eps)  # [B, 3, H, W]

@@ -7,8 +7,9 @@
     text_diffs       from an image toward what one caption says beyond another (figure 5)
     pca_images       z_i from its first principal components alone (figure 7)
 
-All use z_i without a caption, which would describe the original image. Images are the base
-decoder's, [B, 3, S, S] in [-1, 1]; `UnClip.upsample` enlarges them.
+All use z_i without a caption, which would describe the original image, and with its tokens where
+the decoder reads them, but for text diffs and principal components, which turn z_i alone. Images
+are the base decoder's, [B, 3, S, S] in [-1, 1]; `UnClip.upsample` enlarges them.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from models.clip import preprocess
 from models.diffusion.samplers import ddim
+from models.priors.base import vector_of
 from models.unclip import Sampling, UnClip
 
 PARALLEL = 1e-4  # sine of the angle below which two vectors count as parallel
@@ -28,7 +30,8 @@ PARALLEL = 1e-4  # sine of the angle below which two vectors count as parallel
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """The latents of B images. image_embed: z_i, [B, E]; start: x_T, [B, 3, S, S]."""
+    """The latents of B images. image_embed: z_i, [B, E], or with tokens [B, 1 + k, E]; start: x_T,
+    [B, 3, S, S]."""
 
     image_embed: Tensor
     start: Tensor
@@ -54,9 +57,10 @@ def pixels_of(images: Sequence[Image.Image], size: int) -> Tensor:
 
 
 def embed_images(chain: UnClip, images: Sequence[Image.Image]) -> Tensor:
-    """Return z_i [B, E] of pictures, by the chain's encoder."""
+    """Return z_i [B, E] of pictures, by the chain's encoder, with the tokens that its decoder reads
+    [B, 1 + k, E]."""
     stacked = [torch.from_numpy(chain.clip.preprocess(image)) for image in images]
-    return chain.clip.encode_image(torch.stack(stacked))
+    return chain.clip.encode_image(torch.stack(stacked), chain.base.config.image_tokens)
 
 
 def encode(chain: UnClip, images: Sequence[Image.Image], sampling: Sampling) -> Latents:
@@ -106,7 +110,9 @@ def blends(a: Latents, b: Latents, thetas: Sequence[float], *, noise: bool) -> L
 
     noise: blend x_T as well, so that both ends are the images; otherwise all rows have a's.
     """
-    embeds = [slerp(a.image_embed, b.image_embed, theta) for theta in thetas]
+    shape = a.image_embed.shape  # each token turns on its own circle
+    ends = a.image_embed.flatten(0, -2), b.image_embed.flatten(0, -2)
+    embeds = [slerp(*ends, theta).reshape(shape) for theta in thetas]
     starts = [slerp(a.start, b.start, theta) if noise else a.start for theta in thetas]
     return Latents(image_embed=torch.cat(embeds), start=torch.cat(starts))
 
@@ -128,9 +134,10 @@ def text_diffs(
             f"text diff: found {caption!r} and {without!r}, which are the same to the encoder, "
             "expected captions that differ"
         )
-    length = latents.image_embed.norm(dim=1, keepdim=True)  # 1, but for an encoder that keeps it
+    z = vector_of(latents.image_embed)
+    length = z.norm(dim=1, keepdim=True)  # 1, but for an encoder that keeps it
     toward = F.normalize(difference, dim=1) * length
-    turned = [slerp(latents.image_embed, toward, theta) for theta in thetas]
+    turned = [slerp(z, toward, theta) for theta in thetas]
     return latents.with_embeds(torch.cat(turned))
 
 
@@ -142,8 +149,9 @@ def pca_images(
     mean: [E] and basis: [E, E], columns by falling eigenvalue, of the embeddings that the decoder
     was trained on.
     """
-    mean, basis = mean.to(latents.image_embed), basis.to(latents.image_embed)
-    y = (latents.image_embed - mean) @ basis  # [1, E]
+    z = vector_of(latents.image_embed)
+    mean, basis = mean.to(z), basis.to(z)
+    y = (z - mean) @ basis  # [1, E]
     kept = [mean + y[:, :count] @ basis[:, :count].T for count in num_components]
-    length = latents.image_embed.norm(dim=1, keepdim=True)  # 1, but for an encoder that keeps it
+    length = z.norm(dim=1, keepdim=True)  # 1, but for an encoder that keeps it
     return latents.with_embeds(F.normalize(torch.cat(kept), dim=1) * length)

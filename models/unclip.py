@@ -103,7 +103,8 @@ class UnClip:
         return PriorText(text_embed=text_embed, text=text, token_mask=mask).trimmed()
 
     def condition(self, captions: list[str] | None, image_embed: Tensor) -> Condition:
-        """Return the decoder's input: image_embed [B, E] with B captions.
+        """Return the decoder's input: image_embed [B, E], or with tokens [B, 1 + k, E], with B
+        captions.
 
         captions: None for embeddings alone, as where training dropped the caption: no caption, or
         the empty one for a decoder with `empty_caption`. ValueError if the chain has no decoder.
@@ -126,7 +127,8 @@ class UnClip:
     # -- sampling ----------------------------------------------------------------------------------
 
     def sample_prior(self, keys: Tensor, captions: list[str], sampling: Sampling) -> Tensor:
-        """Draw an image embedding [B, E] for each caption; keys: int64 [B].
+        """Draw an image embedding [B, E] for each caption, or [B, 1 + k, E] by a prior of k tokens;
+        keys: int64 [B].
 
         Raises ValueError if the chain has no prior.
         """

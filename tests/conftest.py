@@ -176,13 +176,16 @@ def canary() -> Iterator[Site]:
 @pytest.fixture(scope="session")
 def write_data() -> Callable[..., Path]:
     """Return a function that draws shards of shapes to `root`/images and embeds them to
-    `root`/embeds, with an untrained encoder; it returns `root`."""
+    `root`/embeds, with an untrained encoder and `image_tokens` of each image; it returns `root`."""
 
-    def write(root: Path, *, num_shards: int, samples_per_shard: int) -> Path:
+    def write(
+        root: Path, *, num_shards: int, samples_per_shard: int, image_tokens: int = 1
+    ) -> Path:
         demo_data.draw_images(
             root / "images", num_shards=num_shards, samples_per_shard=samples_per_shard
         )
-        demo_data.embed_here(str(root / "images"), root / "embeds", "tiny:random")
+        clip, tokens = "tiny:random", image_tokens
+        demo_data.embed_here(str(root / "images"), root / "embeds", clip, image_tokens=tokens)
         return root
 
     return write

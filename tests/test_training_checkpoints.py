@@ -66,7 +66,7 @@ PAPER = dataclasses.replace(
 )  # fmt: skip
 TRANSFORMER = DecoderConfig(
     network="dit", dit=dataclasses.replace(DIT, dropout=0.1, refine_channels=4, patch_size=4),
-    context_width=8, embed_grid=True, prediction="x0", weighting="v",
+    context_width=8, embed_grid=True, prediction="x0", weighting="v", image_tokens=4,
 )  # fmt: skip
 BSR = dataclasses.replace(UP, degradation="bsr", low_res_noise=0.2, tell_noise=True)
 AUTOREGRESSIVE = AutoregressivePriorConfig(
@@ -76,6 +76,8 @@ AUTOREGRESSIVE = AutoregressivePriorConfig(
 KINDS: dict[str, tuple[Callable, Callable, dict[str, Any]]] = {
     "clip": (build_clip_task, clip_run, {"train": ONE_BATCH}),
     "diffusion": (build_prior, prior_run, {"diffusion": DiffusionPriorConfig(**SMALL)}),
+    "tokens": (build_prior, prior_run,
+               {"diffusion": DiffusionPriorConfig(**SMALL, image_tokens=4)}),
     "autoregressive": (build_prior, prior_run, {"prior": "autoregressive",
                                                 "autoregressive": AUTOREGRESSIVE}),
     "regression": (build_prior, prior_run, {"prior": "regression", "train": ONE_BATCH,
@@ -94,7 +96,8 @@ KINDS: dict[str, tuple[Callable, Callable, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Path:
     """Two small shards of drawn images, and their embeddings."""
-    return write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=10)
+    folder = tmp_path_factory.mktemp("data")
+    return write_data(folder, num_shards=2, samples_per_shard=10, image_tokens=4)
 
 
 def train(data: Path, run: Path, kind: str = "diffusion", **changes: Any) -> Path:

@@ -48,7 +48,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_data: Callable) -> Iter
 
     from cluster.base.ray_session import ensure_ray
 
-    root = write_data(tmp_path_factory.mktemp("data"), num_shards=2, samples_per_shard=20)
+    folder = tmp_path_factory.mktemp("data")
+    root = write_data(folder, num_shards=2, samples_per_shard=20, image_tokens=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers import what builds a task
         ensure_ray()
@@ -151,7 +152,9 @@ def test_clip_contrasts_the_samples_of_all_workers(data: Path, tmp_path: Path):
 
 
 def test_a_transformer_over_patches_is_partitioned_as_others(data: Path, tmp_path: Path):
-    base = DecoderConfig(network="dit", dit=DIT, context_width=8, prediction="x0", weighting="v")
+    base = DecoderConfig(
+        network="dit", dit=DIT, context_width=8, prediction="x0", weighting="v", image_tokens=4
+    )
     expected, found = (
         trained(base_run(data, tmp_path / name, train, base=base), build_decoder)
         for name, train in (("one", SIX_STEPS), ("two", with_options(SIX_STEPS, **two(3))))

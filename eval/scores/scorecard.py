@@ -19,8 +19,9 @@ from eval.sampling.generate import caption_keys, render_all, sampling_of
 from eval.sampling.image_source import ImageSet
 from eval.scores.shapes import score, summarise
 from ingest.shapes import is_held_out, parse
-from ingest.shards import EmbedShard, load_snapshot
+from ingest.shards import IMAGE_TOKENS, EmbedShard, load_snapshot, read_manifest
 from models.clip import FrozenClip
+from models.priors.base import vector_of
 from models.scores import mean_cosine, prior_scorecard, retrieval_at_k, shuffled_cosine
 from models.unclip import Sampling, UnClip
 from training.tasks.pictures import grid, save_png
@@ -29,14 +30,25 @@ BATCH_SIZE = 100  # captions at once
 NUM_SHOWN = 8  # columns of ablation.png
 
 
-def read_embeds(root: str) -> tuple[list[str], Tensor, Tensor]:
-    """Return captions, image_embed [N, E] and text_embed [N, E] of the latest snapshot."""
-    shards = [EmbedShard(root, e.name, digest=e.digest) for e in load_snapshot(root).shards]
+def read_embeds(root: str, num_tokens: int = 1) -> tuple[list[str], Tensor, Tensor]:
+    """Return captions, image_embed [N, E] and text_embed [N, E] of the latest snapshot.
+
+    num_tokens: k > 1 for image_embed [N, 1 + k, E]; ValueError where there are not as many tokens.
+    """
+    found, entries = read_manifest(root).get(IMAGE_TOKENS, 1), load_snapshot(root).shards
+    if num_tokens not in (1, found):
+        raise ValueError(f"{root}: found {found} image tokens, expected {num_tokens}")
+    shards = [
+        EmbedShard(root, e.name, digest=e.digest, image_tokens=num_tokens > 1) for e in entries
+    ]
     captions = [caption for shard in shards for caption in shard.captions]
     image, text = (
         torch.from_numpy(np.concatenate([np.asarray(e) for e in embeds]).astype(np.float32))
         for embeds in ([s.image_embed for s in shards], [s.text_embed for s in shards])
     )
+    if num_tokens > 1:
+        tokens = np.concatenate([shard.image_tokens for shard in shards]).astype(np.float32)
+        image = torch.cat([image[:, None], torch.from_numpy(tokens)], dim=1)
     return captions, image, text
 
 
@@ -81,7 +93,9 @@ def prior_scores(
     """Compare the prior's draws with the true image and text embeddings [N, E] of `captions`."""
     keys = caption_keys(captions, 0).split(BATCH_SIZE)
     batches = zip(keys, in_batches(captions, BATCH_SIZE), strict=True)
-    drawn = torch.cat([chain.sample_prior(key, batch, sampling).cpu() for key, batch in batches])
+    drawn = torch.cat([
+        vector_of(chain.sample_prior(key, batch, sampling)).cpu() for key, batch in batches
+    ])  # fmt: skip
     scores = prior_scorecard(drawn, image, text, [meaning(caption) for caption in captions])
     return {**scores, CAPTIONS_KEY: digest_of(captions)}
 
@@ -212,6 +226,7 @@ def chain_scores(
             return shape_scores(captions, images)
         return caption_scores(map(Image.fromarray, images), captions, encoder)
 
+    image = read_embeds(embeds, chain.base.config.image_tokens)[1]
     shown = range(0, len(captions), max(1, len(captions) // NUM_SHOWN))[:NUM_SHOWN]
     scores["ablation"], images = ablation(chain, (captions, image, text), fake, score_images, shown)
     folder = fake.paths[0].parent

@@ -18,6 +18,7 @@ import torch
 from ingest.captions import FurtherCaptions
 from ingest.fetching.decode import BAD_BYTES, stored_picture
 from ingest.shards import (
+    IMAGE_TOKENS,
     Attempt,
     Commit,
     ImageShard,
@@ -37,13 +38,22 @@ NORM_TOLERANCE = 1e-3
 
 
 def open_embeds(
-    root: Root, clip_spec: str, encoder: FrozenClip, images: Snapshot, captions: Sequence[str] = ()
+    root: Root,
+    clip_spec: str,
+    encoder: FrozenClip,
+    images: Snapshot,
+    captions: Sequence[str] = (),
+    image_tokens: int = 1,
 ) -> None:
     """Create, or reopen, an embedding folder; another encoder or image folder is a ValueError.
 
-    captions: columns of further captions, which are embedded, too.
+    captions: columns of further captions, which are embedded, too; image_tokens: see
+    `FrozenClip.encode_image`; ValueError for a number that the encoder's image tower has not.
     """
     _require_columns(images, captions)
+    if image_tokens > 1:
+        side = encoder.image_size
+        encoder.encode_image(torch.zeros(1, 3, side, side, dtype=torch.uint8), image_tokens)
     fields = {
         "clip": clip_spec,
         "encoder_id": encoder.encoder_id,
@@ -52,6 +62,7 @@ def open_embeds(
         "context_length": encoder.context_length,
         "images": absolute_root(images.root),
         **({"captions": list(captions)} if captions else {}),
+        **({IMAGE_TOKENS: image_tokens} if image_tokens > 1 else {}),
     }
     write_manifest(root, "embeds", fields)
     recover(root)
@@ -80,6 +91,7 @@ class Chunk:
     start: its first row; total: rows of the shard. pixels: uint8 [n, 3, S, S]; tokens: int32
     [n, L]; bad: bool [n], rows whose image cannot be decoded, black here. image_embed, text_embed:
     float32 [n, E], of unit norm unless the encoder keeps their length, zero where the image is bad.
+    image_tokens: float32 [n, k, E], of unit norm, k = 0 unless they are asked for.
     further_tokens, further_embed: [m, L] and [m, E], of further captions, by row, then by column.
     problem: why the shard cannot be read; then there are no rows.
     """
@@ -92,6 +104,7 @@ class Chunk:
     bad: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     image_embed: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
     text_embed: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
+    image_tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 1), np.float32))
     further_tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.int32))
     further_embed: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
     read_seconds: float = 0.0
@@ -155,10 +168,14 @@ def _tokenizer(config: TokenizerConfig) -> Tokenizer:
 # -- encode --------------------------------------------------------------------------------------
 
 
-def encode_chunk(encoder: FrozenClip, chunk: Chunk) -> Chunk:
-    """Replace a chunk's pixels by the embeddings of both towers; on a GPU in bfloat16."""
+def encode_chunk(encoder: FrozenClip, chunk: Chunk, num_tokens: int = 1) -> Chunk:
+    """Replace a chunk's pixels by the embeddings of both towers; on a GPU in bfloat16.
+
+    num_tokens: see `FrozenClip.encode_image`.
+    """
     started, size = time.perf_counter(), len(chunk.bad)
     image_embed, text_embed = np.zeros((2, size, encoder.embed_dim), np.float32)
+    image_tokens = image_embed[:, None][:, :0]  # [n, 0, E]
     further_embed = np.zeros((len(chunk.further_tokens), encoder.embed_dim), np.float32)
     device = next(encoder.parameters()).device
 
@@ -169,16 +186,20 @@ def encode_chunk(encoder: FrozenClip, chunk: Chunk) -> Chunk:
     if size:
         pixels = torch.tensor(chunk.pixels, device=device)  # Ray's arrays cannot be written to
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            image_embed = encoder.encode_image(pixels).cpu().numpy()
+            image = encoder.encode_image(pixels, num_tokens).cpu().numpy()
             text_embed = encode_text(chunk.tokens)
             for start in range(0, len(further_embed), size):  # as many at once as images
                 tokens = chunk.further_tokens[start : start + size]
                 further_embed[start : start + size] = encode_text(tokens)
-        image_embed[chunk.bad] = 0
+        image[chunk.bad] = 0
+        image_embed = image
+        if num_tokens > 1:
+            image_embed, image_tokens = image[:, 0], image[:, 1:]
     return replace(
         chunk,
         pixels=chunk.pixels[:0],
         image_embed=image_embed,
+        image_tokens=image_tokens,
         text_embed=text_embed,
         further_embed=further_embed,
         encode_seconds=time.perf_counter() - started,
@@ -228,6 +249,7 @@ def commit_shard(
     image_embed = np.concatenate([chunk.image_embed for chunk in chunks])
     text_embed = np.concatenate([chunk.text_embed for chunk in chunks])
     further_embed = np.concatenate([chunk.further_embed for chunk in chunks])
+    image_tokens = np.concatenate([chunk.image_tokens for chunk in chunks])
     embeds = {"image": image_embed[~bad], "text": text_embed, "further text": further_embed}
     for name, array in embeds.items():
         norms = np.linalg.norm(array, axis=1)
@@ -238,6 +260,9 @@ def commit_shard(
             problem = "of unit norm"
         if problem:
             raise ValueError(f"{images}: shard {entry.name}: {name} embeddings are not {problem}")
+    norms = np.linalg.norm(image_tokens[~bad], axis=-1)
+    if not np.all(np.abs(norms - 1) < NORM_TOLERANCE):
+        raise ValueError(f"{images}: shard {entry.name}: image tokens are not of unit norm")
     further = {column: shard.further_captions(column) for column in captions}
     further_tokens = np.concatenate([chunk.further_tokens for chunk in chunks])
     counts = np.array([[*map(len, each)] for each in further.values()], int)  # [columns, n]
@@ -255,6 +280,7 @@ def commit_shard(
             keys=shard.keys,
             captions=[shard.caption(row) for row in range(len(shard))],
             further=further,
+            image_tokens=image_tokens if image_tokens.shape[1] else None,
         )
         counts = {"embedded": int((~bad).sum())}
         if bad.any():
@@ -270,13 +296,14 @@ def encode_shard(
     root: Root,
     batch_size: int,
     captions: Sequence[str] = (),
+    image_tokens: int = 1,
 ) -> Commit:
     """Run all three steps for one shard in this process; ValueError if it cannot be read.
 
-    captions: columns of further captions.
+    captions: columns of further captions; image_tokens: see `FrozenClip.encode_image`.
     """
     chunks = read_chunks(images.root, entry, encoder.preprocessing, batch_size, captions)
-    encoded = [encode_chunk(encoder, chunk) for chunk in chunks]
+    encoded = [encode_chunk(encoder, chunk, image_tokens) for chunk in chunks]
     return commit_shard(
         root, images.root, entry, encoded, unit_norm=encoder.unit_norm, captions=captions
     )[0]

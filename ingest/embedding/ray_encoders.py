@@ -28,7 +28,7 @@ class EncoderPool:
     num_actors: encoders at the start, 0 for one in this process; max_actors: as a cluster grows,
     None = num_actors. num_readers: None = as many as keep the encoders busy. num_threads: of an
     encoder on the CPU, None = an equal part of its machine's cores. captions: columns of further
-    captions.
+    captions; image_tokens: see `FrozenClip.encode_image`.
     """
 
     clip: str
@@ -39,6 +39,7 @@ class EncoderPool:
     num_threads: int | None = None
     compile: bool = False
     captions: tuple[str, ...] = ()
+    image_tokens: int = 1
 
     def actors(self, num_gpus: int) -> tuple[int, int]:
         """Return the number of encoders at the start, and of GPUs that each takes, 1 or 0.
@@ -88,10 +89,11 @@ class ClipEncoder:
 
     def __init__(self, pool: EncoderPool) -> None:
         self._encoder = prepared(load_clip(pool.clip), pool)
+        self._num_tokens = pool.image_tokens
 
     def __call__(self, row: Json) -> Json:
         """Encode the chunk `row`."""
-        return vars(encode_chunk(self._encoder, Chunk(**row)))
+        return vars(encode_chunk(self._encoder, Chunk(**row), self._num_tokens))
 
 
 def cpu_share(num_actors: int) -> float:
@@ -115,7 +117,7 @@ def encoded_chunks(
             for chunk in read_chunks(
                 images.root, entry, encoder.preprocessing, pool.batch_size, pool.captions
             ):
-                yield encode_chunk(encoder, chunk)
+                yield encode_chunk(encoder, chunk, pool.image_tokens)
         return
     import ray
     import ray.data

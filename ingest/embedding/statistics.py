@@ -1,12 +1,13 @@
 """Moments of a snapshot's image embeddings; the priors' scaling and PCA are computed from them.
 
-<embeds>/_statistics.npz    mean, std, eigenvalues, basis, count, snapshot, cosines
+<embeds>/_statistics.npz    mean, std, eigenvalues, basis, count, snapshot, cosines, and of image
+                            tokens token_mean, token_std
 """
 
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from ingest.store.storage import join_root, storage_of
 NAME = "_statistics.npz"
 COSINE_EDGES = np.linspace(-1, 1, 201)
 ARRAYS = ("mean", "std", "eigenvalues", "basis", "cosines")
+TOKEN_ARRAYS = ("token_mean", "token_std")  # of embeddings of today alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,8 @@ class EmbedStatistics:
 
     mean, std: [E]; eigenvalues: [E] of the covariance, descending; basis: [E, E], column k belongs
     to eigenvalue k; snapshot: digest of the embeddings they were taken over; cosines: int64
-    [200], samples whose caption and image have a cosine between two of `COSINE_EDGES`.
+    [200], samples whose caption and image have a cosine between two of `COSINE_EDGES`. token_mean,
+    token_std: [E] over all image tokens, [0] where there are none.
     """
 
     mean: np.ndarray
@@ -35,6 +38,8 @@ class EmbedStatistics:
     count: int
     snapshot: str
     cosines: np.ndarray
+    token_mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    token_std: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @classmethod
     def compute(cls, snapshot: Snapshot) -> "EmbedStatistics":
@@ -42,17 +47,32 @@ class EmbedStatistics:
         if snapshot.num_samples == 0:
             raise ValueError(f"{snapshot.root}: the snapshot has no samples to compute moments of")
         total, products, cosines = 0.0, 0.0, np.zeros(len(COSINE_EDGES) - 1, np.int64)
+        num_tokens, token_sum, token_squares = 0, np.zeros(1), np.zeros(1)
         for entry in snapshot.shards:
-            shard = EmbedShard(snapshot.root, entry.name, digest=entry.digest)
+            shard = EmbedShard(snapshot.root, entry.name, digest=entry.digest, image_tokens=True)
             rows = entry.rows(np.arange(entry.num_kept))
+            tokens = np.asarray(shard.image_tokens[rows], np.float64)  # [n, k, E]
+            if num_tokens := tokens.shape[1]:
+                token_sum = token_sum + tokens.sum((0, 1))
+                token_squares = token_squares + np.square(tokens).sum((0, 1))
             block = np.asarray(shard.image_embed[rows], dtype=np.float64)
             text = np.asarray(shard.text_embed[rows], dtype=np.float64)
             cosine = (block * text).sum(1).clip(-1, 1)  # float16 vectors exceed it a little
             cosines += np.histogram(cosine, COSINE_EDGES)[0]
             total, products = total + block.sum(0), products + block.T @ block
-        mean = np.asarray(total) / snapshot.num_samples
-        covariance = np.asarray(products) / snapshot.num_samples - np.outer(mean, mean)
-        return cls._of_moments(mean, covariance, snapshot.num_samples, snapshot.digest, cosines)
+        count = snapshot.num_samples
+        mean = np.asarray(total) / count
+        covariance = np.asarray(products) / count - np.outer(mean, mean)
+        moments = cls._of_moments(mean, covariance, count, snapshot.digest, cosines)
+        if not num_tokens:
+            return moments
+        count *= num_tokens
+        return moments._with_tokens(token_sum / count, token_squares / count)
+
+    def _with_tokens(self, mean: np.ndarray, squares: np.ndarray) -> "EmbedStatistics":
+        """Return a copy with the moments of tokens, of their means [E] and mean squares [E]."""
+        std = np.sqrt((squares - np.square(mean)).clip(min=0))
+        return replace(self, token_mean=mean, token_std=std)
 
     @classmethod
     def _of_moments(
@@ -91,16 +111,20 @@ class EmbedStatistics:
         shares = np.array(weights or [each.count for each in data_sets], np.float64)
         shares /= shares.sum()
         mean, products = np.zeros_like(data_sets[0].mean), np.zeros_like(data_sets[0].basis)
+        token_mean, token_squares = np.zeros((2, len(data_sets[0].token_mean)))
         for each, share in zip(data_sets, shares, strict=True):
             mean += share * each.mean
             products += share * (each.covariance + np.outer(each.mean, each.mean))
-        return cls._of_moments(
+            token_mean += share * each.token_mean
+            token_squares += share * (np.square(each.token_std) + np.square(each.token_mean))
+        merged = cls._of_moments(
             mean,
             products - np.outer(mean, mean),
             sum(each.count for each in data_sets),
             "+".join(each.snapshot for each in data_sets),
             np.sum([each.cosines for each in data_sets], axis=0),
         )
+        return merged._with_tokens(token_mean, token_squares)
 
     @property
     def covariance(self) -> np.ndarray:
@@ -127,5 +151,5 @@ class EmbedStatistics:
             where = join_root(root, NAME)
             raise ValueError(f"{where}: missing; rerun ingest/embed.py until it finishes") from None
         with np.load(io.BytesIO(stored), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ARRAYS}
+            arrays = {name: file[name] for name in (*ARRAYS, *TOKEN_ARRAYS) if name in file}
             return cls(**arrays, count=int(file["count"]), snapshot=str(file["snapshot"]))

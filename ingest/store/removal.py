@@ -32,6 +32,7 @@ from ingest.lists.exclusions import Exclusions, decode_list, keys_of
 from ingest.shards import (
     CAPTIONS_END,
     EMBED_ARRAYS,
+    IMAGE_TOKENS,
     SIZE_COLUMNS,
     STORED,
     index_tar,
@@ -229,7 +230,8 @@ def remove_embeddings(root: Root, old: Commit, images: Commit) -> Commit | None:
         return None
     name, removed = old.shard, earlier["removed"]
     with local_files(root, old) as folder, Attempt(root, name) as attempt:
-        for column in EMBED_ARRAYS:
+        has_tokens = f"{name}.{IMAGE_TOKENS}.npy" in old.files
+        for column in (*EMBED_ARRAYS, *([IMAGE_TOKENS] if has_tokens else [])):
             array = np.load(folder / f"{name}.{column}.npy", allow_pickle=False)
             kept = np.delete(array, removed, axis=0)
             np.save(attempt.path / f"{name}.{column}.npy", kept, allow_pickle=False)

@@ -5,6 +5,7 @@ downloaded: every machine has this judge, on which no model here was trained unl
 tower of its CLIP.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,12 +47,24 @@ class EfficientNetLite0(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the pooled features; shapes are given at the class."""
-        parts = [pixels] if pixels.is_cuda else pixels.split(CPU_BATCH)
-        return torch.cat([self._pooled(part) for part in parts]).float()
+        return torch.cat([self.pooled(self._map(part)) for part in _parts(pixels)]).float()
 
-    def _pooled(self, pixels: Tensor) -> Tensor:
+    @torch.no_grad()
+    def maps(self, pixels: Tensor) -> Tensor:
+        """Return the features before they are pooled, [B, 1280, 7, 7]."""
+        return torch.cat([self._map(part) for part in _parts(pixels)])
+
+    def pooled(self, maps: Tensor) -> Tensor:
+        """Return the pooled features [B, 1280] of `maps`."""
+        return self.network.forward_head(maps, pre_logits=True)
+
+    def _map(self, pixels: Tensor) -> Tensor:
         x = ((pixels.float() - MEAN) / SCALE).contiguous(memory_format=torch.channels_last)
-        return self.network.forward_head(self.network.forward_features(x), pre_logits=True)
+        return self.network.forward_features(x)
+
+
+def _parts(pixels: Tensor) -> Sequence[Tensor]:
+    return [pixels] if pixels.is_cuda else pixels.split(CPU_BATCH)
 
 
 def _fold_batch_norms(module: nn.Module) -> None:

@@ -124,6 +124,7 @@ def prior_to_diffusers(prior: DiffusionPrior, folder: Path | str) -> None:
     config, folder = prior.config, Path(folder)
     text_width = prior.text_in.states.in_features if prior.text_in.states is not None else 0
     options = {
+        "image_tokens": (config.image_tokens, 1),
         "qk_norm": (config.qk_norm, False),
         "scale_text": (config.scale_text, False),
         "time_channels": (prior.time_in.sinusoids, config.width),

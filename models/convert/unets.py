@@ -95,6 +95,7 @@ def decoder_to_diffusers(decoder: Decoder, folder: Path | str) -> None:
     text_width = 0 if decoder.text_in is None else decoder.text_in.in_features
     options = {
         "network": (config.network, "unet"),
+        "image_tokens": (config.image_tokens, 1),
         "text_width": (text_width, decoder.null_image_embed.shape[0]),
         "text_embed_cond": (config.text_embed_cond, True),
         "norm_embed_tokens": (config.norm_embed_tokens, False),

@@ -7,11 +7,26 @@ does not. On a few thousand small pictures it therefore learns shapes in a fract
 
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAST_SIDE = 4  # places a side of the last map
 _GROUPS = 8
+
+
+def mean_parts(maps: Tensor, side: int) -> Tensor:
+    """Return the means of side x side parts of maps [B, C, h, w]: [B, C, side, side].
+
+    Raises ValueError for more parts than there are places.
+    """
+    if side > min(maps.shape[2:]):
+        places = " x ".join(map(str, maps.shape[2:]))
+        raise ValueError(
+            f"image_tokens: found {side**2}, expected at most the places of the image tower's last "
+            f"map, {places}"
+        )
+    return F.adaptive_avg_pool2d(maps, side)
 
 
 class ConvTower(nn.Module):
@@ -45,10 +60,22 @@ class ConvTower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the embeddings, not normalised; shapes are given at the class."""
+        return self.proj(self._map(x).flatten(1))
+
+    def _map(self, x: Tensor) -> Tensor:
+        """Return the last map [B, C, 4, 4]."""
         x = F.gelu(self.conv1(x))  # [B, C, S/2, S/2]
         for down, blocks in zip(self.down, self.residual, strict=True):
             x = blocks(down(x))
-        return self.proj(x.flatten(1))
+        return x
+
+    def with_tokens(self, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """Return the embeddings [B, E], and of which places they are the sum: tokens
+        [B, E, side, side], each the mean of some places' parts."""
+        x = self._map(x)
+        weight = self.proj.weight.unflatten(1, x.shape[1:])  # [E, C, 4, 4]
+        parts = torch.einsum("bchw,echw->behw", x, weight.to(x.dtype))  # [B, E, 4, 4]
+        return self.proj(x.flatten(1)), mean_parts(parts, side)
 
 
 class _Residual(nn.Module):

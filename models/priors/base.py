@@ -96,8 +96,13 @@ class Prior(Protocol):
         ...
 
     def sample(self, keys: Tensor, text: PriorText, options: PriorSampling) -> Tensor:
-        """Draw z_i [B, E], unit norm."""
+        """Draw z_i [B, E], unit norm; or z_i with k tokens, [B, 1 + k, E]."""
         ...
+
+
+def vector_of(z: Tensor) -> Tensor:
+    """Return the embedding alone, [B, E], of z_i [B, E] or z_i with tokens [B, 1 + k, E]."""
+    return z if z.ndim == 2 else z[:, 0]
 
 
 class EmbedScale(nn.Module):
@@ -128,10 +133,10 @@ class EmbedScale(nn.Module):
         self.spectrum.copy_(torch.linalg.eigvalsh(covariance.double() / std / std[:, None]))
 
     def forward(self, z: Tensor) -> Tensor:
-        """Map embeddings z [B, E] to x [B, E]."""
-        return (z - self.mean) / self.std  # [B, E]
+        """Map embeddings z [..., E] to x [..., E]."""
+        return (z - self.mean) / self.std
 
     def restore(self, x: Tensor, *, unit_norm: bool = True) -> Tensor:
-        """Map x [B, E] back to embeddings z [B, E], by default on the unit sphere."""
-        z = x * self.std + self.mean  # [B, E]
+        """Map x [..., E] back to embeddings z [..., E], by default on the unit sphere."""
+        z = x * self.std + self.mean
         return F.normalize(z, dim=-1) if unit_norm else z

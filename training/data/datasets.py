@@ -1,7 +1,8 @@
 """Data sets over the shards of pinned snapshots: random access to samples by index.
 
 Columns come as they are stored: `image` uint8 [n, 3, S, S], `image_embed` and `text_embed` float16
-[n, E], `tokens` and `caption_tokens` int32 [n, L].
+[n, E], or `image_embed` [n, 1 + k, E] with the k tokens of an image, `tokens` and
+`caption_tokens` int32 [n, L].
 """
 
 import time
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 
 from ingest.fetching.decode import square_pixels
 from ingest.fetching.formats import open_image
-from ingest.shards import EmbedShard, ImageShard, ShardEntry, Snapshot
+from ingest.shards import IMAGE_TOKENS, EmbedShard, ImageShard, ShardEntry, Snapshot
 from ingest.store.snapshots import latest_digest
 from training.data.captions import CaptionDraw
 
@@ -200,6 +201,7 @@ class EmbedDataset(ColumnDataset):
     """`image_embed`, `text_embed` and `tokens`; with `tokenize`, `caption_tokens` too.
 
     captions: weights of columns of captions, see `CaptionDraw`; None: the main caption.
+    image_tokens: read the k tokens of each image behind its `image_embed`, [n, 1 + k, E].
     """
 
     COLUMNS = ("image_embed", "text_embed", "tokens")
@@ -209,11 +211,14 @@ class EmbedDataset(ColumnDataset):
         snapshot: Snapshot,
         tokenize: Tokenize | None = None,
         captions: Mapping[str, float] | None = None,
+        image_tokens: bool = False,
     ) -> None:
         self._tokenize = tokenize
         self._draw = CaptionDraw(captions) if captions else None
         self._tokens = SampleCache(self._tokens_of, limit_bytes=TOKENS_BYTES)
-        kind = partial(EmbedShard, captions=self._draw.columns if self._draw else ())
+        further = self._draw.columns if self._draw else ()
+        kind = partial(EmbedShard, captions=further, image_tokens=image_tokens)
+        self._columns = (*self.COLUMNS, IMAGE_TOKENS) if image_tokens else self.COLUMNS
         self.shards = Shards(kind, snapshot, self._tokens.clear)
         self.data_sets = (self.shards.sizes,)
 
@@ -225,12 +230,15 @@ class EmbedDataset(ColumnDataset):
 
         def rows_of(number: int, places: np.ndarray) -> Rows:
             shard = self.shards.open(number)
-            found = {name: (getattr(shard, name), rows[places]) for name in self.COLUMNS}
+            found = {name: (getattr(shard, name), rows[places]) for name in self._columns}
             if draw is not None and keys is not None:
                 found |= _draw_embeds(shard, draw, rows[places], keys[torch.from_numpy(places)])
             return found
 
         columns = _gather(shards, rows_of)
+        if IMAGE_TOKENS in columns:
+            parts = columns["image_embed"][:, None], columns.pop(IMAGE_TOKENS)
+            columns["image_embed"] = np.concatenate(parts, axis=1)  # [n, 1 + k, E]
         if self._tokenize is not None and draw is not None and keys is not None:
             columns["caption_tokens"] = self._tokenize(_draw_texts(self.shards, draw, index, keys))
         elif self._tokenize is not None:
@@ -282,6 +290,7 @@ class PairDataset(ColumnDataset):
         num_threads: int = 0,
         tokenize: Tokenize | None = None,
         captions: Mapping[str, float] | None = None,
+        image_tokens: bool = False,
     ) -> None:
         """Read images of `size` px by `ImageDataset`, and embeddings by `EmbedDataset`."""
         by_name = {entry.name: entry for entry in images.shards}
@@ -298,7 +307,7 @@ class PairDataset(ColumnDataset):
             paired.append(replace(image, excluded=entry.excluded))
         matched = Snapshot(root=images.root, digest=images.digest, shards=tuple(paired))
         self._images = ImageDataset(matched, size, num_threads)
-        self._embeds = EmbedDataset(embeds, tokenize, captions)
+        self._embeds = EmbedDataset(embeds, tokenize, captions, image_tokens)
         self.data_sets = self._embeds.data_sets
         self._root, self._checked = images.root, set[int]()
         self._check_keys(0)  # the others when they are opened: there may be very many

@@ -72,14 +72,16 @@ def draw_images(
     publish_snapshot(root)
 
 
-def embed_here(images: str, root: Path, clip_spec: str, batch_size: int = 128) -> None:
-    """Embed a small image folder in this process."""
+def embed_here(
+    images: str, root: Path, clip_spec: str, batch_size: int = 128, image_tokens: int = 1
+) -> None:
+    """Embed a small image folder in this process; image_tokens: see `FrozenClip.encode_image`."""
     from models.convert.runs import load_clip
 
     encoder, snapshot = load_clip(clip_spec), load_snapshot(images)
-    open_embeds(root, clip_spec, encoder, snapshot)
+    open_embeds(root, clip_spec, encoder, snapshot, image_tokens=image_tokens)
     done = committed(root)
     for entry in snapshot.shards:
         if entry.name not in done:
-            encode_shard(encoder, snapshot, entry, root, batch_size)
+            encode_shard(encoder, snapshot, entry, root, batch_size, image_tokens=image_tokens)
     publish_embeds(root)

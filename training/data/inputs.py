@@ -13,10 +13,10 @@ from cluster.base.files import Json, write_text
 from cluster.base.run_dir import snapshot_path, step_folders
 from ingest.embedding.statistics import NAME as STATISTICS
 from ingest.embedding.statistics import EmbedStatistics
-from ingest.shards import Snapshot, caption_columns, load_snapshot, read_manifest
+from ingest.shards import IMAGE_TOKENS, Snapshot, caption_columns, load_snapshot, read_manifest
 from ingest.store.storage import absolute_root
 from models.clip import FrozenClip
-from models.configs import weight_options
+from models.configs import token_side, weight_options
 from models.convert.runs import absolute_spec, load_clip
 from models.weights import EMA_NAME, exported, load_config, load_weights
 from training.config import (
@@ -53,6 +53,8 @@ def prepare_data(config: Config) -> Config:
     if isinstance(config, (PriorRunConfig, DecoderRunConfig)):
         changes["validation"] = tuple(absolute_root(root) for root in config.validation)
     _require_captions(config, changes)
+    for root in changes.get("embeds", ()):
+        _require_tokens(root, config)
     if isinstance(config, DecoderRunConfig):
         for images in changes["images"]:
             require_size(images, config.image_size)
@@ -60,6 +62,8 @@ def prepare_data(config: Config) -> Config:
         changes["validation_embeds"] = embeds
         _require_paired("embeds", config.images, config.embeds, config)
         _require_paired("validation_embeds", config.validation, embeds, config)
+        for root in embeds:
+            _require_tokens(root, config)
     return dataclasses.replace(config, **changes)
 
 
@@ -81,6 +85,22 @@ def _require_paired(
         raise ValueError(
             f"{name}: found {len(embeds)} folders for {len(images)} of images, expected one for "
             "each, in the same order"
+        )
+
+
+def _require_tokens(embeds: str, config: Config) -> None:
+    """Raise ValueError for a model of k tokens of an image over embeddings that have others."""
+    if isinstance(config, PriorRunConfig):
+        name = f"{config.prior}.{IMAGE_TOKENS}"
+        wanted = getattr(getattr(config, config.prior), IMAGE_TOKENS, 1)
+    else:
+        assert isinstance(config, DecoderRunConfig)
+        name, wanted = f"base.{IMAGE_TOKENS}", config.base.image_tokens
+    found = read_manifest(embeds).get(IMAGE_TOKENS, 1)
+    if token_side(wanted) > 1 and wanted != found:
+        raise ValueError(
+            f"{name}: found {wanted} over embeddings with {found} in {embeds}, expected 1 or as "
+            "many; ingest/embed.py --image-tokens K --out ANOTHER makes more"
         )
 
 

@@ -230,8 +230,12 @@ def stage_dataset(
         return mixed([ImageDataset(snapshot, size, threads) for snapshot in images], weights)
     length = config.base.text_tokens
     tokenize = tokenizer(length) if length and config.base.use_text else None
-    pairs = zip(images, embeds, strict=True)
-    return mixed([PairDataset(*pair, size, threads, tokenize, captions) for pair in pairs], weights)
+    has_tokens = config.base.image_tokens > 1
+    pairs = [
+        PairDataset(*pair, size, threads, tokenize, captions, has_tokens)
+        for pair in zip(images, embeds, strict=True)
+    ]
+    return mixed(pairs, weights)
 
 
 def latest(roots: tuple[str, ...]) -> list[Snapshot]:

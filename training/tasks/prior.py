@@ -16,7 +16,7 @@ from models.diffusion.samplers import ddim
 from models.networks.packing import CaptionPacking, PackedTokens, token_lengths
 from models.networks.transformer import trimmed_length
 from models.priors.autoregressive import AutoregressivePrior
-from models.priors.base import PackedText, PriorSampling, PriorText
+from models.priors.base import PackedText, PriorSampling, PriorText, vector_of
 from models.priors.diffusion import DiffusionPrior
 from models.priors.regression import RegressionPrior
 from models.scores import prior_scorecard
@@ -112,6 +112,11 @@ def set_statistics(model: nn.Module, statistics: EmbedStatistics, *, whiten: boo
         if whiten:
             model.scale.set(mean, torch.from_numpy(statistics.std))
         model.scale.set_spectrum(torch.from_numpy(statistics.covariance))
+        if isinstance(model, DiffusionPrior) and model.token_scale is not None:
+            mean, std = map(torch.from_numpy, (statistics.token_mean, statistics.token_std))
+            if whiten:
+                model.token_scale.set(mean, std)
+            model.token_scale.set_spectrum(std.square().diag())
 
 
 def pack_captions(
@@ -173,7 +178,8 @@ def validate_prior(
     drawn, image, text, captions = [], [], [], captions_of(snapshots, count)
     for batch in first_batches(reader, count, VALIDATED_AT_ONCE, device):
         conditions = prior_text(encoder, batch, bool(tokens))
-        drawn.append(model.sample(batch.keys, conditions, VALIDATION_SAMPLING).cpu())
+        z = model.sample(batch.keys, conditions, VALIDATION_SAMPLING)
+        drawn.append(vector_of(z).cpu())
         image.append(batch["image_embed"].cpu())
         text.append(batch["text_embed"].cpu())
     return prior_scorecard(torch.cat(drawn), torch.cat(image), torch.cat(text), captions)
@@ -188,5 +194,6 @@ def prior_dataset(config: PriorRunConfig) -> ColumnDataset:
     tokenize = _tokenize(getattr(config, config.prior).text_tokens)
     snapshots = pin_snapshots(config.run, "embeds", config.embeds)
     captions = config.data.caption_weights()
-    readers = [EmbedDataset(snapshot, tokenize, captions) for snapshot in snapshots]
+    tokens = config.prior == "diffusion" and config.diffusion.image_tokens > 1
+    readers = [EmbedDataset(snapshot, tokenize, captions, tokens) for snapshot in snapshots]
     return mixed(readers, config.data.weights)
