@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import _networks
+from _runs import base_run, prior_run
 import numpy as np
 import open_clip
 import pytest
@@ -21,7 +22,7 @@ from ingest.shards import EmbedShard, ImageShard, load_snapshot
 from ingest.store.maintenance import forget
 from ingest.store.removal import Forgotten
 from models.clip import FrozenClip, ImageTower, build_clip
-from models.configs import ClipConfig, DiffusionPriorConfig
+from models.configs import ClipConfig, DecoderConfig, DiffusionPriorConfig
 from models.convert.priors import prior_to_diffusers
 from models.convert.runs import load_clip
 from models.convert.unets import decoder_to_diffusers
@@ -30,7 +31,9 @@ from models.diffusion.samplers import ddim
 from models.latents import Latents, blends, pca_images
 from models.priors.base import PackedText, PriorSampling, PriorText
 from models.priors.diffusion import DiffusionPrior
+from training.config import TrainConfig
 from training.data.datasets import EmbedDataset
+from training.data.inputs import prepare_data
 
 SMALL = ClipConfig(
     embed_dim=16, vision_width=32, vision_depth=1, text_width=32, text_depth=1, vocab_size=512
@@ -148,6 +151,26 @@ def test_their_moments_are_taken_over_all_of_them_and_merged(data: Path):
     merged = EmbedStatistics.merge([first, second])
     assert np.allclose(merged.token_mean, statistics.token_mean)
     assert np.allclose(merged.token_std, statistics.token_std)
+
+
+def test_a_mixture_with_a_folder_without_tokens_has_none(data: Path):
+    statistics = EmbedStatistics.read(data / "embeds")
+    without = dataclasses.replace(statistics, token_mean=np.zeros(0), token_std=np.zeros(0))
+    for pair in ([statistics, without], [without, statistics], [without, without]):
+        merged = EmbedStatistics.merge(pair)
+        assert merged.token_mean.shape == merged.token_std.shape == (0,)
+        assert np.allclose(merged.mean, statistics.mean)
+
+
+def test_models_of_other_numbers_are_refused_before_training(data: Path, tmp_path: Path):
+    of_four = {"diffusion": DiffusionPriorConfig(width=16, num_heads=2, image_tokens=4)}
+    prepare_data(prior_run(data, tmp_path / "prior", TrainConfig(), **of_four))
+    of_nine = {"diffusion": DiffusionPriorConfig(width=16, num_heads=2, image_tokens=9)}
+    with pytest.raises(ValueError, match="diffusion.image_tokens: found 9 over embeddings with 4"):
+        prepare_data(prior_run(data, tmp_path / "prior", TrainConfig(), **of_nine))
+    base = DecoderConfig(unet=_networks.UNET, image_tokens=16)
+    with pytest.raises(ValueError, match="base.image_tokens: found 16 over embeddings with 4"):
+        prepare_data(base_run(data, tmp_path / "base", TrainConfig(), base=base))
 
 
 def test_a_folder_keeps_its_number_of_tokens(data: Path):

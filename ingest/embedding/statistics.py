@@ -111,12 +111,14 @@ class EmbedStatistics:
         shares = np.array(weights or [each.count for each in data_sets], np.float64)
         shares /= shares.sum()
         mean, products = np.zeros_like(data_sets[0].mean), np.zeros_like(data_sets[0].basis)
-        token_mean, token_squares = np.zeros((2, len(data_sets[0].token_mean)))
+        all_have_tokens = all(len(each.token_mean) for each in data_sets)
+        token_mean, token_squares = np.zeros((2, len(mean) if all_have_tokens else 0))
         for each, share in zip(data_sets, shares, strict=True):
             mean += share * each.mean
             products += share * (each.covariance + np.outer(each.mean, each.mean))
-            token_mean += share * each.token_mean
-            token_squares += share * (np.square(each.token_std) + np.square(each.token_mean))
+            if all_have_tokens:
+                token_mean += share * each.token_mean
+                token_squares += share * (np.square(each.token_std) + np.square(each.token_mean))
         merged = cls._of_moments(
             mean,
             products - np.outer(mean, mean),
