@@ -265,7 +265,7 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_built(tmp_path: P
 @pytest.mark.parametrize(
     ("script", "flags", "problem"),
     [
-        ("clip", ("--model.vision", "convolutions", "--model.vision-width", "7"), "clip.vision: found"),
+        ("clip", ("--model.vision", "convolutions", "--model.image-size", "24"), "vision: found"),
         ("prior", ("--diffusion.width", "33", "--diffusion.num-heads", "2"), "width: found 33"),
         ("decoder", ("--base.network", "dit", "--base.dit.num-heads", "5"), "width: found"),
     ],
