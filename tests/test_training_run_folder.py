@@ -260,3 +260,23 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_built(tmp_path: P
     config = dataclasses.replace(CONFIG, train=train)
     with pytest.raises(ValueError, match="train.device: found cuda without a GPU, expected cpu"):
         launch(config, str(tmp_path / "run"), never_built, "prior")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "problem"),
+    [
+        ("clip", ("--model.vision", "convolutions", "--model.image-size", "24"), "vision: found"),
+        ("prior", ("--diffusion.width", "33", "--diffusion.num-heads", "2"), "width: found 33"),
+        ("decoder", ("--base.network", "dit", "--base.dit.num-heads", "5"), "width: found"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_there_is_a_run(
+    script: str, flags: tuple[str, ...], problem: str, tmp_path: Path, write_data, run_here
+):
+    data, run = write_data(tmp_path, num_shards=1, samples_per_shard=4), tmp_path / "run"
+    roots = [] if script == "clip" else ["--embeds", str(data / "embeds")]
+    roots += [] if script == "prior" else ["--images", str(data / "images")]
+    arguments = ("--preset", "debug", *roots, "--run", str(run), *flags)
+    code, _, errors = run_here(f"training/{script}.py", *arguments)
+    assert code == 2 and problem in errors and "Traceback" not in errors
+    assert not run.exists()

@@ -12,10 +12,10 @@ BUILD = "training.tasks.clip:build_clip_task"
 
 def main(config: ClipRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
-    if config.dry_run:
-        from training.runs.dry_run import dry_run
-        from training.tasks.clip import clip_model
+    from training.runs.dry_run import dry_run, on_meta
+    from training.tasks.clip import clip_model
 
+    if config.dry_run:
         return dry_run(config, clip_model)
     from cluster.base.metrics import serve
     from training.data.inputs import prepare_data
@@ -23,6 +23,7 @@ def main(config: ClipRunConfig) -> int:
 
     serve(config.metrics_port)
     config = prepare_data(config)
+    on_meta(config, clip_model)  # sizes that do not fit are refused before there is a run
     return launch(config, config.run, BUILD, "clip")
 
 

@@ -12,10 +12,10 @@ BUILD = "training.tasks.decoder:build_decoder"
 
 def main(config: DecoderRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
-    if config.dry_run:
-        from training.runs.dry_run import dry_run
-        from training.tasks.networks import decoder_model
+    from training.runs.dry_run import dry_run, on_meta
+    from training.tasks.networks import decoder_model
 
+    if config.dry_run:
         return dry_run(config, decoder_model)
     from cluster.base.metrics import serve
     from training.data.inputs import prepare_data
@@ -23,6 +23,7 @@ def main(config: DecoderRunConfig) -> int:
 
     serve(config.metrics_port)
     config = prepare_data(config)
+    on_meta(config, decoder_model)  # sizes that do not fit are refused before there is a run
     name = "decoder" if config.stage == "base" else config.stage
     return launch(config, config.run, BUILD, name)
 

@@ -13,10 +13,10 @@ BUILD = "training.tasks.prior:build_prior"
 
 def main(config: PriorRunConfig) -> int:
     """Train, or continue, the run that `config` describes."""
-    if config.dry_run:
-        from training.runs.dry_run import dry_run
-        from training.tasks.networks import prior_model
+    from training.runs.dry_run import dry_run, on_meta
+    from training.tasks.networks import prior_model
 
+    if config.dry_run:
         return dry_run(config, prior_model)
     from cluster.base.metrics import serve
     from training.data.inputs import prepare_data
@@ -24,6 +24,7 @@ def main(config: PriorRunConfig) -> int:
 
     serve(config.metrics_port)
     config = prepare_data(config)
+    on_meta(config, prior_model)  # sizes that do not fit are refused before there is a run
     return launch(config, config.run, BUILD, "prior")
 
 

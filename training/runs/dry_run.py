@@ -14,11 +14,16 @@ from training.engine.choices import zero_stage
 COPIED_BYTES = 16  # a parameter: master weight, two moments, average
 
 
+def on_meta(config: Any, build_model: Callable[[Any], nn.Module]) -> nn.Module:
+    """Build what would be trained, without allocating it; ValueError for options that cannot be."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
 def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
     """Print the merged configuration, the parameter count and the memory of weights and
     optimizer."""
-    with torch.device("meta"):
-        model = build_model(config)
+    model = on_meta(config, build_model)
     train = config.train
     print(to_yaml(config), end="")
     print(f"parameters: {num_parameters(model):,}")
