@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import _networks
-from _runs import base_run, prior_run
 import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from _runs import base_run, prior_run
 from torch import Tensor
 
 from ingest.embedding.encode import open_embeds
