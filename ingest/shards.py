@@ -330,13 +330,12 @@ def write_embed_shard(
     keys: Sequence[str],
     captions: Sequence[str],
     further: Mapping[str, Sequence[Sequence[str]]] | None = None,
-    image_tokens: np.ndarray | None = None,
 ) -> int:
     """Write the files of an embedding shard into `folder`; return the number of rows n.
 
-    image_embed, text_embed: [n, E], stored as float16; tokens: [n, L], stored as int32; further:
-    lists of captions, by column, whose embeddings `FurtherCaptions` writes; image_tokens:
-    [n, k, E], stored as float16.
+    image_embed, text_embed: [n, E], stored as float16, image_embed with k tokens of each image
+    [n, 1 + k, E]; tokens: [n, L], stored as int32; further: lists of captions, by column, whose
+    embeddings `FurtherCaptions` writes.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -346,8 +345,9 @@ def write_embed_shard(
         "text_embed": text_embed.astype(np.float16),
         "tokens": tokens.astype(np.int32),
     }
-    if image_tokens is not None:
-        arrays[IMAGE_TOKENS] = image_tokens.astype(np.float16)
+    if image_embed.ndim == 3:
+        vectors = arrays["image_embed"]
+        arrays |= {"image_embed": vectors[:, 0], IMAGE_TOKENS: vectors[:, 1:]}
     for column, array in arrays.items():
         path = folder / f"{name}.{column}.npy"
         _require_length(path, len(array), len(keys))

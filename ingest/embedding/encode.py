@@ -91,7 +91,7 @@ class Chunk:
     start: its first row; total: rows of the shard. pixels: uint8 [n, 3, S, S]; tokens: int32
     [n, L]; bad: bool [n], rows whose image cannot be decoded, black here. image_embed, text_embed:
     float32 [n, E], of unit norm unless the encoder keeps their length, zero where the image is bad.
-    image_tokens: float32 [n, k, E], of unit norm, k = 0 unless they are asked for.
+    image_embed has the k tokens of each image behind, [n, 1 + k, E], where they are asked for.
     further_tokens, further_embed: [m, L] and [m, E], of further captions, by row, then by column.
     problem: why the shard cannot be read; then there are no rows.
     """
@@ -104,7 +104,6 @@ class Chunk:
     bad: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     image_embed: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
     text_embed: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
-    image_tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 1), np.float32))
     further_tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.int32))
     further_embed: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
     read_seconds: float = 0.0
@@ -175,7 +174,8 @@ def encode_chunk(encoder: FrozenClip, chunk: Chunk, num_tokens: int = 1) -> Chun
     """
     started, size = time.perf_counter(), len(chunk.bad)
     image_embed, text_embed = np.zeros((2, size, encoder.embed_dim), np.float32)
-    image_tokens = image_embed[:, None][:, :0]  # [n, 0, E]
+    if num_tokens > 1:
+        image_embed = np.zeros((size, 1 + num_tokens, encoder.embed_dim), np.float32)
     further_embed = np.zeros((len(chunk.further_tokens), encoder.embed_dim), np.float32)
     device = next(encoder.parameters()).device
 
@@ -186,20 +186,16 @@ def encode_chunk(encoder: FrozenClip, chunk: Chunk, num_tokens: int = 1) -> Chun
     if size:
         pixels = torch.tensor(chunk.pixels, device=device)  # Ray's arrays cannot be written to
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            image = encoder.encode_image(pixels, num_tokens).cpu().numpy()
+            image_embed = encoder.encode_image(pixels, num_tokens).cpu().numpy()
             text_embed = encode_text(chunk.tokens)
             for start in range(0, len(further_embed), size):  # as many at once as images
                 tokens = chunk.further_tokens[start : start + size]
                 further_embed[start : start + size] = encode_text(tokens)
-        image[chunk.bad] = 0
-        image_embed = image
-        if num_tokens > 1:
-            image_embed, image_tokens = image[:, 0], image[:, 1:]
+        image_embed[chunk.bad] = 0
     return replace(
         chunk,
         pixels=chunk.pixels[:0],
         image_embed=image_embed,
-        image_tokens=image_tokens,
         text_embed=text_embed,
         further_embed=further_embed,
         encode_seconds=time.perf_counter() - started,
@@ -249,20 +245,19 @@ def commit_shard(
     image_embed = np.concatenate([chunk.image_embed for chunk in chunks])
     text_embed = np.concatenate([chunk.text_embed for chunk in chunks])
     further_embed = np.concatenate([chunk.further_embed for chunk in chunks])
-    image_tokens = np.concatenate([chunk.image_tokens for chunk in chunks])
-    embeds = {"image": image_embed[~bad], "text": text_embed, "further text": further_embed}
+    vectors = image_embed if image_embed.ndim == 2 else image_embed[:, 0]
+    embeds = {"image": vectors[~bad], "text": text_embed, "further text": further_embed}
+    if image_embed.ndim == 3:
+        embeds["image token"] = image_embed[~bad, 1:].reshape(-1, image_embed.shape[-1])
     for name, array in embeds.items():
-        norms = np.linalg.norm(array, axis=1)
-        problem = ""
+        norms, problem = np.linalg.norm(array, axis=1), ""
+        of_unit_norm = unit_norm or name == "image token"
         if not np.all(norms < np.finfo(np.float16).max):  # as they are stored
             problem = "finite"
-        elif unit_norm and not np.all(np.abs(norms - 1) < NORM_TOLERANCE):
+        elif of_unit_norm and not np.all(np.abs(norms - 1) < NORM_TOLERANCE):
             problem = "of unit norm"
         if problem:
             raise ValueError(f"{images}: shard {entry.name}: {name} embeddings are not {problem}")
-    norms = np.linalg.norm(image_tokens[~bad], axis=-1)
-    if not np.all(np.abs(norms - 1) < NORM_TOLERANCE):
-        raise ValueError(f"{images}: shard {entry.name}: image tokens are not of unit norm")
     further = {column: shard.further_captions(column) for column in captions}
     further_tokens = np.concatenate([chunk.further_tokens for chunk in chunks])
     counts = np.array([[*map(len, each)] for each in further.values()], int)  # [columns, n]
@@ -280,7 +275,6 @@ def commit_shard(
             keys=shard.keys,
             captions=[shard.caption(row) for row in range(len(shard))],
             further=further,
-            image_tokens=image_tokens if image_tokens.shape[1] else None,
         )
         counts = {"embedded": int((~bad).sum())}
         if bad.any():

@@ -1,7 +1,6 @@
 """--dry-run: what would be trained, without data, without allocating it."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +13,13 @@ from training.engine.choices import zero_stage
 COPIED_BYTES = 16  # a parameter: master weight, two moments, average
 
 
-def on_meta(config: Any, build_model: Callable[[Any], nn.Module]) -> nn.Module:
+def on_meta(config: RunConfig, build_model: Callable[..., nn.Module]) -> nn.Module:
     """Build what would be trained, without allocating it; ValueError for options that cannot be."""
     with torch.device("meta"):
         return build_model(config)
 
 
-def dry_run(config: RunConfig, build_model: Callable[[Any], nn.Module]) -> int:
+def dry_run(config: RunConfig, build_model: Callable[..., nn.Module]) -> int:
     """Print the merged configuration, the parameter count and the memory of weights and
     optimizer."""
     model = on_meta(config, build_model)
