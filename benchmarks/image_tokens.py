@@ -23,8 +23,9 @@ from statistics import median
 
 import numpy as np
 from _common import BenchmarkConfig, run_benchmark
+from _decoder_racers import DECODER_SETTINGS, GUIDANCE
 from _pairs import EMOJI, ROOT, embedded_sets
-from _racers import GUIDANCE, SETTINGS, SIZE, TRIAL, write_arrays
+from _racers import SIZE, TRIAL, write_arrays
 from quality_an_hour import picture_scores
 
 from cluster.base.files import Json
@@ -121,7 +122,8 @@ def _trained(
     """Train a stage, where that is not done; returns its reports."""
     if stage == "base":
         command = [
-            "training/decoder.py", "--preset", "demo_pictures", *SETTINGS["ours"]["transformer"],
+            "training/decoder.py", "--preset", "demo_pictures", "--base.dit.width", "192",
+            *DECODER_SETTINGS["ours"]["transformer"],
             "--base.image-tokens", str(count), "--images", str(data / "train"),
             "--image-size", str(SIZE),
         ]  # fmt: skip

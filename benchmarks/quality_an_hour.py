@@ -4,17 +4,19 @@
     python benchmarks/quality_an_hour.py --minutes 4 --rounds 1 --sets emoji --work race
 
 Base decoders of 32 px and near-equal size race: ours by training/decoder.py, diffusers' unCLIP
-U-Net in a plain loop, dalle2-pytorch's Decoder by its own trainer. All read the same pictures, the
-embeddings of one CLIP and the states of its text tower, in the same batches of 64, on the same
-threads, with the same EMA and guidance. Each first runs a heat of a quarter of the time in each of
-its settings (`_racers.SETTINGS`); the best one races, the rounds in turn. After each lap (an
-eighth, a quarter, half and all of the time) it draws held-out pictures from their embeddings and
-captions by its own sampler, in as many steps as fit into the same seconds.
+U-Net in a plain loop, dalle2-pytorch's Decoder by its own trainer. With `--leg prior` diffusion
+priors do: ours, PriorTransformer, DiffusionPrior. All read the same pictures, the embeddings of one
+CLIP and the states of its text tower, in batches of one size, on the same threads, with the same
+EMA and guidance. Each first runs a heat of a quarter of the time in each of its settings; the best
+one races, the rounds in turn. After each lap (an eighth, a quarter, half and all of the time) it
+draws held-out pictures from their embeddings and captions, or embeddings from captions, by its own
+sampler, in as many steps as fit into the same seconds.
 
-The judge is EfficientNet-Lite0 of ImageNet, which none has seen: FD with its 95 % interval (of the
-pictures drawn), KID, and PSNR to the pictures whose embeddings were given. `ratio` = seconds of the
-best peer until its least FD, over the seconds that ours takes to reach that, the least of all sets.
-Results are kept in --work, and continued there.
+The judge of pictures is EfficientNet-Lite0 of ImageNet, which none has seen: FD with its 95 %
+interval (of the pictures drawn), KID, and PSNR to the pictures whose embeddings were given. Drawn
+embeddings are judged beside the true ones: FD, mean cosine, and how often one finds its own picture
+first. `ratio` = seconds of the best peer until its least FD, over the seconds that ours takes to
+reach that, the least of all sets. Results are kept in --work, and continued there.
 """
 
 import dataclasses
@@ -25,12 +27,14 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from _common import BenchmarkConfig, run_benchmark
+from _decoder_racers import DECODER_SETTINGS, DECODERS
 from _pairs import EMOJI, embedded_sets
-from _racers import DALLE2, OURS, SETTINGS, SIZE, Heat, race, write_arrays
+from _prior_racers import PRIOR_SETTINGS, PRIORS
+from _racers import DALLE2, OURS, SIZE, Heat, race, write_arrays
 
 from cluster.base.files import Json
 
@@ -38,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = str(ROOT / ".venv-bench" / "bin" / "python")
 LAPS = (0.125, 0.25, 0.5, 1.0)  # of the time
 HEAT = 0.25
+LEGS = {"decoder": (DECODERS, DECODER_SETTINGS), "prior": (PRIORS, PRIOR_SETTINGS)}
 NUM_SHOWN = 16  # pictures of each side in the grid
 
 
@@ -45,13 +50,15 @@ NUM_SHOWN = 16  # pictures of each side in the grid
 class Config(BenchmarkConfig):
     """Sizes of the race."""
 
+    leg: Literal["decoder", "prior"] = "decoder"
+    """which stage of the chain"""
     minutes: float = 20.0
     """training of each side"""
     rounds: int = 3
     """races, alternating"""
     sets: tuple[str, ...] = ("emoji", "shapes")
     """pictures: Fluent emoji (../shared/data), the drawn set, or a Parquet file of pairs"""
-    sides: tuple[str, ...] = tuple(SETTINGS)
+    sides: tuple[str, ...] = tuple(DECODERS)
     """who races; ours and one more at least"""
     num_train: int = 4500
     """training pairs, about"""
@@ -67,6 +74,8 @@ class Config(BenchmarkConfig):
     """bootstrap resamples of the intervals"""
     batch_size: int = 64
     """samples a step"""
+    size: Literal["demo", "small"] = "demo"
+    """of the networks, `_racers.SIZES`"""
     heats: bool = True
     """run heats to choose each side's setting; else the first of each races"""
     num_threads: int | None = None
@@ -83,10 +92,11 @@ def main(config: Config) -> int:
     """Print a table, and one JSON object as the last line."""
     if config.heat:
         values = json.loads(config.heat)
-        race(Heat(**{**values, "laps": tuple(values["laps"])}))
+        heat = Heat(**{**values, "laps": tuple(values["laps"])})
+        race(heat, LEGS[heat.leg][0][heat.racer])
         return 0
-    if OURS not in config.sides or len(config.sides) < 2 or set(config.sides) - set(SETTINGS):
-        expected = f"{OURS} and some of {', '.join(sorted(set(SETTINGS) - {OURS}))}"
+    if OURS not in config.sides or len(config.sides) < 2 or set(config.sides) - set(DECODERS):
+        expected = f"{OURS} and some of {', '.join(sorted(set(DECODERS) - {OURS}))}"
         raise ValueError(f"--sides: found {' '.join(config.sides)}, expected {expected}")
     if DALLE2 in config.sides and not Path(PEERS).exists():
         raise ValueError(f"{PEERS}: found no such file; make it with: make bench-setup")
@@ -115,16 +125,17 @@ def _race(data: Path, name: str, config: Config) -> Json:
 
     def run(side: str, setting: str, label: str, laps: tuple[float, ...], seed: int) -> list[Json]:
         heat = Heat(
-            racer=side, setting=setting, data=str(data), out=str(data / label / side / setting),
-            laps=laps, sampling_seconds=config.sampling_seconds, batch_size=config.batch_size,
-            num_pictures=config.num_pictures, num_threads=threads, seed=seed,
+            leg=config.leg, racer=side, setting=setting, data=str(data),
+            out=str(data / label / side / setting), laps=laps, seed=seed, num_threads=threads,
+            sampling_seconds=config.sampling_seconds, batch_size=config.batch_size,
+            num_pictures=config.num_pictures, size=config.size,
         )  # fmt: skip
         return _result(heat, config.num_resamples)
 
     seconds = 60 * config.minutes
-    chosen = {}
+    chosen, known = {}, LEGS[config.leg][1]
     for side in config.sides:
-        settings = list(SETTINGS[side])
+        settings = list(known[side])
         if config.heats:
             tried = {each: run(side, each, "heats", (HEAT * seconds,), 0) for each in settings}
             settings = sorted(settings, key=lambda each: tried[each][-1]["fd"])
@@ -134,7 +145,8 @@ def _race(data: Path, name: str, config: Config) -> Json:
     for number in range(config.rounds):
         for side, setting in chosen.items():
             rounds[side].append(run(side, setting, f"round_{number}", laps, number + 1))
-    _save_grid(data, chosen, Path(f"{config.out}_{Path(name).stem}.png"))
+    if config.leg == "decoder":
+        _save_grid(data, chosen, Path(f"{config.out}_{Path(name).stem}.png"))
     return _figures(rounds, chosen)
 
 
@@ -142,7 +154,7 @@ def _require_same(data: Path, config: Config) -> None:
     """Keep the options of what is in a folder; ValueError where it was made with others."""
     changing = ("rounds", "sets", "sides", "work", "out", "heat", "heats", "quick")
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in changing}
-    options = json.loads(json.dumps({**options, "settings": SETTINGS}))
+    options = json.loads(json.dumps({**options, "settings": LEGS[config.leg][1]}))
     path = data / "options.json"
     if path.exists():
         before = json.loads(path.read_text())
@@ -171,7 +183,8 @@ def _result(heat: Heat, num_resamples: int) -> list[Json]:
     laps = json.loads((Path(heat.out) / "laps.json").read_text())
     for lap, scores in enumerate(laps):
         drawn = np.load(Path(heat.out) / f"drawn_{lap}.npy")
-        scores |= picture_scores(Path(heat.data), drawn, num_resamples)
+        scored = embedding_scores if heat.leg == "prior" else picture_scores
+        scores |= scored(Path(heat.data), drawn, num_resamples)
     path.write_text(json.dumps(laps))
     return laps
 
@@ -181,8 +194,7 @@ def _result(heat: Heat, num_resamples: int) -> list[Json]:
 
 def picture_scores(data: Path, drawn: np.ndarray, num_resamples: int) -> dict[str, float]:
     """Return FD with its interval, KID and PSNR of drawn pictures, uint8 [n, 3, H, W]."""
-    from eval.distances.frechet import Moments, Reference
-    from eval.distances.intervals import bootstrap_error, interval, kernel_distance
+    from eval.distances.intervals import kernel_distance
     from eval.features.blocks import Features
 
     real = np.load(data / "test_image.npy")
@@ -190,16 +202,41 @@ def picture_scores(data: Path, drawn: np.ndarray, num_resamples: int) -> dict[st
     if not path.exists():
         np.save(path, _features(real))
     seen, features = np.load(path), _features(drawn)
-    reference = Reference.of(Moments.of(seen))
-    distance = reference.distance(Moments.of(features))
-    error = bootstrap_error(Features.of(features), reference, num_resamples)
     squares = np.square(drawn.astype(float) - real[: len(drawn)]).mean((1, 2, 3))
-    low, high = interval(distance, error)
     return {
-        "fd": distance, "fd_low": low, "fd_high": high,
+        **_distance(seen, features, num_resamples),
         "kid": float(kernel_distance(Features.of(features), Features.of(seen))["kid"]),
         "psnr_db": float((10 * np.log10(255**2 / squares.clip(min=1e-9))).mean()),
     }  # fmt: skip
+
+
+def embedding_scores(data: Path, drawn: np.ndarray, num_resamples: int) -> dict[str, float]:
+    """Return FD with its interval, and a prior's scores, of drawn embeddings [n, E] beside the true
+    ones of their captions."""
+    import torch
+
+    from models.scores import prior_scorecard
+
+    true = [np.load(data / f"test_{name}_embed.npy")[: len(drawn)] for name in ("image", "text")]
+    z, image, text = map(torch.from_numpy, (drawn, *true))
+    scores = prior_scorecard(z, image, text, [str(row) for row in range(len(z))])
+    return {
+        **_distance(true[0], drawn, num_resamples),
+        "cos": scores["cos"], "retrieval_at_1": scores["retrieval_at_1"],
+    }  # fmt: skip
+
+
+def _distance(real: np.ndarray, drawn: np.ndarray, num_resamples: int) -> dict[str, float]:
+    """Return FD of features [n, D], with its interval."""
+    from eval.distances.frechet import Moments, Reference
+    from eval.distances.intervals import bootstrap_error, interval
+    from eval.features.blocks import Features
+
+    reference = Reference.of(Moments.of(real))
+    distance = reference.distance(Moments.of(drawn))
+    error = bootstrap_error(Features.of(drawn), reference, num_resamples)
+    low, high = interval(distance, error)
+    return {"fd": distance, "fd_low": low, "fd_high": high}
 
 
 def _features(images: np.ndarray) -> np.ndarray:
@@ -262,7 +299,9 @@ def _show(figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("seconds", "steps", "fd", "fd_low", "fd_high", "kid", "psnr_db", "sampling_steps")
+    first = next(iter(figures.values()))["sides"][OURS]["laps"][0]
+    hidden = ("parameters", "sampling_seconds")
+    columns = [name for name in first if name not in hidden]
     table = Table("set", "side", "parameters", *columns)
     for name, of_set in figures.items():
         for side, entry in of_set["sides"].items():

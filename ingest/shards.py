@@ -14,7 +14,7 @@
                        captions in a kept COLUMN of the images' table, texts or lists of texts;
                        keys.parquet has them in COLUMN, a list for each row
     <embeds>/000000.COLUMN.offsets.npy   int64 [n + 1]: row i has captions [o[i], o[i + 1]) of them
-    <embeds>/_statistics.npz  mean, std and spectrum of the image embeddings, mean and std of tokens
+    <embeds>/_statistics.npz  mean, std and spectrum of the image embeddings, moments of tokens
 
 Row i of every embedding file belongs to row i of the shard's index. Every reader imports this
 file, which exports what they need of commits and snapshots too. Nothing is ever unpickled.

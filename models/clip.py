@@ -103,21 +103,21 @@ def _with_tokens(tower: Any, pixels: Tensor, side: int) -> tuple[Tensor, Tensor]
     """Return the embeddings [B, E] of standardised pixels [B, 3, S, S] by an image tower, and its
     tokens [B, E, side, side]: means over parts of its last map, projected as the embedding is.
 
-    Raises ValueError for a tower that pools by attention, whose map is in another space.
+    Raises ValueError for a tower that is neither a plain vision transformer nor one of this
+    project: what pools by attention has its map in another space, and timm's towers project in
+    several ways.
     """
     if isinstance(tower, ImageTower | ConvTower):
         return tower.with_tokens(pixels, side)
-    if hasattr(tower, "forward_intermediates") and getattr(tower, "attn_pool", None) is None:
+    projection = getattr(tower, "proj", None)
+    pools_by_attention = getattr(tower, "attn_pool", None) is not None
+    if isinstance(projection, Tensor) and not pools_by_attention:
         output = tower.forward_intermediates(
             pixels, indices=1, normalize_intermediates=True, output_fmt="NCHW"
         )
         embed, maps = output["image_features"], output["image_intermediates"][-1]  # [B, C, h, w]
         maps = mean_parts(maps.float(), side)  # [B, C, side, side]
-        projection = getattr(tower, "proj", None)
-        if isinstance(projection, Tensor):
-            maps = torch.einsum("bchw,ce->behw", maps, projection.float())
-        if maps.shape[1] == embed.shape[1]:
-            return embed, maps
+        return embed, torch.einsum("bchw,ce->behw", maps, projection.float())
     raise ValueError(
         f"image_tokens: found {side**2} for a {type(tower).__name__}, expected 1, z_i alone: the "
         "places of its last map are not projected as its embedding is"

@@ -441,6 +441,9 @@ class Decoder(nn.Module):
         for name, (found, expected) in options.items():
             if found != expected:
                 raise ValueError(f"guide: {name}: found {found!r}, expected {expected!r}")
+        found, expected = guide.config.image_tokens, self.config.image_tokens
+        if 1 not in (found, expected) and found != expected:
+            raise ValueError(f"guide: image_tokens: found {found}, expected {expected} or 1")
 
     def _denoiser(self, network: Network) -> Denoiser:
         def denoise(x: Tensor, t: Tensor) -> Denoised:

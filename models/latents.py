@@ -63,9 +63,17 @@ def embed_images(chain: UnClip, images: Sequence[Image.Image]) -> Tensor:
     return chain.clip.encode_image(torch.stack(stacked), chain.base.config.image_tokens)
 
 
-def encode(chain: UnClip, images: Sequence[Image.Image], sampling: Sampling) -> Latents:
-    """Return both latents of B pictures, by inverting DDIM with `sampling.decoder`'s steps."""
+def encode(
+    chain: UnClip, images: Sequence[Image.Image], sampling: Sampling, *, with_tokens: bool = True
+) -> Latents:
+    """Return both latents of B pictures, by inverting DDIM with `sampling.decoder`'s steps.
+
+    with_tokens: keep the tokens that the decoder reads; without them x_T is that of z_i alone, as
+    for edits that turn it.
+    """
     image_embed = embed_images(chain, images)
+    if not with_tokens:
+        image_embed = vector_of(image_embed)
     image = pixels_of(images, chain.base.image_size).to(chain.device)
     condition, options = chain.condition(None, image_embed), sampling.decoder
     with sampling.autocast(image_embed):
@@ -123,9 +131,9 @@ def text_diffs(
     """Return one image's latents turned toward `caption` and away from `without`.
 
     z_d = norm(z_t - z_t0), z = slerp(z_i, z_d, theta); the paper's theta ends between .25 and .5.
-    latents: of one image. without: a caption of the image as it is, or a plain one; empty for none
-    (z_t0 = 0). Returns one row for each theta. Raises ValueError for captions that the encoder
-    maps to the same embedding: there is no direction.
+    latents: of one image, encoded without tokens. without: a caption of the image as it is, or a
+    plain one; empty for none (z_t0 = 0). Returns one row for each theta. Raises ValueError for
+    captions that the encoder maps to the same embedding: there is no direction.
     """
     embed = chain.encode_captions([caption, without])[1]
     difference = embed[:1] - (embed[1:] if without else 0)

@@ -37,7 +37,7 @@ def s3_server(folder: Path) -> Iterator[str]:
 def _start(folder: Path, **more: str) -> tuple["subprocess.Popen[bytes]", str]:
     log = folder / "moto.log"
     with log.open("w") as file:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+        command = [sys.executable, str(Path(__file__).with_name("_atomic_s3.py"))]
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **more}
         )

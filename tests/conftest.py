@@ -201,10 +201,10 @@ def _finished(run: Path, model: nn.Module, config: dict) -> Path:
     return run
 
 
-def _prior(kind: str, sizes: dict[str, int]) -> tuple[Any, nn.Module]:
+def _prior(kind: str, sizes: dict[str, int], image_tokens: int) -> tuple[Any, nn.Module]:
     small: Any = {"width": 16, "depth": 1, "num_heads": 2}
     if kind == "diffusion":
-        config = DiffusionPriorConfig(**small)
+        config = DiffusionPriorConfig(**small, image_tokens=image_tokens)
         return config, DiffusionPrior(config, **sizes)
     if kind == "regression":
         config = RegressionPriorConfig(**small)
@@ -217,17 +217,19 @@ def _prior(kind: str, sizes: dict[str, int]) -> tuple[Any, nn.Module]:
 @pytest.fixture(scope="session")
 def write_chain() -> Callable[..., dict[str, Path]]:
     """Return a function that writes an untrained prior, decoder and upsampler for the embeddings
-    of `clip`, as finished runs: to twice `image_size` px."""
+    of `clip`, as finished runs: to twice `image_size` px; image_tokens: of prior and decoder."""
 
     def write(
-        root: Path, clip: FrozenClip, image_size: int = 8, kind: str = "diffusion"
-    ) -> dict[str, Path]:
+        root: Path, clip: FrozenClip, image_size: int = 8, kind: str = "diffusion",
+        image_tokens: tuple[int, int] = (1, 1),
+    ) -> dict[str, Path]:  # fmt: skip
         torch.manual_seed(0)
         sizes = {"embed_dim": clip.embed_dim, "text_width": clip.text_width}
         prior_sizes = {**sizes, "context_length": clip.context_length}
-        prior, prior_model = _prior(kind, prior_sizes)
+        prior, prior_model = _prior(kind, prior_sizes, image_tokens[0])
         unet = UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attn_resolutions=())
-        base, up = DecoderConfig(unet=unet, context_width=8), UpsamplerConfig(unet=unet)
+        base = DecoderConfig(unet=unet, context_width=8, image_tokens=image_tokens[1])
+        up = UpsamplerConfig(unet=unet)
         decoder_sizes = {**sizes, "image_size": image_size}
         up_sizes = {"factor": 2, "crop_size": 8}
         saved_up = {**up_sizes, "image_size": 2 * image_size}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.base.cli import parse, with_options
@@ -22,6 +23,7 @@ from cluster.planning.layouts import Layout, step_time
 from cluster.planning.report import Planner
 from cluster.planning.request import CHAINS, PRESETS, PlanRequest
 from cluster.planning.stages import build_stages
+from ingest.shards import write_embed_shard
 from models.clip import FrozenClip, build_clip
 from models.costs import offloaded_bytes, state_bytes
 from training.runs.profiling import PEAK_TFLOPS
@@ -415,22 +417,20 @@ def test_a_checkpoints_size_is_what_training_writes(demo):
     assert report.checkpoint_bytes(stage) == stage.parameters * 24
 
 
-def test_rows_of_embeddings_are_what_shards_hold(demo, tmp_path: Path):
-    import numpy as np
-
-    from ingest.shards import write_embed_shard
-
-    sizes, n = demo.encoder, 1000
+@pytest.mark.parametrize("k", [1, 4])
+def test_rows_of_embeddings_are_what_shards_hold(demo, tmp_path: Path, k: int):
+    sizes, n, vectors = demo.encoder, 1000, {1: (), 4: (5,)}[k]
     write_embed_shard(
-        tmp_path, "000000", image_embed=np.zeros((n, sizes["embed_dim"])),
+        tmp_path, "000000", image_embed=np.zeros((n, *vectors, sizes["embed_dim"])),
         text_embed=np.zeros((n, sizes["embed_dim"])),
         tokens=np.zeros((n, sizes["context_length"])),
         keys=[f"{i:09d}" for i in range(n)], captions=[f"a picture of {i}" for i in range(n)],
     )  # fmt: skip
     npy = sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
-    row = 4 * sizes["embed_dim"] + 4 * sizes["context_length"]
+    row = (4 if k == 1 else 12) * sizes["embed_dim"] + 4 * sizes["context_length"]
     assert npy == pytest.approx(n * row, rel=0.01)
-    found = report.storage_bytes(DEMO, demo.encoder, [])["embeddings, tokens and keys"]
+    request = dataclasses.replace(DEMO, image_tokens=k)
+    found = report.storage_bytes(request, demo.encoder, [])["embeddings, tokens and keys"]
     assert found == pytest.approx(8000 * (row + report.KEYS_BYTES))
 
 

@@ -13,14 +13,19 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from _runs import base_run, prior_run
+from _runs import SIX_STEPS, base_run, prior_run
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
+from eval.sampling import edits
+from eval.sampling.generate import sampling_of
 from ingest.embedding.encode import open_embeds
 from ingest.embedding.statistics import EmbedStatistics
 from ingest.shards import EmbedShard, ImageShard, load_snapshot
 from ingest.store.maintenance import forget
 from ingest.store.removal import Forgotten
+from models import latents
 from models.clip import FrozenClip, ImageTower, build_clip
 from models.configs import ClipConfig, DecoderConfig, DiffusionPriorConfig
 from models.convert.priors import prior_to_diffusers
@@ -28,16 +33,23 @@ from models.convert.runs import load_clip
 from models.convert.unets import decoder_to_diffusers
 from models.costs import training_flops
 from models.diffusion.samplers import ddim
-from models.latents import Latents, blends, pca_images
+from models.latents import Latents, blends, pca_images, pixels_of
 from models.priors.base import PackedText, PriorSampling, PriorText
 from models.priors.diffusion import DiffusionPrior
+from models.unclip import UnClip
+from models.weights import EMA_NAME, exported
 from training.config import TrainConfig
 from training.data.datasets import EmbedDataset
 from training.data.inputs import prepare_data
+from training.runs.worker import launch
+from training.tasks.prior import build_prior
 
 SMALL = ClipConfig(
     embed_dim=16, vision_width=32, vision_depth=1, text_width=32, text_depth=1, vocab_size=512
 )
+
+
+PRIOR_OF_FOUR = DiffusionPriorConfig(width=16, depth=1, num_heads=2, image_tokens=4)
 
 
 def images(count: int, size: int) -> Tensor:
@@ -109,6 +121,10 @@ def test_other_towers_and_numbers_are_refused():
     resnet = FrozenClip(open_clip.CLIP(16, vision, text), "resnet")
     with pytest.raises(ValueError, match="found 4 for a ModifiedResNet, expected 1, z_i alone"):
         resnet.encode_image(images(1, 64), 4)
+    vision = open_clip.CLIPVisionCfg(timm_model_name="vit_tiny_patch16_224", image_size=224)
+    timms = FrozenClip(open_clip.CLIP(16, vision, text), "timm")
+    with pytest.raises(ValueError, match="found 4 for a TimmModel, expected 1, z_i alone"):
+        timms.encode_image(images(1, 224), 4)
 
 
 # -- stored ----------------------------------------------------------------------------------------
@@ -144,18 +160,23 @@ def test_their_moments_are_taken_over_all_of_them_and_merged(data: Path):
     statistics = EmbedStatistics.read(data / "embeds")
     assert np.allclose(statistics.token_mean, np.concatenate(tokens).mean(0))
     assert np.allclose(statistics.token_std, np.concatenate(tokens).std(0))
-    mean, std = tokens[0].mean(0), tokens[0].std(0)
-    first = dataclasses.replace(statistics, token_mean=mean, token_std=std)
-    mean, std = tokens[1].mean(0), tokens[1].std(0)
-    second = dataclasses.replace(statistics, token_mean=mean, token_std=std)
-    merged = EmbedStatistics.merge([first, second])
+    expected = np.cov(np.concatenate(tokens).T, bias=True)
+    assert np.allclose(statistics.token_covariance, expected)
+    halves = [
+        dataclasses.replace(
+            statistics, token_mean=each.mean(0), token_covariance=np.cov(each.T, bias=True)
+        )
+        for each in tokens
+    ]
+    merged = EmbedStatistics.merge(halves)
     assert np.allclose(merged.token_mean, statistics.token_mean)
-    assert np.allclose(merged.token_std, statistics.token_std)
+    assert np.allclose(merged.token_covariance, expected)
 
 
 def test_a_mixture_with_a_folder_without_tokens_has_none(data: Path):
     statistics = EmbedStatistics.read(data / "embeds")
-    without = dataclasses.replace(statistics, token_mean=np.zeros(0), token_std=np.zeros(0))
+    none = {"token_mean": np.zeros(0), "token_covariance": np.zeros((0, 0))}
+    without = dataclasses.replace(statistics, **none)
     for pair in ([statistics, without], [without, statistics], [without, without]):
         merged = EmbedStatistics.merge(pair)
         assert merged.token_mean.shape == merged.token_std.shape == (0,)
@@ -163,14 +184,26 @@ def test_a_mixture_with_a_folder_without_tokens_has_none(data: Path):
 
 
 def test_models_of_other_numbers_are_refused_before_training(data: Path, tmp_path: Path):
-    of_four = {"diffusion": DiffusionPriorConfig(width=16, num_heads=2, image_tokens=4)}
-    prepare_data(prior_run(data, tmp_path / "prior", TrainConfig(), **of_four))
-    of_nine = {"diffusion": DiffusionPriorConfig(width=16, num_heads=2, image_tokens=9)}
+    prepare_data(prior_run(data, tmp_path / "prior", TrainConfig(), diffusion=PRIOR_OF_FOUR))
+    of_nine = dataclasses.replace(PRIOR_OF_FOUR, image_tokens=9)
     with pytest.raises(ValueError, match="diffusion.image_tokens: found 9 over embeddings with 4"):
-        prepare_data(prior_run(data, tmp_path / "prior", TrainConfig(), **of_nine))
+        prepare_data(prior_run(data, tmp_path / "prior", TrainConfig(), diffusion=of_nine))
     base = DecoderConfig(unet=_networks.UNET, image_tokens=16)
     with pytest.raises(ValueError, match="base.image_tokens: found 16 over embeddings with 4"):
         prepare_data(base_run(data, tmp_path / "base", TrainConfig(), base=base))
+
+
+def test_a_model_of_tokens_is_fine_tuned_as_itself_alone(data: Path, tmp_path: Path):
+    first = prior_run(data, tmp_path / "first", SIX_STEPS, diffusion=PRIOR_OF_FOUR)
+    assert launch(prepare_data(first), first.run, build_prior, "prior") == 0
+    tuned = dataclasses.replace(first, run=str(tmp_path / "tuned"), init=first.run)
+    stored = load_file(exported(first.run) / EMA_NAME)
+    started = build_prior(prepare_data(tuned)).model.state_dict()
+    assert stored.keys() == started.keys()
+    assert all(torch.equal(started[name], value) for name, value in stored.items())
+    plain = prior_run(data, tmp_path / "plain", SIX_STEPS, init=first.run)
+    with pytest.raises(ValueError, match="init: .*image_tokens: found 4, expected 1; pass"):
+        build_prior(prepare_data(plain))
 
 
 def test_a_folder_keeps_its_number_of_tokens(data: Path):
@@ -274,6 +307,18 @@ def test_a_scale_of_tokens_is_undone():
     assert torch.allclose(model._restored(scaled), z, atol=1e-6)
 
 
+def test_the_paper_samplers_variance_is_the_mean_over_all_that_is_drawn():
+    """Of white data: v (1 - a) / (a v + 1 - a), once for z_i and four times for tokens."""
+    model = prior()
+    assert model.token_scale is not None
+    for scale, std in ((model.scale, 0.3), (model.token_scale, 0.1)):
+        scale.set(torch.zeros(16), torch.full((16,), std))
+        scale.set_spectrum(torch.eye(16) * 0.04)
+    a = model.schedule.alpha_bar.double()
+    embed, token = (v * (1 - a) / (a * v + 1 - a) for v in (0.04 / 0.3**2, 0.04 / 0.1**2))
+    assert torch.allclose(model._x0_variance(), (embed + 4 * token) / 5, rtol=1e-5)
+
+
 # -- read ------------------------------------------------------------------------------------------
 
 
@@ -315,6 +360,47 @@ def test_a_decoder_without_tokens_takes_the_vector_and_others_are_refused():
         _networks.decoder(image_tokens=3)
     with pytest.raises(ValueError, match="image_tokens_drop: found 1"):
         _networks.decoder(image_tokens=4, image_tokens_drop=1.0)
+
+
+def test_chains_of_other_numbers_are_refused_before_a_draw(tmp_path: Path, write_chain: Callable):
+    clip = load_clip("tiny:random")
+    four = write_chain(tmp_path / "4", clip, 32, image_tokens=(4, 4))
+    nine = write_chain(tmp_path / "9", clip, 32, image_tokens=(9, 9))
+    with pytest.raises(ValueError, match="a prior of 9 image tokens, expected 4 or none: those"):
+        UnClip.load(clip, str(nine["prior"]), str(four["decoder"]))
+    with pytest.raises(ValueError, match="guide: image_tokens: found 9, expected 4 or 1"):
+        UnClip.load(clip, "", str(four["decoder"]), guide=str(nine["decoder"]))
+    plain = write_chain(tmp_path / "1", clip, 32)
+    for prior, decoder, guide in ((plain, four, plain), (four, plain, four), (four, four, plain)):
+        UnClip.load(clip, str(prior["prior"]), str(decoder["decoder"]), (), str(guide["decoder"]))
+
+
+def test_edits_that_turn_the_vector_find_the_start_under_it_alone(
+    data: Path, tmp_path: Path, write_chain: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    clip, found = load_clip("tiny:random"), []
+    runs = write_chain(tmp_path / "runs", clip, 32, image_tokens=(1, 4))
+    chain = UnClip.load(clip, "", str(runs["decoder"]))
+    (tmp_path / "a.png").write_bytes(ImageShard(data / "images", "000000").image_bytes(0))
+    sampling = sampling_of({"decoder_steps": 2, "precision": "fp32"})
+    options: Any = {"images": (str(tmp_path / "a.png"),), "num_threads": 1}
+    real = latents.encode
+
+    def encode(*arguments: Any, **more: Any) -> Latents:
+        found.append(real(*arguments, **more))
+        return found[-1]
+
+    monkeypatch.setattr(latents, "encode", encode)
+    for edit, dims in (
+        (edits.TextDiff(**options, caption="a hat", count=2), 2),
+        (edits.Pca(**options, components=(2,), embeds=str(data / "embeds")), 2),
+        (edits.Variations(**options, count=1), 3),
+    ):
+        edit.draw(chain, sampling)
+        assert found[-1].image_embed.ndim == dims
+    pixels, z = pixels_of([Image.open(tmp_path / "a.png")], 32), found[0].image_embed
+    start = chain.base.invert(pixels, chain.condition(None, z), 2, sampling.decoder.spacing)
+    assert torch.equal(found[0].start, start)
 
 
 def test_training_hides_tokens_of_the_share_that_it_is_given():

@@ -44,25 +44,44 @@ def test_the_ratio_is_of_the_seconds_to_one_distance(race: Any):
     assert race["speed_up"](curve, rising) == pytest.approx(40 / race["seconds_until"](curve, 60))
 
 
+def test_embeddings_are_judged_beside_the_true_ones(race: Any, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    image, text = (rng.normal(size=(200, 8)).astype(np.float32) for _ in range(2))
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    np.save(tmp_path / "test_image_embed.npy", image)
+    np.save(tmp_path / "test_text_embed.npy", text)
+    same = race["embedding_scores"](tmp_path, image, 3)
+    assert same["fd"] == pytest.approx(0, abs=1e-6) and same["cos"] == pytest.approx(1)
+    assert same["retrieval_at_1"] == 1
+    turned = race["embedding_scores"](tmp_path, -image, 3)
+    mean = image.astype(np.float64).mean(0)  # the covariance of both is the same
+    assert turned["fd"] == pytest.approx(4 * np.square(mean).sum(), rel=1e-4)
+    assert turned["cos"] == pytest.approx(-1)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (ROOT / ".venv-bench").exists(), reason="needs the peers of `make bench-setup`"
 )
-def test_the_race_runs_to_its_end_and_continues(tmp_path: Path):
+@pytest.mark.parametrize("leg", ["decoder", "prior"])
+def test_the_race_runs_to_its_end_and_continues(leg: str, tmp_path: Path):
     command = ("benchmarks/quality_an_hour.py", "--quick", "--work", str(tmp_path / "work"),
-               "--out", str(tmp_path / "grid"))  # fmt: skip
+               "--out", str(tmp_path / "grid"), "--leg", leg)  # fmt: skip
     ended = done(script(*command), 900)
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])
     sides = found["shapes"]["sides"]
     assert set(sides) == {"ours", "diffusers", "dalle2-pytorch"} and found["ratio"] > 0
-    assert (tmp_path / "grid_shapes.png").exists()
+    assert (tmp_path / "grid_shapes.png").exists() == (leg == "decoder")
     for side, entry in sides.items():
         lap = entry["laps"][-1]
         assert lap["fd_low"] <= lap["fd"] <= lap["fd_high"]
         folder = tmp_path / "work" / "shapes" / "round_0" / side / entry["setting"]
         drawn = np.load(folder / "drawn_3.npy")
-        assert drawn.shape == (40, 3, 32, 32) and drawn.std() > 1
+        if leg == "decoder":
+            assert drawn.shape == (40, 3, 32, 32) and drawn.std() > 1
+        else:
+            assert np.allclose(np.linalg.norm(drawn, axis=1), 1, atol=1e-4)
     before = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "work").rglob("*.npy")}
     again = done(script(*command), 300)
     assert json.loads(again.stdout.splitlines()[-1]) == found

@@ -77,7 +77,8 @@ def storage_bytes(
     if any(stage.name == "up1024" for stage in stages):
         each = request.images * SHARE_1024 * IMAGE_BYTES_1024
         sizes["images of 1024 px, where the web has them"] = each
-    sizes["embeddings, tokens and keys"] = request.images * embedding_bytes(encoder)
+    row = embedding_bytes(encoder, request.image_tokens)
+    sizes["embeddings, tokens and keys"] = request.images * row
     for stage in stages:
         # while the newest is written, the one it will replace is still there
         kept = stage.train.checkpoint.keep_checkpoints + 1
@@ -85,9 +86,11 @@ def storage_bytes(
     return sizes
 
 
-def embedding_bytes(encoder: Mapping[str, int]) -> int:
-    """Return the bytes of a row: two float16 embeddings, int32 tokens, key and caption."""
-    return 2 * 2 * encoder["embed_dim"] + 4 * encoder["context_length"] + KEYS_BYTES
+def embedding_bytes(encoder: Mapping[str, int], image_tokens: int = 1) -> int:
+    """Return the bytes of a row: two float16 embeddings and k > 1 float16 tokens of the image,
+    int32 tokens, key and caption."""
+    vectors = 2 + (image_tokens if image_tokens > 1 else 0)
+    return 2 * vectors * encoder["embed_dim"] + 4 * encoder["context_length"] + KEYS_BYTES
 
 
 class Planner:

@@ -119,13 +119,17 @@ class ImagesEdit(Edit):
         """What the rows of the grid are called."""
         return [Path(path).stem for path in self.images]
 
-    def encoded(self, chain: "UnClip", sampling: "Sampling") -> "list[Latents]":
-        """Return the latents of each image."""
+    def encoded(
+        self, chain: "UnClip", sampling: "Sampling", *, with_tokens: bool = True
+    ) -> "list[Latents]":
+        """Return the latents of each image, with the tokens that the decoder reads or without."""
         from models.latents import encode
 
         images, size = open_images(self.images), self.batch_size
         batches = (images[start : start + size] for start in range(0, len(images), size))
-        encoded = (encode(chain, batch, sampling) for batch in batches)
+        encoded = (
+            encode(chain, batch, sampling, with_tokens=with_tokens) for batch in batches
+        )
         return [latents.row(number) for latents in encoded for number in range(len(latents))]
 
     def decoded(
@@ -276,7 +280,7 @@ class TextDiff(ImagesEdit):
         thetas = _spread(self.max_theta, self.count)
         latents = [
             text_diffs(chain, each, self.caption, self.without, thetas)
-            for each in self.encoded(chain, sampling)
+            for each in self.encoded(chain, sampling, with_tokens=False)
         ]
         columns = [f"{theta:.2f}" for theta in thetas]
         pixels = self.decoded(chain, sampling, latents)
@@ -360,7 +364,7 @@ class Pca(ImagesEdit):
                 f"{chain.clip.embed_dim}: those of the decoder's encoder"
             )
         counts = [count for count in self.components if count < len(mean)] + [len(mean)]
-        encoded = self.encoded(chain, sampling)
+        encoded = self.encoded(chain, sampling, with_tokens=False)
         latents = [pca_images(each, mean, basis, counts) for each in encoded]
         pixels = self.decoded(chain, sampling, latents)
         return EditRows(pixels=pixels, rows=self.names, columns=[str(count) for count in counts])

@@ -226,7 +226,11 @@ def chain_scores(
             return shape_scores(captions, images)
         return caption_scores(map(Image.fromarray, images), captions, encoder)
 
-    image = read_embeds(embeds, chain.base.config.image_tokens)[1]
+    try:
+        image = read_embeds(embeds, chain.base.config.image_tokens)[1]
+    except ValueError as error:
+        print(f"ablation: left out: {error}")
+        return scores
     shown = range(0, len(captions), max(1, len(captions) // NUM_SHOWN))[:NUM_SHOWN]
     scores["ablation"], images = ablation(chain, (captions, image, text), fake, score_images, shown)
     folder = fake.paths[0].parent

@@ -245,13 +245,15 @@ def commit_shard(
     image_embed = np.concatenate([chunk.image_embed for chunk in chunks])
     text_embed = np.concatenate([chunk.text_embed for chunk in chunks])
     further_embed = np.concatenate([chunk.further_embed for chunk in chunks])
-    vectors = image_embed if image_embed.ndim == 2 else image_embed[:, 0]
-    embeds = {"image": vectors[~bad], "text": text_embed, "further text": further_embed}
-    if image_embed.ndim == 3:
-        embeds["image token"] = image_embed[~bad, 1:].reshape(-1, image_embed.shape[-1])
-    for name, array in embeds.items():
-        norms, problem = np.linalg.norm(array, axis=1), ""
-        of_unit_norm = unit_norm or name == "image token"
+    image_norms = np.concatenate([np.linalg.norm(each.image_embed, axis=-1) for each in chunks])
+    image_norms = image_norms[~bad].reshape(sum(~bad), -1)  # [n, 1 + k], by chunks: tokens are many
+    lengths = {
+        "image": image_norms[:, 0], "image token": image_norms[:, 1:],
+        "text": np.linalg.norm(text_embed, axis=1),
+        "further text": np.linalg.norm(further_embed, axis=1),
+    }  # fmt: skip
+    for name, norms in lengths.items():
+        problem, of_unit_norm = "", unit_norm or name == "image token"
         if not np.all(norms < np.finfo(np.float16).max):  # as they are stored
             problem = "finite"
         elif of_unit_norm and not np.all(np.abs(norms - 1) < NORM_TOLERANCE):

@@ -1,7 +1,7 @@
 """Moments of a snapshot's image embeddings; the priors' scaling and PCA are computed from them.
 
 <embeds>/_statistics.npz    mean, std, eigenvalues, basis, count, snapshot, cosines, and of image
-                            tokens token_mean, token_std
+                            tokens token_mean, token_covariance
 """
 
 import io
@@ -16,9 +16,10 @@ from ingest.store.snapshots import Snapshot
 from ingest.store.storage import join_root, storage_of
 
 NAME = "_statistics.npz"
+ROWS = 512  # samples whose tokens are summed at once
 COSINE_EDGES = np.linspace(-1, 1, 201)
 ARRAYS = ("mean", "std", "eigenvalues", "basis", "cosines")
-TOKEN_ARRAYS = ("token_mean", "token_std")  # of embeddings of today alone
+TOKEN_ARRAYS = ("token_mean", "token_covariance")  # of embeddings of today alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class EmbedStatistics:
 
     mean, std: [E]; eigenvalues: [E] of the covariance, descending; basis: [E, E], column k belongs
     to eigenvalue k; snapshot: digest of the embeddings they were taken over; cosines: int64
-    [200], samples whose caption and image have a cosine between two of `COSINE_EDGES`. token_mean,
-    token_std: [E] over all image tokens, [0] where there are none.
+    [200], samples whose caption and image have a cosine between two of `COSINE_EDGES`. token_mean:
+    [E] over all image tokens, [0] where there are none; token_covariance: [E, E], or [0, 0].
     """
 
     mean: np.ndarray
@@ -39,7 +40,7 @@ class EmbedStatistics:
     snapshot: str
     cosines: np.ndarray
     token_mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    token_std: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    token_covariance: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
     @classmethod
     def compute(cls, snapshot: Snapshot) -> "EmbedStatistics":
@@ -47,14 +48,16 @@ class EmbedStatistics:
         if snapshot.num_samples == 0:
             raise ValueError(f"{snapshot.root}: the snapshot has no samples to compute moments of")
         total, products, cosines = 0.0, 0.0, np.zeros(len(COSINE_EDGES) - 1, np.int64)
-        num_tokens, token_sum, token_squares = 0, np.zeros(1), np.zeros(1)
+        num_tokens, token_sum, token_products = 0, 0.0, 0.0
         for entry in snapshot.shards:
             shard = EmbedShard(snapshot.root, entry.name, digest=entry.digest, image_tokens=True)
             rows = entry.rows(np.arange(entry.num_kept))
-            tokens = np.asarray(shard.image_tokens[rows], np.float64)  # [n, k, E]
-            if num_tokens := tokens.shape[1]:
-                token_sum = token_sum + tokens.sum((0, 1))
-                token_squares = token_squares + np.square(tokens).sum((0, 1))
+            num_tokens = shard.image_tokens.shape[1]
+            for start in range(0, len(rows) if num_tokens else 0, ROWS):
+                part = shard.image_tokens[rows[start : start + ROWS]]  # [n, k, E]
+                tokens = part.reshape(-1, part.shape[-1]).astype(np.float64)
+                token_sum = token_sum + tokens.sum(0)
+                token_products = token_products + tokens.T @ tokens
             block = np.asarray(shard.image_embed[rows], dtype=np.float64)
             text = np.asarray(shard.text_embed[rows], dtype=np.float64)
             cosine = (block * text).sum(1).clip(-1, 1)  # float16 vectors exceed it a little
@@ -67,12 +70,12 @@ class EmbedStatistics:
         if not num_tokens:
             return moments
         count *= num_tokens
-        return moments._with_tokens(token_sum / count, token_squares / count)
+        return moments._with_tokens(np.asarray(token_sum) / count, token_products / count)
 
-    def _with_tokens(self, mean: np.ndarray, squares: np.ndarray) -> "EmbedStatistics":
-        """Return a copy with the moments of tokens, of their means [E] and mean squares [E]."""
-        std = np.sqrt((squares - np.square(mean)).clip(min=0))
-        return replace(self, token_mean=mean, token_std=std)
+    def _with_tokens(self, mean: np.ndarray, products: np.ndarray) -> "EmbedStatistics":
+        """Return a copy with the moments of tokens, of their E[x] [E] and E[x x^T] [E, E]."""
+        covariance = products - np.outer(mean, mean)
+        return replace(self, token_mean=mean, token_covariance=covariance)
 
     @classmethod
     def _of_moments(
@@ -112,13 +115,15 @@ class EmbedStatistics:
         shares /= shares.sum()
         mean, products = np.zeros_like(data_sets[0].mean), np.zeros_like(data_sets[0].basis)
         all_have_tokens = all(len(each.token_mean) for each in data_sets)
-        token_mean, token_squares = np.zeros((2, len(mean) if all_have_tokens else 0))
+        size = len(mean) if all_have_tokens else 0
+        token_mean, token_products = np.zeros(size), np.zeros((size, size))
         for each, share in zip(data_sets, shares, strict=True):
             mean += share * each.mean
             products += share * (each.covariance + np.outer(each.mean, each.mean))
             if all_have_tokens:
                 token_mean += share * each.token_mean
-                token_squares += share * (np.square(each.token_std) + np.square(each.token_mean))
+                outer = np.outer(each.token_mean, each.token_mean)
+                token_products += share * (each.token_covariance + outer)
         merged = cls._of_moments(
             mean,
             products - np.outer(mean, mean),
@@ -126,12 +131,17 @@ class EmbedStatistics:
             "+".join(each.snapshot for each in data_sets),
             np.sum([each.cosines for each in data_sets], axis=0),
         )
-        return merged._with_tokens(token_mean, token_squares)
+        return merged._with_tokens(token_mean, token_products)
 
     @property
     def covariance(self) -> np.ndarray:
         """[E, E]."""
         return (self.basis * self.eigenvalues) @ self.basis.T
+
+    @property
+    def token_std(self) -> np.ndarray:
+        """[E], or [0] without tokens."""
+        return np.sqrt(self.token_covariance.diagonal().clip(min=0))
 
     def num_components(self, energy: float) -> int:
         """Return how many principal components hold this share of the variance."""

@@ -113,6 +113,13 @@ def load_chain(
     )
     if chain.guide and chain.decoder:
         chain.decoder.require_guide(chain.guide)
+    drawn = getattr(chain.prior.config, "image_tokens", 1) if chain.prior else 1
+    read = chain.decoder.config.image_tokens if chain.decoder else 1
+    if 1 not in (drawn, read) and drawn != read:
+        raise ValueError(
+            f"{prior}: found a prior of {drawn} image tokens, expected {read} or none: those that "
+            f"{decoder} reads"
+        )
 
     # Each upsampler continues at the size of the stage before it
     size = chain.decoder.image_size if chain.decoder else 0

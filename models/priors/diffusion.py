@@ -262,6 +262,16 @@ class DiffusionPrior(nn.Module):
         loss = (embed + tokens) / 2
         return {"loss": loss, "embed_loss": embed.detach(), "token_loss": tokens.detach()}
 
+    def _x0_variance(self) -> Tensor:
+        """Return the mean of Var(x0 | x_t) over what is drawn, float64 [T]; tokens count as if
+        each were drawn by itself, so that theirs is an upper bound."""
+        variance = gaussian_posterior_variance(self.schedule, self.scale.spectrum.clamp(min=0))
+        if self.token_scale is None:
+            return variance
+        spectrum = self.token_scale.spectrum.clamp(min=0)
+        of_tokens = gaussian_posterior_variance(self.schedule, spectrum)
+        return variance.lerp(of_tokens, 1 - 1 / self.num_drawn)
+
     @torch.no_grad()
     def sample(self, keys: Tensor, text: PriorText, options: PriorSampling) -> Tensor:
         """Draw z_i [B, E], of unit norm if `config.unit_norm`, for sample `keys` int64 [B]; with
@@ -278,11 +288,7 @@ class DiffusionPrior(nn.Module):
             lambda x, t: self(x, t, null, ~keep),
             options.cfg_scale,
         )
-        spectrum = self.scale.spectrum.clamp(min=0)
-        if self.token_scale is not None:
-            of_tokens = self.token_scale.spectrum.clamp(min=0).repeat(self.num_drawn - 1)
-            spectrum = torch.cat([spectrum, of_tokens])
-        x0_variance = gaussian_posterior_variance(self.schedule, spectrum).to(keys.device)  # [T]
+        x0_variance = self._x0_variance().to(keys.device)  # [T]
 
         def denoise(x: Tensor, t: Tensor) -> Denoised:
             return Denoised(network(x, t), x0_variance=x0_variance[t])

@@ -113,10 +113,10 @@ def set_statistics(model: nn.Module, statistics: EmbedStatistics, *, whiten: boo
             model.scale.set(mean, torch.from_numpy(statistics.std))
         model.scale.set_spectrum(torch.from_numpy(statistics.covariance))
         if isinstance(model, DiffusionPrior) and model.token_scale is not None:
-            mean, std = map(torch.from_numpy, (statistics.token_mean, statistics.token_std))
             if whiten:
-                model.token_scale.set(mean, std)
-            model.token_scale.set_spectrum(std.square().diag())
+                mean = torch.from_numpy(statistics.token_mean)
+                model.token_scale.set(mean, torch.from_numpy(statistics.token_std))
+            model.token_scale.set_spectrum(torch.from_numpy(statistics.token_covariance))
 
 
 def pack_captions(
