@@ -17,6 +17,7 @@ from _racers import (
     accelerated,
     laps_of,
     plain_loop,
+    rate_at,
     train_ours,
     unit_rms,
 )
@@ -198,7 +199,9 @@ def _dalle2(heat: Heat, device: Any) -> Iterator[Trained]:
     trainer = DecoderTrainer(decoder_of(unet), lr=rate, **accelerated(device))
     batches = train.batches(heat.batch_size)
 
-    def step() -> None:
+    def step(share: float) -> None:
+        for group in trainer.optim0.param_groups:
+            group["lr"] = rate_at(rate, share)
         rows = next(batches)
         trainer(
             rows.image.float() / 255, image_embed=unit_rms(rows.image_embed),

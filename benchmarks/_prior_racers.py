@@ -17,7 +17,9 @@ from _racers import (
     accelerated,
     laps_of,
     plain_loop,
+    rate_at,
     train_ours,
+    unit_rms,
 )
 
 WIDTH, DEPTH, HEADS = 256, 2, 4  # as the demo's prior
@@ -78,7 +80,7 @@ def _diffusers(heat: Heat, device: Any) -> Iterator[Trained]:
         kept = (torch.rand(count, 1, device=device) >= TEXT_DROP).float()
         x_t = schedule.add_noise(x0, noise, t)
         predicted = model(
-            x_t, timestep=t, proj_embedding=rows.text_embed * kept,
+            x_t, timestep=t, proj_embedding=unit_rms(rows.text_embed) * kept,
             encoder_hidden_states=rows.states * kept[..., None], attention_mask=rows.mask,
         ).predicted_image_embedding  # fmt: skip
         return F.mse_loss(predicted.float(), x0)
@@ -99,8 +101,8 @@ def _draw(model: Any, rows: Arrays, steps: int) -> Any:
     x, times = torch.randn_like(rows.image_embed), scheduler.timesteps.tolist()
     for t, before in zip(times, [*times[1:], None], strict=True):
         predicted = model(
-            x, timestep=t, proj_embedding=rows.text_embed, encoder_hidden_states=rows.states,
-            attention_mask=rows.mask,
+            x, timestep=t, proj_embedding=unit_rms(rows.text_embed),
+            encoder_hidden_states=rows.states, attention_mask=rows.mask,
         ).predicted_image_embedding  # fmt: skip
         x = scheduler.step(predicted.float(), t, x, before, return_dict=False)[0]
     return torch.nn.functional.normalize(model.post_process_latents(x), dim=1)
@@ -125,13 +127,13 @@ def _dalle2(heat: Heat, device: Any) -> Iterator[Trained]:
         network, image_embed_dim=embed, timesteps=1000, text_cond_drop_prob=TEXT_DROP,
         image_cond_drop_prob=0.0,
     )  # fmt: skip
-    trainer = DiffusionPriorTrainer(
-        prior, lr=PRIOR_SETTINGS[DALLE2][heat.setting], max_grad_norm=1.0,
-        **accelerated(device),
-    )  # fmt: skip
+    rate = PRIOR_SETTINGS[DALLE2][heat.setting]
+    trainer = DiffusionPriorTrainer(prior, lr=rate, max_grad_norm=1.0, **accelerated(device))
     batches = train.batches(heat.batch_size)
 
-    def step() -> None:
+    def step(share: float) -> None:
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = rate_at(rate, share)
         rows = next(batches)
         trainer(
             text_embed=rows.text_embed, image_embed=rows.image_embed, text_encodings=rows.states
@@ -140,7 +142,8 @@ def _dalle2(heat: Heat, device: Any) -> Iterator[Trained]:
 
     def draw(prior: Any, rows: Arrays, steps: int) -> Any:
         condition = {"text_embed": rows.text_embed, "text_encodings": rows.states}
-        drawn = prior.p_sample_loop(rows.image_embed.shape, text_cond=condition, timesteps=steps)
+        shape, points = rows.image_embed.shape, steps + 1  # of which it visits all but the first
+        drawn = prior.p_sample_loop(shape, text_cond=condition, timesteps=points)
         return torch.nn.functional.normalize(drawn, dim=1)
 
     trainer.train()

@@ -37,7 +37,8 @@ class Heat:
 
     leg: "decoder" or "prior"; data: folder of shards, embeddings, their CLIP and arrays; out:
     folder for what it draws; setting: one of its settings; laps: seconds of training after which it
-    draws; size: of decoders, one of `SIZES`.
+    draws; size: of decoders, of
+    `_decoder_racers.SIZES`.
     """
 
     leg: str
@@ -180,6 +181,7 @@ def write_arrays(data: Path, split: str) -> None:
         "text_embed": text_embed, "states": states * mask[..., None], "mask": mask,
     }  # fmt: skip
     order = np.random.default_rng(0).permutation(len(image))
+    (data / f"{split}_captions.json").write_text(json.dumps([captions[i] for i in order]))
     for name, array in arrays.items():
         np.save(data / f"{split}_{name}.npy", np.asarray(array)[order])
 
@@ -189,15 +191,16 @@ def unit_rms(embed: Any) -> Any:
     return embed * embed.shape[1] ** 0.5
 
 
-def laps_of(heat: Heat, step: Callable[[], None]) -> Iterator[tuple[float, int]]:
-    """Train; return the seconds and steps at the end of each lap, without what was done there."""
+def laps_of(heat: Heat, step: Callable[[float], None]) -> Iterator[tuple[float, int]]:
+    """Train by a step that takes the share of the time that is over; return the seconds and steps
+    at the end of each lap, without what was done there."""
     import torch
 
     seconds, steps = 0.0, 0
     for lap in heat.laps:
         while seconds < lap:
             started = time.perf_counter()
-            step()
+            step(seconds / heat.laps[-1])
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds, steps = seconds + time.perf_counter() - started, steps + 1
@@ -250,6 +253,11 @@ def train_ours(
         )  # fmt: skip
 
 
+def rate_at(rate: float, share: float) -> float:
+    """Return a rate that warms up and falls by a cosine, after a share of the time."""
+    return rate * min(1, share / WARM_UP) * (1 + math.cos(math.pi * min(share, 1))) / 2
+
+
 def plain_loop(
     heat: Heat, model: Any, rate: float, loss_of: Callable[[Arrays], Any], draw: Callable[..., Any]
 ) -> Iterator[Trained]:
@@ -264,17 +272,14 @@ def plain_loop(
         for mean, value in zip(means, values, strict=True):
             mean.lerp_(value, 1 - decay)
 
-    average, trained = AveragedModel(model, multi_avg_fn=averaged_with), 0.0
+    average = AveragedModel(model, multi_avg_fn=averaged_with)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
     device = next(model.parameters()).device
     batches = Arrays.read(Path(heat.data), "train", device).batches(heat.batch_size)
 
-    def step() -> None:
-        nonlocal trained
-        started = time.perf_counter()
-        share = min(1.0, trained / heat.laps[-1])
+    def step(share: float) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, share / WARM_UP) * (1 + math.cos(math.pi * share)) / 2
+            group["lr"] = rate_at(rate, share)
         with autocast(device.type, "auto"):
             loss = loss_of(next(batches))
         loss.backward()
@@ -282,7 +287,6 @@ def plain_loop(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update_parameters(model)
-        trained += time.perf_counter() - started
 
     model.train()
     for seconds, steps in laps_of(heat, step):

@@ -7,16 +7,22 @@ Base decoders of 32 px and near-equal size race: ours by training/decoder.py, di
 U-Net in a plain loop, dalle2-pytorch's Decoder by its own trainer. With `--leg prior` diffusion
 priors do: ours, PriorTransformer, DiffusionPrior. All read the same pictures, the embeddings of one
 CLIP and the states of its text tower, in batches of one size, on the same threads, with the same
-EMA and guidance. Each first runs a heat of a quarter of the time in each of its settings; the best
+EMA and guidance. Each first runs heats of a quarter of the time in each of its settings; the best
 one races, the rounds in turn. After each lap (an eighth, a quarter, half and all of the time) it
 draws held-out pictures from their embeddings and captions, or embeddings from captions, by its own
 sampler, in as many steps as fit into the same seconds.
 
 The judge of pictures is EfficientNet-Lite0 of ImageNet, which none has seen: FD with its 95 %
-interval (of the pictures drawn), KID, and PSNR to the pictures whose embeddings were given. Drawn
-embeddings are judged beside the true ones: FD, mean cosine, and how often one finds its own picture
-first. `ratio` = seconds of the best peer until its least FD, over the seconds that ours takes to
-reach that, the least of all sets. Results are kept in --work, and continued there.
+interval (of the pictures drawn), KID, PSNR to the pictures whose embeddings were given, and the
+score by a CLIP of another split and other weights. Drawn embeddings are judged beside the true
+ones: FD of them and their captions' together, mean cosine, and how often one finds its own picture
+first. `ratio` = seconds of the best
+peer until its least FD, over the seconds that ours takes to reach that, the least of all sets.
+Results are kept in --work, and continued there.
+
+    python benchmarks/quality_an_hour.py --sides ours --heats 3 --rounds 0 --minutes 8
+
+compares our settings alone, U-Net and transformer, by FD after two minutes with three seeds.
 """
 
 import dataclasses
@@ -35,6 +41,7 @@ from _decoder_racers import DECODER_SETTINGS, DECODERS
 from _pairs import EMOJI, embedded_sets
 from _prior_racers import PRIOR_SETTINGS, PRIORS
 from _racers import DALLE2, OURS, SIZE, Heat, race, write_arrays
+from PIL import Image
 
 from cluster.base.files import Json
 
@@ -42,7 +49,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = str(ROOT / ".venv-bench" / "bin" / "python")
 LAPS = (0.125, 0.25, 0.5, 1.0)  # of the time
 HEAT = 0.25
+JUDGE = "judge"
 LEGS = {"decoder": (DECODERS, DECODER_SETTINGS), "prior": (PRIORS, PRIOR_SETTINGS)}
+Tried = dict[str, dict[str, list[float]]]  # FDs of heats, by side and setting
 NUM_SHOWN = 16  # pictures of each side in the grid
 
 
@@ -59,7 +68,7 @@ class Config(BenchmarkConfig):
     sets: tuple[str, ...] = ("emoji", "shapes")
     """pictures: Fluent emoji (../shared/data), the drawn set, or a Parquet file of pairs"""
     sides: tuple[str, ...] = tuple(DECODERS)
-    """who races; ours and one more at least"""
+    """who races; ours and one more at least, or ours alone in heats without rounds"""
     num_train: int = 4500
     """training pairs, about"""
     num_test: int = 600
@@ -75,9 +84,9 @@ class Config(BenchmarkConfig):
     batch_size: int = 64
     """samples a step"""
     size: Literal["demo", "small"] = "demo"
-    """of the networks, `_racers.SIZES`"""
-    heats: bool = True
-    """run heats to choose each side's setting; else the first of each races"""
+    """of decoders, `_decoder_racers.SIZES`"""
+    heats: int = 1
+    """heats of each setting, with other seeds, whose best by mean FD races; 0: the first races"""
     num_threads: int | None = None
     """threads on the CPU; None = all cores"""
     work: str = ""
@@ -95,9 +104,14 @@ def main(config: Config) -> int:
         heat = Heat(**{**values, "laps": tuple(values["laps"])})
         race(heat, LEGS[heat.leg][0][heat.racer])
         return 0
-    if OURS not in config.sides or len(config.sides) < 2 or set(config.sides) - set(DECODERS):
+    alone = len(config.sides) < 2 and config.rounds
+    if OURS not in config.sides or alone or set(config.sides) - set(DECODERS):
         expected = f"{OURS} and some of {', '.join(sorted(set(DECODERS) - {OURS}))}"
         raise ValueError(f"--sides: found {' '.join(config.sides)}, expected {expected}")
+    if config.leg == "prior" and config.size != "demo":
+        raise ValueError(f"--size: found {config.size} with --leg prior, expected demo")
+    if not config.rounds and not config.heats:
+        raise ValueError("--rounds: found 0 without --heats, expected one of them")
     if DALLE2 in config.sides and not Path(PEERS).exists():
         raise ValueError(f"{PEERS}: found no such file; make it with: make bench-setup")
     with tempfile.TemporaryDirectory() as folder:
@@ -119,8 +133,10 @@ def _race(data: Path, name: str, config: Config) -> Json:
     _require_same(data, config)
     counts = config.num_train, config.num_test
     embedded_sets(data, source, *counts, config.clip_steps, threads)
+    if config.leg == "decoder":  # whose CLIP scores captions: of another split, other weights
+        embedded_sets(data / JUDGE, source, *counts, config.clip_steps, threads, seed=1)
     for split in ("train", "test"):
-        if not (data / f"{split}_mask.npy").exists():  # the last of its arrays
+        if not (data / f"{split}_mask.npy").exists():  # the last that is written
             write_arrays(data, split)
 
     def run(side: str, setting: str, label: str, laps: tuple[float, ...], seed: int) -> list[Json]:
@@ -133,13 +149,16 @@ def _race(data: Path, name: str, config: Config) -> Json:
         return _result(heat, config.num_resamples)
 
     seconds = 60 * config.minutes
-    chosen, known = {}, LEGS[config.leg][1]
-    for side in config.sides:
-        settings = list(known[side])
-        if config.heats:
-            tried = {each: run(side, each, "heats", (HEAT * seconds,), 0) for each in settings}
-            settings = sorted(settings, key=lambda each: tried[each][-1]["fd"])
-        chosen[side] = settings[0]
+    known = LEGS[config.leg][1]
+    tried: Tried = {side: {each: [] for each in known[side]} for side in config.sides}
+    for number in range(config.heats):
+        for side, settings in tried.items():
+            for setting, fds in settings.items():
+                heat = run(side, setting, f"heats_{number}", (HEAT * seconds,), number)
+                fds.append(heat[-1]["fd"])
+    if not config.rounds:
+        return {"ratio": heat_ratio(tried), "heats": tried}
+    chosen = {side: min(each, key=lambda name: sum(each[name])) for side, each in tried.items()}
     rounds: dict[str, list[list[Json]]] = {side: [] for side in config.sides}
     laps = tuple(share * seconds for share in LAPS)
     for number in range(config.rounds):
@@ -147,14 +166,23 @@ def _race(data: Path, name: str, config: Config) -> Json:
             rounds[side].append(run(side, setting, f"round_{number}", laps, number + 1))
     if config.leg == "decoder":
         _save_grid(data, chosen, Path(f"{config.out}_{Path(name).stem}.png"))
-    return _figures(rounds, chosen)
+    return {**_figures(rounds, chosen), "heats": tried}
+
+
+def heat_ratio(tried: Tried) -> float:
+    """Return the least mean FD of the peers' settings over ours; of ours alone, that of the second
+    over the first."""
+    means = {side: sorted(map(np.mean, each.values())) for side, each in tried.items()}
+    ours, *others = means.pop(OURS)
+    of_peers = [mean for each in means.values() for mean in each]
+    return float(min(of_peers or others) / ours)
 
 
 def _require_same(data: Path, config: Config) -> None:
     """Keep the options of what is in a folder; ValueError where it was made with others."""
     changing = ("rounds", "sets", "sides", "work", "out", "heat", "heats", "quick")
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in changing}
-    options = json.loads(json.dumps({**options, "settings": LEGS[config.leg][1]}))
+    options = json.loads(json.dumps({**options, "settings": LEGS[config.leg][1], "judge": JUDGE}))
     path = data / "options.json"
     if path.exists():
         before = json.loads(path.read_text())
@@ -193,9 +221,12 @@ def _result(heat: Heat, num_resamples: int) -> list[Json]:
 
 
 def picture_scores(data: Path, drawn: np.ndarray, num_resamples: int) -> dict[str, float]:
-    """Return FD with its interval, KID and PSNR of drawn pictures, uint8 [n, 3, H, W]."""
+    """Return FD with its interval, KID and PSNR of drawn pictures, uint8 [n, 3, H, W], and the CLIP
+    score where there is a judge's CLIP."""
     from eval.distances.intervals import kernel_distance
     from eval.features.blocks import Features
+    from eval.scores.scorecard import caption_scores
+    from models.convert.runs import load_clip
 
     real = np.load(data / "test_image.npy")
     path = data / "test_features.npy"
@@ -203,25 +234,36 @@ def picture_scores(data: Path, drawn: np.ndarray, num_resamples: int) -> dict[st
         np.save(path, _features(real))
     seen, features = np.load(path), _features(drawn)
     squares = np.square(drawn.astype(float) - real[: len(drawn)]).mean((1, 2, 3))
+    clip_score = {}
+    if (data / JUDGE).exists():
+        captions = json.loads((data / "test_captions.json").read_text())[: len(drawn)]
+        found = caption_scores(_pictures(drawn), captions, load_clip(str(data / JUDGE / "clip")))
+        clip_score = {"clip_score": found["clip_score"]}
     return {
         **_distance(seen, features, num_resamples),
+        **clip_score,
         "kid": float(kernel_distance(Features.of(features), Features.of(seen))["kid"]),
         "psnr_db": float((10 * np.log10(255**2 / squares.clip(min=1e-9))).mean()),
     }  # fmt: skip
 
 
 def embedding_scores(data: Path, drawn: np.ndarray, num_resamples: int) -> dict[str, float]:
-    """Return FD with its interval, and a prior's scores, of drawn embeddings [n, E] beside the true
-    ones of their captions."""
+    """Return scores of drawn embeddings [n, E] beside the true ones of their captions.
+
+    FD, with its interval, is that of z_i and z_t together (Frechet joint distance, DeVries et al.
+    2019): draws that do not depend on their caption are far off.
+    """
     import torch
 
     from models.scores import prior_scorecard
 
-    true = [np.load(data / f"test_{name}_embed.npy")[: len(drawn)] for name in ("image", "text")]
-    z, image, text = map(torch.from_numpy, (drawn, *true))
-    scores = prior_scorecard(z, image, text, [str(row) for row in range(len(z))])
+    true = [np.load(data / f"test_{name}_embed.npy") for name in ("image", "text")]
+    captions = json.loads((data / "test_captions.json").read_text())[: len(drawn)]
+    image, text = (torch.from_numpy(each[: len(drawn)]) for each in true)
+    scores = prior_scorecard(torch.from_numpy(drawn), image, text, captions)
+    pairs = np.concatenate([drawn, text], axis=1)
     return {
-        **_distance(true[0], drawn, num_resamples),
+        **_distance(np.concatenate(true, axis=1), pairs, num_resamples),
         "cos": scores["cos"], "retrieval_at_1": scores["retrieval_at_1"],
     }  # fmt: skip
 
@@ -240,12 +282,13 @@ def _distance(real: np.ndarray, drawn: np.ndarray, num_resamples: int) -> dict[s
 
 
 def _features(images: np.ndarray) -> np.ndarray:
-    from PIL import Image
-
     from eval.features.extractors import efficientnet_spec, extract
 
-    extractor = efficientnet_spec().build("cpu")
-    return extract(extractor, [Image.fromarray(image.transpose(1, 2, 0)) for image in images])
+    return extract(efficientnet_spec().build("cpu"), _pictures(images))
+
+
+def _pictures(images: np.ndarray) -> list[Image.Image]:
+    return [Image.fromarray(image.transpose(1, 2, 0)) for image in images]
 
 
 def seconds_until(curve: list[tuple[float, float]], distance: float) -> float | None:
@@ -299,7 +342,18 @@ def _show(figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    first = next(iter(figures.values()))["sides"][OURS]["laps"][0]
+    tried = Table("set", "side", "FD after a quarter of the time", "mean")
+    for name, of_set in figures.items():
+        for side, settings in of_set["heats"].items():
+            for setting, fds in settings.items():
+                if fds:
+                    shown = ", ".join(f"{fd:.4g}" for fd in fds)
+                    tried.add_row(name, f"{side}, {setting}", shown, f"{np.mean(fds):.4g}")
+    Console(width=150).print(tried)
+    first = next(iter(figures.values()))
+    if "sides" not in first:
+        return
+    first = first["sides"][OURS]["laps"][0]
     hidden = ("parameters", "sampling_seconds")
     columns = [name for name in first if name not in hidden]
     table = Table("set", "side", "parameters", *columns)
@@ -327,5 +381,5 @@ def _save_grid(data: Path, chosen: dict[str, str], path: Path) -> None:
 if __name__ == "__main__":
     run_benchmark(
         Config, main, minutes=0.1, rounds=1, sets=("shapes",), num_train=300, num_test=60,
-        num_pictures=40, sampling_seconds=1.0, clip_steps=5, heats=False, num_resamples=3,
+        num_pictures=40, sampling_seconds=1.0, clip_steps=5, heats=0, num_resamples=3,
     )  # fmt: skip

@@ -149,6 +149,21 @@ def encoded(shard: str, start: int, count: int, total: int) -> Chunk:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("image_tokens", [1, 4])
+@pytest.mark.parametrize("pictures", [[], [b"no picture", b"none"]])
+def test_a_shard_without_a_picture_that_can_be_decoded_is_empty(
+    encoder, pictures: list[bytes], image_tokens: int, tmp_path: Path
+):
+    entry = write_shard(tmp_path / "images", pictures)
+    images = load_snapshot(tmp_path / "images")
+    root = tmp_path / "embeds"
+    open_embeds(root, "tiny:random", encoder, images, image_tokens=image_tokens)
+    commit = encode_shard(encoder, images, entry, root, 4, image_tokens=image_tokens)
+    assert commit.num_samples == len(pictures)
+    assert commit.counts["embedded"] == 0
+    assert not EmbedShard(root, entry.name).image_embed.any()
+
+
 def test_a_shard_is_whole_when_its_last_chunk_came_whatever_their_order():
     assembler = Assembler()
     a, b = encoded("a", 0, 4, 6), encoded("b", 0, 2, 2)

@@ -116,6 +116,7 @@ def test_a_run_in_a_bucket_outlives_a_worker_and_its_driver(
     assert f"{url}: stopped on request, at a checkpoint" in log.read_text()
     assert storage.size("stop") is None and storage.size("final.json") is None
     before, last = looks(), max(filter(has_step, range(EVERY, STEPS + 1, EVERY)))
+    assert last < STEPS
     driver = drive(data, url, tmp_path / "another", log, num_workers=1)
     assert driver.wait(240) == 0, log.read_text()[-3000:]
 

@@ -44,19 +44,30 @@ def test_the_ratio_is_of_the_seconds_to_one_distance(race: Any):
     assert race["speed_up"](curve, rising) == pytest.approx(40 / race["seconds_until"](curve, 60))
 
 
+def test_heats_are_compared_by_their_mean_with_the_peers_or_among_ours(race: Any):
+    ours = {"U-Net": [90.0, 110.0], "transformer": [150.0, 150.0]}
+    peers = {"diffusers": {"v": [400.0, 400.0], "eps": [300.0, 400.0]}}
+    assert race["heat_ratio"]({"ours": ours}) == pytest.approx(1.5)
+    assert race["heat_ratio"]({**peers, "ours": ours}) == pytest.approx(3.5)
+
+
 def test_embeddings_are_judged_beside_the_true_ones(race: Any, tmp_path: Path):
     rng = np.random.default_rng(0)
-    image, text = (rng.normal(size=(200, 8)).astype(np.float32) for _ in range(2))
+    image = rng.normal(size=(200, 8)).astype(np.float32)
     image /= np.linalg.norm(image, axis=1, keepdims=True)
+    text = image[:, ::-1]
+    (tmp_path / "test_captions.json").write_text(json.dumps([f"{n}" for n in range(200)]))
     np.save(tmp_path / "test_image_embed.npy", image)
     np.save(tmp_path / "test_text_embed.npy", text)
     same = race["embedding_scores"](tmp_path, image, 3)
     assert same["fd"] == pytest.approx(0, abs=1e-6) and same["cos"] == pytest.approx(1)
     assert same["retrieval_at_1"] == 1
     turned = race["embedding_scores"](tmp_path, -image, 3)
-    mean = image.astype(np.float64).mean(0)  # the covariance of both is the same
-    assert turned["fd"] == pytest.approx(4 * np.square(mean).sum(), rel=1e-4)
-    assert turned["cos"] == pytest.approx(-1)
+    mean = image.astype(np.float64).mean(0)
+    assert turned["cos"] == pytest.approx(-1) and turned["fd"] > 4 * np.square(mean).sum()
+    # the same embeddings, but of other captions
+    mixed = race["embedding_scores"](tmp_path, np.roll(image, 1, axis=0), 3)
+    assert mixed["fd"] > 1e-3 and mixed["retrieval_at_1"] < 0.1
 
 
 @pytest.mark.slow
@@ -81,6 +92,7 @@ def test_the_race_runs_to_its_end_and_continues(leg: str, tmp_path: Path):
         if leg == "decoder":
             assert drawn.shape == (40, 3, 32, 32) and drawn.std() > 1
         else:
+            assert len(np.unique(drawn.round(3), axis=0)) == 40
             assert np.allclose(np.linalg.norm(drawn, axis=1), 1, atol=1e-4)
     before = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "work").rglob("*.npy")}
     again = done(script(*command), 300)

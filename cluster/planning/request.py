@@ -52,7 +52,7 @@ class PlanRequest:
     images: Annotated[float, Option(least=1, most=1e12)] = 250e6
     """images that the download is to store"""
     image_tokens: Annotated[int, Option(least=1, most=1024)] = 1
-    """tokens of each image that ingest/embed.py --image-tokens keeps on storage"""
+    """tokens of each image that ingest/embed.py --image-tokens keeps; counted on storage alone"""
     caption_tokens: Annotated[int, Option(least=0, most=256)] = 0
     """tokens of a caption that networks read; 0 = all they have room for, as the paper's figures
     are; training reads what a batch's longest caption needs"""

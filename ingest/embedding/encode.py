@@ -245,13 +245,15 @@ def commit_shard(
     image_embed = np.concatenate([chunk.image_embed for chunk in chunks])
     text_embed = np.concatenate([chunk.text_embed for chunk in chunks])
     further_embed = np.concatenate([chunk.further_embed for chunk in chunks])
-    image_norms = np.concatenate([np.linalg.norm(each.image_embed, axis=-1) for each in chunks])
-    image_norms = image_norms[~bad].reshape(sum(~bad), -1)  # [n, 1 + k], by chunks: tokens are many
+    norms_of = [np.linalg.norm(each.image_embed, axis=-1) for each in chunks]  # tokens are many
+    image_norms = np.concatenate(norms_of)[~bad]  # [n], or with tokens [n, 1 + k]
+    has_tokens = image_norms.ndim == 2
     lengths = {
-        "image": image_norms[:, 0], "image token": image_norms[:, 1:],
+        "image": image_norms[:, 0] if has_tokens else image_norms,
+        "image token": image_norms[:, 1:] if has_tokens else np.zeros(0),
         "text": np.linalg.norm(text_embed, axis=1),
         "further text": np.linalg.norm(further_embed, axis=1),
-    }  # fmt: skip
+    }
     for name, norms in lengths.items():
         problem, of_unit_norm = "", unit_norm or name == "image token"
         if not np.all(norms < np.finfo(np.float16).max):  # as they are stored
