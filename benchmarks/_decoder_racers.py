@@ -27,7 +27,7 @@ IMAGE_DROP, TEXT_DROP = 0.1, 0.3  # probabilities, of every racer
 CONTEXT, NUM_TOKENS = 128, 4  # width of the condition's tokens, and z_i's among them
 
 # Channels of the first layers of our U-Net and of the peers', and width of our transformer, by
-# which all are of near-equal size: some 5.5 million parameters, or 3
+# which all are of near-equal size: 5 to 6 million parameters, or 3 to 4
 SIZES = {"demo": (64, 48, 192), "small": (32, 36, 144)}
 RATES = (1e-3, 3e-4)  # of learning, of the peers
 
