@@ -343,12 +343,15 @@ def _show(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
     tried = Table("set", "side", "FD after a quarter of the time", "mean")
-    for name, of_set in figures.items():
-        for side, settings in of_set["heats"].items():
-            for setting, fds in settings.items():
-                if fds:
-                    shown = ", ".join(f"{fd:.4g}" for fd in fds)
-                    tried.add_row(name, f"{side}, {setting}", shown, f"{np.mean(fds):.4g}")
+    heats = [
+        (name, f"{side}, {setting}", fds)
+        for name, of_set in figures.items()
+        for side, settings in of_set["heats"].items()
+        for setting, fds in settings.items()
+    ]
+    for name, who, fds in heats:
+        if fds:
+            tried.add_row(name, who, ", ".join(f"{fd:.4g}" for fd in fds), f"{np.mean(fds):.4g}")
     Console(width=150).print(tried)
     first = next(iter(figures.values()))
     if "sides" not in first:
