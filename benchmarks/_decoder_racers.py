@@ -10,6 +10,7 @@ from _racers import (
     DALLE2,
     DIFFUSERS,
     OURS,
+    RATES,
     SIZE,
     Arrays,
     Heat,
@@ -29,7 +30,6 @@ CONTEXT, NUM_TOKENS = 128, 4  # width of the condition's tokens, and z_i's among
 # Channels of the first layers of our U-Net and of the peers', and width of our transformer, by
 # which all are of near-equal size: 5 to 6 million parameters, or 3 to 4
 SIZES = {"demo": (64, 48, 192), "small": (32, 36, 144)}
-RATES = (1e-3, 3e-4)  # of learning, of the peers
 
 _OURS = (
     "--preset", "demo_pictures",
@@ -78,15 +78,13 @@ def _draw_ours(decoder: Any, rows: Arrays, steps: int) -> Any:
 
 
 def _diffusers(heat: Heat, device: Any) -> Iterator[Trained]:
-    """Train diffusers' unCLIP U-Net with its projections in a plain loop: AdamW, a rate that warms
-    up and falls by a cosine, EMA."""
+    """Train diffusers' unCLIP U-Net with its projections."""
     import torch
     import torch.nn.functional as F
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from torch import nn
-
 
     train = Arrays.read(Path(heat.data), "train", device)
     embed, channels = train.image_embed.shape[1], SIZES[heat.size][1]

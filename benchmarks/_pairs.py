@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from models.names import FINAL_NAME
+
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = Path(__file__).resolve().parents[2] / "shared" / "data" / "fluent_emoji_128.parquet"
 SIZE = 64  # px
@@ -43,16 +45,33 @@ def embedded_sets(
     num_threads: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Write `root`/train and `root`/test as `write_sets` does, train the demo's CLIP on the former
-    as `root`/clip, and embed both as `root`/train_embeds and `root`/test_embeds; not again.
+    """Make what `trained_clip` does, and embed both sets as `root`/train_embeds and
+    `root`/test_embeds; not again."""
+    from training.data.demo_data import embed_here
+
+    trained_clip(root, pairs, num_train, num_test, clip_steps, num_threads, seed)
+    for split in ("train", "test"):
+        if not (root / f"{split}_embeds" / "_snapshots").exists():
+            embed_here(str(root / split), root / f"{split}_embeds", str(root / "clip"))
+
+
+def trained_clip(
+    root: Path,
+    pairs: Path | None,
+    num_train: int,
+    num_test: int,
+    clip_steps: int,
+    num_threads: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Write `root`/train and `root`/test as `write_sets` does, and train the demo's CLIP on the
+    former as `root`/clip; not again.
 
     num_threads: of the training, None for all cores.
     """
-    from training.data.demo_data import embed_here
-
-    if (root / "test_embeds" / "_snapshots").exists():  # the last of it
+    if (root / "clip" / FINAL_NAME).exists():
         return
-    for name in ("pairs", "train", "test", "clip", "train_embeds", "test_embeds"):
+    for name in ("pairs", "train", "test", "clip"):
         shutil.rmtree(root / name, ignore_errors=True)  # of a run that was ended
     write_sets(root, pairs, num_train, num_test, seed)
     threads = [] if num_threads is None else ["--train.num-threads", str(num_threads)]
@@ -63,8 +82,6 @@ def embedded_sets(
         "--train.seed", str(seed), *threads,
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=3600)
-    for split in ("train", "test"):
-        embed_here(str(root / split), root / f"{split}_embeds", str(root / "clip"))
 
 
 def _write_shards(root: Path, rows: list[tuple[bytes, str]]) -> None:

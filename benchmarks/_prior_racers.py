@@ -11,6 +11,7 @@ from _racers import (
     DALLE2,
     DIFFUSERS,
     OURS,
+    RATES,
     Arrays,
     Heat,
     Trained,
@@ -25,7 +26,6 @@ from _racers import (
 WIDTH, DEPTH, HEADS = 256, 2, 4  # as the demo's prior
 DALLE2_DEPTH = 8  # its network is as wide as an embedding
 TEXT_DROP = 0.1  # probability, of every racer
-RATES = (1e-3, 3e-4)  # of learning, of the peers
 
 PRIOR_SETTINGS: dict[str, dict[str, Any]] = {
     OURS: {

@@ -28,6 +28,7 @@ AVERAGE = 0.99  # EMA of every racer
 MIN_STEPS, MAX_STEPS = 4, 50  # of sampling
 WARM_UP = 0.05  # of the time
 AT_ONCE = 50  # pictures
+RATES = (1e-3, 3e-4)  # of learning, of the peers
 OURS, DIFFUSERS, DALLE2 = "ours", "diffusers", "dalle2-pytorch"
 
 
@@ -37,8 +38,7 @@ class Heat:
 
     leg: "decoder" or "prior"; data: folder of shards, embeddings, their CLIP and arrays; out:
     folder for what it draws; setting: one of its settings; laps: seconds of training after which it
-    draws; size: of decoders, of
-    `_decoder_racers.SIZES`.
+    draws; size: of decoders, one of `_decoder_racers.SIZES`.
     """
 
     leg: str

@@ -38,7 +38,7 @@ from typing import Any, Literal
 import numpy as np
 from _common import BenchmarkConfig, run_benchmark
 from _decoder_racers import DECODER_SETTINGS, DECODERS
-from _pairs import EMOJI, embedded_sets
+from _pairs import EMOJI, embedded_sets, trained_clip
 from _prior_racers import PRIOR_SETTINGS, PRIORS
 from _racers import DALLE2, OURS, SIZE, Heat, race, write_arrays
 from PIL import Image
@@ -134,7 +134,7 @@ def _race(data: Path, name: str, config: Config) -> Json:
     counts = config.num_train, config.num_test
     embedded_sets(data, source, *counts, config.clip_steps, threads)
     if config.leg == "decoder":  # whose CLIP scores captions: of another split, other weights
-        embedded_sets(data / JUDGE, source, *counts, config.clip_steps, threads, seed=1)
+        trained_clip(data / JUDGE, source, *counts, config.clip_steps, threads, seed=1)
     for split in ("train", "test"):
         if not (data / f"{split}_mask.npy").exists():  # the last that is written
             write_arrays(data, split)

@@ -22,8 +22,8 @@ SCRIPTS = [path for path in SOURCES if "\nif __name__ ==" in path.read_text(enco
 
 # Ceilings: a new capability may raise the first two by what it adds; else they only fall. Budgets
 # that were set before adoption, several captions and GPU steps: 24,000 and 20,000 lines, 150 `Any`.
-MAX_PRODUCT_LINES = 38_926
-MAX_TEST_LINES = 34_510
+MAX_PRODUCT_LINES = 38_925
+MAX_TEST_LINES = 34_513
 MAX_ANY = 121
 MAX_FILES_A_FOLDER = 15
 MAX_FILE_LINES = 500

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cluster.base.options import Option, merged, read_yaml, require_bounds
+from models.configs import token_side
 
 EngineName = Literal["deepspeed", "fsdp2"]
 PRESETS = Path(__file__).parent / "presets"
@@ -104,6 +105,7 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         require_bounds(self)
+        token_side(self.image_tokens)
         if self.mfu and self.effective_tflops:
             raise ValueError(
                 f"effective_tflops: found {self.effective_tflops:g} with mfu {self.mfu:g}, "

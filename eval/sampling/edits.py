@@ -127,9 +127,7 @@ class ImagesEdit(Edit):
 
         images, size = open_images(self.images), self.batch_size
         batches = (images[start : start + size] for start in range(0, len(images), size))
-        encoded = (
-            encode(chain, batch, sampling, with_tokens=with_tokens) for batch in batches
-        )
+        encoded = (encode(chain, batch, sampling, with_tokens=with_tokens) for batch in batches)
         return [latents.row(number) for latents in encoded for number in range(len(latents))]
 
     def decoded(

@@ -156,12 +156,14 @@ class EmbedStatistics:
 
     @classmethod
     def read(cls, root: str | os.PathLike[str]) -> "EmbedStatistics":
-        """Read `<root>/_statistics.npz`; ValueError with the remedy when it is missing."""
+        """Read `<root>/_statistics.npz`; ValueError with the remedy when it is missing or old."""
+        remedy = "rerun ingest/embed.py until it finishes"
         try:
             stored = storage_of(root).read(NAME)
         except FileNotFoundError:
-            where = join_root(root, NAME)
-            raise ValueError(f"{where}: missing; rerun ingest/embed.py until it finishes") from None
+            raise ValueError(f"{join_root(root, NAME)}: missing; {remedy}") from None
         with np.load(io.BytesIO(stored), allow_pickle=False) as file:
+            if "token_std" in file:  # of image tokens, as once written
+                raise ValueError(f"{join_root(root, NAME)}: found no token_covariance; {remedy}")
             arrays = {name: file[name] for name in (*ARRAYS, *TOKEN_ARRAYS) if name in file}
             return cls(**arrays, count=int(file["count"]), snapshot=str(file["snapshot"]))
