@@ -369,7 +369,7 @@ def test_chains_of_other_numbers_are_refused_before_a_draw(tmp_path: Path, write
     clip = load_clip("tiny:random")
     four = write_chain(tmp_path / "4", clip, 32, image_tokens=(4, 4))
     nine = write_chain(tmp_path / "9", clip, 32, image_tokens=(9, 9))
-    with pytest.raises(ValueError, match="prior: found 9 image tokens, expected 4, as .*, or 1"):
+    with pytest.raises(ValueError, match="prior: found 9 image tokens, expected 4 as .*, or 1"):
         UnClip.load(clip, str(nine["prior"]), str(four["decoder"]))
     with pytest.raises(ValueError, match="guide: image_tokens: found 9, expected 4 or 1"):
         UnClip.load(clip, "", str(four["decoder"]), guide=str(nine["decoder"]))

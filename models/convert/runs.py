@@ -116,7 +116,7 @@ def load_chain(
     drawn = getattr(chain.prior.config, "image_tokens", 1) if chain.prior else 1
     read = chain.decoder.config.image_tokens if chain.decoder else 1
     if 1 not in (drawn, read) and drawn != read:
-        raise ValueError(f"{prior}: found {drawn} image tokens, expected {read}, as {decoder}, or 1")
+        raise ValueError(f"{prior}: found {drawn} image tokens, expected {read} as {decoder}, or 1")
 
     # Each upsampler continues at the size of the stage before it
     size = chain.decoder.image_size if chain.decoder else 0
